@@ -1,0 +1,39 @@
+# Each target sets up what it needs: a virtual environment in .venv with exactly what requirements/ says.
+PYTHON ?= python3
+VENV ?= .venv
+PROFILE ?=
+RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help repro test lint
+
+help: ## what can be made
+	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|wan-1.3b]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+
+repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke writes params.yaml first (smoke: 5 minutes)
+	@$(if $(PROFILE),$(RUN) python -m tasks profile use $(PROFILE),true)
+	@# DVC removes the outs of a stage before it runs it: when one fails, the last good ones come back from the cache
+	@CF_RUN=$${CF_RUN:-$$(date +%Y%m%d-%H%M%S)} $(RUN) dvc --wait-for-lock repro || { $(RUN) dvc checkout --quiet 2>/dev/null; exit 1; }
+	@$(RUN) python -m tasks.summary
+
+test: $(VENV)/.dev ## the tests
+	@$(RUN) python -m pytest
+
+lint: $(VENV)/.dev ## ruff and mypy
+	@$(RUN) ruff check .
+	@$(RUN) mypy
+
+$(VENV)/.cpu: requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there), but Python 3.11 or newer is needed; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "installing into $(VENV) (minutes, once)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --requirement requirements/cpu.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.cpu
+	@$(PIP) --requirement requirements/dev.txt
+	@touch $@

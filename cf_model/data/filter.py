@@ -1,0 +1,160 @@
+"""Which clips are fit to learn from: a few numbers a clip, and a threshold for each.
+
+The paper keeps clips "longer than 10 s" of "high quality" and publishes no filter (sec. 4), so the rules are ours.
+They look at every frame, squeezed to SIDE x SIDE, and need no network; what they can't see is named where they stand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from . import video
+
+SIDE = 32  # of the pictures that are judged
+COARSE = 8  # of the pictures that are compared with each other: so coarse that a pan hardly changes them
+MOMENTS = 8  # of a clip that its signature remembers
+FLOOR = 2.0  # grey levels added to the usual change, so that in a still scene the noise is no cut
+FLASH = 3  # frames; a change that is undone by then is no cut
+BLACK, WHITE = 5, 250
+
+REASONS = ("unreadable", "too_short", "wrong_fps", "clipped", "frozen", "hard_cut", "duplicate")  # in the order they are looked for
+
+
+class Rules(Protocol):
+    """The thresholds: params.filter."""
+
+    min_seconds: float
+    min_fps: float
+    min_motion: float
+    max_cut: float
+    max_clipped: float
+    min_distance: float
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What is known of a clip that could be read."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+    clipped: float
+    motion: float
+    cut: float
+    signature: UInt8[np.ndarray, "M y x 3"]
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+@dataclass(frozen=True)
+class Rejection:
+    reason: str
+    value: float | None  # None: the file can't be read, and the rule is the sentence that says why
+    rule: str
+
+
+def measure(path: Path) -> Measured:
+    """Read a file, every frame of it, and measure it. A ValueError says in one sentence why it can't be read."""
+    probe, frames = video.sample(path, side=SIDE)
+    small = coarse(frames)
+    return Measured(
+        frames=probe.frames,
+        fps=probe.fps,
+        width=probe.width,
+        height=probe.height,
+        clipped=clipped(frames),
+        motion=motion(frames, probe.fps),
+        cut=cut(small, probe.fps),
+        signature=signature(small),
+    )
+
+
+def judge(clip: Measured, kept: dict[str, UInt8[np.ndarray, "M y x 3"]], rules: Rules) -> Rejection | None:
+    """The first rule that a clip breaks; `kept` are the signatures of the clips kept before it, by id."""
+    if not clip.seconds > rules.min_seconds:
+        return Rejection("too_short", clip.seconds, f"seconds > {rules.min_seconds}")
+    if clip.fps < rules.min_fps:
+        return Rejection("wrong_fps", clip.fps, f"fps >= {rules.min_fps}")
+    if clip.clipped > rules.max_clipped:
+        return Rejection("clipped", clip.clipped, f"clipped <= {rules.max_clipped}")
+    if clip.motion < rules.min_motion:
+        return Rejection("frozen", clip.motion, f"motion >= {rules.min_motion}")
+    if clip.cut > rules.max_cut:
+        return Rejection("hard_cut", clip.cut, f"cut <= {rules.max_cut}")
+    if kept:
+        twin, away = closest(clip.signature, kept)
+        if away < rules.min_distance:
+            return Rejection("duplicate", away, f"distance >= {rules.min_distance} (from {twin})")
+    return None
+
+
+def coarse(frames: UInt8[np.ndarray, "V Y X 3"]) -> Float[np.ndarray, "V y x 3"]:
+    """Means of blocks, COARSE of them along each side."""
+    block = SIDE // COARSE
+    rows = frames.reshape(len(frames), COARSE, block, SIDE, 3).sum(2, dtype=np.uint16)
+    return rows.reshape(len(frames), COARSE, COARSE, block, 3).sum(3, dtype=np.uint16).astype(np.float32) / block**2
+
+
+def clipped(frames: UInt8[np.ndarray, "V Y X 3"]) -> float:
+    """Share of pixels that are black or white in all three channels, over the whole clip."""
+    red, green, blue = (frames[..., channel] for channel in range(3))
+    darkest, brightest = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
+    return float(((darkest >= WHITE) | (brightest <= BLACK)).mean())
+
+
+def motion(frames: UInt8[np.ndarray, "V Y X 3"], fps: float) -> float:
+    """How much a picture differs from that of a second before (mean over pixels, 0..255), in the middle of all seconds.
+
+    The median, so that a clip that stands still for most of its time is not saved by one jerk. A camera on a tripod
+    before a calm sea has 1.1, a static picture after H.264 less than 0.1.
+    """
+    step = min(max(1, round(fps)), len(frames) - 1)
+    if step < 1:
+        return 0.0
+    apart = np.abs(frames[step:].astype(np.int16) - frames[:-step]).mean((1, 2, 3), dtype=np.float64)
+    return float(np.median(apart))
+
+
+def cut(small: Float[np.ndarray, "V y x 3"], fps: float) -> float:
+    """The largest change from one frame to the next, over what is usual around it (half a second each way).
+
+    Block means hardly change in a pan; where everything moves fast (a whip pan, an arm before the lens), the usual
+    change around is as large. The third quartile is the usual one, so that repeated frames (animation on twos,
+    24 fps shown as 30) don't halve it. What is undone within FLASH frames is a flash. Dissolves go unseen.
+    """
+    change = np.abs(np.diff(small, axis=0)).mean((1, 2, 3), dtype=np.float64)
+    if len(change) <= FLASH:
+        return 0.0
+    far = np.abs(small[FLASH:] - small[:-FLASH]).mean((1, 2, 3), dtype=np.float64)
+    since, until = np.concatenate([far, change[len(far) :]]), np.concatenate([change[: FLASH - 1], far])
+    lasting = np.minimum(change, np.minimum(since, until))  # neither a flash's beginning nor its end
+    reach = max(2, round(fps / 2))
+    padded = np.pad(change, reach, mode="reflect" if len(change) > reach else "edge")
+    around = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
+    usual = np.quantile(np.delete(around, reach, axis=1), 0.75, axis=1)
+    return float((lasting / (FLOOR + usual)).max())
+
+
+def signature(small: Float[np.ndarray, "V y x 3"]) -> UInt8[np.ndarray, "M y x 3"]:
+    """A few moments, evenly over the clip: the same for a copy of another quality, size or frame rate.
+
+    Choice: a part of a clip, or its mirror image, is not recognised as a duplicate.
+    """
+    moments = np.linspace(0, len(small) - 1, MOMENTS).round().astype(int)
+    return np.rint(small[moments]).astype(np.uint8)
+
+
+def closest(signature: UInt8[np.ndarray, "M y x 3"], kept: dict[str, UInt8[np.ndarray, "M y x 3"]]) -> tuple[str, float]:
+    """The most similar of the clips kept before and its mean absolute difference, 0..255."""
+    mine = signature.astype(np.int16)
+    away = {name: float(np.abs(mine - other).mean(dtype=np.float64)) for name, other in kept.items()}
+    twin = min(away, key=lambda name: away[name])
+    return twin, away[twin]

@@ -1,0 +1,200 @@
+"""Video files: written with PyAV, read with decord, and read in a child process when they are not trusted yet.
+
+decord 0.6 has traps, measured in docs/choices.md: frames of some widths come back in the wrong shape or not at all,
+AV1 can't be opened, and a damaged file may crash the process or return other frames than asked for. So every answer
+is checked here, and apart.py reads unknown files in children that may die. Keep this module light: they import it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import decord
+import numpy as np
+from av.error import FFmpegError
+from decord import DECORDError
+from jaxtyping import UInt8
+
+UNREADABLE_WIDTHS = frozenset({8, 12, 16, 24, 48, 72})  # decord 0.6 returns the wrong shape or raises
+PRESET = "veryfast"
+TROUBLE = (DECORDError, RuntimeError, AssertionError, IndexError)  # what decord raises on files it can't read
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a file says of its best video stream; `frames` is the number of frames that are really in it."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+def write_video(path: Path, frames: Iterable[UInt8[np.ndarray, "Y X 3"]], *, fps: float, crf: int) -> int:
+    """Write frames as they come to an H.264 mp4 and return how many; the same frames give the same bytes.
+
+    The file appears under its name when it is whole. The index is put in front, so that a page can play it at once.
+    """
+    part = path.with_name(f".{path.name}.partial")
+    count, size = 0, None
+    try:
+        with av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            # Choice: one thread, because x264's rate control depends on the number of threads.
+            rate, options = Fraction(fps).limit_denominator(1001), {"crf": str(crf), "preset": PRESET}
+            stream = container.add_stream("libx264", rate=rate, options=options)
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.thread_count = 1
+            for frame in frames:
+                picture = np.ascontiguousarray(frame)
+                if size is None:
+                    size = stream.height, stream.width = picture.shape[:2]
+                if picture.shape != (*size, 3) or picture.dtype != np.uint8 or size[0] % 2 or size[1] % 2:
+                    raise ValueError(
+                        f"frame {count} of {path.name} is {picture.dtype} {list(picture.shape)}; "
+                        f"every frame must be uint8 [height, width, 3] of one even size"
+                    )
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                count += 1
+            if size is None:
+                raise ValueError(f"{path.name} would have no frames; give at least one")
+            container.mux(stream.encode(None))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def probe(path: Path) -> Probe:
+    """Open a file and count its frames without decoding them. One sentence when it is damaged or no video."""
+    reader = opened(path)
+    return described(reader, path)
+
+
+def sample(path: Path, *, side: int) -> tuple[Probe, UInt8[np.ndarray, "V Y X 3"]]:
+    """Every frame of a file, squeezed to side x side: decoding all of them is the only proof that a file is whole."""
+    found = probe(path)
+    frames = grabbed(opened(path, height=side, width=side), np.arange(found.frames), path)
+    return found, shaped(frames, found.frames, side, side, path)
+
+
+def read_video(path: Path, *, height: int, width: int, fps: float, frames: int | None = None) -> UInt8[np.ndarray, "V Y X 3"]:
+    """The frames nearest in time to 0, 1/fps, 2/fps, …, resized to cover height x width, and their middle cut out.
+
+    A file that has this size and rate already comes back as decoded. `frames` reads only the first ones.
+    """
+    if width in UNREADABLE_WIDTHS:
+        raise ValueError(f"video.width is {width}, which decord reads wrongly (as {sorted(UNREADABLE_WIDTHS)}); use 32, 64 or wider")
+    reader = opened(path)
+    found = described(reader, path)
+    times = reader.get_frame_timestamp(np.arange(found.frames))[:, 0].astype(np.float64)
+    wanted = nearest(times - times[0], found, fps)
+    if frames is not None and len(wanted) < frames:
+        raise ValueError(f"{path.name} has {len(wanted)} frames at {fps:g} fps, fewer than the {frames} asked for; use a longer video")
+    wanted = wanted[:frames]
+    tall, wide = covering(found, height, width)
+    if (tall, wide) != (found.height, found.width):
+        # Choice: decord scales while it decodes (bilinear over the whole footprint of a pixel, so without aliasing):
+        # a minute of full HD never lies in memory at its own size.
+        reader = opened(path, height=tall, width=wide)
+    video = shaped(grabbed(reader, wanted, path), len(wanted), tall, wide, path)
+    top, left = (tall - height) // 2, (wide - width) // 2
+    return np.ascontiguousarray(video[:, top : top + height, left : left + width])
+
+
+def nearest(times: np.ndarray, found: Probe, fps: float) -> np.ndarray:
+    """Indices of the frames nearest to multiples of 1/fps; all of them when the file has this rate already."""
+    steady = np.abs(times - np.arange(len(times)) / fps).max() < 0.5 / fps
+    if steady and abs(found.fps - fps) < 1e-3 * fps:
+        return np.arange(found.frames)
+    end = times[-1] + 1 / found.fps
+    middles = (times[1:] + times[:-1]) / 2
+    return np.searchsorted(middles, np.arange(max(1, int(end * fps + 1e-3))) / fps)
+
+
+def covering(found: Probe, height: int, width: int) -> tuple[int, int]:
+    """The smallest size with the file's proportions that covers height x width and that decord can deliver."""
+    wide = max(width, round(found.width * height / found.height))
+    while wide in UNREADABLE_WIDTHS:
+        wide += 1
+    return max(height, round(found.height * wide / found.width)), wide
+
+
+def opened(path: Path, *, height: int = -1, width: int = -1) -> Any:
+    try:
+        return decord.VideoReader(str(path), num_threads=1, height=height, width=width)
+    except TROUBLE as error:
+        raise ValueError(complaint(path, str(error))) from None
+
+
+def described(reader: Any, path: Path) -> Probe:
+    """Number, rate and size of the frames, checked against what the container promises."""
+    shape = grabbed(reader, np.zeros(1, np.int64), path).shape
+    fps = float(reader.get_avg_fps())
+    if len(shape) != 4 or shape[3] != 3 or not 0 < fps < 1000:
+        raise ValueError(complaint(path, ""))
+    found = Probe(frames=len(reader), fps=fps, width=shape[2], height=shape[1])
+    promised = promise(path, fps)
+    # Choice: a count is exact; a duration may include sound that goes on a little longer than the picture.
+    if promised is not None and found.frames < promised:
+        raise ValueError(f"{path.name} is cut off: its header promises {promised} frames, {found.frames} are there")
+    return found
+
+
+def promise(path: Path, fps: float) -> int | None:
+    """Frames that the container's header promises: its count, or, without one, its duration less a tolerance."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.frames:
+                return stream.frames if stream else None
+            stated = stream.metadata.get("DURATION", "")  # Matroska's, of the stream itself: "00:00:10.381000000"
+            seconds = (container.duration or 0) / av.time_base
+            if stated.count(":") == 2:
+                hours, minutes, rest = (float(part) for part in stated.split(":"))
+                seconds = 3600 * hours + 60 * minutes + rest
+            return int((seconds - max(0.5, 0.05 * seconds)) * fps) if seconds else None
+    except (FFmpegError, ValueError):
+        return None
+
+
+def grabbed(reader: Any, indices: np.ndarray, path: Path) -> np.ndarray:
+    try:
+        return reader.get_batch(indices).asnumpy()  # type: ignore[no-any-return]
+    except TROUBLE as error:
+        raise ValueError(complaint(path, str(error))) from None
+
+
+def shaped(video: np.ndarray, frames: int, height: int, width: int, path: Path) -> np.ndarray:
+    if video.shape != (frames, height, width, 3) or video.dtype != np.uint8:
+        wanted = [frames, height, width, 3]
+        raise ValueError(f"{path.name} came back as {video.dtype} {list(video.shape)}, not uint8 {wanted}; convert it to H.264")
+    return video
+
+
+def complaint(path: Path, error: str) -> str:
+    """One sentence on a file that decord refused. decord's own message holds the time and memory addresses."""
+    if not path.is_file():
+        return f"{path.name} is not there; check its name"
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            codec, width = (stream.codec_context.codec.canonical_name, stream.width) if stream else ("", 0)
+    except (FFmpegError, ValueError):
+        return f"{path.name} is not a video, or has lost its header; replace it"
+    if not codec:
+        return f"{path.name} has no video stream; replace it"
+    if width in UNREADABLE_WIDTHS:
+        return f"{path.name} is {width} pixels wide, which decord reads wrongly (as {sorted(UNREADABLE_WIDTHS)}); resize it"
+    if "cannot find video stream" in error:
+        return f"{path.name} is {codec}, which decord cannot decode; convert it to H.264"
+    return f"{path.name} is damaged: not all of its frames can be decoded; replace it"

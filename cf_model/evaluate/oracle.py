@@ -1,0 +1,221 @@
+"""Metrics of the known world (cf_model/data/worlds.py): what a video shows, read off its pixels.
+
+The compass strip gives the heading of every frame, so landmarks can be compared with those seen before at the same
+heading. Lengths are in the world's units; colours in 0..255. Every function takes uint8 frames [V, Y, X, 3].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cf_model.data import worlds
+
+Video = UInt8[np.ndarray, "V Y X 3"]
+BIN = 4  # units of heading that are compared as one
+BINS = worlds.PANORAMA // BIN
+EDGE = 3  # units at the picture's sides that are not read: the codec blurs them
+SHORTEST_VISIT = 4  # frames
+_PALETTE = np.array(list(worlds.COLOURS.values()), float)
+_NAMES = list(worlds.COLOURS)
+
+
+def rows(video: Video, which: slice) -> np.ndarray:
+    unit = video.shape[1] // 32
+    return video[:, which.start * unit : which.stop * unit].astype(float)
+
+
+def heading(video: Video) -> tuple[Float[np.ndarray, " V"], Float[np.ndarray, " V"]]:
+    """Heading of the left edge in units, and how well the columns of the strip agree on it (0..1)."""
+    strip = rows(video, worlds.COMPASS_ROWS).mean(axis=1) / 255
+    top, low = strip.max(axis=-1), strip.min(axis=-1)
+    spread = np.maximum(top - low, 1e-6)
+    red, green, blue = np.moveaxis(strip, -1, 0)
+    sector = np.where(top == green, (blue - red) / spread + 2, (red - green) / spread + 4)
+    hue = np.where(top == red, ((green - blue) / spread) % 6, sector) / 6
+    columns = np.arange(video.shape[2]) / (video.shape[1] // 32)
+    turn = (np.exp(2j * np.pi * (hue - columns / worlds.PANORAMA)) * (spread > 0.15)).mean(axis=1)
+    return np.angle(turn) / (2 * np.pi) * worlds.PANORAMA % worlds.PANORAMA, np.abs(turn)
+
+
+def sky(video: Video) -> Float[np.ndarray, "V 3"]:
+    return np.median(rows(video, worlds.SKY_ROWS), axis=(1, 2))
+
+
+def _sky_colours() -> np.ndarray:
+    middle = (worlds.SKY_ROWS.start + worlds.SKY_ROWS.stop) / 2 / worlds.SCENE
+    return np.array([np.array(a) + (np.array(b) - np.array(a)) * middle for a, b in worlds.SKIES.values()])
+
+
+@dataclass(frozen=True, eq=False)
+class Sprite:
+    """Pixels of each palette colour that stand out of their sky row, and the extent of the most common one."""
+
+    counts: Float[np.ndarray, "V 6"]  # in square units
+    wide: Float[np.ndarray, " V"]  # standard deviation of the pixels' places, units; nan where too few
+    high: Float[np.ndarray, " V"]
+
+
+def sprite(video: Video) -> Sprite:
+    unit = video.shape[1] // 32
+    region = rows(video, worlds.SPRITE_ROWS)
+    # the median of the row is the sky: no sprite is half as wide as the picture
+    away = np.abs(region - np.median(region, axis=2, keepdims=True)).sum(axis=-1)
+    vivid = region.max(axis=-1) - region.min(axis=-1) > 60
+    nearest = ((region[..., None, :] - _PALETTE) ** 2).sum(axis=-1).argmin(axis=-1)
+    mask = (away > 90) & vivid
+    shown = np.stack([(mask & (nearest == c)) for c in range(len(_PALETTE))], axis=-1)
+    counts = shown.sum(axis=(1, 2)) / unit**2
+    main = np.take_along_axis(shown, counts.argmax(axis=1)[:, None, None, None], axis=-1)[..., 0].astype(float)
+    total = main.sum(axis=(1, 2))
+    y, x = np.mgrid[0 : main.shape[1], 0 : main.shape[2]] / unit
+    with np.errstate(invalid="ignore", divide="ignore"):
+        extent = []
+        for place in (x, y):
+            mean = (main * place).sum(axis=(1, 2)) / total
+            extent.append(np.sqrt((main * (place - mean[:, None, None]) ** 2).sum(axis=(1, 2)) / total))
+    few = total < 8 * unit**2
+    return Sprite(counts, np.where(few, np.nan, extent[0]), np.where(few, np.nan, extent[1]))
+
+
+def plain_metrics(video: Video) -> dict[str, float]:
+    """What can be said of any video."""
+    scene = rows(video, slice(0, worlds.SCENE))
+    return {
+        "sharpness": float(np.abs(np.diff(scene, axis=2)).mean() * (video.shape[1] // 32)),
+        "motion": float(np.abs(np.diff(video.astype(float), axis=0)).mean()),
+    }
+
+
+def prompt_metrics(video: Video, truth: Mapping[str, Any], fps: float) -> dict[str, float]:
+    """How much of the caption a video shows, and how it moves."""
+    turn, coherence = heading(video)
+    top = sky(video)
+    colours, wanted = _sky_colours(), list(worlds.SKIES).index(truth["sky"])
+    seen = sprite(video)
+    own = seen.counts[:, _NAMES.index(truth["colour"])]
+    step = (np.diff(turn) + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
+    out = plain_metrics(video) | {
+        "compass_coherence": coherence.mean(),
+        "sky_accuracy": (((top[:, None] - colours) ** 2).sum(-1).argmin(axis=1) == wanted).mean(),
+        "sky_error": np.abs(top - colours[wanted]).mean(),
+        "sprite_recall": (own >= 8).mean(),
+        "sprite_precision": own.sum() / max(seen.counts.sum(), 1.0),
+        "speed": np.abs(step).mean() * fps,
+        "jitter": np.abs(np.diff(step)).mean() * fps,
+    }
+    readable = ~np.isnan(seen.wide)
+    if readable.any():
+        ratio = np.log(np.maximum(seen.wide[readable], 0.1) / np.maximum(seen.high[readable], 0.1))
+        shape = np.where(ratio > 0.45, "bar", np.where(ratio < -0.35, "post", "disc"))
+        out["shape_accuracy"] = (shape == truth["shape"]).mean()
+    return {name: float(value) for name, value in out.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """A stretch of frames in which a bin of heading is in view, and its landmark colours there."""
+
+    bin: int
+    first: int
+    last: int  # one past
+    colour: Float[np.ndarray, "rows 3"]  # median over the visit
+
+
+def visits(video: Video) -> list[Visit]:
+    """In the order of their beginnings."""
+    unit = video.shape[1] // 32
+    turn, _ = heading(video)
+    band = rows(video, worlds.LANDMARK_ROWS)
+    width = video.shape[2] / unit
+    out = []
+    for b in range(BINS):
+        place = (b * BIN + BIN / 2 - turn + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
+        inside = np.concatenate([[False], (place > EDGE) & (place < width - EDGE), [False]])
+        edges = np.flatnonzero(np.diff(inside.astype(int)))
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            if last - first >= SHORTEST_VISIT:
+                at = np.rint(place[first:last] * unit).astype(int)
+                near = np.clip(at[:, None] + np.arange(-unit, unit + 1), 0, video.shape[2] - 1)
+                strip = band[np.arange(first, last)[:, None], :, near].mean(axis=1)
+                out.append(Visit(b, int(first), int(last), np.median(strip, axis=0)))
+    return sorted(out, key=lambda v: (v.first, v.bin))
+
+
+def memory_metrics(video: Video, fps: float, gap: float) -> dict[str, float]:
+    """Do landmarks come back as they were? Distances between visits that are `gap` seconds apart.
+
+    memory_ratio: same heading over other headings; 0 remembers everything, 1 nothing. It says nothing without the
+    diversity of the videos: a world of one colour would have a low distance everywhere.
+    """
+    found = visits(video)
+    same, other = [], []
+    for i, a in enumerate(found):
+        for b in found[i + 1 :]:
+            distance = float(np.abs(a.colour - b.colour).mean())
+            apart = min((a.bin - b.bin) % BINS, (b.bin - a.bin) % BINS) * BIN
+            if apart == 0 and (b.first - a.last) >= gap * fps:
+                same.append(distance)
+            elif apart >= 12:
+                other.append(distance)
+    out = {"headings_covered": len({v.bin for v in found}) / BINS}
+    if other:
+        out["other_heading"] = float(np.mean(other))
+    if same and other:
+        out["same_heading"] = float(np.mean(same))
+        out["memory_ratio"] = out["same_heading"] / max(out["other_heading"], 1e-6)
+    return out
+
+
+def map_metrics(video: Video, truth: Mapping[str, Any], *, prefix: int, fps: float, gap: float) -> dict[str, float]:
+    """Landmarks after a real prefix of so many frames, against the true panorama at the heading shown.
+
+    map_error counts what was seen in the prefix and then was out of sight for more than `gap` seconds; map_error_recent
+    what was seen in the prefix and is still, or again, in view sooner.
+    """
+    unit = video.shape[1] // 32
+    band = slice(worlds.LANDMARK_ROWS.start * unit, worlds.LANDMARK_ROWS.stop * unit)
+    true = worlds.panorama(tuple(truth["landmarks"]), truth["sky"], unit)[band]
+    found = visits(video)
+    errors: dict[str, list[float]] = {"map_error": [], "map_error_recent": []}
+    for i, visit in enumerate(found):
+        before = [v for v in found[:i] if v.bin == visit.bin]
+        if visit.last <= prefix or not before or before[0].first >= prefix or visit.first < prefix:
+            continue
+        middle = int((visit.bin * BIN + BIN / 2) * unit)
+        columns = np.arange(middle - unit, middle + unit + 1) % true.shape[1]
+        error = float(np.abs(visit.colour - true[:, columns].mean(axis=1)).mean())
+        away = (visit.first - before[-1].last) / fps
+        errors["map_error" if away > gap else "map_error_recent"].append(error)
+    return {name: float(np.mean(values)) for name, values in errors.items() if values}
+
+
+def map_of(video: Video) -> dict[int, np.ndarray]:
+    """Mean landmark colours at each heading the video shows."""
+    out: dict[int, list[np.ndarray]] = {}
+    for visit in visits(video):
+        out.setdefault(visit.bin, []).append(visit.colour)
+    return {b: np.mean(colours, axis=0) for b, colours in out.items()}
+
+
+def diversity(maps: list[dict[int, np.ndarray]], skies: list[str]) -> float | None:
+    """Mean landmark distance between videos of one sky at equal headings; None when no two can be compared."""
+    distances = [
+        float(np.abs(maps[i][b] - maps[j][b]).mean())
+        for i in range(len(maps))
+        for j in range(i)
+        if skies[i] == skies[j]
+        for b in sorted(maps[i].keys() & maps[j].keys())
+    ]
+    return float(np.mean(distances)) if distances else None
+
+
+def heading_perplexity(headings: list[Float[np.ndarray, " V"]]) -> float:
+    """Effective number, of twelve, of headings that the videos spend their time at."""
+    share = np.histogram(np.concatenate(headings), 12, (0, worlds.PANORAMA))[0].astype(float)
+    share /= share.sum()
+    return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))

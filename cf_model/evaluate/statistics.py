@@ -1,0 +1,95 @@
+"""Intervals for means over prompts, and for paired differences of two systems.
+
+The unit that is resampled is the prompt, never the video: seeds of one prompt are one draw (a cluster bootstrap).
+That covers the choice of prompts and noise. It says nothing about another training run, which would need training seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean over videos with its percentile interval; one prompt alone has none, then low and high are nan."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        return not np.isnan(self.low)
+
+
+def point(mean: float) -> Interval:
+    return Interval(mean, float("nan"), float("nan"))
+
+
+class Difference(NamedTuple):
+    """Mean of second minus first over the (prompt, seed) pairs that both have; `p` is two-sided, by sign flips, or nan."""
+
+    first: float
+    second: float
+    change: Interval
+    p: float
+
+
+def bootstrap(values: Mapping[str, Sequence[float]] | Sequence[float], *, resamples: int, seed: int) -> Interval:
+    """Interval of the mean over all videos, given each prompt's values (one per seed); in a plain list each is its own prompt."""
+    # Sorted, so that the same draws come out in whatever order the prompts were read.
+    groups = [values[prompt] for prompt in sorted(values)] if isinstance(values, Mapping) else [[value] for value in values]
+    if not groups or not all(groups):
+        raise ValueError("bootstrap got a prompt without values; every prompt needs at least one, leave empty ones out")
+    totals = np.array([sum(group) for group in groups], float)
+    counts = np.array([len(group) for group in groups], float)
+    mean = float(totals.sum() / counts.sum())
+    if len(groups) < 2:
+        return point(mean)
+    drawn = np.random.default_rng(seed).integers(len(groups), size=(resamples, len(groups)))
+    means = totals[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def sign_flip(differences: Sequence[float], *, resamples: int, seed: int) -> float:
+    """Two-sided p of a mean difference under "each prompt's difference could as well have had the other sign".
+
+    Exact when all sign patterns fit into `resamples`, otherwise drawn; then p is never below 1 / (resamples + 1).
+    """
+    values = np.asarray(differences, float)
+    if len(values) == 0:
+        raise ValueError("sign_flip got no differences; it needs at least one pair")
+    # Rounding must not let the observed pattern miss its own bound.
+    bound = abs(values.mean()) * (1 - 1e-12)
+    if 2 ** min(len(values), 62) <= resamples:
+        patterns = np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1
+        return float(np.mean(np.abs((1 - 2 * patterns) @ values / len(values)) >= bound))
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(values)))
+    hits = int(np.sum(np.abs(signs @ values / len(values)) >= bound))
+    return (hits + 1) / (resamples + 1)
+
+
+def paired(
+    first: Mapping[tuple[str, int], float], second: Mapping[tuple[str, int], float], *, resamples: int, seed: int
+) -> Difference | None:
+    """Second system minus first, over the (prompt, seed) that both have. None when they share none."""
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        return None
+    by_prompt: dict[str, list[float]] = {}
+    for key in shared:
+        by_prompt.setdefault(key[0], []).append(second[key] - first[key])
+    change = bootstrap(by_prompt, resamples=resamples, seed=seed)
+    means = [float(np.mean(group)) for group in by_prompt.values()]
+    p = sign_flip(means, resamples=resamples, seed=seed) if len(means) > 1 else float("nan")
+    return Difference(
+        first=float(np.mean([first[key] for key in shared])),
+        second=float(np.mean([second[key] for key in shared])),
+        change=change,
+        p=p,
+    )

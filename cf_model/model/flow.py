@@ -1,0 +1,63 @@
+"""The straight path between data and noise, x_σ = (1 - σ) x_0 + σ ε; its models predict the velocity ε - x_0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Which noise levels the losses see. σ is in [0, 1]; only the transformer's door multiplies it by 1000."""
+
+    shift: float  # moves levels towards 1; Wan 2.1 at 480p: 5
+    sigma_min: float  # levels of the distillation losses (Self-Forcing's dmd.py: 0.02 to 0.98)
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        if self.shift < 1:
+            raise ValueError(f"shift is {self.shift}, which would move noise levels away from 1; use 1 or more")
+        if not 0 <= self.sigma_min < self.sigma_max <= 1:
+            raise ValueError(f"sigma_min is {self.sigma_min} and sigma_max {self.sigma_max}; they must rise within 0..1")
+
+    def warp(self, u: Tensor) -> Tensor:
+        """Levels u, uniform in [0, 1], to shifted noise levels σ."""
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def levels(self, steps: int) -> list[float]:
+        """σ of a sampler with so many steps, from 1 down to 0, both ends included."""
+        return self.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
+
+    def sample_sigma(self, batch: int, rng: torch.Generator) -> Float[Tensor, " B"]:
+        """For flow matching: the whole range, shifted."""
+        return self.warp(torch.rand(batch, generator=rng))
+
+    def sample_score_sigma(self, batch: int, rng: torch.Generator) -> Float[Tensor, " B"]:
+        """For the scores of a distillation: shifted, then clamped, as Self-Forcing does."""
+        return self.sample_sigma(batch, rng).clamp(self.sigma_min, self.sigma_max)
+
+
+def add_noise(x_0: Float[Tensor, "B *rest"], noise: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"]) -> Float[Tensor, "B *rest"]:
+    s = expand(sigma, x_0)
+    return (1 - s) * x_0 + s * noise
+
+
+def to_x0(x_t: Float[Tensor, "B *rest"], velocity: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"]) -> Float[Tensor, "B *rest"]:
+    return x_t - expand(sigma, x_t) * velocity
+
+
+def to_velocity(x_t: Float[Tensor, "B *rest"], x_0: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"]) -> Float[Tensor, "B *rest"]:
+    """σ must not be 0: there x_t is x_0 and says nothing of the velocity."""
+    return (x_t - x_0) / expand(sigma, x_t)
+
+
+def expand(sigma: Float[Tensor, " B"], like: Tensor) -> Tensor:
+    return sigma.view(-1, *[1] * (like.ndim - 1)).to(like)
+
+
+def gaussian(shape: torch.Size | tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Noise from a generator of ours: drawn on its own device, so a seed means the same everywhere it lives."""
+    return torch.randn(shape, generator=rng, device=rng.device)

@@ -1,0 +1,50 @@
+"""Building, saving and loading the transformer: diffusers' WanTransformer3DModel in its own folder layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+
+from .denoiser import Denoiser, ModelSpec
+
+
+def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int) -> Denoiser:
+    """A new transformer. Its head starts at 0, so that the first loss is the spread of the velocities."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=spec.heads,
+            attention_head_dim=spec.head_dim,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=text_channels,
+            freq_dim=spec.freq,
+            ffn_dim=spec.ffn,
+            num_layers=spec.layers,
+            rope_max_seq_len=spec.positions,
+        )
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    return Denoiser(transformer)
+
+
+def save(model: Denoiser, folder: Path) -> None:
+    """A diffusers folder: config.json and diffusion_pytorch_model.safetensors."""
+    rope, model.transformer.rope = model.transformer.rope, model.transformer.rope.table
+    try:
+        model.transformer.save_pretrained(folder, safe_serialization=True)
+    finally:
+        model.transformer.rope = rope
+
+
+def load(folder: Path) -> Denoiser:
+    """Strict: a weight that is missing, unknown or of another shape is an error with its name."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is not a diffusers folder; run the stage that makes it")
+    transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder, local_files_only=True))
+    transformer.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
+    return Denoiser(transformer)

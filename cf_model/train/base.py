@@ -1,0 +1,55 @@
+"""The bidirectional base model: text to one window of video, by flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cf_model.model.denoiser import Denoiser
+from cf_model.model.flow import Flow, add_noise, gaussian
+
+from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    init: Literal["scratch", "wan"]
+    steps: int
+    batch: int
+    window: int  # latent frames
+    dropout: float  # share of prompts that are left out, for guidance
+    optimizer: OptimizerSpec
+    ema: float
+    save_every: int
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, batch=self.batch, window=self.window, save_every=self.save_every)
+
+
+class Base:
+    def __init__(self, spec: BaseSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int) -> None:
+        self.spec, self.model, self.latents, self.flow = spec, model, latents, flow
+        self.rows = latents.rows("train", at_least=spec.window)
+        self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
+        self.average = Average(model, spec.ema)
+        self.random = Random(seed)
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer, "random": self.random}
+
+    def step(self, number: int) -> dict[str, float]:
+        rng = self.random.rng
+        rows = batches(self.rows, self.spec.batch, self.random)
+        # Choice: a window may begin anywhere in a clip; with the linear codec any latent can be the first of a video.
+        starts = [self.random.integers(0, self.latents.frames(row) - self.spec.window, 1)[0] for row in rows]
+        x = self.latents.window(rows, starts, self.spec.window)
+        text = drop_prompts(self.latents.text(rows), self.spec.dropout, self.random)
+        sigma = self.flow.sample_sigma(len(x), rng)
+        noise = gaussian(x.shape, rng)
+        loss = (self.model.velocity(add_noise(x, noise, sigma), sigma, text) - (noise - x)).square().mean()
+        loss.backward()
+        norm = self.optimizer.step()
+        self.average.update()
+        return {"loss": loss.item(), "gradient": norm}

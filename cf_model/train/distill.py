@@ -1,0 +1,59 @@
+"""Distribution matching distillation, with or without a context: two losses, each headed by its equation."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cf_model.model.flow import Flow, add_noise, gaussian, to_x0
+from cf_model.model.view import Score, TeacherView
+
+
+@torch.no_grad()
+def generator_gradient(
+    x: Float[Tensor, "B F C H W"],
+    text: Float[Tensor, "B T E"],
+    *,
+    real: Score,
+    fake: Score,
+    context: Float[Tensor, "B K C H W"],
+    view: TeacherView,
+    flow: Flow,
+    rng: torch.Generator,
+    guidance: float,
+) -> tuple[Float[Tensor, "B F C H W"], dict[str, float]]:
+    """Where the student's frames x should not go: (fake - real) / mean|x - real| at one random noise level.
+
+    `# Paper:` eq. 4 without a context, eq. 6 with one; the normaliser is DMD's, one a sample. Both scores see the same
+    clean context. A gradient that is not finite is 0, as in Self-Forcing.
+    """
+    sigma = flow.sample_score_sigma(len(x), rng)
+    x_t = add_noise(x, gaussian(x.shape, rng), sigma)
+    fake_x0 = to_x0(x_t, view.velocity(fake, x_t, sigma, text, context), sigma)
+    real_velocity = view.velocity(real, x_t, sigma, text, context)
+    if guidance != 1:
+        null = view.velocity(real, x_t, sigma, torch.zeros_like(text), context)
+        real_velocity = null + guidance * (real_velocity - null)
+    real_x0 = to_x0(x_t, real_velocity, sigma)
+    normaliser = (x - real_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    gradient = torch.nan_to_num((fake_x0 - real_x0) / normaliser, nan=0.0, posinf=0.0, neginf=0.0)
+    seen = {"normaliser": normaliser.mean(), "score_distance": (fake_x0 - real_x0).abs().mean(), "dm_gradient": gradient.abs().mean()}
+    return gradient, {name: float(value) for name, value in seen.items()}
+
+
+def critic_loss(
+    x: Float[Tensor, "B F C H W"],
+    text: Float[Tensor, "B T E"],
+    *,
+    fake: Score,
+    context: Float[Tensor, "B K C H W"],
+    view: TeacherView,
+    flow: Flow,
+    rng: torch.Generator,
+) -> Float[Tensor, ""]:
+    """Flow matching of the critic on the student's own frames x, after the same context: mean |v - (ε - x)|²."""
+    sigma = flow.sample_sigma(len(x), rng)
+    noise = gaussian(x.shape, rng)
+    velocity = view.velocity(fake, add_noise(x, noise, sigma), sigma, text, context)
+    return (velocity - (noise - x)).square().mean()

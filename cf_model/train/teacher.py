@@ -1,0 +1,65 @@
+"""The context teacher: the base model learns to go on from a long past, by error-recycling fine-tuning (sec. 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cf_model.model.denoiser import Denoiser
+from cf_model.model.flow import Flow
+from cf_model.model.view import TeacherView
+
+from .erft import ErrorBank, ErrorSpec, erft_loss
+from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    steps: int
+    batch: int
+    target: int  # latent frames the teacher goes on for
+    shortest: int  # latent frames from the clip's beginning to the target, at least
+    longest: int  # and at most
+    no_context: float  # share of the steps without a past, so that it can also begin a video
+    dropout: float
+    view: TeacherView
+    errors: ErrorSpec
+    optimizer: OptimizerSpec
+    ema: float
+    save_every: int
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, batch=self.batch, target=self.target, shortest=self.shortest, save_every=self.save_every)
+        if self.longest < self.shortest:
+            raise ValueError(f"longest is {self.longest}, less than shortest {self.shortest}; use at least that")
+
+
+class Teacher:
+    def __init__(self, spec: TeacherSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int) -> None:
+        self.spec, self.model, self.latents, self.flow = spec, model, latents, flow
+        self.rows = latents.rows("train", at_least=spec.longest + spec.target)
+        self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
+        self.average = Average(model, spec.ema)
+        self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
+        self.random = Random(seed)
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer, "bank": self.bank, "random": self.random}
+
+    def step(self, number: int) -> dict[str, float]:
+        spec, rng = self.spec, self.random.rng
+        rows = batches(self.rows, spec.batch, self.random)
+        start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, spec.longest, 1)[0]
+        starts = [self.random.integers(0, self.latents.frames(row) - start - spec.target, 1)[0] for row in rows]
+        clip = self.latents.window(rows, starts, start + spec.target)
+        x, context = clip[:, start:], clip[:, spec.view.frames(start)]
+        text = drop_prompts(self.latents.text(rows), spec.dropout, self.random)
+        sigma = self.flow.sample_sigma(len(x), rng)
+        loss = erft_loss(self.model, x, text, context, sigma, view=spec.view, bank=self.bank, step=number, rng=rng)
+        loss.backward()
+        norm = self.optimizer.step()
+        self.average.update()
+        name = "loss" if start else "loss_without_context"
+        return {name: loss.item(), "gradient": norm, "context_frames": float(context.shape[1]), **self.bank.statistics()}

@@ -1,0 +1,153 @@
+"""clips: video files with captions, rendered from worlds (bad ones planted among them) or taken from a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cf_model.data import worlds
+from cf_model.data.video import UNREADABLE_WIDTHS, read_video, write_video
+
+from .params import Params
+from .tracking import Track
+
+# What is planted, and the filter's reason for each. Nothing but tests and the report may know which clip is which.
+PLANTED = {
+    "too_short": "too_short",
+    "frozen": "frozen",
+    "hard_cut": "hard_cut",
+    "blown_out": "clipped",
+    "duplicate": "duplicate",
+    "truncated": "unreadable",
+    "wrong_fps": "wrong_fps",
+}
+SHORT_SECONDS = 6
+WRONG_FPS = 8
+OVEREXPOSED = 0.4  # quantile of the picture that an overexposure makes white, with all that is brighter
+WORSE_CRF = 6  # added for the second encoding of a duplicate
+SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+
+Row = dict[str, Any]
+
+
+def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
+    """Makes data/clips: video files and clips.jsonl, which has id, file, caption and, for rendered ones, the truth of each."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = list((taken if params.clips.source == "folder" else rendered)(params, track, out))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (out / "clips.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {"clips": len(rows), "planted": sum(row["planted"] is not None for row in rows)}
+
+
+def rendered(params: Params, track: Track, out: Path) -> Iterator[Row]:
+    """Worlds as clips. A clip's kind is drawn, so neither its number nor its neighbours tell of it."""
+    fps, size, clips = params.video.fps, (params.video.height, params.video.width), params.clips
+    checked(params)
+    rng = np.random.default_rng(params.seed)
+    kinds = planned(clips.count, clips.bad, rng)
+    progress = track.progress(len(kinds), unit="clip")
+    good: list[Row] = []
+    for i, kind in enumerate(kinds):
+        # Two worlds a clip, which no other clip has and no other seed of a pipeline below a million of them.
+        world, other = (worlds.draw(params.seed * 1_000_000 + 2 * i + j) for j in range(2))
+        row = described(i, ".mp4", world.caption, planted=kind)
+        path, crf = out / row["file"], clips.crf
+        if kind == "duplicate":
+            twin = good[rng.integers(len(good))]
+            row["caption"], crf = twin["caption"], min(51, crf + WORSE_CRF)
+            video = read_video(out / twin["file"], height=size[0], width=size[1], fps=fps)
+        else:
+            video = spoilt(kind, world, other, clips.frames, size, fps, rng)
+        write_video(path, video, fps=WRONG_FPS if kind == "wrong_fps" else fps, crf=crf)
+        if kind == "truncated":
+            whole = path.read_bytes()
+            path.write_bytes(whole[: int(len(whole) * rng.uniform(0.3, 0.9))])
+        if kind is None:
+            row["truth"] = world.truth(clips.frames, fps)
+            good.append(row)
+        progress.update()
+        yield row
+
+
+def checked(params: Params) -> None:
+    """Sizes that a world or decord can't have."""
+    height, width = params.video.height, params.video.width
+    if height % 32 or width % 2 or width in UNREADABLE_WIDTHS:
+        raise ValueError(
+            f"video.height is {height} and video.width {width}; a world's height is a multiple of 32, "
+            f"its width even and none of {sorted(UNREADABLE_WIDTHS)}, which decord misreads: use 32 and 32"
+        )
+    if params.clips.bad and not params.clips.count:
+        raise ValueError(f"clips.bad is {params.clips.bad} and clips.count 0; a duplicate needs a good clip: set clips.count to 1 or more")
+
+
+def planned(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:
+    """The kind of every clip, shuffled. The first is good, so that a duplicate has something before it to repeat."""
+    kinds: list[str | None] = [None] * count + [kind for kind in PLANTED for _ in range(bad)]
+    kinds = [kinds[i] for i in rng.permutation(len(kinds))]
+    if None in kinds:
+        first = kinds.index(None)
+        kinds[0], kinds[first] = kinds[first], kinds[0]
+    return kinds
+
+
+def spoilt(
+    kind: str | None, world: worlds.World, other: worlds.World, frames: int, size: tuple[int, int], fps: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The pictures of a clip of some kind; what is wrong with the file rather than the pictures comes later."""
+
+    def pictures(of: worlds.World, frames: int, fps: int = fps) -> np.ndarray:
+        return worlds.render(of, frames, height=size[0], width=size[1], fps=fps)
+
+    if kind == "too_short":
+        return pictures(world, SHORT_SECONDS * fps)
+    if kind == "wrong_fps":
+        return pictures(world, max(1, frames * WRONG_FPS // fps), WRONG_FPS)
+    if kind == "frozen":
+        return pictures(world, 1).repeat(frames, axis=0)
+    video = pictures(world, frames)
+    if kind == "hard_cut":
+        at = int(frames * rng.uniform(0.2, 0.8))
+        return np.concatenate([video[:at], pictures(other, frames)[at:]])
+    if kind == "blown_out":
+        white = max(1.0, float(np.quantile(video.min(-1), OVEREXPOSED)))
+        return np.rint(np.minimum(255.0, video * (255.0 / white))).astype(np.uint8)
+    return video
+
+
+def taken(params: Params, track: Track, out: Path) -> Iterator[Row]:
+    """Any folder's videos, subfolders included, in the order of their names."""
+    folder = params.clips.folder
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"clips.folder is {folder}, which is no folder; name one with videos, or set clips.source to worlds")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise ValueError(f"clips.folder is {folder}, which has no video ({' '.join(SUFFIXES)}); put some there, or name another")
+    progress = track.progress(len(files), unit="clip")
+    for i, file in enumerate(files):
+        row = described(i, file.suffix.lower(), caption(file), source=file.relative_to(folder).as_posix())
+        # Choice: copied, not linked. DVC write-protects what it caches, and a link would be the user's own file.
+        shutil.copyfile(file, out / row["file"])
+        progress.update()
+        yield row
+
+
+def caption(file: Path) -> str:
+    """FILE.txt beside FILE.mp4, or else the file's own name as words."""
+    beside = file.with_suffix(".txt")
+    if not beside.is_file():
+        return " ".join(file.stem.replace("-", " ").replace("_", " ").split())
+    words = beside.read_text(encoding="utf-8-sig", errors="replace").split()
+    if not words:
+        raise ValueError(f"{beside} is empty; write {file.name}'s caption in it, or delete it to use the name")
+    return " ".join(words)
+
+
+def described(number: int, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:
+    name = f"clip-{number:05d}"
+    return {"id": name, "file": name + suffix, "caption": caption, "source": source, "planted": planted, "truth": None}

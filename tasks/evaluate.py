@@ -1,0 +1,97 @@
+"""Stage `evaluate`: what the videos show, measured against the known world they come from."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cf_model.data.video import read_video
+from cf_model.evaluate import oracle
+from cf_model.evaluate.statistics import bootstrap
+
+from . import manifest as lines
+from .params import Params
+from .tracking import Track, rounded
+
+Curves = dict[tuple[str, str, str, float], dict[str, list[float]]]  # suite, system, metric, second -> prompt -> values
+WINDOW = 2  # seconds of one point of a curve
+CURVES = ("sprite_recall", "sky_error", "sharpness", "motion", "compass_coherence")
+
+
+def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) -> dict[str, Any]:
+    """Scores each video, then each system: results/cells.jsonl is the truth, everything else is derived from it."""
+    truths = {row["id"]: row["truth"] for row in lines.rows(clips / "clips.jsonl")}
+    videos = lines.rows(samples / "index.jsonl")
+    size = {"height": params.video.height, "width": params.video.width, "fps": params.video.fps}
+    bar = track.progress(len(videos), "video")
+    cells: list[dict[str, Any]] = []
+    curves: Curves = defaultdict(lambda: defaultdict(list))
+    shown: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in videos:
+        video = read_video(samples / row["file"], **size)
+        truth = truths.get(row["clip"])
+        key = {name: row[name] for name in ("suite", "system", "prompt", "clip", "seed", "file")}
+        for name, value in score(params, video, truth, row["prefix_frames"]).items():
+            cells.append(key | {"metric": name, "value": rounded(value)})
+        if truth:
+            made = video[row["prefix_frames"] :]
+            seen = {"map": oracle.map_of(made), "sky": truth["sky"], "heading": oracle.heading(made)[0]}
+            shown[row["suite"], row["system"]].append(seen)
+            for second, values in windows(video, truth, params.video.fps):
+                for name in CURVES:
+                    curves[row["suite"], row["system"], name, second][row["prompt"]].append(values[name])
+        bar.update()
+    bar.close()
+    out.mkdir(parents=True, exist_ok=True)
+    lines.write(out / "cells.jsonl", cells)
+    write_curves(out / "curves.csv", curves, params)
+    return summary(cells, shown)
+
+
+def score(params: Params, video: np.ndarray, truth: dict[str, Any] | None, prefix: int) -> dict[str, float]:
+    """All that applies to one video; what a real prefix shows is not the system's doing and is left out."""
+    fps, gap = params.video.fps, params.evaluate.gap
+    made = video[prefix:]
+    if truth is None:
+        return oracle.plain_metrics(made)
+    values = oracle.prompt_metrics(made, truth, fps) | oracle.memory_metrics(made, fps, params.evaluate.absence)
+    if prefix:
+        values |= oracle.map_metrics(video, truth, prefix=prefix, fps=fps, gap=gap)
+    return values
+
+
+def windows(video: np.ndarray, truth: dict[str, Any], fps: int) -> list[tuple[float, dict[str, float]]]:
+    step = WINDOW * fps
+    return [(first / fps, oracle.prompt_metrics(video[first : first + step], truth, fps)) for first in range(0, len(video) - step + 1, step)]
+
+
+def write_curves(path: Path, curves: Curves, params: Params) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["suite", "system", "metric", "second", "mean", "low", "high"])
+        for key, values in curves.items():
+            found = bootstrap(values, resamples=params.evaluate.resamples, seed=params.seed)
+            table.writerow([*key, *("" if value is None else rounded(value) for value in (found.mean, found.low, found.high))])
+
+
+def summary(cells: list[dict[str, Any]], shown: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over videos, and what only the videos of a system together can tell."""
+    values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for cell in cells:
+        values[cell["suite"]][cell["system"]][cell["metric"]].append(cell["value"])
+    out: dict[str, Any] = {
+        suite: {system: {name: float(np.mean(v)) for name, v in metrics.items()} for system, metrics in systems.items()}
+        for suite, systems in values.items()
+    }
+    for (suite, system), videos in shown.items():
+        more = {
+            "videos": float(len(videos)),
+            "diversity": oracle.diversity([v["map"] for v in videos], [v["sky"] for v in videos]),
+            "heading_perplexity": oracle.heading_perplexity([v["heading"] for v in videos]),
+        }
+        out[suite][system] |= {name: value for name, value in more.items() if value is not None}
+    return out

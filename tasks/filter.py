@@ -1,0 +1,95 @@
+"""filter: reads every clip to its end and keeps those that are fit to learn from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cf_model.data.apart import Unreadable, apart
+from cf_model.data.filter import REASONS, Measured, Rejection, judge, measure
+
+from .params import Params
+from .tracking import Track
+
+Row = dict[str, Any]
+
+
+def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, float]:
+    """Writes data/manifest.jsonl: for each clip of data/clips whether it was kept, or why not, with value and rule."""
+    listed = clips / "clips.jsonl"
+    if not listed.is_file():
+        raise ValueError(f"{listed} is not there; run the stage clips first")
+    stated = map(json.loads, listed.read_text(encoding="utf-8").splitlines())
+    # only these keys: `planted` says what a clip is, and would make the filter's success worthless
+    about = [{key: row[key] for key in ("id", "file", "caption")} for row in stated]
+    rules, progress = params.filter, track.progress(len(about), unit="clip")
+    found: dict[int, Measured | Unreadable] = {}
+    for i, result in apart(measure, [clips / row["file"] for row in about], workers=rules.workers, timeout=rules.timeout):
+        found[i] = result
+        progress.update()
+    signatures: dict[str, np.ndarray] = {}
+    rows = []
+    for i, row in enumerate(about):
+        clip = found[i]
+        if isinstance(clip, Unreadable):
+            rejection: Rejection | None = Rejection("unreadable", None, clip.sentence)
+        else:
+            rejection = judge(clip, signatures, rules)
+            if rejection is None:
+                signatures[row["id"]] = clip.signature
+        rows.append(entry(row, clip, rejection))
+    check(rows, clips, rules.heldout)
+    split(rows, rules.heldout)
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return counted(rows)
+
+
+def entry(about: Row, clip: Measured | Unreadable, rejection: Rejection | None) -> Row:
+    known = ("fps", "frames", "width", "height", "seconds")
+    facts = {key: None if isinstance(clip, Unreadable) else round(getattr(clip, key), 4) for key in known}
+    value = None if rejection is None or rejection.value is None else round(rejection.value, 4)
+    reason, rule = (rejection.reason, rejection.rule) if rejection else (None, None)
+    return about | facts | {"kept": rejection is None, "reason": reason, "value": value, "rule": rule, "split": None}
+
+
+def check(rows: list[Row], clips: Path, heldout: int) -> None:
+    kept = sum(row["kept"] for row in rows)
+    if not kept:
+        counts = ", ".join(f"{number} {reason}" for reason, number in Counter(row["reason"] for row in rows).most_common())
+        first = f"; the first: {rows[0]['id']}, {rows[0]['rule']}" if rows else ""
+        counts = counts or "there is none"
+        raise ValueError(f"no clip of {clips} passes the filter ({counts}{first}); add clips, or change filter in params.yaml")
+    if kept <= heldout:
+        raise ValueError(f"filter.heldout is {heldout}, but {clips} has {kept} clips that pass; use less than {kept}, or add clips")
+
+
+def split(rows: list[Row], heldout: int) -> None:
+    """Sets `split` of the kept clips.
+
+    # Choice: by a hash of the id, so that adding clips moves few between the sets, and different captions first, so that
+    # the evaluation's prompts differ.
+    """
+    kept = sorted((row for row in rows if row["kept"]), key=lambda row: hashlib.sha256(row["id"].encode()).digest())
+    first = list({row["caption"]: row for row in reversed(kept)}.values())[::-1]
+    unique = {row["id"] for row in first}
+    chosen = {row["id"] for row in [*first, *(row for row in kept if row["id"] not in unique)][:heldout]}
+    for row in kept:
+        row["split"] = "heldout" if row["id"] in chosen else "train"
+
+
+def counted(rows: list[Row]) -> dict[str, float]:
+    reasons = Counter(row["reason"] for row in rows if not row["kept"])
+    kept = [row for row in rows if row["kept"]]
+    return {
+        "clips": len(rows),
+        "kept": len(kept),
+        "kept_seconds": sum(row["seconds"] for row in kept),
+        "train": sum(row["split"] == "train" for row in kept),
+        "heldout": sum(row["split"] == "heldout" for row in kept),
+        **{f"rejected_{reason}": reasons[reason] for reason in REASONS},
+    }

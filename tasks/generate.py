@@ -1,0 +1,154 @@
+"""Stage `generate`: videos of every system x prompt x seed, and continuations of real prefixes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cf_model.data.latents import Latents
+from cf_model.data.prompts import read_prompts
+from cf_model.data.video import write_video
+from cf_model.model import wan
+from cf_model.model.codec import SPACE, load_codec, video_frames
+from cf_model.model.denoiser import Denoiser
+from cf_model.model.memory import ContextMemory
+from cf_model.model.rollout import stream
+from cf_model.model.text import WordEncoder
+from cf_model.model.view import sample
+
+from . import manifest
+from .params import Params, System
+from .tracking import Track
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make: `real` is the clip it goes on from, or shows when there is no system."""
+
+    suite: str
+    name: str
+    system: System | None
+    number: int
+    seed: int
+    prompt: str
+    clip: str | None
+    real: Tensor | None  # [1, F, C, H, W]
+
+    @property
+    def file(self) -> str:
+        return f"{self.suite}/{self.name}/{self.number:05d}-s{self.seed}.mp4"
+
+
+def run(
+    params: Params,
+    track: Track,
+    *,
+    codec: Path,
+    latents: Path,
+    base: Path,
+    teacher: Path,
+    causal_init: Path,
+    stage1: Path,
+    stage2: Path,
+    out: Path,
+) -> dict[str, float]:
+    """Text to video for every system, from the held-out captions or a file of prompts, and what follows a real prefix."""
+    weights = {"base": base, "teacher": teacher, "causal_init": causal_init, "stage1": stage1, "stage2": stage2}
+    clips, pictures = Latents(latents), load_codec(codec)
+    text = WordEncoder(params.text.tokens, params.text.channels)
+    todo = list(jobs(params, clips))
+    made = track.work / "samples"  # a killed run goes on with the videos it lacks
+    bar = track.progress(len(todo), "video")
+    models: dict[str, Denoiser] = {}
+    for job in todo:
+        path = made / job.file
+        if not path.exists():
+            if job.system and job.system.weights not in models:
+                models = {job.system.weights: wan.load(weights[job.system.weights])}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            chunks = make(params, job, models, text.encode([job.prompt]))
+            frames = (frame for part in pictures.decode_stream(chunks) for frame in part[0].numpy())
+            write_video(path, frames, fps=params.video.fps, crf=params.generate.crf)
+        bar.update()
+    bar.close()
+    shutil.copytree(made, out, dirs_exist_ok=True)
+    manifest.write(out / "index.jsonl", [line(params, job) for job in todo])
+    return {"videos": float(len(todo))}
+
+
+def line(params: Params, job: Job) -> dict[str, Any]:
+    prefix = 0 if job.suite == "prompts" else video_frames(params.generate.prefix)
+    return {
+        "suite": job.suite,
+        "system": job.name,
+        "prompt": job.prompt,
+        "clip": job.clip,
+        "seed": job.seed,
+        "file": job.file,
+        "prefix_frames": prefix,
+    }
+
+
+def jobs(params: Params, clips: Latents) -> Iterator[Job]:
+    """In the order of the systems, so that one model is in memory at a time."""
+    g = params.generate
+    heldout = clips.rows("heldout")[: g.prompts]
+    captions: list[tuple[str, int | None]] = [(clips.captions([row])[0], row) for row in heldout]
+    if g.prompts_file:
+        captions = [(prompt, None) for prompt in read_prompts(g.prompts_file)[: g.prompts]]
+    for number, clip in enumerate(heldout):
+        whole = clips.window([clip], [0], min(clips.frames(clip), g.frames))
+        yield Job("prompts", "real", None, number, 0, clips.captions([clip])[0], clips.clips[clip]["id"], whole)
+    for name, system in g.systems.items():
+        for number, (prompt, row) in enumerate(captions):
+            for seed in g.seeds:
+                yield Job("prompts", name, system, number, seed, prompt, None if row is None else clips.clips[row]["id"], None)
+    for name, system in g.continuations.items():
+        for number, clip in enumerate(heldout):
+            prefix = clips.window([clip], [0], g.prefix)
+            yield Job("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
+
+
+def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor) -> Iterator[Tensor]:
+    """Latents, chunk by chunk or window by window; a real prefix comes first. One video at a time: a memory decides for itself."""
+    if job.real is not None:
+        yield job.real
+    if job.system is None:
+        return
+    system, model = job.system, models[job.system.weights]
+    # the noise depends on seed and prompt only, so systems can be compared pair by pair
+    rng = torch.Generator().manual_seed(100_003 * (job.seed + 1) + job.number)
+    if system.memory:
+        rollout = params.stage2.rollout
+        memory = ContextMemory(system.memory) if job.real is None else model.watch(job.real, text, system.memory, chunk=rollout.chunk)
+        chunks = stream(model, text, shape(params), sigmas=rollout.sigmas(params.flow), chunk=rollout.chunk, memory=memory, rng=rng)
+        for _ in range((system.frames - memory.seen) // rollout.chunk):
+            yield next(chunks)
+        return
+    assert system.view
+    past = text.new_zeros(1, 0, *shape(params)) if job.real is None else job.real
+    while past.shape[1] < system.frames:
+        start = past.shape[1]
+        window = sample(
+            model,
+            text,
+            past[:, system.view.frames(start)],
+            (min(params.base.window, system.frames - start), *shape(params)),
+            view=system.view,
+            flow=params.flow,
+            steps=params.generate.sampler_steps,
+            guidance=params.generate.guidance,
+            rng=rng,
+        )
+        yield window
+        past = torch.cat([past, window], dim=1)
+
+
+def shape(params: Params) -> tuple[int, int, int]:
+    return params.codec.linear.channels, params.video.height // SPACE, params.video.width // SPACE

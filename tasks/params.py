@@ -1,0 +1,155 @@
+"""params.yaml as types. Every value that changes a result is stated there: nothing here has a default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from cf_model.model.codec import CodecSpec
+from cf_model.model.denoiser import ModelSpec
+from cf_model.model.flow import Flow
+from cf_model.model.memory import MemorySpec
+from cf_model.train.base import BaseSpec
+from cf_model.model.view import TeacherView
+from cf_model.train.causal_init import CausalInitSpec
+from cf_model.train.student import StudentSpec
+from cf_model.train.teacher import TeacherSpec
+
+from . import params_file
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Video(Section):
+    """The size every clip is brought to, and every video is generated at."""
+
+    height: PositiveInt
+    width: PositiveInt
+    fps: PositiveInt
+
+
+class Tracking(Section):
+    wandb: Literal["off", "offline", "online"]
+    project: str
+
+
+class Clips(Section):
+    source: Literal["worlds", "folder"]
+    folder: Path | None  # of videos, when source is folder; FILE.txt beside FILE.mp4 is its caption
+    count: Count  # good clips
+    bad: Count  # clips of each bad kind, planted among them
+    frames: PositiveInt
+    crf: Annotated[int, Field(ge=0, le=51)]
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if self.source == "folder" and self.folder is None:
+            raise ValueError("folder is null, but source is folder; name a folder of videos, or set source to worlds")
+        if self.source == "worlds" and not self.count:
+            raise ValueError("count is 0; render at least one good clip, or set source to folder")
+        return self
+
+
+class Filter(Section):
+    """Thresholds of cf_model/data/filter.py; a manifest states them with each rejection."""
+
+    min_seconds: PositiveFloat  # a clip must be longer
+    min_fps: PositiveFloat
+    max_clipped: Share  # share of pixels at black or white
+    min_motion: Annotated[float, Field(ge=0)]  # mean absolute difference of pictures a second apart, 0..255, median over the clip
+    max_cut: PositiveFloat  # largest lasting difference of neighbouring frames over what is usual around it
+    min_distance: Annotated[float, Field(ge=0)]  # mean absolute difference to any clip kept before, 0..255
+    heldout: Count  # kept clips that no training stage sees: prompts and prefixes of the evaluation
+    workers: PositiveInt  # processes that read files
+    timeout: PositiveFloat  # seconds that one file may take to be read
+
+
+class CodecParams(Section):
+    kind: Literal["linear", "wan"]
+    clips: PositiveInt  # that the linear codec is fitted on
+    linear: CodecSpec
+
+
+class Text(Section):
+    kind: Literal["words", "umt5"]
+    tokens: PositiveInt
+    channels: PositiveInt
+
+
+class Encode(Section):
+    shard: PositiveInt  # clips in a file
+    dtype: Literal["float32", "float16", "bfloat16"]
+
+
+class System(Section):
+    """One row of the comparison: weights, and what they see of the past: a memory (causal) or a view (bidirectional)."""
+
+    weights: Literal["base", "teacher", "causal_init", "stage1", "stage2"]
+    memory: MemorySpec | None
+    view: TeacherView | None
+    frames: PositiveInt  # latent frames of its videos, a real prefix included
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        causal = self.weights in ("causal_init", "stage1", "stage2")
+        if causal != (self.memory is not None) or causal == (self.view is not None):
+            kind, other = ("a memory", "view") if causal else ("a view", "memory")
+            raise ValueError(f"weights is {self.weights}, which is run with {kind}; state it, and set {other} to null")
+        return self
+
+
+class Generate(Section):
+    prompts: PositiveInt
+    prompts_file: Path | None  # one prompt a line; None: captions of the held-out clips
+    seeds: list[int]
+    frames: PositiveInt  # latent frames of the real clips beside them
+    prefix: PositiveInt  # latent frames of a real clip that a continuation starts from
+    sampler_steps: PositiveInt  # of the bidirectional models
+    guidance: Annotated[float, Field(ge=1)]
+    crf: Annotated[int, Field(ge=0, le=51)]
+    systems: dict[str, System]  # text to video
+    continuations: dict[str, System]  # of a real prefix
+
+
+class Evaluate(Section):
+    gap: PositiveFloat  # seconds out of sight before a return counts in map_error
+    absence: PositiveFloat  # and in memory_ratio
+    resamples: PositiveInt  # of the bootstrap
+    choices: Annotated[int, Field(ge=2)]  # captions in the blind guess
+
+
+class Params(Section):
+    profile: str
+    seed: Count
+    threads: PositiveInt
+    video: Video
+    tracking: Tracking
+    clips: Clips
+    filter: Filter
+    codec: CodecParams
+    text: Text
+    encode: Encode
+    model: ModelSpec
+    flow: Flow
+    base: BaseSpec
+    teacher: TeacherSpec
+    causal_init: CausalInitSpec
+    stage1: StudentSpec
+    stage2: StudentSpec
+    generate: Generate
+    evaluate: Evaluate
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    stated = params_file.read(path)
+    try:
+        return Params.model_validate(stated)
+    except ValidationError as error:
+        raise params_file.Refused(params_file.explain(error, Params, path)) from None

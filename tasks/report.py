@@ -1,0 +1,235 @@
+"""Stage `report`: one HTML page with videos, frame strips, curves and tables.
+
+It reads what the other stages wrote; what is absent is said to be absent.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cf_model.evaluate.figures import EVERY, GREY, PALETTE, Line, chart, gallery, guesses, item
+from cf_model.evaluate.report import Results, comparison, goals, recalls, render, tables, word
+
+from .params import Params, System
+from .tracking import Track
+
+Row = dict[str, Any]
+
+SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
+STAGES = {
+    "validate": "checks every value of params.yaml",
+    "clips": "renders worlds to video files, bad ones among them",
+    "filter": "keeps clips longer than 10 s that pass the quality rules",
+    "codec": "fits the codec: 4 frames to 1 latent, 8x in space",
+    "encode": "clips to latents, captions to embeddings",
+    "base": "bidirectional model by flow matching",
+    "teacher": "context teacher by error-recycling fine-tuning (sec. 3.4)",
+    "causal_init": "few-step causal student by teacher forcing",
+    "stage1": "distribution matching on 21 latent frames (sec. 3.1)",
+    "stage2": "contextual distribution matching with slow-fast memory (sec. 3.2, 3.3)",
+    "generate": "videos of every system, prompt and seed",
+    "evaluate": "metrics of the known world",
+}
+
+
+def lines(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def windows(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """Charts of results/curves.csv by suite: a metric against time, one line a system."""
+    series: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                values = [float(row[name]) if row[name] else float("nan") for name in ("second", "mean", "low", "high")]
+                series.setdefault((row["suite"], row["metric"]), {}).setdefault(row["system"], []).append(values)
+    charts: dict[str, list[dict[str, Any]]] = {}
+    for (suite, metric), systems in series.items():
+        drawn = [Line(colours.get(name, GREY), *np.array(sorted(rows)).T.tolist()) for name, rows in systems.items()]
+        charts.setdefault(suite, []).append({"word": word(metric), "svg": chart(drawn, x="seconds")})
+    return charts
+
+
+def training(models: Path) -> list[dict[str, Any]]:
+    """Charts of every value in models/<stage>/metrics.jsonl: faint as logged, and its running mean over a twentieth of the rows."""
+    found = []
+    for path in sorted(models.glob("*/metrics.jsonl"), key=lambda path: stage_order(path.parent.name)):
+        rows, charts = lines(path), []
+        for name in dict.fromkeys(key for row in rows for key in row if key != "step"):
+            pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
+            if len(pairs) < 2:
+                continue
+            x, y = pairs.T
+            width = max(1, len(y) // 20)
+            mean = np.convolve(y, np.ones(width) / width, "valid")
+            log = bool((y > 0).all() and y.max() > 50 * y.min())
+            both = [Line(PALETTE[0], x.tolist(), y.tolist(), faint=True), Line(PALETTE[0], x[width - 1 :].tolist(), mean.tolist())]
+            charts.append({"name": name.replace("_", " "), "last": float(mean[-1]), "svg": chart(both, x="step", log=log)})
+        found.append({"stage": path.parent.name, "charts": charts, "steps": rows[-1]["step"] if rows else 0})
+    return found
+
+
+def stage_order(name: str) -> tuple[int, str]:
+    return (list(STAGES).index(name) if name in STAGES else len(STAGES), name)
+
+
+def pipeline(metrics: Path) -> list[dict[str, Any]]:
+    """metrics/*.json by stage. This stage's own file is left out: it would be the one of the run before."""
+    names = sorted((path.stem for path in metrics.glob("*.json") if path.stem != "report"), key=stage_order)
+    rows = []
+    for name in dict.fromkeys([*STAGES, *names]):
+        path = metrics / f"{name}.json"
+        values = json.loads(path.read_text()) if path.exists() else None
+        scalars = {key: value for key, value in (values or {}).items() if isinstance(value, int | float)}
+        nested = len(values or {}) > len(scalars)  # evaluate's: they have tables of their own
+        rows.append({"stage": name, "does": STAGES.get(name, ""), "values": scalars, "absent": values is None, "nested": nested})
+    return rows
+
+
+def selection(manifest: Sequence[Row], clips: Path | None) -> dict[str, Any]:
+    """What the filter rejected and, where the clips were planted, whether it was right."""
+    known = {row["id"]: row["planted"] for row in lines(clips / "clips.jsonl")} if clips else {}
+    rejected = [row | {"planted": known.get(row["id"])} for row in manifest if not row["kept"]]
+    return {
+        "clips": len(manifest),
+        "kept": sum(row["kept"] for row in manifest),
+        "heldout": sum(row["split"] == "heldout" for row in manifest),
+        "rejected": rejected,
+        "reasons": Counter(row["reason"] for row in rejected).most_common(),
+        "known": bool(known),
+        "missed": [row["id"] for row in manifest if row["kept"] and known.get(row["id"])],
+        "lost": [row["id"] for row in rejected if not row["planted"]],
+        "planted": sum(bool(kind) for kind in known.values()),
+    }
+
+
+def recipe(system: System) -> str:
+    """Weights and what they see of the past, in words."""
+    if memory := system.memory:
+        return f"{system.weights}, memory: sink {memory.sink}, slow {memory.slow}, fast {memory.fast}"
+    if view := system.view:
+        frames = f"sink {view.sink}, slow {view.slow}{f' (every {view.stride}th)' if view.slow else ''}, fast {view.fast}"
+        seen = {"none": "nothing", "contiguous": f"the last {view.sink + view.slow + view.fast}", "sparse": frames}[view.context]
+        return f"{system.weights}, bidirectional, sees of the past: {seen}"
+    return system.weights
+
+
+def kind(system: System) -> str:
+    """What a teacher sees of the past, in a word: `goals` compares two of them."""
+    past = system.memory or system.view
+    if past is None or (system.view and system.view.context == "none"):
+        return "none"
+    if past.slow == 0:
+        return "fast only"
+    return "contiguous" if system.view and system.view.context == "contiguous" else "slow-fast"
+
+
+def by_weights(systems: Mapping[str, System], present: Iterable[str]) -> dict[str, str]:
+    """weights -> the system that shows them: the one of that name, or the first."""
+    found: dict[str, str] = {}
+    here = [name for name in systems if name in set(present)]
+    for name in sorted(here, key=lambda name: name != systems[name].weights):
+        found.setdefault(systems[name].weights, name)
+    return found
+
+
+def read_results(params: Params, results: Path, metrics: Path) -> Results:
+    cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
+    for row in lines(results / "cells.jsonl"):
+        if row["value"] is not None:
+            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item(row), row["seed"]] = row["value"]
+    file = metrics / "evaluate.json"
+    means = json.loads(file.read_text()) if file.exists() else {}
+    suites = {suite: systems for suite, systems in means.items() if isinstance(systems, dict)}
+    return Results(cells, suites, resamples=params.evaluate.resamples, seed=params.seed)
+
+
+def facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], shown: Sequence[Row]) -> list[tuple[str, str]]:
+    prompts = [row for row in index if row["suite"] == "prompts" and row["system"] != "real"]
+    prefixes = [row for row in index if row["suite"] == "continuations"]
+    return [
+        ("profile", params.profile),
+        ("prompts", str(len({item(row) for row in prompts}))),
+        ("seeds a prompt", str(len({row["seed"] for row in prompts}))),
+        ("longest video", f"{max((tile['seconds'] or 0 for row in shown for tile in row['tiles']), default=0):.1f} s"),
+        ("real prefixes continued", str(len({item(row) for row in prefixes}))),
+        ("videos in all", str(len(index))),
+        ("clips kept to train on", str(sum(row["split"] == "train" for row in manifest))),
+        ("size and rate", f"{params.video.width} × {params.video.height}, {params.video.fps} fps"),
+    ]
+
+
+def systems_of(suite: str, stated: Mapping[str, System], index: Sequence[Row], found: Results) -> list[str]:
+    """Those with a video or a number, in the order of params.yaml, real last."""
+    seen = {row["system"] for row in index if row["suite"] == suite}
+    seen |= {system for s, system, _ in found.cells if s == suite} | set(found.means.get(suite, {}))
+    return [name for name in [*stated, *sorted(seen - {*stated, "real"}), "real"] if name in seen]
+
+
+def run(
+    params: Params,
+    track: Track,
+    *,
+    results: Path,
+    samples: Path,
+    metrics: Path,
+    models: Path,
+    data: Path,
+    out: Path,
+    clips: Path | None = None,
+) -> dict[str, float]:
+    """Write the report: one HTML page with videos, frame strips, curves and tables that needs no other file.
+
+    `data` is the manifest; `clips`, if given, says which bad clips were planted. Times and hardware are not in the page
+    itself: it loads ../runtime/runtime.js where there is one.
+    """
+    index, found = lines(samples / "index.jsonl"), read_results(params, results, metrics)
+    recipes = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
+    present = {suite: systems_of(suite, systems, index, found) for suite, systems in recipes.items()}
+    names = [name for name in dict.fromkeys(present["prompts"] + present["continuations"]) if name != "real"]
+    colours = {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(names)} | {"real": GREY}
+    roles = {suite: by_weights(systems, present[suite]) for suite, systems in recipes.items()}
+    stages = {weights: {suite: role[weights] for suite, role in roles.items() if weights in role} for weights in ("stage1", "stage2")}
+    student = next((roles["prompts"][w] for w in ("stage2", "stage1", "causal_init", "base") if w in roles["prompts"]), None)
+    galleries = {suite: gallery(suite, index, present[suite], samples, params.video.fps) for suite in SUITES}
+    charts = windows(results / "curves.csv", colours)
+    teachers = [name for name in present["continuations"] if (s := recipes["continuations"].get(name)) and s.weights == "teacher"]
+    kinds = {kind(recipes["continuations"][name]): name for name in reversed(teachers)}
+    manifest = lines(data)
+    page = {
+        "params": params,
+        "facts": facts(params, index, manifest, [row for one in galleries.values() for row in one["rows"]]),
+        "colours": colours,
+        "recipes": {suite: {name: recipe(system) for name, system in systems.items()} for suite, systems in recipes.items()},
+        "goals": goals(found, roles["prompts"], kinds),
+        "student": student,
+        "guesses": guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),
+        "machine": {key: value for key, value in found.means.get("prompts", {}).get(student or "", {}).items() if "guess" in key},
+        "galleries": galleries,
+        "suites": [
+            {"title": title, "systems": present[suite], "tables": tables(found, suite, present[suite]), "charts": charts.get(suite, [])}
+            for suite, title in SUITES.items()
+        ],
+        "compared": comparison(found, stages["stage1"], stages["stage2"]),
+        "pairs": {suite: (name, stages["stage2"][suite]) for suite, name in stages["stage1"].items() if suite in stages["stage2"]},
+        "every": EVERY,
+        "teachers": recalls(found, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
+        "training": training(models),
+        "pipeline": pipeline(metrics),
+        "filter": selection(manifest, clips),
+        # Where a run is tracked changes no result, so it must not change the page.
+        "yaml": yaml.safe_dump(params.model_dump(mode="json", exclude={"tracking"}), sort_keys=False, allow_unicode=True),
+    }
+    html = render(page)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(html, encoding="utf-8")
+    return {"videos": html.count("data:video/mp4"), "strips": html.count("data:image/png"), "bytes": len(html.encode())}

@@ -1,0 +1,18 @@
+"""Stage `stage1`: distribution matching on one window (sec. 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from .params import Params
+from .student import distil
+from .tracking import Track
+
+
+def run(params: Params, track: Track, *, latents: Path, base: Path, causal_init: Path, out: Path) -> dict[str, float | None]:
+    """The causal student learns to make windows like the base model's, in few steps, from its own rollouts."""
+    # Choice: the base model is the real score here, not the context teacher without a context: it is the better
+    # model of one window, and stage 1 then doesn't wait for the teacher.
+    view = replace(params.teacher.view, context=params.stage1.teacher.context)
+    return distil(params.stage1, view, params.flow, params.seed, track, latents=latents, teacher=base, student=causal_init, out=out)

@@ -1,0 +1,35 @@
+"""What `make repro` ends with: where to look, and five lines of numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# label -> where in metrics/ the number stands
+SHOWN = {
+    "codec, dB against the decoded clip": ("codec", "psnr"),
+    "base, sprite recall": ("evaluate", "prompts", "base", "sprite_recall"),
+    "stage1, sprite recall": ("evaluate", "prompts", "stage1", "sprite_recall"),
+    "stage1, memory ratio": ("evaluate", "prompts", "stage1", "memory_ratio"),
+    "stage2, memory ratio": ("evaluate", "prompts", "stage2", "memory_ratio"),
+}
+
+
+def number(metrics: Path, stage: str, *keys: str) -> str:
+    file = metrics / f"{stage}.json"
+    value: Any = json.loads(file.read_text()) if file.exists() else None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return f"{value:.4g}" if isinstance(value, int | float) else "not measured"
+
+
+def summary(root: Path) -> str:
+    places = {"report": root / "reports/report.html", "videos": root / "samples"}
+    lines = [f"{name:<38} {path}" for name, path in places.items() if path.exists()]
+    lines += [f"{label:<38} {number(root / 'metrics', *where)}" for label, where in SHOWN.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(summary(Path.cwd()))

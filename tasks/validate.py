@@ -1,0 +1,28 @@
+"""Stage `validate`: all of params.yaml against its types, before anything is made from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .params import Params
+from .params_file import Refused
+from .tracking import Track
+
+
+def run(params: Params, track: Track, *, out: Path = Path("build/params.json")) -> dict[str, float]:
+    """Checks every value of params.yaml and writes them as one flat JSON file, defaults and overrides resolved."""
+    prompts = params.generate.prompts_file
+    if prompts is not None:
+        _check_prompts(prompts)
+    out.write_text(json.dumps(params.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+    return {}
+
+
+def _check_prompts(file: Path) -> None:
+    """Here and not only in `generate`, which starts an hour later."""
+    if not file.is_file():
+        raise Refused(f"generate.prompts_file is {file}, which isn't there; name a file with one prompt a line, or null")
+    with file.open() as lines:
+        if not any(line.strip() for line in lines):
+            raise Refused(f"generate.prompts_file is {file}, which holds no prompt; write one a line, or null for the held-out captions")

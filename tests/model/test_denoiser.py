@@ -1,0 +1,124 @@
+import copy
+
+import pytest
+import torch
+
+from cf_model.model import wan
+from cf_model.model.memory import ContextMemory
+from tests.small import SHAPE, denoiser, normal, spec
+
+TEXT = normal(2, 5, 8, seed=3)
+EVERYTHING = {"sink": 0, "slow": 0, "fast": 99, "promote": "none", "positions": "absolute"}
+
+
+def plain(model):
+    """The same weights in an untouched diffusers model."""
+    reference = type(model.transformer).from_config(model.transformer.config)
+    reference.load_state_dict(model.transformer.state_dict(), strict=True)
+    return reference.eval()
+
+
+def test_without_a_memory_it_is_diffusers_wan_to_the_bit():
+    model = denoiser()
+    x, sigma = normal(2, 6, *SHAPE), torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        expected = plain(model)(x.transpose(1, 2), 1000 * sigma, TEXT, return_dict=False)[0].transpose(1, 2)
+        assert torch.equal(model.velocity(x, sigma, TEXT), expected)
+        assert torch.equal(model(x, sigma, TEXT), x - sigma.view(-1, 1, 1, 1, 1) * expected)
+
+
+def test_one_level_a_frame_is_one_level_when_they_agree():
+    model, x = denoiser(), normal(2, 6, *SHAPE)
+    sigma = torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        assert torch.allclose(model.velocity(x, sigma[:, None].expand(2, 6), TEXT), model.velocity(x, sigma, TEXT), atol=1e-6)
+
+
+def test_state_dict_keys_stay_those_of_diffusers():
+    model = denoiser()
+    assert set(model.transformer.state_dict()) == set(plain(model).state_dict())
+
+
+class Masked:
+    """diffusers' own attention with a block-causal mask over tokens: what chunk after chunk must equal."""
+
+    def __init__(self, inner, mask):
+        self.inner, self.mask = inner, mask
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return self.inner(attn, hidden_states, encoder_hidden_states, self.mask, rotary_emb)
+
+
+def test_chunk_after_chunk_is_block_causal_attention():
+    model, x, chunk = denoiser(), normal(2, 9, *SHAPE), 3
+    reference = plain(model)
+    blocks = torch.arange(9 * 4) // (chunk * 4)
+    mask = (blocks[:, None] >= blocks[None, :])[None, None]
+    for block in reference.blocks:
+        block.attn1.set_processor(Masked(block.attn1.processor, mask))
+    zero = torch.zeros(2)
+    with torch.no_grad():
+        expected = reference(x.transpose(1, 2), zero, TEXT, return_dict=False)[0].transpose(1, 2)
+        memory = ContextMemory(spec(**EVERYTHING))
+        for first in range(0, 9, chunk):
+            part = x[:, first : first + chunk]
+            assert torch.allclose(model.velocity(part, zero, TEXT, memory), expected[:, first : first + chunk], atol=2e-5)
+            memory = model.remember(part, TEXT, memory)
+
+
+def test_moving_every_position_changes_nothing():
+    model = denoiser()
+    early = model.watch(normal(2, 6, *SHAPE), TEXT, spec(**EVERYTHING), chunk=3)
+    late = copy.copy(early)
+    object.__setattr__(late, "seen", early.seen + 40)
+    for frame in late.frames:
+        object.__setattr__(frame, "index", frame.index + 40)
+    x, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        moved = model.velocity(x, sigma, TEXT, late)
+        for frame in late.frames:
+            object.__setattr__(frame, "index", frame.index - 40)
+        assert torch.allclose(moved, model.velocity(x, sigma, TEXT, early), atol=2e-5)
+
+
+def test_what_was_forgotten_has_no_influence():
+    model = denoiser()
+    memory = model.watch(normal(2, 30, *SHAPE), TEXT, spec(slow=2), chunk=3)
+    kept = {frame.index for frame in memory.frames}
+    assert len(kept) < 30
+    x, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        before = model.velocity(x, sigma, TEXT, memory)
+        assert torch.equal(model.velocity(x, sigma, TEXT, memory), before)
+        memory.slow[0].keys[0].add_(1.0)  # what is remembered does have one
+        assert not torch.equal(model.velocity(x, sigma, TEXT, memory), before)
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    model = denoiser()
+    wan.save(model, tmp_path)
+    again = wan.load(tmp_path).eval()
+    x, sigma = normal(2, 6, *SHAPE), torch.tensor([0.3, 0.7])
+    with torch.no_grad():
+        assert torch.equal(model(x, sigma, TEXT), again(x, sigma, TEXT))
+    assert (tmp_path / "config.json").is_file() and model.transformer.rope.memory is None
+
+
+def test_a_missing_weight_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    wan.save(denoiser(), tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights.pop("proj_out.weight")
+    save_file(weights, file)
+    with pytest.raises(RuntimeError, match=r"proj_out\.weight"):
+        wan.load(tmp_path)
+
+
+def test_absolute_positions_end_with_the_table():
+    model = denoiser()
+    memory = ContextMemory(spec(**EVERYTHING))
+    object.__setattr__(memory, "seen", 254)
+    with pytest.raises(ValueError, match="RoPE table of 256 positions"):
+        model.velocity(normal(2, 3, *SHAPE), torch.tensor([0.5, 0.9]), TEXT, memory)

@@ -1,0 +1,36 @@
+"""Small random models and inputs for the tests of the mathematics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cf_model.model import wan
+from cf_model.model.denoiser import Denoiser, ModelSpec
+from cf_model.model.flow import Flow
+from cf_model.model.memory import MemorySpec
+
+SHAPE = (4, 4, 4)  # C, H, W: four tokens a frame
+FLOW = Flow(shift=5.0, sigma_min=0.02, sigma_max=0.98)
+
+
+def spec(**changes: object) -> MemorySpec:
+    values = {"sink": 3, "slow": 12, "fast": 6, "promote": "similarity", "tau": 0.95, "interval": 2, "positions": "anchored"}
+    return MemorySpec(**(values | changes))  # type: ignore[arg-type]
+
+
+def denoiser(seed: int = 0, layers: int = 2) -> Denoiser:
+    """A head that is not 0, so that something comes out."""
+    sizes = ModelSpec(layers=layers, heads=2, head_dim=12, ffn=32, freq=16, positions=256)
+    model = wan.build(sizes, channels=SHAPE[0], text_channels=8, seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.3, generator=rng)
+    return model.eval()
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

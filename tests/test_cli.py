@@ -1,0 +1,134 @@
+"""`cf`: what a person types, and what they read when it was wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tasks.__main__ as cf
+from tasks.params_file import Refused
+
+ROOT = Path(__file__).parent.parent
+REPEATABLE = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "MALLOC_TRIM_THRESHOLD_")
+
+
+def command(*words: str, at: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    python = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tasks.__main__ as cf; cf.cli()"
+    return subprocess.run(
+        [sys.executable, "-c", python, *words], cwd=at, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/tiny.yaml").write_bytes((ROOT / "profiles/tiny.yaml").read_bytes())
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    return tmp_path
+
+
+def test_help_lists_the_stages_in_running_order(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    cf.main(["--help"])
+    said = capsys.readouterr().out
+    first = [line.split()[0] for line in said.splitlines() if line.startswith("  ")]
+    assert first[: len(cf.stages())] == list(cf._pipeline())
+    assert all(len(line) <= 120 for line in said.splitlines())
+
+
+def test_a_stage_explains_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        cf.main(["validate", "--help"])
+    said = capsys.readouterr().out
+    assert "Checks every value" in said and "--out" in said and "python -m tasks validate --out build/params.json" in said
+
+
+def test_profiles_are_listed_and_used(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cf.main(["profile", "list"])
+    assert capsys.readouterr().out.startswith("tiny")
+    cf.main(["profile", "use", "tiny"])
+    header, rest = Path("params.yaml").read_text().split("\n", 1)
+    assert header.startswith("# From profiles/tiny.yaml") and rest == Path("profiles/tiny.yaml").read_text()
+    with pytest.raises(Refused, match="profile big isn't in profiles/; known are tiny"):
+        cf.main(["profile", "use", "big"])
+
+
+def test_validate_writes_the_resolved_parameters(project: Path) -> None:
+    cf.main(["profile", "use", "tiny"])
+    done = command("validate", at=project)
+    assert done.returncode == 0, done.stderr
+    assert '"profile": "tiny"' in Path("build/params.json").read_text()
+    assert not Path("metrics").exists()
+
+
+def test_a_refusal_is_one_sentence(project: Path) -> None:
+    Path("params.yaml").write_text(Path("profiles/tiny.yaml").read_text().replace("\nseed:", "\nsede:"))
+    done = command("validate", at=project)
+    assert done.returncode == 2
+    assert done.stderr.startswith("cf validate: params.yaml: ") and done.stderr.count("\n") == 1
+    assert "Traceback" in command("validate", at=project, CF_TRACEBACK="1").stderr
+
+
+def test_an_empty_prompt_file_is_refused_before_anything_runs(project: Path) -> None:
+    cf.main(["profile", "use", "tiny"])
+    Path("prompts.txt").write_text("\n \n")
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(re.sub(r"prompts_file:[^\n]*", "prompts_file: prompts.txt", text))
+    done = command("validate", at=project)
+    assert done.returncode == 2 and "generate.prompts_file is prompts.txt, which holds no prompt" in done.stderr
+    assert not Path("build/params.json").exists()
+
+
+def test_unknown_words_are_answered(project: Path) -> None:
+    done = command("stage3", at=project)
+    assert done.returncode == 2 and done.stderr.startswith("cf stage3: stage3 is neither a stage nor a command; known are validate")
+
+
+STAGE = '''"""Stage `{name}`: a toy."""
+import os
+from pathlib import Path
+
+def run(params, track, *, out: Path):
+    {body}
+    return {{}}
+'''
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "traceback"),
+    [
+        ("raise ValueError('no clip passes the filter;\\n lower it')", 1, False),
+        ("raise KeyError('a bug')", 1, True),
+        ("int('a bug')", 1, True),
+        ("raise OSError(28, 'No space left on device', 'models/base')", 1, False),
+        ("os.kill(os.getpid(), 15)", 143, False),
+        (f"out.write_text(' '.join(os.environ[name] for name in {REPEATABLE}))", 0, False),
+    ],
+)
+def test_what_was_raised_on_purpose_has_no_traceback(
+    body: str, code: int, traceback: bool, project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A copy of the package with one more stage, so that the file is found as any stage is."""
+    home = tmp_path_factory.mktemp("copy")
+    for package in ("tasks", "cf_model"):
+        for file in (ROOT / package).rglob("*.py"):
+            (home / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            (home / file.relative_to(ROOT)).write_bytes(file.read_bytes())
+    (home / "tasks/toy.py").write_text(STAGE.format(name="toy", body=body))
+    cf.main(["profile", "use", "tiny"])
+    environment = {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "7"}
+    words = [sys.executable, "-m", "tasks", "toy", "--out", "toy.txt"]
+    done = subprocess.run(words, cwd=project, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert ("Traceback" in done.stderr) == traceback, done.stderr
+    if code == 0:
+        assert Path("toy.txt").read_text() == "1 0 4000000000"
+    elif not traceback and code == 1:
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("cf toy: ")

@@ -1,0 +1,69 @@
+"""What a newcomer meets: README, Makefile, CI and the pins agree with one another."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tasks import summary
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_makefile_and_ci_agree() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.M))
+    readme, ci = ROOT / "README.md", (ROOT / ".ci/run").read_text()
+    assert {"repro", "test", "lint", "help"} <= targets
+    used = set(re.findall(r"\bmake ([a-z]+)", ci))
+    assert used >= {"lint", "test", "repro"} and used <= targets
+    if not readme.exists():
+        pytest.skip("no README yet")
+    shown = set(re.findall(r"^\s*(?:\$ )?(?:\w+=\S+ )?make ([a-z]+)", readme.read_text(), re.M)) | set(re.findall(r"`make ([a-z]+)", readme.read_text()))
+    assert {"repro", "test"} <= shown <= targets
+
+
+def test_what_is_needed_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = {}
+    for line in (ROOT / "requirements/cpu.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            package, _, version = line.partition("==")
+            pins[canonical(package)] = version
+    assert all(pins.values()) and len(pins) > 50
+    for wanted in map(Requirement, project["dependencies"]):
+        assert pins[canonical(wanted.name)] in wanted.specifier, wanted
+
+
+def canonical(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def test_make_says_what_can_be_made_and_what_it_needs(tmp_path: Path) -> None:
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"  {target}" in shown for target in ("repro", "test", "lint"))
+    old = tmp_path / "python"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] || exit 1\necho Python 3.9.2\n')
+    old.chmod(0o755)
+    done = subprocess.run(["make", "repro", f"PYTHON={old}", f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and f"{old} is Python 3.9.2, but Python 3.11 or newer is needed" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_the_last_words_of_make_repro(tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/report.html").write_text("")
+    stage, *keys = next(iter(summary.SHOWN.values()))
+    value = "12.345678"
+    for key in reversed(keys):
+        value = f'{{"{key}": {value}}}'
+    (tmp_path / f"metrics/{stage}.json").write_text(value)
+    said = summary.summary(tmp_path).splitlines()
+    assert said[0].endswith(str(tmp_path / "reports/report.html"))
+    assert len(said) == 6 and said[1].endswith("12.35") and said[2].endswith("not measured")

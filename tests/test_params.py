@@ -1,0 +1,154 @@
+"""Every value is stated, and what is stated wrongly is said in one sentence: key, value, rule, way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tasks import params, params_file
+from tasks.params_file import Refused
+
+ROOT = Path(__file__).parent.parent
+PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
+FREE = ("generate.systems", "generate.continuations")  # the user names what is in them
+
+
+def leaves(tree: dict[str, Any], at: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield at + name
+        if isinstance(value, dict):
+            yield from leaves(value, f"{at}{name}.")
+
+
+def without(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    tree = json.loads(json.dumps(tree))  # and not a deep copy: sections that YAML aliases to one another must part
+    *parents, last = key.split(".")
+    inner = tree
+    for part in parents:
+        inner = inner[part]
+    del inner[last]
+    return tree
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    tree = json.loads(json.dumps(params_file.read(ROOT / "profiles/tiny.yaml")))
+    inner = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        inner = inner[part]
+    inner[last] = value
+    return tree
+
+
+def refusal(tree: dict[str, Any], folder: Path) -> str:
+    file = folder / "params.yaml"
+    file.write_text(json.dumps(tree))  # JSON is YAML
+    with pytest.raises(Refused) as caught:
+        params.load(file)
+    said = str(caught.value)
+    assert said.startswith(f"{file}: ") and "\n" not in said
+    return said.removeprefix(f"{file}: ")
+
+
+def test_there_are_profiles() -> None:
+    assert {"tiny", "smoke", "wan-1.3b"} <= {file.stem for file in PROFILES}
+
+
+@pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
+def test_a_profile_states_every_value(file: Path) -> None:
+    stated = params_file.read(file)
+    assert params.load(file).profile == file.stem
+    for key in leaves(stated):
+        if key.rpartition(".")[0] not in FREE:
+            with pytest.raises(ValidationError) as caught:
+                params.Params.model_validate(without(stated, key))
+            assert f"{key} is missing; every value is stated" in params_file.explain(caught.value, params.Params, file)
+
+
+@pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
+def test_profiles_have_the_same_keys(file: Path) -> None:
+    def names(file: Path) -> list[str]:
+        return [key for key in leaves(params_file.read(file)) if not key.startswith(FREE)]
+
+    assert names(file) == names(PROFILES[0])
+
+
+def test_the_committed_params_are_a_profile() -> None:
+    stated = params_file.read(ROOT / "params.yaml")
+    assert stated == params_file.read(ROOT / "profiles" / f"{stated['profile']}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("seed", -1, ["seed is -1; it must be greater than or equal to 0"]),
+        ("seed", "one", ["seed is 'one'; it must be"]),
+        ("threads", 0, ["threads is 0; it must be greater than 0"]),
+        ("filter.max_clipped", 1.5, ["filter.max_clipped is 1.5; it must be less than or equal to 1"]),
+        ("base.steps", 2.5, ["base.steps is 2.5; it must be"]),
+        ("stage2.teacher.context", "nothing", ["stage2.teacher.context is 'nothing'; it must be 'none', "]),
+        ("stage2.memory.fast", 0, ["stage2.memory.", "fast"]),
+        ("stage2.memory", 3, ["stage2.memory is 3; it must be"]),
+        ("stage1.student_optimizer.lr", 0, ["stage1.student_optimizer.lr is 0"]),
+        ("model", None, ["model is None; it must be"]),
+        ("tracking.wandb", {"mode": "off"}, ["it must be 'off', 'offline' or 'online'"]),
+        ("seed", {"first": 1}, ["seed is a section of 1 keys; it must be"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_rule(key: str, value: Any, words: list[str], tmp_path: Path) -> None:
+    said = refusal(changed(key, value), tmp_path)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("sede", "did you mean seed?"),
+        ("base.step", "did you mean base.steps?"),
+        ("stage2.memory.sinks", "did you mean stage2.memory.sink?"),
+        ("stage2.horizon.longst", "did you mean stage2.horizon.longest?"),
+        ("tracking.xxxx", "known there: wandb, project"),
+    ],
+)
+def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path: Path) -> None:
+    assert refusal(changed(key, 1), tmp_path) == f"{key} is not a parameter; {hint}"
+
+
+def test_several_errors_are_one_sentence(tmp_path: Path) -> None:
+    tree = changed("seed", -1)
+    tree["threads"] = 0
+    assert refusal(tree, tmp_path).endswith("(1 more after this one)")
+
+
+def test_numbers_and_words_are_what_dvc_reads(tmp_path: Path) -> None:
+    """PyYAML would make text of 2e-6 and False of off; DVC, which writes `dvc exp run -S` values, does neither."""
+    file = tmp_path / "some.yaml"
+    file.write_text("a: 2e-6\nb: 2.0e-06\nc: off\nd: 1e3\n")
+    assert params_file.read(file) == {"a": 2e-6, "b": 2e-6, "c": "off", "d": 1000.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: a is stated a second time"),
+        ("a: [1\nb: 2\n", "line 2 is not YAML"),
+        ("- 1\n", "holds no keys"),
+        ("", "holds no keys"),
+    ],
+)
+def test_a_file_that_is_not_parameters(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(Refused) as caught:
+        params_file.read(file)
+    assert words in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="cf profile use tiny"):
+        params_file.read(tmp_path / "params.yaml")

@@ -1,0 +1,207 @@
+"""The shell around a stage: nothing half-written, nothing lost by a kill, two never at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tasks import runner, tracking
+from tasks.params_file import Refused
+
+ROOT = Path(__file__).parent.parent
+PARAMS = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
+STATED = {"seed": 0, "toy": {"steps": 6}, "other": 1}
+PIPELINE = "stages:\n  toy:\n    cmd: python -m tasks toy\n    deps: [data.txt, code.py, folder]\n    params: [seed, toy.steps]\n"
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(PIPELINE)
+    for name in ("data.txt", "code.py"):
+        Path(name).write_text(name)
+    Path("folder").mkdir()
+    Path("folder/inside.txt").write_text("x")
+    yield tmp_path
+
+
+def execute(run: Any, out: str = "made/out.txt") -> None:
+    runner.execute("toy", run, {"data": Path("data.txt"), "out": Path(out)}, PARAMS, STATED)
+
+
+def key(stated: dict[str, Any] = STATED, **paths: Path) -> str:
+    return runner.key("toy", {"data": Path("data.txt"), "out": Path("out.txt"), **paths}, stated)
+
+
+def good(params: Any, track: tracking.Track, *, data: Path, out: Path) -> dict[str, Any]:
+    track.log(1, loss=0.123456789)
+    out.write_text(data.read_text())
+    return {"b": 1 / 3, "a": {"n": 2}}
+
+
+def bad(params: Any, track: tracking.Track, *, data: Path, out: Path) -> dict[str, Any]:
+    out.write_text("half")
+    raise ValueError("no clip passes the filter")
+
+
+def test_a_stage_leaves_its_out_its_metrics_and_runtime_facts() -> None:
+    execute(good)
+    assert Path("made/out.txt").read_text() == "data.txt"
+    assert Path("metrics/toy.json").read_text() == '{\n  "a": {\n    "n": 2\n  },\n  "b": 0.333333\n}\n'
+    facts = json.loads(Path("runtime/toy.json").read_text())
+    assert facts["wall_seconds"] >= 0 and facts["peak_mib"] > 1 and facts["threads"] == 1
+    script = Path("runtime/runtime.js").read_text()
+    assert json.loads(script.removeprefix("window.CF_RUNTIME = ").rstrip(";\n"))["toy"] == facts
+    assert list(Path("work/toy").iterdir()) == []
+
+
+def test_a_failure_leaves_what_was_there() -> None:
+    execute(good)
+    before = {path: path.read_bytes() for path in (Path("made/out.txt"), Path("metrics/toy.json"), Path("runtime/toy.json"))}
+    Path("data.txt").write_text("new")
+    with pytest.raises(ValueError, match="no clip passes"):
+        execute(bad)
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.name for path in Path("made").iterdir()] == ["out.txt"]
+
+
+def test_a_folder_takes_the_place_of_the_old_one() -> None:
+    def folder(params: Any, track: tracking.Track, *, data: Path, out: Path) -> dict[str, Any]:
+        assert not out.exists() and out.name == "models.partial"
+        out.mkdir()
+        (out / data.read_text()).write_text("")
+        return {}
+
+    execute(folder, "models")
+    Path("data.txt").write_text("second")
+    Path("models.partial").mkdir()  # as a kill leaves it
+    Path("models.partial/rest").write_text("")
+    execute(folder, "models")
+    assert [path.name for path in Path("models").iterdir()] == ["second"]
+    assert not Path("models.partial").exists() and not Path("models.old").exists()
+
+
+def test_a_metric_that_is_not_finite_is_refused() -> None:
+    def nan(params: Any, track: tracking.Track, *, data: Path, out: Path) -> dict[str, Any]:
+        out.write_text("")
+        return {"system": {"loss": float("nan")}}
+
+    with pytest.raises(ValueError, match=r"toy\.system\.loss is nan"):
+        execute(nan)
+    assert not Path("made/out.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: Path("data.txt").write_text("changed"),
+        lambda: Path("code.py").write_text("changed"),
+        lambda: Path("folder/inside.txt").write_text("changed"),
+        lambda: Path("folder/inside.txt").rename("folder/renamed.txt"),
+        lambda: Path("folder/inside.txt").unlink(),
+        lambda: Path("dvc.yaml").write_text(PIPELINE.replace("toy.steps", "other")),
+    ],
+)
+def test_the_key_changes_with_all_a_stage_depends_on(change: Any) -> None:
+    before = key()
+    change()
+    assert key() != before
+
+
+def test_the_key_changes_with_parameters_of_the_stage_only() -> None:
+    before = key()
+    assert key(STATED | {"other": 2}) == before
+    assert key(STATED | {"toy": {"steps": 7}}) != before
+    assert key(out=Path("elsewhere")) != before
+    Path("unlisted.txt").write_text("1")
+    assert key() == before
+    listed = key(extra=Path("unlisted.txt"))
+    Path("unlisted.txt").write_text("2")
+    assert key(extra=Path("unlisted.txt")) != listed, "a file given by hand counts too"
+    with pytest.raises(Refused, match=r"toy\.steps isn't in params\.yaml"):
+        key({"seed": 0, "toy": {}})
+
+
+STAGE = f"""
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+from tasks import runner
+from tasks.params_file import Refused
+
+def run(params, track, *, data, out):
+    saved = track.work / "step"
+    first = int(saved.read_text()) if saved.exists() else 0
+    if first:
+        assert track.resume
+        track.resumed(first)
+    for step in range(first + 1, 7):
+        track.log(step, square=step * step)
+        if step % 2 == 0:
+            saved.write_text(str(step))
+        if step == 5 and os.environ.get("HANG"):
+            print("hanging", flush=True)
+            time.sleep(60)
+    out.mkdir()
+    track.save(out)
+    return {{}}
+
+params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
+try:
+    runner.execute("toy", run, dict(data=Path("data.txt"), out=Path("model")), params, {STATED!r})
+except Refused as error:
+    sys.exit(str(error))
+"""
+
+
+def start(**environment: str) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", STAGE], env=os.environ | environment, **pipes)
+
+
+def hanging() -> subprocess.Popen[str]:
+    process = start(HANG="1")
+    assert process.stdout and process.stdout.readline() == "hanging\n", process.communicate()
+    return process
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_resumed_ends_as_never_killed(end: signal.Signals, project: Path) -> None:
+    first = hanging()
+    first.send_signal(end)
+    first.wait(timeout=20)
+    assert first.returncode == (143 if end == signal.SIGTERM else -9)
+    (folder,) = Path("work/toy").iterdir()
+    assert (folder / "step").read_text() == "4" and not Path("model").exists()
+    with (folder / "metrics.jsonl").open("a") as curve:
+        curve.write('{"step": 6, "squ')  # a kill in the middle of a row
+
+    assert start().wait(timeout=20) == 0
+    rows = Path("model/metrics.jsonl").read_text()
+    assert [json.loads(row) for row in rows.splitlines()] == [{"step": n, "square": n * n} for n in range(1, 7)]
+    assert Path("model/metrics.csv").read_text() == "step,square\n" + "".join(f"{n},{n * n}\n" for n in range(1, 7))
+    assert json.loads(Path("runtime/toy.json").read_text())["resumed_at"] == 4
+    assert list(Path("work/toy").iterdir()) == []
+
+
+def test_a_second_process_stops_with_one_sentence() -> None:
+    first = hanging()
+    try:
+        second = start()
+        _, said = second.communicate(timeout=20)
+        assert second.returncode == 1
+        (folder,) = Path("work/toy").iterdir()
+        assert said.strip() == f"{folder} is in use by process {first.pid}; wait for it to end, or end it, and start again"
+    finally:
+        first.kill()
+        first.communicate()

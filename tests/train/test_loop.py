@@ -1,0 +1,137 @@
+import json
+
+import pytest
+import torch
+
+from cf_model.model import checkpoint
+from cf_model.train.loop import Average, Optimizer, OptimizerSpec, Random, drop_prompts, fit
+from cf_model.train.student import Distillation
+from tasks.tracking import Track
+from tests.small import FLOW, SHAPE, denoiser, normal
+
+
+def optimizer(**changes):
+    values = {"lr": 1e-3, "muon_lr": 0.01, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01, "clip": 1.0, "warmup": 3, "decay": 0.5}
+    return OptimizerSpec(**(values | changes))
+
+
+class Job:
+    """A little training with everything that a real one has: model, optimisers, average, random numbers."""
+
+    def __init__(self, steps=8):
+        self.model, self.random = denoiser(), Random(5)
+        self.optimizer, self.average = Optimizer(self.model, optimizer(), steps), Average(self.model, 0.9)
+        self.state = {"model": self.model, "optimizer": self.optimizer, "average": self.average, "random": self.random}
+        self.die_at = None
+
+    def step(self, number):
+        if number == self.die_at:
+            raise KeyboardInterrupt
+        x = torch.randn(2, 3, *SHAPE, generator=self.random.rng)
+        loss = self.model.velocity(x, torch.rand(2, generator=self.random.rng), normal(2, 5, 8)).square().mean()
+        loss.backward()
+        norm = self.optimizer.step()
+        self.average.update()
+        return {"loss": loss.item(), "gradient": norm}
+
+
+def weights(job):
+    return torch.cat([p.detach().flatten() for p in [*job.model.parameters(), *job.average.model.parameters()]])
+
+
+@pytest.mark.parametrize("die_at", [3, 4, 7])
+def test_resumed_is_never_stopped_to_the_bit(tmp_path, die_at):
+    whole, first, second = Job(), Job(), Job()
+    fit(whole.step, steps=8, state=whole.state, log=Track("whole", make(tmp_path / "whole")), save_every=2)
+    first.die_at = die_at
+    with pytest.raises(KeyboardInterrupt):
+        fit(first.step, steps=8, state=first.state, log=Track("job", make(tmp_path / "job")), save_every=2)
+    track = Track("job", tmp_path / "job")
+    fit(second.step, steps=8, state=second.state, log=track, save_every=2)
+    assert torch.equal(weights(whole), weights(second))
+    assert track.facts["resumed_at"] == die_at // 2 * 2
+    assert track.curve.read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in track.curve.read_text().splitlines()] == list(range(1, 9))
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path):
+    job = Job()
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, step, job.state)
+    newest = sorted(tmp_path.glob("step-*"))
+    assert len(newest) == checkpoint.KEEP
+    newest[-1].write_bytes(newest[-1].read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"step-00000006\.safetensors can't be read"):
+        assert checkpoint.restore(tmp_path, Job().state) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    with pytest.raises(ValueError, match="step 2: loss is nan"):
+        fit(lambda n: {"loss": float("nan") if n else 1.0}, steps=3, state={}, log=Track("t", tmp_path), save_every=1)
+
+
+def test_every_weight_is_in_one_optimiser_and_moves():
+    job = Job()
+    held = [id(p) for part, _ in job.optimizer.parts for group in part.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in job.model.parameters())
+    before = [p.detach().clone() for p in job.model.parameters()]
+    for n in range(3):
+        job.step(n)
+    still = [name for (name, p), old in zip(job.model.named_parameters(), before, strict=True) if torch.equal(p, old)]
+    assert still == []
+
+
+def test_weights_move_at_the_papers_learning_rate():
+    model = denoiser()
+    train = Optimizer(model, optimizer(lr=2e-6, muon_lr=0.0, warmup=0), 10)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.velocity(normal(2, 3, *SHAPE), torch.tensor([0.5, 0.9]), normal(2, 5, 8)).square().mean().backward()
+    train.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True) if p.abs().max() < 1e3)
+
+
+def test_the_null_prompt_is_all_zeros():
+    text = drop_prompts(normal(400, 5, 8), 0.25, Random(1))
+    dropped = (text == 0).flatten(1).all(1).float().mean()
+    assert 0.18 < float(dropped) < 0.32
+
+
+def test_distillation_trains_student_and_critic_by_turns():
+    from cf_model.model.rollout import HorizonSpec, RolloutSpec
+    from cf_model.model.view import TeacherView
+    from cf_model.train.student import ScoreSpec, StudentSpec
+    from tests.small import spec
+
+    plan = StudentSpec(
+        steps=4,
+        critic_updates=2,
+        batch=2,
+        memory=spec(),
+        rollout=RolloutSpec(chunk=3, levels=(1.0, 0.5), window=6, exit="shared", full_denoise="context", skip_first=0),
+        horizon=HorizonSpec(shortest=9, longest=15, decay=0),
+        teacher=ScoreSpec(context="sparse", guidance=2.0),
+        student_optimizer=optimizer(muon_lr=0.0),
+        critic_optimizer=optimizer(muon_lr=0.0),
+        ema=0.9,
+        ema_start=0,
+        save_every=10,
+    )
+    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero")
+    teacher = denoiser(1)
+    job = Distillation(
+        plan, student=denoiser(0), teacher=teacher, critic=denoiser(1), view=view, flow=FLOW, prompts=normal(3, 5, 8), shape=SHAPE, seed=0
+    )
+    before = {name: [p.detach().clone() for p in getattr(job, name).parameters()] for name in ("student", "teacher", "critic")}
+
+    def moved(name):
+        return any(not torch.equal(p, q) for p, q in zip(getattr(job, name).parameters(), before[name], strict=True))
+
+    first = job.step(0)
+    assert (moved("student"), moved("critic"), moved("teacher")) == (False, True, False) and "dm_gradient" not in first
+    second = job.step(1)
+    assert moved("student") and not moved("teacher") and second["dm_gradient"] > 0 and second["context_frames"] > 0
