@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 from . import params_file
 from .params_file import Refused
 
+BEGAN = time.time()
 PIPELINE = Path("dvc.yaml")
 PROFILES = Path("profiles")
 EXAMPLES = """examples:
@@ -125,7 +127,7 @@ def run_stage(stage: str, argv: list[str]) -> None:
 
     from . import params, runner  # after the stage: the runner seeds torch only where the stage has imported it
 
-    runner.execute(stage, run, paths, params.load(file), params_file.read(file))
+    runner.execute(stage, run, paths, params.load(file), params_file.read(file), began=BEGAN)
 
 
 def command_line(stage: str, run: Callable[..., Any]) -> argparse.ArgumentParser:

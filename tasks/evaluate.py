@@ -66,7 +66,8 @@ def score(params: Params, video: np.ndarray, truth: dict[str, Any] | None, prefi
 
 def windows(video: np.ndarray, truth: dict[str, Any], fps: int) -> list[tuple[float, dict[str, float]]]:
     step = WINDOW * fps
-    return [(first / fps, oracle.prompt_metrics(video[first : first + step], truth, fps)) for first in range(0, len(video) - step + 1, step)]
+    starts = range(0, len(video) - step + 1, step)
+    return [(first / fps, oracle.prompt_metrics(video[first : first + step], truth, fps)) for first in starts]
 
 
 def write_curves(path: Path, curves: Curves, params: Params) -> None:

@@ -11,8 +11,8 @@ from cf_model.model.codec import CodecSpec
 from cf_model.model.denoiser import ModelSpec
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
-from cf_model.train.base import BaseSpec
 from cf_model.model.view import TeacherView
+from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec
 from cf_model.train.student import StudentSpec
 from cf_model.train.teacher import TeacherSpec

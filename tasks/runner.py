@@ -27,14 +27,13 @@ Run = Callable[..., Mapping[str, Any]]
 METRICS, RUNTIME, WORK = Path("metrics"), Path("runtime"), Path("work")
 
 
-def execute(stage: str, run: Run, paths: Mapping[str, Any], params: Any, stated: Mapping[str, Any]) -> None:
+def execute(stage: str, run: Run, paths: Mapping[str, Any], params: Any, stated: Mapping[str, Any], *, began: float) -> None:
     """One stage from start to end. `stated` is params.yaml as read, `params` the same as types.
 
     The stage writes to `<out>.partial`, which takes the place of `out` when all went well. A second start after a kill
     finds the first one's checkpoints in its working folder; a stage that succeeds leaves none.
     """
     seed(params)
-    began = time.time()
     with working_folder(stage, key(stage, paths, stated)) as (work, resume):
         track = tracking.Track(stage, work, resume=resume, mirror=tracking.mirror(stage, params.tracking, stated))
         try:

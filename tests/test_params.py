@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ def test_a_profile_states_every_value(file: Path) -> None:
             with pytest.raises(ValidationError) as caught:
                 params.Params.model_validate(without(stated, key))
             assert f"{key} is missing; every value is stated" in params_file.explain(caught.value, params.Params, file)
+
+
+@pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
+def test_no_section_is_an_alias_of_another(file: Path) -> None:
+    """`dvc exp run -S stage2.teacher.context=none` would change stage1 too."""
+    assert not re.search(r"[:\[,-]\s*[&*]\w", file.read_text())
 
 
 @pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)

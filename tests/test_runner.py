@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def execute(run: Any, out: str = "made/out.txt") -> None:
-    runner.execute("toy", run, {"data": Path("data.txt"), "out": Path(out)}, PARAMS, STATED)
+    runner.execute("toy", run, {"data": Path("data.txt"), "out": Path(out)}, PARAMS, STATED, began=time.time())
 
 
 def key(stated: dict[str, Any] = STATED, **paths: Path) -> str:
@@ -158,7 +159,7 @@ def run(params, track, *, data, out):
 
 params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
 try:
-    runner.execute("toy", run, dict(data=Path("data.txt"), out=Path("model")), params, {STATED!r})
+    runner.execute("toy", run, dict(data=Path("data.txt"), out=Path("model")), params, {STATED!r}, began=time.time())
 except Refused as error:
     sys.exit(str(error))
 """

@@ -28,12 +28,18 @@ REASONS = ("unreadable", "too_short", "wrong_fps", "clipped", "frozen", "hard_cu
 class Rules(Protocol):
     """The thresholds: params.filter."""
 
-    min_seconds: float
-    min_fps: float
-    min_motion: float
-    max_cut: float
-    max_clipped: float
-    min_distance: float
+    @property
+    def min_seconds(self) -> float: ...
+    @property
+    def min_fps(self) -> float: ...
+    @property
+    def max_clipped(self) -> float: ...
+    @property
+    def min_motion(self) -> float: ...
+    @property
+    def max_cut(self) -> float: ...
+    @property
+    def min_distance(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,8 @@ class Latents:
         """Clips of a split that have at least so many latent frames."""
         rows = [row for row, clip in enumerate(self.clips) if clip["split"] == split and clip["frames"] >= at_least]
         if not rows:
-            raise ValueError(f"{self.folder} has no {split} clip of {at_least} latent frames; use longer clips, or shorter windows in params.yaml")
+            rule = "use longer clips, or shorter windows in params.yaml"
+            raise ValueError(f"{self.folder} has no {split} clip of {at_least} latent frames; {rule}")
         return rows
 
     def captions(self, rows: Rows) -> list[str]:

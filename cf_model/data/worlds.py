@@ -55,7 +55,7 @@ class World:
 
     @property
     def caption(self) -> str:
-        return f"a {self.colour} {self.shape} in the {self.sky} , the camera pans {self.speed}"
+        return f"a {self.colour} {self.shape} in the {self.sky}, the camera pans {self.speed}"
 
     def heading(self, seconds: np.ndarray) -> np.ndarray:
         """Heading of the picture's left edge, in units; not wrapped."""

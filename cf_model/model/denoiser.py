@@ -37,16 +37,13 @@ class ViewRope(nn.Module):
         super().__init__()
         self.table: Any = table  # diffusers' WanRotaryPosEmbed
         self.memory: ContextMemory | None = None
-        self.first = 0
         self.taken: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x: Float[Tensor, "B C F H W"]) -> View:
         frames = x.shape[2]
-        if self.memory is None:
-            past, remembered, current = (), [], list(range(self.first, self.first + frames))
-        else:
-            past = self.memory.frames
-            remembered, current = self.memory.key_positions(frames), self.memory.query_positions(frames)
+        past = self.memory.frames if self.memory else ()
+        remembered = self.memory.key_positions(frames) if self.memory else []
+        current = self.memory.query_positions(frames) if self.memory else list(range(frames))
         query = self.rotations(current, x)
         return View(past, query, self.rotations(remembered + current, x) if past else query, self.taken)
 

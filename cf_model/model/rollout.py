@@ -56,7 +56,8 @@ class HorizonSpec:
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.longest or self.decay < 0:
-            raise ValueError(f"shortest is {self.shortest}, longest {self.longest}, decay {self.decay}; use 1 <= shortest <= longest, decay >= 0")
+            stated = f"shortest is {self.shortest}, longest {self.longest}, decay {self.decay}"
+            raise ValueError(f"{stated}; use 1 <= shortest <= longest and 0 <= decay")
 
     def sample(self, step: int, chunk: int, rng: torch.Generator) -> int:
         # Choice: min(1, ·), or the length would grow without bound; both ends included; whole chunks.

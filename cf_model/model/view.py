@@ -36,7 +36,8 @@ class TeacherView:
 
     def __post_init__(self) -> None:
         if min(self.sink, self.slow, self.fast) < 0 or self.stride < 1:
-            raise ValueError(f"sink is {self.sink}, slow {self.slow}, fast {self.fast}, stride {self.stride}; use 0 or more, stride 1 or more")
+            stated = f"sink is {self.sink}, slow {self.slow}, fast {self.fast}, stride {self.stride}"
+            raise ValueError(f"{stated}; use 0 or more, and a stride of 1 or more")
 
     def frames(self, start: int) -> list[int]:
         """Indices of the context for a target that begins at latent frame `start`."""

@@ -50,7 +50,7 @@ class StudentSpec:
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, critic_updates=self.critic_updates, batch=self.batch, save_every=self.save_every)
         if self.steps < self.critic_updates:
-            raise ValueError(f"steps is {self.steps}, less than critic_updates {self.critic_updates}, so the student would never be updated")
+            raise ValueError(f"steps is {self.steps}, less than critic_updates {self.critic_updates}: the student would never change")
         chunk = self.rollout.chunk
         for name in ("shortest", "longest"):
             value = getattr(self.horizon, name)
@@ -58,7 +58,7 @@ class StudentSpec:
                 down = value // chunk * chunk
                 raise ValueError(f"horizon.{name} is {value}, not whole chunks of {chunk} latent frames; use {down} or {down + chunk}")
         if self.horizon.shortest < self.rollout.window:
-            raise ValueError(f"horizon.shortest is {self.horizon.shortest}, less than rollout.window {self.rollout.window}; use at least that")
+            raise ValueError(f"horizon.shortest is {self.horizon.shortest}, below rollout.window {self.rollout.window}; use at least that")
 
 
 class Distillation:

@@ -45,6 +45,9 @@ def test_splits_share_no_clip_and_leave_none_out(tmp_path: Path) -> None:
     store = written(tmp_path)
     assert store.rows("train") == [0, 1, 2, 4] and store.rows("heldout") == [3]
     assert store.captions(store.rows("heldout")) == ["fog"]
+    assert store.rows("train", at_least=9) == [0, 2, 4]
+    with pytest.raises(ValueError, match="no heldout clip of 9 latent frames"):
+        store.rows("heldout", at_least=9)
 
 
 def test_text_is_the_captions_own_and_null_is_zero(tmp_path: Path) -> None:

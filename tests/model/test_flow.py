@@ -27,5 +27,5 @@ def test_score_levels_have_the_published_quantiles():
 
 @pytest.mark.parametrize("values", [(0.5, 0.02, 0.98), (5.0, 0.98, 0.02), (5.0, 0.02, 1.2)])
 def test_bad_values_are_refused_by_name(values):
-    with pytest.raises(ValueError, match="^(shift|sigma_min) is"):
+    with pytest.raises(ValueError, match=r"^(shift|sigma_min) is"):
         Flow(*values)

@@ -104,5 +104,5 @@ def test_invariants(sink, slow, fast, interval, promote, positions, alike):
     "changes", [{"fast": 0}, {"sink": -1}, {"interval": 0}, {"tau": 1.5}, {"promote": "none"}], ids=lambda changes: next(iter(changes))
 )
 def test_impossible_memories_are_refused(changes):
-    with pytest.raises(ValueError, match="; |, but "):
+    with pytest.raises(ValueError, match=r"; |, but "):
         spec(**changes)

@@ -9,8 +9,8 @@ VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_
 
 
 def errors(**changes):
-    values = {"context": 0.9, "latent": 0.9, "noise": 0.5, "clean": 0.0, "clean_update": 1.0, "segments": "fast", "grids": 4, "per_grid": 2, "warmup": 0}
-    return ErrorSpec(**(values | changes))
+    values = {"context": 0.9, "latent": 0.9, "noise": 0.5, "clean": 0.0, "clean_update": 1.0, "segments": "fast"}
+    return ErrorSpec(**(values | {"grids": 4, "per_grid": 2, "warmup": 0} | changes))
 
 
 class Guess:

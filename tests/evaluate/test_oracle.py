@@ -1,0 +1,98 @@
+"""The oracle on worlds whose failures are known: each metric must see the failure it is for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cf_model.data import worlds
+from cf_model.evaluate import oracle
+
+FPS = 16
+WORLDS = [worlds.draw(seed) for seed in range(8)]
+
+
+def render(world, seconds=20):
+    return worlds.render(world, seconds * FPS + 1, height=32, width=32, fps=FPS)
+
+
+@pytest.fixture(scope="module")
+def videos():
+    return [render(world) for world in WORLDS]
+
+
+def mean(name, values):
+    return float(np.mean([v[name] for v in values if name in v]))
+
+
+def shown(videos, truths=WORLDS):
+    return [oracle.prompt_metrics(v, w.truth(1, FPS), FPS) for v, w in zip(videos, truths, strict=True)]
+
+
+def forgetful(world):
+    """New landmarks every five seconds."""
+    parts = [replace(world, landmarks=worlds.draw(world.seed + 100 * (i + 1)).landmarks) for i in range(4)]
+    return np.concatenate([render(part)[i * 80 : (i + 1) * 80] for i, part in enumerate(parts)])
+
+
+def test_heading_is_read_to_a_fraction_of_a_pixel(videos):
+    for video, world in zip(videos, WORLDS, strict=True):
+        true = world.heading(np.arange(len(video)) / FPS)
+        off = (oracle.heading(video)[0] - true + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
+        assert np.abs(off).mean() < 0.6
+
+
+def test_a_true_video_has_all_it_should(videos):
+    found = shown(videos)
+    for name in ("compass_coherence", "sky_accuracy", "sprite_recall"):
+        assert mean(name, found) > 0.98, name
+    assert mean("shape_accuracy", found) > 0.95 and mean("sprite_precision", found) > 0.85
+
+
+@pytest.mark.parametrize(("attribute", "metric"), [("colour", "sprite_recall"), ("sky", "sky_accuracy"), ("shape", "shape_accuracy")])
+def test_another_caption_is_seen(videos, attribute, metric):
+    others = {"colour": list(worlds.COLOURS), "sky": list(worlds.SKIES), "shape": list(worlds.SHAPES)}[attribute]
+    wrong = [replace(w, **{attribute: others[(others.index(getattr(w, attribute)) + 1) % len(others)]}) for w in WORLDS]
+    assert mean(metric, shown(videos, wrong)) < 0.25
+
+
+def test_fast_is_faster_than_slow(videos):
+    speeds = {s: [m["speed"] for m, w in zip(shown(videos), WORLDS, strict=True) if w.speed == s] for s in worlds.SPEEDS}
+    assert max(speeds["slow"]) < min(speeds["fast"])
+
+
+def test_memory_ratio_tells_memory_from_none(videos):
+    true = mean("memory_ratio", [oracle.memory_metrics(v, FPS, 2.0) for v in videos])
+    none = mean("memory_ratio", [oracle.memory_metrics(forgetful(w), FPS, 2.0) for w in WORLDS])
+    assert true < 0.05 and none > 0.7
+
+
+def test_map_error_counts_what_was_long_out_of_sight(videos):
+    truths = [w.truth(1, FPS) for w in WORLDS]
+    true = [oracle.map_metrics(v, t, prefix=10 * FPS + 1, fps=FPS, gap=5.0) for v, t in zip(videos, truths, strict=True)]
+    wrong = [oracle.map_metrics(forgetful(w), t, prefix=80, fps=FPS, gap=5.0) for w, t in zip(WORLDS, truths, strict=True)]
+    assert sum("map_error" in m for m in true) >= 4
+    assert mean("map_error", true) < 12 < 40 < mean("map_error", wrong)
+
+
+def test_blur_freezing_and_one_world_for_all_are_seen(videos):
+    blurred = [np.repeat(np.repeat(v[:, ::4, ::4], 4, 1), 4, 2) for v in videos]
+    frozen = [np.repeat(v[:1], len(v), 0) for v in videos]
+    assert mean("compass_coherence", shown(blurred)) < mean("compass_coherence", shown(videos))
+    assert mean("motion", shown(frozen)) == 0 and mean("speed", shown(frozen)) == 0
+    same = [render(replace(w, landmarks=WORLDS[0].landmarks)) for w in WORLDS]
+
+    def spread(many):
+        return oracle.diversity([oracle.map_of(v) for v in many], ["any"] * len(many))
+
+    assert spread(same) < 0.5 * spread(videos)
+    assert oracle.heading_perplexity([np.full(100, 3.0)]) == pytest.approx(1)
+    assert oracle.heading_perplexity([np.linspace(0, 95.9, 960)]) == pytest.approx(12, abs=0.1)
+
+
+def test_sizes_do_not_change_what_is_measured():
+    world = WORLDS[0]
+    small, large = (worlds.render(world, 81, height=h, width=h, fps=FPS) for h in (32, 64))
+    a, b = (oracle.prompt_metrics(v, world.truth(1, FPS), FPS) for v in (small, large))
+    for name in ("compass_coherence", "sky_accuracy", "sprite_recall", "speed", "shape_accuracy"):
+        assert a[name] == pytest.approx(b[name], abs=0.1), name

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+
+from cf_model.data import worlds
+from cf_model.model.codec import CodecSpec, fit_codec, latent_frames, load_codec, save_codec, video_frames
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return [torch.from_numpy(worlds.render(worlds.draw(seed), 33, height=32, width=32, fps=16)) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def codec(clips):
+    return fit_codec(clips, CodecSpec(channels=12, ridge=1e-4, width=16, steps=5, batch=4, lr=1e-3), seed=0)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / float((a.double() - b.double()).square().mean()))
+
+
+def test_frames_and_latents():
+    assert [latent_frames(n) for n in (1, 5, 81, 84, 109)] == [1, 2, 21, 21, 28]
+    assert all(latent_frames(video_frames(n)) == n for n in range(1, 50))
+
+
+def test_there_and_back(codec, clips):
+    latents = codec.encode(clips[0][None])
+    assert latents.shape == (1, 9, 12, 4, 4) and 0.5 < float(latents.std()) < 2
+    back = codec.decode(latents)
+    assert back.shape == (1, 33, 32, 32, 3) and back.dtype == torch.uint8
+    assert psnr(back[0], clips[0]) > 26
+
+
+def test_neighbours_take_the_block_edges_away(codec, clips):
+    """A patch-by-patch inverse is the same map without its neighbours; its edges at multiples of 8 are far worse."""
+    frames = codec.decode(codec.encode(clips[1][None]))[0].float()
+    flat = (codec.encode(clips[1][None])[0].permute(0, 2, 3, 1) @ torch.linalg.pinv(codec.encoder) + codec.mean).view(9, 4, 4, 4, 8, 8, 3)
+    blocky = flat.permute(0, 3, 1, 4, 2, 5, 6).reshape(36, 32, 32, 3)[3:].add(1).mul(127.5).clamp(0, 255)
+
+    def edges(video):
+        steps = (video.diff(dim=2) - clips[1].float().diff(dim=2)).abs().mean(dim=(0, 1, 3))
+        return float(steps[7::8].mean() / steps.mean())
+
+    assert edges(frames) < 0.75 * edges(blocky)
+
+
+def test_chunk_by_chunk_is_whole(codec, clips):
+    latents = codec.encode(clips[2][None])
+    parts = torch.cat(list(codec.decode_stream(latents.split(3, dim=1))), dim=1)
+    assert int((parts.int() - codec.decode(latents).int()).abs().max()) <= 1  # convolutions round by batch size
+
+
+def test_fitting_again_gives_the_same_bytes(clips, tmp_path):
+    for name in ("a", "b"):
+        save_codec(fit_codec(clips, CodecSpec(8, 1e-4, 8, 3, 4, 1e-3), seed=0), tmp_path / name)
+    assert (tmp_path / "a/codec.safetensors").read_bytes() == (tmp_path / "b/codec.safetensors").read_bytes()
+    again = load_codec(tmp_path / "a")
+    assert again.channels == 8
+
+
+def test_what_is_not_a_codec_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no codec\.json; run the stage codec"):
+        load_codec(tmp_path)
+
+
+def test_a_clip_of_the_wrong_length_is_refused(codec, clips):
+    with pytest.raises(ValueError, match="34 frames of 32 x 32 is not 1 \\+ 4k"):
+        codec.encode(torch.cat([clips[0], clips[0][:1]])[None])

@@ -1,0 +1,88 @@
+"""What the committed run of profile tiny promises: it learned, and it is a run of this code with these parameters.
+
+The thresholds are the project's goals, set before the run (means over at least 16 prompts). A change of code or
+parameters without a new run is as red as a goal that was missed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import params_file
+
+ROOT = Path(__file__).parent.parent
+LOCK = ROOT / "dvc.lock"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def committed() -> None:
+    if params_file.read(ROOT / "params.yaml")["profile"] != "tiny":
+        pytest.skip("params.yaml holds another profile; the promises are tiny's")
+
+
+def measured(stage: str) -> Any:
+    return json.loads((ROOT / f"metrics/{stage}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Any:
+    return measured("evaluate")["prompts"]
+
+
+@pytest.fixture(scope="module")
+def continuations() -> Any:
+    return measured("evaluate")["continuations"]
+
+
+def test_at_least_16_prompts(prompts: Any, continuations: Any) -> None:
+    assert all(system["videos"] >= 16 for system in [*prompts.values(), *continuations.values()])
+
+
+@pytest.mark.parametrize(("metric", "goal"), [("compass_coherence", 0.9), ("sky_accuracy", 0.95), ("sprite_recall", 0.8)])
+def test_base_shows_what_the_caption_says(prompts: Any, metric: str, goal: float) -> None:
+    assert prompts["base"][metric] > goal
+
+
+def test_stage1_makes_the_causal_student_sharp_and_obedient(prompts: Any) -> None:
+    before, after, real = prompts["causal_init"], prompts["stage1"], prompts["real"]
+    assert after["sprite_recall"] >= min(before["sprite_recall"] + 0.25, 0.95)
+    assert abs(after["sharpness"] / real["sharpness"] - 1) <= 0.2
+
+
+def test_the_teacher_remembers_what_the_fast_part_alone_can_not(continuations: Any) -> None:
+    assert continuations["teacher_slow_fast"]["map_error"] <= 0.8 * continuations["teacher_fast"]["map_error"]
+
+
+def test_the_codec_looks_like_the_clip() -> None:
+    assert measured("codec")["psnr"] >= 28
+
+
+def test_every_planted_clip_was_caught_and_no_good_one_lost() -> None:
+    stated, found = params_file.read(ROOT / "params.yaml")["clips"], measured("filter")
+    assert found["kept"] == stated["count"]
+    assert found["clips"] - found["kept"] == 7 * stated["bad"]
+
+
+def test_the_run_is_of_this_code_and_these_parameters() -> None:
+    stages = params_file.read(LOCK)["stages"]
+    assert set(stages) == set(params_file.read(ROOT / "dvc.yaml")["stages"])
+    stated = params_file.read(ROOT / "params.yaml")
+    for name, stage in stages.items():
+        for dep in stage.get("deps", []):
+            file = ROOT / dep["path"]
+            if file.suffix in (".py", ".j2"):
+                assert dep["md5"] == hashlib.md5(file.read_bytes()).hexdigest(), f"{dep['path']} changed after {name} ran; run make repro"
+        for key, value in stage.get("params", {}).get("params.yaml", {}).items():
+            assert value == params_file.at(stated, key), f"{key} changed after {name} ran; run make repro"
+
+
+def test_the_metrics_are_those_of_the_lock() -> None:
+    for name, stage in params_file.read(LOCK)["stages"].items():
+        for out in stage.get("outs", []):
+            if out["path"].startswith("metrics/"):
+                assert out["md5"] == hashlib.md5((ROOT / out["path"]).read_bytes()).hexdigest(), name

@@ -1,0 +1,113 @@
+"""The smoke profile for real, once: every stage through DVC, a second run, a kill in mid-training, a changed parameter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+STAGES = list(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"])
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+
+
+def dvc(folder: Path, *words: str) -> str:
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(["dvc", *words], cwd=folder, env=ENVIRONMENT, **both)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def ran(said: str) -> list[str]:
+    return [stage for stage in STAGES if f"Running stage '{stage}'" in said]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The tree as it is, with the smoke profile, run from nothing."""
+    folder = tmp_path_factory.mktemp("smoke") / "project"
+    files = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, files.stdout.split("\0")):
+        if (ROOT / name).is_file() and name != "dvc.lock" and not name.startswith("metrics/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "tree"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "tasks", "profile", "use", "smoke"], cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+    assert ran(dvc(folder, "repro")) == STAGES
+    yield folder
+
+
+def test_everything_is_there(project: Path) -> None:
+    for stage in STAGES[1:]:
+        assert json.loads((project / f"metrics/{stage}.json").read_text()) is not None
+    page = (project / "reports/report.html").read_text()
+    assert "<video" in page and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    index = [json.loads(line) for line in (project / "samples/index.jsonl").read_text().splitlines()]
+    assert all((project / "samples" / row["file"]).stat().st_size > 500 for row in index)
+    assert {row["system"] for row in index} >= {"real", "base", "causal_init", "stage1", "stage2", "teacher_slow_fast", "teacher_fast"}
+
+
+def test_every_planted_clip_is_caught_and_no_good_one_lost(project: Path) -> None:
+    planted = {row["id"]: row["planted"] for row in map(json.loads, (project / "data/clips/clips.jsonl").read_text().splitlines())}
+    kept = {row["id"]: row["kept"] for row in map(json.loads, (project / "data/manifest.jsonl").read_text().splitlines())}
+    wrong = {clip: planted[clip] for clip in kept if kept[clip] == bool(planted[clip])}
+    # a duplicate and its original are the same picture: either may go, one must
+    twins = [clip for clip in wrong if planted[clip] in (None, "duplicate")]
+    assert set(wrong) == set(twins) and len(twins) in (0, 2)
+
+
+def test_a_second_run_runs_nothing(project: Path) -> None:
+    assert ran(dvc(project, "repro")) == []
+
+
+def test_another_teacher_context_reruns_stage2_and_what_follows(project: Path) -> None:
+    yaml, file = YAML(), project / "params.yaml"
+    before = file.read_text()
+    stated = yaml.load(before)
+    stated["stage2"]["teacher"]["context"] = "none"
+    yaml.dump(stated, file)  # what `dvc exp run -S stage2.teacher.context=none` does first
+    try:
+        assert ran(dvc(project, "repro")) == ["validate", "stage2", "generate", "evaluate", "report"]
+    finally:
+        file.write_text(before)
+    # validate has nothing to cache; everything else comes back from the run cache
+    assert ran(dvc(project, "repro")) == ["validate"]
+
+
+def test_killed_in_the_middle_of_stage2_ends_with_the_same_bytes(project: Path) -> None:
+    before = (project / "dvc.lock").read_bytes()
+    process = subprocess.Popen(
+        ["dvc", "repro", "--single-item", "--force", "stage2"],
+        cwd=project,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and rows(project) < 3:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert rows(project) >= 3, "stage2 was not in the middle of its steps when it was killed"
+    said = dvc(project, "repro", "--single-item", "--force", "stage2")
+    assert "stage2: continues after step" in said
+    assert (project / "dvc.lock").read_bytes() == before
+    steps = [json.loads(line)["step"] for line in (project / "models/stage2/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert json.loads((project / "runtime/stage2.json").read_text())["resumed_at"] in (2, 4)
+
+
+def rows(project: Path) -> int:
+    files = list((project / "work/stage2").glob("*/metrics.jsonl"))
+    return max((len(file.read_text().splitlines()) for file in files), default=0)
