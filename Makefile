@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?=
 RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help repro test lint

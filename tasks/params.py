@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from cf_model.model.codec import CodecSpec
+from cf_model.data.video import UNREADABLE_WIDTHS
+from cf_model.model.codec import CodecSpec, latent_frames
 from cf_model.model.denoiser import ModelSpec
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
@@ -145,6 +147,55 @@ class Params(Section):
     stage2: StudentSpec
     generate: Generate
     evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def sections_agree(self) -> Self:
+        """What one section alone can't know; said before anything expensive runs."""
+        for rule in (pictures_fit, clips_are_long_enough, students_are_shown_what_exists):
+            rule(self)
+        return self
+
+
+def pictures_fit(p: Params) -> None:
+    grid = 32 if p.clips.source == "worlds" else 16  # a world's unit is 1/32 of its height; a token is 16 pixels
+    for name, value, step in (("height", p.video.height, grid), ("width", p.video.width, 16)):
+        if value % step:
+            raise ValueError(f"video.{name} is {value}, not a multiple of {step}; use {value // step * step + step}")
+    if p.video.width in UNREADABLE_WIDTHS:
+        raise ValueError(f"video.width is {p.video.width}, which decord can't read; use 32 or 64")
+
+
+def clips_are_long_enough(p: Params) -> None:
+    if p.clips.source == "worlds":
+        there = latent_frames(p.clips.frames)
+        needed = {
+            "base.window": p.base.window,
+            "teacher.longest + teacher.target": p.teacher.longest + p.teacher.target,
+            "causal_init.frames": p.causal_init.frames,
+            "generate.prefix": p.generate.prefix,
+        }
+        for name, frames in needed.items():
+            if frames > there:
+                raise ValueError(f"{name} is {frames} latent frames, but clips.frames is {p.clips.frames}, so {there}; use longer clips")
+        if p.clips.count <= p.filter.heldout:
+            raise ValueError(f"filter.heldout is {p.filter.heldout} of clips.count {p.clips.count}; leave some to train on")
+    if p.generate.prompts > p.filter.heldout and p.generate.prompts_file is None:
+        raise ValueError(f"generate.prompts is {p.generate.prompts}, filter.heldout {p.filter.heldout}; use at most that, or a prompts_file")
+
+
+def students_are_shown_what_exists(p: Params) -> None:
+    context, trained = p.stage2.teacher.context, p.teacher.view.context
+    if context not in ("none", trained):
+        raise ValueError(f"stage2.teacher.context is {context}, but teacher.view.context is {trained}; use that, or none")
+    if p.stage1.teacher.context != "none":
+        raise ValueError(f"stage1.teacher.context is {p.stage1.teacher.context}, but the base model knows no context; use none")
+    chunk = p.stage2.rollout.chunk
+    if p.generate.prefix % chunk:
+        whole = p.generate.prefix // chunk * chunk
+        raise ValueError(f"generate.prefix is {p.generate.prefix}, not whole chunks of {chunk} latent frames; use {whole or chunk}")
+    for name in (*p.generate.systems, *p.generate.continuations):
+        if not re.fullmatch(r"[a-z0-9_]+", name) or name == "real":
+            raise ValueError(f"generate names a system {name!r}; use small letters, digits and _, and not real: it names a folder")
 
 
 def load(path: Path = Path("params.yaml")) -> Params:

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from .params import Tracking
@@ -182,7 +182,7 @@ class Mirror:
             settings = wandb.Settings(disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True)
             self.run = wandb.init(
                 project=self.project, group=group, job_type=self.stage, name=f"{self.stage} {group}", config=dict(self.config),
-                mode=self.mode, dir=folder, settings=settings,
+                mode=cast(Any, self.mode), dir=folder, settings=settings,
             )  # fmt: skip
             self.run.define_metric("*", step_metric="step")
             self.folder = os.path.relpath(Path(self.run.dir).parent)
