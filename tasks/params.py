@@ -180,7 +180,7 @@ def clips_are_long_enough(p: Params) -> None:
         if p.clips.count <= p.filter.heldout:
             raise ValueError(f"filter.heldout is {p.filter.heldout} of clips.count {p.clips.count}; leave some to train on")
     if p.generate.prompts > p.filter.heldout and p.generate.prompts_file is None:
-        raise ValueError(f"generate.prompts is {p.generate.prompts}, filter.heldout {p.filter.heldout}; use at most that, or a prompts_file")
+        raise ValueError(f"generate.prompts is {p.generate.prompts}, filter.heldout {p.filter.heldout}; use that, or a prompts_file")
 
 
 def students_are_shown_what_exists(p: Params) -> None:

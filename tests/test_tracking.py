@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,17 @@ def test_rows_after_a_step_are_cut(tmp_path: Path) -> None:
         {"step": 20, "loss": None},
         {"step": 20, "other": 1},
     ]
+
+
+def test_resumed_runs_log_again_what_came_after_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    track = tracking.Track("toy", tmp_path)
+    for step in (10, 20, 25):
+        track.log(step, loss=1)
+    again = tracking.Track("toy", tmp_path, resume=True)
+    again.resumed(20)
+    again.log(30, loss=1)
+    assert [json.loads(row)["step"] for row in again.curve.read_text().splitlines()] == [10, 20, 30]
+    assert again.facts["resumed_at"] == 20 and capsys.readouterr().err == "toy: continues after step 20\n"
 
 
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -95,6 +107,7 @@ def test_offline_mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     (record,) = folder.glob("run-*.wandb")
     text = record.read_bytes()
     assert all(word in text for word in (b"nightly-7", b"toy nightly-7", b"0.123457", b"seconds/rollout", b"28.25", b"seed"))
+    assert re.search(rb"(?<!toy )nightly-7", text), "the group, beside the name"
     assert not Path("wandb").exists() and "rollout" not in track.curve.read_text()
 
 
