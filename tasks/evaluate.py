@@ -11,7 +11,7 @@ import numpy as np
 
 from cf_model.data.video import read_video
 from cf_model.evaluate import oracle
-from cf_model.evaluate.statistics import bootstrap
+from cf_model.evaluate.statistics import bootstrap, paired
 
 from . import manifest as lines
 from .params import Params
@@ -19,6 +19,13 @@ from .tracking import Track, rounded
 
 Curves = dict[tuple[str, str, str, float], dict[str, list[float]]]  # suite, system, metric, second -> prompt -> values
 WINDOW = 2  # seconds of one point of a curve
+COMPARED = (  # suite, system, system, metric: over the videos that have it in both
+    ("continuations", "teacher_fast", "teacher_slow_fast", "map_error"),
+    ("continuations", "teacher_fast", "teacher_slow_fast", "map_error_recent"),
+    ("continuations", "stage1", "stage2", "map_error"),
+    ("prompts", "stage1", "stage2", "memory_ratio"),
+    ("prompts", "stage1", "stage2", "motion"),
+)
 CURVES = ("sprite_recall", "sky_error", "sharpness", "motion", "compass_coherence")
 
 
@@ -49,7 +56,23 @@ def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) 
     out.mkdir(parents=True, exist_ok=True)
     lines.write(out / "cells.jsonl", cells)
     write_curves(out / "curves.csv", curves, params)
-    return summary(cells, shown)
+    return summary(cells, shown) | {"compared": compared(cells, params)}
+
+
+def compared(cells: list[dict[str, Any]], params: Params) -> dict[str, Any]:
+    """Pairs of systems, video by video: a system can't win by not having the videos that are hard."""
+    values: dict[tuple[str, str, str], dict[tuple[str, int], float]] = defaultdict(dict)
+    for cell in cells:
+        values[cell["suite"], cell["system"], cell["metric"]][cell["clip"] or cell["prompt"], cell["seed"]] = cell["value"]
+    out = {}
+    for suite, before, after, metric in COMPARED:
+        first, second = values[suite, before, metric], values[suite, after, metric]
+        found = paired(first, second, resamples=params.evaluate.resamples, seed=params.seed)
+        if found:
+            numbers = {"before": found.first, "after": found.second, "low": found.change.low, "high": found.change.high}
+            known = {name: value for name, value in numbers.items() if np.isfinite(value)}  # one video has no interval
+            out[f"{metric}: {before} to {after}"] = known | {"videos": len(first.keys() & second.keys())}
+    return out
 
 
 def score(params: Params, video: np.ndarray, truth: dict[str, Any] | None, prefix: int) -> dict[str, float]:
@@ -85,7 +108,7 @@ def summary(cells: list[dict[str, Any]], shown: dict[tuple[str, str], list[dict[
     for cell in cells:
         values[cell["suite"]][cell["system"]][cell["metric"]].append(cell["value"])
     out: dict[str, Any] = {
-        suite: {system: {name: float(np.mean(v)) for name, v in metrics.items()} for system, metrics in systems.items()}
+        suite: {system: means(metrics) for system, metrics in systems.items()}
         for suite, systems in values.items()
     }
     for (suite, system), videos in shown.items():
@@ -96,3 +119,10 @@ def summary(cells: list[dict[str, Any]], shown: dict[tuple[str, str], list[dict[
         }
         out[suite][system] |= {name: value for name, value in more.items() if value is not None}
     return out
+
+
+def means(metrics: dict[str, list[float]]) -> dict[str, float]:
+    """Each metric's mean; where not every video has it, also of how many."""
+    most = max(map(len, metrics.values()))
+    fewer = {f"{name}_videos": float(len(v)) for name, v in metrics.items() if len(v) < most}
+    return {name: float(np.mean(v)) for name, v in metrics.items()} | fewer

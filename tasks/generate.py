@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cf_model.model.text import WordEncoder
 from cf_model.model.view import sample
 
 from . import manifest
-from .params import Params, System
+from .params import CAUSAL, Params, System
 from .tracking import Track
 
 
@@ -98,19 +98,20 @@ def line(params: Params, job: Job) -> dict[str, Any]:
 def jobs(params: Params, clips: Latents) -> Iterator[Job]:
     """In the order of the systems, so that one model is in memory at a time."""
     g = params.generate
-    heldout = clips.rows("heldout")[: g.prompts]
-    captions: list[tuple[str, int | None]] = [(clips.captions([row])[0], row) for row in heldout]
+    heldout = clips.rows("heldout")
+    captions: list[tuple[str, int | None]] = [(clips.captions([row])[0], row) for row in heldout[: g.prompts]]
     if g.prompts_file:
         captions = [(prompt, None) for prompt in read_prompts(g.prompts_file)[: g.prompts]]
-    for number, clip in enumerate(heldout):
-        whole = clips.window([clip], [0], min(clips.frames(clip), g.frames))
-        yield Job("prompts", "real", None, number, 0, clips.captions([clip])[0], clips.clips[clip]["id"], whole)
+    for suite, count, frames in (("prompts", g.prompts, g.frames), ("continuations", g.continued, g.frames)):
+        for number, clip in enumerate(heldout[:count]):
+            whole = clips.window([clip], [0], min(clips.frames(clip), frames))
+            yield Job(suite, "real", None, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], whole)
     for name, system in g.systems.items():
         for number, (prompt, row) in enumerate(captions):
             for seed in g.seeds:
                 yield Job("prompts", name, system, number, seed, prompt, None if row is None else clips.clips[row]["id"], None)
     for name, system in g.continuations.items():
-        for number, clip in enumerate(heldout):
+        for number, clip in enumerate(heldout[: g.continued]):
             prefix = clips.window([clip], [0], g.prefix)
             yield Job("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
 
@@ -124,23 +125,27 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor) ->
     system, model = job.system, models[job.system.weights]
     # the noise depends on seed and prompt only, so systems can be compared pair by pair
     rng = torch.Generator().manual_seed(100_003 * (job.seed + 1) + job.number)
-    if system.memory:
-        rollout = params.stage2.rollout
-        memory = ContextMemory(system.memory) if job.real is None else model.watch(job.real, text, system.memory, chunk=rollout.chunk)
+    if system.weights in CAUSAL:
+        trained = {"causal_init": params.causal_init.memory, "stage1": params.stage1.memory, "stage2": params.stage2.memory}
+        spec = system.memory or trained[system.weights]
+        # causal_init has no levels of its own: it is trained at all of them
+        rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
+        memory = ContextMemory(spec) if job.real is None else model.watch(job.real, text, spec, chunk=rollout.chunk)
         chunks = stream(model, text, shape(params), sigmas=rollout.sigmas(params.flow), chunk=rollout.chunk, memory=memory, rng=rng)
         for _ in range((system.frames - memory.seen) // rollout.chunk):
             yield next(chunks)
         return
-    assert system.view
+    view = system.view or (replace(params.teacher.view, context="none") if system.weights == "base" else params.teacher.view)
+    length = params.base.window if system.weights == "base" else params.teacher.target
     past = text.new_zeros(1, 0, *shape(params)) if job.real is None else job.real
     while past.shape[1] < system.frames:
         start = past.shape[1]
         window = sample(
             model,
             text,
-            past[:, system.view.frames(start)],
-            (min(params.base.window, system.frames - start), *shape(params)),
-            view=system.view,
+            past[:, view.frames(start)],
+            (min(length, system.frames - start), *shape(params)),
+            view=view,
             flow=params.flow,
             steps=params.generate.sampler_steps,
             guidance=params.generate.guidance,

@@ -90,25 +90,28 @@ class Encode(Section):
     dtype: Literal["float32", "float16", "bfloat16"]
 
 
+CAUSAL = ("causal_init", "stage1", "stage2")
+
+
 class System(Section):
-    """One row of the comparison: weights, and what they see of the past: a memory (causal) or a view (bidirectional)."""
+    """One row of the comparison: weights, and what they see of the past: what they were trained with, or something else."""
 
     weights: Literal["base", "teacher", "causal_init", "stage1", "stage2"]
-    memory: MemorySpec | None
-    view: TeacherView | None
+    memory: MemorySpec | None  # of a causal model; null: its own
+    view: TeacherView | None  # of a bidirectional one; null: its own
     frames: PositiveInt  # latent frames of its videos, a real prefix included
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
-        causal = self.weights in ("causal_init", "stage1", "stage2")
-        if causal != (self.memory is not None) or causal == (self.view is not None):
-            kind, other = ("a memory", "view") if causal else ("a view", "memory")
-            raise ValueError(f"weights is {self.weights}, which is run with {kind}; state it, and set {other} to null")
+        kind, other = ("memory", "view") if self.weights in CAUSAL else ("view", "memory")
+        if getattr(self, other) is not None:
+            raise ValueError(f"weights is {self.weights}, which is run with a {kind}; set {other} to null")
         return self
 
 
 class Generate(Section):
     prompts: PositiveInt
+    continued: PositiveInt  # held-out clips whose beginnings are continued
     prompts_file: Path | None  # one prompt a line; None: captions of the held-out clips
     seeds: list[int]
     frames: PositiveInt  # latent frames of the real clips beside them
@@ -171,7 +174,7 @@ def clips_are_long_enough(p: Params) -> None:
         needed = {
             "base.window": p.base.window,
             "teacher.longest + teacher.target": p.teacher.longest + p.teacher.target,
-            "causal_init.frames": p.causal_init.frames,
+            "causal_init.longest + causal_init.frames": p.causal_init.longest + p.causal_init.frames,
             "generate.prefix": p.generate.prefix,
         }
         for name, frames in needed.items():
@@ -179,8 +182,9 @@ def clips_are_long_enough(p: Params) -> None:
                 raise ValueError(f"{name} is {frames} latent frames, but clips.frames is {p.clips.frames}, so {there}; use longer clips")
         if p.clips.count <= p.filter.heldout:
             raise ValueError(f"filter.heldout is {p.filter.heldout} of clips.count {p.clips.count}; leave some to train on")
-    if p.generate.prompts > p.filter.heldout and p.generate.prompts_file is None:
-        raise ValueError(f"generate.prompts is {p.generate.prompts}, filter.heldout {p.filter.heldout}; use that, or a prompts_file")
+    for name, count in (("prompts", p.generate.prompts), ("continued", p.generate.continued)):
+        if count > p.filter.heldout and (name == "continued" or p.generate.prompts_file is None):
+            raise ValueError(f"generate.{name} is {count}, but only filter.heldout {p.filter.heldout} clips are held out; use at most that")
 
 
 def students_are_shown_what_exists(p: Params) -> None:
@@ -189,7 +193,15 @@ def students_are_shown_what_exists(p: Params) -> None:
         raise ValueError(f"stage2.teacher.context is {context}, but teacher.view.context is {trained}; use that, or none")
     if p.stage1.teacher.context != "none":
         raise ValueError(f"stage1.teacher.context is {p.stage1.teacher.context}, but the base model knows no context; use none")
+    if p.stage2.rollout.window != p.teacher.target:
+        raise ValueError(f"stage2.rollout.window is {p.stage2.rollout.window}, but teacher.target is {p.teacher.target}; use the same")
+    start = p.stage2.horizon.longest - p.stage2.rollout.window
+    if context != "none" and start > p.teacher.longest:
+        raise ValueError(f"stage2.horizon.longest has targets that begin at {start}, beyond teacher.longest {p.teacher.longest}; use less")
     chunk = p.stage2.rollout.chunk
+    for name, other in (("causal_init", p.causal_init.chunk), ("stage1.rollout", p.stage1.rollout.chunk)):
+        if other != chunk:
+            raise ValueError(f"{name}.chunk is {other}, but stage2.rollout.chunk is {chunk}; use the same")
     if p.generate.prefix % chunk:
         whole = p.generate.prefix // chunk * chunk
         raise ValueError(f"generate.prefix is {p.generate.prefix}, not whole chunks of {chunk} latent frames; use {whole or chunk}")

@@ -22,7 +22,8 @@ class Refused(ValueError):
 def read(path: Path) -> dict[str, Any]:
     """The file by YAML 1.2 rules, which are DVC's: `2e-6` is a number here and `off` is a word, PyYAML reads both the other way."""
     if not path.is_file():
-        raise Refused(f"{path} isn't there; `cf profile use tiny` writes params.yaml, run it at the root of the project")
+        way = "`cf profile use tiny` writes it" if path.name == "params.yaml" else "name one that is"
+        raise Refused(f"{path} isn't there; {way}, and run cf at the root of the project")
     try:
         stated = YAML(typ="safe", pure=True).load(path.read_text())
     except MarkedYAMLError as error:

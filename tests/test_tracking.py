@@ -105,7 +105,10 @@ def test_offline_mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     folder = Path(track.facts["wandb"])
     assert folder.parent == Path("runtime/wandb") and track.facts["seconds"] == {"rollout": 1.5}
     (record,) = folder.glob("run-*.wandb")
-    text = record.read_bytes()
+    for _ in range(100):  # W&B's own process may still be writing when finish() returns
+        if len(text := record.read_bytes()) > 7:
+            break
+        time.sleep(0.1)
     assert all(word in text for word in (b"nightly-7", b"toy nightly-7", b"0.123457", b"seconds/rollout", b"28.25", b"seed"))
     assert re.search(rb"(?<!toy )nightly-7", text), "the group, beside the name"
     assert not Path("wandb").exists() and "rollout" not in track.curve.read_text()

@@ -108,11 +108,9 @@ def prompt_metrics(video: Video, truth: Mapping[str, Any], fps: float) -> dict[s
         "speed": np.abs(step).mean() * fps,
         "jitter": np.abs(np.diff(step)).mean() * fps,
     }
-    readable = ~np.isnan(seen.wide)
-    if readable.any():
-        ratio = np.log(np.maximum(seen.wide[readable], 0.1) / np.maximum(seen.high[readable], 0.1))
-        shape = np.where(ratio > 0.45, "bar", np.where(ratio < -0.35, "post", "disc"))
-        out["shape_accuracy"] = (shape == truth["shape"]).mean()
+    ratio = np.log(np.maximum(seen.wide, 0.1) / np.maximum(seen.high, 0.1))
+    shape = np.where(ratio > 0.45, "bar", np.where(ratio < -0.35, "post", "disc"))
+    out["shape_accuracy"] = ((shape == truth["shape"]) & ~np.isnan(ratio)).mean()  # no sprite has no shape
     return {name: float(value) for name, value in out.items()}
 
 

@@ -117,11 +117,11 @@ class Denoiser(nn.Module):
     def forward(
         self,
         x_t: Float[Tensor, "B F C H W"],
-        sigma: Float[Tensor, " B"] | Float[Tensor, "B F"],
+        sigma: Float[Tensor, " B"],
         text: Float[Tensor, "B T E"],
         memory: ContextMemory | None = None,
     ) -> Float[Tensor, "B F C H W"]:
-        return to_x0(x_t, self.velocity(x_t, sigma, text, memory), sigma) if sigma.ndim == 1 else self._per_frame(x_t, sigma, text, memory)
+        return to_x0(x_t, self.velocity(x_t, sigma, text, memory), sigma)
 
     def velocity(
         self,
@@ -145,13 +145,11 @@ class Denoiser(nn.Module):
             tuple(Frame(memory.seen + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))
         )
 
-    def watch(
-        self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], spec: MemorySpec, *, chunk: int, grad: bool = False
-    ) -> ContextMemory:
+    def watch(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], spec: MemorySpec, *, chunk: int) -> ContextMemory:
         """What is remembered after a whole clip, chunk by chunk."""
         memory = ContextMemory(spec)
         for part in x_0.split(chunk, dim=1):
-            memory = self.remember(part, text, memory, grad=grad)
+            memory = self.remember(part, text, memory)
         return memory
 
     def _pass(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: ContextMemory | None) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -163,9 +161,6 @@ class Denoiser(nn.Module):
         velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
         taken, rope.memory, rope.taken = rope.taken, None, []
         return velocity, taken
-
-    def _per_frame(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: ContextMemory | None) -> Tensor:
-        return x_t - sigma[..., None, None, None] * self.velocity(x_t, sigma, text, memory)
 
     def _tokens(self, x: Tensor) -> int:
         _, rows, columns = self.transformer.config.patch_size

@@ -43,34 +43,34 @@ class MemorySpec:
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """Keys (before rotation) and values of one latent frame: one detached [B, S, N, D] tensor a layer."""
+    """Keys (before rotation) and values of one latent frame: one [B, S, N, D] tensor a layer; detached but in causal_init."""
 
     index: int
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
 
-Chunk = tuple[Frame, ...]
+Frames = tuple[Frame, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ContextMemory:
-    """Sink, slow and fast are disjoint and in the order of time; the fast part is what is left of the last chunks."""
+    """Sink, slow and fast are disjoint, and each in the order of time."""
 
     spec: MemorySpec
-    sink: Chunk = ()
-    slow: Chunk = ()
-    fast: tuple[Chunk, ...] = ()  # whole chunks: one of them leaves at a time
-    news: tuple[bool, ...] = ()  # of each chunk in fast: does its first frame go on to the slow part?
+    sink: Frames = ()
+    slow: Frames = ()
+    fast: Frames = ()
+    news: tuple[int, ...] = ()  # indices of frames in fast that go on to the slow part when they leave
     last: Tensor | None = None  # mean key of the chunk before, what the next one is compared with
     seen: int = 0  # frames since the video began
     similarity: float | None = None  # of the newest chunk to the one before, for the log
 
     @property
-    def frames(self) -> Chunk:
-        return self.sink + self.slow + tuple(frame for chunk in self.fast for frame in chunk)
+    def frames(self) -> Frames:
+        return self.sink + self.slow + self.fast
 
-    def remember(self, chunk: Chunk) -> ContextMemory:
+    def remember(self, chunk: Frames) -> ContextMemory:
         """The memory after one more clean chunk.
 
         `# Paper:` eq. 7: a chunk whose keys resemble those of the chunk before adds nothing and is forgotten when it
@@ -79,17 +79,18 @@ class ContextMemory:
         spec, length = self.spec, len(chunk)
         mean = mean_key(chunk)
         similarity = None if self.last is None else float(F.cosine_similarity(mean, self.last, dim=-1).mean())
-        news = self._is_news(self.seen // length, similarity)
-        room = spec.sink - len(self.sink)
-        sink, rest = self.sink + chunk[: max(room, 0)], chunk[max(room, 0) :]
-        fast, flags, slow = (*self.fast, rest), (*self.news, news and bool(rest)), self.slow
-        # the current chunk counts into the fast part, so what is left for the past is smaller by its length
-        while sum(map(len, fast)) > max(spec.fast - length, 0):
-            leaving, fast, flag, flags = fast[0], fast[1:], flags[0], flags[1:]
-            # Choice: promoted when it leaves the fast part, not when it is tested, so that no frame is there twice.
-            if flag and spec.slow:
-                slow = (*slow, leaving[0])[-spec.slow :]
-        return replace(self, sink=sink, slow=slow, fast=fast, news=flags, last=mean, seen=self.seen + length, similarity=similarity)
+        room = max(spec.sink - len(self.sink), 0)
+        sink, rest = self.sink + chunk[:room], chunk[room:]
+        news = self.news
+        if rest and self._is_news(self.seen // length, similarity):
+            news = (*news, rest[0].index)
+        # the next chunk counts into the fast part, so what is left for the past is smaller by its length
+        leaving, fast = split(self.fast + rest, max(spec.fast - length, 0))
+        # Choice: promoted when it leaves the fast part, not when it is tested, so that no frame is there twice.
+        promoted = tuple(frame for frame in leaving if frame.index in news)
+        slow = (self.slow + promoted)[-spec.slow :] if spec.slow else ()
+        news = tuple(frame.index for frame in fast if frame.index in news)
+        return replace(self, sink=sink, slow=slow, fast=fast, news=news, last=mean, seen=self.seen + length, similarity=similarity)
 
     def _is_news(self, chunk: int, similarity: float | None) -> bool:
         # Choice: "at 2-chunk intervals" tests every second chunk against its immediate predecessor; it gives the one
@@ -120,21 +121,25 @@ class ContextMemory:
             return [frame.index for frame in self.frames]
         if self.spec.positions == "packed":
             return list(range(len(self.frames)))
-        recent = sum(map(len, self.fast))
         query = self.query_positions(frames)[0]
         return [
             *range(len(self.sink)),
             *range(self.spec.sink, self.spec.sink + len(self.slow)),
-            *range(query - recent, query),
+            *range(query - len(self.fast), query),
         ]
 
 
-def mean_key(chunk: Chunk) -> Tensor:
-    """The chunk's keys, averaged over its tokens in each layer, [layers, B * N * D].
+def split(frames: Frames, keep: int) -> tuple[Frames, Frames]:
+    """All but the last `keep` frames, and those."""
+    return frames[: len(frames) - keep], frames[max(len(frames) - keep, 0) :]
 
-    Choice: one decision over all layers and the whole batch (the mean of the layers' cosines). Layers that decide on
-    their own would remember different frames, and the teacher could not be shown the same ones.
+
+def mean_key(chunk: Frames) -> Tensor:
+    """Keys of the batch's first video, averaged over the chunk's tokens, in each layer: [layers, N * D].
+
+    Choice: one decision for all layers (the mean of their cosines) and for the whole batch (its first video's). Layers
+    that decide on their own would remember different frames, and the teacher could not be shown the same ones. An
+    average over videos would be smoother than any one of them, and training would promote what inference does not.
     """
-    return torch.stack(
-        [torch.stack([frame.keys[layer] for frame in chunk]).float().mean(dim=(0, 2)).flatten() for layer in range(len(chunk[0].keys))]
-    ).detach()
+    layers = range(len(chunk[0].keys))
+    return torch.stack([torch.stack([f.keys[layer][0] for f in chunk]).float().mean(dim=(0, 1)).flatten() for layer in layers]).detach()

@@ -139,11 +139,10 @@ def rollout(
     """A video of the student's own making, without a graph; its `targets` are replayed by the loss.
 
     Clean context policy (sec. 3.2): chunks before the window take every level. Inside it all chunks stop at one random
-    level (Self Forcing, alg. 1). Only clean frames are remembered.
+    level (Self Forcing, alg. 1). A chunk is remembered as the student left it, by a pass at σ = 0.
     """
     sigmas = spec.sigmas(flow)
     window = slice(frames - spec.window, frames)
-    # drawn always, so that one seed gives the same noise under every setting
     shared = int(torch.randint(len(sigmas), (), generator=rng))
     leave = shared if spec.exit == "shared" else len(sigmas) - 1
     state, video, targets, similarities = ContextMemory(memory), [], [], []

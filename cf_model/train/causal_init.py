@@ -18,7 +18,9 @@ class CausalInitSpec:
     method: Literal["teacher_forcing", "ode"]
     steps: int
     batch: int
-    frames: int  # latent frames of a clip
+    frames: int  # latent frames that are denoised
+    longest: int  # latent frames before them, at most, that are only remembered
+    begin: float  # share of the steps without any: the video begins with `frames`
     chunk: int
     dropout: float
     memory: MemorySpec
@@ -28,14 +30,15 @@ class CausalInitSpec:
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, batch=self.batch, frames=self.frames, chunk=self.chunk, save_every=self.save_every)
-        if self.frames % self.chunk:
-            raise ValueError(f"frames is {self.frames}, not whole chunks of {self.chunk} latent frames")
+        for name in ("frames", "longest"):
+            if getattr(self, name) % self.chunk:
+                raise ValueError(f"{name} is {getattr(self, name)}, not whole chunks of {self.chunk} latent frames")
 
 
 class CausalInit:
     def __init__(self, spec: CausalInitSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int) -> None:
         self.spec, self.model, self.latents, self.flow = spec, model, latents, flow
-        self.rows = latents.rows("train", at_least=spec.frames)
+        self.rows = latents.rows("train", at_least=spec.longest + spec.frames)
         self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
         self.average = Average(model, spec.ema)
         self.random = Random(seed)
@@ -47,11 +50,14 @@ class CausalInit:
     def step(self, number: int) -> dict[str, float]:
         spec, rng = self.spec, self.random.rng
         rows = batches(self.rows, spec.batch, self.random)
-        starts = [self.random.integers(0, self.latents.frames(row) - spec.frames, 1)[0] for row in rows]
-        clip = self.latents.window(rows, starts, spec.frames)
+        # Choice: part of the clips begin before the frames that are denoised, so that the student has read a full memory
+        # of real frames before it meets its own.
+        past = 0 if self.random.coin(spec.begin) else spec.chunk * self.random.integers(0, spec.longest // spec.chunk, 1)[0]
+        starts = [self.random.integers(0, self.latents.frames(row) - past - spec.frames, 1)[0] for row in rows]
+        clip = self.latents.window(rows, starts, past + spec.frames)
         text = drop_prompts(self.latents.text(rows), spec.dropout, self.random)
-        memory, loss = ContextMemory(spec.memory), clip.new_zeros(())
-        chunks = clip.split(spec.chunk, dim=1)
+        memory = self.model.watch(clip[:, :past], text, spec.memory, chunk=spec.chunk) if past else ContextMemory(spec.memory)
+        loss, chunks = clip.new_zeros(()), clip[:, past:].split(spec.chunk, dim=1)
         for x in chunks:
             sigma = self.flow.sample_sigma(len(x), rng)  # its own level for every chunk
             noise = gaussian(x.shape, rng)
@@ -61,4 +67,4 @@ class CausalInit:
         loss.backward()
         norm = self.optimizer.step()
         self.average.update()
-        return {"loss": loss.item(), "gradient": norm}
+        return {"loss": loss.item(), "gradient": norm, "context_frames": float(len(memory.frames))}

@@ -26,7 +26,7 @@ def generator_gradient(
     """Where the student's frames x should not go: (fake - real) / mean|x - real| at one random noise level.
 
     `# Paper:` eq. 4 without a context, eq. 6 with one; the normaliser is DMD's, one a sample. Both scores see the same
-    clean context. A gradient that is not finite is 0, as in Self-Forcing.
+    clean context. Where x is the real score's x_0 already there is nothing to gain: 0 / 0 is 0.
     """
     sigma = flow.sample_score_sigma(len(x), rng)
     x_t = add_noise(x, gaussian(x.shape, rng), sigma)
@@ -53,7 +53,7 @@ def critic_loss(
     rng: torch.Generator,
 ) -> Float[Tensor, ""]:
     """Flow matching of the critic on the student's own frames x, after the same context: mean |v - (ε - x)|²."""
-    sigma = flow.sample_sigma(len(x), rng)
+    sigma = flow.sample_score_sigma(len(x), rng)
     noise = gaussian(x.shape, rng)
     velocity = view.velocity(fake, add_noise(x, noise, sigma), sigma, text, context)
     return (velocity - (noise - x)).square().mean()

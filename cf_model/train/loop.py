@@ -60,11 +60,11 @@ class Optimizer:
             (torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr)
         ]
         if matrices:
-            self.parts.append((torch.optim.Muon(matrices, lr=spec.muon_lr, weight_decay=0.02), spec.muon_lr))
+            self.parts.append((torch.optim.Muon(matrices, lr=spec.muon_lr, weight_decay=spec.weight_decay), spec.muon_lr))
 
     def step(self) -> float:
         """Uses the gradients that are there, then forgets them. Returns their norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         factor = self.factor()
         for optimizer, lr in self.parts:
             for group in optimizer.param_groups:

@@ -52,6 +52,9 @@ class StudentSpec:
         if self.steps < self.critic_updates:
             raise ValueError(f"steps is {self.steps}, less than critic_updates {self.critic_updates}: the student would never change")
         chunk = self.rollout.chunk
+        if self.ema_start >= self.steps // self.critic_updates:
+            updates = self.steps // self.critic_updates
+            raise ValueError(f"ema_start is {self.ema_start}, but the student is updated {updates} times; use less")
         for name in ("shortest", "longest"):
             value = getattr(self.horizon, name)
             if value % chunk:
@@ -62,7 +65,7 @@ class StudentSpec:
 
 
 class Distillation:
-    """The moving parts of one distillation. Critic and student are trained by turns, each turn on a new rollout."""
+    """The moving parts of one distillation: the critic learns at every step, the student at every `critic_updates`-th."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cf_model.model.denoiser import Denoiser
@@ -22,6 +22,7 @@ class TeacherSpec:
     shortest: int  # latent frames from the clip's beginning to the target, at least
     longest: int  # and at most
     no_context: float  # share of the steps without a past, so that it can also begin a video
+    fast_only: float  # share with the fast frames alone, so that leaving the others out can be compared fairly
     dropout: float
     view: TeacherView
     errors: ErrorSpec
@@ -38,7 +39,7 @@ class TeacherSpec:
 class Teacher:
     def __init__(self, spec: TeacherSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int) -> None:
         self.spec, self.model, self.latents, self.flow = spec, model, latents, flow
-        self.rows = latents.rows("train", at_least=spec.longest + spec.target)
+        self.rows = latents.rows("train", at_least=spec.shortest + spec.target)
         self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
         self.average = Average(model, spec.ema)
         self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
@@ -51,13 +52,15 @@ class Teacher:
     def step(self, number: int) -> dict[str, float]:
         spec, rng = self.spec, self.random.rng
         rows = batches(self.rows, spec.batch, self.random)
-        start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, spec.longest, 1)[0]
+        longest = min(spec.longest, *(self.latents.frames(row) - spec.target for row in rows))
+        start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, longest, 1)[0]
+        view = replace(spec.view, sink=0, slow=0) if self.random.coin(spec.fast_only) else spec.view
         starts = [self.random.integers(0, self.latents.frames(row) - start - spec.target, 1)[0] for row in rows]
         clip = self.latents.window(rows, starts, start + spec.target)
-        x, context = clip[:, start:], clip[:, spec.view.frames(start)]
+        x, context = clip[:, start:], clip[:, view.frames(start)]
         text = drop_prompts(self.latents.text(rows), spec.dropout, self.random)
         sigma = self.flow.sample_sigma(len(x), rng)
-        loss = erft_loss(self.model, x, text, context, sigma, view=spec.view, bank=self.bank, step=number, rng=rng)
+        loss = erft_loss(self.model, x, text, context, sigma, view=view, bank=self.bank, step=number, rng=rng)
         loss.backward()
         norm = self.optimizer.step()
         self.average.update()

@@ -82,13 +82,18 @@ def test_moving_every_position_changes_nothing():
 
 
 def test_what_was_forgotten_has_no_influence():
-    model = denoiser()
-    memory = model.watch(normal(2, 30, *SHAPE), TEXT, spec(slow=2), chunk=3)
-    kept = {frame.index for frame in memory.frames}
-    assert len(kept) < 30
+    model, memory, seen = denoiser(), ContextMemory(spec(slow=2)), {}
+    for part in normal(2, 30, *SHAPE).split(3, dim=1):
+        memory = model.remember(part, TEXT, memory)
+        seen |= {frame.index: frame for frame in memory.frames}
+    forgotten = seen.keys() - {frame.index for frame in memory.frames}
+    assert len(forgotten) > 10
     x, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     with torch.no_grad():
         before = model.velocity(x, sigma, TEXT, memory)
+        for index in forgotten:
+            for tensor in (*seen[index].keys, *seen[index].values):
+                tensor.add_(1.0)
         assert torch.equal(model.velocity(x, sigma, TEXT, memory), before)
         memory.slow[0].keys[0].add_(1.0)  # what is remembered does have one
         assert not torch.equal(model.velocity(x, sigma, TEXT, memory), before)

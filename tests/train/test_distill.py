@@ -124,7 +124,15 @@ def test_which_chunks_carry_gradient(skip):
         rng=rng(),
     )
     assert [(t.first, t.grad) for t in made.targets] == [(9, skip == 0), (12, True), (15, True)]
-    assert {t.sigma for t in made.targets if t.grad} == {ROLLOUT.sigmas(FLOW)[0] if made.exit == 0 else made.targets[-1].sigma}
+
+
+def test_the_target_stops_at_one_random_level_and_the_context_is_clean():
+    levels, exits = ROLLOUT.sigmas(FLOW), set()
+    for seed in range(12):
+        made = rollout(denoiser(), TEXT, 15, SHAPE, spec=ROLLOUT, memory=spec(), flow=FLOW, rng=rng(seed))
+        assert {t.sigma for t in made.targets} == {levels[made.exit]}
+        exits.add(made.exit)
+    assert exits == {0, 1, 2, 3}
 
 
 def test_lengths_grow_with_the_curriculum():

@@ -75,6 +75,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
         fit(lambda n: {"loss": float("nan") if n else 1.0}, steps=3, state={}, log=Track("t", tmp_path), save_every=1)
 
 
+def test_a_gradient_that_is_not_finite_stops_before_a_checkpoint(tmp_path):
+    job = Job()
+    with torch.no_grad():
+        job.model.transformer.proj_out.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"step 1: \w+ is nan; lower the learning rate"):
+        fit(job.step, steps=3, state=job.state, log=Track("t", tmp_path), save_every=1)
+    assert not list(tmp_path.glob("step-*"))
+
+
 def test_every_weight_is_in_one_optimiser_and_moves():
     job = Job()
     held = [id(p) for part, _ in job.optimizer.parts for group in part.param_groups for p in group["params"]]
