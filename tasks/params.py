@@ -205,6 +205,10 @@ def students_are_shown_what_exists(p: Params) -> None:
     if p.generate.prefix % chunk:
         whole = p.generate.prefix // chunk * chunk
         raise ValueError(f"generate.prefix is {p.generate.prefix}, not whole chunks of {chunk} latent frames; use {whole or chunk}")
+    lengths = {"frames": p.generate.frames} | {f"continuations.{n}.frames": s.frames for n, s in p.generate.continuations.items()}
+    for name, frames in lengths.items():
+        if frames <= p.generate.prefix:
+            raise ValueError(f"generate.{name} is {frames}, no more than generate.prefix {p.generate.prefix}; use more")
     for name in (*p.generate.systems, *p.generate.continuations):
         if not re.fullmatch(r"[a-z0-9_]+", name) or name == "real":
             raise ValueError(f"generate names a system {name!r}; use small letters, digits and _, and not real: it names a folder")
