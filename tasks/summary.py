@@ -8,11 +8,11 @@ from typing import Any
 
 # label -> where in metrics/ the number stands
 SHOWN = {
-    "codec, dB against the decoded clip": ("codec", "psnr"),
     "base, sprite recall": ("evaluate", "prompts", "base", "sprite_recall"),
     "stage1, sprite recall": ("evaluate", "prompts", "stage1", "sprite_recall"),
-    "stage1, memory ratio": ("evaluate", "prompts", "stage1", "memory_ratio"),
-    "stage2, memory ratio": ("evaluate", "prompts", "stage2", "memory_ratio"),
+    "teacher, map error after 10 real seconds": ("evaluate", "continuations", "teacher_slow_fast", "map_error"),
+    "stage2, memory ratio (0 remembers all)": ("evaluate", "prompts", "stage2", "memory_ratio"),
+    "stage2, diversity between its videos": ("evaluate", "prompts", "stage2", "diversity"),
 }
 
 
@@ -26,8 +26,8 @@ def number(metrics: Path, stage: str, *keys: str) -> str:
 
 def summary(root: Path) -> str:
     places = {"report": root / "reports/report.html", "videos": root / "samples"}
-    lines = [f"{name:<38} {path}" for name, path in places.items() if path.exists()]
-    lines += [f"{label:<38} {number(root / 'metrics', *where)}" for label, where in SHOWN.items()]
+    lines = [f"{name:<42} {path}" for name, path in places.items() if path.exists()]
+    lines += [f"{label:<42} {number(root / 'metrics', *where)}" for label, where in SHOWN.items()]
     return "\n".join(lines)
 
 
