@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from cf_model.model.text import WordEncoder
 from cf_model.model.view import sample
 
 from . import manifest
-from .params import CAUSAL, Params, System
+from .params import Params, System
+from .systems import as_trained
 from .tracking import Track
 
 
@@ -122,12 +123,10 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor) ->
         yield job.real
     if job.system is None:
         return
-    system, model = job.system, models[job.system.weights]
+    system, model = as_trained(params, job.system), models[job.system.weights]
     # the noise depends on seed and prompt only, so systems can be compared pair by pair
     rng = torch.Generator().manual_seed(100_003 * (job.seed + 1) + job.number)
-    if system.weights in CAUSAL:
-        trained = {"causal_init": params.causal_init.memory, "stage1": params.stage1.memory, "stage2": params.stage2.memory}
-        spec = system.memory or trained[system.weights]
+    if spec := system.memory:
         # causal_init has no levels of its own: it is trained at all of them
         rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
         memory = ContextMemory(spec) if job.real is None else model.watch(job.real, text, spec, chunk=rollout.chunk)
@@ -135,7 +134,8 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor) ->
         for _ in range((system.frames - memory.seen) // rollout.chunk):
             yield next(chunks)
         return
-    view = system.view or (replace(params.teacher.view, context="none") if system.weights == "base" else params.teacher.view)
+    view = system.view
+    assert view
     length = params.base.window if system.weights == "base" else params.teacher.target
     past = text.new_zeros(1, 0, *shape(params)) if job.real is None else job.real
     while past.shape[1] < system.frames:

@@ -19,6 +19,7 @@ from cf_model.evaluate.figures import EVERY, GREY, PALETTE, Line, chart, gallery
 from cf_model.evaluate.report import Results, comparison, goals, recalls, render, tables, word
 
 from .params import Params, System
+from .systems import as_trained
 from .tracking import Track
 
 Row = dict[str, Any]
@@ -193,7 +194,8 @@ def run(
     itself: it loads ../runtime/runtime.js where there is one.
     """
     index, found = lines(samples / "index.jsonl"), read_results(params, results, metrics)
-    recipes = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
+    stated = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
+    recipes = {suite: {name: as_trained(params, system) for name, system in systems.items()} for suite, systems in stated.items()}
     present = {suite: systems_of(suite, systems, index, found) for suite, systems in recipes.items()}
     names = [name for name in dict.fromkeys(present["prompts"] + present["continuations"]) if name != "real"]
     colours = {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(names)} | {"real": GREY}

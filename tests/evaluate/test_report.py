@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,7 +107,8 @@ from evaluate.project import make_params
 from tasks.report import run
 run(make_params(), None, **{{name: Path(path) for name, path in {paths!r}.items()}})
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONHASHSEED": "4711", "TZ": "Asia/Tokyo", "HOME": str(tmp_path)})
+    elsewhere = {**os.environ, "PYTHONHASHSEED": "4711", "TZ": "Asia/Tokyo", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=elsewhere)
     assert Path(paths["out"]).read_bytes() == made[0]["out"].read_bytes()
 
 
