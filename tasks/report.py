@@ -116,7 +116,9 @@ def selection(manifest: Sequence[Row], clips: Path | None) -> dict[str, Any]:
 def recipe(system: System) -> str:
     """Weights and what they see of the past, in words."""
     if memory := system.memory:
-        return f"{system.weights}, memory: sink {memory.sink}, slow {memory.slow}, fast {memory.fast}"
+        never = memory.promote == "none" or (memory.promote == "similarity" and memory.tau <= -1)
+        slow = "slow 0, as nothing is promoted" if never else f"slow {memory.slow}"
+        return f"{system.weights}, memory: sink {memory.sink}, {slow}, fast {memory.fast}"
     if view := system.view:
         frames = f"sink {view.sink}, slow {view.slow}{f' (every {view.stride}th)' if view.slow else ''}, fast {view.fast}"
         seen = {"none": "nothing", "contiguous": f"the last {view.sink + view.slow + view.fast}", "sparse": frames}[view.context]
