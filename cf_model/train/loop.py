@@ -23,7 +23,8 @@ class OptimizerSpec:
     muon_lr: float
     beta1: float
     beta2: float
-    weight_decay: float
+    weight_decay: float  # of AdamW
+    muon_decay: float  # of Muon, whose steps are far larger
     clip: float  # of the gradient's norm
     warmup: int  # steps from 0 to lr
     decay: float  # share of the steps, at the end, in which lr falls to a fiftieth; 0 keeps it
@@ -60,7 +61,7 @@ class Optimizer:
             (torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr)
         ]
         if matrices:
-            self.parts.append((torch.optim.Muon(matrices, lr=spec.muon_lr, weight_decay=spec.weight_decay), spec.muon_lr))
+            self.parts.append((torch.optim.Muon(matrices, lr=spec.muon_lr, weight_decay=spec.muon_decay), spec.muon_lr))
 
     def step(self) -> float:
         """Uses the gradients that are there, then forgets them. Returns their norm before clipping."""

@@ -11,8 +11,8 @@ from tests.small import FLOW, SHAPE, denoiser, normal
 
 
 def optimizer(**changes):
-    values = {"lr": 1e-3, "muon_lr": 0.01, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01, "clip": 1.0, "warmup": 3, "decay": 0.5}
-    return OptimizerSpec(**(values | changes))
+    values = {"lr": 1e-3, "muon_lr": 0.01, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.01, "muon_decay": 0.02}
+    return OptimizerSpec(**(values | {"clip": 1.0, "warmup": 3, "decay": 0.5} | changes))
 
 
 class Job:
