@@ -8,6 +8,7 @@ import errno
 import importlib
 import inspect
 import os
+import re
 import sys
 import time
 import typing
@@ -110,7 +111,7 @@ def stages() -> dict[str, str]:
         tree = ast.parse(file.read_text())
         if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
             said = (ast.get_docstring(tree) or "").split("\n")[0]
-            found[file.stem] = said.split(": ", 1)[-1].split(". ")[0]
+            found[file.stem] = re.split(r"\. (?=[A-Z])", said.split(": ", 1)[-1])[0].rstrip(".")
     order = list(_pipeline())
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 

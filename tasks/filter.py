@@ -26,7 +26,7 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
         raise ValueError(f"{listed} is not there; run the stage clips first")
     stated = map(json.loads, listed.read_text(encoding="utf-8").splitlines())
     # only these keys: `planted` says what a clip is, and would make the filter's success worthless
-    about = [{key: row[key] for key in ("id", "file", "caption")} for row in stated]
+    about = [{key: row[key] for key in ("id", "file", "caption", "source") if row.get(key) is not None} for row in stated]
     rules, progress = params.filter, track.progress(len(about), unit="clip")
     found: dict[int, Measured | Unreadable] = {}
     for i, result in apart(measure, [clips / row["file"] for row in about], workers=rules.workers, timeout=rules.timeout):
@@ -58,14 +58,15 @@ def entry(about: Row, clip: Measured | Unreadable, rejection: Rejection | None) 
 
 
 def check(rows: list[Row], clips: Path, heldout: int) -> None:
-    kept = sum(row["kept"] for row in rows)
+    rejected = [row for row in rows if not row["kept"]]
+    kept = len(rows) - len(rejected)
+    counts = ", ".join(f"{number} {reason}" for reason, number in Counter(row["reason"] for row in rejected).most_common())
+    first = f"; the first: {rejected[0].get('source', rejected[0]['file'])}, {rejected[0]['rule']}" if rejected else ""
+    why = f"{counts or 'there is none to reject'}{first}"
     if not kept:
-        counts = ", ".join(f"{number} {reason}" for reason, number in Counter(row["reason"] for row in rows).most_common())
-        first = f"; the first: {rows[0]['id']}, {rows[0]['rule']}" if rows else ""
-        counts = counts or "there is none"
-        raise ValueError(f"no clip of {clips} passes the filter ({counts}{first}); add clips, or change filter in params.yaml")
+        raise ValueError(f"no clip of {clips} passes the filter ({why}); add clips, or change filter in params.yaml")
     if kept <= heldout:
-        raise ValueError(f"filter.heldout is {heldout}, but {clips} has {kept} clips that pass; use less than {kept}, or add clips")
+        raise ValueError(f"filter.heldout is {heldout}, but only {kept} of {clips} pass the filter ({why}); hold out fewer, or add clips")
 
 
 def split(rows: list[Row], heldout: int) -> None:

@@ -56,6 +56,8 @@ def explain(error: ValidationError, model: type[BaseModel], path: Path) -> str:
 def _worth_saying(error: ValidationError) -> list[Any]:
     """An optional section that is wrong also yields `should be None`: noise, unless it is all there is."""
     found = error.errors(include_url=False)
+    # a misspelled key is also a missing one: the first says what to do
+    found.sort(key=lambda one: one["type"] not in ("extra_forbidden", "unexpected_keyword_argument"))
     return [one for one in found if one["type"] != "none_required"] or found
 
 
@@ -71,7 +73,7 @@ def _sentence(error: Any, model: type[BaseModel]) -> str:
             return _from_dataclass(where, value, str(error["ctx"]["error"]))
         case "literal_error":
             return f"{where} is {value!r}; it must be {error['ctx']['expected']}"
-    rule = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    rule = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").split(", unable to")[0]
     if isinstance(value, Mapping):
         return f"{where} is a section of {len(value)} keys; it must be {rule}"
     return f"{where} is {value!r}; it must be {rule}"

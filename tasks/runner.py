@@ -25,6 +25,7 @@ from .params_file import Refused
 
 Run = Callable[..., Mapping[str, Any]]
 METRICS, RUNTIME, WORK = Path("metrics"), Path("runtime"), Path("work")
+NAMED = ("folder", "prompts_file")  # parameters that are paths of the user's own files
 
 
 def execute(stage: str, run: Run, paths: Mapping[str, Any], params: Any, stated: Mapping[str, Any], *, began: float) -> None:
@@ -73,6 +74,9 @@ def key(stage: str, paths: Mapping[str, Any], stated: Mapping[str, Any], pipelin
     deps = [Path(dep) for dep in entry.get("deps", [])]
     given = [Path(value) for name, value in paths.items() if name != "out" and isinstance(value, Path)]
     deps += [path for path in given if not any(_covers(path, dep) for dep in deps)]
+    # what a parameter names is no DVC dependency; a killed run must still not go on with another file's results
+    section = stated.get(stage, {})
+    deps += [Path(section[name]) for name in NAMED if isinstance(section, Mapping) and section.get(name)]
     parts = {
         "command": sorted(f"--{name} {value}" for name, value in paths.items()),
         "deps": {str(dep): digest(dep) for dep in sorted(deps)},

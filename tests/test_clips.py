@@ -135,11 +135,11 @@ def test_no_clip_passes(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "manifest.jsonl"
     out.write_text("earlier")
     strict = params().filter.model_copy(update={"min_seconds": 100.0})
-    counts = r"\(18 too_short, 1 unreadable; the first: clip-00000, seconds > 100\.0\)"
+    counts = r"\(18 too_short, 1 unreadable; the first: clip-00000\.mp4, seconds > 100\.0\)"
     with pytest.raises(ValueError, match=rf"no clip of .*clips passes the filter {counts}"):
         filtering.run(params(filter=strict), MagicMock(), clips=made / "clips", out=out)
     greedy = params().filter.model_copy(update={"heldout": 12})
-    with pytest.raises(ValueError, match=r"filter.heldout is 12, but .* has 12 clips that pass"):
+    with pytest.raises(ValueError, match=r"filter.heldout is 12, but only 12 of .*clips pass the filter \(.*; the first: .*\.mp4, "):
         filtering.run(params(filter=greedy), MagicMock(), clips=made / "clips", out=out)
     with pytest.raises(ValueError, match="run the stage clips first"):
         filtering.run(params(), MagicMock(), clips=tmp_path, out=out)

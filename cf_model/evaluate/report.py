@@ -184,8 +184,8 @@ def goals(results: Results, prompts: Mapping[str, str], memories: Mapping[str, s
 
     rows = []
     for metric, least in (("compass_coherence", 0.9), ("sky_accuracy", 0.95), ("sprite_recall", 0.8)):
-        value = mean("prompts", prompts.get("base"), metric)
-        rows.append(row(f"base: {word(metric).title} above {least}", [value], "{}", lambda v, least=least: v > least))
+        values = [mean("prompts", system, metric) for system in (prompts.get("base"), "real")]
+        rows.append(row(f"base: {word(metric).title} above {least}", values, "{0}, real {1}", lambda v, _, least=least: v > least))
     recall = [mean("prompts", prompts.get(weights), "sprite_recall") for weights in ("causal_init", "stage1")]
     goal = "stage 1: sprite recall at least 0.25 above the causal start's, or at least 0.95"
     rows.append(row(goal, recall, "{1}, from {0}", lambda before, after: after >= min(before + 0.25, 0.95)))

@@ -159,6 +159,8 @@ def test_goals_are_held_missed_or_absent() -> None:
     found = results(
         prompts__base__compass_coherence=0.95,
         prompts__base__sky_accuracy=0.9,
+        prompts__real__compass_coherence=1.0,
+        prompts__real__sky_accuracy=1.0,
         prompts__causal_init__sprite_recall=0.8,
         prompts__stage1__sprite_recall=0.96,
         continuations__t__map_error=28.0,
