@@ -75,6 +75,24 @@ def test_map_error_counts_what_was_long_out_of_sight(videos):
     assert mean("map_error", true) < 12 < 40 < mean("map_error", wrong)
 
 
+def test_map_error_is_of_the_long_absent_and_nothing_else(videos, monkeypatch):
+    """Three bins: long away and wrong, briefly away and right, never in the prefix and wrong."""
+    truth = WORLDS[0].truth(1, FPS)
+    band = worlds.panorama(tuple(truth["landmarks"]), truth["sky"], 1)[worlds.LANDMARK_ROWS]
+
+    def right(b):
+        middle = b * oracle.BIN + oracle.BIN // 2
+        return band[:, middle - 1 : middle + 2].mean(axis=1)
+
+    def seen(b, first, last, off=0.0):
+        return oracle.Visit(b, first, last, right(b) + off)
+
+    found = [seen(0, 0, 50), seen(1, 0, 150), seen(2, 170, 190, 90.0), seen(1, 180, 220), seen(0, 200, 240, 50.0), seen(2, 300, 320, 90.0)]
+    monkeypatch.setattr(oracle, "visits", lambda video: found)
+    errors = oracle.map_metrics(videos[0], truth, prefix=160, fps=FPS, gap=5.0)
+    assert errors["map_error"] == pytest.approx(50) and errors["map_error_recent"] == pytest.approx(0)
+
+
 def test_blur_freezing_and_one_world_for_all_are_seen(videos):
     blurred = [np.repeat(np.repeat(v[:, ::4, ::4], 4, 1), 4, 2) for v in videos]
     frozen = [np.repeat(v[:1], len(v), 0) for v in videos]
