@@ -17,7 +17,7 @@ from cf_model.data.video import write_video
 from cf_model.model import wan
 from cf_model.model.codec import SPACE, load_codec, video_frames
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.memory import ContextMemory
+from cf_model.model.memory import empty
 from cf_model.model.rollout import stream
 from cf_model.model.text import WordEncoder
 from cf_model.model.view import sample
@@ -73,7 +73,7 @@ def run(
             if job.system and job.system.weights not in models:
                 models = {job.system.weights: wan.load(weights[job.system.weights])}
             path.parent.mkdir(parents=True, exist_ok=True)
-            chunks = make(params, job, models, text.encode([job.prompt]))
+            chunks = make(params, job, models, text.encode([job.prompt]), clips.null_text)
             frames = (frame for part in pictures.decode_stream(chunks) for frame in part[0].numpy())
             write_video(path, frames, fps=params.video.fps, crf=params.generate.crf)
         bar.update()
@@ -117,7 +117,7 @@ def jobs(params: Params, clips: Latents) -> Iterator[Job]:
             yield Job("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
 
 
-def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor) -> Iterator[Tensor]:
+def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, null: Tensor) -> Iterator[Tensor]:
     """Latents, chunk by chunk or window by window; a real prefix comes first. One video at a time: a memory decides for itself."""
     if job.real is not None:
         yield job.real
@@ -129,7 +129,7 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor) ->
     if spec := system.memory:
         # causal_init has no levels of its own: it is trained at all of them
         rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
-        memory = ContextMemory(spec) if job.real is None else model.watch(job.real, text, spec, chunk=rollout.chunk)
+        memory = empty(spec) if job.real is None else model.watch(job.real, text, spec, chunk=rollout.chunk)
         chunks = stream(model, text, shape(params), sigmas=rollout.sigmas(params.flow), chunk=rollout.chunk, memory=memory, rng=rng)
         for _ in range((system.frames - memory.seen) // rollout.chunk):
             yield next(chunks)
@@ -150,6 +150,7 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor) ->
             steps=params.generate.sampler_steps,
             guidance=params.generate.guidance,
             rng=rng,
+            null=null,
         )
         yield window
         past = torch.cat([past, window], dim=1)

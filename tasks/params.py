@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.codec import CodecSpec, latent_frames
-from cf_model.model.denoiser import ModelSpec
+from cf_model.model.denoiser import Attention, ModelSpec
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
 from cf_model.model.view import TeacherView
@@ -27,6 +27,13 @@ Count = Annotated[int, Field(ge=0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Compute(Section):
+    """How the arithmetic is done; the results agree to rounding."""
+
+    attention: Attention
+    checkpointing: bool  # activations are computed again in the backward pass instead of being kept
 
 
 class Video(Section):
@@ -75,14 +82,17 @@ class Filter(Section):
 
 class CodecParams(Section):
     kind: Literal["linear", "wan"]
+    weights: str | None  # of Wan's: a folder in the diffusers layout, or its name on the Hugging Face Hub
     clips: PositiveInt  # that the linear codec is fitted on
     linear: CodecSpec
 
 
 class Text(Section):
     kind: Literal["words", "umt5"]
+    weights: str | None  # of UMT5, as for the codec
     tokens: PositiveInt
     channels: PositiveInt
+    negative: str  # the null prompt of guidance: what generation moves away from
 
 
 class Encode(Section):
@@ -134,6 +144,7 @@ class Params(Section):
     profile: str
     seed: Count
     threads: PositiveInt
+    compute: Compute
     video: Video
     tracking: Tracking
     clips: Clips

@@ -30,6 +30,7 @@ def distil(
         view=view,
         flow=flow,
         prompts=torch.unique(clips.text(rows), dim=0),
+        null=clips.null_text,
         shape=clips.shape,
         seed=seed,
     )

@@ -2,7 +2,7 @@
 
 index.json lists the clips in their order; a clip's number in that list is its row. A shard holds the latents of some
 clips under their ids, so clips of any lengths share one; text.safetensors holds one embedding for each different
-caption and the null prompt's. Reading maps the files into memory and touches only what a window needs.
+caption, the empty text's and the null prompt's. Reading maps the files into memory and touches only what a window needs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def write_latents(
     shard: int,
     dtype: torch.dtype,
     fps: float,
+    negative: str,
 ) -> list[dict[str, Any]]:
     """Write the clips as they come, `shard` of them to a file, and return the index's entries.
 
-    With each clip come its id, caption and split. The same input gives the same bytes: no file has metadata.
+    With each clip come its id, caption and split. `negative` is the null prompt of guidance. The same input gives the same bytes: no file has metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
@@ -59,8 +60,9 @@ def write_latents(
     flush()
     if not entries:
         raise ValueError(f"no clips to write to {folder}; the filter must keep at least one")
-    text = encode_text([*captions, ""]).to(dtype)
-    save_file({"embeddings": text[:-1].contiguous(), "null": text[-1].contiguous()}, folder / "text.safetensors")
+    text = encode_text([*captions, "", negative]).to(dtype)
+    table = {"embeddings": text[:-2], "empty": text[-2], "null": text[-1]}
+    save_file({name: value.contiguous() for name, value in table.items()}, folder / "text.safetensors")
     about_all = {"clips": entries, "channels": size[0], "height": size[1], "width": size[2], "fps": fps}
     (folder / "index.json").write_text(json.dumps(about_all, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return entries
@@ -119,6 +121,15 @@ class Latents:
         return torch.stack([table[self.clips[int(row)]["text"]] for row in rows]).float()
 
     @property
+    def empty_text(self) -> Float[Tensor, "T E"]:
+        """Takes a caption's place when training drops it."""
+        return self._text("empty")
+
+    @property
     def null_text(self) -> Float[Tensor, "T E"]:
-        null: Tensor = self.opened("text.safetensors").get_tensor("null")
-        return null.float()
+        """What guidance moves away from: the negative prompt, which training must not teach as if it were no prompt."""
+        return self._text("null")
+
+    def _text(self, name: str) -> Tensor:
+        found: Tensor = self.opened("text.safetensors").get_tensor(name)
+        return found.float()

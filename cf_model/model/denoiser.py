@@ -6,28 +6,36 @@ submodule, whose output every block hands to its self-attention untouched.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .flow import to_x0
-from .memory import ContextMemory, Frame, MemorySpec
+from .memory import Frame, LayerMemories, Memory, MemorySpec, empty
 
 Rotation = tuple[Tensor, Tensor]
+Attention = Literal["native", "cudnn", "flash2", "flash3"]
+
+
+# our names of diffusers' attention backends, and the package that each needs
+BACKENDS = {"native": ("native", None), "cudnn": ("_native_cudnn", None), "flash2": ("flash", "flash_attn"), "flash3": ("_flash_3", "flash_attn_interface")}
 
 
 @dataclass(eq=False)
 class View:
     """What the self-attentions of one pass see, instead of a table of rotations."""
 
-    past: tuple[Frame, ...]
-    query: Rotation
-    keys: Rotation
-    taken: list[tuple[Tensor, Tensor]]  # keys and values of this pass, one pair a layer
+    memory: Memory | None
+    rotations: list[tuple[Rotation, Rotation]]  # of queries and of keys; one pair a layer, or one for all
+    taken: dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of this pass
+
+    def at(self, layer: int) -> tuple[Rotation, Rotation]:
+        return self.rotations[layer if len(self.rotations) > 1 else 0]
 
 
 class ViewRope(nn.Module):
@@ -36,16 +44,25 @@ class ViewRope(nn.Module):
     def __init__(self, table: Any) -> None:
         super().__init__()
         self.table: Any = table  # diffusers' WanRotaryPosEmbed
-        self.memory: ContextMemory | None = None
-        self.taken: list[tuple[Tensor, Tensor]] = []
+        self.memory: Memory | None = None
+        self.taken: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Float[Tensor, "B C F H W"]) -> View:
         frames = x.shape[2]
-        past = self.memory.frames if self.memory else ()
-        remembered = self.memory.key_positions(frames) if self.memory else []
-        current = self.memory.query_positions(frames) if self.memory else list(range(frames))
-        query = self.rotations(current, x)
-        return View(past, query, self.rotations(remembered + current, x) if past else query, self.taken)
+        if self.memory is None:
+            rotation = self.rotations(range(frames), x)
+            return View(None, [(rotation, rotation)], self.taken)
+        layers = len(self.memory.layers) if isinstance(self.memory, LayerMemories) else 1
+        made: dict[tuple[int, ...], Rotation] = {}
+        pairs = []
+        for layer in range(max(layers, 1)):
+            current = tuple(self.memory.query_positions(frames, layer))
+            seen = (*self.memory.key_positions(frames, layer), *current)
+            for positions in (current, seen):
+                if positions not in made:
+                    made[positions] = self.rotations(positions, x)
+            pairs.append((made[current], made[seen]))
+        return View(self.memory, pairs, self.taken)
 
     def rotations(self, positions: Sequence[int], x: Tensor) -> Rotation:
         """cos and sin for whole frames at the given temporal positions, each [1, len(positions) * S, 1, D]."""
@@ -67,8 +84,8 @@ class ViewRope(nn.Module):
 class MemoryAttention:
     """Attention processor: bidirectional inside the pass, and over everything remembered."""
 
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
+    def __init__(self, layer: int, backend: str) -> None:
+        self.layer, self.backend = layer, backend
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: View | None = None):  # type: ignore[no-untyped-def]
         from diffusers.models.attention_dispatch import dispatch_attention_fn  # here, so that reading params needs no diffusers
@@ -77,11 +94,12 @@ class MemoryAttention:
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        rotary_emb.taken.append((k, v))
-        if rotary_emb.past:
-            k = torch.cat([*(frame.keys[self.layer] for frame in rotary_emb.past), k], dim=1)
-            v = torch.cat([*(frame.values[self.layer] for frame in rotary_emb.past), v], dim=1)
-        out = dispatch_attention_fn(rotate(q, rotary_emb.query), rotate(k, rotary_emb.keys), v)
+        rotary_emb.taken[self.layer] = (k, v)
+        queries, keys = rotary_emb.at(self.layer)
+        if rotary_emb.memory is not None:
+            past_k, past_v = rotary_emb.memory.past(self.layer)
+            k, v = torch.cat([*past_k, k], dim=1), torch.cat([*past_v, v], dim=1)
+        out = dispatch_attention_fn(rotate(q, queries), rotate(k, keys), v, backend=self.backend)
         return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))
 
 
@@ -107,19 +125,27 @@ class ModelSpec:
 class Denoiser(nn.Module):
     """x_0 from x_σ, the prompt and the remembered frames; state_dict keys stay those of diffusers under `transformer.`"""
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, attention: Attention = "native") -> None:
         super().__init__()
+        backend, package = BACKENDS[attention]
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"compute.attention is {attention}, but the package {package} is not installed; install it, or use native")
         transformer.rope = ViewRope(transformer.rope)
         for layer, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(MemoryAttention(layer))
+            block.attn1.set_processor(MemoryAttention(layer, backend))
+            block.attn2.processor._attention_backend = backend
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import
+
+    def checkpointing(self, on: bool) -> None:
+        """Activations of a block are computed again in the backward pass instead of being kept."""
+        (self.transformer.enable_gradient_checkpointing if on else self.transformer.disable_gradient_checkpointing)()
 
     def forward(
         self,
         x_t: Float[Tensor, "B F C H W"],
         sigma: Float[Tensor, " B"],
         text: Float[Tensor, "B T E"],
-        memory: ContextMemory | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "B F C H W"]:
         return to_x0(x_t, self.velocity(x_t, sigma, text, memory), sigma)
 
@@ -128,40 +154,50 @@ class Denoiser(nn.Module):
         x_t: Float[Tensor, "B F C H W"],
         sigma: Float[Tensor, " B"] | Float[Tensor, "B F"],
         text: Float[Tensor, "B T E"],
-        memory: ContextMemory | None = None,
+        memory: Memory | None = None,
     ) -> Float[Tensor, "B F C H W"]:
         """ε - x_0. `sigma` is one level for the whole pass, or one a frame; `memory` None is plain Wan."""
         return self._pass(x_t, sigma, text, memory)[0]
 
-    def remember(
-        self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], memory: ContextMemory, *, grad: bool = False
-    ) -> ContextMemory:
+    def remember(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], memory: Memory, *, grad: bool = False) -> Memory:
         """One pass over a clean chunk, at σ = 0, for its keys and values only."""
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            _, taken = self._pass(x_0, x_0.new_zeros(len(x_0)), text, memory)
         frames = x_0.shape[1]
-        layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for k, v in taken]
-        return memory.remember(
-            tuple(Frame(memory.seen + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))
-        )
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            _, taken = self._pass(x_0, x_0.new_zeros(len(x_0)), text, memory.committing(frames))
+        return memory.remember(cut(taken, memory.seen, frames))
 
-    def watch(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], spec: MemorySpec, *, chunk: int) -> ContextMemory:
+    def offer(
+        self, x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Float[Tensor, "B T E"], memory: Memory
+    ) -> tuple[Float[Tensor, "B F C H W"], Memory]:
+        """`forward`, and the memory after it was offered this pass's keys (timing first_call)."""
+        velocity, taken = self._pass(x_t, sigma, text, memory)
+        return to_x0(x_t, velocity, sigma), memory.offer(cut(taken, memory.seen, x_t.shape[1]))
+
+    def watch(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], spec: MemorySpec, *, chunk: int) -> Memory:
         """What is remembered after a whole clip, chunk by chunk."""
-        memory = ContextMemory(spec)
+        memory = empty(spec)
         for part in x_0.split(chunk, dim=1):
             memory = self.remember(part, text, memory)
         return memory
 
-    def _pass(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: ContextMemory | None) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _pass(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         rope = self.transformer.rope
-        rope.memory, rope.taken = memory, []
+        rope.memory, rope.taken = memory, {}
         timestep = 1000 * sigma
         if timestep.ndim == 2:  # diffusers takes one timestep a token
             timestep = timestep.repeat_interleave(self._tokens(x_t), dim=1)
-        velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
-        taken, rope.memory, rope.taken = rope.taken, None, []
+        try:
+            velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
+        finally:
+            taken, rope.memory, rope.taken = rope.taken, None, {}
         return velocity, taken
 
     def _tokens(self, x: Tensor) -> int:
         _, rows, columns = self.transformer.config.patch_size
         return (x.shape[3] // rows) * (x.shape[4] // columns)
+
+
+def cut(taken: dict[int, tuple[Tensor, Tensor]], first: int, frames: int) -> tuple[Frame, ...]:
+    """A pass's keys and values, one frame after the other, the first of them numbered `first`."""
+    layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for _, (k, v) in sorted(taken.items())]
+    return tuple(Frame(first + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))

@@ -39,6 +39,16 @@ class Flow:
         """For the scores of a distillation: shifted, then clamped, as Self-Forcing does."""
         return self.sample_sigma(batch, rng).clamp(self.sigma_min, self.sigma_max)
 
+    def weight(self, sigma: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+        """Of a loss at these levels, as Wan was trained: a bell around 0.5 that is 0 at the lowest, with mean 1 over 1000 levels."""
+
+        def bell(s: Tensor) -> Tensor:
+            return torch.exp(-2 * (s - 0.5) ** 2)
+
+        table = bell(self.warp(1 - torch.arange(1000, dtype=torch.float64) / 1000))
+        lowest = table.min()
+        return ((bell(sigma.double()) - lowest) / (table - lowest).mean()).to(sigma.dtype)
+
 
 def add_noise(x_0: Float[Tensor, "B *rest"], noise: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"]) -> Float[Tensor, "B *rest"]:
     s = expand(sigma, x_0)

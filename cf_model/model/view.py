@@ -75,6 +75,7 @@ def sample(
     steps: int,
     guidance: float,
     rng: torch.Generator,
+    null: Float[Tensor, "T E"],
 ) -> Float[Tensor, "B F C H W"]:
     """Euler steps from noise to the frames after `context`; shape is F, C, H, W."""
     x = gaussian((len(text), *shape), rng)
@@ -83,7 +84,7 @@ def sample(
         sigma = x.new_full((len(x),), high)
         velocity = view.velocity(model, x, sigma, text, context)
         if guidance != 1:
-            null = view.velocity(model, x, sigma, torch.zeros_like(text), context)
-            velocity = null + guidance * (velocity - null)
+            away = view.velocity(model, x, sigma, null.expand_as(text), context)
+            velocity = away + guidance * (velocity - away)
         x = x + (low - high) * velocity
     return x

@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from .denoiser import Denoiser, ModelSpec
+from .denoiser import Attention, Denoiser, ModelSpec
 
 
 def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int) -> Denoiser:
@@ -41,10 +41,10 @@ def save(model: Denoiser, folder: Path) -> None:
         model.transformer.rope = rope
 
 
-def load(folder: Path) -> Denoiser:
+def load(folder: Path, attention: Attention = "native") -> Denoiser:
     """Strict: a weight that is missing, unknown or of another shape is an error with its name."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a diffusers folder; run the stage that makes it")
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder, local_files_only=True))
     transformer.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
-    return Denoiser(transformer)
+    return Denoiser(transformer, attention)

@@ -15,6 +15,7 @@ from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, ba
 @dataclass(frozen=True)
 class BaseSpec:
     init: Literal["scratch", "wan"]
+    weights: str | None  # of Wan's: a folder in any layout that `cf import-weights` reads, or a name on the Hugging Face Hub
     steps: int
     batch: int
     window: int  # latent frames
@@ -45,7 +46,7 @@ class Base:
         # Choice: a window may begin anywhere in a clip; with the linear codec any latent can be the first of a video.
         starts = [self.random.integers(0, self.latents.frames(row) - self.spec.window, 1)[0] for row in rows]
         x = self.latents.window(rows, starts, self.spec.window)
-        text = drop_prompts(self.latents.text(rows), self.spec.dropout, self.random)
+        text = drop_prompts(self.latents.text(rows), self.latents.empty_text, self.spec.dropout, self.random)
         sigma = self.flow.sample_sigma(len(x), rng)
         noise = gaussian(x.shape, rng)
         loss = (self.model.velocity(add_noise(x, noise, sigma), sigma, text) - (noise - x)).square().mean()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, add_noise, gaussian
-from cf_model.model.memory import ContextMemory, MemorySpec
+from cf_model.model.memory import MemorySpec, empty
 
 from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
 
@@ -55,8 +55,8 @@ class CausalInit:
         past = 0 if self.random.coin(spec.begin) else spec.chunk * self.random.integers(0, spec.longest // spec.chunk, 1)[0]
         starts = [self.random.integers(0, self.latents.frames(row) - past - spec.frames, 1)[0] for row in rows]
         clip = self.latents.window(rows, starts, past + spec.frames)
-        text = drop_prompts(self.latents.text(rows), spec.dropout, self.random)
-        memory = self.model.watch(clip[:, :past], text, spec.memory, chunk=spec.chunk) if past else ContextMemory(spec.memory)
+        text = drop_prompts(self.latents.text(rows), self.latents.empty_text, spec.dropout, self.random)
+        memory = self.model.watch(clip[:, :past], text, spec.memory, chunk=spec.chunk) if past else empty(spec.memory)
         loss, chunks = clip.new_zeros(()), clip[:, past:].split(spec.chunk, dim=1)
         for x in chunks:
             sigma = self.flow.sample_sigma(len(x), rng)  # its own level for every chunk

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,6 +24,7 @@ def generator_gradient(
     flow: Flow,
     rng: torch.Generator,
     guidance: float,
+    null: Float[Tensor, "T E"],
 ) -> tuple[Float[Tensor, "B F C H W"], dict[str, float]]:
     """Where the student's frames x should not go: (fake - real) / mean|x - real| at one random noise level.
 
@@ -33,8 +36,8 @@ def generator_gradient(
     fake_x0 = to_x0(x_t, view.velocity(fake, x_t, sigma, text, context), sigma)
     real_velocity = view.velocity(real, x_t, sigma, text, context)
     if guidance != 1:
-        null = view.velocity(real, x_t, sigma, torch.zeros_like(text), context)
-        real_velocity = null + guidance * (real_velocity - null)
+        away = view.velocity(real, x_t, sigma, null.expand_as(text), context)
+        real_velocity = away + guidance * (real_velocity - away)
     real_x0 = to_x0(x_t, real_velocity, sigma)
     normaliser = (x - real_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     gradient = torch.nan_to_num((fake_x0 - real_x0) / normaliser, nan=0.0, posinf=0.0, neginf=0.0)
@@ -51,9 +54,11 @@ def critic_loss(
     view: TeacherView,
     flow: Flow,
     rng: torch.Generator,
+    weight: Literal["uniform", "bell"],
 ) -> Float[Tensor, ""]:
-    """Flow matching of the critic on the student's own frames x, after the same context: mean |v - (ε - x)|²."""
+    """Flow matching of the critic on the student's own frames x, after the same context: mean w(σ) |v - (ε - x)|²."""
     sigma = flow.sample_score_sigma(len(x), rng)
     noise = gaussian(x.shape, rng)
     velocity = view.velocity(fake, add_noise(x, noise, sigma), sigma, text, context)
-    return (velocity - (noise - x)).square().mean()
+    error = (velocity - (noise - x)).square().mean(dim=(1, 2, 3, 4))
+    return (error * flow.weight(sigma) if weight == "bell" else error).mean()

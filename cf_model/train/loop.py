@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cf_model.model import checkpoint
@@ -154,6 +155,10 @@ class Clips(Protocol):
     def text(self, rows: list[int]) -> Tensor:
         """[B, T, E] float32."""
 
+    @property
+    def empty_text(self) -> Tensor:
+        """[T, E]: no prompt at all."""
+
 
 class Log(Protocol):
     """What a loop tells the world; tasks/tracking.py has the one implementation."""
@@ -195,7 +200,7 @@ def batches(rows: Iterable[int], count: int, rng: Random) -> list[int]:
     return [rows[i] for i in rng.integers(0, len(rows) - 1, count)]
 
 
-def drop_prompts(text: Tensor, share: float, rng: Random) -> Tensor:
-    """The null prompt, all zeros, in place of a share of the prompts: what guidance needs."""
+def drop_prompts(text: Float[Tensor, "B T E"], empty: Float[Tensor, "T E"], share: float, rng: Random) -> Float[Tensor, "B T E"]:
+    """The empty prompt in place of a share of the prompts: what guidance needs."""
     keep = torch.rand(len(text), generator=rng.rng) >= share
-    return text * keep[:, None, None]
+    return torch.where(keep[:, None, None], text, empty)

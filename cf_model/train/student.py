@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
-from cf_model.model.memory import MemorySpec
+from cf_model.model.memory import MemorySpec, dump, restore
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import TeacherView
 
@@ -25,6 +26,7 @@ class ScoreSpec:
 
     context: Literal["none", "sparse", "contiguous"]
     guidance: float  # null + guidance (cond - null); Self-Forcing's 3.0 is our 4.0
+    first_latent: Literal["as_is", "reencode"]  # the first frame that they see, where it isn't the video's: as a picture of its own
 
     def __post_init__(self) -> None:
         at_least(1, guidance=self.guidance)
@@ -41,6 +43,7 @@ class StudentSpec:
     rollout: RolloutSpec
     horizon: HorizonSpec
     teacher: ScoreSpec
+    critic_weight: Literal["uniform", "bell"]
     student_optimizer: OptimizerSpec
     critic_optimizer: OptimizerSpec
     ema: float
@@ -77,9 +80,13 @@ class Distillation:
         view: TeacherView,
         flow: Flow,
         prompts: Float[Tensor, "P T E"],
+        null: Float[Tensor, "T E"],
         shape: tuple[int, int, int],
         seed: int,
+        reencode: Callable[[Float[Tensor, "B F C H W"]], Float[Tensor, "B 1 C H W"]] | None = None,
     ) -> None:
+        """`reencode` makes the last video frame of some latents a picture's latent (`first_latent: reencode`)."""
+        self.null, self.reencode = null, reencode
         self.spec, self.view, self.flow, self.prompts, self.shape = spec, view, flow, prompts, shape
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
         updates = spec.steps // spec.critic_updates
@@ -87,6 +94,8 @@ class Distillation:
         self.critic_optimizer = Optimizer(critic, spec.critic_optimizer, spec.steps)
         self.average = Average(student, spec.ema, spec.ema_start)
         self.random = Random(seed)
+
+        self.stream = Stream(spec.memory)
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -97,27 +106,57 @@ class Distillation:
             "student_optimizer": self.student_optimizer,
             "critic_optimizer": self.critic_optimizer,
             "random": self.random,
+            "stream": self.stream,
         }
 
     def step(self, number: int) -> dict[str, float]:
         """One update of the critic; every `critic_updates`-th time one of the student first, on the same rollout."""
         spec, rng = self.spec, self.random.rng
-        text = self.prompts[batches(range(len(self.prompts)), spec.batch, self.random)]
-        frames = spec.horizon.sample(number, spec.rollout.chunk, rng)
-        made = rollout(self.student, text, frames, self.shape, spec=spec.rollout, memory=spec.memory, flow=self.flow, rng=rng)
-        target = made.video[:, made.window]
-        context = made.video[:, self.view.frames(made.window.start)]
+        made, text = self._roll_out(number)
+        context, target = self.shown(made)
         values: dict[str, float] = {}
         if (number + 1) % spec.critic_updates == 0:
             values |= self._update_student(made, target, context, text)
-        loss = critic_loss(target, text, fake=self.critic, context=context, view=self.view, flow=self.flow, rng=rng)
+        loss = critic_loss(
+            target, text, fake=self.critic, context=context, view=self.view, flow=self.flow, rng=rng, weight=spec.critic_weight
+        )
         loss.backward()
         values |= {"critic_loss": loss.item(), "critic_gradient": self.critic_optimizer.step()}
-        values |= {"frames": float(frames), "exit": float(made.exit), "context_frames": float(context.shape[1])}
+        values |= {"frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
+        values |= {"context_frames": float(context.shape[1]), "window": float(made.window.start)}
         if made.similarities:
             values["similarity"] = sum(made.similarities) / len(made.similarities)
-            values["slow_frames"] = float(len(made.memory.slow))
+            values["slow_frames"] = float(len(made.memory.held()["slow"]))
         return values
+
+    def _roll_out(self, number: int) -> tuple[Rollout, Tensor]:
+        """A new video, or with `persist: stream` the next part of the one before, until that is as long as it should be."""
+        spec, rng, before = self.spec, self.random.rng, self.stream.made
+        new = spec.rollout.window - spec.rollout.skip_first * spec.rollout.chunk
+        if before and before.video.shape[1] + new <= self.stream.frames:
+            frames, text = before.video.shape[1] + new, self.stream.text
+        else:
+            before, text = None, self.prompts[batches(range(len(self.prompts)), spec.batch, self.random)]
+            frames = spec.horizon.sample(number, spec.rollout.chunk, rng)
+            if spec.rollout.persist == "stream":
+                self.stream.frames, self.stream.text, frames = frames, text, spec.rollout.window
+        made = rollout(
+            self.student, text, frames, self.shape, spec=spec.rollout, memory=spec.memory, flow=self.flow, rng=rng, past=before
+        )
+        if spec.rollout.persist == "stream":
+            self.stream.made = made
+        return made, text
+
+    def shown(self, made: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
+        """Context and target as the scores see them."""
+        seen = self.view.frames(made.window.start)
+        both = torch.cat([made.video[:, seen], made.video[:, made.window]], dim=1)
+        first = [*seen, made.window.start][0]
+        if self.spec.teacher.first_latent == "reencode" and first:
+            # the scores were trained on videos, whose first latent is that of a picture
+            assert self.reencode
+            both = torch.cat([self.reencode(made.video[:, : first + 1]), both[:, 1:]], dim=1)
+        return both[:, : len(seen)], both[:, len(seen) :]
 
     def _update_student(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor) -> dict[str, float]:
         gradient, values = generator_gradient(
@@ -130,11 +169,31 @@ class Distillation:
             flow=self.flow,
             rng=self.random.rng,
             guidance=self.spec.teacher.guidance,
+            null=self.null,
         )
         replay(self.student, made, gradient, text)
         values["student_gradient"] = self.student_optimizer.step()
         self.average.update()
         return values
+
+
+class Stream:
+    """The video that `persist: stream` goes on with; part of a checkpoint."""
+
+    def __init__(self, spec: MemorySpec) -> None:
+        self.spec, self.frames, self.text = spec, 0, torch.empty(0)
+        self.made: Rollout | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.made is None:
+            return {}
+        return {"frames": self.frames, "text": self.text, "video": self.made.video, "memory": dump(self.made.memory)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.made = None
+        if state:
+            self.frames, self.text = state["frames"], state["text"]
+            self.made = Rollout(state["video"], slice(0), (), (), restore(self.spec, state["memory"]), ())
 
 
 def replay(student: Denoiser, made: Rollout, gradient: Float[Tensor, "B F C H W"], text: Tensor) -> None:

@@ -58,7 +58,7 @@ class Teacher:
         starts = [self.random.integers(0, self.latents.frames(row) - start - spec.target, 1)[0] for row in rows]
         clip = self.latents.window(rows, starts, start + spec.target)
         x, context = clip[:, start:], clip[:, view.frames(start)]
-        text = drop_prompts(self.latents.text(rows), spec.dropout, self.random)
+        text = drop_prompts(self.latents.text(rows), self.latents.empty_text, spec.dropout, self.random)
         sigma = self.flow.sample_sigma(len(x), rng)
         loss = erft_loss(self.model, x, text, context, sigma, view=view, bank=self.bank, step=number, rng=rng)
         loss.backward()
