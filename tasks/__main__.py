@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   cf profile use smoke && dvc repro          the whole pipeline, small
   dvc exp run -S stage2.teacher.context=none one value changed: reruns stage2 and what follows
   cf STAGE --help                            a stage's files, and its line in dvc.yaml
+  cf check-golden tests/golden/wan-causal    the numbers of the released code, here
 
 Parameters come from params.yaml; CF_TRACEBACK=1 shows where an error was raised; WANDB_MODE=online|offline|disabled
 overrides tracking.wandb."""
@@ -38,10 +39,12 @@ def main(argv: list[str]) -> None:
         print(overview())
     elif command == "profile":
         profile(argv[1:])
+    elif command == "check-golden":
+        importlib.import_module("tasks.check_golden").command(argv[1:])
     elif command in stages():
         run_stage(command, argv[1:])
     else:
-        known = ", ".join([*stages(), "profile"])
+        known = ", ".join([*stages(), "profile", "check-golden"])
         raise Refused(f"{command} is neither a stage nor a command; known are {known}")
 
 
@@ -152,7 +155,7 @@ def command_line(stage: str, run: Callable[..., Any]) -> argparse.ArgumentParser
 
 def overview() -> str:
     rows = "\n".join(f"  {name:<12} {said}" for name, said in stages().items())
-    return f"""usage: cf STAGE --NAME PATH ... | cf profile list | cf profile use NAME
+    return f"""usage: cf STAGE --NAME PATH ... | cf profile list | cf profile use NAME | cf check-golden DIR
 
 stages, in the order dvc.yaml runs them:
 {rows}
@@ -160,6 +163,7 @@ stages, in the order dvc.yaml runs them:
 commands:
   profile list the complete parameter files in profiles/
   profile use  NAME: writes params.yaml from profiles/NAME.yaml
+  check-golden DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive
 
 {EXAMPLES}"""
 

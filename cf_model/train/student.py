@@ -13,7 +13,7 @@ from torch import Tensor
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec, dump, restore
-from cf_model.model.rollout import Causal, HorizonSpec, Rollout, RolloutSpec, rollout
+from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import TeacherView
 
 from .distill import critic_loss, generator_gradient
@@ -196,7 +196,7 @@ class Stream:
             self.made = Rollout(state["video"], slice(0), (), (), restore(self.spec, state["memory"]), ())
 
 
-def replay(student: Causal, made: Rollout, gradient: Float[Tensor, "B F C H W"], text: Tensor) -> None:
+def replay(student: Callable[..., Tensor], made: Rollout, gradient: Float[Tensor, "B F C H W"], text: Tensor) -> None:
     """Back-propagates `gradient` of 0.5 mse(x, (x - gradient).detach()) into the student, one chunk at a time.
 
     Each scored chunk's last pass is run again with a graph, against the memory it had, which is constant. So the
