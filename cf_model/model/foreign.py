@@ -92,11 +92,14 @@ def read_weights(
 
 def _whole(source: Source, found: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checked transformer under diffusers' names, and its config."""
-    state = in_diffusers(found)
-    config = source.config or inferred(state, heads)
+    try:
+        state = in_diffusers(found)
+        config = source.config or inferred(state, heads)
+        check(state, expected(config))
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from None
     if heads not in (None, config["num_attention_heads"]):
         raise ValueError(f"--heads is {heads}, but {source.path}'s config says {config['num_attention_heads']}; leave the option out")
-    check(state, expected(config), str(source.path))
     return state, config
 
 
