@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import params_file
+from . import params_file, presets
 from .params_file import Refused
 
 BEGAN = time.time()
@@ -38,10 +38,12 @@ def main(argv: list[str]) -> None:
         print(overview())
     elif command == "profile":
         profile(argv[1:])
+    elif command == "preset":
+        presets.main(argv[1:])
     elif command in stages():
         run_stage(command, argv[1:])
     else:
-        known = ", ".join([*stages(), "profile"])
+        known = ", ".join([*stages(), "profile", "preset"])
         raise Refused(f"{command} is neither a stage nor a command; known are {known}")
 
 
@@ -160,6 +162,8 @@ stages, in the order dvc.yaml runs them:
 commands:
   profile list the complete parameter files in profiles/
   profile use  NAME: writes params.yaml from profiles/NAME.yaml
+  preset list  published methods in presets/
+  preset use   NAME: lays presets/NAME.yaml over params.yaml
 
 {EXAMPLES}"""
 

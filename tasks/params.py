@@ -200,8 +200,9 @@ def clips_are_long_enough(p: Params) -> None:
 
 def students_are_shown_what_exists(p: Params) -> None:
     context, trained = p.stage2.teacher.context, p.teacher.view.context
-    if context not in ("none", trained):
-        raise ValueError(f"stage2.teacher.context is {context}, but teacher.view.context is {trained}; use that, or none")
+    if context not in ("none", trained) and p.stage2.teacher.mismatch == "refuse":
+        stated = f"stage2.teacher.context is {context}, but teacher.view.context is {trained}"
+        raise ValueError(f"{stated}; use that, or none, or say that it is meant with stage2.teacher.mismatch: accept")
     if p.stage1.teacher.context != "none":
         raise ValueError(f"stage1.teacher.context is {p.stage1.teacher.context}, but the base model knows no context; use none")
     if p.stage2.rollout.window != p.teacher.target:
