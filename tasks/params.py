@@ -165,9 +165,19 @@ class Params(Section):
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
-        for rule in (pictures_fit, clips_are_long_enough, students_are_shown_what_exists):
+        for rule in (weights_are_named, pictures_fit, clips_are_long_enough, students_are_shown_what_exists):
             rule(self)
         return self
+
+
+def weights_are_named(p: Params) -> None:
+    kinds = {"codec": (p.codec.kind, "wan"), "text": (p.text.kind, "umt5"), "base": (p.base.init, "wan")}
+    for name, (kind, real) in kinds.items():
+        section, word = getattr(p, name), "init" if name == "base" else "kind"
+        if kind == real and section.weights is None:
+            raise ValueError(f"{name}.weights is null, but {name}.{word} is {real}; name a folder, or a name on the Hugging Face Hub")
+        if kind != real and section.weights is not None:
+            raise ValueError(f"{name}.weights is {section.weights}, but {name}.{word} is {kind}, which has no weights to read; use null")
 
 
 def pictures_fit(p: Params) -> None:
