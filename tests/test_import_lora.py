@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import tasks.__main__ as cf
 from cf_model.model import convert
 from tests.checkpoints import HEADS, WAN, State, before, flat, imported, pt, same
 from tests.small import normal
@@ -120,8 +121,9 @@ def test_merging_happens_in_float32(base: Path, tmp_path: Path) -> None:
 
 
 def refused(said: str, src: Path, *words: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as error:
         imported(src, *HEADS, *words)
+    assert cf.deliberate(error.value) and "\n" not in str(error.value)
     assert not (src.parent / "imported").exists() and not list(src.parent.glob("*.partial"))
 
 

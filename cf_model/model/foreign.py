@@ -84,7 +84,10 @@ def read_weights(
     else:
         below = _base(source, base, rest, heads)
         scale = lora.Scale(lora_alpha, source.adapter, rank={"pipe", "dit"} <= set(source.stripped))
-        state, found = lora.merge(below.state, pairs, scale, dtype)
+        try:
+            state, found = lora.merge(below.state, pairs, scale, dtype)
+        except ValueError as error:
+            raise ValueError(f"{src}: {error}") from None
         config, facts = below.config, {"layout": "LoRA", "lora": found, "base": below.facts}
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in sorted(state.items())}
     return Weights(state, config, source.facts() | facts | _measured(state, config))
