@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from cf_model.model.denoiser import Denoiser  # noqa: E402
 from cf_model.model.memory import empty  # noqa: E402
-from cf_model.model.rollout import stream  # noqa: E402
+from cf_model.model.rollout import rollout, stream  # noqa: E402
 from cf_model.train.student import Distillation  # noqa: E402
 from tasks import presets  # noqa: E402
 from tasks.params import Params  # noqa: E402
@@ -212,6 +212,24 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkey
     assert file.read_text() == (ROOT / "profiles/smoke.yaml").read_text()
     with pytest.raises(Refused, match="preset cf isn't in presets/; known are cf_default, "):
         presets.write(file, "cf")
+
+
+def test_the_released_stage_1_never_teaches_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    spec = parameters("cf_released").stage1
+    for seed in range(4):
+        made = rollout(
+            denoiser(),
+            normal(1, 5, 8),
+            21,
+            SHAPE,
+            spec=spec.rollout,
+            memory=spec.memory,
+            flow=FLOW,
+            rng=torch.Generator().manual_seed(seed),
+        )
+        assert [target.grad for target in made.targets] == [False] + [True] * 6
+        assert made.exits[:2] == (3, 3)
 
 
 def test_no_two_presets_are_the_same() -> None:

@@ -65,6 +65,48 @@ def test_a_score_that_is_not_finite_moves_nothing():
     assert torch.equal(gradient(x, Line(float("nan")), Line(0.6))[0], torch.zeros_like(x))
 
 
+def test_the_gradient_has_no_scale():
+    """k times the distance between the scores and k times that to the real one are the same gradient."""
+
+    class Away:
+        """A score whose x_0 lies `by` beside x, whatever the level."""
+
+        def __init__(self, x, by):
+            self.x, self.by = x, by
+
+        def velocity(self, x_t, sigma, text):
+            return (x_t - self.x - self.by) / sigma.view(-1, 1, 1, 1, 1)
+
+    x, by, other = normal(2, 6, *SHAPE), normal(2, 6, *SHAPE, seed=4), normal(2, 6, *SHAPE, seed=5)
+    one, _ = gradient(x, Away(x, by), Away(x, other))
+    five, _ = gradient(x, Away(x, 5 * by), Away(x, 5 * other))
+    assert one.abs().mean() > 0.1 and torch.allclose(one, five, atol=1e-4)
+
+
+def test_the_critics_loss_is_weighted_by_its_level():
+    x, noisy_rng = normal(2, 6, *SHAPE), rng()
+    sigma = FLOW.sample_score_sigma(2, noisy_rng)
+
+    class One:
+        """Wrong by exactly 1 everywhere."""
+
+        def velocity(self, x_t, sigma, text):
+            return (x_t - x) / sigma.view(-1, 1, 1, 1, 1) + 1
+
+    def loss(weight):
+        return float(critic_loss(x, TEXT, fake=One(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng(), weight=weight))
+
+    assert loss("uniform") == pytest.approx(1, rel=1e-4)
+    assert loss("bell") == pytest.approx(float(FLOW.weight(sigma).mean()), rel=1e-4)
+
+
+def test_the_next_chunks_noise_never_changes_a_chunk():
+    def video(frames, seed):
+        return rollout(denoiser(), TEXT, frames, SHAPE, spec=rolling(exit="last"), memory=spec(), flow=FLOW, rng=rng(seed)).video
+
+    assert torch.equal(video(12, 1), video(18, 1)[:, :12]) and not torch.equal(video(12, 1), video(12, 2))
+
+
 def test_critic_loss_of_a_perfect_critic_is_zero():
     x = normal(2, 6, *SHAPE)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -175,3 +176,17 @@ def test_a_stream_goes_on_across_steps_and_across_a_resume(tmp_path, scope):
     assert checkpoint.restore(tmp_path, resumed.state) == 3
     assert [resumed.step(number) for number in (3, 4, 5)] == values[3:]
     assert all(torch.equal(a, b) for a, b in zip(through.student.parameters(), resumed.student.parameters(), strict=True))
+
+
+def test_without_a_past_the_contextual_loss_is_self_forcings():
+    """A window at the video's start has no context: both stages then are one loss, on the same seed."""
+    alone = {
+        "memory": spec(sink=0, slow=0, fast=6, promote="none", positions="absolute"),
+        "horizon": HorizonSpec(shortest=6, longest=6, decay=0, mode="linear"),
+        "critic_updates": 1,
+    }
+    none = ScoreSpec(context="none", guidance=2.0, mismatch="refuse", first_latent="as_is")
+    one, two = distillation(**alone), distillation(**alone, teacher=none)
+    two.view = dataclasses.replace(two.view, context="none")
+    assert [one.step(0), one.step(1)] == [two.step(0), two.step(1)]
+    assert all(torch.equal(a, b) for a, b in zip(one.student.parameters(), two.student.parameters(), strict=True))
