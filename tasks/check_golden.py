@@ -53,7 +53,7 @@ Compared = Iterator[tuple[str, Tensor, Tensor]]  # what it is, ours, theirs
 FAMILIES = ("text", "bi", "selfforcing", "diffusers", "causal", "mask", "sched", "dmd", "roll", "ll_abs", "ll_rel")
 
 
-def command(argv: list[str]) -> None:
+def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("cf check-golden", description=__doc__.split(": ", 1)[1], epilog=EXAMPLE, formatter_class=form)
     parser.add_argument("folder", type=Path, metavar="DIR", help="golden vectors in the format of tests/golden/wan-causal/README.md")

@@ -11,20 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cf_model.model import wan
-from cf_model.model.convert import to_diffusers
-from cf_model.model.denoiser import Denoiser, ModelSpec
+from cf_model.model.convert import check, expected, original_config, to_diffusers
+from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import MemorySpec
 
 from .params_file import Refused
 
 WEIGHTS = "weights_selfforcing_keys.safetensors"
 KEYMAP = "keymap_selfforcing_to_diffusers.json"
-POSITIONS = 1024  # rows of Wan's RoPE table
 CHUNK = 3  # where no input says it
 UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -143,21 +142,15 @@ class Golden:
 
     def model(self) -> Denoiser:
         """Through our converter, strictly."""
-        config, heads, width = self.config, self.size("num_heads"), self.size("dim")
-        if config.get("patch_size") != [1, 2, 2] or self.size("out_dim") != self.size("in_dim") or width % heads:
-            stated = ", ".join(f"{key} {config.get(key)}" for key in ("patch_size", "in_dim", "out_dim", "dim", "num_heads"))
-            raise Refused(f"{self.folder}'s config has {stated}; Wan has patches of [1, 2, 2], whole heads, and as many channels out as in")
-        sizes = ModelSpec(self.size("num_layers"), heads, width // heads, self.size("ffn_dim"), self.size("freq_dim"), POSITIONS)
-        model = wan.build(sizes, channels=self.size("in_dim"), text_channels=self.size("text_dim"), seed=0).eval()
-        weights, wanted = to_diffusers(self.weights()), model.transformer.state_dict()
-        has, wants = ({name: list(tensor.shape) for name, tensor in state.items()} for state in (weights, wanted))
-        differing = sorted(name for name in has.keys() | wants.keys() if has.get(name) != wants.get(name))
-        if differing:
-            name, more = differing[0], f" ({len(differing) - 1} more after this one)" if len(differing) > 1 else ""
-            stated = f"{name} has shape {has.get(name, 'none: it is missing')}, and {wants.get(name, 'no such weight is')} fits"
-            raise Refused(f"{self.folder / WEIGHTS} is of another model than the config of meta_*.json states: {stated}{more}")
-        model.transformer.load_state_dict(weights, strict=True)
-        return model.requires_grad_(False)
+        sizes = original_config(self.config) | {"patch_size": tuple(self.config.get("patch_size", (1, 2, 2)))}
+        try:
+            weights = to_diffusers(self.weights())
+            check(weights, expected(sizes))
+        except ValueError as error:
+            raise Refused(f"{self.folder / WEIGHTS} is not the model of meta_*.json's config: {error}") from None
+        transformer = WanTransformer3DModel.from_config(sizes)
+        transformer.load_state_dict(weights, strict=True)
+        return Denoiser(transformer).eval().requires_grad_(False)
 
 
 def peer(case: str, frames: int) -> MemorySpec:

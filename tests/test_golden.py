@@ -213,12 +213,12 @@ def gone(pattern: str) -> Callable[[Path], object]:
         (gone("keymap*"), "keymap_selfforcing_to_diffusers.json isn't there; copy the folder as a whole"),
         (gone("meta*"), "holds no meta_*.json with a config"),
         (gone("*.npz"), "holds no .npz file, so there is nothing to check"),
-        (weights_without, "blocks.1.ffn.net.0.proj.bias has shape none: it is missing, and [80] fits"),
+        (weights_without, "is not the model of meta_*.json's config: it lacks blocks.1.ffn.net.0.proj.bias; "),
         (truncated("weights_selfforcing_keys.safetensors"), "weights_selfforcing_keys.safetensors can't be read ("),
         (truncated("selfforcing.npz"), "selfforcing.npz can't be read ("),
-        (stated(num_heads=None), "num_heads is None in the config of"),
-        (stated(ffn_dim=96), "blocks.0.ffn.net.0.proj.bias has shape [80], and [96] fits (5 more after this one)"),
-        (stated(patch_size=[1, 1, 1]), "config has patch_size [1, 1, 1], "),
+        (stated(num_heads=None), "config states no usable sizes: num_attention_heads is None"),
+        (stated(ffn_dim=96), "it has the wrong shape for blocks.0.ffn.net.0.proj.bias as [80] for [96], "),
+        (stated(patch_size=[1, 1, 1]), "it has the wrong shape for patch_embedding.weight as [48, 4, 1, 2, 2] for [48, 4, 1, 1, 1], "),
     ],
 )
 def test_a_broken_folder_is_one_sentence(copy: Path, damage: Callable[[Path], object], sentence: str) -> None:
