@@ -43,8 +43,9 @@ class Tolerance:
 EXACT = Tolerance(0, 0)
 OUTPUT = Tolerance(2e-5, 1e-4)
 ROLLOUT = Tolerance(1e-4, 0)
-# Choice: rtol 1e-6 as it stands asks for more than float32 has where a difference comes out near 0, as the weights at t = 1000 do
-SCHEDULE = Tolerance(1e-6, 1e-6)
+# Choice: beside its rtol 1e-6 an absolute part, for numbers near 0 that are differences: the weights of the losses are a
+# float32 bell minus its minimum, times five, which is right to 1e-6 at best
+SCHEDULE = Tolerance(2e-6, 1e-6)
 GRADIENT = Tolerance(1e-5, 1e-5)
 LOSS = Tolerance(0, 1e-5)
 
