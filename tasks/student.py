@@ -17,6 +17,7 @@ from cf_model.model.view import TeacherView
 from cf_model.train.loop import fit
 from cf_model.train.student import Distillation, StudentSpec
 
+from .device import device
 from .params import Compute
 from .tracking import Track, tail
 
@@ -58,5 +59,10 @@ def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path,
 
 def reencoder(folder: Path) -> Callable[[Tensor], Tensor]:
     """The last video frame of some latents, encoded as a video of its own: one latent, that of a picture."""
-    codec = load_codec(folder)
-    return lambda latents: codec.encode(codec.decode(latents)[:, -1:])
+    codec = load_codec(folder).to(device())
+
+    def picture(latents: Tensor) -> Tensor:
+        *_, last = codec.decode_stream(latents.split(3, dim=1))  # a few at a time: all that came before must be decoded for one frame
+        return codec.encode(last[:, -1:]).to(latents)
+
+    return picture
