@@ -40,4 +40,4 @@ def imported(params: Params, clips: Latents, out: Path, track: Track) -> dict[st
             where = {"channels": "the latents have", "text_channels": "text.channels is"}.get(name, f"model.{name} is")
             raise ValueError(f"base.weights is {params.base.weights} with {name} {value}, but {where} {stated[name]}; use weights that fit")
     track.save(out)
-    return {"loss": None, "parameters": float(facts["parameters"])}
+    return {"parameters": float(facts["parameters"])}
