@@ -30,6 +30,10 @@ def video_frames(latents: int) -> int:
 class Codec(Protocol):
     """What the stages know of a codec; `decode_stream` gives the same frames as `decode`, a few at a time."""
 
+    channels: int
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]: ...
+
     def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]: ...
 
     def decode(self, latents: Float[Tensor, "B F C H W"]) -> UInt8[Tensor, "B V Y X 3"]: ...

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +19,15 @@ WORD = re.compile(r"\w+|[^\w\s]")
 PLACE = 0.5  # weight of a position's vector beside a word's
 
 
+class TextEncoder(Protocol):
+    tokens: int
+    channels: int
+
+    def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]: ...
+
+    def length(self, text: str) -> int: ...
+
+
 class WordEncoder:
     """Stands in for UMT5 in the small profiles: same shapes, same meaning of rows past the end (zeros).
 
@@ -24,6 +36,9 @@ class WordEncoder:
 
     def __init__(self, tokens: int, channels: int) -> None:
         self.tokens, self.channels = tokens, channels
+
+    def length(self, text: str) -> int:
+        return len(WORD.findall(text.lower()))
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]:
         """The empty text is all zeros: the null prompt of guidance."""
@@ -42,3 +57,13 @@ def vector(name: str, channels: int) -> np.ndarray:
     values: np.ndarray = np.random.default_rng(seed).standard_normal(channels, np.float32)
     values.flags.writeable = False
     return values
+
+
+def save_text(text: TextEncoder, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.json").write_text(json.dumps({"kind": "words", "tokens": text.tokens, "channels": text.channels}) + "\n")
+
+
+def load_text(folder: Path) -> TextEncoder:
+    sizes = json.loads((folder / "text.json").read_text())
+    return WordEncoder(sizes["tokens"], sizes["channels"])
