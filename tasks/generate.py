@@ -102,7 +102,7 @@ def jobs(params: Params, clips: Latents) -> Iterator[Job]:
     heldout = clips.rows("heldout")
     captions: list[tuple[str, int | None]] = [(clips.captions([row])[0], row) for row in heldout[: g.prompts]]
     if g.prompts_file:
-        captions = [(prompt, None) for prompt in read_prompts(g.prompts_file)[: g.prompts]]
+        captions = [(prompt, None) for prompt in read_prompts(g.prompts_file, g.prompts)]
     for suite, count, frames in (("prompts", g.prompts, g.frames), ("continuations", g.continued, g.frames)):
         for number, clip in enumerate(heldout[:count]):
             whole = clips.window([clip], [0], min(clips.frames(clip), frames))
