@@ -22,6 +22,7 @@ from .params_file import Refused
 BEGAN = time.time()
 PIPELINE = Path("dvc.yaml")
 PROFILES = Path("profiles")
+COMMANDS = {"import-weights": "tasks.import_weights", "export": "tasks.export"}  # name -> file with `main`
 EXAMPLES = """examples:
   cf profile use smoke && dvc repro          the whole pipeline, small
   dvc exp run -S stage2.teacher.context=none one value changed: reruns stage2 and what follows
@@ -38,10 +39,12 @@ def main(argv: list[str]) -> None:
         print(overview())
     elif command == "profile":
         profile(argv[1:])
+    elif command in COMMANDS:
+        importlib.import_module(COMMANDS[command]).main(argv[1:])
     elif command in stages():
         run_stage(command, argv[1:])
     else:
-        known = ", ".join([*stages(), "profile"])
+        known = ", ".join([*stages(), "profile", *COMMANDS])
         raise Refused(f"{command} is neither a stage nor a command; known are {known}")
 
 
@@ -160,6 +163,8 @@ stages, in the order dvc.yaml runs them:
 commands:
   profile list the complete parameter files in profiles/
   profile use  NAME: writes params.yaml from profiles/NAME.yaml
+  import-weights SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one
+  export       --to self-forcing --model DIR --out FILE: the way back
 
 {EXAMPLES}"""
 

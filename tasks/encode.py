@@ -41,7 +41,8 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
             progress.update()
 
     dtype: torch.dtype = getattr(torch, params.encode.dtype)
-    entries = write_latents(out, encoded(), text.encode, shard=params.encode.shard, dtype=dtype, fps=size.fps, negative=params.text.negative)
+    negative, shard = params.text.negative, params.encode.shard
+    entries = write_latents(out, encoded(), text.encode, shard=shard, dtype=dtype, fps=size.fps, negative=negative)
     mean = total / count
     return {
         "clips": len(entries),

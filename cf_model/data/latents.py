@@ -35,7 +35,8 @@ def write_latents(
 ) -> list[dict[str, Any]]:
     """Write the clips as they come, `shard` of them to a file, and return the index's entries.
 
-    With each clip come its id, caption and split. `negative` is the null prompt of guidance. The same input gives the same bytes: no file has metadata.
+    With each clip come its id, caption and split; `negative` is the null prompt of guidance. The same input gives the same
+    bytes: no file has metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []

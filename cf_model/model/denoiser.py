@@ -23,7 +23,12 @@ Attention = Literal["native", "cudnn", "flash2", "flash3"]
 
 
 # our names of diffusers' attention backends, and the package that each needs
-BACKENDS = {"native": ("native", None), "cudnn": ("_native_cudnn", None), "flash2": ("flash", "flash_attn"), "flash3": ("_flash_3", "flash_attn_interface")}
+BACKENDS = {
+    "native": ("native", None),
+    "cudnn": ("_native_cudnn", None),
+    "flash2": ("flash", "flash_attn"),
+    "flash3": ("_flash_3", "flash_attn_interface"),
+}
 
 
 @dataclass(eq=False)

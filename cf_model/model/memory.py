@@ -47,7 +47,7 @@ class MemorySpec:
             raise ValueError(f"tau is {self.tau}, but it bounds a cosine; use a value in -1..1")
         if self.when == "evict" and (self.fill, self.timing) != ("none", "clean"):
             stated = f"fill is {self.fill} and timing {self.timing}, but when is evict"
-            raise ValueError(f"{stated}; frames put in the slow part early are judged early: use when: enqueue, or fill: none and timing: clean")
+            raise ValueError(f"{stated}; use when: enqueue, or fill: none and timing: clean, since only kept clean frames can wait")
 
     @property
     def size(self) -> int:
@@ -293,7 +293,7 @@ def restore(spec: MemorySpec, state: Mapping[str, Any]) -> Memory:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in state.items()}
     for part in PARTS:
         values[part] = tuple(Frame(f["index"], tuple(f["keys"]), tuple(f["values"])) for f in state[part])
-    return ContextMemory(spec, **values)
+    return ContextMemory(spec, **values)  # type: ignore[arg-type]
 
 
 PARTS = ("sink", "kept", "early", "fast")

@@ -34,7 +34,7 @@ class RolloutSpec:
     place: Literal["last", "uniform", "beta"]  # of the window: the rollout's end, or anywhere in it (Self-Forcing++; Beta(1, 2))
     renoise: Literal["none", "own"]  # scored as it was made, or made again from its own x_0 and fresh noise (Self-Forcing++)
     exit: Literal["shared", "per_chunk", "last"]  # where the target's chunks stop: one random level, one a chunk, or the last
-    full_denoise: Literal["none", "context", "all"]  # chunks before the window that take every level: none, as many as the memory holds, all
+    full_denoise: Literal["none", "context", "all"]  # chunks before the window that take every level; context: a memory's worth of them
     full_first: int  # chunks of the window, from its start, that take every level
     skip_first: int  # chunks of the window, from its start, that carry no gradient
     persist: Literal["fresh", "stream"]  # every step a new video, or the next part of the one before (LongLive's long tuning)
@@ -205,7 +205,9 @@ def place(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
     return spec.chunk * min(int(u * (last + 1)), last)
 
 
-def again(student: Causal, text: Tensor, x_0: Tensor, sigmas: list[float], memory: Memory, rng: torch.Generator) -> tuple[Tensor, Tensor, int]:
+def again(
+    student: Causal, text: Tensor, x_0: Tensor, sigmas: list[float], memory: Memory, rng: torch.Generator
+) -> tuple[Tensor, Tensor, int]:
     """Self-Forcing++'s backward noise initialisation: the chunk noised to one of the student's levels, and made from there."""
     level = int(torch.randint(len(sigmas), (), generator=rng))
     x_t = add_noise(x_0, gaussian(x_0.shape, rng), x_0.new_full((len(x_0),), sigmas[level]))

@@ -67,4 +67,4 @@ class CausalInit:
         loss.backward()
         norm = self.optimizer.step()
         self.average.update()
-        return {"loss": loss.item(), "gradient": norm, "context_frames": float(len(memory.frames))}
+        return {"loss": loss.item(), "gradient": norm, "context_frames": float(sum(map(len, memory.held().values())))}

@@ -25,7 +25,7 @@ def clips() -> list[tuple[dict[str, str], torch.Tensor]]:
 
 
 def written(folder: Path, dtype: torch.dtype = torch.float32) -> Latents:
-    write_latents(folder, iter(clips()), WordEncoder(6, 8).encode, shard=2, dtype=dtype, fps=16.0)
+    write_latents(folder, iter(clips()), WordEncoder(6, 8).encode, shard=2, dtype=dtype, fps=16.0, negative="dull")
     return Latents(folder)
 
 
@@ -53,7 +53,8 @@ def test_splits_share_no_clip_and_leave_none_out(tmp_path: Path) -> None:
 def test_text_is_the_captions_own_and_null_is_zero(tmp_path: Path) -> None:
     store, encoder = written(tmp_path), WordEncoder(6, 8)
     assert torch.equal(store.text([4, 0, 3]), encoder.encode(["a blue square", "a red disc", "fog"]))
-    assert torch.equal(store.null_text, torch.zeros(6, 8))
+    assert torch.equal(store.empty_text, torch.zeros(6, 8))
+    assert torch.equal(store.null_text, WordEncoder(6, 8).encode(["dull"])[0])
     with safe_open(tmp_path / "text.safetensors", "pt") as file:
         assert file.get_slice("embeddings").get_shape() == [3, 6, 8]  # one for each different caption
 
@@ -77,7 +78,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run the stage encode first"):
         Latents(tmp_path)
     with pytest.raises(ValueError, match="no clips to write"):
-        write_latents(tmp_path, [], WordEncoder(6, 8).encode, shard=2, dtype=torch.float32, fps=16.0)
+        write_latents(tmp_path, [], WordEncoder(6, 8).encode, shard=2, dtype=torch.float32, fps=16.0, negative="dull")
     odd = [clips()[0], ({"id": "b", "caption": "", "split": "train"}, torch.zeros(3, 4, 2, 2))]
     with pytest.raises(ValueError, match="b has latents of"):
-        write_latents(tmp_path, odd, WordEncoder(6, 8).encode, shard=2, dtype=torch.float32, fps=16.0)
+        write_latents(tmp_path, odd, WordEncoder(6, 8).encode, shard=2, dtype=torch.float32, fps=16.0, negative="dull")

@@ -2,15 +2,16 @@ import pytest
 import torch
 
 from cf_model.model.memory import ContextMemory
-from cf_model.model.rollout import HorizonSpec, RolloutSpec, rollout
+from cf_model.model.rollout import HorizonSpec, rollout
 from cf_model.model.view import TeacherView
 from cf_model.train.distill import critic_loss, generator_gradient
 from cf_model.train.student import replay
-from tests.small import FLOW, SHAPE, denoiser, normal, rng, spec
+from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
 TEXT = normal(2, 5, 8, seed=3)
 VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero")
-ROLLOUT = RolloutSpec(chunk=3, levels=(1.0, 0.75, 0.5, 0.25), window=9, exit="shared", full_denoise="context", skip_first=0)
+ROLLOUT = rolling()
+NULL = torch.zeros(5, 8)
 
 
 class Line:
@@ -27,7 +28,9 @@ class Line:
 
 def gradient(x, real, fake, guidance=1.0):
     empty = x[:, :0]
-    return generator_gradient(x, TEXT, real=real, fake=fake, context=empty, view=VIEW, flow=FLOW, rng=rng(), guidance=guidance)
+    return generator_gradient(
+        x, TEXT, real=real, fake=fake, context=empty, view=VIEW, flow=FLOW, rng=rng(), guidance=guidance, null=NULL
+    )
 
 
 def test_equal_scores_move_nothing():
@@ -68,7 +71,7 @@ def test_critic_loss_of_a_perfect_critic_is_zero():
         def velocity(self, x_t, sigma, text):
             return (x_t - x) / sigma.view(-1, 1, 1, 1, 1)
 
-    assert float(critic_loss(x, TEXT, fake=Oracle(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng())) < 1e-8
+    assert float(critic_loss(x, TEXT, fake=Oracle(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng(), weight="uniform")) < 1e-8
 
 
 def test_replay_is_the_stop_gradient_reference():
@@ -118,7 +121,7 @@ def test_which_chunks_carry_gradient(skip):
         TEXT,
         18,
         SHAPE,
-        spec=RolloutSpec(chunk=3, levels=(1.0, 0.5), window=9, exit="shared", full_denoise="context", skip_first=skip),
+        spec=rolling(levels=(1.0, 0.5), skip_first=skip),
         memory=spec(),
         flow=FLOW,
         rng=rng(),
@@ -130,13 +133,13 @@ def test_the_target_stops_at_one_random_level_and_the_context_is_clean():
     levels, exits = ROLLOUT.sigmas(FLOW), set()
     for seed in range(12):
         made = rollout(denoiser(), TEXT, 15, SHAPE, spec=ROLLOUT, memory=spec(), flow=FLOW, rng=rng(seed))
-        assert {t.sigma for t in made.targets} == {levels[made.exit]}
-        exits.add(made.exit)
+        assert {t.sigma for t in made.targets} == {levels[made.exits[0]]}
+        exits.add(made.exits[0])
     assert exits == {0, 1, 2, 3}
 
 
 def test_lengths_grow_with_the_curriculum():
-    horizon, noise = HorizonSpec(shortest=42, longest=120, decay=100), rng()
+    horizon, noise = HorizonSpec(shortest=42, longest=120, decay=100, mode="linear"), rng()
     assert {horizon.sample(0, 3, noise) for _ in range(200)} == {42}
     assert {horizon.sample(100, 3, noise) for _ in range(2000)} == set(range(42, 121, 3))
     assert {horizon.sample(10**9, 3, noise) for _ in range(2000)} == set(range(42, 121, 3))

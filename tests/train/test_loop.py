@@ -104,26 +104,28 @@ def test_weights_move_at_the_papers_learning_rate():
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True) if p.abs().max() < 1e3)
 
 
-def test_the_null_prompt_is_all_zeros():
-    text = drop_prompts(normal(400, 5, 8), 0.25, Random(1))
-    dropped = (text == 0).flatten(1).all(1).float().mean()
+def test_a_dropped_prompt_is_the_empty_one():
+    empty = normal(5, 8, seed=2)
+    text = drop_prompts(normal(400, 5, 8), empty, 0.25, Random(1))
+    dropped = (text == empty).flatten(1).all(1).float().mean()
     assert 0.18 < float(dropped) < 0.32
 
 
 def test_distillation_trains_student_and_critic_by_turns():
-    from cf_model.model.rollout import HorizonSpec, RolloutSpec
+    from cf_model.model.rollout import HorizonSpec
     from cf_model.model.view import TeacherView
     from cf_model.train.student import ScoreSpec, StudentSpec
-    from tests.small import spec
+    from tests.small import rolling, spec
 
     plan = StudentSpec(
         steps=4,
         critic_updates=2,
         batch=2,
         memory=spec(),
-        rollout=RolloutSpec(chunk=3, levels=(1.0, 0.5), window=6, exit="shared", full_denoise="context", skip_first=0),
-        horizon=HorizonSpec(shortest=9, longest=15, decay=0),
-        teacher=ScoreSpec(context="sparse", guidance=2.0),
+        rollout=rolling(levels=(1.0, 0.5), window=6),
+        horizon=HorizonSpec(shortest=9, longest=15, decay=0, mode="linear"),
+        teacher=ScoreSpec(context="sparse", guidance=2.0, first_latent="as_is"),
+        critic_weight="uniform",
         student_optimizer=optimizer(muon_lr=0.0),
         critic_optimizer=optimizer(muon_lr=0.0),
         ema=0.9,
@@ -133,7 +135,16 @@ def test_distillation_trains_student_and_critic_by_turns():
     view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero")
     teacher = denoiser(1)
     job = Distillation(
-        plan, student=denoiser(0), teacher=teacher, critic=denoiser(1), view=view, flow=FLOW, prompts=normal(3, 5, 8), shape=SHAPE, seed=0
+        plan,
+        student=denoiser(0),
+        teacher=teacher,
+        critic=denoiser(1),
+        view=view,
+        flow=FLOW,
+        prompts=normal(3, 5, 8),
+        null=torch.zeros(5, 8),
+        shape=SHAPE,
+        seed=0,
     )
     before = {name: [p.detach().clone() for p in getattr(job, name).parameters()] for name in ("student", "teacher", "critic")}
 
