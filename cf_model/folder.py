@@ -3,7 +3,7 @@
     model_index.json       what each part is
     transformer/           diffusers' WanTransformer3DModel
     vae/ or codec/         diffusers' AutoencoderKLWan, or the linear codec
-    text_encoder/          (and tokenizer/) UMT5, or the sizes of the word encoder
+    text.json              which text encoder; UMT5 lies in text_encoder/ and tokenizer/
     context_forcing.json   the recipe: memory, chunk, levels, flow, frame rate and size
     README.md              the model card
 """
@@ -19,14 +19,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .model import wan
-from .model.codec import Codec, load_codec, save_codec
+from .model.codec import Codec, LinearCodec, load_codec, save_codec
 from .model.denoiser import Attention, Denoiser
 from .model.flow import Flow
 from .model.memory import MemorySpec
 from .model.text import TextEncoder, load_text, save_text
+from .model.weights import check_whole
 
 T = TypeVar("T")
 CLASS = "ContextForcingPipeline"
@@ -65,18 +65,27 @@ def save(path: Path, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe
         raise ValueError(f"{path} is already there; name another folder, or remove it")
     part = path.with_name(f"{path.name}.partial")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    wan.save(denoiser, part / "transformer")
+    try:
+        part.mkdir(parents=True)
+        fill(part, path.name, denoiser, codec, text, recipe)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def fill(path: Path, name: str, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
+    wan.save(denoiser, path / "transformer")
+    home = "codec" if isinstance(codec, LinearCodec) else "vae"
+    save_codec(codec, path / home)
+    save_text(text, path)
     index: dict[str, Any] = {"_class_name": CLASS, "_diffusers_version": diffusers.__version__}
     index["transformer"] = ["diffusers", "WanTransformer3DModel"]
-    save_codec(codec, part / "codec")
-    index["codec"] = [type(codec).__module__, type(codec).__name__]
-    save_text(text, part / "text")
-    index["text"] = [type(text).__module__, type(text).__name__]
-    write(part / "model_index.json", index)
-    write(part / RECIPE, asdict(recipe))
-    (part / "README.md").write_text(card(path.name, denoiser, recipe), encoding="utf-8")
-    part.rename(path)
+    index[home] = ["cf_model.model.codec", "LinearCodec"] if home == "codec" else ["diffusers", "AutoencoderKLWan"]
+    if (path / "text_encoder").is_dir():
+        index |= {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
+    write(path / "model_index.json", index)
+    write(path / RECIPE, asdict(recipe))
+    (path / "README.md").write_text(card(name, denoiser, recipe), encoding="utf-8")
 
 
 def write(path: Path, value: Any) -> None:
@@ -86,9 +95,10 @@ def write(path: Path, value: Any) -> None:
 def load(path: Path, attention: Attention) -> tuple[Denoiser, Codec, TextEncoder, Recipe]:
     recognised(path)
     for file in sorted(path.rglob("*.safetensors")):
-        whole(file)
+        check_whole(file)
     recipe = typed(Recipe, read(path / RECIPE), f"{path / RECIPE}: ")
-    return wan.load(path / "transformer", attention), load_codec(path / "codec"), load_text(path / "text"), recipe
+    home = path / "vae" if (path / "vae").is_dir() else path / "codec"
+    return wan.load(path / "transformer", attention), load_codec(home), load_text(path), recipe
 
 
 def recognised(path: Path) -> None:
@@ -113,15 +123,6 @@ def recognised(path: Path) -> None:
     if foreign:
         raise ValueError(f"{path} holds {foreign.name}, weights in a layout of Self-Forcing or original Wan; {imported}")
     raise ValueError(f"{path} holds no model_index.json, so it is no model folder; {EXPORT.format('models/stage2')}")
-
-
-def whole(file: Path) -> None:
-    """The header of a safetensors file says how long it is."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is cut off or damaged ({error}); copy or make it again") from None
 
 
 def read(file: Path) -> dict[str, Any]:

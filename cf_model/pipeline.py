@@ -87,7 +87,7 @@ class ContextForcingPipeline:
         seed: int = 0,
         switch: Switch = "recache",
         keep_sink: bool = True,
-        continue_from: UInt8[np.ndarray, "V Y X 3"] | None = None,
+        continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None = None,
     ) -> UInt8[np.ndarray, "V Y X 3"]:
         """`seconds` of new video, to the frame; see `chunks`."""
         made = self.chunks(prompt, seconds=seconds, seed=seed, switch=switch, keep_sink=keep_sink, continue_from=continue_from)
@@ -101,7 +101,7 @@ class ContextForcingPipeline:
         seed: int = 0,
         switch: Switch = "recache",
         keep_sink: bool = True,
-        continue_from: UInt8[np.ndarray, "V Y X 3"] | None = None,
+        continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None = None,
     ) -> Iterator[UInt8[np.ndarray, "Y X 3"]]:
         """The frames of a call, each as soon as its chunk is made."""
         made = self.chunks(prompt, seconds=seconds, seed=seed, switch=switch, keep_sink=keep_sink, continue_from=continue_from)
@@ -115,7 +115,7 @@ class ContextForcingPipeline:
         seed: int = 0,
         switch: Switch = "recache",
         keep_sink: bool = True,
-        continue_from: UInt8[np.ndarray, "V Y X 3"] | None = None,
+        continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None = None,
     ) -> Iterator[Chunk]:
         """Chunks of round(seconds * fps) frames of new video; the last chunk is cut.
 
@@ -142,7 +142,8 @@ class ContextForcingPipeline:
         """Latents of the clip's chunks and then of new ones; the frames are still missing."""
         recipe, rng = self.recipe, torch.Generator(self.device).manual_seed(seed)
         sigmas, shape = recipe.sigmas(), (self.codec.channels, recipe.height // SPACE, recipe.width // SPACE)
-        memory, kept, now = empty(recipe.memory), (), text[0]
+        memory, now = empty(recipe.memory), text[0]
+        kept: tuple[int, ...] = ()
         recent: deque[Tensor] = deque(maxlen=max(1, recipe.memory.size // recipe.chunk))  # what a recache passes again
         real = self._encoded(clip).split(recipe.chunk, dim=1) if clip is not None else ()
         for number in range(-len(real), plan.chunks):

@@ -60,7 +60,8 @@ def placed(timed: list[tuple[float, str]], starts: list[float], seconds: float) 
     found = {}
     for at, words in timed:
         if not at <= starts[-1] + 1e-9:
-            raise ValueError(f"a prompt's time is {at:g} s, but the last chunk of {seconds:g} s begins at {starts[-1]:g} s; use that or less")
+            last = f"the last chunk of {seconds:g} s begins at {starts[-1]:g} s"
+            raise ValueError(f"a prompt's time is {at:g} s, but {last}; use that or less")
         found[next(chunk for chunk, start in enumerate(starts) if start >= at - 1e-9)] = words
     if len(found) < len(timed):
         step = starts[-1] - starts[-2] if len(starts) > 1 else seconds

@@ -23,6 +23,7 @@ BEGAN = time.time()
 PIPELINE = Path("dvc.yaml")
 PROFILES = Path("profiles")
 COMMANDS = {"import-weights": "tasks.import_weights", "export": "tasks.export"}  # name -> file with `main`
+VIDEO = {"--model", "--prompt", "--prompts-file"}  # with one of these `cf generate` is no stage: it makes videos from a model folder
 EXAMPLES = """examples:
   cf profile use smoke && dvc repro          the whole pipeline, small
   dvc exp run -S stage2.teacher.context=none one value changed: reruns stage2 and what follows
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> None:
         profile(argv[1:])
     elif command in COMMANDS:
         importlib.import_module(COMMANDS[command]).main(argv[1:])
+    elif from_a_model(argv):
+        importlib.import_module("tasks.video").main(argv[1:])
     elif command in stages():
         run_stage(command, argv[1:])
     else:
@@ -65,11 +68,18 @@ def cli() -> NoReturn:
     sys.exit(0)
 
 
+def from_a_model(argv: list[str]) -> bool:
+    return argv[:1] == ["generate"] and any(word.split("=")[0] in VIDEO for word in argv)
+
+
 def repeatable(argv: list[str]) -> None:
     """Starts this process again, once, with what must be known before libraries load: threads, hashes, malloc."""
-    stated = params_file.read(_params_option(argv))
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--threads", default="1")
+    given = parser.parse_known_args(argv)[0]
     wanted = {
-        "OMP_NUM_THREADS": str(stated.get("threads", 1)),
+        "OMP_NUM_THREADS": given.threads if from_a_model(argv) else str(params_file.read(given.params).get("threads", 1)),
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONHASHSEED": "0",
         # Freed tensors stay with the process. Handing 24 MB back to the kernel and taking it again at each step of a loop
@@ -80,12 +90,6 @@ def repeatable(argv: list[str]) -> None:
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
-
-
-def _params_option(argv: list[str]) -> Path:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    return typing.cast(Path, parser.parse_known_args(argv)[0].params)
 
 
 def deliberate(error: BaseException) -> bool:
@@ -126,6 +130,9 @@ def _pipeline() -> dict[str, Any]:
 def run_stage(stage: str, argv: list[str]) -> None:
     run = importlib.import_module(f"tasks.{stage}").run
     parser = command_line(stage, run)
+    if stage == "generate" and {"-h", "--help"} & set(argv):
+        print(importlib.import_module("tasks.video").parser().format_help())
+        print("Without --model it is the stage:\n")
     paths = vars(parser.parse_args(argv))
     file = paths.pop("params")
 
@@ -164,7 +171,8 @@ commands:
   profile list the complete parameter files in profiles/
   profile use  NAME: writes params.yaml from profiles/NAME.yaml
   import-weights SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one
-  export       --to self-forcing --model DIR --out FILE: the way back
+  export       --to diffusers|self-forcing --model DIR --out OUT: a model folder to generate with; the way back
+  generate     --model DIR --prompt TEXT --seconds 60 --out FILE.mp4: a video from a model folder (without --model: the stage)
 
 {EXAMPLES}"""
 

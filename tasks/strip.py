@@ -141,7 +141,8 @@ def timeline(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title
     if rows[0]["real"]:
         axes.axvspan(0, next(row["second"] for row in rows if not row["real"]), color="#eeeeee", zorder=0, label="the clip")
     margin = 0.02 * (high - low) + 0.5
-    axes.set(xlim=(begin, seconds), ylim=(low - margin, high + margin), xlabel="seconds of video", ylabel="latent frame (4 video frames each)")
+    axes.set(xlim=(begin, seconds), ylim=(low - margin, high + margin))
+    axes.set(xlabel="seconds of video", ylabel="latent frame (4 video frames each)")
     axes.set_title(title, loc="left", fontsize=11)
 
 
@@ -150,6 +151,7 @@ def runs(rows: Sequence[Row], ends: list[float], part: str) -> dict[tuple[int, f
     found: dict[tuple[int, float], float] = {}
     since: dict[int, float] = {}
     for row, end in zip(rows, ends, strict=True):
-        since = {held: since.get(held, row["second"]) for held in row[part]}
+        second: float = row["second"]
+        since = {held: since.get(held, second) for held in row[part]}
         found |= {(held, start): end for held, start in since.items()}
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
     from cf_model.pipeline import Chunk, ContextForcingPipeline
 
 TIMEOUT = 600.0  # seconds for reading the clip that is continued
+SWITCH = """what a new prompt does to the memory. recache: the newest frames are passed again with it (LongLive); flush: all
+but the sink and two frames go (Infinity-RoPE); keep: nothing. default: recache"""
+STRIP = "show what is held of the past: under every frame, or in FILE.memory.png and FILE.memory.jsonl; default: none"
 EXAMPLES = """examples:
   cf export --to diffusers --model models/stage2 --out out/student     after dvc repro: the model folder
   cf generate --model out/student --prompt "a red disc over hills" --seconds 60 --out video.mp4
@@ -48,13 +50,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="default: 0; a line of a file gets the same video as its prompt alone")
     p.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
     p.add_argument("--at", nargs=2, action="append", default=[], metavar=("SECONDS", "TEXT"), help="another prompt from then on; repeat it")
-    p.add_argument("--switch", choices=("recache", "flush", "keep"), default="recache", help="what a new prompt does to the memory: newest frames"
-                   " passed again with it (LongLive), all but sink and 2 frames dropped (Infinity-RoPE), nothing; default: recache")  # fmt: skip
+    p.add_argument("--switch", choices=("recache", "flush", "keep"), default="recache", help=SWITCH)
     p.add_argument("--new-sink", action="store_true", help="recache makes the sink anew too")
     p.add_argument("--continue-from", type=Path, metavar="CLIP", help="a video that comes first and is gone on from")
     p.add_argument("--resize", action="store_true", help="bring CLIP to the model's size: cover it, cut the middle out")
-    p.add_argument("--memory-strip", choices=("burn", "beside", "none"), default="none", help="show what is held: under every frame,"
-                   " or in FILE.memory.png and .jsonl; default: none")  # fmt: skip
+    p.add_argument("--memory-strip", choices=("burn", "beside", "none"), default="none", help=STRIP)
     p.add_argument("--memory", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the memory to change")
     p.add_argument("--attention", choices=("native", "cudnn", "flash2", "flash3"), default="native", help="default: native")
     p.add_argument("--crf", type=int, default=16, choices=range(52), metavar="0-51", help="of H.264, lower is better; default: 16")
@@ -72,7 +72,9 @@ def main(argv: list[str]) -> None:
     pipe = loaded(args)
     clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
-        several(pipe, clip, args)
+        from .videos import several
+
+        several(pipe, args, lambda words, out: one(pipe, [(0.0, words)], clip, out, args))
     else:
         one(pipe, [(0.0, args.prompt), *args.at], clip, args.out, args)
 
@@ -120,7 +122,8 @@ def changed(spec: Any, settings: list[str]) -> Any:
         try:
             values[name] = value if get_args(kind) else kind(value)
         except ValueError:
-            raise Refused(f"--memory {setting} is no {'whole ' if kind is int else ''}number; write {name}={values[name]} or the like") from None
+            number = "whole number" if kind is int else "number"
+            raise Refused(f"--memory {setting} is no {number}; write {name}={values[name]} or the like") from None
     return typed(type(spec), values, "--memory ")
 
 
@@ -128,12 +131,11 @@ def read_clip(path: Path, recipe: Recipe, *, resize: bool) -> np.ndarray:
     """Read in a child process: the file is whatever a person has."""
     if not path.is_file():
         raise Refused(f"--continue-from {path} is not there; name a video file")
-    size = {"height": recipe.height, "width": recipe.width}
     found = in_a_child(probe, path)
     if isinstance(found, Probe) and (found.height, found.width) != (recipe.height, recipe.width) and not resize:
         stated = f"--continue-from {path} is {found.width} x {found.height}, but the model makes {recipe.width} x {recipe.height}"
         raise Refused(f"{stated}; add --resize to cover that size and cut the middle out")
-    return in_a_child(partial(read_video, fps=recipe.fps, **size), path)
+    return in_a_child(partial(read_video, height=recipe.height, width=recipe.width, fps=recipe.fps), path)
 
 
 def in_a_child(task: Any, path: Path) -> Any:
@@ -148,14 +150,13 @@ def in_a_child(task: Any, path: Path) -> Any:
 
 def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace) -> None:
     """A video, and beside it what the strip is to show. Nothing is written before the first chunk is there."""
+    from cf_model.request import usable
+
     from . import strip
 
     fps = pipe.recipe.fps
-    made = pipe.chunks(
-        timed, seconds=args.seconds, seed=args.seed, switch=args.switch, keep_sink=not args.new_sink, continue_from=clip
-    )  # fmt: skip
-    new = round(args.seconds * fps)
-    used = 0 if clip is None else usable_frames(pipe, clip)
+    made = pipe.chunks(timed, seconds=args.seconds, seed=args.seed, switch=args.switch, keep_sink=not args.new_sink, continue_from=clip)
+    new, used = round(args.seconds * fps), usable(pipe.recipe, clip)
     if clip is not None:
         print(f"goes on from the last {used} of the clip's {len(clip)} frames")
     seconds, rows = (used + new) / fps, []
@@ -184,12 +185,6 @@ def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.n
         trace.replace(out.with_name(f"{out.stem}.memory.jsonl"))
 
 
-def usable_frames(pipe: ContextForcingPipeline, clip: np.ndarray) -> int:
-    from cf_model.request import usable
-
-    return usable(pipe.recipe, clip)
-
-
 def watched(made: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
     """The chunks, with a bar: frames of new video, and how many seconds of it are made in a second."""
     from .tracking import Progress
@@ -203,60 +198,3 @@ def watched(made: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator
         done += len(chunk.frames)
         bar.update(len(chunk.frames), **{"seconds of video a second": done / fps / (time.monotonic() - began)})
     bar.close()
-
-
-# --------------------------------------------------------------------------------------------------------- many videos
-
-
-def several(pipe: ContextForcingPipeline, clip: np.ndarray | None, args: argparse.Namespace) -> None:
-    """NNNNN.mp4 for line NNNNN of the file, and index.jsonl. A second start makes what is missing."""
-    from cf_model.request import readable
-
-    from .runner import digest
-    from .tracking import replace as write
-
-    for number, words in prompts(args.prompts_file):
-        try:
-            readable(words, pipe.text)
-        except ValueError as error:
-            raise Refused(f"{args.prompts_file} line {number}: {error}") from None
-    names = ("seconds", "seed", "crf", "memory_strip")
-    settings = {name: getattr(args, name) for name in names} | {
-        "model": digest(args.model),
-        "continue_from": args.continue_from and digest(args.continue_from),
-        "memory": asdict(pipe.recipe.memory),
-    }
-    index, stated = args.out / "index.jsonl", args.out / "settings.json"
-    made = begun(args.out, settings)
-    for number, words in prompts(args.prompts_file):
-        if made.get(number, words) != words:
-            raise Refused(f"{args.prompts_file} line {number} is not what {args.out} holds a video of; name another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(stated, json.dumps(settings, indent=2) + "\n")
-    for number, words in prompts(args.prompts_file):
-        if number not in made:
-            out = args.out / f"{number:05d}.mp4"
-            one(pipe, [(0.0, words)], clip, out, args)
-            with index.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"line": number, "prompt": words, "file": out.name}, ensure_ascii=False) + "\n")
-
-
-def begun(out: Path, settings: dict[str, Any]) -> dict[int, str]:
-    """Line -> prompt of the videos that a run with the same settings has made here."""
-    from .tracking import replace as write
-
-    stated, index = out / "settings.json", out / "index.jsonl"
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return {}
-    if not stated.is_file():
-        raise Refused(f"{out} is already there and not from an earlier run of this command; name another --out")
-    before = json.loads(stated.read_text())
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise Refused(f"{out} was begun with another {name.replace('_', '-')}; use the same, or name another --out")
-    lines = index.read_text(encoding="utf-8").splitlines(keepends=True) if index.is_file() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
-    if lines:
-        write(index, "".join(whole))
-    rows = [json.loads(line) for line in whole]
-    return {row["line"]: row["prompt"] for row in rows if (out / row["file"]).is_file()}
