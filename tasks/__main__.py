@@ -21,9 +21,14 @@ from .params_file import Refused
 
 BEGAN = time.time()
 PIPELINE = Path("dvc.yaml")
-PROFILES = Path("profiles")
-COMMANDS = {"import-weights": "tasks.import_weights", "export": "tasks.export"}  # name -> file with `main`
-VIDEO = {"--model", "--prompt", "--prompts-file"}  # with one of these `cf generate` is no stage: it makes videos from a model folder
+COMMANDS = {  # command -> file whose `main` runs it, and what it does
+    "profile": ("tasks.profiles", "list | use NAME: the complete parameter files in profiles/"),
+    "preset": ("tasks.presets", "list | use NAME: published methods in presets/, laid over params.yaml"),
+    "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
+    "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
+    "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
+}
+VIDEO = {"--model", "--prompt", "--prompts-file"}  # with one of these `cf generate` is not the stage
 EXAMPLES = """examples:
   cf profile use smoke && dvc repro          the whole pipeline, small
   dvc exp run -S stage2.teacher.context=none one value changed: reruns stage2 and what follows
@@ -38,16 +43,12 @@ def main(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         print(overview())
-    elif command == "profile":
-        profile(argv[1:])
-    elif command in COMMANDS:
-        importlib.import_module(COMMANDS[command]).main(argv[1:])
-    elif from_a_model(argv):
-        importlib.import_module("tasks.video").main(argv[1:])
-    elif command in stages():
+    elif command in stages() and not from_a_model(argv):
         run_stage(command, argv[1:])
+    elif command in COMMANDS:
+        importlib.import_module(COMMANDS[command][0]).main(argv[1:])
     else:
-        known = ", ".join([*stages(), "profile", *COMMANDS])
+        known = ", ".join(dict.fromkeys([*stages(), *COMMANDS]))
         raise Refused(f"{command} is neither a stage nor a command; known are {known}")
 
 
@@ -161,43 +162,17 @@ def command_line(stage: str, run: Callable[..., Any]) -> argparse.ArgumentParser
 
 
 def overview() -> str:
-    rows = "\n".join(f"  {name:<12} {said}" for name, said in stages().items())
-    return f"""usage: cf STAGE --NAME PATH ... | cf profile list | cf profile use NAME
+    rows = "\n".join(f"  {name:<14} {said}" for name, said in stages().items())
+    others = "\n".join(f"  {name:<14} {said}" for name, (_, said) in COMMANDS.items())
+    return f"""usage: cf STAGE --NAME PATH ... | cf COMMAND ...; `--help` after either says more
 
 stages, in the order dvc.yaml runs them:
 {rows}
 
 commands:
-  profile list the complete parameter files in profiles/
-  profile use  NAME: writes params.yaml from profiles/NAME.yaml
-  import-weights SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one
-  export       --to diffusers|self-forcing --model DIR --out OUT: a model folder to generate with; the way back
-  generate     --model DIR --prompt TEXT --seconds 60 --out FILE.mp4: a video from a model folder (without --model: the stage)
+{others}
 
 {EXAMPLES}"""
-
-
-# -------------------------------------------------------------------------------------------------------- profiles
-
-
-def profile(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf profile", description="The complete parameter files in profiles/.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="their names, and what each says it is")
-    verbs.add_parser("use", help="write params.yaml from one of them").add_argument("name")
-    args = parser.parse_args(argv)
-    found = {file.stem: file for file in sorted(PROFILES.glob("*.yaml"))}
-    if args.verb == "list":
-        for name, file in found.items():
-            first = file.read_text().split("\n", 1)[0]
-            print(f"{name:<12} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
-        return
-    if args.name not in found:
-        raise Refused(f"profile {args.name} isn't in {PROFILES}/; known are {', '.join(found) or 'none'}")
-    file = found[args.name]
-    header = f"# From {file.as_posix()} by `cf profile use {args.name}`; change a value there, here, or with `dvc exp run -S key=value`.\n"
-    Path("params.yaml").write_text(header + file.read_text())
-    print(f"params.yaml now holds profile {args.name}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ def run(params: Params, track: Track, *, latents: Path, out: Path) -> dict[str, 
     if spec.init != "scratch":
         raise ValueError(f"base.init is {spec.init}, whose real-size part is not built yet; use scratch")
     clips = Latents(latents)
-    model = wan.build(params.model, channels=clips.shape[0], text_channels=params.text.channels, seed=params.seed)
+    sizes = {"channels": clips.shape[0], "text_channels": params.text.channels}
+    model = wan.build(params.model, **sizes, seed=params.seed, attention=params.compute.attention)
+    model.checkpointing(params.compute.checkpointing)
     base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed)
     fit(base.step, steps=spec.steps, state=base.state, log=track, save_every=spec.save_every)
     wan.save(base.average.model, out)

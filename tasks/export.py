@@ -1,4 +1,4 @@
-"""`cf export`: a model of ours in the layout of another project."""
+"""`cf export`: a model of ours in one folder with all that it needs, or in the layout of another project."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 EXAMPLES = """examples:
   cf export --to diffusers --model models/stage2 --out out/student
-  cf export --to diffusers --model models/wan --stage stage2 --params profiles/wan-1.3b.yaml --codec WAN/vae --text WAN --out out/wan
+  cf export --to diffusers --model models/wan --system stage2 --params profiles/wan-1.3b.yaml --codec WAN/vae --text WAN --out out/wan
   cf export --to self-forcing --model models/stage2 --out stage2.pt
   cf export --to self-forcing --model models/stage2 --out stage2.safetensors
 
-diffusers: a folder with transformer, codec or VAE, text encoder, and the memory and rollout settings of a stage in the params
-file: all that `cf generate --model` and ContextForcingPipeline.from_pretrained need.
+diffusers: a folder with transformer, codec or VAE, text encoder, and the memory and rollout settings of a system in the
+params file: all that `cf generate --model` and ContextForcingPipeline.from_pretrained need.
 
 self-forcing: original Wan's names. A .pt holds them with `model.` before each, under generator and generator_ema, so that
 Self-Forcing's inference finds them with --use_ema and without; a .safetensors holds them flat."""
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder for diffusers, a new file for self-forcing")
     only = parser.add_argument_group("only --to diffusers")
     only.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="default: params.yaml")
-    only.add_argument("--stage", choices=("causal_init", "stage1", "stage2"), help="whose memory and rollout; default: the name of --model")
+    only.add_argument("--system", metavar="NAME", help="of generate.systems, or a stage: whose memory and rollout; default: the name of --model")
     only.add_argument("--codec", type=Path, metavar="DIR", help="default: models/codec; or Wan's own VAE")
     only.add_argument("--text", type=Path, metavar="DIR", help="with text_encoder/ and tokenizer/; default: text in the params file")
     only.add_argument("--licence", help="of the weights, for the model card; default: Apache-2.0, for imported ones: other")
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         return
     from .pretrained import to_diffusers
 
-    print(to_diffusers(stated.model, stated.out, stated.params, stated.stage, stated.codec, stated.text, stated.licence))
+    print(to_diffusers(stated.model, stated.out, stated.params, stated.system, stated.codec, stated.text, stated.licence))
 
 
 def self_forcing(model: Path, out: Path) -> str:

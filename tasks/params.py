@@ -165,9 +165,19 @@ class Params(Section):
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
-        for rule in (pictures_fit, clips_are_long_enough, students_are_shown_what_exists):
+        for rule in (weights_are_named, pictures_fit, clips_are_long_enough, students_are_shown_what_exists):
             rule(self)
         return self
+
+
+def weights_are_named(p: Params) -> None:
+    kinds = {"codec": (p.codec.kind, "wan"), "text": (p.text.kind, "umt5"), "base": (p.base.init, "wan")}
+    for name, (kind, real) in kinds.items():
+        section, word = getattr(p, name), "init" if name == "base" else "kind"
+        if kind == real and section.weights is None:
+            raise ValueError(f"{name}.weights is null, but {name}.{word} is {real}; name a folder, or a name on the Hugging Face Hub")
+        if kind != real and section.weights is not None:
+            raise ValueError(f"{name}.weights is {section.weights}, but {name}.{word} is {kind}, which has no weights to read; use null")
 
 
 def pictures_fit(p: Params) -> None:
@@ -200,8 +210,9 @@ def clips_are_long_enough(p: Params) -> None:
 
 def students_are_shown_what_exists(p: Params) -> None:
     context, trained = p.stage2.teacher.context, p.teacher.view.context
-    if context not in ("none", trained):
-        raise ValueError(f"stage2.teacher.context is {context}, but teacher.view.context is {trained}; use that, or none")
+    if context not in ("none", trained) and p.stage2.teacher.mismatch == "refuse":
+        stated = f"stage2.teacher.context is {context}, but teacher.view.context is {trained}"
+        raise ValueError(f"{stated}; use that, or none, or say that it is meant with stage2.teacher.mismatch: accept")
     if p.stage1.teacher.context != "none":
         raise ValueError(f"stage1.teacher.context is {p.stage1.teacher.context}, but the base model knows no context; use none")
     if p.stage2.rollout.window != p.teacher.target:

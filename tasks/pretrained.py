@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from . import params as parameters
-from .params import CAUSAL, Params
+from .params import CAUSAL, Params, System
 from .params_file import Refused
+from .systems import as_trained
 
 CODEC = Path("models/codec")
 
 
-def to_diffusers(model: Path, out: Path, file: Path, stage: str | None, codec: Path | None, text: Path | None, licence: str | None) -> str:
-    """Weights from `model`; memory and rollout from the stage's section of a params file; its codec and text encoder."""
+def to_diffusers(model: Path, out: Path, file: Path, system: str | None, codec: Path | None, text: Path | None, licence: str | None) -> str:
+    """Weights from `model`; memory and rollout of a system in a params file; its codec and text encoder."""
     if out.exists():
         raise Refused(f"--out is {out}, which is there; name a new folder")
     if not (model / "config.json").is_file():
         raise Refused(f"--model is {model}, which holds no transformer; name one that a stage or cf import-weights wrote")
-    stage = stage or model.name
-    if stage not in CAUSAL:
-        raise Refused(f"--model is {model}, which is none of {', '.join(CAUSAL)}; say with --stage whose memory and rollout it runs with")
     if codec is None and not CODEC.is_dir():
         raise Refused(f"{CODEC} is not there; run the stage codec, or name a codec's folder with --codec")
     params = parameters.load(file)
@@ -30,11 +28,12 @@ def to_diffusers(model: Path, out: Path, file: Path, stage: str | None, codec: P
     from cf_model.model import wan
     from cf_model.pipeline import ContextForcingPipeline
 
-    section = getattr(params, stage)
-    rollout = params.stage1.rollout if stage == "causal_init" else section.rollout  # as the stage generate runs it
-    made, usual = origin(model, stage, params)
+    run = chosen(params, system or model.name)
+    rollout = params.stage2.rollout if run.weights == "stage2" else params.stage1.rollout  # as the stage generate runs it
+    made, usual = origin(model, system or model.name, params)
+    assert run.memory is not None
     recipe = Recipe(
-        memory=section.memory,
+        memory=run.memory,
         chunk=rollout.chunk,
         levels=rollout.levels,
         flow=params.flow,
@@ -46,18 +45,27 @@ def to_diffusers(model: Path, out: Path, file: Path, stage: str | None, codec: P
     )
     pipe = ContextForcingPipeline(wan.load(model), read_codec(codec or CODEC), read_text(params, text), recipe)
     pipe.save_pretrained(out)
-    return f"{out}: {recipe.width} x {recipe.height}, memory and rollout of {stage} in {file}; try `cf generate --model {out} --prompt ...`"
+    return f"{out}: {recipe.width} x {recipe.height}, memory and rollout of {system or model.name} in {file}; try `cf generate --model {out} --prompt ...`"
 
 
-def origin(model: Path, stage: str, params: Params) -> tuple[str, str]:
+def chosen(params: Params, name: str) -> System:
+    """A causal system that the stage `generate` runs, or a stage's own; with the memory that it is run with."""
+    trained = {stage: System(weights=stage, memory=getattr(params, stage).memory, view=None, frames=1) for stage in CAUSAL}
+    known = trained | {one: as_trained(params, system) for one, system in params.generate.systems.items() if system.weights in CAUSAL}
+    if name not in known:
+        raise Refused(f"{name!r} is none of {', '.join(known)}; say with --system which of them --model is run as")
+    return known[name]
+
+
+def origin(model: Path, system: str, params: Params) -> tuple[str, str]:
     """For the model card: how the weights were made, and their licence unless a person says another."""
     found = model / "import.json"
     if not found.is_file():
-        return f"By the stage `{stage}` of context-forcing's pipeline, profile `{params.profile}`, seed {params.seed}.", "Apache-2.0"
+        return f"By the stage `{system}` of context-forcing's pipeline, profile `{params.profile}`, seed {params.seed}.", "Apache-2.0"
     facts: dict[str, Any] = json.loads(found.read_text())
     source = Path(str(facts.get("source", "unknown"))).name
     made = f"Not by this project: imported from {source} ({facts.get('layout', 'unknown')})"
-    return f"{made}, run with the settings of `{stage}` in profile `{params.profile}`.", "other"
+    return f"{made}, run with the settings of `{system}` in profile `{params.profile}`.", "other"
 
 
 def read_codec(folder: Path) -> Any:

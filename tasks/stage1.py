@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from .params import Params
-from .student import distil
+from .student import Job, distil
 from .tracking import Track
 
 
-def run(params: Params, track: Track, *, latents: Path, base: Path, causal_init: Path, out: Path) -> dict[str, float | None]:
+def run(
+    params: Params, track: Track, *, latents: Path, codec: Path, base: Path, causal_init: Path, out: Path
+) -> dict[str, float | None]:
     """The causal student learns to make windows like the base model's, in few steps, from its own rollouts."""
     # Choice: the base model is the real score here, not the context teacher without a context: it is the better
     # model of one window, and stage 1 then doesn't wait for the teacher.
     view = replace(params.teacher.view, context=params.stage1.teacher.context)
-    return distil(params.stage1, view, params.flow, params.seed, track, latents=latents, teacher=base, student=causal_init, out=out)
+    job = Job(params.stage1, view, params.flow, params.compute, params.seed)
+    return distil(job, track, latents=latents, codec=codec, teacher=base, student=causal_init, out=out)

@@ -2,40 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cf_model.data.latents import Latents
 from cf_model.model import wan
+from cf_model.model.codec import load_codec
 from cf_model.model.flow import Flow
 from cf_model.model.view import TeacherView
 from cf_model.train.loop import fit
 from cf_model.train.student import Distillation, StudentSpec
 
+from .params import Compute
 from .tracking import Track, tail
 
 
-def distil(
-    spec: StudentSpec, view: TeacherView, flow: Flow, seed: int, track: Track, *, latents: Path, teacher: Path, student: Path, out: Path
-) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class Job:
+    """A distillation as params.yaml states it."""
+
+    spec: StudentSpec
+    view: TeacherView
+    flow: Flow
+    compute: Compute
+    seed: int
+
+
+def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
     """Trains the student in `student` on the prompts of the training clips; real score and critic start from `teacher`."""
-    clips = Latents(latents)
-    rows = clips.rows("train")
+    clips, spec = Latents(latents), job.spec
+    attention, checkpointing = job.compute.attention, job.compute.checkpointing
     distillation = Distillation(
         spec,
-        student=wan.load(student),
-        teacher=wan.load(teacher),
-        critic=wan.load(teacher),
-        view=view,
-        flow=flow,
-        prompts=torch.unique(clips.text(rows), dim=0),
+        student=wan.load(student, attention, checkpointing=checkpointing),
+        teacher=wan.load(teacher, attention),
+        critic=wan.load(teacher, attention, checkpointing=checkpointing),
+        view=job.view,
+        flow=job.flow,
+        prompts=torch.unique(clips.text(clips.rows("train")), dim=0),
         null=clips.null_text,
         shape=clips.shape,
-        seed=seed,
+        seed=job.seed,
+        reencode=reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
     )
     fit(distillation.step, steps=spec.steps, state=distillation.state, log=track, save_every=spec.save_every)
     wan.save(distillation.average.model, out)
     track.save(out)
     names = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")
     return {name: value for name in names if (value := tail(out, name)) is not None}
+
+
+def reencoder(folder: Path) -> Callable[[Tensor], Tensor]:
+    """The last video frame of some latents, encoded as a video of its own: one latent, that of a picture."""
+    codec = load_codec(folder)
+    return lambda latents: codec.encode(codec.decode(latents)[:, -1:])

@@ -18,7 +18,8 @@ from .tracking import Track, tail
 def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -> dict[str, float | None]:
     """Error-recycling fine-tuning of the base model into the context teacher, and the layout it was trained with."""
     spec = params.teacher
-    teacher = Teacher(spec, model=wan.load(base), latents=Latents(latents), flow=params.flow, seed=params.seed)
+    model = wan.load(base, params.compute.attention, checkpointing=params.compute.checkpointing)
+    teacher = Teacher(spec, model=model, latents=Latents(latents), flow=params.flow, seed=params.seed)
     fit(teacher.step, steps=spec.steps, state=teacher.state, log=track, save_every=spec.save_every)
     wan.save(teacher.average.model, out)
     # stage2 reads how the teacher was shown its past, so that it can't be shown it otherwise

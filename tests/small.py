@@ -27,9 +27,9 @@ def rolling(**changes: object) -> RolloutSpec:
     return RolloutSpec(**(values | changes))  # type: ignore[arg-type]
 
 
-def denoiser(seed: int = 0, layers: int = 2) -> Denoiser:
+def denoiser(seed: int = 0, layers: int = 2, positions: int = 256) -> Denoiser:
     """A head that is not 0, so that something comes out."""
-    sizes = ModelSpec(layers=layers, heads=2, head_dim=12, ffn=32, freq=16, positions=256)
+    sizes = ModelSpec(layers=layers, heads=2, head_dim=12, ffn=32, freq=16, positions=positions)
     model = wan.build(sizes, channels=SHAPE[0], text_channels=8, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.3, generator=rng)

@@ -126,6 +126,27 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
     assert refusal(changed(key, 1), tmp_path) == f"{key} is not a parameter; {hint}"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("codec.kind", "wan", "codec.weights is null, but codec.kind is wan; name a folder"),
+        ("text.kind", "umt5", "text.weights is null, but text.kind is umt5; name a folder"),
+        ("base.init", "wan", "base.weights is null, but base.init is wan; name a folder"),
+        ("base.weights", "some/folder", "base.weights is some/folder, but base.init is scratch"),
+        ("stage2.teacher.context", "contiguous", "teacher.view.context is sparse; use that, or none, or say that it is meant with"),
+        ("stage2.memory.fill", "early_raw", "when is evict; use when: enqueue"),
+        ("stage1.rollout.persist", "stream", "place is last and skip_first 0, but persist is stream"),
+        ("stage2.rollout.renoise", "own", "exit is shared, but renoise is own"),
+        ("stage2.rollout.skip_first", 7, "use 0 <= skip_first <= full_first"),
+        ("stage2.horizon.mode", "exponential", "stage2.horizon.mode is 'exponential'; it must be 'linear', 'exp' or 'const'"),
+        ("compute.attention", "flash", "compute.attention is 'flash'; it must be 'native', 'cudnn', 'flash2' or 'flash3'"),
+    ],
+)
+def test_settings_that_contradict_each_other(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    said = refusal(changed(key, value), tmp_path)
+    assert words in said, said
+
+
 def test_several_errors_are_one_sentence(tmp_path: Path) -> None:
     tree = changed("seed", -1)
     tree["threads"] = 0

@@ -56,7 +56,7 @@ def open_source(src: Path, branch: Branch | None = None) -> Source:
     if pickled:
         tree, container = unpack(read_pickled(files[0]), files[0], branch)
     else:
-        tree, container = _shards(files), {}
+        tree, container = read_safetensors(files), {}
         if branch is not None:
             raise ValueError(f"--branch is {branch}, but {src} holds one set of weights and no branches; leave the option out")
     wrong = [name for name, value in tree.items() if not isinstance(value, Tensor)]
@@ -93,7 +93,8 @@ def find(src: Path) -> tuple[Path, tuple[Path, ...]]:
     raise ValueError(f"{folder} holds no weights; known are .safetensors, {', '.join(PICKLED)}")
 
 
-def _shards(files: tuple[Path, ...]) -> dict[str, Any]:
+def read_safetensors(files: tuple[Path, ...]) -> dict[str, Any]:
+    """One file, or all shards of one model."""
     state: dict[str, Tensor] = {}
     for file in files:
         try:

@@ -168,7 +168,7 @@ def expected(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in architecture(sizes).state_dict().items()}
 
 
-def check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+def check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Exactly these names and shapes, in floating point, or a sentence that names what is wrong."""
     said = []
     if missing := shapes.keys() - state.keys():
@@ -181,7 +181,7 @@ def check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], so
     if other := [f"{name} as {str(t.dtype)[6:]}" for name, t in state.items() if t.dtype not in FLOATS]:
         said.append(f"stores {some(other)}, which is quantised")
     if said:
-        raise ValueError(f"{source} {', and '.join(said)}; under diffusers' names, it must be exactly one text-to-video transformer")
+        raise ValueError(f"it {', and '.join(said)}; under diffusers' names, it must be exactly one text-to-video transformer")
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

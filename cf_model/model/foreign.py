@@ -84,7 +84,10 @@ def read_weights(
     else:
         below = _base(source, base, rest, heads)
         scale = lora.Scale(lora_alpha, source.adapter, rank={"pipe", "dit"} <= set(source.stripped))
-        state, found = lora.merge(below.state, pairs, scale, dtype)
+        try:
+            state, found = lora.merge(below.state, pairs, scale, dtype)
+        except ValueError as error:
+            raise ValueError(f"{src}: {error}") from None
         config, facts = below.config, {"layout": "LoRA", "lora": found, "base": below.facts}
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in sorted(state.items())}
     return Weights(state, config, source.facts() | facts | _measured(state, config))
@@ -92,11 +95,14 @@ def read_weights(
 
 def _whole(source: Source, found: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checked transformer under diffusers' names, and its config."""
-    state = in_diffusers(found)
-    config = source.config or inferred(state, heads)
+    try:
+        state = in_diffusers(found)
+        config = source.config or inferred(state, heads)
+        check(state, expected(config))
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from None
     if heads not in (None, config["num_attention_heads"]):
         raise ValueError(f"--heads is {heads}, but {source.path}'s config says {config['num_attention_heads']}; leave the option out")
-    check(state, expected(config), str(source.path))
     return state, config
 
 

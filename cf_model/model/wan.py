@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from .denoiser import Attention, Denoiser, ModelSpec
 
 
-def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int) -> Denoiser:
+def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, attention: Attention = "native") -> Denoiser:
     """A new transformer. Its head starts at 0, so that the first loss is the spread of the velocities."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -29,7 +29,7 @@ def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int) -> D
         )
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
-    return Denoiser(transformer)
+    return Denoiser(transformer, attention)
 
 
 def save(model: Denoiser, folder: Path) -> None:
@@ -41,10 +41,12 @@ def save(model: Denoiser, folder: Path) -> None:
         model.transformer.rope = rope
 
 
-def load(folder: Path, attention: Attention = "native") -> Denoiser:
+def load(folder: Path, attention: Attention = "native", *, checkpointing: bool = False) -> Denoiser:
     """Strict: a weight that is missing, unknown or of another shape is an error with its name."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a diffusers folder; run the stage that makes it")
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder, local_files_only=True))
     transformer.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
-    return Denoiser(transformer, attention)
+    model = Denoiser(transformer, attention)
+    model.checkpointing(checkpointing)
+    return model

@@ -26,6 +26,7 @@ class ScoreSpec:
 
     context: Literal["none", "sparse", "contiguous"]
     guidance: float  # null + guidance (cond - null); Self-Forcing's 3.0 is our 4.0
+    mismatch: Literal["refuse", "accept"]  # a context in another layout than the teacher was trained on
     first_latent: Literal["as_is", "reencode"]  # the first frame that they see, where it isn't the video's: as a picture of its own
 
     def __post_init__(self) -> None:

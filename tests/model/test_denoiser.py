@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cf_model.model import wan
+from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import ContextMemory
 from tests.small import SHAPE, denoiser, normal, spec
 
@@ -97,6 +98,20 @@ def test_what_was_forgotten_has_no_influence():
         assert torch.equal(model.velocity(x, sigma, TEXT, memory), before)
         memory.slow[0].keys[0].add_(1.0)  # what is remembered does have one
         assert not torch.equal(model.velocity(x, sigma, TEXT, memory), before)
+
+
+def test_layers_that_decide_alike_see_what_one_decision_shows_them():
+    model, x = denoiser(), normal(2, 30, *SHAPE)
+    one, each = (model.watch(x, TEXT, spec(slow=2, promote="uniform", scope=scope), chunk=3) for scope in ("global", "layer"))
+    assert one.held() == each.held() and len(each.layers) == 2
+    part, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        assert torch.equal(model.velocity(part, sigma, TEXT, one), model.velocity(part, sigma, TEXT, each))
+
+
+def test_an_attention_that_is_not_installed_is_refused():
+    with pytest.raises(ValueError, match=r"compute\.attention is flash2, but the package flash_attn is not installed"):
+        Denoiser(plain(denoiser()), "flash2")
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):

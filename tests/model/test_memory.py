@@ -1,3 +1,4 @@
+# Long: one policy, all its readings side by side.
 import pytest
 import torch
 from hypothesis import given, settings

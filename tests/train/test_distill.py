@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from cf_model.model.memory import ContextMemory
+from cf_model.model.memory import empty
 from cf_model.model.rollout import HorizonSpec, rollout
+from cf_model.model.rollout import place as window_start
 from cf_model.model.view import TeacherView
 from cf_model.train.distill import critic_loss, generator_gradient
 from cf_model.train.student import replay
@@ -27,9 +28,9 @@ class Line:
 
 
 def gradient(x, real, fake, guidance=1.0):
-    empty = x[:, :0]
+    nothing = x[:, :0]
     return generator_gradient(
-        x, TEXT, real=real, fake=fake, context=empty, view=VIEW, flow=FLOW, rng=rng(), guidance=guidance, null=NULL
+        x, TEXT, real=real, fake=fake, context=nothing, view=VIEW, flow=FLOW, rng=rng(), guidance=guidance, null=NULL
     )
 
 
@@ -64,6 +65,48 @@ def test_a_score_that_is_not_finite_moves_nothing():
     assert torch.equal(gradient(x, Line(float("nan")), Line(0.6))[0], torch.zeros_like(x))
 
 
+def test_the_gradient_has_no_scale():
+    """k times the distance between the scores and k times that to the real one are the same gradient."""
+
+    class Away:
+        """A score whose x_0 lies `by` beside x, whatever the level."""
+
+        def __init__(self, x, by):
+            self.x, self.by = x, by
+
+        def velocity(self, x_t, sigma, text):
+            return (x_t - self.x - self.by) / sigma.view(-1, 1, 1, 1, 1)
+
+    x, by, other = normal(2, 6, *SHAPE), normal(2, 6, *SHAPE, seed=4), normal(2, 6, *SHAPE, seed=5)
+    one, _ = gradient(x, Away(x, by), Away(x, other))
+    five, _ = gradient(x, Away(x, 5 * by), Away(x, 5 * other))
+    assert one.abs().mean() > 0.1 and torch.allclose(one, five, atol=1e-4)
+
+
+def test_the_critics_loss_is_weighted_by_its_level():
+    x, noisy_rng = normal(2, 6, *SHAPE), rng()
+    sigma = FLOW.sample_score_sigma(2, noisy_rng)
+
+    class One:
+        """Wrong by exactly 1 everywhere."""
+
+        def velocity(self, x_t, sigma, text):
+            return (x_t - x) / sigma.view(-1, 1, 1, 1, 1) + 1
+
+    def loss(weight):
+        return float(critic_loss(x, TEXT, fake=One(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng(), weight=weight))
+
+    assert loss("uniform") == pytest.approx(1, rel=1e-4)
+    assert loss("bell") == pytest.approx(float(FLOW.weight(sigma).mean()), rel=1e-4)
+
+
+def test_the_next_chunks_noise_never_changes_a_chunk():
+    def video(frames, seed):
+        return rollout(denoiser(), TEXT, frames, SHAPE, spec=rolling(exit="last"), memory=spec(), flow=FLOW, rng=rng(seed)).video
+
+    assert torch.equal(video(12, 1), video(18, 1)[:, :12]) and not torch.equal(video(12, 1), video(12, 2))
+
+
 def test_critic_loss_of_a_perfect_critic_is_zero():
     x = normal(2, 6, *SHAPE)
 
@@ -74,44 +117,62 @@ def test_critic_loss_of_a_perfect_critic_is_zero():
     assert float(critic_loss(x, TEXT, fake=Oracle(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng(), weight="uniform")) < 1e-8
 
 
-def test_replay_is_the_stop_gradient_reference():
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("skip", [0, 1])
+def test_replay_is_the_stop_gradient_reference(float64, skip, checkpointing):
     """Rollout, memory and eviction in float64; the reference builds each chunk's graph at once, its memory constant."""
-    model = denoiser().double()
-    text = TEXT.double()
-    small = spec(sink=3, slow=2, fast=6)
+    model, plan = denoiser().double(), rolling(skip_first=skip)
+    text, g = TEXT.double(), normal(2, 9, *SHAPE, seed=9).double()
+    small = spec(sink=3, slow=2, fast=6, tau=1.0)
+    model.checkpointing(checkpointing)
+    made = rollout(model, text, 30, SHAPE, spec=plan, memory=small, flow=FLOW, rng=rng(7))
+    assert made.memory.promoted > 2, "frames were evicted from the slow part, too"
+    replay(model, made, g, text)
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    model.checkpointing(False)
+    video = by_hand(model, text, small, skip)
+    assert torch.equal(video.detach(), made.video)
+    target, carried = video[:, 21 + 3 * skip :], g[:, 3 * skip :]
+    (0.5 * torch.nn.functional.mse_loss(target, (target - carried).detach())).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert expected.norm() > 0 and float((got - expected).norm() / expected.norm()) < 1e-6
 
-    def generator():
-        torch.set_default_dtype(torch.float64)
-        return rng(7)
 
-    try:
-        made = rollout(model, text, 24, SHAPE, spec=ROLLOUT, memory=small, flow=FLOW, rng=generator())
-        g = normal(2, 9, *SHAPE, seed=9).double()
-        replay(model, made, g, text)
-        got = [p.grad.clone() for p in model.parameters()]
-        model.zero_grad()
-        noise, frames, state = rng(7), [], ContextMemory(small)
-        exit_at = int(torch.randint(4, (), generator=noise))
-        sigmas = ROLLOUT.sigmas(FLOW)
-        for first in range(0, 24, 3):
-            steps = sigmas[: exit_at + 1] if first >= 15 else sigmas
-            x = torch.randn(2, 3, *SHAPE, generator=noise)
-            for i, sigma in enumerate(steps):
-                if i:
-                    x = (1 - sigma) * x_0.detach() + sigma * torch.randn(x.shape, generator=noise)
-                with torch.set_grad_enabled(first >= 15 and i == len(steps) - 1):
-                    x_0 = model(x, torch.full((2,), sigma), text, state)
-            frames.append(x_0)
-            state = model.remember(x_0.detach(), text, state)
-        video = torch.cat(frames, dim=1)
-        assert torch.equal(video.detach(), made.video)
-        target = video[:, 15:]
-        (0.5 * torch.nn.functional.mse_loss(target, (target - g).detach())).backward()
-        for ours, p in zip(got, model.parameters(), strict=True):
-            assert torch.allclose(ours, p.grad, rtol=1e-6, atol=1e-12)
-        assert sum(float(q.abs().sum()) for q in got) > 0
-    finally:
-        torch.set_default_dtype(torch.float32)
+def by_hand(model, text, memory, skip):
+    """The rollout once more: one graph for the scored chunks' last passes, nothing of it in what is remembered."""
+    noise, frames, state = rng(7), [], empty(memory)
+    exit_at, sigmas = int(torch.randint(4, (), generator=noise)), rolling().sigmas(FLOW)
+    for first in range(0, 30, 3):
+        learns = first >= 21 + 3 * skip
+        steps = sigmas[: exit_at + 1] if learns else sigmas
+        x = torch.randn(2, 3, *SHAPE, generator=noise)
+        for i, sigma in enumerate(steps):
+            if i:
+                x = (1 - sigma) * x_0.detach() + sigma * torch.randn(x.shape, generator=noise)
+            with torch.set_grad_enabled(learns and i == len(steps) - 1):
+                x_0 = model(x, torch.full((2,), sigma), text, state)
+        frames.append(x_0)
+        state = model.remember(x_0.detach(), text, state)
+    return torch.cat(frames, dim=1)
+
+
+def test_a_training_forward_writes_into_nothing_that_another_reads(float64):
+    """Every tensor that a target holds is the same, to the bit, after the replay of all of them."""
+    model, text = denoiser().double(), TEXT.double()
+    made = rollout(model, text, 30, SHAPE, spec=rolling(), memory=spec(slow=2, tau=1.0), flow=FLOW, rng=rng(7))
+    held = [t.x_t for t in made.targets] + [k for t in made.targets for part in t.memory.past(0) for k in part]
+    before = [tensor.clone() for tensor in held]
+    replay(model, made, normal(2, 9, *SHAPE, seed=9).double(), text)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(held, before, strict=True))
+    assert not any(tensor.requires_grad for tensor in held)
 
 
 @pytest.mark.parametrize("skip", [0, 1])
@@ -136,6 +197,60 @@ def test_the_target_stops_at_one_random_level_and_the_context_is_clean():
         assert {t.sigma for t in made.targets} == {levels[made.exits[0]]}
         exits.add(made.exits[0])
     assert exits == {0, 1, 2, 3}
+
+
+def test_chunks_before_the_window_are_as_clean_as_stated():
+    small = spec(sink=0, slow=0, fast=6, promote="none")
+
+    def levels(policy):
+        """Noisy passes that each chunk took, with an exit after the first."""
+        model, taken = denoiser(), []
+        inner = model.forward
+        model.forward = lambda *args: taken.append(args[3].seen) or inner(*args)
+        for seed in range(99):
+            made = rollout(model, TEXT, 18, SHAPE, spec=rolling(full_denoise=policy), memory=small, flow=FLOW, rng=rng(seed))
+            if made.exits[0] == 0:
+                return [taken.count(first) for first in range(0, 18, 3)]
+            taken.clear()
+
+    assert levels("none") == [1, 1, 1, 1, 1, 1]
+    assert levels("all") == [4, 4, 4, 1, 1, 1]
+    assert levels("context") == [1, 4, 4, 1, 1, 1]  # the window begins at 9, the memory holds 6 frames
+
+
+def test_exits_per_chunk_and_last():
+    def made(seed, **changes):
+        return rollout(denoiser(), TEXT, 9, SHAPE, spec=rolling(**changes), memory=spec(), flow=FLOW, rng=rng(seed))
+
+    assert {made(seed, exit="last").exits for seed in range(4)} == {(3, 3, 3)}
+    assert all(len(set(made(seed).exits)) == 1 for seed in range(4))
+    assert any(len(set(made(seed, exit="per_chunk").exits)) > 1 for seed in range(4))
+    assert {made(seed, full_first=2).exits[:2] for seed in range(4)} == {(3, 3)}
+
+
+@pytest.mark.parametrize(("place", "mean"), [("uniform", 0.5), ("beta", 1 / 3)])
+def test_where_the_window_lies(place, mean):
+    noise = rng()
+    starts = [window_start(99, rolling(place=place), noise) for _ in range(4000)]
+    assert set(starts) <= set(range(0, 91, 3)) and {0, 3} <= set(starts)
+    assert sum(starts) / len(starts) / 90 == pytest.approx(mean, abs=0.03)
+    assert window_start(99, rolling(), noise) == 90
+
+
+def test_a_renoised_window_is_made_again_from_its_own_frames():
+    plan = rolling(renoise="own", exit="last")
+    made = rollout(denoiser(), TEXT, 18, SHAPE, spec=plan, memory=spec(), flow=FLOW, rng=rng(3))
+    for target in made.targets:
+        again = denoiser()(target.x_t, torch.full((2,), target.sigma), TEXT, target.memory)
+        assert torch.allclose(again, made.video[:, target.first : target.first + 3], atol=1e-5)
+    assert len({target.sigma for target in made.targets}) > 1, "each chunk has a level of its own"
+
+
+def test_lengths_of_other_laws():
+    noise = rng()
+    assert {HorizonSpec(21, 240, 10, "const").sample(0, 3, noise) for _ in range(9)} == {240}
+    halfway = {HorizonSpec(30, 120, 100, "exp").sample(50, 3, noise) for _ in range(2000)}
+    assert max(halfway) == 60 and min(halfway) == 30
 
 
 def test_lengths_grow_with_the_curriculum():

@@ -1,13 +1,16 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from cf_model.model import checkpoint
+from cf_model.model.rollout import HorizonSpec
+from cf_model.model.view import TeacherView
 from cf_model.train.loop import Average, Optimizer, OptimizerSpec, Random, drop_prompts, fit
-from cf_model.train.student import Distillation
+from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
 from tasks.tracking import Track
-from tests.small import FLOW, SHAPE, denoiser, normal
+from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
 
 
 def optimizer(**changes):
@@ -111,33 +114,27 @@ def test_a_dropped_prompt_is_the_empty_one():
     assert 0.18 < float(dropped) < 0.32
 
 
-def test_distillation_trains_student_and_critic_by_turns():
-    from cf_model.model.rollout import HorizonSpec
-    from cf_model.model.view import TeacherView
-    from cf_model.train.student import ScoreSpec, StudentSpec
-    from tests.small import rolling, spec
-
-    plan = StudentSpec(
-        steps=4,
-        critic_updates=2,
-        batch=2,
-        memory=spec(),
-        rollout=rolling(levels=(1.0, 0.5), window=6),
-        horizon=HorizonSpec(shortest=9, longest=15, decay=0, mode="linear"),
-        teacher=ScoreSpec(context="sparse", guidance=2.0, first_latent="as_is"),
-        critic_weight="uniform",
-        student_optimizer=optimizer(muon_lr=0.0),
-        critic_optimizer=optimizer(muon_lr=0.0),
-        ema=0.9,
-        ema_start=0,
-        save_every=10,
-    )
+def distillation(**changes):
+    plan = {
+        "steps": 6,
+        "critic_updates": 2,
+        "batch": 2,
+        "memory": spec(),
+        "rollout": rolling(levels=(1.0, 0.5), window=6),
+        "horizon": HorizonSpec(shortest=9, longest=15, decay=0, mode="linear"),
+        "teacher": ScoreSpec(context="sparse", guidance=2.0, mismatch="refuse", first_latent="as_is"),
+        "critic_weight": "uniform",
+        "student_optimizer": optimizer(muon_lr=0.0),
+        "critic_optimizer": optimizer(muon_lr=0.0),
+        "ema": 0.9,
+        "ema_start": 0,
+        "save_every": 10,
+    }
     view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero")
-    teacher = denoiser(1)
-    job = Distillation(
-        plan,
+    return Distillation(
+        StudentSpec(**(plan | changes)),
         student=denoiser(0),
-        teacher=teacher,
+        teacher=denoiser(1),
         critic=denoiser(1),
         view=view,
         flow=FLOW,
@@ -146,6 +143,10 @@ def test_distillation_trains_student_and_critic_by_turns():
         shape=SHAPE,
         seed=0,
     )
+
+
+def test_distillation_trains_student_and_critic_by_turns():
+    job = distillation()
     before = {name: [p.detach().clone() for p in getattr(job, name).parameters()] for name in ("student", "teacher", "critic")}
 
     def moved(name):
@@ -155,3 +156,37 @@ def test_distillation_trains_student_and_critic_by_turns():
     assert (moved("student"), moved("critic"), moved("teacher")) == (False, True, False) and "dm_gradient" not in first
     second = job.step(1)
     assert moved("student") and not moved("teacher") and second["dm_gradient"] > 0 and second["context_frames"] > 0
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_stream_goes_on_across_steps_and_across_a_resume(tmp_path, scope):
+    """18 frames in windows of 6 that overlap by 3: steps 0 to 4 are one stream, step 5 begins another."""
+    changes = {
+        "rollout": rolling(levels=(1.0, 0.5), window=6, skip_first=1, persist="stream"),
+        "horizon": HorizonSpec(shortest=18, longest=18, decay=0, mode="const"),
+        "memory": spec(scope=scope, tau=1.0),
+    }
+    through, values = distillation(**changes), []
+    for number in range(6):
+        if number == 3:
+            checkpoint.save(tmp_path, 3, through.state)
+        values.append(through.step(number))
+    assert [row["frames"] for row in values] == [6, 9, 12, 15, 18, 6]
+    resumed = distillation(**changes)
+    assert checkpoint.restore(tmp_path, resumed.state) == 3
+    assert [resumed.step(number) for number in (3, 4, 5)] == values[3:]
+    assert all(torch.equal(a, b) for a, b in zip(through.student.parameters(), resumed.student.parameters(), strict=True))
+
+
+def test_without_a_past_the_contextual_loss_is_self_forcings():
+    """A window at the video's start has no context: both stages then are one loss, on the same seed."""
+    alone = {
+        "memory": spec(sink=0, slow=0, fast=6, promote="none", positions="absolute"),
+        "horizon": HorizonSpec(shortest=6, longest=6, decay=0, mode="linear"),
+        "critic_updates": 1,
+    }
+    none = ScoreSpec(context="none", guidance=2.0, mismatch="refuse", first_latent="as_is")
+    one, two = distillation(**alone), distillation(**alone, teacher=none)
+    two.view = dataclasses.replace(two.view, context="none")
+    assert [one.step(0), one.step(1)] == [two.step(0), two.step(1)]
+    assert all(torch.equal(a, b) for a, b in zip(one.student.parameters(), two.student.parameters(), strict=True))

@@ -1,0 +1,247 @@
+"""What each named method does in two optimiser steps and as it generates, against a table that a person has read.
+
+`python tests/test_presets.py` writes the table anew; a change of it is a change of a method, and its commit says why.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from cf_model.model.denoiser import Denoiser  # noqa: E402
+from cf_model.model.memory import empty  # noqa: E402
+from cf_model.model.rollout import rollout, stream  # noqa: E402
+from cf_model.train.student import Distillation  # noqa: E402
+from tasks import presets  # noqa: E402
+from tasks.params import Params  # noqa: E402
+from tasks.params_file import Refused, read  # noqa: E402
+from tests.small import FLOW, SHAPE, denoiser, normal  # noqa: E402
+
+TABLE = ROOT / "tests/golden/presets.json"
+NAMES = sorted(file.stem for file in (ROOT / "presets").glob("*.yaml"))
+MARK = 1000.0  # of a latent that was encoded anew
+
+
+def ranges(numbers: list[int]) -> str:
+    """0 1 2 6 12 as "0-2 6 12"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and parts[-1][-1] == n - 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return " ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts) or "-"
+
+
+class Tracer:
+    """Writes down every pass of every model."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes: list[dict[str, Any]] = []
+        inner = Denoiser._pass
+
+        def traced(model: Denoiser, x_t: Any, sigma: Any, text: Any, memory: Any) -> Any:
+            self.passes.append({"model": id(model), "x": x_t, "sigma": sigma, "memory": memory, "grad": torch.is_grad_enabled()})
+            return inner(model, x_t, sigma, text, memory)
+
+        monkeypatch.setattr(Denoiser, "_pass", traced)
+
+    def take(self) -> list[dict[str, Any]]:
+        taken, self.passes = self.passes, []
+        return taken
+
+
+def seen(one: dict[str, Any]) -> str:
+    """What a student's pass attends to, and where: "sink | slow | fast @ their positions, itself @ its own"."""
+    memory, frames = one["memory"], one["x"].shape[1]
+    parts = " | ".join(ranges(part) for part in memory.held().values())
+    return f"{parts} @ {ranges(memory.key_positions(frames))}, self @ {ranges(memory.query_positions(frames))}"
+
+
+def lowered(one: dict[str, Any]) -> str:
+    return f"{float(one['sigma'].flatten()[-1]):.3f}".rstrip("0").rstrip(".")
+
+
+def chunk(passes: list[dict[str, Any]]) -> dict[str, str]:
+    """The passes over one chunk: their noise levels in order, and what the first, the clean and the learning one saw."""
+    made = [one for one in passes if not one["grad"]]
+    row = {"levels": " ".join(map(lowered, made)), "sees": seen(made[0]), "kept_by": seen(made[-1])}
+    clean = [one for one in made if not float(one["sigma"][0])]
+    row["kept_by"] = seen(clean[0])
+    learning = [one for one in passes if one["grad"]]
+    if learning:
+        row["learns"] = f"at {lowered(learning[0])}: {seen(learning[0])}"
+    return {key: value for key, value in row.items() if key != "kept_by" or value != row["sees"]}
+
+
+def train(name: str, tracer: Tracer) -> list[dict[str, Any]]:
+    params = parameters(name)
+    stage = presets.read(name)["student"]
+    spec = getattr(params, stage)
+    spec = type(spec)(**{**vars(spec), "batch": 1, "critic_updates": 1, "steps": 9, "ema_start": 0})
+    view = type(params.teacher.view)(**{**vars(params.teacher.view), "context": spec.teacher.context})
+    job = Distillation(
+        spec,
+        student=denoiser(0, positions=1024),
+        teacher=denoiser(1, positions=1024),
+        critic=denoiser(1, positions=1024),
+        view=view,
+        flow=FLOW,
+        prompts=normal(3, 5, 8),
+        null=torch.zeros(5, 8),
+        shape=SHAPE,
+        seed=5,
+        reencode=lambda latents: torch.full_like(latents[:, -1:], MARK),
+    )
+    return [step(job, number, tracer, view) for number in range(2)]
+
+
+def step(job: Distillation, number: int, tracer: Tracer, view: Any) -> dict[str, Any]:
+    values = job.step(number)
+    passes = tracer.take()
+    mine = [one for one in passes if one["model"] == id(job.student)]
+    frames, start = int(values["frames"]), int(values["window"])
+    length = job.spec.rollout.window
+    # the frames that a pass works on follow those that its memory has seen; a clean pass may be shown less of it
+    chunks: dict[int, list[dict[str, Any]]] = {}
+    for one in mine:
+        chunks.setdefault(one["memory"].seen, []).append(one)
+    teacher = [one for one in passes if one["model"] == id(job.teacher)]
+    critic = [one for one in passes if one["model"] == id(job.critic)]
+    context = view.frames(start)
+    learns = [first for first, rows in chunks.items() if any(one["grad"] for one in rows)]
+    return {
+        "rollout": f"{frames} frames, of which {3 * len(chunks)} are new; window {start}-{start + length - 1}",
+        "gradient": f"{3 * len(learns)} of {length} frames: {ranges([f + i for f in sorted(learns) for i in range(3)])}",
+        "early": exits(chunks, start),
+        "scores": {
+            "context": ranges(context),
+            "passes": f"teacher {len(teacher)}, critic {len(critic)}, of {teacher[0]['x'].shape[1]} frames",
+            "first latent": "re-encoded" if float(teacher[0]["x"][0, 0].std()) < 1e-6 or encoded(teacher[0]) else "as it is",
+        },
+        "chunks": {f"{first}-{first + 2}": chunk(rows) for first, rows in chunks.items() if first >= start - 3},
+    }
+
+
+def encoded(one: dict[str, Any]) -> bool:
+    """Is the first latent the mark, clean or noised: then its mean lies far from 0."""
+    return float(one["x"][0, 0].mean()) > 1.0
+
+
+def exits(chunks: dict[int, list[dict[str, Any]]], start: int) -> str:
+    """Levels that the chunks before the window took."""
+    before = sorted({len([one for one in rows if float(one["sigma"][0])]) for first, rows in chunks.items() if first < start})
+    return f"chunks before the window take {' or '.join(map(str, before))} levels" if before else "nothing before the window"
+
+
+def generate(name: str, tracer: Tracer) -> list[str]:
+    params = parameters(name)
+    system = params.generate.systems[name]
+    memory = system.memory or getattr(params, system.weights).memory
+    student = denoiser(0, positions=1024)
+    chunks = stream(
+        student, normal(1, 5, 8), SHAPE, sigmas=[1.0, 0.5], chunk=3, memory=empty(memory), rng=torch.Generator().manual_seed(1)
+    )
+    lines = []
+    for _ in range(13):
+        next(chunks)
+        passes = tracer.take()
+        lines.append(f"{seen(passes[-2])}; kept by {seen(passes[-1])}")
+    return [f"weights of {system.weights}", *lines]
+
+
+def parameters(name: str) -> Params:
+    """wan-1.3b's, whose horizons are the papers'; with a threshold that small random models pass now and then."""
+    stated = presets.applied(read(ROOT / "profiles/wan-1.3b.yaml"), name)
+    params = Params.model_validate(stated)
+    for stage in (params.causal_init, params.stage1, params.stage2):
+        object.__setattr__(stage.memory, "tau", 0.88 if stage.memory.promote == "similarity" else stage.memory.tau)
+    memory = params.generate.systems[name].memory
+    if memory:
+        object.__setattr__(memory, "tau", 0.88)
+    return params
+
+
+def trace(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(ROOT)
+    tracer = Tracer(monkeypatch)
+    return {"training": train(name, tracer), "generation": generate(name, tracer)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_does_what_its_table_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trace(name, monkeypatch) == json.loads(TABLE.read_text())[name]
+
+
+def test_a_preset_is_laid_over_the_file_whose_comments_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "params.yaml"
+    file.write_text((ROOT / "profiles/tiny.yaml").read_text())
+    presets.write(file, "infinity_rope")
+    stated = read(file)
+    steps = read(ROOT / "profiles/tiny.yaml")["stage1"]["steps"]
+    assert "# of each of seven kinds" in file.read_text() and stated["stage1"]["steps"] == steps
+    assert stated["stage1"]["memory"]["fast"] == 21
+    system = Params.model_validate(stated).generate.systems["infinity_rope"]
+    assert system.weights == "stage1" and system.memory and (system.memory.sink, system.memory.fast) == (1, 5)
+    presets.write(file, "cf_default")  # back again: a preset states all that its method decides
+    assert Params.model_validate(read(file)).stage2.memory.slow == 12
+
+
+@pytest.mark.parametrize("profile", ["tiny", "wan-1.3b"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    Params.model_validate(presets.applied(read(ROOT / f"profiles/{profile}.yaml"), name))
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "params.yaml"
+    file.write_text((ROOT / "profiles/smoke.yaml").read_text())
+    with pytest.raises(Refused, match=r"preset cf_released doesn't fit .*; start from another profile"):
+        presets.write(file, "cf_released")
+    assert file.read_text() == (ROOT / "profiles/smoke.yaml").read_text()
+    with pytest.raises(Refused, match="preset cf isn't in presets/; known are cf_default, "):
+        presets.write(file, "cf")
+
+
+def test_the_released_stage_1_never_teaches_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    spec = parameters("cf_released").stage1
+    for seed in range(4):
+        made = rollout(
+            denoiser(),
+            normal(1, 5, 8),
+            21,
+            SHAPE,
+            spec=spec.rollout,
+            memory=spec.memory,
+            flow=FLOW,
+            rng=torch.Generator().manual_seed(seed),
+        )
+        assert [target.grad for target in made.targets] == [False] + [True] * 6
+        assert made.exits[:2] == (3, 3)
+
+
+def test_no_two_presets_are_the_same() -> None:
+    table = json.loads(TABLE.read_text())
+    assert sorted(table) == NAMES
+    assert len({json.dumps(row, sort_keys=True) for row in table.values()}) == len(NAMES)
+
+
+if __name__ == "__main__":
+    rows = {}
+    for name in NAMES:
+        with pytest.MonkeyPatch.context() as patch:
+            rows[name] = trace(name, patch)
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(json.dumps(rows, indent=1) + "\n")
