@@ -19,9 +19,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import diffusers
 import torch
+from safetensors.torch import load_file
 
 from .model import wan
 from .model.codec import Codec, LinearCodec, load_codec, save_codec
+from .model.convert import check, expected
 from .model.denoiser import Attention, Denoiser
 from .model.flow import Flow
 from .model.memory import MemorySpec
@@ -97,6 +99,11 @@ def load(path: Path, attention: Attention) -> tuple[Denoiser, Codec, TextEncoder
     for file in sorted(path.rglob("*.safetensors")):
         check_whole(file)
     recipe = typed(Recipe, read(path / RECIPE), f"{path / RECIPE}: ")
+    home = path / "transformer"
+    try:
+        check(load_file(home / "diffusion_pytorch_model.safetensors"), expected(read(home / "config.json")))
+    except ValueError as error:
+        raise ValueError(f"{home} does not fit its config.json: {error}") from None
     home = path / "vae" if (path / "vae").is_dir() else path / "codec"
     return wan.load(path / "transformer", attention), load_codec(home), load_text(path), recipe
 

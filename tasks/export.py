@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder for diffusers, a new file for self-forcing")
     only = parser.add_argument_group("only --to diffusers")
     only.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="default: params.yaml")
-    only.add_argument("--system", metavar="NAME", help="of generate.systems, or a stage: whose memory and rollout; default: the name of --model")
+    only.add_argument("--system", metavar="NAME", help="of generate.systems, or a stage: whose memory and rollout; default: as --model")
     only.add_argument("--codec", type=Path, metavar="DIR", help="default: models/codec; or Wan's own VAE")
     only.add_argument("--text", type=Path, metavar="DIR", help="with text_encoder/ and tokenizer/; default: text in the params file")
     only.add_argument("--licence", help="of the weights, for the model card; default: Apache-2.0, for imported ones: other")

@@ -45,7 +45,8 @@ def to_diffusers(model: Path, out: Path, file: Path, system: str | None, codec: 
     )
     pipe = ContextForcingPipeline(wan.load(model), read_codec(codec or CODEC), read_text(params, text), recipe)
     pipe.save_pretrained(out)
-    return f"{out}: {recipe.width} x {recipe.height}, memory and rollout of {system or model.name} in {file}; try `cf generate --model {out} --prompt ...`"
+    said = f"{out}: {recipe.width} x {recipe.height}, memory and rollout of {system or model.name} in {file}"
+    return f"{said}; now `cf generate --model {out} --prompt ... --out video.mp4`"
 
 
 def chosen(params: Params, name: str) -> System:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cf_model.model.codec import video_frames
 from cf_model.model.memory import empty
@@ -267,6 +267,11 @@ def test_a_damaged_folder_is_named(pipe: ContextForcingPipeline, tmp_path: Path)
             ContextForcingPipeline.from_pretrained(tmp_path / "m")
         assert "\n" not in str(refused.value)
     weights = tmp_path / "m/transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file({name: value for name, value in state.items() if name != "proj_out.bias"}, weights)
+    edited(tmp_path / "m", {"height": 32})
+    with pytest.raises(ValueError, match=r"transformer does not fit its config\.json: it lacks proj_out\.bias"):
+        ContextForcingPipeline.from_pretrained(tmp_path / "m")
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model.safetensors is cut off"):
         ContextForcingPipeline.from_pretrained(tmp_path / "m")
