@@ -1,26 +1,49 @@
-"""Stage `codec`: the linear codec is fitted on kept clips and measured on held-out ones."""
+"""Stage `codec`: the linear codec is fitted on kept clips, or Wan's is brought here; measured on held-out ones."""
 
 from __future__ import annotations
 
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cf_model.data.video import read_video
-from cf_model.model.codec import TIME, fit_codec, save_codec
+from cf_model.model.codec import Codec, fit_codec, save_codec
 
+from .device import device
+from .frames import frames
 from .manifest import kept
 from .params import Params
 from .tracking import Track
+from .weights import local
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path) -> dict[str, float]:
-    """Fits frames 1 + 4k <-> latents 1 + k: components in closed form, then a small decoder network."""
-    if params.codec.kind != "linear":
-        raise ValueError(f"codec.kind is {params.codec.kind}, whose real-size part is not built yet; use linear")
-    size = {"height": params.video.height, "width": params.video.width, "fps": params.video.fps}
-    train = [read(clips / row["file"], size) for row in kept(manifest, "train")[: params.codec.clips]]
+    """Writes models/codec. Linear: components in closed form, then a small decoder network. Wan's: AutoencoderKLWan as it is."""
+    train = kept(manifest, "train")
+    codec: Codec
+    if params.codec.kind == "wan":
+        from cf_model.model.wan_codec import load_wan
+
+        codec, fitted = load_wan(local("codec.weights", params.codec.weights, ["vae"])), 0
+    else:
+        files = [clips / row["file"] for row in train[: params.codec.clips]]
+        codec, fitted = fit(params, track, files), len(files)
+    save_codec(codec, out)
+    track.save(out)
+    codec = codec.to(device())
+    measured = kept(manifest, "heldout") or train[-4:]
+    bar = track.progress(len(measured), "clip")
+    quality = []
+    for row in measured:
+        quality.append(psnr(params, codec, clips / row["file"]))
+        bar.update(1)
+    bar.close()
+    return {"psnr": float(np.mean(quality)), "psnr_worst": float(np.min(quality)), "clips": float(fitted)}
+
+
+def fit(params: Params, track: Track, files: list[Path]) -> Codec:
+    train = [torch.cat(list(frames(file, params.video)), dim=1)[0] for file in files]
     bar = track.progress(params.codec.linear.steps, "step")
 
     def tell(step: int, loss: float) -> None:
@@ -29,17 +52,13 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
 
     codec = fit_codec(train, params.codec.linear, params.seed, tell)
     bar.close()
-    save_codec(codec, out)
-    track.save(out)
-    quality = []
-    for row in kept(manifest, "heldout") or kept(manifest, "train")[-4:]:
-        clip = read(clips / row["file"], size)
-        error = (codec.decode(codec.encode(clip[None]))[0].double() - clip.double()).square().mean()
-        quality.append(10 * np.log10(255**2 / max(float(error), 1e-12)))
-    return {"psnr": float(np.mean(quality)), "psnr_worst": float(np.min(quality)), "clips": float(len(train))}
+    return codec
 
 
-def read(path: Path, size: dict[str, int]) -> torch.Tensor:
-    """A clip as the codec takes it: uint8, 1 + 4k frames."""
-    video = read_video(path, **size)
-    return torch.from_numpy(np.ascontiguousarray(video[: 1 + (len(video) - 1) // TIME * TIME]))
+def psnr(params: Params, codec: Codec, file: Path) -> float:
+    """Of a clip that went there and back, in dB; piece by piece, however long it is."""
+    pieces, truth = tee(frames(file, params.video))
+    again = (frame for part in codec.decode_stream(codec.encode_stream(pieces)) for frame in part[0])
+    pairs = zip(again, (frame for part in truth for frame in part[0]), strict=True)
+    error = np.mean([float((one.double() - other.double()).square().mean()) for one, other in pairs])
+    return float(10 * np.log10(255**2 / max(float(error), 1e-12)))

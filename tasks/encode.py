@@ -11,30 +11,26 @@ import torch
 from torch import Tensor
 
 from cf_model.data.latents import write_latents
-from cf_model.data.video import read_video
-from cf_model.model.codec import latent_frames, load_codec, video_frames
-from cf_model.model.text import WordEncoder
+from cf_model.model.codec import load_codec
 
+from .device import device
+from .frames import frames
 from .params import Params
+from .text import text_encoder
 from .tracking import Track
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Path, out: Path) -> dict[str, float]:
-    """Writes data/latents: safetensors shards of whole clips, a table of caption embeddings, and index.json."""
-    if params.text.kind != "words":
-        raise NotImplementedError(f"text.kind is {params.text.kind}, which is not built yet; use words")
+    """Writes data/latents: safetensors shards of whole clips and of their captions' embeddings, and index.json."""
     rows = [row for row in map(json.loads, manifest.read_text(encoding="utf-8").splitlines()) if row["kept"]]
-    text, model, size = WordEncoder(params.text.tokens, params.text.channels), load_codec(codec), params.video
+    text, model = text_encoder(params.text).to(device()), load_codec(codec).to(device())
     progress = track.progress(len(rows), unit="clip")
     total, square, count = 0.0, 0.0, 0
 
     def encoded() -> Iterator[tuple[dict[str, Any], Tensor]]:
         nonlocal total, square, count
         for row in rows:
-            video = read_video(clips / row["file"], height=size.height, width=size.width, fps=size.fps)
-            # Whole latent frames: the first is one video frame, every other is four; the rest of the clip is dropped.
-            video = video[: video_frames(latent_frames(len(video)))]
-            latents = model.encode(torch.from_numpy(video)[None])[0]
+            latents = torch.cat([part[0].cpu() for part in model.encode_stream(frames(clips / row["file"], params.video))])
             exact = latents.double()
             total, square, count = total + exact.sum().item(), square + exact.square().sum().item(), count + exact.numel()
             yield {key: row[key] for key in ("id", "caption", "split")}, latents
@@ -42,7 +38,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
 
     dtype: torch.dtype = getattr(torch, params.encode.dtype)
     negative, shard = params.text.negative, params.encode.shard
-    entries = write_latents(out, encoded(), text.encode, shard=shard, dtype=dtype, fps=size.fps, negative=negative)
+    entries = write_latents(out, encoded(), text.encode, shard=shard, dtype=dtype, fps=params.video.fps, negative=negative)
     mean = total / count
     return {
         "clips": len(entries),

@@ -40,7 +40,7 @@ def params(**sections: Any) -> Any:
             workers=2,
             timeout=60.0,
         ),
-        "text": Text(kind="words", tokens=12, channels=16),
+        "text": Text(kind="words", weights=None, tokens=12, channels=16, negative=""),
         "encode": Encode(shard=5, dtype="float32"),
     }
     return SimpleNamespace(**(ours | sections))

@@ -1,8 +1,9 @@
 """Whole clips as latents, and their captions as embeddings: safetensors shards with an index.
 
-index.json lists the clips in their order; a clip's number in that list is its row. A shard holds the latents of some
-clips under their ids, so clips of any lengths share one; text.safetensors holds one embedding for each different
-caption, the empty text's and the null prompt's. Reading maps the files into memory and touches only what a window needs.
+index.json lists the clips in their order; a clip's number in that list is its row. A shard is two files, the latents of
+some clips and the embeddings of their captions, both under the clips' ids and each of its own length: of an embedding,
+the zeros past its text's end are left out. text.safetensors holds the empty text's and the null prompt's, whole. Reading
+maps the files into memory and touches only what a window needs.
 """
 
 from __future__ import annotations
@@ -39,38 +40,47 @@ def write_latents(
     bytes: no file has metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    empty, null = encode_text(["", negative]).to(dtype).unbind()  # first: what is wrong with the encoder shows before hours of video
+    save_file({"empty": empty.contiguous(), "null": null.contiguous()}, folder / "text.safetensors")
     entries: list[dict[str, Any]] = []
-    captions: dict[str, int] = {}
     held: dict[str, Tensor] = {}
     size: list[int] = []
 
     def flush() -> None:
         if held:
-            save_file(held, folder / shard_name(entries[-1]["shard"]))
+            number, texts = entries[-1]["shard"], encode_text([entry["caption"] for entry in entries[-len(held) :]])
+            save_file(held, folder / shard_name(number))
+            save_file({name: ended(rows).to(dtype) for name, rows in zip(held, texts, strict=True)}, folder / text_name(number))
             held.clear()
 
     for about, latents in clips:
         size = size or list(latents.shape[1:])
         if list(latents.shape[1:]) != size:
             raise ValueError(f"{about['id']} has latents of {list(latents.shape[1:])}, the clips before it of {size}; use one size")
-        row = captions.setdefault(about["caption"], len(captions))
-        entries.append(dict(about) | {"frames": len(latents), "shard": len(entries) // shard, "text": row})
-        held[about["id"]] = latents.to(dtype).contiguous()
+        entries.append(dict(about) | {"frames": len(latents), "shard": len(entries) // shard})
+        held[about["id"]] = latents.to("cpu", dtype).contiguous()
         if len(held) == shard:
             flush()
     flush()
     if not entries:
         raise ValueError(f"no clips to write to {folder}; the filter must keep at least one")
-    text = encode_text([*captions, "", negative]).to(dtype)
-    table = {"embeddings": text[:-2], "empty": text[-2], "null": text[-1]}
-    save_file({name: value.contiguous() for name, value in table.items()}, folder / "text.safetensors")
     about_all = {"clips": entries, "channels": size[0], "height": size[1], "width": size[2], "fps": fps}
     (folder / "index.json").write_text(json.dumps(about_all, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return entries
 
 
+def ended(rows: Float[Tensor, "T E"]) -> Float[Tensor, "T_ E"]:
+    """Without the zeros past the end: at Wan's size they would be most of the file."""
+    there = rows.any(dim=1).nonzero()
+    return rows[: int(there.max()) + 1 if len(there) else 0].contiguous()
+
+
 def shard_name(number: int) -> str:
     return f"latents-{number:05d}.safetensors"
+
+
+def text_name(number: int) -> str:
+    return f"text-{number:05d}.safetensors"
 
 
 class Latents:
@@ -118,8 +128,12 @@ class Latents:
 
     def text(self, rows: Rows) -> Float[Tensor, "B T E"]:
         """Embeddings of these clips' captions."""
-        table = self.opened("text.safetensors").get_slice("embeddings")
-        return torch.stack([table[self.clips[int(row)]["text"]] for row in rows]).float()
+        found = torch.zeros(len(rows), *self.null_text.shape)
+        for out, row in zip(found, rows, strict=True):
+            clip = self.clips[int(row)]
+            there = self.opened(text_name(clip["shard"])).get_tensor(clip["id"])
+            out[: len(there)] = there
+        return found
 
     @property
     def empty_text(self) -> Float[Tensor, "T E"]:

@@ -8,7 +8,7 @@ is checked here, and apart.py reads unknown files in children that may die. Keep
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -125,23 +125,39 @@ def read_video(path: Path, *, height: int, width: int, fps: float, frames: int |
 
     A file that has this size and rate already comes back as decoded. `frames` reads only the first ones.
     """
+
+    def cut(there: int) -> int:
+        if frames is not None and there < frames:
+            raise ValueError(f"{path.name} has {there} frames at {fps:g} fps, fewer than the {frames} asked for; use a longer video")
+        return there if frames is None else frames
+
+    return next(read_pieces(path, height=height, width=width, fps=fps, size=None, cut=cut))
+
+
+def read_pieces(
+    path: Path, *, height: int, width: int, fps: float, size: int | None, cut: Callable[[int], int]
+) -> Iterator[UInt8[np.ndarray, "V Y X 3"]]:
+    """What `read_video` reads, `size` frames at a time, so that a long film never lies in memory; None: all at once.
+
+    Of n frames that there are at this rate, the first cut(n) are read.
+    """
     if width in UNREADABLE_WIDTHS:
         raise ValueError(f"video.width is {width}, which decord reads wrongly (as {sorted(UNREADABLE_WIDTHS)}); use 32, 64 or wider")
     reader = opened(path)
     found = described(reader, path)
     times = reader.get_frame_timestamp(np.arange(found.frames))[:, 0].astype(np.float64)
     wanted = nearest(times - times[0], found, fps)
-    if frames is not None and len(wanted) < frames:
-        raise ValueError(f"{path.name} has {len(wanted)} frames at {fps:g} fps, fewer than the {frames} asked for; use a longer video")
-    wanted = wanted[:frames]
+    wanted = wanted[: cut(len(wanted))]
     tall, wide = covering(found, height, width)
     if (tall, wide) != (found.height, found.width):
         # Choice: decord scales while it decodes (bilinear over the whole footprint of a pixel, so without aliasing):
         # a minute of full HD never lies in memory at its own size.
         reader = opened(path, height=tall, width=wide)
-    video = shaped(grabbed(reader, wanted, path), len(wanted), tall, wide, path)
     top, left = (tall - height) // 2, (wide - width) // 2
-    return np.ascontiguousarray(video[:, top : top + height, left : left + width])
+    for first in range(0, len(wanted), size or len(wanted)):
+        some = wanted[first : first + (size or len(wanted))]
+        video = shaped(grabbed(reader, some, path), len(some), tall, wide, path)
+        yield np.ascontiguousarray(video[:, top : top + height, left : left + width])
 
 
 def nearest(times: np.ndarray, found: Probe, fps: float) -> np.ndarray:

@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .weights import fill
 
 TIME, SPACE = 4, 8  # frames and pixels that one latent covers
 PIXELS = TIME * SPACE * SPACE * 3  # numbers in a patch
@@ -28,15 +30,25 @@ def video_frames(latents: int) -> int:
 
 
 class Codec(Protocol):
-    """What the stages know of a codec; `decode_stream` gives the same frames as `decode`, a few at a time."""
+    """What the stages know of a codec. It takes tensors of any device; latents come back on its own, video on the CPU.
+
+    The two streams give what `encode` and `decode` give, a piece at a time, and need no more memory for a longer video.
+    Several may be read in turns.
+    """
 
     channels: int
-
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]: ...
+    time: int  # frames that one latent covers
+    space: int  # pixels, each way
 
     def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]: ...
 
     def decode(self, latents: Float[Tensor, "B F C H W"]) -> UInt8[Tensor, "B V Y X 3"]: ...
+
+    def encode_stream(self, pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]]) -> Iterator[Float[Tensor, "B _ C H W"]]: ...
+
+    def decode_stream(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]: ...
+
+    def to(self, device: Any) -> Codec: ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class LinearCodec(nn.Module):
     decoded alone, and chunk after chunk gives the same frames as all at once.
     """
 
+    time, space = TIME, SPACE
     mean: Tensor  # [PIXELS]
     encoder: Tensor  # [PIXELS, C]
     decoder: Tensor  # [K, PIXELS]
@@ -79,22 +92,25 @@ class LinearCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]:
-        return ((patches(video) - self.mean) @ self.encoder).permute(0, 1, 4, 2, 3)
+        return ((patches(video.to(self.mean.device)) - self.mean) @ self.encoder).permute(0, 1, 4, 2, 3)
+
+    def encode_stream(self, pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]]) -> Iterator[Float[Tensor, "B _ C H W"]]:
+        for i, run in enumerate(whole_latents(pieces, TIME)):
+            # a frame in front stands for the latent before
+            yield self.encode(torch.cat([run[:, :1], run], dim=1))[:, 1:] if i else self.encode(run)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B F C H W"]) -> UInt8[Tensor, "B V Y X 3"]:
         b, f, _, h, w = latents.shape
-        parts = [self.pixels(part) for part in latents.flatten(0, 1).split(128)]
-        video = torch.cat(parts).add(1).mul(127.5).round().clamp(0, 255).byte()
-        video = video.view(b, f * TIME, 3, h * SPACE, w * SPACE).permute(0, 1, 3, 4, 2)
+        check_latents(latents, self.channels)
+        parts = [as_bytes(self.pixels(part)) for part in latents.to(self.mean.device).flatten(0, 1).split(128)]
+        video = torch.cat(parts).view(b, f * TIME, 3, h * SPACE, w * SPACE).permute(0, 1, 3, 4, 2)
         return video[:, TIME - 1 :].contiguous()
 
-    def decode_stream(self, chunks: Iterable[Float[Tensor, "B F C H W"]]) -> Iterator[UInt8[Tensor, "B V Y X 3"]]:
-        begun = False
-        for chunk in chunks:
+    def decode_stream(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:
+        for i, chunk in enumerate(chunks):
             # a latent in front gives the chunk's first one its four frames
-            yield self.decode(torch.cat([chunk[:, :1], chunk], dim=1))[:, 1:] if begun else self.decode(chunk)
-            begun = True
+            yield self.decode(torch.cat([chunk[:, :1], chunk], dim=1))[:, 1:] if i else self.decode(chunk)
 
     def pixels(self, latents: Float[Tensor, "M C H W"]) -> Float[Tensor, "M 12 Y X"]:
         """Four RGB frames of each latent, in -1..1 but for overshoot."""
@@ -157,26 +173,71 @@ def _fit_decoder(codec: LinearCodec, clips: Sequence[Tensor], ridge: float) -> N
     codec.decoder.copy_(torch.linalg.solve(gram + ridge * count * torch.eye(size, dtype=torch.float64), cross))
 
 
-def save_codec(codec: LinearCodec, folder: Path) -> None:
+def save_codec(codec: Codec, folder: Path) -> None:
+    """codec.json says which of the two it is; Wan's is a diffusers folder beside that."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, folder / "codec.safetensors")
-    (folder / "codec.json").write_text(json.dumps({"kind": "linear", "channels": codec.channels, "width": codec.width}) + "\n")
+    about: dict[str, Any] = {"kind": "wan", "channels": codec.channels}
+    if isinstance(codec, LinearCodec):
+        save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, folder / "codec.safetensors")
+        about = {"kind": "linear", "channels": codec.channels, "width": codec.width}
+    else:
+        from .wan_codec import WanCodec, save_wan
+
+        assert isinstance(codec, WanCodec)
+        save_wan(codec, folder)
+    (folder / "codec.json").write_text(json.dumps(about) + "\n")
 
 
-def load_codec(folder: Path) -> LinearCodec:
-    if not (folder / "codec.json").is_file():
+def load_codec(folder: Path) -> Codec:
+    file = folder / "codec.json"
+    if not file.is_file():
         raise ValueError(f"{folder} holds no codec.json; run the stage codec first")
-    sizes = json.loads((folder / "codec.json").read_text())
-    codec = LinearCodec(sizes["channels"], sizes["width"])
-    codec.load_state_dict(load_file(folder / "codec.safetensors"))
+    about = json.loads(file.read_text())
+    if about.get("kind") not in ("linear", "wan"):
+        raise ValueError(f"{file} names the kind {about.get('kind')!r}; known are linear and wan")
+    if about["kind"] == "wan":
+        from .wan_codec import load_wan  # diffusers takes seconds, which the small profiles need not wait
+
+        return load_wan(folder)
+    codec = LinearCodec(about["channels"], about["width"])
+    fill(codec, folder / "codec.safetensors")
     return codec.eval()
+
+
+def whole_latents(pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]], time: int) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:
+    """The same frames in runs that fill latents: first 1 + k `time` of them, then multiples of `time`."""
+    held: Tensor | None = None
+    seen, first = 0, 1
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece], dim=1)
+        seen += piece.shape[1]
+        length = (held.shape[1] - first) // time * time + first
+        if length > 0:
+            yield held[:, :length]
+            held, first = held[:, length:], 0
+    if held is not None:
+        check_video(seen, held.shape[2], held.shape[3], time, 1)
+
+
+def check_video(frames: int, height: int, width: int, time: int, space: int) -> None:
+    if frames < 1 or (frames - 1) % time or height % space or width % space:
+        raise ValueError(f"a video of {frames} frames of {width} x {height} is not 1 + {time}k frames of a multiple of {space} pixels")
+
+
+def check_latents(latents: Float[Tensor, "B F C H W"], channels: int) -> None:
+    if latents.shape[2] != channels:
+        raise ValueError(f"the latents have {latents.shape[2]} channels, the codec's {channels}; use the codec that they were made with")
+
+
+def as_bytes(pixels: Tensor) -> UInt8[Tensor, "..."]:
+    """-1..1, and what lies beyond, to 0..255 on the CPU."""
+    return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
 
 
 def patches(video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F H W P"]:
     """Patches of 4 x 8 x 8 pixels in -1..1, the first frame four times."""
     b, v, y, x, _ = video.shape
-    if (v - 1) % TIME or y % SPACE or x % SPACE:
-        raise ValueError(f"a video of {v} frames of {x} x {y} is not 1 + 4k frames of a multiple of {SPACE} pixels")
+    check_video(v, y, x, TIME, SPACE)
     video = torch.cat([video[:, :1].expand(-1, TIME - 1, -1, -1, -1), video], dim=1).float().div(127.5).sub(1)
     video = video.view(b, -1, TIME, y // SPACE, SPACE, x // SPACE, SPACE, 3)
     return video.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)

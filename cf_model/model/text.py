@@ -1,4 +1,4 @@
-"""Prompts as vectors: a fixed random vector for every word there is, so nothing has to be learnt or downloaded."""
+"""Prompts as vectors. In the small profiles a fixed random vector for every word there is, so nothing has to be learnt or downloaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,15 +17,26 @@ from torch import Tensor
 
 WORD = re.compile(r"\w+|[^\w\s]")
 PLACE = 0.5  # weight of a position's vector beside a word's
+UMT5_DTYPE = torch.bfloat16  # Choice: as Wan's own code runs it; in float32 its weights take 23 GB
+
+TextKind = Literal["words", "umt5"]
 
 
 class TextEncoder(Protocol):
-    tokens: int
+    """What the stages know of an encoder. Rows past a text's end are zero; a text's vectors don't depend on those beside it."""
+
+    tokens: int  # of a text; what is longer is cut
     channels: int
 
-    def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]: ...
+    def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]:
+        """On the CPU, whatever device the encoder is on."""
+        ...
 
-    def length(self, text: str) -> int: ...
+    def length(self, text: str) -> int:
+        """Tokens that a text has before it is cut: more than `tokens` means that its end would be lost."""
+        ...
+
+    def to(self, device: Any) -> TextEncoder: ...
 
 
 class WordEncoder:
@@ -37,9 +48,6 @@ class WordEncoder:
     def __init__(self, tokens: int, channels: int) -> None:
         self.tokens, self.channels = tokens, channels
 
-    def length(self, text: str) -> int:
-        return len(WORD.findall(text.lower()))
-
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]:
         """The empty text is all zeros: the null prompt of guidance."""
         out = np.zeros((len(texts), self.tokens, self.channels), np.float32)
@@ -48,6 +56,12 @@ class WordEncoder:
             for i, word in enumerate(WORD.findall(text.lower())[: self.tokens]):
                 row[i] = vector(f"word {word}", self.channels) + PLACE * vector(f"place {i}", self.channels)
         return torch.from_numpy(out)
+
+    def length(self, text: str) -> int:
+        return len(WORD.findall(text.lower()))
+
+    def to(self, device: Any) -> WordEncoder:
+        return self
 
 
 @lru_cache(maxsize=10_000)
@@ -59,11 +73,36 @@ def vector(name: str, channels: int) -> np.ndarray:
     return values
 
 
-def save_text(text: TextEncoder, folder: Path) -> None:
+def text_encoder(kind: TextKind, folder: Path | None, tokens: int, channels: int, *, load_dtype: torch.dtype = UMT5_DTYPE) -> TextEncoder:
+    """The one place that chooses. `folder` and `load_dtype` are of UMT5's weights; `channels` must be what they give."""
+    if kind == "words":
+        return WordEncoder(tokens, channels)
+    if folder is None:
+        raise ValueError("text.kind is umt5, but text.weights is null; name a folder with text_encoder/ and tokenizer/ inside")
+    from .umt5 import UMT5Encoder  # transformers takes seconds, which the small profiles need not wait
+
+    return UMT5Encoder(folder, tokens, channels, load_dtype=load_dtype)
+
+
+def save_text(encoder: TextEncoder, folder: Path) -> None:
+    """text.json says which of the two it is; UMT5's weights and tokenizer lie beside it, as in a diffusers pipeline."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "text.json").write_text(json.dumps({"kind": "words", "tokens": text.tokens, "channels": text.channels}) + "\n")
+    about: dict[str, Any] = {"kind": "umt5", "tokens": encoder.tokens, "channels": encoder.channels}
+    if isinstance(encoder, WordEncoder):
+        about["kind"] = "words"
+    else:
+        from .umt5 import UMT5Encoder, save_umt5
+
+        assert isinstance(encoder, UMT5Encoder)
+        save_umt5(encoder, folder)
+    (folder / "text.json").write_text(json.dumps(about) + "\n")
 
 
-def load_text(folder: Path) -> TextEncoder:
-    sizes = json.loads((folder / "text.json").read_text())
-    return WordEncoder(sizes["tokens"], sizes["channels"])
+def load_text(folder: Path, *, load_dtype: torch.dtype = UMT5_DTYPE) -> TextEncoder:
+    """What `save_text` wrote."""
+    if not (folder / "text.json").is_file():
+        raise ValueError(f"{folder} holds no text.json, so it names no text encoder; name a folder that has one")
+    about = json.loads((folder / "text.json").read_text())
+    if about.get("kind") not in ("words", "umt5"):
+        raise ValueError(f"{folder / 'text.json'} names the kind {about.get('kind')!r}; known are words and umt5")
+    return text_encoder(about["kind"], folder, about["tokens"], about["channels"], load_dtype=load_dtype)

@@ -31,7 +31,7 @@ def written(folder: Path, dtype: torch.dtype = torch.float32) -> Latents:
 
 def test_windows_are_the_latents_that_were_written(tmp_path: Path) -> None:
     store = written(tmp_path)
-    shards = [f"latents-0000{i}.safetensors" for i in range(3)]
+    shards = [f"{kind}-0000{i}.safetensors" for kind in ("latents", "text") for i in range(3)]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["index.json", *shards, "text.safetensors"]
     window = store.window(torch.tensor([4, 0, 1]), [16, 2, 0], 5)
     assert window.shape == (3, 5, 4, 2, 3) and window.dtype == torch.float32
@@ -55,8 +55,9 @@ def test_text_is_the_captions_own_and_null_is_zero(tmp_path: Path) -> None:
     assert torch.equal(store.text([4, 0, 3]), encoder.encode(["a blue square", "a red disc", "fog"]))
     assert torch.equal(store.empty_text, torch.zeros(6, 8))
     assert torch.equal(store.null_text, WordEncoder(6, 8).encode(["dull"])[0])
-    with safe_open(tmp_path / "text.safetensors", "pt") as file:
-        assert file.get_slice("embeddings").get_shape() == [3, 6, 8]  # one for each different caption
+    with safe_open(tmp_path / "text-00001.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    assert shapes == {"clip-00002": [3, 8], "clip-00003": [1, 8]}, "without the zeros past the end"
 
 
 @pytest.mark.parametrize(("start", "length"), [(5, 5), (-1, 3), (0, 10)])
@@ -72,6 +73,8 @@ def test_same_clips_same_bytes_and_half_precision_reads_as_float(tmp_path: Path)
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     window = Latents(tmp_path / "a").window([0], [0], 9)
     assert window.dtype == torch.float32 and torch.allclose(window[0], clips()[0][1], rtol=1e-2)
+    texts = WordEncoder(6, 8).encode([CAPTIONS[3], "dull"]).bfloat16().float()
+    assert torch.equal(torch.stack([Latents(tmp_path / "a").text([3])[0], Latents(tmp_path / "a").null_text]), texts)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -129,6 +129,16 @@ def test_frames_asked_for(tmp_path: Path) -> None:
         video.read_video(tmp_path / "a.mp4", height=32, width=32, fps=16, frames=31)
 
 
+@pytest.mark.parametrize("fps", [16, 30, 10])
+def test_pieces_are_the_whole(tmp_path: Path, fps: int) -> None:
+    video.write_video(tmp_path / "a.mp4", pan(90), fps=16, crf=12)
+    how = {"height": 32, "width": 64, "fps": fps}
+    whole = video.read_video(tmp_path / "a.mp4", **how)
+    pieces = list(video.read_pieces(tmp_path / "a.mp4", **how, size=8, cut=lambda n: n - 3))
+    assert {len(piece) for piece in pieces[:-1]} == {8} and 0 < len(pieces[-1]) <= 8
+    assert (np.concatenate(pieces) == whole[:-3]).all()
+
+
 @pytest.mark.parametrize("width", sorted(video.UNREADABLE_WIDTHS))
 def test_widths_that_decord_misreads_are_refused_in_a_sentence(tmp_path: Path, width: int) -> None:
     """If decord ever reads them, this fails and the list can go."""
