@@ -103,7 +103,7 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, str(seconds)], env=env, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print({name: value for name, value in rows[-1].items() if name != "samples"}, flush=True)
-    assert rows[-1]["slow_memory_full_at"] < 60 and rows[-1]["promotions_in_the_last_minute"] > 0, "the slow memory was to be full and in use"
+    assert rows[-1]["slow_memory_full_at"] < 60 and rows[-1]["promotions_in_the_last_minute"] > 0
     out = HERE / "results"
     text = json.dumps({"machine": machine(), "profile": "tiny", "weights": "random", "rows": rows})
     (out / "generation.json").write_text(text.replace('{"seconds"', '\n {"seconds"').replace("]]}]}", "]]}\n]}") + "\n")

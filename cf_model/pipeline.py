@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import folder
 from .folder import Recipe
-from .model.codec import SPACE, Codec
+from .model.codec import Codec
 from .model.denoiser import Attention, Denoiser
 from .model.memory import LayerMemories, Memory, empty
 from .model.rollout import denoise
@@ -75,8 +75,7 @@ class ContextForcingPipeline:
     def to(self, device: str | torch.device) -> ContextForcingPipeline:
         self.device = torch.device(device)
         for part in (self.denoiser, self.codec, self.text):
-            if isinstance(part, torch.nn.Module):
-                part.to(self.device)
+            part.to(self.device)
         return self
 
     def __call__(
@@ -141,7 +140,7 @@ class ContextForcingPipeline:
     ) -> Iterator[tuple[Chunk, Float[Tensor, "B F C H W"]]]:
         """Latents of the clip's chunks and then of new ones; the frames are still missing."""
         recipe, rng = self.recipe, torch.Generator(self.device).manual_seed(seed)
-        sigmas, shape = recipe.sigmas(), (self.codec.channels, recipe.height // SPACE, recipe.width // SPACE)
+        sigmas, shape = recipe.sigmas(), (self.codec.channels, recipe.height // self.codec.space, recipe.width // self.codec.space)
         memory, now = empty(recipe.memory), text[0]
         kept: tuple[int, ...] = ()
         recent: deque[Tensor] = deque(maxlen=max(1, recipe.memory.size // recipe.chunk))  # what a recache passes again
@@ -186,7 +185,8 @@ class ContextForcingPipeline:
         return memory
 
     def _encoded(self, clip: np.ndarray) -> Float[Tensor, "B F C H W"]:
-        return self.codec.encode(torch.from_numpy(np.ascontiguousarray(clip))[None].to(self.device)).to(self.device)
+        pieces = torch.from_numpy(np.ascontiguousarray(clip))[None].split(64, dim=1)
+        return torch.cat(list(self.codec.encode_stream(pieces)), dim=1)
 
     def _decoded(self, made: Iterator[tuple[Chunk, Tensor]], plan: Plan, clip: np.ndarray | None) -> Iterator[Chunk]:
         """Frames for every chunk; the codec's stream gives one piece for each that it is handed."""
@@ -199,7 +199,7 @@ class ContextForcingPipeline:
 
         shown, left = 0, plan.frames
         for video in self.codec.decode_stream(latents()):
-            chunk, frames = waiting.popleft(), video[0].cpu().numpy()
+            chunk, frames = waiting.popleft(), video[0].numpy()
             if chunk.real and clip is not None:
                 frames, shown = clip[shown : shown + len(frames)], shown + len(frames)
             else:

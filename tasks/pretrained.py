@@ -81,6 +81,6 @@ def read_codec(folder: Path) -> Any:
 
 
 def read_text(params: Params, folder: Path | None) -> Any:
-    from .weights import text_encoder
+    from .text import text_encoder
 
     return text_encoder(params.text if folder is None else params.text.model_copy(update={"kind": "umt5", "weights": str(folder)}))

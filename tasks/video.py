@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -102,11 +103,13 @@ def possible(args: argparse.Namespace) -> None:
 def loaded(args: argparse.Namespace) -> ContextForcingPipeline:
     from cf_model.pipeline import ContextForcingPipeline
 
+    from .device import device
+
     pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention)
     if args.memory:
         recipe = replace(pipe.recipe, memory=changed(pipe.recipe.memory, args.memory))
         pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
-    return pipe
+    return pipe.to(device())
 
 
 def changed(spec: Any, settings: list[str]) -> Any:
@@ -177,8 +180,8 @@ def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.n
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         grow_video(out, chain([first], pictures), fps=fps, crf=args.crf)
-    except KeyboardInterrupt:
-        print(f"stopped; what was made is in {growing(out)}")
+    except BaseException:
+        print(f"stopped early; what was made is in {growing(out)}", file=sys.stderr)
         raise
     if args.memory_strip == "beside":
         strip.picture(rows, out.with_name(f"{out.stem}.memory.png"), seconds)
