@@ -51,7 +51,7 @@ def model() -> Any:
 def measure(seconds: float, out: Path) -> dict[str, Any]:
     from cf_model.data.video import grow_video
 
-    pipe, began, cpu = model(), time.perf_counter(), time.process_time()
+    pipe, start, began, cpu = model(), resident(), time.perf_counter(), time.process_time()
     samples: list[tuple[float, float, int]] = []  # seconds of video, MiB, promotions
     shown, promoted, full = 0, [], None
 
@@ -71,6 +71,7 @@ def measure(seconds: float, out: Path) -> dict[str, Any]:
     assert count == seconds * pipe.recipe.fps
     return {
         "seconds": seconds,
+        "start_mib": round(start, 1),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "wall_seconds": round(wall, 2),
         "cpu_seconds": round(spent, 2),
@@ -116,17 +117,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    for row in rows:
+    figure, (upper, lower) = pyplot.subplots(2, figsize=(7, 4.6), sharex=True, layout="constrained")
+    for row in reversed(rows):  # the shortest on top
         at, mib, _ = zip(*row["samples"], strict=True)
-        axis.plot(at, mib, marker="o" if len(at) < 3 else None, label=f"{row['seconds']:g} s of video: peak {row['peak_mib']:.0f} MiB")
-    axis.set(xscale="log", xlabel="seconds of video made so far", ylabel="resident memory, MiB", ylim=(0, None))
-    axis.set_title("Generation, profile tiny, one CPU thread")
-    late = axis.twinx()
+        speed = f"{row['video_seconds_per_second']:.0f} s of video a second"
+        upper.plot(at, mib, marker="o" if len(at) < 3 else None, label=f"{row['seconds']:g} s of video: peak {row['peak_mib']:.0f} MiB, {speed}")
+    top = 1.3 * max(row["peak_mib"] for row in rows)
+    upper.set(ylabel="resident memory, MiB", ylim=(0, top), title="Generation, profile tiny, one CPU thread")
+    upper.axhline(rows[0]["start_mib"], color="grey", linestyle=":", label=f"before the first chunk: {rows[0]['start_mib']:.0f} MiB")
+    upper.legend(frameon=False, fontsize=8, loc="lower right")
     at, _, count = zip(*rows[-1]["samples"], strict=True)
-    late.plot(at, count, color="grey", linestyle=":", label="promotions so far")
-    late.set(ylabel="promotions so far", ylim=(0, None))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    lower.plot(at, count, color="black")
+    lower.set(xlabel="seconds of video made so far", ylabel="promotions so far", xlim=(0, None), ylim=(0, None))
     figure.savefig(path, dpi=120)
 
 

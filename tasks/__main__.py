@@ -27,12 +27,14 @@ COMMANDS = {  # command -> file whose `main` runs it, and what it does
     "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
     "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
     "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
+    "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
 }
 VIDEO = {"--model", "--prompt", "--prompts-file"}  # with one of these `cf generate` is not the stage
 EXAMPLES = """examples:
   cf profile use smoke && dvc repro          the whole pipeline, small
   dvc exp run -S stage2.teacher.context=none one value changed: reruns stage2 and what follows
   cf STAGE --help                            a stage's files, and its line in dvc.yaml
+  cf check-golden tests/golden/wan-causal    numbers of the released code, made here
 
 Parameters come from params.yaml; CF_TRACEBACK=1 shows where an error was raised; WANDB_MODE=online|offline|disabled
 overrides tracking.wandb."""

@@ -1,24 +1,25 @@
-"""Stage `base`: a text-to-video model of one window, by flow matching."""
+"""Stage `base`: a text-to-video model of one window, by flow matching, or Wan's."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from cf_model.data.latents import Latents
-from cf_model.model import wan
+from cf_model.model import foreign, wan
 from cf_model.train.base import Base
 from cf_model.train.loop import fit
 
 from .params import Params
 from .tracking import Track, tail
+from .weights import local
 
 
 def run(params: Params, track: Track, *, latents: Path, out: Path) -> dict[str, float | None]:
-    """Trains a small diffusers WanTransformer3DModel on windows of the clips."""
-    spec = params.base
-    if spec.init != "scratch":
-        raise ValueError(f"base.init is {spec.init}, whose real-size part is not built yet; use scratch")
-    clips = Latents(latents)
+    """Trains a small diffusers WanTransformer3DModel on windows of the clips, or imports a large one that has learned already."""
+    spec, clips = params.base, Latents(latents)
+    if spec.init == "wan":
+        return imported(params, clips, out, track)
     sizes = {"channels": clips.shape[0], "text_channels": params.text.channels}
     model = wan.build(params.model, **sizes, seed=params.seed, attention=params.compute.attention)
     model.checkpointing(params.compute.checkpointing)
@@ -27,3 +28,16 @@ def run(params: Params, track: Track, *, latents: Path, out: Path) -> dict[str, 
     wan.save(base.average.model, out)
     track.save(out)
     return {"loss": tail(out, "loss"), "parameters": float(sum(p.numel() for p in model.parameters()))}
+
+
+def imported(params: Params, clips: Latents, out: Path, track: Track) -> dict[str, float | None]:
+    """Anything that `cf import-weights` reads; it must be of the sizes that params.yaml states and the latents have."""
+    facts = foreign.import_transformer(local("base.weights", params.base.weights, ["transformer"]), out)
+    stated = asdict(params.model) | {"channels": clips.shape[0], "text_channels": params.text.channels}
+    found = facts["model"] | {name: facts[name] for name in ("channels", "text_channels")}
+    for name, value in found.items():
+        if value != stated[name]:
+            where = {"channels": "the latents have", "text_channels": "text.channels is"}.get(name, f"model.{name} is")
+            raise ValueError(f"base.weights is {params.base.weights} with {name} {value}, but {where} {stated[name]}; use weights that fit")
+    track.save(out)
+    return {"loss": None, "parameters": float(facts["parameters"])}

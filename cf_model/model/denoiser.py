@@ -164,11 +164,19 @@ class Denoiser(nn.Module):
         """ε - x_0. `sigma` is one level for the whole pass, or one a frame; `memory` None is plain Wan."""
         return self._pass(x_t, sigma, text, memory)[0]
 
-    def remember(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], memory: Memory, *, grad: bool = False) -> Memory:
-        """One pass over a clean chunk, at σ = 0, for its keys and values only."""
-        frames = x_0.shape[1]
+    def remember(
+        self,
+        x_0: Float[Tensor, "B F C H W"],
+        text: Float[Tensor, "B T E"],
+        memory: Memory,
+        *,
+        sigma: Float[Tensor, " B"] | Float[Tensor, "B F"] | None = None,
+        grad: bool = False,
+    ) -> Memory:
+        """One pass over a chunk for its keys and values only: clean, or at a level `sigma` (Self-Forcing's context noise)."""
+        frames, level = x_0.shape[1], x_0.new_zeros(len(x_0)) if sigma is None else sigma
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            _, taken = self._pass(x_0, x_0.new_zeros(len(x_0)), text, memory.committing(frames))
+            _, taken = self._pass(x_0, level, text, memory.committing(frames))
         return memory.remember(cut(taken, memory.seen, frames))
 
     def offer(

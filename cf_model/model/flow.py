@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Noise = torch.Generator | Iterator[Tensor]  # drawn, or the next of what was drawn elsewhere: golden vectors store theirs
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,11 @@ class Flow:
         """σ of a sampler with so many steps, from 1 down to 0, both ends included."""
         return self.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
 
-    def sample_sigma(self, batch: int, rng: torch.Generator) -> Float[Tensor, " B"]:
+    def sample_sigma(self, batch: int, rng: Noise) -> Float[Tensor, " B"]:
         """For flow matching: the whole range, shifted."""
-        return self.warp(torch.rand(batch, generator=rng))
+        return self.warp(torch.rand(batch, generator=rng) if isinstance(rng, torch.Generator) else next(rng))
 
-    def sample_score_sigma(self, batch: int, rng: torch.Generator) -> Float[Tensor, " B"]:
+    def sample_score_sigma(self, batch: int, rng: Noise) -> Float[Tensor, " B"]:
         """For the scores of a distillation: shifted, then clamped, as Self-Forcing does."""
         return self.sample_sigma(batch, rng).clamp(self.sigma_min, self.sigma_max)
 
@@ -68,6 +71,6 @@ def expand(sigma: Float[Tensor, " B"], like: Tensor) -> Tensor:
     return sigma.view(-1, *[1] * (like.ndim - 1)).to(like)
 
 
-def gaussian(shape: torch.Size | tuple[int, ...], rng: torch.Generator) -> Tensor:
+def gaussian(shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
     """Noise from a generator of ours: drawn on its own device, so a seed means the same everywhere it lives."""
-    return torch.randn(shape, generator=rng, device=rng.device)
+    return torch.randn(shape, generator=rng, device=rng.device) if isinstance(rng, torch.Generator) else next(rng)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .flow import Flow, add_noise, gaussian
+from .flow import Flow, Noise, add_noise, gaussian
 from .memory import Memory, MemorySpec, empty
 
 
@@ -112,7 +112,7 @@ def stream(
     sigmas: list[float],
     chunk: int,
     memory: Memory,
-    rng: torch.Generator,
+    rng: Noise,
 ) -> Iterator[Float[Tensor, "B F C H W"]]:
     """Chunks without end, every one fully denoised. `memory` may already hold a real prefix."""
     while True:
@@ -129,7 +129,7 @@ def denoise(
     sigmas: list[float],
     chunk: int,
     memory: Memory,
-    rng: torch.Generator,
+    rng: Noise,
 ) -> tuple[Tensor, tuple[Tensor, Memory], Memory]:
     """One chunk from noise down the given levels: its x_0, the x_t and memory that the last level saw, the memory after it."""
     x_t = gaussian((len(text), chunk, *shape), rng)

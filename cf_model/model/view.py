@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .flow import Flow, gaussian
+from .flow import Flow, Noise, gaussian
 
 
 class Score(Protocol):
@@ -74,7 +74,7 @@ def sample(
     flow: Flow,
     steps: int,
     guidance: float,
-    rng: torch.Generator,
+    rng: Noise,
     null: Float[Tensor, "T E"],
 ) -> Float[Tensor, "B F C H W"]:
     """Euler steps from noise to the frames after `context`; shape is F, C, H, W."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
 
 from .denoiser import Attention, Denoiser, ModelSpec
+from .weights import fill
 
 
 def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, attention: Attention = "native") -> Denoiser:
@@ -42,11 +42,12 @@ def save(model: Denoiser, folder: Path) -> None:
 
 
 def load(folder: Path, attention: Attention = "native", *, checkpointing: bool = False) -> Denoiser:
-    """Strict: a weight that is missing, unknown or of another shape is an error with its name."""
+    """Strict: a weight that is missing, unknown or of another shape is refused by name."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json, so it is not a diffusers folder; run the stage that makes it")
+        way = "run the stage that makes it, or `cf import-weights`"
+        raise ValueError(f"{folder} holds no config.json, so it is no transformer of diffusers; {way}")
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder, local_files_only=True))
-    transformer.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"), strict=True)
+    fill(transformer, folder / "diffusion_pytorch_model.safetensors")
     model = Denoiser(transformer, attention)
     model.checkpointing(checkpointing)
     return model

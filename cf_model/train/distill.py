@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cf_model.model.flow import Flow, add_noise, gaussian, to_x0
+from cf_model.model.flow import Flow, Noise, add_noise, gaussian, to_x0
 from cf_model.model.view import Score, TeacherView
 
 
@@ -22,7 +22,7 @@ def generator_gradient(
     context: Float[Tensor, "B K C H W"],
     view: TeacherView,
     flow: Flow,
-    rng: torch.Generator,
+    rng: Noise,
     guidance: float,
     null: Float[Tensor, "T E"],
 ) -> tuple[Float[Tensor, "B F C H W"], dict[str, float]]:

@@ -197,7 +197,7 @@ class Stream:
             self.made = Rollout(state["video"], slice(0), (), (), restore(self.spec, state["memory"]), ())
 
 
-def replay(student: Denoiser, made: Rollout, gradient: Float[Tensor, "B F C H W"], text: Tensor) -> None:
+def replay(student: Callable[..., Tensor], made: Rollout, gradient: Float[Tensor, "B F C H W"], text: Tensor) -> None:
     """Back-propagates `gradient` of 0.5 mse(x, (x - gradient).detach()) into the student, one chunk at a time.
 
     Each scored chunk's last pass is run again with a graph, against the memory it had, which is constant. So the

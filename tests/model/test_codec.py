@@ -52,6 +52,19 @@ def test_chunk_by_chunk_is_whole(codec, clips):
     assert int((parts.int() - codec.decode(latents).int()).abs().max()) <= 1  # convolutions round by batch size
 
 
+@pytest.mark.parametrize("sizes", [[1] * 33, [5, 8, 20], [2, 31]], ids=str)
+def test_piece_by_piece_is_whole(codec, clips, sizes):
+    parts = list(codec.encode_stream(clips[2][None].split(sizes, dim=1)))
+    assert torch.allclose(torch.cat(parts, dim=1), codec.encode(clips[2][None]), atol=1e-5)
+    with pytest.raises(ValueError, match="32 frames of 32 x 32 is not 1 \\+ 4k"):
+        list(codec.encode_stream(clips[2][None, :32].split(8, dim=1)))
+
+
+def test_latents_of_another_codec_are_refused(codec):
+    with pytest.raises(ValueError, match="the latents have 8 channels, the codec's 12; use the codec that they were made with"):
+        codec.decode(torch.zeros(1, 2, 8, 4, 4))
+
+
 def test_fitting_again_gives_the_same_bytes(clips, tmp_path):
     for name in ("a", "b"):
         save_codec(fit_codec(clips, CodecSpec(8, 1e-4, 8, 3, 4, 1e-3), seed=0), tmp_path / name)

@@ -125,7 +125,6 @@ def test_a_config_of_another_model_is_refused(changed: dict[str, object], said: 
         convert.expected({**denoiser().transformer.config, **changed})
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden vectors are not in tests/golden")
 def test_the_golden_sample_and_its_key_map() -> None:
     """The map was made by diffusers' own converter; the weights load strictly into Self-Forcing's model."""
     stated = json.loads((GOLDEN / "keymap_selfforcing_to_diffusers.json").read_text())

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from cf_model.model.memory import empty
-from cf_model.model.rollout import HorizonSpec, rollout
-from cf_model.model.rollout import place as window_start
+from cf_model.model.rollout import rollout
 from cf_model.model.view import TeacherView
 from cf_model.train.distill import critic_loss, generator_gradient
 from cf_model.train.student import replay
@@ -100,13 +99,6 @@ def test_the_critics_loss_is_weighted_by_its_level():
     assert loss("bell") == pytest.approx(float(FLOW.weight(sigma).mean()), rel=1e-4)
 
 
-def test_the_next_chunks_noise_never_changes_a_chunk():
-    def video(frames, seed):
-        return rollout(denoiser(), TEXT, frames, SHAPE, spec=rolling(exit="last"), memory=spec(), flow=FLOW, rng=rng(seed)).video
-
-    assert torch.equal(video(12, 1), video(18, 1)[:, :12]) and not torch.equal(video(12, 1), video(12, 2))
-
-
 def test_critic_loss_of_a_perfect_critic_is_zero():
     x = normal(2, 6, *SHAPE)
 
@@ -173,91 +165,6 @@ def test_a_training_forward_writes_into_nothing_that_another_reads(float64):
     replay(model, made, normal(2, 9, *SHAPE, seed=9).double(), text)
     assert all(torch.equal(tensor, old) for tensor, old in zip(held, before, strict=True))
     assert not any(tensor.requires_grad for tensor in held)
-
-
-@pytest.mark.parametrize("skip", [0, 1])
-def test_which_chunks_carry_gradient(skip):
-    made = rollout(
-        denoiser(),
-        TEXT,
-        18,
-        SHAPE,
-        spec=rolling(levels=(1.0, 0.5), skip_first=skip),
-        memory=spec(),
-        flow=FLOW,
-        rng=rng(),
-    )
-    assert [(t.first, t.grad) for t in made.targets] == [(9, skip == 0), (12, True), (15, True)]
-
-
-def test_the_target_stops_at_one_random_level_and_the_context_is_clean():
-    levels, exits = ROLLOUT.sigmas(FLOW), set()
-    for seed in range(12):
-        made = rollout(denoiser(), TEXT, 15, SHAPE, spec=ROLLOUT, memory=spec(), flow=FLOW, rng=rng(seed))
-        assert {t.sigma for t in made.targets} == {levels[made.exits[0]]}
-        exits.add(made.exits[0])
-    assert exits == {0, 1, 2, 3}
-
-
-def test_chunks_before_the_window_are_as_clean_as_stated():
-    small = spec(sink=0, slow=0, fast=6, promote="none")
-
-    def levels(policy):
-        """Noisy passes that each chunk took, with an exit after the first."""
-        model, taken = denoiser(), []
-        inner = model.forward
-        model.forward = lambda *args: taken.append(args[3].seen) or inner(*args)
-        for seed in range(99):
-            made = rollout(model, TEXT, 18, SHAPE, spec=rolling(full_denoise=policy), memory=small, flow=FLOW, rng=rng(seed))
-            if made.exits[0] == 0:
-                return [taken.count(first) for first in range(0, 18, 3)]
-            taken.clear()
-
-    assert levels("none") == [1, 1, 1, 1, 1, 1]
-    assert levels("all") == [4, 4, 4, 1, 1, 1]
-    assert levels("context") == [1, 4, 4, 1, 1, 1]  # the window begins at 9, the memory holds 6 frames
-
-
-def test_exits_per_chunk_and_last():
-    def made(seed, **changes):
-        return rollout(denoiser(), TEXT, 9, SHAPE, spec=rolling(**changes), memory=spec(), flow=FLOW, rng=rng(seed))
-
-    assert {made(seed, exit="last").exits for seed in range(4)} == {(3, 3, 3)}
-    assert all(len(set(made(seed).exits)) == 1 for seed in range(4))
-    assert any(len(set(made(seed, exit="per_chunk").exits)) > 1 for seed in range(4))
-    assert {made(seed, full_first=2).exits[:2] for seed in range(4)} == {(3, 3)}
-
-
-@pytest.mark.parametrize(("place", "mean"), [("uniform", 0.5), ("beta", 1 / 3)])
-def test_where_the_window_lies(place, mean):
-    noise = rng()
-    starts = [window_start(99, rolling(place=place), noise) for _ in range(4000)]
-    assert set(starts) <= set(range(0, 91, 3)) and {0, 3} <= set(starts)
-    assert sum(starts) / len(starts) / 90 == pytest.approx(mean, abs=0.03)
-    assert window_start(99, rolling(), noise) == 90
-
-
-def test_a_renoised_window_is_made_again_from_its_own_frames():
-    plan = rolling(renoise="own", exit="last")
-    made = rollout(denoiser(), TEXT, 18, SHAPE, spec=plan, memory=spec(), flow=FLOW, rng=rng(3))
-    for target in made.targets:
-        again = denoiser()(target.x_t, torch.full((2,), target.sigma), TEXT, target.memory)
-        assert torch.allclose(again, made.video[:, target.first : target.first + 3], atol=1e-5)
-    assert len({target.sigma for target in made.targets}) > 1, "each chunk has a level of its own"
-
-
-def test_lengths_of_other_laws():
-    noise = rng()
-    assert {HorizonSpec(21, 240, 10, "const").sample(0, 3, noise) for _ in range(9)} == {240}
-    halfway = {HorizonSpec(30, 120, 100, "exp").sample(50, 3, noise) for _ in range(2000)}
-    assert max(halfway) == 60 and min(halfway) == 30
-
-
-def test_lengths_grow_with_the_curriculum():
-    horizon, noise = HorizonSpec(shortest=42, longest=120, decay=100, mode="linear"), rng()
-    assert {horizon.sample(0, 3, noise) for _ in range(200)} == {42}
-    assert {horizon.sample(100, 3, noise) for _ in range(2000)} == set(range(42, 121, 3))
-    assert {horizon.sample(10**9, 3, noise) for _ in range(2000)} == set(range(42, 121, 3))
 
 
 # docs/method.md 6.5
