@@ -25,9 +25,11 @@ COMMANDS = {  # command -> file whose `main` runs it, and what it does
     "profile": ("tasks.profiles", "list | use NAME: the complete parameter files in profiles/"),
     "preset": ("tasks.presets", "list | use NAME: published methods in presets/, laid over params.yaml"),
     "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
-    "export": ("tasks.export", "--to self-forcing --model DIR --out FILE: the way back"),
+    "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
+    "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
     "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
 }
+VIDEO = {"--model", "--prompt", "--prompts-file"}  # with one of these `cf generate` is not the stage
 EXAMPLES = """examples:
   cf profile use smoke && dvc repro          the whole pipeline, small
   dvc exp run -S stage2.teacher.context=none one value changed: reruns stage2 and what follows
@@ -43,12 +45,12 @@ def main(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         print(overview())
+    elif command in stages() and not from_a_model(argv):
+        run_stage(command, argv[1:])
     elif command in COMMANDS:
         importlib.import_module(COMMANDS[command][0]).main(argv[1:])
-    elif command in stages():
-        run_stage(command, argv[1:])
     else:
-        known = ", ".join([*stages(), *COMMANDS])
+        known = ", ".join(dict.fromkeys([*stages(), *COMMANDS]))
         raise Refused(f"{command} is neither a stage nor a command; known are {known}")
 
 
@@ -69,11 +71,18 @@ def cli() -> NoReturn:
     sys.exit(0)
 
 
+def from_a_model(argv: list[str]) -> bool:
+    return argv[:1] == ["generate"] and any(word.split("=")[0] in VIDEO for word in argv)
+
+
 def repeatable(argv: list[str]) -> None:
     """Starts this process again, once, with what must be known before libraries load: threads, hashes, malloc."""
-    stated = params_file.read(_params_option(argv))
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--threads", default="1")
+    given = parser.parse_known_args(argv)[0]
     wanted = {
-        "OMP_NUM_THREADS": str(stated.get("threads", 1)),
+        "OMP_NUM_THREADS": given.threads if from_a_model(argv) else str(params_file.read(given.params).get("threads", 1)),
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONHASHSEED": "0",
         # Freed tensors stay with the process. Handing 24 MB back to the kernel and taking it again at each step of a loop
@@ -84,12 +93,6 @@ def repeatable(argv: list[str]) -> None:
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
-
-
-def _params_option(argv: list[str]) -> Path:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    return typing.cast(Path, parser.parse_known_args(argv)[0].params)
 
 
 def deliberate(error: BaseException) -> bool:
@@ -130,6 +133,9 @@ def _pipeline() -> dict[str, Any]:
 def run_stage(stage: str, argv: list[str]) -> None:
     run = importlib.import_module(f"tasks.{stage}").run
     parser = command_line(stage, run)
+    if stage == "generate" and {"-h", "--help"} & set(argv):
+        print(importlib.import_module("tasks.video").parser().format_help())
+        print("Without --model it is the stage:\n")
     paths = vars(parser.parse_args(argv))
     file = paths.pop("params")
 

@@ -19,12 +19,13 @@ from cf_model.model.codec import SPACE, load_codec, video_frames
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import empty
 from cf_model.model.rollout import stream
-from cf_model.model.text import WordEncoder
 from cf_model.model.view import sample
 
 from . import manifest
+from .device import device
 from .params import Params, System
 from .systems import as_trained
+from .text import text_encoder
 from .tracking import Track
 
 
@@ -61,8 +62,7 @@ def run(
 ) -> dict[str, float]:
     """Text to video for every system, from the held-out captions or a file of prompts, and what follows a real prefix."""
     weights = {"base": base, "teacher": teacher, "causal_init": causal_init, "stage1": stage1, "stage2": stage2}
-    clips, pictures = Latents(latents), load_codec(codec)
-    text = WordEncoder(params.text.tokens, params.text.channels)
+    clips, pictures, text = Latents(latents), load_codec(codec).to(device()), text_encoder(params.text).to(device())
     todo = list(jobs(params, clips))
     made = track.work / "samples"  # a killed run goes on with the videos it lacks
     bar = track.progress(len(todo), "video")
@@ -71,9 +71,9 @@ def run(
         path = made / job.file
         if not path.exists():
             if job.system and job.system.weights not in models:
-                models = {job.system.weights: wan.load(weights[job.system.weights], params.compute.attention)}
+                models = {job.system.weights: wan.load(weights[job.system.weights], params.compute.attention).to(device())}
             path.parent.mkdir(parents=True, exist_ok=True)
-            chunks = make(params, job, models, text.encode([job.prompt]), clips.null_text)
+            chunks = make(params, job, models, text.encode([job.prompt]).to(device()), clips.null_text.to(device()))
             frames = (frame for part in pictures.decode_stream(chunks) for frame in part[0].numpy())
             write_video(path, frames, fps=params.video.fps, crf=params.generate.crf)
         bar.update()
@@ -102,7 +102,7 @@ def jobs(params: Params, clips: Latents) -> Iterator[Job]:
     heldout = clips.rows("heldout")
     captions: list[tuple[str, int | None]] = [(clips.captions([row])[0], row) for row in heldout[: g.prompts]]
     if g.prompts_file:
-        captions = [(prompt, None) for prompt in read_prompts(g.prompts_file)[: g.prompts]]
+        captions = [(prompt, None) for prompt in read_prompts(g.prompts_file, g.prompts)]
     for suite, count, frames in (("prompts", g.prompts, g.frames), ("continuations", g.continued, g.frames)):
         for number, clip in enumerate(heldout[:count]):
             whole = clips.window([clip], [0], min(clips.frames(clip), frames))
@@ -119,32 +119,34 @@ def jobs(params: Params, clips: Latents) -> Iterator[Job]:
 
 def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, null: Tensor) -> Iterator[Tensor]:
     """Latents, chunk by chunk or window by window; a real prefix comes first. One video at a time: a memory decides for itself."""
-    if job.real is not None:
-        yield job.real
+    real = None if job.real is None else job.real.to(text.device)
+    if real is not None:
+        yield real
     if job.system is None:
         return
     system, model = as_trained(params, job.system), models[job.system.weights]
+    size = model.transformer.config.in_channels, params.video.height // SPACE, params.video.width // SPACE
     # the noise depends on seed and prompt only, so systems can be compared pair by pair
-    rng = torch.Generator().manual_seed(100_003 * (job.seed + 1) + job.number)
+    rng = torch.Generator(text.device).manual_seed(100_003 * (job.seed + 1) + job.number)
     if spec := system.memory:
         # causal_init has no levels of its own: it is trained at all of them
         rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
-        memory = empty(spec) if job.real is None else model.watch(job.real, text, spec, chunk=rollout.chunk)
-        chunks = stream(model, text, shape(params), sigmas=rollout.sigmas(params.flow), chunk=rollout.chunk, memory=memory, rng=rng)
+        memory = empty(spec) if real is None else model.watch(real, text, spec, chunk=rollout.chunk)
+        chunks = stream(model, text, size, sigmas=rollout.sigmas(params.flow), chunk=rollout.chunk, memory=memory, rng=rng)
         for _ in range((system.frames - memory.seen) // rollout.chunk):
             yield next(chunks)
         return
     view = system.view
     assert view
     length = params.base.window if system.weights == "base" else params.teacher.target
-    past = text.new_zeros(1, 0, *shape(params)) if job.real is None else job.real
+    past = text.new_zeros(1, 0, *size) if real is None else real
     while past.shape[1] < system.frames:
         start = past.shape[1]
         window = sample(
             model,
             text,
             past[:, view.frames(start)],
-            (min(length, system.frames - start), *shape(params)),
+            (min(length, system.frames - start), *size),
             view=view,
             flow=params.flow,
             steps=params.generate.sampler_steps,
@@ -154,7 +156,3 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, nu
         )
         yield window
         past = torch.cat([past, window], dim=1)
-
-
-def shape(params: Params) -> tuple[int, int, int]:
-    return params.codec.linear.channels, params.video.height // SPACE, params.video.width // SPACE

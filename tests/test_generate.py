@@ -26,7 +26,7 @@ def video(p: params.Params, system: str, *, seed: int = 0, number: int = 0, real
     job = generate.Job("prompts", system, listed[system], number, seed, "a prompt", None, real)
     model = denoiser(3)
     text = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
-    return torch.cat(list(generate.make(p, job, {listed[system].weights: model}, text)), dim=1)
+    return torch.cat(list(generate.make(p, job, {listed[system].weights: model}, text, torch.zeros(5, 8))), dim=1)
 
 
 def test_same_seed_same_video_other_seed_other_video(stated: params.Params) -> None:

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+LONGEST = 20_000  # bytes of a line; a file without line ends is not read into memory
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, in the file's order. Blank lines are skipped, inner white space is made one space."""
+
+def read_prompts(path: Path, count: int | None = None) -> list[str]:
+    """The first `count` prompts of a file, or all of them."""
+    return [prompt for _, prompt in islice(prompts(path), count)]
+
+
+def prompts(path: Path) -> Iterator[tuple[int, str]]:
+    """One prompt a line, with the line's number from 1 on, read as they are asked for.
+
+    Blank lines are skipped, inner white space is made one space. A line that is no text is refused by its number.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not there; name a file with one prompt a line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text; save it as a text file with one prompt a line") from None
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    if not prompts:
+    number, found = 0, False
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            prompt = " ".join(text(line, number, path).split())
+            if prompt:
+                found = True
+                yield number, prompt
+    if not found:
         raise ValueError(f"{path} has no prompt in it; write one prompt a line")
-    return prompts
+
+
+def text(line: bytes, number: int, path: Path) -> str:
+    if len(line) > LONGEST:
+        raise ValueError(f"{path} line {number} has more than {LONGEST:,} bytes; write one prompt a line")
+    try:
+        words = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} line {number} is not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
+    if "\0" in words:
+        raise ValueError(f"{path} line {number} holds a zero byte, so it is no text; save the file as UTF-8")
+    return words

@@ -25,6 +25,9 @@ UNREADABLE_WIDTHS = frozenset({8, 12, 16, 24, 48, 72})  # decord 0.6 returns the
 # Choice: without macroblock trees, which read memory that was never written when frames are small: with them every
 # hundredth clip of 32 x 32 came out with other bytes (x264 165, AVX), without them none of four thousand.
 ENCODER = {"preset": "veryfast", "mbtree": "0"}
+WHOLE = {"movflags": "faststart"}
+# a piece of the file for every half second of video, each playable as soon as it is there
+FRAGMENTS = {"movflags": "empty_moov+default_base_moof", "frag_duration": "500000", "flush_packets": "1"}
 TROUBLE = (DECORDError, RuntimeError, AssertionError, IndexError)  # what decord raises on files it can't read
 
 
@@ -48,31 +51,59 @@ def write_video(path: Path, frames: Iterable[UInt8[np.ndarray, "Y X 3"]], *, fps
     The file appears under its name when it is whole. The index is put in front, so that a page can play it at once.
     """
     part = path.with_name(f".{path.name}.partial")
-    count, size = 0, None
     try:
-        with av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            # Choice: one thread, because x264's rate control depends on the number of threads.
-            rate, options = Fraction(fps).limit_denominator(1001), ENCODER | {"crf": str(crf)}
-            stream = container.add_stream("libx264", rate=rate, options=options)
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.thread_count = 1
-            for frame in frames:
-                picture = np.ascontiguousarray(frame)
-                if size is None:
-                    size = stream.height, stream.width = picture.shape[:2]
-                if picture.shape != (*size, 3) or picture.dtype != np.uint8 or size[0] % 2 or size[1] % 2:
-                    raise ValueError(
-                        f"frame {count} of {path.name} is {picture.dtype} {list(picture.shape)}; "
-                        f"every frame must be uint8 [height, width, 3] of one even size"
-                    )
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-                count += 1
-            if size is None:
-                raise ValueError(f"{path.name} would have no frames; give at least one")
-            container.mux(stream.encode(None))
+        count = encode(part, frames, path.name, fps=fps, crf=crf, options=WHOLE)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+    return count
+
+
+def grow_video(path: Path, frames: Iterable[UInt8[np.ndarray, "Y X 3"]], *, fps: float, crf: int) -> int:
+    """As `write_video`, into NAME.partial.mp4, which plays at any moment and stays when the run is killed."""
+    part = growing(path)
+    count = encode(part, frames, path.name, fps=fps, crf=crf, options=FRAGMENTS)
+    whole = path.with_name(f".{path.name}.partial")
+    try:
+        with av.open(str(part)) as source, av.open(str(whole), "w", format="mp4", options=WHOLE) as container:
+            stream = container.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    container.mux(packet)
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
+    part.unlink()
+    return count
+
+
+def growing(path: Path) -> Path:
+    """The name that a video has until it is whole."""
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def encode(part: Path, frames: Iterable[np.ndarray], name: str, *, fps: float, crf: int, options: dict[str, str]) -> int:
+    count, size = 0, None
+    with av.open(str(part), "w", format="mp4", options=options) as container:
+        # Choice: one thread, because x264's rate control depends on the number of threads.
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=ENCODER | {"crf": str(crf)})
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            picture = np.ascontiguousarray(frame)
+            if size is None:
+                size = stream.height, stream.width = picture.shape[:2]
+            if picture.shape != (*size, 3) or picture.dtype != np.uint8 or size[0] % 2 or size[1] % 2:
+                raise ValueError(
+                    f"frame {count} of {name} is {picture.dtype} {list(picture.shape)}; "
+                    f"every frame must be uint8 [height, width, 3] of one even size"
+                )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            count += 1
+        if size is None:
+            raise ValueError(f"{name} would have no frames; give at least one")
+        container.mux(stream.encode(None))
     return count
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cf_model.data.prompts import read_prompts
+from cf_model.data.prompts import LONGEST, prompts, read_prompts
 
 
 def test_one_prompt_a_line(tmp_path: Path) -> None:
@@ -13,11 +13,33 @@ def test_one_prompt_a_line(tmp_path: Path) -> None:
     assert read_prompts(file) == ["a red disc", "a café , at dusk", "fog"]
 
 
-@pytest.mark.parametrize(("content", "why"), [(b"", "has no prompt"), (b" \n\t\n\r\n", "has no prompt"), (b"\xff\xfe\x00d", "not UTF-8")])
-def test_files_without_prompts_are_named(tmp_path: Path, content: bytes, why: str) -> None:
+@pytest.mark.parametrize("content", [b"", b" \n\t\n\r\n"])
+def test_files_without_prompts_are_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^[^\n]*prompts\.txt {'is ' if 'UTF' in why else ''}{why}[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*prompts\.txt has no prompt[^\n]*$"):
         read_prompts(file)
     with pytest.raises(ValueError, match=r"other\.txt is not there"):
         read_prompts(tmp_path / "other.txt")
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [(b"caf\xe9", r"is not UTF-8 text \(byte 4\)"), (b"a" * (LONGEST + 1), "has more than 20,000 bytes"), (b"a\0b", "holds a zero byte")],
+)
+def test_one_bad_line_among_many_is_named_when_it_is_reached(tmp_path: Path, bad: bytes, why: str) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"".join(b"\n" if n % 10 == 0 else (bad if n == 9_123 else b"a red disc") + b"\n" for n in range(1, 10_001)))
+    assert len(read_prompts(file, 8_000)) == 8_000  # the bad line lies behind them
+    with pytest.raises(ValueError, match=rf"prompts\.txt line 9123 {why}"):
+        read_prompts(file)
+
+
+def test_a_file_is_read_as_it_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"first\n\nthird\n" + b"\xff\n")
+    lines = prompts(file)
+    assert [next(lines), next(lines)] == [(1, "first"), (3, "third")]
+    file.write_bytes(b"\xff\xfea\0")
+    with pytest.raises(ValueError, match="line 1 is not UTF-8"):
+        next(prompts(file))

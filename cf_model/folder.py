@@ -1,0 +1,221 @@
+"""A model on disk, in diffusers' layout: weights as safetensors, everything else as JSON, and a card for people.
+
+    model_index.json       what each part is
+    transformer/           diffusers' WanTransformer3DModel
+    vae/ or codec/         diffusers' AutoencoderKLWan, or the linear codec
+    text.json              which text encoder; UMT5 lies in text_encoder/ and tokenizer/
+    context_forcing.json   the recipe: memory, chunk, levels, flow, frame rate and size
+    README.md              the model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import diffusers
+import torch
+from safetensors.torch import load_file
+
+from .model import wan
+from .model.codec import Codec, LinearCodec, load_codec, save_codec
+from .model.convert import check, expected
+from .model.denoiser import Attention, Denoiser
+from .model.flow import Flow
+from .model.memory import MemorySpec
+from .model.text import TextEncoder, load_text, save_text
+from .model.weights import check_whole
+
+T = TypeVar("T")
+CLASS = "ContextForcingPipeline"
+RECIPE = "context_forcing.json"
+EXPORT = "`cf export --to diffusers --model {} --out DIR` makes one"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the student is run; without it the weights are only half of a model."""
+
+    memory: MemorySpec
+    chunk: int  # latent frames made together
+    levels: tuple[float, ...]  # of noise, before the flow's shift
+    flow: Flow
+    fps: int
+    height: int  # of the video, in pixels
+    width: int
+    made: str  # how, in a sentence for the card
+    licence: str  # of the weights
+
+    def __post_init__(self) -> None:
+        if self.height % 16 or self.width % 16 or min(self.height, self.width, self.fps, self.chunk) < 1:
+            stated = f"height, width, fps and chunk are {self.height}, {self.width}, {self.fps}, {self.chunk}"
+            raise ValueError(f"{stated}; the first two are multiples of 16, all are above 0")
+        if not self.levels or list(self.levels) != sorted(set(self.levels), reverse=True) or not 0 < self.levels[-1] <= self.levels[0] <= 1:
+            raise ValueError(f"levels is {list(self.levels)}; they fall from at most 1 to above 0")
+
+    def sigmas(self) -> list[float]:
+        return self.flow.warp(torch.tensor(self.levels, dtype=torch.float64)).tolist()
+
+
+def save(path: Path, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
+    """Under a temporary name first: a folder that has its name is whole."""
+    if path.exists():
+        raise ValueError(f"{path} is already there; name another folder, or remove it")
+    part = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        fill(part, path.name, denoiser, codec, text, recipe)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def fill(path: Path, name: str, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
+    wan.save(denoiser, path / "transformer")
+    home = "codec" if isinstance(codec, LinearCodec) else "vae"
+    save_codec(codec, path / home)
+    save_text(text, path)
+    index: dict[str, Any] = {"_class_name": CLASS, "_diffusers_version": diffusers.__version__}
+    index["transformer"] = ["diffusers", "WanTransformer3DModel"]
+    index[home] = ["cf_model.model.codec", "LinearCodec"] if home == "codec" else ["diffusers", "AutoencoderKLWan"]
+    if (path / "text_encoder").is_dir():
+        index |= {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
+    write(path / "model_index.json", index)
+    write(path / RECIPE, asdict(recipe))
+    (path / "README.md").write_text(card(name, denoiser, recipe), encoding="utf-8")
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: Path, attention: Attention) -> tuple[Denoiser, Codec, TextEncoder, Recipe]:
+    recognised(path)
+    for file in sorted(path.rglob("*.safetensors")):
+        check_whole(file)
+    recipe = typed(Recipe, read(path / RECIPE), f"{path / RECIPE}: ")
+    home = path / "transformer"
+    try:
+        check(load_file(home / "diffusion_pytorch_model.safetensors"), expected(read(home / "config.json")))
+    except ValueError as error:
+        raise ValueError(f"{home} does not fit its config.json: {error}") from None
+    home = path / "vae" if (path / "vae").is_dir() else path / "codec"
+    return wan.load(path / "transformer", attention), load_codec(home), load_text(path), recipe
+
+
+def recognised(path: Path) -> None:
+    """Refuses any other layout by its name, with the command that makes this one of it."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder; {EXPORT.format('models/stage2')}")
+    index = read(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+    kind = index.get("_class_name")
+    if kind == CLASS:
+        missing = [name for name in (RECIPE, "transformer/config.json") if not (path / name).is_file()]
+        if missing:
+            raise ValueError(f"{path} lacks {missing[0]}; copy the folder again, or {EXPORT.format('models/stage2')}")
+        return
+    imported = f"`cf import-weights {path} --out WEIGHTS`, then {EXPORT.format('WEIGHTS')}"
+    if kind:
+        raise ValueError(f"{path} is a diffusers {kind} and has no memory or rollout settings; {imported}")
+    if (path / "config.json").is_file():
+        raise ValueError(f"{path} is a transformer alone, as the stages write it; {EXPORT.format(path)}")
+    if (path / "codec.json").is_file():
+        raise ValueError(f"{path} is a codec alone; {EXPORT.format('models/stage2')}")
+    foreign = next((file for end in ("pt", "pth", "ckpt", "bin", "safetensors") for file in sorted(path.glob(f"*.{end}"))), None)
+    if foreign:
+        raise ValueError(f"{path} holds {foreign.name}, weights in a layout of Self-Forcing or original Wan; {imported}")
+    raise ValueError(f"{path} holds no model_index.json, so it is no model folder; {EXPORT.format('models/stage2')}")
+
+
+def read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a JSON object; copy or make it again")
+    return values
+
+
+def typed(kind: type[T], values: Any, where: str) -> T:
+    """A dataclass from what a person or a file states: every key, no other, each of its type. `where` begins the refusal."""
+    hints = get_type_hints(kind)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip(':. ')} is {values!r}; it must be a section of {', '.join(hints)}")
+    for name in [*values, *hints]:
+        if name not in hints:
+            raise ValueError(f"{where}{name} is not a setting; known are {', '.join(hints)}")
+        if name not in values:
+            raise ValueError(f"{where}{name} is missing; every value is stated")
+    made = {name: _value(hint, values[name], f"{where}{name}") for name, hint in hints.items()}
+    try:
+        return kind(**made)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint):
+        return typed(hint, value, f"{where}.")  # type: ignore[arg-type]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where} is {value!r}; it must be {', '.join(get_args(hint))}")
+        return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} is {value!r}; it must be a list of numbers")
+        return tuple(_value(get_args(hint)[0], one, where) for one in value)
+    kinds = (int, float) if hint is float else (hint,)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"{where} is {value!r}; it must be {' or '.join(kind.__name__ for kind in kinds)}")
+    return hint(value)
+
+
+def card(name: str, denoiser: Denoiser, recipe: Recipe) -> str:
+    """README.md with the head that model hubs read."""
+    memory, config = recipe.memory, denoiser.transformer.config
+    settings = "\n".join(f"| memory.{f.name} | {getattr(memory, f.name)} |" for f in fields(memory))
+    size = sum(p.numel() for p in denoiser.parameters())
+    return f"""---
+license: {recipe.licence.lower()}
+pipeline_tag: text-to-video
+library_name: diffusers
+tags: [context-forcing, autoregressive-video, long-video]
+---
+# {name}
+
+A causal few-step text-to-video student with a slow-fast memory (Context Forcing, arXiv 2602.06028): it makes {recipe.chunk} latent frames
+at a time, remembers at most {memory.size} of them, and goes on for as long as one likes.
+
+**How it was made.** {recipe.made}
+
+**Licence of the weights.** {recipe.licence}. The code that reads them is Apache-2.0.
+
+## Run it
+```
+cf generate --model {name} --prompt "..." --seconds 60 --seed 0 --out video.mp4
+```
+```python
+from cf_model.pipeline import ContextForcingPipeline
+
+pipe = ContextForcingPipeline.from_pretrained("{name}")
+video = pipe("...", seconds=60, seed=0)           # uint8 [frames, {recipe.height}, {recipe.width}, 3], {recipe.fps} a second
+for frame in pipe.stream("...", seconds=600): ...  # as they are made; memory use does not grow
+```
+
+## What it is
+| | |
+|---|---|
+| transformer | diffusers' WanTransformer3DModel, {config.num_layers} layers, {size:,} parameters |
+| video | {recipe.width} x {recipe.height}, {recipe.fps} frames a second |
+| noise levels | {", ".join(f"{level:g}" for level in recipe.levels)}, shift {recipe.flow.shift:g} |
+{settings}
+
+The transformer runs in any diffusers pipeline that takes a WanTransformer3DModel, but without its memory: {RECIPE} is what
+makes the difference, and only this project's pipeline reads it.
+"""

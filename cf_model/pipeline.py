@@ -1,0 +1,213 @@
+"""A trained student as something to call: a prompt in, frames out, for as long as one likes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from . import folder
+from .folder import Recipe
+from .model.codec import Codec
+from .model.denoiser import Attention, Denoiser
+from .model.memory import LayerMemories, Memory, empty
+from .model.rollout import denoise
+from .model.text import TextEncoder
+from .request import Plan, Prompts, Switch, planned
+
+FLUSHED = 2  # newest latent frames that Infinity-RoPE's flush leaves beside the sink
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """One chunk of a video as it comes, and what of the past was held while it was made."""
+
+    first: int  # latent frame, counted from the beginning of the clip that is continued
+    latents: int
+    frames: UInt8[np.ndarray, "V Y X 3"]
+    held: dict[str, list[int]]  # latent frames in sink, slow and fast; this chunk's own are not among them
+    promoted: tuple[int, ...]  # of the slow ones, those that were not there a chunk before
+    similarity: float | None  # of the chunk before to the one before it (eq. 7), the mean over layers
+    prompt: str
+    real: bool  # of the clip that is continued, and not made
+
+
+class ContextForcingPipeline:
+    """In the manner of diffusers' pipelines, but with the paper's loop: chunk after chunk with a bounded memory (alg. 1).
+
+        pipe = ContextForcingPipeline.from_pretrained("out").to("cuda")
+        video = pipe("a red fox in the snow", seconds=60, seed=0)  # uint8 [V, Y, X, 3]
+        for frame in pipe.stream("a red fox in the snow", seconds=600): ...
+
+    The same seed gives the same frames on the same machine. What is held does not grow with the video, unless
+    the memory's positions are absolute, whose table ends: then a longer video is refused.
+    """
+
+    def __init__(self, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
+        config = denoiser.transformer.config
+        for name, ours, there, theirs in (
+            ("codec", codec.channels, "in_channels", config.in_channels),
+            ("text encoder", text.channels, "text_dim", config.text_dim),
+        ):
+            if ours != theirs:
+                raise ValueError(f"the {name} has {ours} channels, but the transformer's {there} is {theirs}; use what it was trained with")
+        if recipe.memory.size > config.rope_max_seq_len:
+            stated = f"memory sink + slow + fast is {recipe.memory.size}"
+            raise ValueError(f"{stated}, but the RoPE table has {config.rope_max_seq_len} positions; hold fewer frames")
+        self.denoiser, self.codec, self.text, self.recipe = denoiser.eval(), codec, text, recipe
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, attention: Attention = "native") -> ContextForcingPipeline:
+        """A folder that `save_pretrained` or `cf export --to diffusers` wrote; nothing is ever downloaded."""
+        return cls(*folder.load(Path(path), attention))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """diffusers' layout in a new folder, which appears under its name when it is whole."""
+        folder.save(Path(path), self.denoiser, self.codec, self.text, self.recipe)
+
+    def to(self, device: str | torch.device) -> ContextForcingPipeline:
+        self.device = torch.device(device)
+        for part in (self.denoiser, self.codec, self.text):
+            part.to(self.device)
+        return self
+
+    def __call__(
+        self,
+        prompt: Prompts,
+        *,
+        seconds: float = 60,
+        seed: int = 0,
+        switch: Switch = "recache",
+        keep_sink: bool = True,
+        continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None = None,
+    ) -> UInt8[np.ndarray, "V Y X 3"]:
+        """`seconds` of new video, to the frame; see `chunks`."""
+        made = self.chunks(prompt, seconds=seconds, seed=seed, switch=switch, keep_sink=keep_sink, continue_from=continue_from)
+        return np.concatenate([chunk.frames for chunk in made if not chunk.real])
+
+    def stream(
+        self,
+        prompt: Prompts,
+        *,
+        seconds: float = 60,
+        seed: int = 0,
+        switch: Switch = "recache",
+        keep_sink: bool = True,
+        continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None = None,
+    ) -> Iterator[UInt8[np.ndarray, "Y X 3"]]:
+        """The frames of a call, each as soon as its chunk is made."""
+        made = self.chunks(prompt, seconds=seconds, seed=seed, switch=switch, keep_sink=keep_sink, continue_from=continue_from)
+        return (frame for chunk in made if not chunk.real for frame in chunk.frames)
+
+    def chunks(
+        self,
+        prompt: Prompts,
+        *,
+        seconds: float = 60,
+        seed: int = 0,
+        switch: Switch = "recache",
+        keep_sink: bool = True,
+        continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None = None,
+    ) -> Iterator[Chunk]:
+        """Chunks of round(seconds * fps) frames of new video; the last chunk is cut.
+
+        `prompt` is one text, or several with the seconds of new video from which on they are in force: (0, first),
+        (12.5, second), … A chunk is made with the prompt in force at its first frame. At a change of prompt `switch` says
+        what becomes of the memory: "recache" empties it and passes the newest frames again with the new prompt, as many
+        whole chunks as it holds (LongLive; `keep_sink` is its global_sink), "flush" leaves the sink and the newest two
+        latent frames (Infinity-RoPE), "keep" leaves it as it is.
+
+        `continue_from` is a clip that the video goes on from: its end, in whole chunks of latent frames, is remembered
+        first, and its chunks come first, as they are, marked `real`.
+        """
+        positions = self.denoiser.transformer.config.rope_max_seq_len
+        plan = planned(self.recipe, self.text, positions, prompt, seconds, seed, switch, continue_from)
+        text = {at: self.text.encode([words]).to(self.device) for at, words in plan.prompts.items()}
+        clip = None if continue_from is None else continue_from[len(continue_from) - plan.real :]
+        return self._decoded(self._made(plan, text, clip, seed, switch, keep_sink), plan, clip)
+
+    # ----------------------------------------------------------------------------------------------------- the loop
+
+    def _made(
+        self, plan: Plan, text: dict[int, Tensor], clip: np.ndarray | None, seed: int, switch: Switch, keep_sink: bool
+    ) -> Iterator[tuple[Chunk, Float[Tensor, "B F C H W"]]]:
+        """Latents of the clip's chunks and then of new ones; the frames are still missing."""
+        recipe, rng = self.recipe, torch.Generator(self.device).manual_seed(seed)
+        sigmas, shape = recipe.sigmas(), (self.codec.channels, recipe.height // self.codec.space, recipe.width // self.codec.space)
+        memory, now = empty(recipe.memory), text[0]
+        kept: tuple[int, ...] = ()
+        recent: deque[Tensor] = deque(maxlen=max(1, recipe.memory.size // recipe.chunk))  # what a recache passes again
+        real = self._encoded(clip).split(recipe.chunk, dim=1) if clip is not None else ()
+        for number in range(-len(real), plan.chunks):
+            if number > 0 and number in text:
+                now = text[number]
+                memory = self._switched(memory, torch.cat(list(recent), dim=1), now, switch, keep_sink)
+            before, kept = kept, promotions(memory)
+            at = max(key for key in plan.prompts if key <= max(number, 0))
+            chunk = Chunk(
+                first=(number + len(real)) * recipe.chunk,
+                latents=recipe.chunk,
+                frames=np.zeros((0, recipe.height, recipe.width, 3), np.uint8),
+                held=memory.held(),
+                promoted=tuple(index for index in kept if index not in before),
+                similarity=sum(memory.similarity) / len(memory.similarity) if memory.similarity else None,
+                prompt=plan.prompts[at],
+                real=number < 0,
+            )
+            with torch.no_grad():
+                if number < 0:
+                    x_0 = real[number]
+                else:
+                    x_0, _, memory = denoise(self.denoiser, now, shape, sigmas, recipe.chunk, memory, rng)
+                memory = self.denoiser.remember(x_0, now, memory)
+            recent.append(x_0)
+            yield chunk, x_0
+
+    def _switched(self, memory: Memory, recent: Float[Tensor, "B F C H W"], text: Tensor, switch: Switch, keep_sink: bool) -> Memory:
+        if switch == "keep":
+            return memory
+        if switch == "flush":
+            return memory.flushed(FLUSHED)
+        first, held = memory.seen - recent.shape[1], len(memory.held()["sink"])
+        if keep_sink and first < held:  # they are in the sink already
+            recent = recent[:, -(-(held - first) // self.recipe.chunk) * self.recipe.chunk :]
+            first = memory.seen - recent.shape[1]
+        memory = memory.restarted(first, keep_sink)
+        for part in recent.split(self.recipe.chunk, dim=1):
+            memory = self.denoiser.remember(part, text, memory)
+        return memory
+
+    def _encoded(self, clip: np.ndarray) -> Float[Tensor, "B F C H W"]:
+        pieces = torch.from_numpy(np.ascontiguousarray(clip))[None].split(64, dim=1)
+        return torch.cat(list(self.codec.encode_stream(pieces)), dim=1)
+
+    def _decoded(self, made: Iterator[tuple[Chunk, Tensor]], plan: Plan, clip: np.ndarray | None) -> Iterator[Chunk]:
+        """Frames for every chunk; the codec's stream gives one piece for each that it is handed."""
+        waiting: deque[Chunk] = deque()
+
+        def latents() -> Iterator[Tensor]:
+            for chunk, x_0 in made:
+                waiting.append(chunk)
+                yield x_0
+
+        shown, left = 0, plan.frames
+        for video in self.codec.decode_stream(latents()):
+            chunk, frames = waiting.popleft(), video[0].numpy()
+            if chunk.real and clip is not None:
+                frames, shown = clip[shown : shown + len(frames)], shown + len(frames)
+            else:
+                frames, left = frames[:left], left - len(frames[:left])
+            yield replace(chunk, frames=frames)
+
+
+def promotions(memory: Memory) -> tuple[int, ...]:
+    """Latent frames in the slow part by promotion, of the first layer where layers differ."""
+    one = memory.at(0) if isinstance(memory, LayerMemories) else memory
+    return tuple(frame.index for frame in one.kept)

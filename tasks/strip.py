@@ -1,0 +1,157 @@
+"""The memory strip: which latent frames sit in sink, slow and fast while a chunk is made, and when one was promoted.
+
+Three forms of the same rows: a trace (jsonl) for programs, a timeline (PNG) for people, and a strip under every frame.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cf_model.model.memory import MemorySpec
+from cf_model.pipeline import Chunk
+
+Row = dict[str, Any]
+# Choice: Tol's bright colours, which colour-blind readers can tell apart too
+COLOURS = {"sink": "#4477aa", "slow": "#ee6677", "fast": "#228833", "now": "#bbbbbb"}
+SAYS = {"sink": "sink", "slow": "slow (promoted)", "fast": "fast", "now": "being made"}
+CELL, LINE, MARGIN = 30, 16, 8  # pixels of the burnt strip: a place of the memory, a line of text, the border
+LONG = 60.0  # seconds of video that one panel shows well
+BACKGROUND, TEXT, FRESH = "#101010", "#f0f0f0", "#ffffff"
+
+
+def row(chunk: Chunk, number: int, second: float) -> Row:
+    """`second` is when the chunk begins in the video file."""
+    return {
+        "chunk": number,
+        "second": round(second, 4),
+        **chunk.held,
+        "now": list(range(chunk.first, chunk.first + chunk.latents)),
+        "promoted": list(chunk.promoted),
+        "similarity": None if chunk.similarity is None else float(f"{chunk.similarity:.6g}"),
+        "prompt": chunk.prompt,
+        "real": chunk.real,
+    }
+
+
+def line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------- under each frame
+
+
+def burnt(frames: np.ndarray, row: Row, spec: MemorySpec, seconds: float) -> np.ndarray:
+    """A chunk's frames with the strip below; small ones are enlarged by a whole number, so that it can be read."""
+    places = {"sink": spec.sink, "slow": spec.slow, "fast": max(spec.fast - len(row["now"]), 0), "now": len(row["now"])}
+    places = {part: max(count, len(row[part])) for part, count in places.items()}
+    wanted = 2 * MARGIN + CELL * sum(places.values()) + MARGIN * (len(places) - 1)
+    factor = -(-wanted // frames.shape[2])
+    large = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    strip = np.asarray(drawn(row, places, large.shape[2], seconds))
+    return np.concatenate([large, np.broadcast_to(strip, (len(large), *strip.shape))], axis=1)
+
+
+def drawn(row: Row, places: Mapping[str, int], width: int, seconds: float) -> Image.Image:
+    """Places of the memory with the latent frames in them, and below it where those lie in the video."""
+    image = Image.new("RGB", (width, 2 * MARGIN + 5 * LINE), BACKGROUND)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    x, top = MARGIN, MARGIN + LINE
+    for part, count in places.items():
+        if count:
+            draw.text((x, MARGIN), "now" if part == "now" else part, COLOURS[part], font)
+        for place in range(count):
+            held = row[part][place] if place < len(row[part]) else None
+            box = (x, top, x + CELL - 3, top + LINE + 4)
+            fresh = part == "slow" and held in row["promoted"]
+            draw.rectangle(box, COLOURS[part] if held is not None else None, FRESH if fresh else COLOURS[part], 2 if fresh else 1)
+            if held is not None:
+                draw.text((x + CELL / 2 - 1, top + LINE / 2 + 2), str(held), "#000000" if part == "now" else TEXT, font, "mm")
+            x += CELL
+        x += MARGIN if count else 0
+    left, right, y = MARGIN, width - MARGIN, top + 2 * LINE
+    per = (row["now"][0] * 4 - 3) / row["second"] if row["second"] else 16  # frames a second
+    draw.line((left, y + 5, right, y + 5), "#606060")
+    for part in places:
+        for held in row[part]:
+            at = left + (right - left) * min(1.0, max(0, 4 * held - 3) / per / seconds)
+            tall = 5 if part == "slow" and held in row["promoted"] else 0
+            draw.rectangle((at - 1, y - tall, at + 1, y + 10), COLOURS[part])
+    said = f"{row['second']:6.2f} of {seconds:.2f} s   latent frames {row['now'][0]}-{row['now'][-1]}"
+    said += f"   promoted: {', '.join(map(str, row['promoted']))}" if row["promoted"] else ""
+    draw.text((left, y + LINE), said + ("   (the clip)" if row["real"] else ""), TEXT, font)
+    return image
+
+
+# ------------------------------------------------------------------------------------------------------ as a picture
+
+
+def picture(rows: Sequence[Row], path: Path, seconds: float) -> None:
+    """A PNG: time runs to the right, latent frames upwards; a line is how long a frame was held, a triangle its promotion.
+
+    A long video gets a second panel with its end, because its lines lie too close to be told apart.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    long = seconds > LONG
+    figure, panels = pyplot.subplots(2 if long else 1, figsize=(11, 9 if long else 6), layout="constrained", squeeze=False)
+    promoted = sum(len(row["promoted"]) for row in rows)
+    title = f"What the model held of the past: {len(rows)} chunks, {promoted} promotions"
+    timeline(panels[0, 0], rows, seconds, 0.0, title)
+    if long:
+        sink = f"; sink, held throughout: {', '.join(map(str, rows[-1]['sink'])) or 'none'}"
+        timeline(panels[1, 0], rows, seconds, seconds - LONG, f"the last {LONG:g} s{sink}")
+    figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=6, fontsize=9, frameon=False)
+    part = path.with_name(f".{path.name}.partial")
+    figure.savefig(part, format="png", dpi=130)
+    pyplot.close(figure)
+    part.replace(path)
+
+
+def timeline(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title: str) -> None:
+    """From second `begin` on; then without the sink, which lies far below."""
+    from matplotlib.collections import LineCollection
+
+    ends = [*(row["second"] for row in rows[1:]), seconds]
+    shown = [held for row, end in zip(rows, ends, strict=True) if end > begin for part in COLOURS for held in row[part]]
+    shown = [held for held in shown if not begin or held not in rows[-1]["sink"]]
+    low, high = min(shown), max(shown)
+    thick = max(1.2, min(8.0, 0.9 * 330 / (high - low + 1)))  # points; the axes are about 330 high
+    for part in COLOURS:
+        spans = [((start, held), (end, held)) for (held, start), end in runs(rows, ends, part).items()]
+        axes.add_collection(LineCollection(spans, colors=COLOURS[part], linewidths=thick, label=SAYS[part], capstyle="butt"))
+    marks = [(row["second"], held) for row in rows for held in row["promoted"]]
+    if marks:
+        size = 14 if high - low < 400 else 3
+        axes.scatter(*zip(*marks, strict=True), s=size, marker="^", color="black", label="promotion", zorder=3, linewidths=0)
+    for before, after in pairwise(rows):
+        if after["prompt"] != before["prompt"] and after["second"] > begin:
+            axes.axvline(after["second"], color="black", linewidth=0.8, linestyle=":")
+            place = {"xy": (after["second"], 0.985), "xytext": (-2, 0), "textcoords": "offset points"}
+            axes.annotate(after["prompt"][:48], **place, xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=8, rotation=90)
+    if rows[0]["real"]:
+        axes.axvspan(0, next(row["second"] for row in rows if not row["real"]), color="#eeeeee", zorder=0, label="the clip")
+    margin = 0.02 * (high - low) + 0.5
+    axes.set(xlim=(begin, seconds), ylim=(low - margin, high + margin))
+    axes.set(xlabel="seconds of video", ylabel="latent frame (4 video frames each)")
+    axes.set_title(title, loc="left", fontsize=11)
+
+
+def runs(rows: Sequence[Row], ends: list[float], part: str) -> dict[tuple[int, float], float]:
+    """(latent frame, second from which on it was held) -> second until which it was."""
+    found: dict[tuple[int, float], float] = {}
+    since: dict[int, float] = {}
+    for row, end in zip(rows, ends, strict=True):
+        second: float = row["second"]
+        since = {held: since.get(held, second) for held in row[part]}
+        found |= {(held, start): end for held, start in since.items()}
+    return found
