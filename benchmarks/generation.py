@@ -120,8 +120,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, (upper, lower) = pyplot.subplots(2, figsize=(7, 4.6), sharex=True, layout="constrained")
     for row in reversed(rows):  # the shortest on top
         at, mib, _ = zip(*row["samples"], strict=True)
-        speed = f"{row['video_seconds_per_second']:.0f} s of video a second"
-        upper.plot(at, mib, marker="o" if len(at) < 3 else None, label=f"{row['seconds']:g} s of video: peak {row['peak_mib']:.0f} MiB, {speed}")
+        said = f"{row['seconds']:g} s of video: peak {row['peak_mib']:.0f} MiB, {row['video_seconds_per_second']:.0f} s of video a second"
+        upper.plot(at, mib, marker="o" if len(at) < 3 else None, label=said)
     top = 1.3 * max(row["peak_mib"] for row in rows)
     upper.set(ylabel="resident memory, MiB", ylim=(0, top), title="Generation, profile tiny, one CPU thread")
     upper.axhline(rows[0]["start_mib"], color="grey", linestyle=":", label=f"before the first chunk: {rows[0]['start_mib']:.0f} MiB")

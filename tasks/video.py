@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
     pipe = loaded(args)
     clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
