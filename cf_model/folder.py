@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from .model import wan
 from .model.codec import Codec, LinearCodec, load_codec, save_codec
 from .model.convert import check, expected
-from .model.denoiser import Attention, Denoiser
+from .model.denoiser import Compute, Denoiser
 from .model.flow import Flow
 from .model.memory import MemorySpec
 from .model.text import TextEncoder, load_text, save_text
@@ -94,7 +94,7 @@ def write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def load(path: Path, attention: Attention) -> tuple[Denoiser, Codec, TextEncoder, Recipe]:
+def load(path: Path, compute: Compute) -> tuple[Denoiser, Codec, TextEncoder, Recipe]:
     recognised(path)
     for file in sorted(path.rglob("*.safetensors")):
         check_whole(file)
@@ -105,7 +105,7 @@ def load(path: Path, attention: Attention) -> tuple[Denoiser, Codec, TextEncoder
     except ValueError as error:
         raise ValueError(f"{home} does not fit its config.json: {error}") from None
     home = path / "vae" if (path / "vae").is_dir() else path / "codec"
-    return wan.load(path / "transformer", attention), load_codec(home), load_text(path), recipe
+    return wan.load(path / "transformer", compute), load_codec(home), load_text(path), recipe
 
 
 def recognised(path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import folder
 from .folder import Recipe
 from .model.codec import Codec
-from .model.denoiser import Attention, Denoiser
+from .model.denoiser import Attention, Compute, Denoiser, Precision
 from .model.memory import LayerMemories, Memory, empty
 from .model.rollout import denoise
 from .model.text import TextEncoder
@@ -64,9 +64,9 @@ class ContextForcingPipeline:
         self.device = torch.device("cpu")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, attention: Attention = "native") -> ContextForcingPipeline:
+    def from_pretrained(cls, path: str | Path, attention: Attention = "native", dtype: Precision = "float32") -> ContextForcingPipeline:
         """A folder that `save_pretrained` or `cf export --to diffusers` wrote; nothing is ever downloaded."""
-        return cls(*folder.load(Path(path), attention))
+        return cls(*folder.load(Path(path), Compute(attention, dtype, checkpointing=False)))
 
     def save_pretrained(self, path: str | Path) -> None:
         """diffusers' layout in a new folder, which appears under its name when it is whole."""

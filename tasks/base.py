@@ -21,8 +21,7 @@ def run(params: Params, track: Track, *, latents: Path, out: Path) -> dict[str, 
     if spec.init == "wan":
         return imported(params, clips, out, track)
     sizes = {"channels": clips.shape[0], "text_channels": params.text.channels}
-    model = wan.build(params.model, **sizes, seed=params.seed, attention=params.compute.attention)
-    model.checkpointing(params.compute.checkpointing)
+    model = wan.build(params.model, **sizes, seed=params.seed, compute=params.compute)
     base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed)
     fit(base.step, steps=spec.steps, state=base.state, log=track, save_every=spec.save_every)
     wan.save(base.average.model, out)

@@ -18,7 +18,7 @@ def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -
     spec = params.causal_init
     if spec.method != "teacher_forcing":
         raise ValueError(f"causal_init.method is {spec.method}, which is not built yet; use teacher_forcing")
-    model = wan.load(base, params.compute.attention, checkpointing=params.compute.checkpointing)
+    model = wan.load(base, params.compute)
     init = CausalInit(spec, model=model, latents=Latents(latents), flow=params.flow, seed=params.seed)
     fit(init.step, steps=spec.steps, state=init.state, log=track, save_every=spec.save_every)
     wan.save(init.average.model, out)

@@ -71,7 +71,7 @@ def run(
         path = made / job.file
         if not path.exists():
             if job.system and job.system.weights not in models:
-                models = {job.system.weights: wan.load(weights[job.system.weights], params.compute.attention).to(device())}
+                models = {job.system.weights: wan.load(weights[job.system.weights], params.compute).to(device())}
             path.parent.mkdir(parents=True, exist_ok=True)
             chunks = make(params, job, models, text.encode([job.prompt]).to(device()), clips.null_text.to(device()))
             frames = (frame for part in pictures.decode_stream(chunks) for frame in part[0].numpy())

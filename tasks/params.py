@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.codec import CodecSpec, latent_frames
-from cf_model.model.denoiser import Attention, ModelSpec
+from cf_model.model.denoiser import Compute, ModelSpec
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
 from cf_model.model.view import TeacherView
@@ -27,13 +27,6 @@ Count = Annotated[int, Field(ge=0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class Compute(Section):
-    """How the arithmetic is done; the results agree to rounding."""
-
-    attention: Attention
-    checkpointing: bool  # activations are computed again in the backward pass instead of being kept
 
 
 class Video(Section):

@@ -12,13 +12,13 @@ from torch import Tensor
 from cf_model.data.latents import Latents
 from cf_model.model import wan
 from cf_model.model.codec import load_codec
+from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
 from cf_model.model.view import TeacherView
 from cf_model.train.loop import fit
 from cf_model.train.student import Distillation, StudentSpec
 
 from .device import device
-from .params import Compute
 from .tracking import Track, tail
 
 
@@ -36,12 +36,11 @@ class Job:
 def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
     """Trains the student in `student` on the prompts of the training clips; real score and critic start from `teacher`."""
     clips, spec = Latents(latents), job.spec
-    attention, checkpointing = job.compute.attention, job.compute.checkpointing
     distillation = Distillation(
         spec,
-        student=wan.load(student, attention, checkpointing=checkpointing),
-        teacher=wan.load(teacher, attention),
-        critic=wan.load(teacher, attention, checkpointing=checkpointing),
+        student=wan.load(student, job.compute),
+        teacher=wan.load(teacher, job.compute),
+        critic=wan.load(teacher, job.compute),
         view=job.view,
         flow=job.flow,
         prompts=torch.unique(clips.text(clips.rows("train")), dim=0),

@@ -18,7 +18,7 @@ from .tracking import Track, tail
 def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -> dict[str, float | None]:
     """Error-recycling fine-tuning of the base model into the context teacher, and the layout it was trained with."""
     spec = params.teacher
-    model = wan.load(base, params.compute.attention, checkpointing=params.compute.checkpointing)
+    model = wan.load(base, params.compute)
     teacher = Teacher(spec, model=model, latents=Latents(latents), flow=params.flow, seed=params.seed)
     fit(teacher.step, steps=spec.steps, state=teacher.state, log=track, save_every=spec.save_every)
     wan.save(teacher.average.model, out)

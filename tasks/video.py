@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resize", action="store_true", help="bring CLIP to the model's size: cover it, cut the middle out")
     p.add_argument("--memory-strip", choices=("burn", "beside", "none"), default="none", help=STRIP)
     p.add_argument("--memory", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the memory to change")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products; default: float32")
     p.add_argument("--attention", choices=("native", "cudnn", "flash2", "flash3"), default="native", help="default: native")
     p.add_argument("--crf", type=int, default=16, choices=range(52), metavar="0-51", help="of H.264, lower is better; default: 16")
     p.add_argument("--threads", type=int, default=1, help="of the CPU; default: 1, which is fastest for small models")
@@ -107,7 +108,7 @@ def loaded(args: argparse.Namespace) -> ContextForcingPipeline:
 
     from .device import device
 
-    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention)
+    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
     if args.memory:
         recipe = replace(pipe.recipe, memory=changed(pipe.recipe.memory, args.memory))
         pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)

@@ -139,6 +139,7 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
         ("stage2.rollout.renoise", "own", "exit is shared, but renoise is own"),
         ("stage2.rollout.skip_first", 7, "use 0 <= skip_first <= full_first"),
         ("stage2.horizon.mode", "exponential", "stage2.horizon.mode is 'exponential'; it must be 'linear', 'exp' or 'const'"),
+        ("compute.attention", "flash2", "compute.attention is flash2, which computes in bfloat16, but dtype is float32"),
         ("compute.attention", "flash", "compute.attention is 'flash'; it must be 'native', 'cudnn', 'flash2' or 'flash3'"),
     ],
 )

@@ -20,6 +20,7 @@ from .memory import Frame, LayerMemories, Memory, MemorySpec, empty
 
 Rotation = tuple[Tensor, Tensor]
 Attention = Literal["native", "cudnn", "flash2", "flash3"]
+Precision = Literal["float32", "bfloat16"]
 
 
 # our names of diffusers' attention backends, and the package that each needs
@@ -29,6 +30,23 @@ BACKENDS = {
     "flash2": ("flash", "flash_attn"),
     "flash3": ("_flash_3", "flash_attn_interface"),
 }
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model's arithmetic is done. Only rounding depends on it."""
+
+    attention: Attention  # of the self-attention, by diffusers' dispatcher
+    dtype: Precision  # of the products; weights, norms and sums stay in float32
+    checkpointing: bool  # activations of a block are computed again in the backward pass instead of being kept
+
+    def __post_init__(self) -> None:
+        if self.attention != "native" and self.dtype == "float32":
+            stated = f"attention is {self.attention}, which computes in bfloat16, but dtype is {self.dtype}"
+            raise ValueError(f"{stated}; use dtype: bfloat16, or attention: native")
+
+
+EXACT = Compute(attention="native", dtype="float32", checkpointing=False)
 
 
 @dataclass(eq=False)
@@ -97,14 +115,15 @@ class MemoryAttention:
 
         assert rotary_emb is not None
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        # in bfloat16 the norm's answer is wider than the values: what is remembered should not be
+        k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)).to(v.dtype)
         rotary_emb.taken[self.layer] = (k, v)
         queries, keys = rotary_emb.at(self.layer)
         if rotary_emb.memory is not None:
             past_k, past_v = rotary_emb.memory.past(self.layer)
             k, v = torch.cat([*past_k, k], dim=1), torch.cat([*past_v, v], dim=1)
-        out = dispatch_attention_fn(rotate(q, queries), rotate(k, keys), v, backend=self.backend)
+        out = dispatch_attention_fn(rotate(q, queries).to(v.dtype), rotate(k, keys), v, backend=self.backend)
         return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))
 
 
@@ -130,20 +149,18 @@ class ModelSpec:
 class Denoiser(nn.Module):
     """x_0 from x_σ, the prompt and the remembered frames; state_dict keys stay those of diffusers under `transformer.`"""
 
-    def __init__(self, transformer: Any, attention: Attention = "native") -> None:
+    def __init__(self, transformer: Any, compute: Compute = EXACT) -> None:
         super().__init__()
-        backend, package = BACKENDS[attention]
+        backend, package = BACKENDS[compute.attention]
         if package and importlib.util.find_spec(package) is None:
-            raise ValueError(f"compute.attention is {attention}, but the package {package} is not installed; install it, or use native")
+            raise ValueError(f"attention is {compute.attention}, but the package {package} is not installed; install it, or use native")
         transformer.rope = ViewRope(transformer.rope)
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
-            block.attn2.processor._attention_backend = backend
+        if compute.checkpointing:
+            transformer.enable_gradient_checkpointing()
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import
-
-    def checkpointing(self, on: bool) -> None:
-        """Activations of a block are computed again in the backward pass instead of being kept."""
-        (self.transformer.enable_gradient_checkpointing if on else self.transformer.disable_gradient_checkpointing)()
+        self.compute = compute
 
     def forward(
         self,
@@ -199,11 +216,13 @@ class Denoiser(nn.Module):
         timestep = 1000 * sigma
         if timestep.ndim == 2:  # diffusers takes one timestep a token
             timestep = timestep.repeat_interleave(self._tokens(x_t), dim=1)
+        low = self.compute.dtype == "bfloat16"
         try:
-            velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
+            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=low):
+                velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
         finally:
             taken, rope.memory, rope.taken = rope.taken, None, {}
-        return velocity, taken
+        return velocity.to(x_t.dtype), taken
 
     def _tokens(self, x: Tensor) -> int:
         _, rows, columns = self.transformer.config.patch_size

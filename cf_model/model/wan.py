@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from .denoiser import Attention, Denoiser, ModelSpec
+from .denoiser import EXACT, Compute, Denoiser, ModelSpec
 from .weights import fill
 
 
-def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, attention: Attention = "native") -> Denoiser:
+def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, compute: Compute = EXACT) -> Denoiser:
     """A new transformer. Its head starts at 0, so that the first loss is the spread of the velocities."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -29,7 +29,7 @@ def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, atte
         )
     torch.nn.init.zeros_(transformer.proj_out.weight)
     torch.nn.init.zeros_(transformer.proj_out.bias)
-    return Denoiser(transformer, attention)
+    return Denoiser(transformer, compute)
 
 
 def save(model: Denoiser, folder: Path) -> None:
@@ -41,13 +41,11 @@ def save(model: Denoiser, folder: Path) -> None:
         model.transformer.rope = rope
 
 
-def load(folder: Path, attention: Attention = "native", *, checkpointing: bool = False) -> Denoiser:
+def load(folder: Path, compute: Compute = EXACT) -> Denoiser:
     """Strict: a weight that is missing, unknown or of another shape is refused by name."""
     if not (folder / "config.json").is_file():
         way = "run the stage that makes it, or `cf import-weights`"
         raise ValueError(f"{folder} holds no config.json, so it is no transformer of diffusers; {way}")
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder, local_files_only=True))
     fill(transformer, folder / "diffusion_pytorch_model.safetensors")
-    model = Denoiser(transformer, attention)
-    model.checkpointing(checkpointing)
-    return model
+    return Denoiser(transformer, compute)

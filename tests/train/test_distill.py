@@ -123,13 +123,14 @@ def test_replay_is_the_stop_gradient_reference(float64, skip, checkpointing):
     model, plan = denoiser().double(), rolling(skip_first=skip)
     text, g = TEXT.double(), normal(2, 9, *SHAPE, seed=9).double()
     small = spec(sink=3, slow=2, fast=6, tau=1.0)
-    model.checkpointing(checkpointing)
+    if checkpointing:
+        model.transformer.enable_gradient_checkpointing()
     made = rollout(model, text, 30, SHAPE, spec=plan, memory=small, flow=FLOW, rng=rng(7))
     assert made.memory.promoted > 2, "frames were evicted from the slow part, too"
     replay(model, made, g, text)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    model.checkpointing(False)
+    model.transformer.disable_gradient_checkpointing()
     video = by_hand(model, text, small, skip)
     assert torch.equal(video.detach(), made.video)
     target, carried = video[:, 21 + 3 * skip :], g[:, 3 * skip :]
