@@ -91,6 +91,8 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
     frames = [row["frames"] for row in rows]
     axis.plot(frames, [row["step_mib"] for row in rows], marker="o", label="peak of a step")
+    axis.axvline(105, color="grey", linestyle=":", linewidth=1)  # 3 + 6 x 12 + 6 + 21
+    axis.annotate("teacher's context full", (112, 20), fontsize=8, color="grey")
     axis.plot(frames, [row["latents_mib"] for row in rows], marker="o", label="the rollout's latents")
     axis.set(xlabel="latent frames of the rollout", ylabel="MiB", ylim=(0, None), title="Memory of a stage-2 step (profile tiny, batch 8)")
     axis.legend(frameon=False)
