@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import diffusers
-import torch
-from safetensors.torch import load_file
 
 from .model import wan
 from .model.codec import Codec, LinearCodec, load_codec, save_codec
-from .model.convert import check, expected
 from .model.denoiser import Compute, Denoiser
-from .model.flow import Flow
+from .model.flow import Flow, falling
 from .model.memory import MemorySpec
 from .model.text import TextEncoder, load_text, save_text
 from .model.weights import check_whole
@@ -54,21 +52,17 @@ class Recipe:
         if self.height % 16 or self.width % 16 or min(self.height, self.width, self.fps, self.chunk) < 1:
             stated = f"height, width, fps and chunk are {self.height}, {self.width}, {self.fps}, {self.chunk}"
             raise ValueError(f"{stated}; the first two are multiples of 16, all are above 0")
-        if not self.levels or list(self.levels) != sorted(set(self.levels), reverse=True) or not 0 < self.levels[-1] <= self.levels[0] <= 1:
-            raise ValueError(f"levels is {list(self.levels)}; they fall from at most 1 to above 0")
-
-    def sigmas(self) -> list[float]:
-        return self.flow.warp(torch.tensor(self.levels, dtype=torch.float64)).tolist()
-
+        self.memory.hold(self.chunk)
+        falling(self.levels)
 
 def save(path: Path, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
     """Under a temporary name first: a folder that has its name is whole."""
     if path.exists():
         raise ValueError(f"{path} is already there; name another folder, or remove it")
-    part = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(part, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
+    part.chmod(0o755)  # mkdtemp's is its owner's alone
     try:
-        part.mkdir(parents=True)
         fill(part, path.name, denoiser, codec, text, recipe)
         part.rename(path)
     finally:
@@ -99,11 +93,6 @@ def load(path: Path, compute: Compute) -> tuple[Denoiser, Codec, TextEncoder, Re
     for file in sorted(path.rglob("*.safetensors")):
         check_whole(file)
     recipe = typed(Recipe, read(path / RECIPE), f"{path / RECIPE}: ")
-    home = path / "transformer"
-    try:
-        check(load_file(home / "diffusion_pytorch_model.safetensors"), expected(read(home / "config.json")))
-    except ValueError as error:
-        raise ValueError(f"{home} does not fit its config.json: {error}") from None
     home = path / "vae" if (path / "vae").is_dir() else path / "codec"
     return wan.load(path / "transformer", compute), load_codec(home), load_text(path), recipe
 

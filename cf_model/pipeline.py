@@ -140,7 +140,8 @@ class ContextForcingPipeline:
     ) -> Iterator[tuple[Chunk, Float[Tensor, "B F C H W"]]]:
         """Latents of the clip's chunks and then of new ones; the frames are still missing."""
         recipe, rng = self.recipe, torch.Generator(self.device).manual_seed(seed)
-        sigmas, shape = recipe.sigmas(), (self.codec.channels, recipe.height // self.codec.space, recipe.width // self.codec.space)
+        sigmas, space = recipe.flow.sigmas(recipe.levels), self.codec.space
+        shape = self.codec.channels, recipe.height // space, recipe.width // space
         memory, now = empty(recipe.memory), text[0]
         kept: tuple[int, ...] = ()
         recent: deque[Tensor] = deque(maxlen=max(1, recipe.memory.size // recipe.chunk))  # what a recache passes again
@@ -175,13 +176,13 @@ class ContextForcingPipeline:
             return memory
         if switch == "flush":
             return memory.flushed(FLUSHED)
-        first, held = memory.seen - recent.shape[1], len(memory.held()["sink"])
-        if keep_sink and first < held:  # they are in the sink already
-            recent = recent[:, -(-(held - first) // self.recipe.chunk) * self.recipe.chunk :]
-            first = memory.seen - recent.shape[1]
+        last, held = memory.seen, len(memory.held()["sink"]) if keep_sink else 0
+        first = max(last - recent.shape[1], held)  # those in the sink are not passed again
         memory = memory.restarted(first, keep_sink)
-        for part in recent.split(self.recipe.chunk, dim=1):
-            memory = self.denoiser.remember(part, text, memory)
+        while first < last:
+            until = min(last, first + self.recipe.chunk - first % self.recipe.chunk)  # the sink may end within a chunk
+            part = recent[:, recent.shape[1] - last + first :][:, : until - first]
+            memory, first = self.denoiser.remember(part, text, memory), until
         return memory
 
     def _encoded(self, clip: np.ndarray) -> Float[Tensor, "B F C H W"]:

@@ -132,7 +132,7 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, nu
         # causal_init has no levels of its own: it is trained at all of them
         rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
         memory = empty(spec) if real is None else model.watch(real, text, spec, chunk=rollout.chunk)
-        chunks = stream(model, text, size, sigmas=rollout.sigmas(params.flow), chunk=rollout.chunk, memory=memory, rng=rng)
+        chunks = stream(model, text, size, sigmas=params.flow.sigmas(rollout.levels), chunk=rollout.chunk, memory=memory, rng=rng)
         for _ in range((system.frames - memory.seen) // rollout.chunk):
             yield next(chunks)
         return

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cf_model.model.convert import check, expected, original_config, to_diffusers
+from cf_model.model.convert import expected, original_config, to_diffusers
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import MemorySpec
+from cf_model.model.weights import check
 
 from .params_file import Refused
 

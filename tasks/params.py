@@ -158,7 +158,7 @@ class Params(Section):
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
-        for rule in (weights_are_named, pictures_fit, clips_are_long_enough, students_are_shown_what_exists):
+        for rule in (weights_are_named, pictures_fit, clips_are_long_enough, students_are_shown_what_exists, systems_can_run):
             rule(self)
         return self
 
@@ -224,9 +224,14 @@ def students_are_shown_what_exists(p: Params) -> None:
     for name, frames in lengths.items():
         if frames <= p.generate.prefix:
             raise ValueError(f"generate.{name} is {frames}, no more than generate.prefix {p.generate.prefix}; use more")
-    for name in (*p.generate.systems, *p.generate.continuations):
+
+
+def systems_can_run(p: Params) -> None:
+    for name, system in [*p.generate.systems.items(), *p.generate.continuations.items()]:
         if not re.fullmatch(r"[a-z0-9_]+", name) or name == "real":
             raise ValueError(f"generate names a system {name!r}; use small letters, digits and _, and not real: it names a folder")
+        if system.memory:
+            system.memory.hold(p.stage2.rollout.chunk)
 
 
 def load(path: Path = Path("params.yaml")) -> Params:

@@ -82,8 +82,8 @@ def applied(stated: Any, name: str) -> Any:
     out = copy.deepcopy(stated)
     for stage in STUDENTS:
         out[stage]["memory"] = merged(out[stage]["memory"], preset["memory"])
-    for stage in ("stage1", "stage2"):
-        out[stage] = merged(out[stage], preset[stage])
+    for section in ("teacher", "stage1", "stage2"):
+        out[section] = merged(out[section], preset[section])
     memory = {**preset["memory"], **preset["generation"]} if preset["generation"] else None
     for suite in ("systems", "continuations"):
         frames = out["generate"][suite]["stage2"]["frames"]

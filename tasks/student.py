@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cf_model.data.latents import Latents
@@ -33,6 +32,20 @@ class Job:
     seed: int
 
 
+class Captions:
+    """The training clips' captions, each once, in the order of the clips."""
+
+    def __init__(self, clips: Latents) -> None:
+        rows = clips.rows("train")
+        self.clips, self.rows = clips, list({caption: row for caption, row in zip(clips.captions(rows), rows, strict=True)}.values())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: list[int]) -> Tensor:
+        return self.clips.text([self.rows[i] for i in at])
+
+
 def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
     """Trains the student in `student` on the prompts of the training clips; real score and critic start from `teacher`."""
     clips, spec = Latents(latents), job.spec
@@ -43,7 +56,7 @@ def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path,
         critic=wan.load(teacher, job.compute),
         view=job.view,
         flow=job.flow,
-        prompts=torch.unique(clips.text(clips.rows("train")), dim=0),
+        prompts=Captions(clips),
         null=clips.null_text,
         shape=clips.shape,
         seed=job.seed,

@@ -23,7 +23,8 @@ def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callab
     """NNNNN.mp4 for line NNNNN of the file, and index.jsonl; settings.json says what they were made with."""
     from cf_model.request import readable
 
-    settings = {name: getattr(args, name) for name in ("seconds", "seed", "crf", "memory_strip")} | {
+    stated = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize")
+    settings = {name: getattr(args, name) for name in stated} | {
         "model": digest(args.model),
         "memory": asdict(pipe.recipe.memory),
         "continue_from": args.continue_from and digest(args.continue_from),
@@ -42,6 +43,7 @@ def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callab
         if number not in made:
             out = args.out / f"{number:05d}.mp4"
             make(words, out)
+            # a line whose video was lost is made again, and stands twice: the later row counts
             with (args.out / "index.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"line": number, "prompt": words, "file": out.name}, ensure_ascii=False) + "\n")
 

@@ -13,7 +13,7 @@ from cf_model.model.codec import video_frames
 from cf_model.model.memory import empty
 from cf_model.model.rollout import stream
 from cf_model.pipeline import Chunk, ContextForcingPipeline
-from cf_model.request import planned
+from cf_model.request import Switch, planned
 from tests.folders import SIZE, pipeline
 from tests.small import SHAPE
 
@@ -54,7 +54,7 @@ def latents(pipe: ContextForcingPipeline, chunks: int, memory: object = None) ->
     recipe, rng = pipe.recipe, torch.Generator().manual_seed(5)
     start = empty(recipe.memory) if memory is None else memory
     text = pipe.text.encode([WORDS])
-    made = stream(pipe.denoiser, text, SHAPE, sigmas=recipe.sigmas(), chunk=recipe.chunk, memory=start, rng=rng)  # type: ignore[arg-type]
+    made = stream(pipe.denoiser, text, SHAPE, sigmas=recipe.flow.sigmas(recipe.levels), chunk=recipe.chunk, memory=start, rng=rng)  # type: ignore[arg-type]
     return torch.cat(list(islice(made, chunks)), dim=1)
 
 
@@ -209,3 +209,34 @@ def test_absolute_positions_end_with_their_table() -> None:
         pipe.stream(WORDS, seconds=70)
     with pytest.raises(ValueError, match="need 258"):
         pipe.stream(WORDS, seconds=60, continue_from=clip(69))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("keep_sink", [True, False])
+@pytest.mark.parametrize("switch", ["recache", "flush", "keep"])
+@pytest.mark.parametrize("sink", [1, 3])
+def test_a_prompt_may_change_at_any_chunk(switch: Switch, keep_sink: bool, scope: str, sink: int) -> None:
+    """At chunk 1, too, when all that was made is in the sink; and nothing that is recached is lost or passed twice."""
+    pipe = pipeline(scope=scope, sink=sink)
+    for at in (0.5, 1.2):
+        chunks = list(pipe.chunks([(0, WORDS), (at, "fog")], seconds=2, seed=1, switch=switch, keep_sink=keep_sink))
+        changed = next(i for i, chunk in enumerate(chunks) if chunk.prompt == "fog")
+        found = sorted(index for part in held(chunks[changed]) for index in part)
+        assert len(found) == len(set(found))
+        if switch == "recache":
+            made = list(range(3 * changed))
+            assert found == sorted({*made[:sink], *made[-3:]})
+
+
+def test_a_recache_passes_the_frames_again_with_the_new_prompt(pipe: ContextForcingPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, inner = [], type(pipe.denoiser).remember
+
+    def listen(model: object, x_0: torch.Tensor, text: torch.Tensor, *rest: object) -> object:
+        asked.append(text)
+        return inner(model, x_0, text, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(pipe.denoiser), "remember", listen)
+    list(pipe.chunks([(0, WORDS), (1.2, "fog")], seconds=1.8, seed=1))
+    old, new = (pipe.text.encode([words]) for words in (WORDS, "fog"))
+    said = ["old" if torch.equal(text, old) else "new" if torch.equal(text, new) else "?" for text in asked]
+    assert said == ["old", "old", "new", "new"], "two chunks, the one that is not in the sink once more, a third"

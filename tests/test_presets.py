@@ -48,9 +48,9 @@ class Tracer:
         self.passes: list[dict[str, Any]] = []
         inner = Denoiser._pass
 
-        def traced(model: Denoiser, x_t: Any, sigma: Any, text: Any, memory: Any) -> Any:
+        def traced(model: Denoiser, x_t: Any, sigma: Any, text: Any, memory: Any, taken: Any) -> Any:
             self.passes.append({"model": id(model), "x": x_t, "sigma": sigma, "memory": memory, "grad": torch.is_grad_enabled()})
-            return inner(model, x_t, sigma, text, memory)
+            return inner(model, x_t, sigma, text, memory, taken)
 
         monkeypatch.setattr(Denoiser, "_pass", traced)
 
@@ -79,10 +79,19 @@ def chunk(passes: list[dict[str, Any]]) -> dict[str, str]:
     learning = [one for one in passes if one["grad"]]
     if learning:
         row["learns"] = f"at {lowered(learning[0])}: {seen(learning[0])}"
+        row["noise"] = noise(made, learning[0])
     return {key: value for key, value in row.items() if key != "kept_by" or value != row["sees"]}
 
 
-def train(name: str, tracer: Tracer) -> list[dict[str, Any]]:
+def noise(made: list[dict[str, Any]], learning: dict[str, Any]) -> str:
+    """Where the x_t of the learning pass came from: the way down from pure noise, or the chunk's own finished frames."""
+    clean = next(i for i, one in enumerate(made) if not float(one["sigma"][0]))
+    sources = {"the way down from pure noise": made[:clean], "its own x_0, noised again": made[clean + 1 :]}
+    (source,) = (name for name, passes in sources.items() if any(torch.equal(one["x"], learning["x"]) for one in passes))
+    return source
+
+
+def train(name: str, tracer: Tracer) -> dict[str, Any]:
     params = parameters(name)
     stage = presets.read(name)["student"]
     spec = getattr(params, stage)
@@ -101,7 +110,16 @@ def train(name: str, tracer: Tracer) -> list[dict[str, Any]]:
         seed=5,
         reencode=lambda latents: torch.full_like(latents[:, -1:], MARK),
     )
-    return [step(job, number, tracer, view) for number in range(2)]
+    # the second step is one after the curriculum's end
+    return {
+        "settings": {
+            "teacher": {"guidance": spec.teacher.guidance, "context_sigma": view.context_sigma, "errors": vars(params.teacher.errors)},
+            "horizon": vars(spec.horizon),
+            "critic_weight": spec.critic_weight,
+            "betas": [[o.beta1, o.beta2] for o in (spec.student_optimizer, spec.critic_optimizer)],
+        },
+        "steps": [step(job, number, tracer, view) for number in (0, max(1, spec.horizon.decay))],
+    }
 
 
 def step(job: Distillation, number: int, tracer: Tracer, view: Any) -> dict[str, Any]:

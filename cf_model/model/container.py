@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .convert import is_diffusers, original_config, some
+from .convert import is_diffusers, original_config
+from .weights import WEIGHTS, some
 
 Branch = Literal["ema", "raw", "critic"]
 CONTAINERS = {"ema": ("generator_ema",), "raw": ("generator", "generator_lora"), "critic": ("critic", "critic_lora")}
@@ -25,7 +26,6 @@ WRAPPERS = {
     *("model", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"),
     *("base_model", "pipe", "dit", "diffusion_model", "transformer"),
 }
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
 

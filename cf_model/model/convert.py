@@ -12,6 +12,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from .denoiser import ModelSpec
+from .weights import some
 
 Value = TypeVar("Value")
 
@@ -74,12 +75,6 @@ def _renamed(state: Mapping[str, Value], rules: tuple[dict[str, str], ...], of: 
     if unknown:
         raise ValueError(f"{some(unknown)} is no weight that {of}'s text-to-video transformer has; use a checkpoint of its architecture")
     return renamed
-
-
-def some(names: Iterable[str]) -> str:
-    """The first three, and how many there are."""
-    first = sorted(names)
-    return ", ".join(first[:3]) + (f" and {len(first) - 3} more ({len(first)} in all)" if len(first) > 3 else "")
 
 
 # ----------------------------------------------------------------------------------------------------------- shapes
@@ -166,22 +161,3 @@ def architecture(sizes: Mapping[str, Any]) -> Any:
 def expected(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every weight that diffusers' transformer of these sizes has, and its shape."""
     return {name: tuple(weight.shape) for name, weight in architecture(sizes).state_dict().items()}
-
-
-def check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Exactly these names and shapes, in floating point, or a sentence that names what is wrong."""
-    said = []
-    if missing := shapes.keys() - state.keys():
-        said.append(f"lacks {some(missing)}")
-    if unknown := state.keys() - shapes.keys():
-        said.append(f"holds {some(unknown)}, which the transformer doesn't have")
-    both = [name for name in shapes if name in state]
-    if misshapen := [f"{name} as {list(state[name].shape)} for {list(shapes[name])}" for name in both if state[name].shape != shapes[name]]:
-        said.append(f"has the wrong shape for {some(misshapen)}")
-    if other := [f"{name} as {str(t.dtype)[6:]}" for name, t in state.items() if t.dtype not in FLOATS]:
-        said.append(f"stores {some(other)}, which is quantised")
-    if said:
-        raise ValueError(f"it {', and '.join(said)}; under diffusers' names, it must be exactly one text-to-video transformer")
-
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -19,6 +19,7 @@ from .flow import to_x0
 from .memory import Frame, LayerMemories, Memory, MemorySpec, empty
 
 Rotation = tuple[Tensor, Tensor]
+Taken = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values
 Attention = Literal["native", "cudnn", "flash2", "flash3"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -55,7 +56,7 @@ class View:
 
     memory: Memory | None
     rotations: list[tuple[Rotation, Rotation]]  # of queries and of keys; one pair a layer, or one for all
-    taken: dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of this pass
+    taken: Taken | None  # where this pass's keys and values go, if anybody wants them
 
     def at(self, layer: int) -> tuple[Rotation, Rotation]:
         return self.rotations[layer if len(self.rotations) > 1 else 0]
@@ -68,7 +69,7 @@ class ViewRope(nn.Module):
         super().__init__()
         self.table: Any = table  # diffusers' WanRotaryPosEmbed
         self.memory: Memory | None = None
-        self.taken: dict[int, tuple[Tensor, Tensor]] = {}
+        self.taken: Taken | None = None
 
     def forward(self, x: Float[Tensor, "B C F H W"]) -> View:
         frames = x.shape[2]
@@ -91,6 +92,8 @@ class ViewRope(nn.Module):
         """cos and sin for whole frames at the given temporal positions, each [1, len(positions) * S, 1, D]."""
         t = self.table
         h, w = x.shape[3] // t.patch_size[1], x.shape[4] // t.patch_size[2]
+        if min(positions) < 0:
+            raise ValueError(f"frame {min(positions)} would lie before the video; memory.fast must hold at least the frames of a chunk")
         if max(positions) >= len(t.freqs_cos):
             raise ValueError(f"frame {max(positions)} lies beyond the RoPE table of {len(t.freqs_cos)} positions; use bounded positions")
         at = torch.tensor(positions, device=x.device)
@@ -118,7 +121,8 @@ class MemoryAttention:
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         # in bfloat16 the norm's answer is wider than the values: what is remembered should not be
         k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)).to(v.dtype)
-        rotary_emb.taken[self.layer] = (k, v)
+        if rotary_emb.taken is not None:
+            rotary_emb.taken[self.layer] = (k, v)
         queries, keys = rotary_emb.at(self.layer)
         if rotary_emb.memory is not None:
             past_k, past_v = rotary_emb.memory.past(self.layer)
@@ -154,6 +158,8 @@ class Denoiser(nn.Module):
         backend, package = BACKENDS[compute.attention]
         if package and importlib.util.find_spec(package) is None:
             raise ValueError(f"attention is {compute.attention}, but the package {package} is not installed; install it, or use native")
+        if compute.attention != "native" and not torch.cuda.is_available():
+            raise ValueError(f"attention is {compute.attention}, which needs a GPU, and there is none; use native")
         transformer.rope = ViewRope(transformer.rope)
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
@@ -179,7 +185,7 @@ class Denoiser(nn.Module):
         memory: Memory | None = None,
     ) -> Float[Tensor, "B F C H W"]:
         """ε - x_0. `sigma` is one level for the whole pass, or one a frame; `memory` None is plain Wan."""
-        return self._pass(x_t, sigma, text, memory)[0]
+        return self._pass(x_t, sigma, text, memory, None)
 
     def remember(
         self,
@@ -192,15 +198,17 @@ class Denoiser(nn.Module):
     ) -> Memory:
         """One pass over a chunk for its keys and values only: clean, or at a level `sigma` (Self-Forcing's context noise)."""
         frames, level = x_0.shape[1], x_0.new_zeros(len(x_0)) if sigma is None else sigma
+        taken: Taken = {}
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            _, taken = self._pass(x_0, level, text, memory.committing(frames))
+            self._pass(x_0, level, text, memory.committing(frames), taken)
         return memory.remember(cut(taken, memory.seen, frames))
 
     def offer(
         self, x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Float[Tensor, "B T E"], memory: Memory
     ) -> tuple[Float[Tensor, "B F C H W"], Memory]:
         """`forward`, and the memory after it was offered this pass's keys (timing first_call)."""
-        velocity, taken = self._pass(x_t, sigma, text, memory)
+        taken: Taken = {}
+        velocity = self._pass(x_t, sigma, text, memory, taken)
         return to_x0(x_t, velocity, sigma), memory.offer(cut(taken, memory.seen, x_t.shape[1]))
 
     def watch(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], spec: MemorySpec, *, chunk: int) -> Memory:
@@ -210,9 +218,10 @@ class Denoiser(nn.Module):
             memory = self.remember(part, text, memory)
         return memory
 
-    def _pass(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    def _pass(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, taken: Taken | None) -> Tensor:
+        """The velocity. Keys and values go to `taken` where they are wanted: a checkpointed pass would keep them all."""
         rope = self.transformer.rope
-        rope.memory, rope.taken = memory, {}
+        rope.memory, rope.taken = memory, taken
         timestep = 1000 * sigma
         if timestep.ndim == 2:  # diffusers takes one timestep a token
             timestep = timestep.repeat_interleave(self._tokens(x_t), dim=1)
@@ -221,15 +230,15 @@ class Denoiser(nn.Module):
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=low):
                 velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
         finally:
-            taken, rope.memory, rope.taken = rope.taken, None, {}
-        return velocity.to(x_t.dtype), taken
+            rope.memory, rope.taken = None, None
+        return velocity.to(x_t.dtype)
 
     def _tokens(self, x: Tensor) -> int:
         _, rows, columns = self.transformer.config.patch_size
         return (x.shape[3] // rows) * (x.shape[4] // columns)
 
 
-def cut(taken: dict[int, tuple[Tensor, Tensor]], first: int, frames: int) -> tuple[Frame, ...]:
+def cut(taken: Taken, first: int, frames: int) -> tuple[Frame, ...]:
     """A pass's keys and values, one frame after the other, the first of them numbered `first`."""
     layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for _, (k, v) in sorted(taken.items())]
     return tuple(Frame(first + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,10 @@ class Flow:
         """σ of a sampler with so many steps, from 1 down to 0, both ends included."""
         return self.warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
 
+    def sigmas(self, levels: Sequence[float]) -> list[float]:
+        """Shifted noise levels of a few-step model."""
+        return self.warp(torch.tensor(levels, dtype=torch.float64)).tolist()
+
     def sample_sigma(self, batch: int, rng: Noise) -> Float[Tensor, " B"]:
         """For flow matching: the whole range, shifted."""
         return self.warp(torch.rand(batch, generator=rng) if isinstance(rng, torch.Generator) else next(rng))
@@ -51,6 +55,12 @@ class Flow:
         table = bell(self.warp(1 - torch.arange(1000, dtype=torch.float64) / 1000))
         lowest = table.min()
         return ((bell(sigma.double()) - lowest) / (table - lowest).mean()).to(sigma.dtype)
+
+
+def falling(levels: Sequence[float]) -> None:
+    """Refuses the levels of a few-step model that do not fall."""
+    if not levels or list(levels) != sorted(set(levels), reverse=True) or not 0 < levels[-1] <= levels[0] <= 1:
+        raise ValueError(f"levels is {list(levels)}; they fall from at most 1 to above 0")
 
 
 def add_noise(x_0: Float[Tensor, "B *rest"], noise: Float[Tensor, "B *rest"], sigma: Float[Tensor, " B"]) -> Float[Tensor, "B *rest"]:

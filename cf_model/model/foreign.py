@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import lora
-from .container import WEIGHTS, Branch, Source, open_source
-from .convert import architecture, check, expected, in_diffusers, inferred, some
+from .container import Branch, Source, open_source
+from .convert import architecture, expected, in_diffusers, inferred
+from .weights import WEIGHTS, check, some
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ def import_transformer(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and not empty; name a new folder")
     weights = read_weights(src, base=base, branch=branch, dtype=dtype, heads=heads, lora_alpha=lora_alpha)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
+    partial.chmod(0o755)  # mkdtemp's is its owner's alone
     try:
         architecture(weights.config).save_config(partial)
         save_file({name: tensor.contiguous() for name, tensor in weights.state.items()}, partial / WEIGHTS, metadata={"format": "pt"})

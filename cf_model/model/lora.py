@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .convert import in_diffusers, some
+from .convert import in_diffusers
+from .weights import some
 
 # peft writes the adapter's name before `.weight` where a whole model was saved, and leaves it out in an adapter of its own
 HALF = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.weight")

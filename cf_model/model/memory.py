@@ -49,6 +49,11 @@ class MemorySpec:
             stated = f"fill is {self.fill} and timing {self.timing}, but when is evict"
             raise ValueError(f"{stated}; use when: enqueue, or fill: none and timing: clean, since only kept clean frames can wait")
 
+    def hold(self, chunk: int) -> None:
+        """Refuses chunks that the fast part, which counts the current one, has no room for."""
+        if self.fast < chunk:
+            raise ValueError(f"memory.fast is {self.fast}, but it counts the current chunk of {chunk} latent frames; use at least that")
+
     @property
     def size(self) -> int:
         return self.sink + self.slow + self.fast
@@ -79,7 +84,8 @@ class ContextMemory:
     last: Tensor | None = None  # mean key of the pass that the next one is compared with
     seen: int = 0  # frames since the video began
     similarity: tuple[float, ...] | None = None  # of the newest chunk to the one before, in each layer, for the log
-    judged: bool = False  # the chunk being made has been kept already (timing: first_call)
+    calls: int = 0  # noisy passes over the chunk being made (timing: first_call)
+    judged: bool = False  # one of them has kept it
     promoted: int = 0  # frames so far
 
     @property
@@ -107,51 +113,53 @@ class ContextMemory:
         """
         spec, length = self.spec, len(chunk)
         tested, keep = self._test(chunk)
-        if spec.timing == "first_call":
-            keep = ()  # offered before
+        if self.judged:
+            keep = ()
         if spec.when == "enqueue":
             tested, keep = tested._promote(keep), ()
         room = max(spec.sink - len(self.sink), 0)
         sink, rest = self.sink + chunk[:room], chunk[room:]
-        free = spec.slow - len(self.early) if spec.fill == "early_raw" else 0
-        early, rest = self.early + rest[:free], rest[free:]
+        # by number, not by room: after a flush the places stay free, the video's first frames are gone
+        raw = sum(frame.index < spec.sink + spec.slow for frame in rest) if spec.fill == "early_raw" else 0
+        early, rest = self.early + rest[:raw], rest[raw:]
         # the next chunk counts into the fast part, so what is left for the past is smaller by its length
         leaving, fast = split(self.fast + rest, max(spec.fast - length, 0))
         # Choice: promoted when it leaves the fast part, not when it is tested, so that no frame is there twice.
         news = {*self.news, *(frame.index for frame in keep)}
         after = tested._promote(tuple(frame for frame in leaving if frame.index in news))
         staying = tuple(frame.index for frame in fast if frame.index in news)
-        return replace(after, sink=sink, early=early, fast=fast, news=staying, seen=self.seen + length, judged=False)
+        return replace(after, sink=sink, early=early, fast=fast, news=staying, seen=self.seen + length, calls=0, judged=False)
 
     def offer(self, chunk: Frames) -> ContextMemory:
         """The memory after one pass over a chunk that is still noisy; only timing first_call looks at its keys.
 
-        The chunk's first pass is compared with the clean pass of the chunk before, a later one with the pass before it,
-        until one differs; the keys and values of that pass are kept (docs/method.md 6.2, i to iii).
+        The chunk's first pass is compared with the clean pass of the chunk before, a later one (the clean one, too) with the
+        pass before it, until one differs; the keys and values of that pass are kept (docs/method.md 6.2, i to iii).
         """
         if self.spec.timing != "first_call" or self.judged:
             return self
         tested, keep = self._test(chunk)
-        return replace(tested._promote(keep), judged=bool(keep))
+        return replace(tested._promote(keep), calls=self.calls + 1, judged=bool(keep))
 
     def _test(self, chunk: Frames) -> tuple[ContextMemory, Frames]:
         """The comparison with the pass before, and the frames of the chunk that are worth keeping."""
         mean = mean_key(chunk)
         similarity = None if self.last is None else tuple(F.cosine_similarity(mean, self.last, dim=-1).tolist())
-        tested = replace(self, last=mean, similarity=similarity)
+        # for the log: a chunk's first pass against the chunk before; later passes are compared with the chunk's own
+        tested = replace(self, last=mean, similarity=self.similarity if self.calls else similarity)
         rest = chunk[max(self.spec.sink - len(self.sink), 0) :]
-        if not tested._is_news(self.seen // len(chunk)):
+        if not self._is_news(self.seen // len(chunk), similarity):
             return tested, ()
         return tested, rest if self.spec.keep == "all" else rest[:1]
 
-    def _is_news(self, chunk: int) -> bool:
+    def _is_news(self, chunk: int, similarity: tuple[float, ...] | None) -> bool:
         # Choice: "at 2-chunk intervals" tests every second chunk against its immediate predecessor; it gives the one
         # latent in 24 frames of the teacher's data and the 20 seconds that the paper claims.
         spec = self.spec
         if chunk < spec.begin or chunk % spec.interval:
             return False
         if spec.promote == "similarity":
-            return self.similarity is not None and sum(self.similarity) / len(self.similarity) < spec.tau
+            return similarity is not None and sum(similarity) / len(similarity) < spec.tau
         if spec.promote == "random":
             return random.Random(f"chunk {chunk}").random() < 0.5  # from the chunk's number alone, so a memory stays a value
         return spec.promote == "uniform"
@@ -168,7 +176,8 @@ class ContextMemory:
         """What the clean pass over the newest frames sees (`commit`)."""
         if self.spec.commit == "all":
             return self
-        recent = split(self.early + self.fast, max(self.spec.fast - frames, 0))[1]
+        first = self.seen - max(self.spec.fast - frames, 0)
+        recent = tuple(frame for frame in self.sink + self.early + self.fast if frame.index >= first)
         return replace(self, sink=(), kept=(), early=(), fast=recent)
 
     def flushed(self, recent: int) -> ContextMemory:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .flow import Flow, Noise, add_noise, gaussian
+from .flow import Flow, Noise, add_noise, falling, gaussian
 from .memory import Memory, MemorySpec, empty
 
 
@@ -42,8 +42,7 @@ class RolloutSpec:
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.window % self.chunk:
             raise ValueError(f"window is {self.window}, not whole chunks of {self.chunk} latent frames")
-        if not self.levels or list(self.levels) != sorted(set(self.levels), reverse=True) or self.levels[0] > 1 or self.levels[-1] <= 0:
-            raise ValueError(f"levels is {list(self.levels)}; they fall from at most 1 to above 0")
+        falling(self.levels)
         if not 0 <= self.skip_first <= self.full_first < self.window // self.chunk:
             stated = f"skip_first is {self.skip_first}, full_first {self.full_first}, of {self.window // self.chunk} chunks in the window"
             raise ValueError(f"{stated}; use 0 <= skip_first <= full_first, and leave one chunk that exits early")
@@ -52,9 +51,6 @@ class RolloutSpec:
             raise ValueError(f"{stated}: a stream's window is its end and overlaps the one before; use place: last and skip_first: 1")
         if self.renoise == "own" and self.exit != "last":
             raise ValueError(f"exit is {self.exit}, but renoise is own: the window is made again from a finished video; use exit: last")
-
-    def sigmas(self, flow: Flow) -> list[float]:
-        return flow.warp(torch.tensor(self.levels, dtype=torch.float64)).tolist()
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ def rollout(
     (Self Forcing, alg. 1). A chunk is remembered as the student left it, by a pass at σ = 0. Nothing after the window is
     made. With `past` the video goes on where that one ended, and its last frames begin the window.
     """
-    sigmas = spec.sigmas(flow)
+    sigmas = flow.sigmas(spec.levels)
     start = place(frames, spec, rng)
     window = slice(start, start + spec.window)
     shared = int(torch.randint(len(sigmas), (), generator=rng))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from .weights import check_whole, refuse
+from .weights import check_whole, some
 
 
 class UMT5Encoder:
@@ -55,7 +55,8 @@ class UMT5Encoder:
         wrong = [f"has no {name}" for name in sorted(found["missing_keys"])]
         wrong += [f"has {name}, which a UMT5 encoder has not" for name in sorted(found["unexpected_keys"])]
         wrong += [f"has {name} of {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])]
-        refuse(home, wrong)
+        if wrong:
+            raise ValueError(f"{home} {some(wrong)}; it belongs to other settings than those in the config.json beside it")
         return model.eval().requires_grad_(False)
 
     def to(self, device: Any) -> UMT5Encoder:
@@ -105,7 +106,10 @@ def weight_files(home: Path) -> list[Path]:
     index = home / "model.safetensors.index.json"
     if not index.is_file():
         return [home / "model.safetensors"]
-    return [home / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]}, which is no file beside it; copy the folder again")
+    return [home / name for name in names]
 
 
 def save_umt5(encoder: UMT5Encoder, folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from .denoiser import EXACT, Compute, Denoiser, ModelSpec
-from .weights import fill
+from .weights import WEIGHTS, fill
 
 
 def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, compute: Compute = EXACT) -> Denoiser:
@@ -47,5 +47,5 @@ def load(folder: Path, compute: Compute = EXACT) -> Denoiser:
         way = "run the stage that makes it, or `cf import-weights`"
         raise ValueError(f"{folder} holds no config.json, so it is no transformer of diffusers; {way}")
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder, local_files_only=True))
-    fill(transformer, folder / "diffusion_pytorch_model.safetensors")
+    fill(transformer, folder / WEIGHTS)
     return Denoiser(transformer, compute)

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for them
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def fill(module: nn.Module, file: Path) -> None:
     """Every weight by its name and shape, in the module's own precision; what doesn't fit is named."""
     check_whole(file)
-    state, wanted = load_file(file), module.state_dict()
-    wrong = [f"has no {name}" for name in sorted(wanted.keys() - state.keys())]
-    wrong += [f"has {name}, which {type(module).__name__} has not" for name in sorted(state.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & state.keys()):
-        if state[name].shape != wanted[name].shape:
-            wrong.append(f"has {name} of {list(state[name].shape)}, not {list(wanted[name].shape)}")
-    refuse(file, wrong)
+    state = load_file(file)
+    try:
+        check(state, {name: tuple(weight.shape) for name, weight in module.state_dict().items()})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     module.load_state_dict(state)
-
-
-def refuse(where: Path, wrong: Sequence[str]) -> None:
-    """One sentence, if anything is wrong."""
-    if wrong:
-        more = f" ({len(wrong) - 1} more like this)" if wrong[1:] else ""
-        raise ValueError(f"{where} {wrong[0]}{more}; it belongs to other settings than those in the config.json beside it")
 
 
 def check_whole(file: Path) -> None:
@@ -39,3 +34,25 @@ def check_whole(file: Path) -> None:
             pass
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is cut off or no safetensors file ({error}); copy it again") from None
+
+
+def check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Exactly these names and shapes, in floating point, or a sentence that names what is wrong."""
+    said = []
+    if missing := shapes.keys() - state.keys():
+        said.append(f"lacks {some(missing)}")
+    if unknown := state.keys() - shapes.keys():
+        said.append(f"holds {some(unknown)}, which it should not")
+    both = [name for name in shapes if name in state]
+    if misshapen := [f"{name} as {list(state[name].shape)} for {list(shapes[name])}" for name in both if state[name].shape != shapes[name]]:
+        said.append(f"has the wrong shape for {some(misshapen)}")
+    if other := [f"{name} as {str(t.dtype)[6:]}" for name, t in state.items() if t.dtype not in FLOATS]:
+        said.append(f"stores {some(other)}, which is quantised")
+    if said:
+        raise ValueError(f"it {', and '.join(said)}; it must hold exactly the weights that its config names")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three, and how many there are."""
+    first = sorted(names)
+    return ", ".join(first[:3]) + (f" and {len(first) - 3} more ({len(first)} in all)" if len(first) > 3 else "")

@@ -30,6 +30,7 @@ class CausalInitSpec:
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, batch=self.batch, frames=self.frames, chunk=self.chunk, save_every=self.save_every)
+        self.memory.hold(self.chunk)
         for name in ("frames", "longest"):
             if getattr(self, name) % self.chunk:
                 raise ValueError(f"{name} is {getattr(self, name)}, not whole chunks of {self.chunk} latent frames")

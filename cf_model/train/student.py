@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -64,8 +64,17 @@ class StudentSpec:
             if value % chunk:
                 down = value // chunk * chunk
                 raise ValueError(f"horizon.{name} is {value}, not whole chunks of {chunk} latent frames; use {down} or {down + chunk}")
+        self.memory.hold(chunk)
         if self.horizon.shortest < self.rollout.window:
             raise ValueError(f"horizon.shortest is {self.horizon.shortest}, below rollout.window {self.rollout.window}; use at least that")
+
+
+class Prompts(Protocol):
+    """Embedded prompts, read as they are drawn: a training set's do not fit into memory. A tensor [P, T, E] is one, too."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: list[int], /) -> Tensor: ...
 
 
 class Distillation:
@@ -80,7 +89,7 @@ class Distillation:
         critic: Denoiser,
         view: TeacherView,
         flow: Flow,
-        prompts: Float[Tensor, "P T E"],
+        prompts: Prompts,
         null: Float[Tensor, "T E"],
         shape: tuple[int, int, int],
         seed: int,

@@ -106,8 +106,8 @@ def test_missing_unknown_misshapen_and_quantised_are_named() -> None:
         convert.check(state, shapes)
     assert str(refused.value) == (
         "it lacks blocks.1.attn1.norm_k.weight, blocks.1.attn1.norm_q.weight, blocks.1.attn1.to_q.bias and 1 more (4 in all), and "
-        "holds blocks.0.extra, which the transformer doesn't have, and has the wrong shape for proj_out.bias as [3] for [16], and "
-        "stores scale_shift_table as int8, which is quantised; under diffusers' names, it must be exactly one text-to-video transformer"
+        "holds blocks.0.extra, which it should not, and has the wrong shape for proj_out.bias as [3] for [16], and "
+        "stores scale_shift_table as int8, which is quantised; it must hold exactly the weights that its config names"
     )
 
 

@@ -1,11 +1,12 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from cf_model.model import wan
-from cf_model.model.denoiser import Compute, Denoiser
-from cf_model.model.memory import ContextMemory
+from cf_model.model.denoiser import Compute, Denoiser, ViewRope
+from cf_model.model.memory import ContextMemory, LayerMemories, empty
 from tests.small import SHAPE, denoiser, normal, spec
 
 TEXT = normal(2, 5, 8, seed=3)
@@ -109,9 +110,34 @@ def test_layers_that_decide_alike_see_what_one_decision_shows_them():
         assert torch.equal(model.velocity(part, sigma, TEXT, one), model.velocity(part, sigma, TEXT, each))
 
 
+def test_layers_of_different_occupancy_run_in_one_pass():
+    """Each layer's keys are rotated to its own places; with another layer's, the shapes would not fit."""
+    model = denoiser()
+    each = model.watch(normal(2, 30, *SHAPE), TEXT, spec(scope="layer", promote="uniform"), chunk=3)
+    fewer = dataclasses.replace(each.layers[0], kept=each.layers[0].kept[1:])
+    uneven = LayerMemories(each.spec, (fewer, each.layers[1]))
+    part, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        assert not torch.equal(model.velocity(part, sigma, TEXT, uneven), model.velocity(part, sigma, TEXT, each))
+
+
+def test_only_a_pass_that_remembers_takes_keys_and_values(monkeypatch):
+    """A checkpointed pass would keep all of them until its backward pass is over."""
+    seen, inner = [], ViewRope.forward
+    monkeypatch.setattr(ViewRope, "forward", lambda rope, x: seen.append(rope.taken is not None) or inner(rope, x))
+    model, x, sigma = denoiser(), normal(2, 3, *SHAPE), torch.tensor([0.5, 0.9])
+    memory = model.remember(x, TEXT, empty(spec()))
+    model(x, sigma, TEXT, memory)
+    model.offer(x, sigma, TEXT, memory)
+    assert seen == [True, False, True]
+
+
 def test_an_attention_that_is_not_installed_is_refused():
     with pytest.raises(ValueError, match="attention is flash2, but the package flash_attn is not installed"):
         Denoiser(plain(denoiser()), Compute("flash2", "bfloat16", checkpointing=False))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="attention is cudnn, which needs a GPU, and there is none; use native"):
+            Denoiser(plain(denoiser()), Compute("cudnn", "bfloat16", checkpointing=False))
     with pytest.raises(ValueError, match="attention is cudnn, which computes in bfloat16, but dtype is float32; use dtype: bfloat16"):
         Compute("cudnn", "float32", checkpointing=False)
 
@@ -148,7 +174,7 @@ def test_a_missing_weight_is_refused(tmp_path):
     weights = load_file(file)
     weights.pop("proj_out.weight")
     save_file(weights, file)
-    with pytest.raises(ValueError, match=r"has no proj_out\.weight; it belongs to other settings"):
+    with pytest.raises(ValueError, match=r"it lacks proj_out\.weight; it must hold exactly the weights"):
         wan.load(tmp_path)
 
 

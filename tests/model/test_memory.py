@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cf_model.model.memory import ContextMemory, Frame, Memory, dump, empty, restore
+from cf_model.model.memory import ContextMemory, Frame, Memory, dump, empty, mean_key, restore
 from tests.small import rng, spec
 
 
@@ -145,6 +145,7 @@ def test_the_commit_pass_may_see_the_fast_part_only():
     memory = after(9, commit="fast")
     assert indices(memory.committing(3).frames) == indices(memory.fast) and memory.committing(3).query_positions(3) == [18, 19, 20]
     assert after(9).committing(3).held() == after(9).held()
+    assert indices(after(1, commit="fast").committing(3).frames) == [0, 1, 2], "recent frames count, wherever they are"
 
 
 def test_flushed_and_restarted():
@@ -155,6 +156,56 @@ def test_flushed_and_restarted():
         again = again.remember(chunk(3 * c))
     assert again.seen == 27 and indices(again.fast) == [24, 25, 26] and again.slow[0].index >= 12
     assert indices(memory.restarted(6, keep_sink=False).remember(chunk(6)).sink) == [6, 7, 8]
+
+
+@pytest.mark.parametrize("emptied", ["flush", "recache"])
+def test_the_released_memory_goes_on_after_it_was_emptied(emptied):
+    """Its free places are for the video's first frames; those that come later belong to the fast part."""
+    memory = empty(spec(**AS_RELEASED))
+    for c in range(13):
+        _, memory = making(c, memory)
+    memory = memory.flushed(2) if emptied == "flush" else memory.restarted(39, keep_sink=True)
+    for c in range(13, 20):
+        during, memory = making(c, memory)
+        left = [] if emptied == "recache" else [37, 38]
+        assert during.held()["fast"] == (left if c == 13 else [3 * c - 3, 3 * c - 2, 3 * c - 1])
+        assert during.held()["slow"] == [3 * k for k in range(13, c + 1)]
+
+
+def test_the_released_memory_keeps_what_it_only_watched():
+    """A real clip has no noisy passes: its clean ones are the calls."""
+    memory = empty(spec(**AS_RELEASED))
+    for c in range(10):
+        memory = memory.remember(noisy(c, 9, 1))
+    assert memory.held()["slow"] == [*range(6, 28, 3), *range(11, 15)]
+    again = making(10, memory)[1]
+    assert again.promoted == memory.promoted + 1, "and a chunk that was kept on a noisy pass is not kept a second time"
+
+
+def test_the_log_shows_a_chunk_against_the_chunk_before():
+    """Also when later passes are compared with the chunk's own earlier ones."""
+    memory = empty(spec(**AS_RELEASED, tau=-1.0))
+    for c in range(2):
+        _, memory = making(c, memory)
+    first = memory.offer(noisy(2, 0, 1))
+    last = first.offer(noisy(2, 0, 1)).remember(noisy(2, 0, 1))
+    assert last.similarity == first.similarity and first.similarity[0] < 0.99
+
+
+def test_the_mean_key_is_of_all_tokens_of_all_frames():
+    keys = [torch.randn(2, 4, 2, 3, generator=rng(i)) for i in range(3)]
+    frames = tuple(Frame(i, (key,), (key,)) for i, key in enumerate(keys))
+    expected = torch.stack([key[0] for key in keys]).mean(dim=(0, 1)).flatten()
+    assert torch.allclose(mean_key(frames)[0], expected, atol=1e-6)
+
+
+def test_layers_of_different_occupancy_have_positions_of_their_own():
+    memory = empty(spec(scope="layer", positions="packed"))
+    for c in range(8):
+        keys = (torch.ones(1, 2, 1, 8), torch.randn(1, 2, 1, 8, generator=rng(c)))
+        memory = memory.remember(tuple(Frame(3 * c + i, keys, keys) for i in range(3)))
+    assert memory.key_positions(3, 0) == list(range(6)) and memory.key_positions(3, 1) == list(range(9))
+    assert memory.query_positions(3, 0) == [6, 7, 8] and memory.query_positions(3, 1) == [9, 10, 11]
 
 
 @pytest.mark.parametrize("changes", [{}, AS_RELEASED], ids=["paper", "released"])
@@ -258,6 +309,12 @@ def test_the_released_readings_stay_within_bounds(alike, keep, interval, begin, 
         assert keys == sorted(set(keys)) and max(keys + query) < plan.size and max(keys) < query[0]
         kept = memory.at(0).kept if scope == "layer" else memory.kept
         assert indices(kept) == sorted(indices(kept)), "in the order of time"
+
+
+def test_a_chunk_has_room_in_the_fast_part():
+    with pytest.raises(ValueError, match=r"memory\.fast is 2, but it counts the current chunk of 3 latent frames"):
+        spec(fast=2).hold(3)
+    spec(fast=3).hold(3)
 
 
 @pytest.mark.parametrize(

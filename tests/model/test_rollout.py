@@ -32,7 +32,7 @@ def test_which_chunks_carry_gradient(skip):
 
 
 def test_the_target_stops_at_one_random_level_and_the_context_is_clean():
-    levels, exits = ROLLOUT.sigmas(FLOW), set()
+    levels, exits = FLOW.sigmas(ROLLOUT.levels), set()
     for seed in range(12):
         made = rollout(denoiser(), TEXT, 15, SHAPE, spec=ROLLOUT, memory=spec(), flow=FLOW, rng=rng(seed))
         assert {t.sigma for t in made.targets} == {levels[made.exits[0]]}

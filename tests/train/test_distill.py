@@ -3,7 +3,7 @@ import torch
 
 from cf_model.model.memory import empty
 from cf_model.model.rollout import rollout
-from cf_model.model.view import TeacherView
+from cf_model.model.view import TeacherView, sample
 from cf_model.train.distill import critic_loss, generator_gradient
 from cf_model.train.student import replay
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
@@ -142,7 +142,7 @@ def test_replay_is_the_stop_gradient_reference(float64, skip, checkpointing):
 def by_hand(model, text, memory, skip):
     """The rollout once more: one graph for the scored chunks' last passes, nothing of it in what is remembered."""
     noise, frames, state = rng(7), [], empty(memory)
-    exit_at, sigmas = int(torch.randint(4, (), generator=noise)), rolling().sigmas(FLOW)
+    exit_at, sigmas = int(torch.randint(4, (), generator=noise)), FLOW.sigmas(rolling().levels)
     for first in range(0, 30, 3):
         learns = first >= 21 + 3 * skip
         steps = sigmas[: exit_at + 1] if learns else sigmas
@@ -155,6 +155,27 @@ def by_hand(model, text, memory, skip):
         frames.append(x_0)
         state = model.remember(x_0.detach(), text, state)
     return torch.cat(frames, dim=1)
+
+
+RELEASED = {"interval": 1, "begin": 2, "when": "enqueue", "timing": "first_call", "fill": "early_raw", "scope": "layer", "tau": 1.0}
+
+
+@pytest.mark.parametrize(("memory", "plan"), [(RELEASED, {"skip_first": 1, "full_first": 2}), ({}, {"renoise": "own", "exit": "last"})])
+def test_replay_of_other_readings(float64, memory, plan):
+    """Each target alone makes the frames that are scored, and chunk by chunk equals one graph of all of them."""
+    model, text = denoiser().double(), TEXT.double()
+    made = rollout(model, text, 30, SHAPE, spec=rolling(**plan), memory=spec(**memory), flow=FLOW, rng=rng(7))
+    g = normal(2, 9, *SHAPE, seed=9).double()
+    replay(model, made, g, text)
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    carry = [t for t in made.targets if t.grad]
+    x_0 = torch.cat([model(t.x_t, torch.full((2,), t.sigma), text, t.memory) for t in carry], dim=1)
+    first = carry[0].first
+    assert torch.allclose(x_0, made.video[:, first:], atol=1e-9) and [t.memory.seen for t in made.targets] == [21, 24, 27]
+    (0.5 * torch.nn.functional.mse_loss(x_0, (x_0 - g[:, first - 21 :]).detach())).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert expected.norm() > 0 and float((got - expected).norm() / expected.norm()) < 1e-6
 
 
 def test_a_training_forward_writes_into_nothing_that_another_reads(float64):
@@ -181,3 +202,31 @@ def test_views_of_a_short_past_have_no_frame_twice():
     for start in range(40):
         frames = VIEW.frames(start)
         assert frames == sorted(set(frames)) and all(0 <= f < start for f in frames) and len(frames) <= 21
+
+
+@pytest.mark.parametrize("announced", ["shared", "zero"])
+def test_levels_that_context_frames_are_announced_with(announced):
+    class Listener:
+        def velocity(self, x_t, sigma, text):
+            self.sigma = sigma
+            return x_t
+
+    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma=announced)
+    x, sigma, model = normal(2, 6, *SHAPE), torch.tensor([0.5, 0.9]), Listener()
+    assert torch.equal(view.velocity(model, x, sigma, TEXT, normal(2, 4, *SHAPE, seed=2)), x)
+    levels = model.sigma if model.sigma.ndim == 2 else model.sigma[:, None].expand(2, 10)
+    assert torch.equal(levels[:, 4:], sigma[:, None].expand(2, 6))
+    assert torch.equal(levels[:, :4], sigma[:, None].expand(2, 4) if announced == "shared" else torch.zeros(2, 4))
+
+
+def test_the_sampler_moves_away_from_the_null_prompt():
+    """One Euler step from noise to data with a constant velocity: x = noise - (null + 3 (cond - null))."""
+
+    class Constant:
+        def velocity(self, x_t, sigma, text):
+            return torch.ones_like(x_t) * text.mean()
+
+    nothing, null = torch.zeros(2, 0, *SHAPE), normal(5, 8, seed=8)
+    made = sample(Constant(), TEXT, nothing, (3, *SHAPE), view=VIEW, flow=FLOW, steps=1, guidance=3.0, rng=rng(), null=null)
+    velocity = null.mean() + 3 * (TEXT.mean() - null.mean())
+    assert torch.allclose(made, torch.randn((2, 3, *SHAPE), generator=rng()) - velocity, atol=1e-6)

@@ -166,11 +166,13 @@ def test_a_stream_goes_on_across_steps_and_across_a_resume(tmp_path, scope):
         "horizon": HorizonSpec(shortest=18, longest=18, decay=0, mode="const"),
         "memory": spec(scope=scope, tau=1.0),
     }
-    through, values = distillation(**changes), []
+    through, values, texts = distillation(**changes), [], []
     for number in range(6):
         if number == 3:
             checkpoint.save(tmp_path, 3, through.state)
         values.append(through.step(number))
+        texts.append(through.stream.text)
+    assert all(torch.equal(text, texts[0]) for text in texts[:5]), "one video, one prompt"
     assert [row["frames"] for row in values] == [6, 9, 12, 15, 18, 6]
     resumed = distillation(**changes)
     assert checkpoint.restore(tmp_path, resumed.state) == 3
@@ -190,3 +192,15 @@ def test_without_a_past_the_contextual_loss_is_self_forcings():
     two.view = dataclasses.replace(two.view, context="none")
     assert [one.step(0), one.step(1)] == [two.step(0), two.step(1)]
     assert all(torch.equal(a, b) for a, b in zip(one.student.parameters(), two.student.parameters(), strict=True))
+
+
+def test_the_picture_that_begins_what_the_scores_see():
+    """The window's (or the context's) first latent is made of all that came before it, itself included."""
+    job, asked = distillation(horizon=HorizonSpec(12, 12, 0, "const")), []
+    job.spec = dataclasses.replace(job.spec, teacher=dataclasses.replace(job.spec.teacher, first_latent="reencode"))
+    job.view = dataclasses.replace(job.view, context="none")
+    job.reencode = lambda latents: asked.append(latents) or latents[:, -1:] + 100
+    made, _ = job._roll_out(0)
+    context, target = job.shown(made)
+    assert context.shape[1] == 0 and torch.equal(asked[0], made.video[:, :7])
+    assert torch.equal(target[:, :1], made.video[:, 6:7] + 100) and torch.equal(target[:, 1:], made.video[:, 7:12])
