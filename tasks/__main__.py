@@ -24,20 +24,23 @@ PIPELINE = Path("dvc.yaml")
 COMMANDS = {  # command -> file whose `main` runs it, and what it does
     "profile": ("tasks.profiles", "list | use NAME: the complete parameter files in profiles/"),
     "preset": ("tasks.presets", "list | use NAME: published methods in presets/, laid over params.yaml"),
+    "plan": ("tasks.plan", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
     "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
     "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
     "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
     "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
 }
+TRAINING = ("base", "teacher", "causal_init", "stage1", "stage2")  # what `cf plan` knows, and refuses where it can't fit
 VIDEO = {"--model", "--prompt", "--prompts-file"}  # with one of these `cf generate` is not the stage
 EXAMPLES = """examples:
   cf profile use smoke && dvc repro          the whole pipeline, small
   dvc exp run -S stage2.teacher.context=none one value changed: reruns stage2 and what follows
   cf STAGE --help                            a stage's files, and its line in dvc.yaml
+  cf plan --gpus 8 --gpu-memory 80           what training needs, before it starts
   cf check-golden tests/golden/wan-causal    numbers of the released code, made here
 
 Parameters come from params.yaml; CF_TRACEBACK=1 shows where an error was raised; WANDB_MODE=online|offline|disabled
-overrides tracking.wandb."""
+overrides tracking.wandb; CF_IGNORE_PLAN=1 starts a stage that `cf plan` says won't fit."""
 
 
 def main(argv: list[str]) -> None:
@@ -141,7 +144,10 @@ def run_stage(stage: str, argv: list[str]) -> None:
 
     from . import params, runner  # after the stage: the runner seeds torch only where the stage has imported it
 
-    runner.execute(stage, run, paths, params.load(file), params_file.read(file), began=BEGAN)
+    stated = params.load(file)
+    if stage in TRAINING:
+        importlib.import_module("tasks.forecast").refuse(stated, stage, paths["out"], runner.WORK / stage)
+    runner.execute(stage, run, paths, stated, params_file.read(file), began=BEGAN)
 
 
 def command_line(stage: str, run: Callable[..., Any]) -> argparse.ArgumentParser:

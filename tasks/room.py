@@ -1,0 +1,94 @@
+"""How much memory and disk there is for a stage, and the sentence that refuses one that can't fit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from cf_model.train.cost import Costs
+from cf_model.train.need import Need
+
+from .params_file import Refused
+
+GIB = 2**30
+# Choice: what the plan expects may be a third too much before a stage is refused; it was within a quarter wherever it was
+# measured (benchmarks/plan_memory.py), and a stage that would have fitted must never be refused.
+MEMORY_MARGIN = 1.5
+DISK_MARGIN = 1.1
+CGROUPS = (  # limit and use, version 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def memory() -> float:
+    """Bytes of the device that a stage computes on: all of a GPU, or what is free of the CPU's. Infinite where nobody says."""
+    if gpus():
+        import torch
+
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    info, found = Path("/proc/meminfo"), [float("inf")]
+    if info.is_file():
+        found += [int(line.split()[1]) * 1024.0 for line in info.read_text().splitlines() if line.startswith("MemAvailable")]
+    for limit, used in CGROUPS:
+        try:
+            found.append(float(Path(limit).read_text()) - float(Path(used).read_text()))
+        except (OSError, ValueError):  # not there, or `max`
+            continue
+    return min(found)
+
+
+def refuse_memory(stage: str, one: Need, costs: Costs, free: float, where: str) -> None:
+    """A stage computes its whole batch at once."""
+    expected = one.peak(one.batch)
+    if expected <= MEMORY_MARGIN * free:
+        return
+    fixed, each = number(one.peak(0) / GIB), number(one.sample() / GIB)
+    parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {one.batch} samples"
+    said = f"{stage} needs about {number(expected / GIB)} GiB ({parts}), but this {where} has {number(free / GIB)}"
+    raise Refused(f"{said}; {way(stage, one, costs, free)}; CF_IGNORE_PLAN=1 starts it all the same")
+
+
+def way(stage: str, one: Need, costs: Costs, free: float) -> str:
+    """The setting that would make it fit, as far as one would."""
+    if one.peak(1) <= free:
+        batch = max(n for n in range(1, one.batch + 1) if one.peak(n) <= free)
+        other = "" if costs.compute.checkpointing else ", or compute.checkpointing: true"
+        return f"use {stage}.batch: {batch}{other}"
+    if not costs.compute.checkpointing and one.peak(0) <= free:
+        return "use compute.checkpointing: true"
+    for ranks in (2, 4, 8, 16, 32, 64):
+        for zero in (2, 3):
+            if one.peak(1, zero, ranks) <= free:
+                return f"{ranks} such ranks with ZeRO {zero} would hold it (`cf plan --gpus {ranks} --gpu-memory {free / GIB:.0f}`)"
+    alone = f"one sample alone takes {number(one.peak(1) / GIB)}"
+    return f"{alone}: use a larger device, or a smaller model, video or memory (`cf plan` shows what takes most)"
+
+
+def refuse_disk(stage: str, written: dict[str, float], out: Path, work: Path) -> None:
+    """Out and checkpoints may lie on two disks, or on one that must hold both. Checkpoints that are there already make room."""
+    wanted: dict[int, tuple[Path, float]] = {}
+    there = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
+    for path, size in ((out, written["out"]), (work, max(0.0, written["checkpoints"] - there))):
+        home = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+        device = home.stat().st_dev
+        wanted[device] = (home, wanted.get(device, (home, 0.0))[1] + size)
+    for home, size in wanted.values():
+        free = shutil.disk_usage(home).free
+        if size > free * DISK_MARGIN:
+            said = f"{stage} writes up to {number(size / GIB)} GiB, but the disk of {home} has {number(free / GIB)} free"
+            raise Refused(f"{said}; free some, or put the project on a larger disk; CF_IGNORE_PLAN=1 starts it all the same")
+
+
+def number(value: float) -> str:
+    """Three digits, and no exponent."""
+    if value >= 100 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value >= 1e-4 else f"{value:.0e}"

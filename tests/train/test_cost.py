@@ -1,0 +1,249 @@
+"""What `cf plan` computes, against PyTorch's own counting and against the published figures (docs/method.md 1.3, 6.10)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cf_model.model import wan
+from cf_model.model.denoiser import Compute, Denoiser, ModelSpec
+from cf_model.model.memory import empty
+from cf_model.model.rollout import HorizonSpec
+from cf_model.train import need, passes
+from cf_model.train.base import Base
+from cf_model.train.cost import Costs
+from cf_model.train.student import Distillation
+from tasks import forecast, params
+from tests.allocations import Allocations
+from tests.small import normal, spec
+
+ROOT = Path(__file__).parents[2]
+TERA = 1e12
+SMALL = ModelSpec(layers=3, heads=2, head_dim=12, ffn=40, freq=16, positions=64)
+
+
+def small(dtype: str = "float32", checkpointing: bool = False) -> Costs:
+    compute = Compute("native", dtype, checkpointing)  # type: ignore[arg-type]
+    return Costs(SMALL, channels=5, text_channels=7, text_tokens=6, height=6, width=4, compute=compute)
+
+
+def model(costs: Costs) -> Denoiser:
+    made = wan.build(costs.model, channels=costs.channels, text_channels=costs.text_channels, seed=0, compute=costs.compute)
+    torch.nn.init.normal_(made.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def inputs(costs: Costs, frames: int, batch: int = 1, levels: int = 1) -> tuple[Any, Any, Any]:
+    sigma = torch.full((batch, frames) if levels > 1 else (batch,), 0.5)
+    x = normal(batch, frames, costs.channels, costs.height, costs.width)
+    return x, sigma, normal(batch, costs.text_tokens, costs.text_channels)
+
+
+@pytest.fixture(scope="module")
+def wan_costs() -> Costs:
+    return forecast.costs(params.load(ROOT / "profiles/wan-1.3b.yaml"))
+
+
+# -------------------------------------------------------------------------------------- against what PyTorch counts
+
+
+@pytest.mark.parametrize("profile", ["tiny", "smoke"])
+def test_parameters_are_those_of_the_model(profile: str) -> None:
+    costs = forecast.costs(params.load(ROOT / f"profiles/{profile}.yaml"))
+    made = model(costs)
+    assert costs.parameters == sum(p.numel() for p in made.parameters())
+    assert costs.matrices == sum(p.numel() for name, p in made.named_parameters() if ".blocks." in name and p.ndim == 2)
+
+
+@pytest.mark.parametrize(("frames", "seen", "per_frame"), [(6, 0, False), (3, 0, False), (3, 6, False), (6, 0, True)])
+def test_operations_are_those_that_pytorch_counts(frames: int, seen: int, per_frame: bool) -> None:
+    costs = small()
+    made, levels = model(costs), frames * costs.tokens if per_frame else 1
+    x, sigma, text = inputs(costs, frames, levels=levels)
+    memory = None
+    if seen:
+        memory = empty(spec(sink=0, slow=0, fast=3 + seen, promote="none"))
+        for part in normal(1, seen, *x.shape[2:], seed=5).split(3, dim=1):
+            memory = made.remember(part, text, memory)
+        assert len(memory.frames) == seen  # type: ignore[union-attr]
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            velocity = made.velocity(x, sigma, text, memory)
+        with FlopCounterMode(display=False) as backward:
+            velocity.square().sum().backward()
+    expected = costs.forward(frames, seen, levels)
+    assert forward.get_total_flops() == expected.total
+    # nothing is differentiated to the latents, the prompt and the noise level
+    first = 2 * costs.dim * (frames * costs.tokens * 4 * costs.channels + costs.text_tokens * 7 + levels * SMALL.freq)
+    assert backward.get_total_flops() == 2 * expected.total - first
+    assert backward.get_total_flops() + expected.total == pytest.approx(expected.trained(False), rel=0.02)
+
+
+def test_checkpointing_runs_the_blocks_once_more() -> None:
+    def counted(checkpointing: bool) -> int:
+        costs = small(checkpointing=checkpointing)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
+            model(costs).train().velocity(*inputs(costs, 6)).square().sum().backward()
+        return int(count.get_total_flops())
+
+    again = small().forward(6).trained(True) - small().forward(6).trained(False)
+    assert counted(True) - counted(False) == again
+
+
+@pytest.mark.parametrize(("frames", "per_frame"), [(6, False), (3, False), (6, True)])
+def test_what_a_pass_keeps_is_what_autograd_saves(frames: int, per_frame: bool) -> None:
+    costs = small()
+    made, levels = model(costs), frames * costs.tokens if per_frame else 1
+    x, sigma, text = inputs(costs, frames, levels=levels)
+    weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
+    saved: dict[int, int] = {}
+    held = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        if (where := tensor.untyped_storage().data_ptr()) not in weights:
+            saved[where] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = (made.velocity(x, sigma, text) - x).square().mean()
+    assert loss.requires_grad and sum(saved.values()) == costs.kept(frames, levels=levels)
+
+
+def test_a_remembered_frame_is_as_large_as_it_is() -> None:
+    costs = small()
+    x, _, text = inputs(costs, 3)
+    memory = model(costs).remember(x, text, empty(spec()))
+    (frame,) = memory.sink[:1]  # type: ignore[union-attr]
+    assert sum(t.numel() * t.element_size() for t in (*frame.keys, *frame.values)) == costs.memory_frame()
+
+
+class Clips:
+    """Clips that are nothing but numbers."""
+
+    shape, empty_text = (12, 4, 4), torch.zeros(16, 64)
+
+    def rows(self, split: str, at_least: int = 1) -> list[int]:
+        return [0]
+
+    def frames(self, row: int) -> int:
+        return 121
+
+    def window(self, rows: list[int], starts: list[int], length: int) -> torch.Tensor:
+        return normal(len(rows), length, *self.shape)
+
+    def text(self, rows: list[int]) -> torch.Tensor:
+        return self.empty_text.expand(len(rows), -1, -1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["base", "stage2"])
+def test_a_step_of_tiny_holds_what_is_planned(stage: str, checkpointing: bool) -> None:
+    p = params.load(ROOT / "profiles/tiny.yaml")
+    p = p.model_copy(update={"compute": replace(p.compute, checkpointing=checkpointing)})
+    costs = forecast.costs(p)
+    models = [model(costs).train() for _ in range(3 if stage == "stage2" else 1)]
+    job: Any
+    if stage == "base":
+        job = Base(p.base, model=models[0], latents=Clips(), flow=p.flow, seed=0)  # type: ignore[arg-type]
+        wanted = need.of_base(p.base, costs)
+    else:
+        horizon = HorizonSpec(27, 27, 0, "const")
+        own = replace(p.stage2, horizon=horizon, critic_updates=1, rollout=replace(p.stage2.rollout, levels=(1.0,)))
+        text = {"prompts": normal(8, 16, 64), "null": torch.zeros(16, 64)}
+        named = {"student": models[0], "teacher": models[1], "critic": models[2], "view": p.teacher.view, "flow": p.flow}
+        job = Distillation(own, **named, **text, shape=(12, 4, 4), seed=0)  # type: ignore[arg-type]
+        wanted = need.of_student(own, costs, p.teacher.view)
+    job.step(0)  # from the second on, the optimisers have their state
+    with Allocations() as held:
+        job.step(1)
+    assert held.peak == pytest.approx(wanted.batch * wanted.sample(), rel=0.15)
+
+
+# --------------------------------------------------------------------------------------------- published figures
+
+
+def law(costs: Costs, frames: int, seen: int = 0) -> float:
+    """docs/method.md 1.3 counts the blocks' products and attention, with the prompt's keys and values computed once a video."""
+    made = costs.forward(frames, seen)
+    return (made.linear + made.attention + made.cross) / TERA
+
+
+def test_wan_has_its_published_size(wan_costs: Costs) -> None:
+    assert wan_costs.parameters == 1_418_996_800
+    assert wan_costs.tokens == 1560
+    assert wan_costs.memory_frame() / 2**20 == pytest.approx(274.2, abs=0.05)
+    assert 21 * wan_costs.memory_frame() / 2**30 == pytest.approx(5.62, abs=0.005)
+    assert wan_costs.forward(1).linear / 1560 == pytest.approx(2.5009e9, rel=1e-4)
+
+
+def test_passes_cost_what_is_published(wan_costs: Costs) -> None:
+    for attended, tflop in ((6, 20.2), (12, 28.3), (21, 40.4)):
+        assert law(wan_costs, 3, attended - 3) == pytest.approx(tflop, abs=0.05)
+    for frames, tflop in ((21, 283), (42, 961), (105, 5370)):
+        assert law(wan_costs, frames) == pytest.approx(tflop, abs=0.5)
+    for frames, tflop in ((42, 2830), (84, 5660), (105, 7070), (120, 8080)):
+        assert 5 * frames / 3 * law(wan_costs, 3, 18) == pytest.approx(tflop, abs=5)
+    # and what diffusers adds to it, the prompt's keys and values in every pass, is small
+    assert wan_costs.forward(3, 18).total / TERA == pytest.approx(40.4, rel=0.005)
+
+
+def test_the_steps_of_stage_2_cost_what_is_published(wan_costs: Costs) -> None:
+    """At 105 latents: 28 chunks of 4 + 1 passes, 7 that stop after 2.5 on average; scores over 42 latents."""
+    chunk, score = law(wan_costs, 3, 18), law(wan_costs, 42)
+    rollout = (28 * 5 + 7 * 2.5) * chunk
+    critic, generator = rollout + 4 * score, rollout + 3 * score + 6 * 3 * chunk
+    assert critic == pytest.approx(10_200, abs=50) and generator == pytest.approx(10_000, abs=50)
+    assert 500 * 64 * (critic + generator / 5) * TERA == pytest.approx(3.9e20, rel=0.005)
+    hours = 500 * 64 * (critic + generator / 5) / 989 / 3600
+    assert hours / 0.4 == pytest.approx(270, abs=10) and hours / 0.3 == pytest.approx(370, abs=10)
+
+
+def test_our_stage_2_is_that_with_one_rollout_for_both_updates(wan_costs: Costs) -> None:
+    p = params.load(ROOT / "profiles/wan-1.3b.yaml")
+    at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"))
+    ours = need.of_student(at_105, wan_costs, p.teacher.view).operations / TERA
+    chunk, score = law(wan_costs, 3, 18), law(wan_costs, 42)
+    published = (28 * 5 + 7 * 2.5) * chunk + 4 * score + (3 * score + 6 * 3 * chunk) / 5
+    # ours also remembers the window's chunks (7 passes), and its memory is not full before chunk 26, which saves more
+    assert 0.9 * published < ours < published
+
+
+def test_training_states_take_what_is_published(wan_costs: Costs) -> None:
+    p = params.load(ROOT / "profiles/wan-1.3b.yaml")
+    exact = replace(wan_costs, compute=Compute("native", "float32", False))
+    states = need.of_base(p.base, exact).states()
+    assert (sum(states.values()) - states["average"]) / 1e9 == pytest.approx(22.7, abs=0.05), "16 bytes a parameter"
+    # docs/performance.md 4.3 keeps the frozen teacher in bfloat16; here it stays in float32, which is 2 bytes more
+    stage2, teacher = need.of_student(p.stage2, wan_costs, p.teacher.view), 2 * wan_costs.parameters
+    assert (sum(stage2.states().values()) - teacher) / 1e9 == pytest.approx(59.6, abs=0.1)
+    assert (sum(stage2.states(2, 8).values()) - teacher) / 1e9 == pytest.approx(14.9, abs=0.1)
+    assert (sum(stage2.states(3, 8).values()) - teacher / 8) / 1e9 == pytest.approx(7.45, abs=0.1)
+    assert forecast.clip(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
+
+
+# -------------------------------------------------------------------------------------------------- what is averaged
+
+
+def test_lengths_and_starts_are_those_that_training_draws() -> None:
+    horizon, drawn = HorizonSpec(9, 30, 40, "linear"), passes.Tally({})
+    rng = torch.Generator().manual_seed(0)
+    for step in range(60):
+        for _ in range(100):
+            drawn.add(horizon.sample(step, 3, rng), 1 / 6000)
+    expected = passes.lengths(horizon, 3, 60)
+    assert sum(expected.values()) == pytest.approx(1)
+    assert drawn.shares == pytest.approx(expected, abs=0.02)
+
+
+def test_the_memory_is_counted_by_its_own_policy() -> None:
+    seen = [one for one, _ in zip(passes.remembered(spec(), 3), range(40), strict=False)]
+    past = [one.denoising for one in seen]
+    assert past[:3] == [0, 3, 6] and past == sorted(past)
+    assert past[-1] == spec().size - 3 and len(seen[-1].alive) == spec().size
