@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -63,15 +64,34 @@ def cli() -> NoReturn:
     try:
         if argv and argv[0] in stages() and not {"-h", "--help"} & set(argv):
             repeatable(argv)
+            in_ranks(argv)
         main(argv)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if os.environ.get("CF_TRACEBACK") == "1" or not deliberate(error):
+        whole = os.environ.get("CF_TRACEBACK") == "1" or not deliberate(error)
+        if "CF_RANK" in os.environ:
+            said = traceback.format_exc() if whole else " ".join(str(error).split())
+            importlib.import_module("tasks.ranks").failed(said, 2 if isinstance(error, Refused) else 1)
+        if whole:
             raise
         print(f"cf {argv[0] if argv else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, Refused) else 1)
     sys.exit(0)
+
+
+def in_ranks(argv: list[str]) -> None:
+    """A training stage in several processes (tasks/ranks.py), of which this one then is none."""
+    from . import ranks
+
+    if ranks.rank() is not None or from_a_model(argv):
+        return
+    if argv[0] not in ranks.STAGES:
+        return
+    file = command_line(argv[0], importlib.import_module(f"tasks.{argv[0]}").run).parse_args(argv[1:]).params
+    count = ranks.wanted(argv[0], params_file.read(file))
+    if count > 1:
+        sys.exit(ranks.launch(argv[0], count))
 
 
 def from_a_model(argv: list[str]) -> bool:
@@ -142,12 +162,17 @@ def run_stage(stage: str, argv: list[str]) -> None:
     paths = vars(parser.parse_args(argv))
     file = paths.pop("params")
 
-    from . import params, runner  # after the stage: the runner seeds torch only where the stage has imported it
+    from . import params, ranks, runner  # after the stage: the runner seeds torch only where the stage has imported it
 
     stated = params.load(file)
+    if ranks.rank() is not None:
+        ranks.join()
+    if ranks.rank():
+        ranks.follow(stage, run, paths, stated)
+        return
     if stage in TRAINING:
         importlib.import_module("tasks.forecast").refuse(stated, stage, paths["out"], runner.WORK / stage)
-    runner.execute(stage, run, paths, stated, params_file.read(file), began=BEGAN)
+    runner.execute(stage, run, paths, stated, params_file.read(file), began=BEGAN, announce=ranks.announce)
 
 
 def command_line(stage: str, run: Callable[..., Any]) -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from cf_model.model import foreign, wan
 from cf_model.train.base import Base
 from cf_model.train.loop import fit
 
+from .device import device
 from .params import Params
 from .tracking import Track, tail
 from .weights import local
@@ -21,9 +22,9 @@ def run(params: Params, track: Track, *, latents: Path, out: Path) -> dict[str, 
     if spec.init == "wan":
         return imported(params, clips, out, track)
     sizes = {"channels": clips.shape[0], "text_channels": params.text.channels}
-    model = wan.build(params.model, **sizes, seed=params.seed, compute=params.compute)
+    model = wan.build(params.model, **sizes, seed=params.seed, compute=params.compute).to(device())
     base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed)
-    fit(base.step, steps=spec.steps, state=base.state, log=track, save_every=spec.save_every)
+    fit(base.step, steps=spec.steps, state=base.state, log=track, save_every=spec.save_every, seen=base.seen)
     wan.save(base.average.model, out)
     track.save(out)
     return {"loss": tail(out, "loss"), "parameters": float(sum(p.numel() for p in model.parameters()))}

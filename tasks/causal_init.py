@@ -1,26 +1,40 @@
-"""Stage `causal_init`: the base model becomes causal and few-step, by teacher forcing."""
+"""Stage `causal_init`: the base model becomes causal and few-step, by teacher forcing or by ODE regression."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from cf_model.data.latents import Latents
 from cf_model.model import wan
+from cf_model.model.denoiser import Denoiser
 from cf_model.train.causal_init import CausalInit
 from cf_model.train.loop import fit
+from cf_model.train.ode import Trajectories
 
+from .device import device
 from .params import Params
 from .tracking import Track, tail
 
 
 def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -> dict[str, float | None]:
-    """Teaches the base model to denoise a chunk after the clean chunks before it, through the student's memory."""
-    spec = params.causal_init
-    if spec.method != "teacher_forcing":
-        raise ValueError(f"causal_init.method is {spec.method}, which is not built yet; use teacher_forcing")
-    model = wan.load(base, params.compute)
-    init = CausalInit(spec, model=model, latents=Latents(latents), flow=params.flow, seed=params.seed)
-    fit(init.step, steps=spec.steps, state=init.state, log=track, save_every=spec.save_every)
+    """Teaches the base model to denoise a chunk after those before it, through the student's memory."""
+    spec, clips = params.causal_init, Latents(latents)
+    model = wan.load(base, params.compute).to(device())
+    ways = trajectories(params, model, clips, track) if spec.method == "ode" else None
+    init = CausalInit(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways)
+    fit(init.step, steps=spec.steps, state=init.state, log=track, save_every=spec.save_every, seen=init.seen)
     wan.save(init.average.model, out)
     track.save(out)
     return {"loss": tail(out, "loss")}
+
+
+def trajectories(params: Params, model: Denoiser, clips: Latents, track: Track) -> Trajectories:
+    """The base model's, in the stage's working folder: what a killed run has made is there when it starts again."""
+    spec, frames = params.causal_init.ode, params.causal_init.frames
+    dtype = getattr(torch, params.compute.dtype)  # no finer than what they were made in
+    folder = track.work / "trajectories"
+    made = Trajectories(folder, spec, latents=clips, frames=frames, flow=params.flow, dtype=dtype, seed=params.seed + 1)
+    made.make(model, clips.null_text, track)
+    return made

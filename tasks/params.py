@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -16,6 +17,7 @@ from cf_model.model.memory import MemorySpec
 from cf_model.model.view import TeacherView
 from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec
+from cf_model.train.layout import Layout
 from cf_model.train.student import StudentSpec
 from cf_model.train.teacher import TeacherSpec
 
@@ -158,7 +160,8 @@ class Params(Section):
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
-        for rule in (weights_are_named, pictures_fit, clips_are_long_enough, students_are_shown_what_exists, systems_can_run):
+        rules = (weights_are_named, pictures_fit, clips_are_long_enough, the_base_model_can_make_them, students_are_shown_what_exists)
+        for rule in (*rules, systems_can_run):
             rule(self)
         return self
 
@@ -201,18 +204,18 @@ def clips_are_long_enough(p: Params) -> None:
             raise ValueError(f"generate.{name} is {count}, but only filter.heldout {p.filter.heldout} clips are held out; use at most that")
 
 
+def the_base_model_can_make_them(p: Params) -> None:
+    if p.causal_init.method == "ode" and p.causal_init.frames > p.base.window:
+        stated = f"causal_init.frames is {p.causal_init.frames}, but base.window is {p.base.window}"
+        raise ValueError(f"{stated}, and by method ode the base model makes those frames; use at most that, or method: teacher_forcing")
+
+
 def students_are_shown_what_exists(p: Params) -> None:
-    context, trained = p.stage2.teacher.context, p.teacher.view.context
-    if context not in ("none", trained) and p.stage2.teacher.mismatch == "refuse":
-        stated = f"stage2.teacher.context is {context}, but teacher.view.context is {trained}"
-        raise ValueError(f"{stated}; use that, or none, or say that it is meant with stage2.teacher.mismatch: accept")
+    context, window = p.stage2.teacher.context, p.stage2.rollout.window
+    shown = Layout(replace(p.teacher.view, context=context), window, p.stage2.horizon.longest - window)
+    Layout(p.teacher.view, p.teacher.target, p.teacher.longest).check(shown, accept=p.stage2.teacher.mismatch == "accept")
     if p.stage1.teacher.context != "none":
         raise ValueError(f"stage1.teacher.context is {p.stage1.teacher.context}, but the base model knows no context; use none")
-    if p.stage2.rollout.window != p.teacher.target:
-        raise ValueError(f"stage2.rollout.window is {p.stage2.rollout.window}, but teacher.target is {p.teacher.target}; use the same")
-    start = p.stage2.horizon.longest - p.stage2.rollout.window
-    if context != "none" and start > p.teacher.longest:
-        raise ValueError(f"stage2.horizon.longest has targets that begin at {start}, beyond teacher.longest {p.teacher.longest}; use less")
     chunk = p.stage2.rollout.chunk
     for name, other in (("causal_init", p.causal_init.chunk), ("stage1.rollout", p.stage1.rollout.chunk)):
         if other != chunk:

@@ -33,7 +33,7 @@ STAGES = {
     "encode": "clips to latents, captions to embeddings",
     "base": "bidirectional model by flow matching",
     "teacher": "context teacher by error-recycling fine-tuning (sec. 3.4)",
-    "causal_init": "few-step causal student by teacher forcing",
+    "causal_init": "few-step causal student, by teacher forcing or ODE regression",
     "stage1": "distribution matching on 21 latent frames (sec. 3.1)",
     "stage2": "contextual distribution matching with slow-fast memory (sec. 3.2, 3.3)",
     "generate": "videos of every system, prompt and seed",
@@ -159,6 +159,9 @@ def read_results(params: Params, results: Path, metrics: Path) -> Results:
 def facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], shown: Sequence[Row]) -> list[tuple[str, str]]:
     prompts = [row for row in index if row["suite"] == "prompts" and row["system"] != "real"]
     prefixes = [row for row in index if row["suite"] == "continuations"]
+    context, trained = params.stage2.teacher.context, params.teacher.view.context
+    meant = f"{context}, though it was trained on {trained} (stage2.teacher.mismatch: accept)"
+    mismatch = [("context shown to the teacher", meant)] if context not in ("none", trained) else []
     return [
         ("profile", params.profile),
         ("prompts", str(len({item(row) for row in prompts}))),
@@ -168,6 +171,7 @@ def facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], shown: 
         ("videos in all", str(len(index))),
         ("clips kept to train on", str(sum(row["split"] == "train" for row in manifest))),
         ("size and rate", f"{params.video.width} × {params.video.height}, {params.video.fps} fps"),
+        *mismatch,
     ]
 
 

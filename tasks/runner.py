@@ -24,11 +24,14 @@ from . import params_file, tracking
 from .params_file import Refused
 
 Run = Callable[..., Mapping[str, Any]]
+Announce = Callable[[Path], object]  # of the working folder, once it is ours
 METRICS, RUNTIME, WORK = Path("metrics"), Path("runtime"), Path("work")
 NAMED = ("folder", "prompts_file")  # parameters that are paths of the user's own files
 
 
-def execute(stage: str, run: Run, paths: Mapping[str, Any], params: Any, stated: Mapping[str, Any], *, began: float) -> None:
+def execute(
+    stage: str, run: Run, paths: Mapping[str, Any], params: Any, stated: Mapping[str, Any], *, began: float, announce: Announce = id
+) -> None:
     """One stage from start to end. `stated` is params.yaml as read, `params` the same as types.
 
     The stage writes to `<out>.partial`, which takes the place of `out` when all went well. A second start after a kill
@@ -36,9 +39,10 @@ def execute(stage: str, run: Run, paths: Mapping[str, Any], params: Any, stated:
     """
     seed(params)
     with working_folder(stage, key(stage, paths, stated)) as (work, resume):
+        announce(work)
         track = tracking.Track(stage, work, resume=resume, mirror=tracking.mirror(stage, params.tracking, stated))
         try:
-            with partial(paths) as given, terminated_cleanly():
+            with partial(paths) as given, terminated_cleanly(track):
                 metrics = rounded(stage, run(params, track, **given))
         except BaseException as error:
             track.close(exit_code=143 if isinstance(error, SystemExit) else 1)
@@ -188,11 +192,14 @@ def rounded(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def terminated_cleanly() -> Iterator[None]:
-    """SIGTERM ends the stage as an exception does: W&B is finished, the lock freed, the checkpoints stay."""
+def terminated_cleanly(track: tracking.Track) -> Iterator[None]:
+    """SIGTERM ends the stage as an exception does: W&B is finished, the lock freed, the checkpoints stay. A training loop
+    first finishes its step and saves; a second SIGTERM does not wait for it."""
 
     def stop(number: int, frame: object) -> None:
-        raise SystemExit(143)
+        if track.asked is not False:
+            raise SystemExit(143)
+        track.asked = True
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -51,9 +51,9 @@ def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path,
     clips, spec = Latents(latents), job.spec
     distillation = Distillation(
         spec,
-        student=wan.load(student, job.compute),
-        teacher=wan.load(teacher, job.compute),
-        critic=wan.load(teacher, job.compute),
+        student=wan.load(student, job.compute).to(device()),
+        teacher=wan.load(teacher, job.compute).to(device()),
+        critic=wan.load(teacher, job.compute).to(device()),
         view=job.view,
         flow=job.flow,
         prompts=Captions(clips),
@@ -62,7 +62,7 @@ def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path,
         seed=job.seed,
         reencode=reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
     )
-    fit(distillation.step, steps=spec.steps, state=distillation.state, log=track, save_every=spec.save_every)
+    fit(distillation.step, steps=spec.steps, state=distillation.state, log=track, save_every=spec.save_every, seen=distillation.seen)
     wan.save(distillation.average.model, out)
     track.save(out)
     names = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")

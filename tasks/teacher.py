@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from cf_model.data.latents import Latents
-from cf_model.model import wan
+from cf_model.model import lora, wan
+from cf_model.model.denoiser import Denoiser
+from cf_model.train.adapter import LoraSpec
+from cf_model.train.layout import Layout
 from cf_model.train.loop import fit
 from cf_model.train.teacher import Teacher
 
+from .device import device
 from .params import Params
 from .tracking import Track, tail
 
 
 def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -> dict[str, float | None]:
-    """Error-recycling fine-tuning of the base model into the context teacher, and the layout it was trained with."""
+    """Error-recycling fine-tuning of the base model into the context teacher; its mistakes and its layout go with it."""
     spec = params.teacher
-    model = wan.load(base, params.compute)
+    model = wan.load(base, params.compute).to(device())
     teacher = Teacher(spec, model=model, latents=Latents(latents), flow=params.flow, seed=params.seed)
-    fit(teacher.step, steps=spec.steps, state=teacher.state, log=track, save_every=spec.save_every)
-    wan.save(teacher.average.model, out)
-    # stage2 reads how the teacher was shown its past, so that it can't be shown it otherwise
-    layout = {"view": asdict(spec.view), "target": spec.target, "longest": spec.longest}
-    (out / "layout.json").write_text(json.dumps(layout, indent=2) + "\n")
+    fit(teacher.step, steps=spec.steps, state=teacher.state, log=track, save_every=spec.save_every, seen=teacher.seen)
+    if spec.lora.rank:
+        save_adapter(teacher.average.model, spec.lora, base, out)
+    else:
+        wan.save(teacher.average.model, out)
+    teacher.bank.save(out)
+    Layout(spec.view, spec.target, spec.longest).save(out)
     track.save(out)
     return {"loss": tail(out, "loss"), **teacher.bank.statistics()}
+
+
+def save_adapter(model: Denoiser, spec: LoraSpec, base: Path, out: Path) -> None:
+    """The merged model, as any other stage's, and adapter/ as peft writes one: `cf import-weights` adds it to its base."""
+    pairs, rest = lora.split(model.transformer.state_dict())
+    merged, _ = lora.merge(rest, pairs, lora.Scale(spec.alpha, None, False), None)
+    whole = wan.load(base)
+    whole.transformer.load_state_dict(merged)
+    wan.save(whole, out)
+    folder = out / "adapter"
+    folder.mkdir()
+    named = {f"base_model.model.{name.replace('.default.', '.')}": tensor.contiguous() for name, tensor in pairs.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    # by hand: peft's own file lists the targets in another order each time, and a rerun must give the same bytes
+    facts = {"peft_type": "LORA", "r": spec.rank, "lora_alpha": spec.alpha, "target_modules": list(spec.targets or ())}
+    facts |= {"lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": None, "task_type": None, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(facts, indent=1) + "\n")

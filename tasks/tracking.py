@@ -13,7 +13,8 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +33,7 @@ class Track:
         self.facts: dict[str, Any] = {"seconds": {}}
         self._mirror = mirror
         self._continued = self.curve.exists()
+        self.asked: bool | None = None  # to stop; None while no loop listens
 
     def log(self, step: int, **values: float) -> None:
         """One row of metrics.jsonl. A value that is not finite is written as null: JSON has no other word for it."""
@@ -55,6 +57,22 @@ class Track:
         self.facts["resumed_at"] = step
         print(f"{self.stage}: continues after step {step}", file=sys.stderr, flush=True)
         self.cut(step)
+
+    @contextmanager
+    def listen(self) -> Iterator[Callable[[], bool]]:
+        """For a loop that can stop between two steps: the first SIGTERM only asks it to (tasks/runner.py)."""
+        self.asked = False
+        try:
+            yield lambda: bool(self.asked)
+        finally:
+            self.asked = None
+
+    def stopped(self, step: int) -> None:
+        print(f"{self.stage}: asked to stop; saved after step {step}, the same command goes on from there", file=sys.stderr, flush=True)
+        raise SystemExit(143)
+
+    def finished(self) -> None:
+        """The first rank goes on and saves the model."""
 
     def cut(self, step: int) -> None:
         """Drops the rows after `step`, and a last row that a kill left half-written."""

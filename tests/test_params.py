@@ -16,6 +16,7 @@ from tasks.params_file import Refused
 
 ROOT = Path(__file__).parent.parent
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
+ODE = params_file.read(ROOT / "profiles/tiny.yaml")["causal_init"] | {"method": "ode"}
 FREE = ("generate.systems", "generate.continuations")  # the user names what is in them
 
 
@@ -133,7 +134,13 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
         ("text.kind", "umt5", "text.weights is null, but text.kind is umt5; name a folder"),
         ("base.init", "wan", "base.weights is null, but base.init is wan; name a folder"),
         ("base.weights", "some/folder", "base.weights is some/folder, but base.init is scratch"),
-        ("stage2.teacher.context", "contiguous", "teacher.view.context is sparse; use that, or none, or say that it is meant with"),
+        ("stage2.teacher.context", "contiguous", "the teacher was trained on sparse; use that, or none, or say that it is meant with"),
+        ("stage2.rollout.window", 18, "stage2.rollout.window is 18, but the teacher was trained on targets of 21; use the same"),
+        ("stage2.horizon.longest", 123, "stage2.horizon.longest has targets that begin at 102, but the teacher's begin at 100 at most"),
+        ("causal_init", ODE | {"frames": 24}, "causal_init.frames is 24, but base.window is 21, and by method ode the base model makes"),
+        ("causal_init.ode.keep", [0, 16], "causal_init.ode.keep is [0, 16]; name steps in rising order, from 0 to 15"),
+        ("causal_init.ode.context", "own", "causal_init.ode.context is 'own'; it must be 'noisy' or 'clean'"),
+        ("teacher.weight", "wan", "teacher.weight is 'wan'; it must be 'uniform' or 'bell'"),
         ("stage2.memory.fill", "early_raw", "when is evict; use when: enqueue"),
         ("stage1.rollout.persist", "stream", "place is last and skip_first 0, but persist is stream"),
         ("stage2.rollout.renoise", "own", "exit is shared, but renoise is own"),

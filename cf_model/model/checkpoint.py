@@ -1,11 +1,20 @@
-"""Everything a training run needs to go on, in one safetensors file a checkpoint: never pickle, never half a file."""
+"""Everything a training run needs to go on: a folder of safetensors with a manifest. Never pickle, never half a checkpoint.
+
+step-XXXXXXXX/ holds one file for each part of the state that has tensors, and manifest.json: the step, the rest of the
+state, and every file's size and SHA-256.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +23,116 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 KEEP = 2  # the newest, and the one before in case the newest is damaged
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes `step-XXXXXXXX.safetensors` under a temporary name, then renames it. Older ones beyond two go."""
-    tensors: dict[str, torch.Tensor] = {}
-    skeleton = _flatten({name: part.state_dict() for name, part in state.items()}, "", tensors)
-    path = folder / f"step-{step:08d}.safetensors"
-    partial = path.with_suffix(".partial")
-    # one metadata key: the header's order is random from two on
-    save_file(tensors, partial, metadata={"state": json.dumps({"step": step, "state": skeleton})})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
-        old.unlink()
+    """Writes `step-XXXXXXXX` under a temporary name, then renames it. Older ones beyond `KEEP` go."""
+    path = folder / f"step-{step:08d}"
+    with room(folder, path.name):
+        write(path, step, {name: part.state_dict() for name, part in state.items()})
+    for old in sorted(folder.glob("step-????????"))[:-KEEP]:
+        gone = old.rename(old.with_name(old.name + ".partial"))  # a kill now must not leave what looks like a damaged checkpoint
+        shutil.rmtree(gone)
     return path
 
 
+def write(path: Path, step: int, state: Mapping[str, Any]) -> None:
+    """One folder; what is in it is on the disk before it has its name."""
+    for rest in path.parent.glob("*.partial"):
+        if rest.is_dir():  # of a save that was killed
+            shutil.rmtree(rest)
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir()
+    files: dict[str, dict[str, Any]] = {}
+    skeleton: dict[str, Any] = {}
+    for name, part in state.items():
+        tensors: dict[str, torch.Tensor] = {}
+        skeleton[name] = _flatten(part, name, tensors)
+        if tensors:
+            file = partial / f"{name}.safetensors"
+            save_file(tensors, file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            _sync(file)
+    manifest = partial / "manifest.json"
+    manifest.write_text(json.dumps({"step": step, "files": files, "state": skeleton}) + "\n")
+    _sync(manifest)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    _sync(path.parent)
+
+
 def restore(folder: Path, state: Mapping[str, Any]) -> int:
-    """Loads the newest checkpoint that can be read and returns its step; 0 when there is none."""
-    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+    """Loads the newest checkpoint that is whole and returns its step; 0 when there is none."""
+    for path in sorted(folder.glob("step-????????"), reverse=True):
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            warnings.warn(f"{path.name} can't be read ({error}); using the checkpoint before it", stacklevel=2)
+            manifest = verified(path)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            warnings.warn(f"{path.name} can't be used ({error}); trying the checkpoint before it", stacklevel=2)
             continue
-        loaded = _unflatten(header["state"], tensors)
         for name, part in state.items():
-            part.load_state_dict(loaded[name])
-        return int(header["step"])
+            part.load_state_dict(_unflatten(manifest["state"][name], _tensors(path / f"{name}.safetensors")))
+        return int(manifest["step"])
     return 0
+
+
+def verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there and as they were written."""
+    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    for name, stated in manifest["files"].items():
+        file = path / name
+        if not file.exists():
+            raise ValueError(f"{name} is missing")
+        if (size := file.stat().st_size) != stated["bytes"]:
+            raise ValueError(f"{name} has {size} bytes, the manifest says {stated['bytes']}")
+        if _sha256(file) != stated["sha256"]:
+            raise ValueError(f"{name} is not what was written: its SHA-256 differs from the manifest's")
+    return manifest
+
+
+@contextmanager
+def room(folder: Path, what: str) -> Iterator[None]:
+    """A disk that is full while `what` is written ends in one sentence, and leaves the checkpoints before as they were."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors has no error number of its own, only the system's words
+        code = error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
+        if code not in FULL:
+            raise
+        for rest in folder.glob("*.partial"):
+            shutil.rmtree(rest, ignore_errors=True)
+        last = max((path.name for path in folder.glob("step-????????")), default="none yet")
+        free = shutil.disk_usage(folder).free / 2**20
+        stated = f"{folder} has no room for {what} ({os.strerror(code)}; {free:.0f} MiB are free)"
+        raise ValueError(f"{stated}; the last checkpoint, {last}, is intact: make room and start again") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _flatten(value: Any, at: str, tensors: dict[str, torch.Tensor]) -> Any:
     """The value with each tensor moved to `tensors` and its name left in place; dictionary keys keep their type."""
     if isinstance(value, torch.Tensor):
-        tensors[at] = value.detach().contiguous().clone()
+        tensors[at] = value.detach().cpu().contiguous().clone()
         return {"tensor": at}
     if isinstance(value, Mapping):
         return {"dict": [[key, _flatten(item, f"{at}/{key}", tensors)] for key, item in value.items()]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class Flow:
 
     def sample_sigma(self, batch: int, rng: Noise) -> Float[Tensor, " B"]:
         """For flow matching: the whole range, shifted."""
-        return self.warp(torch.rand(batch, generator=rng) if isinstance(rng, torch.Generator) else next(rng))
+        return self.warp(uniform((batch,), rng))
 
     def sample_score_sigma(self, batch: int, rng: Noise) -> Float[Tensor, " B"]:
         """For the scores of a distillation: shifted, then clamped, as Self-Forcing does."""
@@ -83,4 +83,33 @@ def expand(sigma: Float[Tensor, " B"], like: Tensor) -> Tensor:
 
 def gaussian(shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
     """Noise from a generator of ours: drawn on its own device, so a seed means the same everywhere it lives."""
-    return torch.randn(shape, generator=rng, device=rng.device) if isinstance(rng, torch.Generator) else next(rng)
+    return _draw(torch.randn, shape, rng)
+
+
+def uniform(shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
+    """Numbers in 0..1, from wherever `gaussian` takes its own."""
+    return _draw(torch.rand, shape, rng)
+
+
+class Shared(torch.Generator):
+    """The random numbers of a whole batch: on the CPU, so that a seed means the same on every machine.
+
+    A process that has only a part of the batch draws all of it and keeps its own rows, so however many of them there are,
+    each sample gets the same numbers, and all go on from the same state. `device` is where the numbers are used.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", part: int = 0, parts: int = 1) -> None:
+        super().__init__()
+        self.target, self.part, self.parts = torch.device(device), part, parts
+
+    def __new__(cls, *_: object, **__: object) -> Shared:
+        return super().__new__(cls)
+
+    def rows(self, whole: Tensor) -> Tensor:
+        return whole.chunk(self.parts)[self.part].to(self.target)
+
+
+def _draw(make: Callable[..., Tensor], shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
+    if isinstance(rng, Shared):
+        return rng.rows(make((shape[0] * rng.parts, *shape[1:]), generator=rng))
+    return make(shape, generator=rng, device=rng.device) if isinstance(rng, torch.Generator) else next(rng)

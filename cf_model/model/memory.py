@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -322,4 +323,7 @@ def mean_key(chunk: Frames) -> Tensor:
     average over videos would be smoother than any one of them, and training would promote what inference does not.
     """
     layers = range(len(chunk[0].keys))
-    return torch.stack([torch.stack([f.keys[layer][0] for f in chunk]).float().mean(dim=(0, 1)).flatten() for layer in layers]).detach()
+    mean = torch.stack([torch.stack([f.keys[layer][0] for f in chunk]).float().mean(dim=(0, 1)).flatten() for layer in layers]).detach()
+    if dist.is_initialized():  # several ranks share the batch, whose first video is the first rank's (cf_model/train/engine.py)
+        dist.broadcast(mean, 0)
+    return mean

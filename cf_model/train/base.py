@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, add_noise, gaussian
 
+from .engine import mine
 from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
 
 
@@ -34,7 +37,9 @@ class Base:
         self.rows = latents.rows("train", at_least=spec.window)
         self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
         self.average = Average(model, spec.ema)
-        self.random = Random(seed)
+        self.device = next(model.parameters()).device
+        self.random = Random(seed, self.device)
+        self.seen: dict[str, Tensor] = {}
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -45,10 +50,12 @@ class Base:
         rows = batches(self.rows, self.spec.batch, self.random)
         # Choice: a window may begin anywhere in a clip; with the linear codec any latent can be the first of a video.
         starts = [self.random.integers(0, self.latents.frames(row) - self.spec.window, 1)[0] for row in rows]
-        x = self.latents.window(rows, starts, self.spec.window)
-        text = drop_prompts(self.latents.text(rows), self.latents.empty_text, self.spec.dropout, self.random)
+        rows, starts = mine(rows), mine(starts)
+        x = self.latents.window(rows, starts, self.spec.window).to(self.device)
+        text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, self.spec.dropout, self.random)
         sigma = self.flow.sample_sigma(len(x), rng)
         noise = gaussian(x.shape, rng)
+        self.seen.update(x=x, text=text, sigma=sigma)
         loss = (self.model.velocity(add_noise(x, noise, sigma), sigma, text) - (noise - x)).square().mean()
         loss.backward()
         norm = self.optimizer.step()

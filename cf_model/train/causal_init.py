@@ -1,4 +1,4 @@
-"""The causal student's first weights, by teacher forcing: each chunk is denoised after the clean ones before it."""
+"""The causal student's first weights: by teacher forcing, or by regression on the base model's own trajectories."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, add_noise, gaussian
-from cf_model.model.memory import MemorySpec, empty
+from cf_model.model.memory import Memory, MemorySpec, empty
 
+from .engine import mine, ranks
 from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
+from .ode import OdeSpec, Trajectories
 
 
 @dataclass(frozen=True)
@@ -19,10 +24,11 @@ class CausalInitSpec:
     steps: int
     batch: int
     frames: int  # latent frames that are denoised
-    longest: int  # latent frames before them, at most, that are only remembered
-    begin: float  # share of the steps without any: the video begins with `frames`
+    longest: int  # latent frames before them, at most, that are only remembered (teacher_forcing)
+    begin: float  # share of the steps without any: the video begins with `frames` (teacher_forcing)
     chunk: int
-    dropout: float
+    dropout: float  # share of prompts that are left out (teacher_forcing)
+    ode: OdeSpec  # what else the method ode needs
     memory: MemorySpec
     optimizer: OptimizerSpec
     ema: float
@@ -37,26 +43,48 @@ class CausalInitSpec:
 
 
 class CausalInit:
-    def __init__(self, spec: CausalInitSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int) -> None:
-        self.spec, self.model, self.latents, self.flow = spec, model, latents, flow
-        self.rows = latents.rows("train", at_least=spec.longest + spec.frames)
+    def __init__(
+        self,
+        spec: CausalInitSpec,
+        *,
+        model: Denoiser,
+        latents: Clips,
+        flow: Flow,
+        seed: int,
+        trajectories: Trajectories | None = None,
+    ) -> None:
+        """`trajectories` are needed by the method ode, and must have been made."""
+        self.spec, self.model, self.latents, self.flow, self.trajectories = spec, model, latents, flow, trajectories
         self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
         self.average = Average(model, spec.ema)
-        self.random = Random(seed)
+        self.device = next(model.parameters()).device
+        self.random = Random(seed, self.device)
+        self.seen: dict[str, Tensor] = {}
+        self.rows = [] if trajectories else latents.rows("train", at_least=spec.longest + spec.frames)
 
     @property
     def state(self) -> Mapping[str, Any]:
         return {"model": self.model, "average": self.average, "optimizer": self.optimizer, "random": self.random}
 
     def step(self, number: int) -> dict[str, float]:
+        loss, memory = self._ode(self.trajectories) if self.trajectories else self._teacher_forcing()
+        loss.backward()
+        norm = self.optimizer.step()
+        self.average.update()
+        return {"loss": loss.item(), "gradient": norm, "context_frames": float(sum(map(len, memory.held().values())))}
+
+    def _teacher_forcing(self) -> tuple[Tensor, Memory]:
+        """Each chunk of a real video is denoised after the clean ones before it."""
         spec, rng = self.spec, self.random.rng
         rows = batches(self.rows, spec.batch, self.random)
         # Choice: part of the clips begin before the frames that are denoised, so that the student has read a full memory
         # of real frames before it meets its own.
         past = 0 if self.random.coin(spec.begin) else spec.chunk * self.random.integers(0, spec.longest // spec.chunk, 1)[0]
         starts = [self.random.integers(0, self.latents.frames(row) - past - spec.frames, 1)[0] for row in rows]
-        clip = self.latents.window(rows, starts, past + spec.frames)
-        text = drop_prompts(self.latents.text(rows), self.latents.empty_text, spec.dropout, self.random)
+        rows, starts = mine(rows), mine(starts)
+        clip = self.latents.window(rows, starts, past + spec.frames).to(self.device)
+        text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
+        self.seen.update(clip=clip, text=text)
         memory = self.model.watch(clip[:, :past], text, spec.memory, chunk=spec.chunk) if past else empty(spec.memory)
         loss, chunks = clip.new_zeros(()), clip[:, past:].split(spec.chunk, dim=1)
         for x in chunks:
@@ -65,7 +93,29 @@ class CausalInit:
             velocity = self.model.velocity(add_noise(x, noise, sigma), sigma, text, memory)
             loss = loss + (velocity - (noise - x)).square().mean() / len(chunks)
             memory = self.model.remember(x, text, memory, grad=True)  # what is worth remembering is learned too
-        loss.backward()
-        norm = self.optimizer.step()
-        self.average.update()
-        return {"loss": loss.item(), "gradient": norm, "context_frames": float(sum(map(len, memory.held().values())))}
+        return loss, memory
+
+    def _ode(self, made: Trajectories) -> tuple[Tensor, Memory]:
+        """Each chunk is at one of the kept states of the base model's way to a video, and the student names its end.
+
+        `# Choice:` as published, a chunk sees those before it as noisy as they happen to be, with no clean pass: chunk after
+        chunk through the student's memory, which is block-causal attention as far as the memory reaches. A chunk that is
+        at x_0 already has no loss; it is what shows the student clean context.
+        """
+        spec, chunks = self.spec, self.spec.frames // self.spec.chunk
+        videos = self.random.integers(0, made.spec.videos - 1, spec.batch)
+        drawn = torch.tensor(self.random.integers(0, len(made.sigmas) - 1, spec.batch * chunks)).view(spec.batch, chunks)
+        noisy = max(1, int((drawn < len(made.sigmas) - 1).sum())) / ranks()  # this rank's share of all that have a loss
+        videos, levels = mine(videos), torch.stack(mine(list(drawn)))
+        states, text = made.read(videos).to(self.device), made.text(videos).to(self.device)
+        self.seen.update(states=states, text=text, levels=levels)
+        parts = states.split(spec.chunk, dim=2)
+        sigmas = torch.tensor(made.sigmas)[levels].to(states)
+        loss, memory, each = states.new_zeros(()), empty(spec.memory), torch.arange(len(states))
+        for number, part in enumerate(parts):
+            x_t, x_0, sigma = part[each, levels[:, number]], part[:, -1], sigmas[:, number]
+            wrong = self.model(x_t, sigma, text, memory) - x_0  # exactly 0 where sigma is 0
+            loss = loss + wrong.square().mean(dim=(1, 2, 3, 4)).sum()
+            shown, level = (x_0, None) if made.spec.context == "clean" else (x_t, sigma)
+            memory = self.model.remember(shown, text, memory, sigma=level, grad=True)
+        return loss / noisy, memory

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.model.flow import add_noise, gaussian
+from cf_model.model.flow import Flow, add_noise, gaussian
 from cf_model.model.view import Score, TeacherView
 
 
@@ -25,6 +29,8 @@ class ErrorSpec:
     segments: Literal["fast", "slow_fast", "all"]  # frames of the context that can get one
     grids: int  # noise levels that mistakes are sorted into
     per_grid: int  # mistakes kept of each level
+    dtype: Literal["float32", "bfloat16"]  # that they are kept in
+    bytes: int  # the bank may take, full
     warmup: int  # steps in which mistakes are only collected
 
     def __post_init__(self) -> None:
@@ -34,24 +40,36 @@ class ErrorSpec:
         if self.grids < 1 or self.per_grid < 1:
             raise ValueError(f"grids is {self.grids} and per_grid {self.per_grid}; the bank holds at least one mistake")
 
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Choice: a bank that is too large is refused, not shrunk: how many mistakes it holds is part of the method."""
+        one = 2 * math.prod(shape) * getattr(torch, self.dtype).itemsize * self.grids  # two kinds, of every level
+        full, fits = one * self.per_grid, self.bytes // one
+        if full > self.bytes:
+            stated = f"errors.bytes is {self.bytes}, but {self.per_grid} mistakes of {list(shape)} on {self.grids} levels take {full}"
+            raise ValueError(f"{stated}; use {f'errors.per_grid: {fits}, or ' if fits else ''}errors.bytes: {full}")
+
 
 class ErrorBank:
     """Past mistakes of the teacher, by noise level: what it took for x_0, and for ε, minus the truth.
 
     A full level replaces the stored mistake that is nearest to the new one, so the bank stays varied. It is bounded,
-    drawn from with a seeded generator, and part of the checkpoint.
+    drawn from with a seeded generator, part of the checkpoint, and written beside the teacher.
     """
 
     def __init__(self, spec: ErrorSpec, shape: tuple[int, ...]) -> None:
+        spec.check_fits(shape)
         self.spec = spec
-        size = (spec.grids, spec.per_grid, *shape)
-        self.stored = {"latent": torch.zeros(size), "noise": torch.zeros(size)}
+        size, dtype = (spec.grids, spec.per_grid, *shape), getattr(torch, spec.dtype)
+        self.stored = {"latent": torch.zeros(size, dtype=dtype), "noise": torch.zeros(size, dtype=dtype)}
         self.count = torch.zeros(spec.grids, dtype=torch.long)
 
     def grid(self, sigma: float) -> int:
         return min(self.spec.grids - 1, int(sigma * self.spec.grids))
 
     def add(self, sigma: float, latent: Tensor, noise: Tensor) -> None:
+        latent, noise = latent.to(self.stored["latent"]), noise.to(self.stored["noise"])
+        if not (latent.isfinite().all() and noise.isfinite().all()):
+            return  # of a step that is left out (loop.fit)
         grid = self.grid(sigma)
         slot = int(self.count[grid])
         if slot == self.spec.per_grid:
@@ -67,19 +85,39 @@ class ErrorBank:
         if not filled:
             return None
         grid = filled[int(torch.randint(len(filled), (), generator=rng))]
-        return self.stored[kind][grid, int(torch.randint(int(self.count[grid]), (), generator=rng))]
+        return self.stored[kind][grid, int(torch.randint(int(self.count[grid]), (), generator=rng))].float()
 
     def statistics(self) -> dict[str, float]:
-        held = [self.stored["latent"][g, : int(n)].square().mean() for g, n in enumerate(self.count.tolist()) if n]
+        held = [self.stored["latent"][g, : int(n)].float().square().mean() for g, n in enumerate(self.count.tolist()) if n]
         rms = float(torch.stack(held).mean().sqrt()) if held else 0.0
         return {"bank_fill": float(self.count.sum()) / (self.spec.grids * self.spec.per_grid), "bank_rms": rms}
 
+    def levels(self) -> list[dict[str, Any]]:
+        """Of every noise level: how many mistakes, and the mean and rms of what they are made of."""
+        rows: list[dict[str, Any]] = []
+        for grid, count in enumerate(self.count.tolist()):
+            row: dict[str, Any] = {"from": grid / self.spec.grids, "to": (grid + 1) / self.spec.grids, "count": count}
+            for kind, stored in self.stored.items() if count else ():
+                held = stored[grid, :count].float()
+                row[kind] = {"mean": float(held.mean()), "rms": float(held.square().mean().sqrt())}
+            rows.append(row)
+        return rows
+
+    def save(self, folder: Path) -> None:
+        """errors.safetensors: the mistakes, level after level as `count` says; errors.json: `levels`."""
+        save_file(self.state_dict(), folder / "errors.safetensors")
+        (folder / "errors.json").write_text(json.dumps({"dtype": self.spec.dtype, "levels": self.levels()}, indent=1) + "\n")
+
     def state_dict(self) -> dict[str, Any]:
-        return {**self.stored, "count": self.count}
+        """Only what is held: a checkpoint of a bank that is not full is smaller than one that is."""
+        there = torch.arange(self.spec.per_grid) < self.count[:, None]
+        return {**{kind: stored[there] for kind, stored in self.stored.items()}, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count = state["count"]
-        self.stored = {kind: state[kind] for kind in self.stored}
+        there = torch.arange(self.spec.per_grid) < self.count[:, None]
+        for kind, stored in self.stored.items():
+            stored[there] = state[kind]
 
 
 def erft_loss(
@@ -91,10 +129,12 @@ def erft_loss(
     *,
     view: TeacherView,
     bank: ErrorBank,
+    flow: Flow,
+    weight: Literal["uniform", "bell"],
     step: int,
     rng: torch.Generator,
 ) -> Float[Tensor, ""]:
-    """Flow matching whose input carries old mistakes and whose target does not (sec. 3.4; SVI, train_svi.py)."""
+    """Flow matching whose input carries old mistakes and whose target does not, w(σ) |v - v*|² (sec. 3.4; SVI, train_svi.py)."""
     noise = gaussian(x.shape, rng)
     spec, dirty = bank.spec, torch.rand(len(x), 4, generator=rng)
     clean = dirty[:, 0] < spec.clean if step >= spec.warmup else torch.ones(len(x), dtype=torch.bool)
@@ -102,11 +142,11 @@ def erft_loss(
     for i in (~clean).nonzero().flatten().tolist():
         level = float(sigma[i])
         if dirty[i, 1] < spec.latent and (error := bank.draw("latent", rng, level)) is not None:
-            bad_x[i] += error
+            bad_x[i] += error.to(x)
         if dirty[i, 2] < spec.noise and (error := bank.draw("noise", rng, level)) is not None:
-            bad_noise[i] += error
+            bad_noise[i] += error.to(x)
         if dirty[i, 3] < spec.context and (error := bank.draw("latent", rng)) is not None:
-            add_to_context(bad_context[i], error, view, spec.segments)
+            add_to_context(bad_context[i], error.to(x), view, spec.segments)
     target = bad_noise - x  # undoes the latent mistake, not the one in the noise
     velocity = view.velocity(model, add_noise(bad_x, bad_noise, sigma), sigma, text, bad_context)
     wrong = (velocity - target).detach()
@@ -114,7 +154,8 @@ def erft_loss(
     for i in enter.nonzero().flatten().tolist():
         level = float(sigma[i])
         bank.add(level, -level * wrong[i], (1 - level) * wrong[i])
-    return (velocity - target).square().mean()
+    error = (velocity - target).square()
+    return (error.mean(dim=(1, 2, 3, 4)) * flow.weight(sigma) if weight == "bell" else error).mean()
 
 
 def add_to_context(context: Float[Tensor, "K C H W"], error: Float[Tensor, "F C H W"], view: TeacherView, segments: str) -> None:

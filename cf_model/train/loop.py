@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -14,27 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cf_model.model import checkpoint
+from cf_model.model.flow import uniform
 
+from . import engine
+from .engine import Optimizer as Optimizer
+from .engine import OptimizerSpec as OptimizerSpec
 
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """AdamW for everything; with `muon_lr` above 0, Muon for the matrices of the transformer's blocks."""
-
-    lr: float
-    muon_lr: float
-    beta1: float
-    beta2: float
-    weight_decay: float  # of AdamW
-    muon_decay: float  # of Muon, whose steps are far larger
-    clip: float  # of the gradient's norm
-    warmup: int  # steps from 0 to lr
-    decay: float  # share of the steps, at the end, in which lr falls to a fiftieth; 0 keeps it
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or self.muon_lr < 0 or self.clip <= 0:
-            raise ValueError(f"lr is {self.lr}, muon_lr {self.muon_lr} and clip {self.clip}; lr and clip are above 0, muon_lr is not below")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.decay <= 1):
-            raise ValueError(f"beta1 is {self.beta1}, beta2 {self.beta2}, decay {self.decay}; use values in 0..1, the betas below 1")
+# Choice: a bad batch or two are survived, a run that has diverged ends.
+BAD_STEPS = 3  # in a row
 
 
 def at_least(lowest: float, **values: float) -> None:
@@ -47,48 +35,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
-class Optimizer:
-    """Clip, schedule, step. `steps` is the number of updates that the schedule is stretched over."""
-
-    def __init__(self, model: nn.Module, spec: OptimizerSpec, steps: int) -> None:
-        self.model, self.spec, self.steps, self.done = model, spec, steps, 0
-        matrices = [p for n, p in model.named_parameters() if spec.muon_lr and ".blocks." in n and p.ndim == 2]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        betas = (spec.beta1, spec.beta2)
-        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr)
-        ]
-        if matrices:
-            self.parts.append((torch.optim.Muon(matrices, lr=spec.muon_lr, weight_decay=spec.muon_decay), spec.muon_lr))
-
-    def step(self) -> float:
-        """Uses the gradients that are there, then forgets them. Returns their norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
-        factor = self.factor()
-        for optimizer, lr in self.parts:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-            optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        self.done += 1
-        return float(norm)
-
-    def factor(self) -> float:
-        rise = min(1.0, (self.done + 1) / self.spec.warmup) if self.spec.warmup else 1.0
-        left = 1 - self.done / self.steps
-        fall = min(1.0, max(0.02, left / self.spec.decay)) if self.spec.decay else 1.0
-        return rise * fall
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "parts": [optimizer.state_dict() for optimizer, _ in self.parts]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = state["done"]
-        for (optimizer, _), saved in zip(self.parts, state["parts"], strict=True):
-            optimizer.load_state_dict(saved)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -118,10 +64,10 @@ class Average(Generic[M]):
 
 
 class Random:
-    """A seeded stream of numbers that a checkpoint can hold."""
+    """A seeded stream of numbers that a checkpoint can hold; the same on every rank, and on every device."""
 
-    def __init__(self, seed: int) -> None:
-        self.rng = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
+        self.rng = engine.stream(seed, device)
 
     def integers(self, low: int, high: int, count: int) -> list[int]:
         """Uniform in low..high, both included."""
@@ -161,7 +107,7 @@ class Clips(Protocol):
 
 
 class Log(Protocol):
-    """What a loop tells the world; tasks/tracking.py has the one implementation."""
+    """What a loop tells the world, and hears of it; tasks/tracking.py has the one implementation."""
 
     work: Path
 
@@ -171,27 +117,70 @@ class Log(Protocol):
 
     def progress(self, total: int, unit: str = "step", start: int = 0) -> Any: ...
 
+    def listen(self) -> AbstractContextManager[Callable[[], bool]]:
+        """While it lasts a SIGTERM does not end the process but makes the callable true."""
 
-def fit(step: Callable[[int], Mapping[str, float]], *, steps: int, state: Mapping[str, Stateful], log: Log, save_every: int) -> None:
+    def stopped(self, step: int) -> None:
+        """Ends the process: it was asked to, and `step` is in a checkpoint."""
+
+    def finished(self) -> None:
+        """All steps are done. A rank that only follows ends here; the first one saves the model."""
+
+
+def fit(
+    step: Callable[[int], Mapping[str, float]],
+    *,
+    steps: int,
+    state: Mapping[str, Stateful],
+    log: Log,
+    save_every: int,
+    seen: Mapping[str, Tensor] | None = None,
+) -> None:
     """Runs `step` for 0 .. steps - 1, from the newest usable checkpoint in `log.work` on.
 
-    `state` names everything that a step changes; all of it is in each checkpoint. A value of `step` that is not finite
-    stops the run with the step's number.
+    `state` names everything that a step changes; all of it is in each checkpoint. After a SIGTERM the step that runs is
+    finished, saved, and the last. A value of `step` that is not finite is a bad step: what it was made of (`seen`, and the
+    random state before it) goes to bad-XXXXXXXX, and `BAD_STEPS` of them in a row end the run.
     """
-    first = checkpoint.restore(log.work, state)
+    bad, first = 0, checkpoint.restore(log.work, state)
+    saved = engine.agree_on_start(first)
     if first:
         log.resumed(first)
     bar = log.progress(steps, "step", first)
-    for number in range(first, steps):
-        values = step(number)
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise ValueError(f"step {number + 1}: {bad[0]} is {values[bad[0]]}; lower the learning rate, the last checkpoint is intact")
-        log.log(number + 1, **values)
-        bar.update(1, **dict(list(values.items())[:2]))
-        if (number + 1) % save_every == 0 and number + 1 < steps:
-            checkpoint.save(log.work, number + 1, state)
+    with log.listen() as asked:
+        for number in range(first, steps):
+            before = state["random"].state_dict() if "random" in state else {}
+            values, stop = engine.mean_values(step(number), asked())
+            wrong = [name for name, value in values.items() if not math.isfinite(value)]
+            with checkpoint.room(log.work, "metrics.jsonl"):
+                log.log(number + 1, **values)
+            bar.update(1, **dict(list(values.items())[:2]))
+            bad = bad + 1 if wrong else 0
+            if wrong:
+                report(log.work, number + 1, wrong[0], values[wrong[0]], bad, {"random": before, "batch": dict(seen or {})})
+            elif ((number + 1) % save_every == 0 and number + 1 < steps) or stop:
+                saved = number + 1
+                if engine.is_first():
+                    checkpoint.save(log.work, saved, state)
+            if stop:
+                log.stopped(saved)
     bar.close()
+    log.finished()
+
+
+def report(work: Path, step: int, name: str, value: float, bad: int, made_of: Mapping[str, Any]) -> None:
+    """Keeps what a bad step was made of; ends the run at the `BAD_STEPS`-th in a row."""
+    path = work / f"bad-{step:08d}"
+    if engine.is_first():
+        checkpoint.write(path, step, made_of)
+    stated = f"step {step}: {name} is {value}"
+    if bad >= BAD_STEPS:
+        last = max((found.name for found in work.glob("step-????????")), default="none yet")
+        raise ValueError(
+            f"{stated}, the third bad step in a row; lower the learning rate: the last checkpoint ({last}) is intact, "
+            f"the batch and the random state are in {path}"
+        )
+    warnings.warn(f"{stated}; the step was left out, its batch and random state are in {path}", stacklevel=3)
 
 
 def batches(rows: Iterable[int], count: int, rng: Random) -> list[int]:
@@ -202,5 +191,5 @@ def batches(rows: Iterable[int], count: int, rng: Random) -> list[int]:
 
 def drop_prompts(text: Float[Tensor, "B T E"], empty: Float[Tensor, "T E"], share: float, rng: Random) -> Float[Tensor, "B T E"]:
     """The empty prompt in place of a share of the prompts: what guidance needs."""
-    keep = torch.rand(len(text), generator=rng.rng) >= share
-    return torch.where(keep[:, None, None], text, empty)
+    keep = uniform((len(text),), rng.rng) >= share
+    return torch.where(keep[:, None, None], text, empty.to(text))

@@ -17,6 +17,7 @@ from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import TeacherView
 
 from .distill import critic_loss, generator_gradient
+from .engine import mine, ranks
 from .loop import Average, Optimizer, OptimizerSpec, Random, at_least, batches
 
 
@@ -96,16 +97,19 @@ class Distillation:
         reencode: Callable[[Float[Tensor, "B F C H W"]], Float[Tensor, "B 1 C H W"]] | None = None,
     ) -> None:
         """`reencode` makes the last video frame of some latents a picture's latent (`first_latent: reencode`)."""
-        self.null, self.reencode = null, reencode
-        self.spec, self.view, self.flow, self.prompts, self.shape = spec, view, flow, prompts, shape
+        device = next(student.parameters()).device
+        self.null, self.prompts, self.reencode = null.to(device), prompts, reencode
+        self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
         updates = spec.steps // spec.critic_updates
         self.student_optimizer = Optimizer(student, spec.student_optimizer, updates)
         self.critic_optimizer = Optimizer(critic, spec.critic_optimizer, spec.steps)
         self.average = Average(student, spec.ema, spec.ema_start)
-        self.random = Random(seed)
-
-        self.stream = Stream(spec.memory)
+        self.random = Random(seed, device)
+        self.stream = Stream(spec.memory, device)
+        self.seen: dict[str, Tensor] = {}
+        if spec.rollout.persist == "stream" and ranks() > 1:
+            raise ValueError(f"rollout.persist is stream, whose video lives in one process, but there are {ranks()} ranks; use CF_RANKS=1")
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -125,6 +129,7 @@ class Distillation:
         made, text = self._roll_out(number)
         context, target = self.shown(made)
         values: dict[str, float] = {}
+        self.seen.update(target=target, context=context, text=text)
         if (number + 1) % spec.critic_updates == 0:
             values |= self._update_student(made, target, context, text)
         loss = critic_loss(
@@ -146,7 +151,7 @@ class Distillation:
         if before and before.video.shape[1] + new <= self.stream.frames:
             frames, text = before.video.shape[1] + new, self.stream.text
         else:
-            before, text = None, self.prompts[batches(range(len(self.prompts)), spec.batch, self.random)]
+            before, text = None, self.prompts[mine(batches(range(len(self.prompts)), spec.batch, self.random))].to(self.null)
             frames = spec.horizon.sample(number, spec.rollout.chunk, rng)
             if spec.rollout.persist == "stream":
                 self.stream.frames, self.stream.text, frames = frames, text, spec.rollout.window
@@ -190,8 +195,8 @@ class Distillation:
 class Stream:
     """The video that `persist: stream` goes on with; part of a checkpoint."""
 
-    def __init__(self, spec: MemorySpec) -> None:
-        self.spec, self.frames, self.text = spec, 0, torch.empty(0)
+    def __init__(self, spec: MemorySpec, device: torch.device) -> None:
+        self.spec, self.device, self.frames, self.text = spec, device, 0, torch.empty(0)
         self.made: Rollout | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,8 +207,18 @@ class Stream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.made = None
         if state:
+            state = moved(state, self.device)
             self.frames, self.text = state["frames"], state["text"]
             self.made = Rollout(state["video"], slice(0), (), (), restore(self.spec, state["memory"]), ())
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Nested dictionaries and lists with their tensors on a device."""
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [moved(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def replay(student: Callable[..., Tensor], made: Rollout, gradient: Float[Tensor, "B F C H W"], text: Tensor) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
 from cf_model.model.view import TeacherView
 
+from .adapter import LoraSpec, attach
 from .erft import ErrorBank, ErrorSpec, erft_loss
 from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
 
@@ -26,6 +29,8 @@ class TeacherSpec:
     dropout: float
     view: TeacherView
     errors: ErrorSpec
+    weight: Literal["uniform", "bell"]  # of noise levels in the loss: none, or as Wan was trained
+    lora: LoraSpec
     optimizer: OptimizerSpec
     ema: float
     save_every: int
@@ -39,11 +44,15 @@ class TeacherSpec:
 class Teacher:
     def __init__(self, spec: TeacherSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int) -> None:
         self.spec, self.model, self.latents, self.flow = spec, model, latents, flow
+        if spec.lora.rank:
+            attach(model, spec.lora, seed)
         self.rows = latents.rows("train", at_least=spec.shortest + spec.target)
         self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
         self.average = Average(model, spec.ema)
         self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
-        self.random = Random(seed)
+        self.device = next(model.parameters()).device
+        self.random = Random(seed, self.device)
+        self.seen: dict[str, Tensor] = {}
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -56,11 +65,14 @@ class Teacher:
         start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, longest, 1)[0]
         view = replace(spec.view, sink=0, slow=0) if self.random.coin(spec.fast_only) else spec.view
         starts = [self.random.integers(0, self.latents.frames(row) - start - spec.target, 1)[0] for row in rows]
-        clip = self.latents.window(rows, starts, start + spec.target)
+        clip = self.latents.window(rows, starts, start + spec.target).to(self.device)
         x, context = clip[:, start:], clip[:, view.frames(start)]
-        text = drop_prompts(self.latents.text(rows), self.latents.empty_text, spec.dropout, self.random)
+        text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
         sigma = self.flow.sample_sigma(len(x), rng)
-        loss = erft_loss(self.model, x, text, context, sigma, view=view, bank=self.bank, step=number, rng=rng)
+        self.seen.update(x=x, context=context, text=text, sigma=sigma)
+        loss = erft_loss(
+            self.model, x, text, context, sigma, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
+        )
         loss.backward()
         norm = self.optimizer.step()
         self.average.update()

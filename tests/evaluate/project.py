@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,6 +15,7 @@ from cf_model.model.memory import MemorySpec
 from cf_model.model.view import TeacherView
 from tasks import params as types
 
+ROOT = Path(__file__).parents[2]
 FPS = 16
 EVIL = 'a <script>alert("x")</script> & "quoted" disc'
 COLOURS = ("red", "green", "blue", "cyan")
@@ -28,8 +30,9 @@ def system(weights: Literal["base", "teacher", "causal_init", "stage1", "stage2"
     return types.System(weights=weights, memory=memory, view=seen, frames=21)
 
 
-def make_params(profile: str = "tiny", source: str = "worlds") -> types.Params:
-    """Only the sections the report reads: what else a profile holds is none of its business."""
+def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["sparse", "contiguous"] = "sparse") -> types.Params:
+    """Only the sections the report reads: what else a profile holds is none of its business. `shown` to stage 2's teacher."""
+    tiny = types.load(ROOT / "profiles/tiny.yaml")
     slow = MemorySpec(3, 12, 6, "similarity", 0.95, 2, 1, "first", "evict", "clean", "none", "global", "anchored", "all")
     systems = {"base": system("base", view("none", 0)), "causal_init": system("causal_init", slow)}
     systems |= {"stage1": system("stage1", slow), "stage2": system("stage2", slow)}
@@ -41,6 +44,8 @@ def make_params(profile: str = "tiny", source: str = "worlds") -> types.Params:
         seed=7,
         video=types.Video(height=32, width=32, fps=FPS),
         clips=types.Clips.model_construct(source=source, folder=None),
+        teacher=tiny.teacher,
+        stage2=replace(tiny.stage2, teacher=replace(tiny.stage2.teacher, context=shown)),
         generate=types.Generate.model_construct(prompts=10, seeds=[0, 1], systems=systems, continuations=continuations),
         evaluate=types.Evaluate.model_construct(gap=5.0, resamples=200, choices=4),
     )

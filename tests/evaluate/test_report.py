@@ -20,7 +20,7 @@ from evaluate.project import EVIL, jsonl, make_params, write_project
 from cf_model.evaluate.figures import Line, chart, strip
 from cf_model.evaluate.report import Results, comparison, goals, number, verdict
 from cf_model.evaluate.statistics import Interval, point
-from tasks.report import run
+from tasks.report import facts, run
 
 
 class Page(HTMLParser):
@@ -135,6 +135,12 @@ def test_half_a_project(tmp_path: Path) -> None:
     text = Page(paths["out"].read_text()).text
     assert "file absent" in text and "No metric against time" in text
     assert "1.25" in text
+
+
+def test_a_context_that_the_teacher_was_not_trained_on_is_said(made: tuple[Any, str, Any]) -> None:
+    said = dict(facts(make_params(shown="contiguous"), [], [], []))
+    assert said["context shown to the teacher"] == "contiguous, though it was trained on sparse (stage2.teacher.mismatch: accept)"
+    assert "context shown to the teacher" not in dict(facts(make_params(), [], [], [])) and "though it was trained on" not in made[1]
 
 
 def test_videos_too_large_for_a_page_are_left_out(tmp_path: Path) -> None:

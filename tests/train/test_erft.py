@@ -1,16 +1,20 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from cf_model.model import checkpoint
 from cf_model.model.view import TeacherView
 from cf_model.train.erft import ErrorBank, ErrorSpec, add_to_context, erft_loss
-from tests.small import SHAPE, normal, rng
+from tests.small import FLOW, SHAPE, normal, rng
 
 VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero")
 
 
 def errors(**changes):
     values = {"context": 0.9, "latent": 0.9, "noise": 0.5, "clean": 0.0, "clean_update": 1.0, "segments": "fast"}
-    return ErrorSpec(**(values | {"grids": 4, "per_grid": 2, "warmup": 0} | changes))
+    return ErrorSpec(**(values | {"grids": 4, "per_grid": 2, "dtype": "float32", "bytes": 1_000_000, "warmup": 0} | changes))
 
 
 class Guess:
@@ -24,10 +28,11 @@ class Guess:
         return torch.full_like(x_t, self.value)
 
 
-def loss(model, bank, step=0, context=None, seed=0):
+def loss(model, bank, step=0, context=None, seed=0, sigma=(0.5, 0.5), weight="uniform"):
+    how = {"view": VIEW, "bank": bank, "flow": FLOW, "weight": weight}
     x = normal(2, 6, *SHAPE)
     context = normal(2, 12, *SHAPE, seed=4) if context is None else context
-    return erft_loss(model, x, normal(2, 5, 8), context, torch.tensor([0.5, 0.5]), view=VIEW, bank=bank, step=step, rng=rng(seed))
+    return erft_loss(model, x, normal(2, 5, 8), context, torch.tensor(sigma), **how, step=step, rng=rng(seed))
 
 
 def test_mistakes_are_what_the_prediction_was_wrong_by():
@@ -85,10 +90,56 @@ def test_segments(segments, first):
     assert context.flatten(1).mean(1).tolist() == [0.0] * first + [1.0] * (12 - first)
 
 
-def test_bank_goes_through_a_checkpoint():
-    bank = ErrorBank(errors(), (6, *SHAPE))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bank_goes_through_a_checkpoint(tmp_path, dtype):
+    bank = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
     loss(Guess(), bank)
-    again = ErrorBank(errors(), (6, *SHAPE))
-    again.load_state_dict(bank.state_dict())
+    loss(Guess(), bank, sigma=(0.9, 0.1))
+    checkpoint.save(tmp_path, 1, {"bank": bank})
+    again = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
+    assert checkpoint.restore(tmp_path, {"bank": again}) == 1
+    assert torch.equal(again.count, bank.count) and again.count.tolist() == [1, 0, 2, 1]
+    assert all(torch.equal(again.stored[kind], bank.stored[kind]) for kind in bank.stored)
     assert torch.equal(again.draw("latent", rng(3)), bank.draw("latent", rng(3))) and again.statistics() == bank.statistics()
     assert ErrorBank(errors(), (6, *SHAPE)).draw("latent", rng()) is None
+
+
+def test_a_checkpoint_holds_no_empty_places():
+    bank = ErrorBank(errors(per_grid=100, bytes=10_000_000), (6, *SHAPE))
+    loss(Guess(), bank)
+    assert len(bank.state_dict()["latent"]) == 2
+
+
+def test_bank_beside_the_teacher(tmp_path):
+    bank = ErrorBank(errors(), (6, *SHAPE))
+    loss(Guess(), bank)
+    loss(Guess(), bank, sigma=(0.9, 0.9), seed=2)
+    bank.save(tmp_path)
+    held, rows = load_file(tmp_path / "errors.safetensors"), json.loads((tmp_path / "errors.json").read_text())["levels"]
+    assert held["count"].tolist() == [row["count"] for row in rows] == [0, 0, 2, 2]
+    assert (rows[3]["from"], rows[3]["to"]) == (0.75, 1.0) and "latent" not in rows[0]
+    assert rows[3]["latent"]["rms"] == pytest.approx(float(held["latent"][2:].square().mean().sqrt()))
+    assert rows[2]["noise"]["mean"] == pytest.approx(float(held["noise"][:2].mean()), abs=1e-6)
+
+
+def test_a_bank_that_is_too_large_is_refused_with_what_would_fit():
+    size = 2 * 4 * 6 * 4 * 4 * 4 * 4  # kinds, levels, frames, C, H, W, bytes of a number
+    ErrorBank(errors(per_grid=3, bytes=3 * size), (6, *SHAPE))
+    with pytest.raises(ValueError, match=rf"errors.bytes is {3 * size - 1}, .*; use errors.per_grid: 2, or errors.bytes: {3 * size}"):
+        ErrorBank(errors(per_grid=3, bytes=3 * size - 1), (6, *SHAPE))
+    ErrorBank(errors(per_grid=6, bytes=3 * size, dtype="bfloat16"), (6, *SHAPE))
+    with pytest.raises(ValueError, match=rf"; use errors.bytes: {size}"):
+        ErrorBank(errors(per_grid=1, bytes=10), (6, *SHAPE))
+
+
+def test_the_weight_of_noise_levels():
+    """Uniform is the plain mean; the bell weighs each video by its level."""
+    levels = torch.tensor([0.5, 0.98])
+    each = []
+    for i in range(2):  # the other video's part is what remains of the uniform mean
+        x, noise = normal(2, 6, *SHAPE)[i], torch.randn((2, 6, *SHAPE), generator=rng())[i]
+        each.append((noise - x).square().mean())
+    uniform, bell = (float(loss(Guess(), ErrorBank(errors(), (6, *SHAPE)), sigma=(0.5, 0.98), weight=w)) for w in ("uniform", "bell"))
+    assert uniform == pytest.approx(float(sum(each)) / 2, rel=1e-5)
+    assert bell == pytest.approx(float((torch.stack(each) * FLOW.weight(levels)).mean()), rel=1e-5)
+    assert float(FLOW.weight(levels)[0]) > 2 > 0.2 > float(FLOW.weight(levels)[1])

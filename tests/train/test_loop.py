@@ -1,8 +1,10 @@
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cf_model.model import checkpoint
 from cf_model.model.rollout import HorizonSpec
@@ -62,28 +64,76 @@ def make(folder):
     return folder
 
 
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path):
+def shorten(path):
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:1000])
+
+
+def flip(path):
+    file = path / "average.safetensors"
+    held = bytearray(file.read_bytes())
+    held[-100] ^= 1
+    file.write_bytes(held)
+
+
+DAMAGE = {
+    "model.safetensors has 1000 bytes": shorten,
+    "average.safetensors is not what was written": flip,
+    "random.safetensors is missing": lambda path: (path / "random.safetensors").unlink(),
+    ".*No such file": lambda path: (path / "manifest.json").unlink(),
+    "Expecting|Unterminated": lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text()[:99]),
+}
+
+
+@pytest.mark.parametrize(("why", "damage"), DAMAGE.items(), ids=["short", "flipped", "missing", "no manifest", "half a manifest"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, why, damage):
     job = Job()
     for step in (2, 4, 6):
         checkpoint.save(tmp_path, step, job.state)
-    newest = sorted(tmp_path.glob("step-*"))
-    assert len(newest) == checkpoint.KEEP
-    newest[-1].write_bytes(newest[-1].read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=r"step-00000006\.safetensors can't be read"):
+    kept = sorted(tmp_path.glob("step-*"))
+    assert len(kept) == checkpoint.KEEP
+    damage(kept[-1])
+    with pytest.warns(UserWarning, match=rf"step-00000006 can't be used \({why}"):
         assert checkpoint.restore(tmp_path, Job().state) == 4
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
-    with pytest.raises(ValueError, match="step 2: loss is nan"):
-        fit(lambda n: {"loss": float("nan") if n else 1.0}, steps=3, state={}, log=Track("t", tmp_path), save_every=1)
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_its_batch(tmp_path):
+    """Two bad steps change nothing; the third in a row ends the run. What each was made of can be read."""
+    job, steps = Job(), []
+    seen = {}
+
+    def step(number):
+        steps.append(job.random.rng.get_state())
+        seen["x"] = torch.full((2,), float(number))
+        if number in (1, 3, 4, 5):
+            before = weights_of(job.model)
+            (job.model.velocity(normal(2, 3, *SHAPE), torch.rand(2, generator=job.random.rng), normal(2, 5, 8)).sum() * math.nan).backward()
+            norm = job.optimizer.step()
+            assert torch.equal(before, weights_of(job.model)) and not math.isfinite(norm)
+            return {"loss": math.nan}
+        return job.step(number)
+
+    with (
+        pytest.warns(UserWarning, match="step 2: loss is nan; the step was left out"),
+        pytest.raises(ValueError, match=r"step 6: loss is nan, the third bad step in a row.*checkpoint \(step-00000003\) is intact"),
+    ):
+        fit(step, steps=8, state=job.state, log=Track("t", tmp_path), save_every=1, seen=seen)
+    assert sorted(path.name for path in tmp_path.glob("bad-*")) == [f"bad-0000000{n}" for n in (2, 4, 5, 6)]
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000001", "step-00000003"]
+    assert torch.equal(load_file(tmp_path / "bad-00000004/batch.safetensors")["batch/x"], torch.full((2,), 3.0))
+    assert torch.equal(load_file(tmp_path / "bad-00000004/random.safetensors")["random/rng"], steps[3])
+    checkpoint.verified(tmp_path / "bad-00000006")
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_checkpoint(tmp_path):
     job = Job()
     with torch.no_grad():
         job.model.transformer.proj_out.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"step 1: \w+ is nan; lower the learning rate"):
-        fit(job.step, steps=3, state=job.state, log=Track("t", tmp_path), save_every=1)
+    with pytest.raises(ValueError, match=r"step 3: \w+ is nan.*none yet"), pytest.warns(UserWarning):
+        fit(job.step, steps=4, state=job.state, log=Track("t", tmp_path), save_every=1)
     assert not list(tmp_path.glob("step-*"))
 
 

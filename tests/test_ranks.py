@@ -1,0 +1,184 @@
+"""Real processes, stopped in every way a machine has, alone and as two ranks: what they say, what they leave, how they go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cf_model.model import checkpoint
+from tasks import ranks
+from tasks.params_file import Refused
+
+ROOT = Path(__file__).parent.parent
+STEPS = 60
+STAGE = f"""
+import errno, os, resource, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+from tasks import ranks
+if ranks.rank() is None and int(os.environ.get("CF_RANKS", "1")) > 1:
+    sys.exit(ranks.launch("toy", int(os.environ["CF_RANKS"])))
+import torch
+from safetensors.torch import save_file
+from cf_model.train.engine import Optimizer, OptimizerSpec, mine, rank
+from cf_model.train.loop import Average, Random, fit
+from cf_model.model.flow import gaussian
+from tasks import __main__ as cf, runner
+
+class Job:
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model, self.random = torch.nn.Linear(64, 64), Random(1)
+        self.optimizer = Optimizer(self.model, OptimizerSpec(1e-3, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0), {STEPS})
+        self.average = Average(self.model, 0.9)
+        self.state = dict(model=self.model, random=self.random, optimizer=self.optimizer, average=self.average)
+
+    def step(self, number):
+        if os.environ.get("FULL") == str(number):  # files may not grow beyond a few KB any more
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        if os.environ.get("RAISE") == str(number) and rank() == 1:
+            raise KeyError("a bug in rank 1")
+        if os.environ.get("SLOW"):
+            print("step", number, rank(), os.getpid(), flush=True)
+            time.sleep(0.05)
+        x = gaussian((len(mine(range(4))), 64), self.random.rng)
+        loss = self.model(x).square().mean()
+        loss.backward()
+        values = dict(loss=loss.item(), gradient=self.optimizer.step())
+        self.average.update()
+        return values
+
+def run(params, track, *, out):
+    job = Job()
+    fit(job.step, steps={STEPS}, state=job.state, log=track, save_every=5)
+    out.mkdir()
+    save_file(job.average.model.state_dict(), out / "model.safetensors")
+    track.save(out)
+    return {{}}
+
+def main(argv):
+    params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
+    paths = dict(out=Path("made"))
+    if ranks.rank() is not None:
+        ranks.join()
+    if ranks.rank():
+        ranks.follow("toy", run, paths, params)
+    else:
+        runner.execute("toy", run, paths, params, {{"seed": 0}}, began=time.time(), announce=ranks.announce)
+
+cf.main, sys.argv = main, ["cf", "toy"]
+cf.cli()
+"""
+
+
+def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, "-c", STAGE], cwd=folder, env=env, stdout=-1, stderr=-1, text=True)
+
+
+def until(process: subprocess.Popen[str], step: int, rank: int = 0) -> int:
+    """Reads on until this rank is in this step; its process id."""
+    assert process.stdout
+    for line in process.stdout:
+        words = line.split()
+        if words[:1] == ["step"] and int(words[1]) >= step and int(words[2]) == rank:
+            return int(words[3])
+    raise AssertionError(process.communicate()[1])
+
+
+def finished(process: subprocess.Popen[str], code: int) -> str:
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    return said
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "made").iterdir()}
+
+
+def began_after(said: str) -> int:
+    return int(said.split("toy: continues after step ")[1].split()[0])
+
+
+def terminated(folder: Path, step: int, **environment: str) -> int:
+    """SIGTERM in or after this step; the step that was saved, which the next run must begin after."""
+    process = start(folder, SLOW="1", **environment)
+    until(process, step)
+    process.terminate()
+    said = finished(process, 143)
+    assert said.count("toy: asked to stop; saved after step ") == 1 and "Traceback" not in said
+    return int(said.split("saved after step ")[1].split(",")[0])
+
+
+@pytest.mark.slow
+def test_one_process_stopped_in_every_way_ends_as_never_stopped(tmp_path: Path) -> None:
+    """A full disk keeps the last checkpoint; SIGKILL loses the steps since the last save; SIGTERM loses none."""
+    folder = tmp_path / "stopped"
+    whole = start(tmp_path / "whole")
+    said = finished(start(folder, FULL="7"), 1)
+    (work,) = (folder / "work/toy").iterdir()
+    assert f"cf toy: work/toy/{work.name} has no room for step-00000010 (File too large" in said
+    assert "the last checkpoint, step-00000005, is intact: make room and start again" in said and "Traceback" not in said
+    assert not list(work.glob("*.partial")) and checkpoint.verified(work / "step-00000005")["step"] == 5
+
+    killed = start(folder, SLOW="1")
+    until(killed, 17)
+    killed.kill()
+    killed.communicate()
+    saved = sorted(path.name for path in work.glob("step-*"))[-1]
+    assert "step-00000015" <= saved <= "step-00000030"
+
+    stopped = terminated(folder, 32)
+    assert 32 < stopped < 60
+    assert began_after(finished(start(folder), 0)) == stopped
+    finished(whole, 0)
+    assert made(folder) == made(tmp_path / "whole"), "the weights, and metrics.jsonl"
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_in_every_way_end_as_never_stopped(tmp_path: Path) -> None:
+    """A rank that fails or is killed takes the other down, and what it died of is said once."""
+    folder = tmp_path / "stopped"
+    whole = start(tmp_path / "whole", CF_RANKS="2")
+    said = finished(start(folder, CF_RANKS="2", RAISE="7"), 1)
+    assert said.count("Traceback") == 1 and said.count("KeyError: 'a bug in rank 1'") == 1
+    assert "cf toy: rank 1 of 2 stopped: Traceback" in said
+
+    killed = start(folder, CF_RANKS="2", SLOW="1")
+    os.kill(until(killed, 12, rank=1), signal.SIGKILL)
+    began = time.monotonic()
+    said = finished(killed, 137)
+    assert time.monotonic() - began < 10
+    assert "cf toy: rank 1 of 2 was ended by SIGKILL" in said and "Traceback" not in said and began_after(said) == 5
+
+    stopped = terminated(folder, 22, CF_RANKS="2")
+    assert 22 < stopped < 60
+    assert began_after(finished(start(folder, CF_RANKS="2"), 0)) == stopped
+    finished(whole, 0)
+    assert made(folder) == made(tmp_path / "whole")
+
+
+def test_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("CF_RANKS", raising=False)
+    scratch = {"base": {"init": "scratch"}}
+    assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [1, 1, 1]
+    monkeypatch.setenv("CF_RANKS", "4")
+    assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [4, 4, 1]
+    assert ranks.wanted("base", {"base": {"init": "wan"}}) == 1, "an import is no training"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(Refused, match="CF_RANKS is 4, but there are 2 GPUs"):
+        ranks.wanted("stage2", scratch)
+    monkeypatch.delenv("CF_RANKS")
+    assert ranks.wanted("stage2", scratch) == 2
+    monkeypatch.setenv("CF_RANKS", "two")
+    with pytest.raises(Refused, match="CF_RANKS is two; use a whole number from 1 on"):
+        ranks.wanted("stage2", scratch)

@@ -1,0 +1,101 @@
+"""One of several ranks, as a process: trains small jobs and leaves their weights. `python -m tests.train.ranked JOB,JOB OUT STEPS`"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cf_model.model.denoiser import Denoiser
+from cf_model.model.rollout import HorizonSpec
+from cf_model.model.view import TeacherView
+from cf_model.train.base import Base, BaseSpec
+from cf_model.train.causal_init import CausalInit, CausalInitSpec
+from cf_model.train.engine import OptimizerSpec, is_first
+from cf_model.train.loop import fit
+from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
+from tasks import ranks
+from tasks.tracking import Track
+from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
+
+BATCH, STEPS = 4, 20
+
+
+class Clips:
+    """Eight clips of random latents, each with its own prompt."""
+
+    shape = SHAPE
+    empty_text = torch.zeros(5, 8)
+
+    def rows(self, split: str, at_least: int = 1) -> list[int]:
+        return list(range(8))
+
+    def frames(self, row: int) -> int:
+        return 24 + row
+
+    def window(self, rows: list[int], starts: list[int], length: int) -> Tensor:
+        return torch.stack([normal(40, *SHAPE, seed=row)[start : start + length] for row, start in zip(rows, starts, strict=True)])
+
+    def text(self, rows: list[int]) -> Tensor:
+        return torch.stack([normal(5, 8, seed=100 + row) for row in rows])
+
+
+# the weights' steps must show, but Adam's first ones are signs of gradients, and those of rounding alone differ
+OPTIMIZER = OptimizerSpec(lr=1e-4, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.01, muon_decay=0.0, clip=1.0, warmup=3, decay=0.5)
+COMMON = {"ema": 0.9, "save_every": 5}
+
+
+def base() -> tuple[Base, dict[str, Denoiser]]:
+    plan = BaseSpec(
+        init="scratch", weights=None, steps=STEPS, batch=BATCH, window=4, dropout=0.2, optimizer=OPTIMIZER, **COMMON
+    )  # type: ignore[arg-type]
+    job = Base(plan, model=denoiser(), latents=Clips(), flow=FLOW, seed=3)
+    return job, {"model": job.model}
+
+
+def causal_init() -> tuple[CausalInit, dict[str, Denoiser]]:
+    plan = {"method": "teacher_forcing", "steps": STEPS, "batch": BATCH, "frames": 6, "longest": 9, "begin": 0.3, "chunk": 3}
+    plan |= {"dropout": 0.2, "memory": spec(tau=0.9), "optimizer": OPTIMIZER, **COMMON}
+    job = CausalInit(CausalInitSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3)  # type: ignore[arg-type]
+    return job, {"model": job.model}
+
+
+def student() -> tuple[Distillation, dict[str, Denoiser]]:
+    plan = {"steps": STEPS, "critic_updates": 2, "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
+    plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
+    plan |= {"teacher": ScoreSpec(context="sparse", guidance=2.0, mismatch="refuse", first_latent="as_is"), "critic_weight": "bell"}
+    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON}
+    job = Distillation(
+        StudentSpec(**plan),  # type: ignore[arg-type]
+        student=denoiser(0),
+        teacher=denoiser(1),
+        critic=denoiser(1),
+        view=TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=6, context_sigma="zero"),
+        flow=FLOW,
+        prompts=normal(7, 5, 8),
+        null=torch.zeros(5, 8),
+        shape=SHAPE,
+        seed=0,
+    )
+    return job, {"student": job.student, "critic": job.critic}
+
+
+def train(name: str, out: Path, steps: int = STEPS) -> None:
+    job, models = globals()[name]()
+    track = Track(name, out) if is_first() else ranks.Follower(name, out)
+    track.finished = lambda: None  # type: ignore[method-assign]
+    fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen)
+    if is_first():
+        held = {f"{model}/{key}": value for model, part in models.items() for key, value in part.state_dict().items()}
+        save_file(held, out / "weights.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if ranks.rank() is not None:
+        ranks.join()
+    for job in sys.argv[1].split(","):
+        train(job, Path(sys.argv[2]) / job, int(sys.argv[3]))
