@@ -1,3 +1,4 @@
+# Long: the traces, and how they are taken, are read together.
 """What each named method does in two optimiser steps and as it generates, against a table that a person has read.
 
 `python tests/test_presets.py` writes the table anew; a change of it is a change of a method, and its commit says why.
