@@ -34,7 +34,13 @@ def ran(said: str) -> list[str]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The tree as it is, with the smoke profile, run from nothing."""
-    folder = tmp_path_factory.mktemp("smoke") / "project"
+    folder = lay_out(tmp_path_factory.mktemp("smoke") / "project")
+    assert ran(dvc(folder, "repro")) == STAGES
+    yield folder
+
+
+def lay_out(folder: Path) -> Path:
+    """The tree as it is, in git, with the smoke profile and nothing made yet."""
     files = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, files.stdout.split("\0")):
         if (ROOT / name).is_file() and name != "dvc.lock" and not name.startswith("metrics/"):
@@ -43,8 +49,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "tree"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
     subprocess.run([sys.executable, "-m", "tasks", "profile", "use", "smoke"], cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
-    assert ran(dvc(folder, "repro")) == STAGES
-    yield folder
+    return folder
 
 
 def test_everything_is_there(project: Path) -> None:

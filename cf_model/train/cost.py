@@ -126,11 +126,10 @@ class Costs:
         return self.ends(frames, seen, levels) + blocks
 
     def live(self, frames: int, seen: int = 0, levels: int = 1) -> int:
-        """What the backward pass holds beside that, where it holds most: a gradient inside one ffn; with checkpointing a block
-        that is computed again, and as much for its gradients (measured: benchmarks/plan_memory.py)."""
-        if self.compute.checkpointing:
-            return 2 * self.block(frames, seen, levels)
-        return frames * self.tokens * self.model.ffn * self.number
+        """What the backward pass holds beside that, where it holds most: a gradient inside one ffn; with checkpointing also a
+        block that is computed again (measured: benchmarks/plan_memory.py)."""
+        again = self.block(frames, seen, levels) if self.compute.checkpointing else 0
+        return again + frames * self.tokens * self.model.ffn * self.number
 
     def activations(self, frames: int, seen: int = 0, levels: int = 1) -> int:
         return self.kept(frames, seen, levels) + self.live(frames, seen, levels)
