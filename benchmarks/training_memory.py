@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -22,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 LENGTHS = (21, 42, 84, 120, 240, 480, 960)
 
 
-def measure(frames: int) -> dict[str, float]:
+def measure(frames: int, checkpointing: bool) -> dict[str, float]:
     import torch
 
     from cf_model.model import wan
@@ -34,7 +35,8 @@ def measure(frames: int) -> dict[str, float]:
     p = params.load(HERE.parent / "profiles/tiny.yaml")
     shape = (p.codec.linear.channels, p.video.height // 8, p.video.width // 8)
     spec = replace(p.stage2, horizon=HorizonSpec(frames, frames, 0, "const"), critic_updates=1, ema_start=0)
-    models = [wan.build(p.model, channels=shape[0], text_channels=p.text.channels, seed=i) for i in range(3)]
+    compute = replace(p.compute, checkpointing=checkpointing)
+    models = [wan.build(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=compute) for i in range(3)]
     prompts = torch.randn(8, p.text.tokens, p.text.channels)
     job = Distillation(
         spec,
@@ -52,7 +54,7 @@ def measure(frames: int) -> dict[str, float]:
     for number in range(2):
         job.step(number)
     latents = spec.batch * frames * shape[0] * shape[1] * shape[2] * 4 / 2**20
-    return {"frames": frames, "step_mib": round(peak() - before, 1), "latents_mib": round(latents, 2)}
+    return {"frames": frames, "checkpointing": checkpointing, "step_mib": round(peak() - before, 1), "latents_mib": round(latents, 2)}
 
 
 def peak() -> float:
@@ -69,12 +71,13 @@ def machine() -> dict[str, str | int]:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(json.dumps(measure(int(sys.argv[1]))))
+        print(json.dumps(measure(int(sys.argv[1]), sys.argv[2] == "True")))
         return
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     rows = []
-    for frames in LENGTHS:
-        done = subprocess.run([sys.executable, __file__, str(frames)], env=env, capture_output=True, text=True, check=True)
+    for frames, checkpointing in product(LENGTHS, (False, True)):
+        command = [sys.executable, __file__, str(frames), str(checkpointing)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
     out = HERE / "results"
@@ -89,11 +92,12 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
-    frames = [row["frames"] for row in rows]
-    axis.plot(frames, [row["step_mib"] for row in rows], marker="o", label="peak of a step")
+    for checkpointing, label in ((False, "peak of a step"), (True, "with checkpointing")):
+        some = [row for row in rows if row["checkpointing"] == checkpointing]
+        axis.plot([row["frames"] for row in some], [row["step_mib"] for row in some], marker="o", label=label)
     axis.axvline(105, color="grey", linestyle=":", linewidth=1)  # 3 + 6 x 12 + 6 + 21
     axis.annotate("teacher's context full", (112, 20), fontsize=8, color="grey")
-    axis.plot(frames, [row["latents_mib"] for row in rows], marker="o", label="the rollout's latents")
+    axis.plot([row["frames"] for row in some], [row["latents_mib"] for row in some], marker="o", label="the rollout's latents")
     axis.set(xlabel="latent frames of the rollout", ylabel="MiB", ylim=(0, None), title="Memory of a stage-2 step (profile tiny, batch 8)")
     axis.legend(frameon=False)
     figure.savefig(path, dpi=120)

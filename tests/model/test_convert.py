@@ -10,6 +10,7 @@ import torch
 
 from cf_model.model import convert, foreign
 from cf_model.model.denoiser import ModelSpec
+from cf_model.model.weights import check
 from tasks import params_file
 from tests.small import denoiser
 
@@ -96,14 +97,14 @@ def test_heads_of_another_width_must_be_stated() -> None:
 def test_missing_unknown_misshapen_and_quantised_are_named() -> None:
     model = denoiser().transformer
     state, shapes = dict(model.state_dict()), convert.expected(model.config)
-    convert.check(state, shapes)
+    check(state, shapes)
     for name in [f"blocks.1.attn1.{part}" for part in ("norm_k.weight", "norm_q.weight", "to_q.bias", "to_q.weight")]:
         del state[name]
     state["blocks.0.extra"] = torch.zeros(1)
     state["proj_out.bias"] = torch.zeros(3)
     state["scale_shift_table"] = state["scale_shift_table"].to(torch.int8)
     with pytest.raises(ValueError) as refused:
-        convert.check(state, shapes)
+        check(state, shapes)
     assert str(refused.value) == (
         "it lacks blocks.1.attn1.norm_k.weight, blocks.1.attn1.norm_q.weight, blocks.1.attn1.to_q.bias and 1 more (4 in all), and "
         "holds blocks.0.extra, which it should not, and has the wrong shape for proj_out.bias as [3] for [16], and "
