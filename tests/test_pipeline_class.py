@@ -15,24 +15,9 @@ from cf_model.model.rollout import stream
 from cf_model.pipeline import Chunk, ContextForcingPipeline
 from cf_model.request import Switch, planned
 from tests.folders import SIZE, pipeline
+from tests.model.test_memory import TIMELINE
 from tests.small import SHAPE
 
-# docs/method.md 6.6, the proposed reading: chunk -> sink, slow, fast
-TIMELINE = {
-    0: ([], [], []),
-    1: ([0, 1, 2], [], []),
-    2: ([0, 1, 2], [], [3, 4, 5]),
-    3: ([0, 1, 2], [], [6, 7, 8]),
-    4: ([0, 1, 2], [6], [9, 10, 11]),
-    5: ([0, 1, 2], [6], [12, 13, 14]),
-    6: ([0, 1, 2], [6, 12], [15, 16, 17]),
-    7: ([0, 1, 2], [6, 12], [18, 19, 20]),
-    8: ([0, 1, 2], [6, 12, 18], [21, 22, 23]),
-    9: ([0, 1, 2], [6, 12, 18], [24, 25, 26]),
-    10: ([0, 1, 2], [6, 12, 18, 24], [27, 28, 29]),
-    11: ([0, 1, 2], [6, 12, 18, 24], [30, 31, 32]),
-    12: ([0, 1, 2], [6, 12, 18, 24, 30], [33, 34, 35]),
-}
 WORDS = "a red disc over hills"
 
 

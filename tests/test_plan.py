@@ -55,7 +55,7 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(found) == ["teacher", "causal_init", "stage1", "stage2"]
     stage2 = found["stage2"]
     assert stage2["gib"]["0"]["at_once"] == 0, "unsharded it is too much for 80 GiB"
-    assert stage2["gib"]["2"]["at_once"] == 1 and stage2["gib"]["2"]["peak"] < 80
+    assert stage2["gib"]["2"]["at_once"] == 2 and stage2["gib"]["2"]["peak"] < 80
     assert stage2["hours"] * 8 == pytest.approx(500 * stage2["tflop_per_step"] / (989 * 0.35) / 3600)
     # docs/method.md 1.3 has about 200, 75 and 270 to 370 GPU hours, the last with rollouts of 105 latents for each update
     assert 140 < found["teacher"]["hours"] * 8 < 200 and 50 < found["stage1"]["hours"] * 8 < 75 and 130 < stage2["hours"] * 8 < 270
@@ -116,8 +116,8 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: params.Params, tmp_path: Path
     for parameter in made.parameters():
         parameter.grad = parameter.detach().clone()
     optimizer.step()
-    file = checkpoint.save(tmp_path, 1, {"model": made, "average": Average(made, 0.9), "optimizer": optimizer})
-    assert file.stat().st_size == pytest.approx(one.checkpoint, rel=0.01)
+    folder = checkpoint.save(tmp_path, 1, {"model": made, "average": Average(made, 0.9), "optimizer": optimizer})
+    assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(one.checkpoint, rel=0.01)
     wan.save(made, tmp_path / "out")
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) == pytest.approx(forecast.disk(tiny, "base")["out"], rel=0.01)
 
@@ -141,8 +141,8 @@ def test_a_stage_that_fits_is_never_refused(tiny: params.Params, wan: params.Par
 
 def test_a_refusal_names_what_is_short_and_what_would_help(tiny: params.Params, wan: params.Params) -> None:
     message = refused(wan, "stage2", 139)
-    assert message.startswith("stage2 needs about 2,3") and "but this machine has 139; use stage2.batch: 2; CF_IGNORE_PLAN=1" in message
-    assert "4 such ranks with ZeRO 3 would hold it (`cf plan --gpus 4 --gpu-memory 55`)" in refused(wan, "stage2", 55)
+    assert message.startswith("stage2 needs about 1,8") and "but this machine has 139; use stage2.batch: 2; CF_IGNORE_PLAN=1" in message
+    assert "4 such ranks with ZeRO 2 would hold it (`cf plan --gpus 4 --gpu-memory 55`)" in refused(wan, "stage2", 55)
     assert "one sample alone takes 93.3: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use stage2.batch: 4, or compute.checkpointing: true" in refused(tiny, "stage2", 0.1)
     large = tiny.model_copy(update={"video": tiny.video.model_copy(update={"height": 512, "width": 512})})

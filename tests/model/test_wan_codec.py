@@ -154,7 +154,7 @@ def test_folders_that_hold_no_such_codec(tmp_path: Path) -> None:
         load_codec(broken("missing", quant_conv__bias=None))
     with pytest.raises(ValueError, match="holds more, which it should not"):
         load_codec(broken("unknown", more=torch.zeros(1)))
-    with pytest.raises(ValueError, match=r"has quant_conv\.bias of \[3\], not \[8\]"):
+    with pytest.raises(ValueError, match=r"has the wrong shape for quant_conv\.bias as \[3\] for \[8\]"):
         load_codec(broken("shape", quant_conv__bias=torch.zeros(3)))
     whole = (broken("cut") / WEIGHTS).read_bytes()
     (tmp_path / "cut" / WEIGHTS).write_bytes(whole[:-100])

@@ -16,6 +16,7 @@ from cf_model.train.base import Base, BaseSpec
 from cf_model.train.causal_init import CausalInit, CausalInitSpec
 from cf_model.train.engine import OptimizerSpec, is_first
 from cf_model.train.loop import fit
+from cf_model.train.ode import OdeSpec
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
 from tasks import ranks
 from tasks.tracking import Track
@@ -58,6 +59,7 @@ def base() -> tuple[Base, dict[str, Denoiser]]:
 
 def causal_init() -> tuple[CausalInit, dict[str, Denoiser]]:
     plan = {"method": "teacher_forcing", "steps": STEPS, "batch": BATCH, "frames": 6, "longest": 9, "begin": 0.3, "chunk": 3}
+    plan |= {"ode": OdeSpec(videos=2, batch=2, steps=4, keep=(0, 2), shift=3.0, guidance=1.0, context="noisy")}
     plan |= {"dropout": 0.2, "memory": spec(tau=0.9), "optimizer": OPTIMIZER, **COMMON}
     job = CausalInit(CausalInitSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3)  # type: ignore[arg-type]
     return job, {"model": job.model}

@@ -1,3 +1,4 @@
+# Long: one loop, whatever it trains.
 import dataclasses
 import json
 import math
