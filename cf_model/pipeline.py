@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -36,6 +37,16 @@ class Chunk:
     similarity: float | None  # of the chunk before to the one before it (eq. 7), the mean over layers
     prompt: str
     real: bool  # of the clip that is continued, and not made
+
+
+class Options(TypedDict, total=False):
+    """Keywords of `ContextForcingPipeline.chunks`, which says what they mean and what they are when left out."""
+
+    seconds: float
+    seed: int
+    switch: Switch
+    keep_sink: bool
+    continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None
 
 
 class ContextForcingPipeline:
@@ -78,32 +89,13 @@ class ContextForcingPipeline:
             part.to(self.device)
         return self
 
-    def __call__(
-        self,
-        prompt: Prompts,
-        *,
-        seconds: float = 60,
-        seed: int = 0,
-        switch: Switch = "recache",
-        keep_sink: bool = True,
-        continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None = None,
-    ) -> UInt8[np.ndarray, "V Y X 3"]:
-        """`seconds` of new video, to the frame; see `chunks`."""
-        made = self.chunks(prompt, seconds=seconds, seed=seed, switch=switch, keep_sink=keep_sink, continue_from=continue_from)
-        return np.concatenate([chunk.frames for chunk in made if not chunk.real])
+    def __call__(self, prompt: Prompts, **options: Unpack[Options]) -> UInt8[np.ndarray, "V Y X 3"]:
+        """`seconds` of new video, to the frame; prompt and options are those of `chunks`."""
+        return np.concatenate([chunk.frames for chunk in self.chunks(prompt, **options) if not chunk.real])
 
-    def stream(
-        self,
-        prompt: Prompts,
-        *,
-        seconds: float = 60,
-        seed: int = 0,
-        switch: Switch = "recache",
-        keep_sink: bool = True,
-        continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None = None,
-    ) -> Iterator[UInt8[np.ndarray, "Y X 3"]]:
+    def stream(self, prompt: Prompts, **options: Unpack[Options]) -> Iterator[UInt8[np.ndarray, "Y X 3"]]:
         """The frames of a call, each as soon as its chunk is made."""
-        made = self.chunks(prompt, seconds=seconds, seed=seed, switch=switch, keep_sink=keep_sink, continue_from=continue_from)
+        made = self.chunks(prompt, **options)
         return (frame for chunk in made if not chunk.real for frame in chunk.frames)
 
     def chunks(

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from cf_model.model.checkpoint import KEEP
-from cf_model.model.codec import latent_frames
+from cf_model.model.codec import SPACE, latent_frames
 from cf_model.train import need
 from cf_model.train.cost import Costs
 from cf_model.train.need import ZERO, Need
 
 from . import room
 from .params import Params
+from .room import GIB
 
-GIB, MIB = 2**30, 2**20
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
-SPACE, CHANNELS = 8, 16  # pixels of a latent pixel, either codec; channels of Wan's
+CHANNELS = 16  # of Wan's codec
+
+
 @dataclass(frozen=True)
 class Hardware:
     ranks: int

@@ -14,12 +14,12 @@ from cf_model.train.need import ZERO
 
 from . import params as schema
 from . import room
-from .forecast import GIB, MIB, Hardware, clip, clips, costs, rows
+from .forecast import Hardware, clip, clips, costs, rows
 from .params import Params
 from .params_file import Refused
-from .room import number
+from .room import GIB, MIB, number
 
-# TFLOP/s that a process reaches in profile tiny on one core: 26 to 38 in the stages of the committed run
+# TFLOP/s that a process reaches in profile tiny on one core of an Intel Xeon: 26 to 38 GFLOP/s (benchmarks/results/plan-hours.json)
 CORE = 0.032
 H100 = 989.0  # TFLOP/s, bfloat16, by its data sheet
 UTILISATION = 0.35

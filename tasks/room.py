@@ -11,7 +11,7 @@ from cf_model.train.need import Need
 
 from .params_file import Refused
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 # Choice: what the plan expects may be a third too much before a stage is refused; it was within a quarter wherever it was
 # measured (benchmarks/plan_memory.py), and a stage that would have fitted must never be refused.
 MEMORY_MARGIN = 1.5
