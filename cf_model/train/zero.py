@@ -104,6 +104,7 @@ class Sharded(Optimizer):
         return Weights(self)
 
     def backward(self, loss: Tensor) -> None:
+        self.split.clear_backward_seen_flag()  # its own forward says so; without it ZeRO 3 forgets the gradients before this one
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> float:
