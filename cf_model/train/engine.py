@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from cf_model.model.flow import Shared
 
@@ -59,6 +59,17 @@ def mean_gradients(model: nn.Module) -> None:
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
     torch._foreach_div_(gradients, ranks())
+
+
+def from_all(mine: Mapping[int, Tensor], rows: Sequence[int], like: Tensor) -> Tensor:
+    """What the ranks found of these rows of the batch, in their order; each row is one rank's, each the size of `like`."""
+    found = like.new_zeros(len(rows), *like.shape)
+    for place, row in enumerate(rows):
+        if row in mine:
+            found[place] = mine[row]
+    if ranks() > 1 and rows:
+        dist.all_reduce(found)  # one of the terms is not 0, so the sum is exact
+    return found
 
 
 def mean_values(values: Mapping[str, float], asked: bool) -> tuple[dict[str, float], bool]:

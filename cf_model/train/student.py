@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
-from cf_model.model.memory import MemorySpec, dump, restore
+from cf_model.model.memory import Memory, MemorySpec, dump, restore
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
-from cf_model.model.view import TeacherView
+from cf_model.model.view import Passes, TeacherView
 
 from .distill import critic_loss, generator_gradient
 from .engine import mine, ranks
@@ -27,6 +27,7 @@ class ScoreSpec:
 
     context: Literal["none", "sparse", "contiguous"]
     guidance: float  # null + guidance (cond - null); Self-Forcing's 3.0 is our 4.0
+    guidance_passes: Passes  # the teacher's two, one after the other or as one batch
     mismatch: Literal["refuse", "accept"]  # a context in another layout than the teacher was trained on
     first_latent: Literal["as_is", "reencode"]  # the first frame that they see, where it isn't the video's: as a picture of its own
 
@@ -130,10 +131,11 @@ class Distillation:
         context, target = self.shown(made)
         values: dict[str, float] = {}
         self.seen.update(target=target, context=context, text=text)
+        past = self.view.read(self.critic, text, context)  # for both updates: the student's doesn't change the critic
         if (number + 1) % spec.critic_updates == 0:
-            values |= self._update_student(made, target, context, text)
+            values |= self._update_student(made, target, context, text, past)
         loss = critic_loss(
-            target, text, fake=self.critic, context=context, view=self.view, flow=self.flow, rng=rng, weight=spec.critic_weight
+            target, text, fake=self.critic, context=context, view=self.view, flow=self.flow, rng=rng, weight=spec.critic_weight, past=past
         )
         loss.backward()
         values |= {"critic_loss": loss.item(), "critic_gradient": self.critic_optimizer.step()}
@@ -173,7 +175,7 @@ class Distillation:
             both = torch.cat([self.reencode(made.video[:, : first + 1]), both[:, 1:]], dim=1)
         return both[:, : len(seen)], both[:, len(seen) :]
 
-    def _update_student(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor) -> dict[str, float]:
+    def _update_student(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None) -> dict[str, float]:
         gradient, values = generator_gradient(
             target,
             text,
@@ -184,6 +186,8 @@ class Distillation:
             flow=self.flow,
             rng=self.random.rng,
             guidance=self.spec.teacher.guidance,
+            guidance_passes=self.spec.teacher.guidance_passes,
+            past=past,
             null=self.null,
         )
         replay(self.student, made, gradient, text)

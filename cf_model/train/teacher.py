@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.flow import Flow
+from cf_model.model.flow import Flow, share
 from cf_model.model.view import TeacherView
 
 from .adapter import LoraSpec, attach
+from .engine import mine
 from .erft import ErrorBank, ErrorSpec, erft_loss
 from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
 
@@ -65,15 +67,17 @@ class Teacher:
         start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, longest, 1)[0]
         view = replace(spec.view, sink=0, slow=0) if self.random.coin(spec.fast_only) else spec.view
         starts = [self.random.integers(0, self.latents.frames(row) - start - spec.target, 1)[0] for row in rows]
+        rows, starts = mine(rows), mine(starts)
         clip = self.latents.window(rows, starts, start + spec.target).to(self.device)
         x, context = clip[:, start:], clip[:, view.frames(start)]
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
-        sigma = self.flow.sample_sigma(len(x), rng)
-        self.seen.update(x=x, context=context, text=text, sigma=sigma)
-        loss = erft_loss(
-            self.model, x, text, context, sigma, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
+        levels = self.flow.warp(torch.rand(spec.batch, generator=rng))  # of the whole batch: each rank draws everyone's mistakes
+        self.seen.update(x=x, context=context, text=text, sigma=share(levels, rng))
+        loss, found = erft_loss(
+            self.model, x, text, context, levels, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
         )
         loss.backward()
+        self.bank.collect(found)
         norm = self.optimizer.step()
         self.average.update()
         name = "loss" if start else "loss_without_context"

@@ -7,7 +7,7 @@ import pytest
 from cf_model.model.view import TeacherView
 from cf_model.train.layout import Layout, agreed
 
-VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="shared")
+VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="shared", context_pass="joint")
 TRAINED = Layout(VIEW, target=21, longest=99)
 
 
