@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,8 @@ from cf_model.train.erft import ErrorBank
 from cf_model.train.loop import fit
 from cf_model.train.teacher import Teacher
 from tasks import params
-from tasks.tracking import Track, replace as write
+from tasks.tracking import Track
+from tasks.tracking import replace as write
 
 GRADES = (0.0, 0.3, 0.5, 0.7, 0.9)  # level that the base model names the context's newest frames from; 0: no mistakes
 LEVELS = (0.5, 0.75, 0.95)  # of the target
@@ -109,7 +111,7 @@ def interval(one: list[list[float]], other: list[list[float]]) -> dict[str, floa
 
 
 def joined(parts: list[list[list[float]]]) -> list[list[float]]:
-    return [sum(of_one_clip, []) for of_one_clip in zip(*parts, strict=True)]
+    return [list(chain(*of_one_clip)) for of_one_clip in zip(*parts, strict=True)]
 
 
 def mean(values: list[list[float]]) -> float:

@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .flow import Flow, Noise, gaussian
-from .memory import Memory, MemorySpec, empty
+from .memory import Memory
 
 Passes = Literal["apart", "together"]  # with guidance: of the prompt and of the null prompt, or one of twice the batch
 
 
 class Score(Protocol):
-    """What a view asks of a model (`Denoiser`): teacher and critic. Only a context with a pass of its own asks for more than
-    the first three of `velocity`."""
+    """What a view asks of a model (`Denoiser`): teacher and critic."""
+
+    def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """And what it asks for where the context has a pass of its own."""
 
     def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None = None, /) -> Tensor: ...
 
-    def remember(self, x_0: Tensor, text: Tensor, memory: Memory, /, *, grad: bool = False) -> Memory: ...
+    def read(self, x_0: Tensor, text: Tensor, /) -> Memory: ...
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,10 @@ class TeacherView:
 
     def read(self, model: Score, text: Float[Tensor, "B T E"], context: Float[Tensor, "B K C H W"]) -> Memory | None:
         """The context's keys and values, for passes at any noise level; None where those bring it along, or there is none."""
-        frames = context.shape[1]
-        if self.context_pass == "joint" or not frames:
+        if self.context_pass == "joint" or not context.shape[1]:
             return None
-        return model.remember(context, text, empty(everything(frames)), grad=True)
+        assert isinstance(model, Reader)
+        return model.read(context, text)
 
     def velocity(
         self,
@@ -88,31 +94,12 @@ class TeacherView:
         if not seen:
             return model.velocity(x_t, sigma, text)
         if self.context_pass == "own":
+            assert isinstance(model, Reader)
             return model.velocity(x_t, sigma, text, self.read(model, text, context) if past is None else past)
         levels: Tensor = sigma
         if self.context_sigma == "zero":
             levels = torch.cat([sigma.new_zeros(len(sigma), seen), sigma[:, None].expand(-1, x_t.shape[1])], dim=1)
         return model.velocity(torch.cat([context, x_t], dim=1), levels, text)[:, seen:]
-
-
-def everything(frames: int) -> MemorySpec:
-    """A memory that keeps one chunk of so many frames, at positions from 0 on."""
-    return MemorySpec(
-        sink=0,
-        slow=0,
-        fast=2 * frames,  # it leaves room for a chunk as long as the last one
-        promote="none",
-        tau=1.0,
-        interval=1,
-        begin=1,
-        keep="first",
-        when="evict",
-        timing="clean",
-        fill="none",
-        scope="global",
-        positions="packed",
-        commit="all",
-    )
 
 
 def guided(
