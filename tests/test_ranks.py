@@ -173,7 +173,7 @@ def test_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = {"base": {"init": "scratch"}}
     assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [1, 1, 1]
     monkeypatch.setenv("CF_RANKS", "4")
-    assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [4, 4, 1]
+    assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [4, 4, 4]
     assert ranks.wanted("base", {"base": {"init": "wan"}}) == 1, "an import is no training"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(Refused, match="CF_RANKS is 4, but there are 2 GPUs"):

@@ -289,6 +289,27 @@ def empty(spec: MemorySpec) -> Memory:
     return LayerMemories(spec) if spec.scope == "layer" else ContextMemory(spec)
 
 
+def whole(frames: Frames) -> ContextMemory:
+    """A memory that is these frames, at positions 0, 1, 2, …, and decides nothing."""
+    spec = MemorySpec(
+        sink=0,
+        slow=0,
+        fast=len(frames),
+        promote="none",
+        tau=1.0,
+        interval=1,
+        begin=1,
+        keep="first",
+        when="evict",
+        timing="clean",
+        fill="none",
+        scope="global",
+        positions="packed",
+        commit="all",
+    )
+    return ContextMemory(spec, fast=frames, seen=len(frames))
+
+
 def dump(memory: Memory) -> dict[str, Any]:
     """A memory as nested dictionaries and tensors, for a checkpoint."""
     if isinstance(memory, LayerMemories):

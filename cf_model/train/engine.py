@@ -89,7 +89,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, spec: OptimizerSpec, steps: int) -> None:
         self.model, self.spec, self.steps, self.done = model, spec, steps, 0
-        matrices = [p for n, p in model.named_parameters() if spec.muon_lr and ".blocks." in n and p.ndim == 2]
+        matrices = [p for n, p in model.named_parameters() if spec.muon_lr and ".blocks." in n and p.ndim == 2 and p.requires_grad]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
         betas = (spec.beta1, spec.beta2)

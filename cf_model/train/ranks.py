@@ -83,6 +83,17 @@ def of_all_ranks(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def from_all(mine: Mapping[int, Tensor], rows: Sequence[int], like: Tensor) -> Tensor:
+    """What the ranks found of these rows of the batch, in their order; each row is one rank's, each the size of `like`."""
+    found = like.new_zeros(len(rows), *like.shape)
+    for place, row in enumerate(rows):
+        if row in mine:
+            found[place] = mine[row]
+    if ranks() > 1 and rows:
+        dist.all_reduce(found)  # one of the terms is not 0, so the sum is exact
+    return found
+
+
 def mean_values(values: Mapping[str, float], asked: bool) -> tuple[dict[str, float], bool]:
     """What a step says of itself, over the ranks; and whether any of them was asked to stop."""
     if ranks() == 1:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
-from cf_model.model.memory import MemorySpec
+from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
-from cf_model.model.view import TeacherView
+from cf_model.model.view import Passes, TeacherView
 
 from .distill import critic_loss, generator_gradient
 from .loop import PLAIN, Average, EngineSpec, OptimizerSpec, Random, at_least, batches, mean, optimizer
@@ -27,6 +27,7 @@ class ScoreSpec:
 
     context: Literal["none", "sparse", "contiguous"]
     guidance: float  # null + guidance (cond - null); Self-Forcing's 3.0 is our 4.0
+    guidance_passes: Passes  # the teacher's two, one after the other or as one batch
     mismatch: Literal["refuse", "accept"]  # a context in another layout than the teacher was trained on
     first_latent: Literal["as_is", "reencode"]  # the first frame that they see, where it isn't the video's: as a picture of its own
 
@@ -145,7 +146,8 @@ class Distillation:
         made, text = self._made(number, group)
         context, target = self.shown(made)
         self.seen.update(target=target, context=context, text=text)
-        values = self._student_gradient(made, target, context, text) if last else {}
+        past = self.view.read(self.critic, text, context)  # for both updates: the student's doesn't change the critic
+        values = self._student_gradient(made, target, context, text, past) if last else {}
         loss = critic_loss(
             target,
             text,
@@ -155,6 +157,7 @@ class Distillation:
             flow=self.flow,
             rng=self.random.rng,
             weight=spec.critic_weight,
+            past=past,
         )
         self.critic_optimizer.backward(loss / self.random.count)
         values |= {"critic_loss": loss.item(), "frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
@@ -209,7 +212,7 @@ class Distillation:
             both = torch.cat([self.reencode(made.video[:, : first + 1]), both[:, 1:]], dim=1)
         return both[:, : len(seen)], both[:, len(seen) :]
 
-    def _student_gradient(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor) -> dict[str, float]:
+    def _student_gradient(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None) -> dict[str, float]:
         gradient, values = generator_gradient(
             target,
             text,
@@ -220,6 +223,8 @@ class Distillation:
             flow=self.flow,
             rng=self.random.rng,
             guidance=self.spec.teacher.guidance,
+            guidance_passes=self.spec.teacher.guidance_passes,
+            past=past,
             null=self.null,
         )
         replay(self.student, made, gradient, text, backward=lambda loss: self.student_optimizer.backward(loss / self.random.count))

@@ -14,13 +14,16 @@ from torch import Tensor
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView
+from cf_model.train.adapter import LoraSpec
 from cf_model.train.base import Base, BaseSpec
 from cf_model.train.causal_init import CausalInit, CausalInitSpec
 from cf_model.train.engine import EngineSpec, OptimizerSpec
+from cf_model.train.erft import ErrorBank, ErrorSpec
 from cf_model.train.loop import fit
 from cf_model.train.ode import OdeSpec
-from cf_model.train.ranks import is_first
+from cf_model.train.ranks import is_first, rank
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
+from cf_model.train.teacher import Teacher, TeacherSpec
 from tasks import ranks
 from tasks.tracking import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
@@ -54,10 +57,24 @@ ENGINE = EngineSpec(**{"use": "torch", "zero": 0, "offload": "none", "micro_batc
 
 
 def base() -> tuple[Base, dict[str, Denoiser]]:
-    plan = BaseSpec(
-        init="scratch", weights=None, steps=STEPS, batch=BATCH, window=4, dropout=0.2, optimizer=OPTIMIZER, **COMMON
-    )  # type: ignore[arg-type]
+    plan = BaseSpec(init="scratch", weights=None, steps=STEPS, batch=BATCH, window=4, dropout=0.2, optimizer=OPTIMIZER, **COMMON)  # type: ignore[arg-type]
     job = Base(plan, model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)
+    return job, {"model": job.model}
+
+
+def teacher() -> tuple[Teacher, dict[str, Denoiser]]:
+    """Mistakes everywhere, of levels that fill up and replace; every kind of context, read by a pass of its own."""
+    errors = ErrorSpec(context=0.7, latent=0.7, noise=0.5, clean=0.3, clean_update=0.5, segments="fast", grids=3, per_grid=3,
+                       dtype="float32", bytes=1_000_000, warmup=3)  # fmt: skip
+    plan = {"steps": STEPS, "batch": BATCH, "target": 6, "shortest": 6, "longest": 17, "no_context": 0.2, "fast_only": 0.2, "dropout": 0.2}
+    plan |= {
+        "view": TeacherView("sparse", 3, 3, 3, 3, "zero", "own"),
+        "errors": errors,
+        "weight": "bell",
+        "lora": LoraSpec(None, None, None),
+    }
+    plan |= {"optimizer": OPTIMIZER, **COMMON}
+    job = Teacher(TeacherSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
     return job, {"model": job.model}
 
 
@@ -72,14 +89,15 @@ def causal_init() -> tuple[CausalInit, dict[str, Denoiser]]:
 def student() -> tuple[Distillation, dict[str, Denoiser]]:
     plan = {"steps": STEPS, "critic_updates": 2, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
-    plan |= {"teacher": ScoreSpec(context="sparse", guidance=2.0, mismatch="refuse", first_latent="as_is"), "critic_weight": "bell"}
+    scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
+    plan |= {"teacher": scores, "critic_weight": "bell"}
     plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON}
     job = Distillation(
         StudentSpec(**plan),  # type: ignore[arg-type]
         student=denoiser(0),
         teacher=denoiser(1),
         critic=denoiser(1),
-        view=TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=6, context_sigma="zero"),
+        view=TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=6, context_sigma="zero", context_pass="joint"),
         flow=FLOW,
         prompts=normal(7, 5, 8),
         null=torch.zeros(5, 8),
@@ -98,6 +116,8 @@ def train(name: str, out: Path, steps: int = STEPS) -> None:
     parts = {model: job.state[model].state_dict() for model in models}
     if is_first():
         save_file({f"{model}/{key}": value for model, part in parts.items() for key, value in part.items()}, out / "weights.safetensors")
+    if isinstance(bank := job.state.get("bank"), ErrorBank):
+        save_file(bank.state_dict(), out / f"bank-{rank()}.safetensors")
 
 
 if __name__ == "__main__":
