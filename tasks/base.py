@@ -24,7 +24,7 @@ def run(params: Params, track: Track, *, latents: Path, out: Path) -> dict[str, 
     sizes = {"channels": clips.shape[0], "text_channels": params.text.channels}
     model = wan.build(params.model, **sizes, seed=params.seed, compute=params.compute).to(device())
     base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed)
-    fit(base.step, steps=spec.steps, state=base.state, log=track, save_every=spec.save_every, seen=base.seen)
+    fit(base.step, steps=spec.steps, state=base.state, log=track, save_every=spec.save_every, seen=base.seen, clock=base.clock)
     wan.save(base.average.model, out)
     track.save(out)
     return {"loss": tail(out, "loss"), "parameters": float(sum(p.numel() for p in model.parameters()))}

@@ -24,7 +24,7 @@ def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -
     model = wan.load(base, params.compute).to(device())
     ways = trajectories(params, model, clips, track) if spec.method == "ode" else None
     init = CausalInit(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways)
-    fit(init.step, steps=spec.steps, state=init.state, log=track, save_every=spec.save_every, seen=init.seen)
+    fit(init.step, steps=spec.steps, state=init.state, log=track, save_every=spec.save_every, seen=init.seen, clock=init.clock)
     wan.save(init.average.model, out)
     track.save(out)
     return {"loss": tail(out, "loss")}

@@ -62,7 +62,8 @@ def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path,
         seed=job.seed,
         reencode=reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
     )
-    fit(distillation.step, steps=spec.steps, state=distillation.state, log=track, save_every=spec.save_every, seen=distillation.seen)
+    made = distillation
+    fit(made.step, steps=spec.steps, state=made.state, log=track, save_every=spec.save_every, seen=made.seen, clock=made.clock)
     wan.save(distillation.average.model, out)
     track.save(out)
     names = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")

@@ -25,7 +25,7 @@ def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -
     spec = params.teacher
     model = wan.load(base, params.compute).to(device())
     teacher = Teacher(spec, model=model, latents=Latents(latents), flow=params.flow, seed=params.seed)
-    fit(teacher.step, steps=spec.steps, state=teacher.state, log=track, save_every=spec.save_every, seen=teacher.seen)
+    fit(teacher.step, steps=spec.steps, state=teacher.state, log=track, save_every=spec.save_every, seen=teacher.seen, clock=teacher.clock)
     if spec.lora.rank:
         save_adapter(teacher.average.model, spec.lora, base, out)
     else:

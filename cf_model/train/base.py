@@ -13,6 +13,7 @@ from cf_model.model.flow import Flow, add_noise, gaussian
 
 from .engine import mine
 from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
+from .observe import Clock
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Base:
         self.average = Average(model, spec.ema)
         self.device = next(model.parameters()).device
         self.random = Random(seed, self.device)
+        self.clock = Clock(self.device)
         self.seen: dict[str, Tensor] = {}
 
     @property
@@ -56,8 +58,11 @@ class Base:
         sigma = self.flow.sample_sigma(len(x), rng)
         noise = gaussian(x.shape, rng)
         self.seen.update(x=x, text=text, sigma=sigma)
+        self.clock.lap("data")
         loss = (self.model.velocity(add_noise(x, noise, sigma), sigma, text) - (noise - x)).square().mean()
         loss.backward()
+        self.clock.lap("loss")
         norm = self.optimizer.step()
         self.average.update()
-        return {"loss": loss.item(), "gradient": norm}
+        self.clock.lap("update")
+        return {"loss": loss.item(), "gradient": norm, "ema_distance": self.average.distance()}

@@ -19,6 +19,7 @@ from cf_model.model.view import TeacherView
 from .distill import critic_loss, generator_gradient
 from .engine import mine, ranks
 from .loop import Average, Optimizer, OptimizerSpec, Random, at_least, batches
+from .observe import Clock, remembered, student_loss
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Distillation:
         self.average = Average(student, spec.ema, spec.ema_start)
         self.random = Random(seed, device)
         self.stream = Stream(spec.memory, device)
+        self.clock = Clock(device)
         self.seen: dict[str, Tensor] = {}
         if spec.rollout.persist == "stream" and ranks() > 1:
             raise ValueError(f"rollout.persist is stream, whose video lives in one process, but there are {ranks()} ranks; use CF_RANKS=1")
@@ -127,7 +129,9 @@ class Distillation:
         """One update of the critic; every `critic_updates`-th time one of the student first, on the same rollout."""
         spec, rng = self.spec, self.random.rng
         made, text = self._roll_out(number)
+        self.clock.lap("rollout")
         context, target = self.shown(made)
+        self.clock.lap("data")
         values: dict[str, float] = {}
         self.seen.update(target=target, context=context, text=text)
         if (number + 1) % spec.critic_updates == 0:
@@ -136,12 +140,13 @@ class Distillation:
             target, text, fake=self.critic, context=context, view=self.view, flow=self.flow, rng=rng, weight=spec.critic_weight
         )
         loss.backward()
+        self.clock.lap("critic")
         values |= {"critic_loss": loss.item(), "critic_gradient": self.critic_optimizer.step()}
+        self.clock.lap("update")
         values |= {"frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
         values |= {"context_frames": float(context.shape[1]), "window": float(made.window.start)}
-        if made.similarities:
-            values["similarity"] = sum(made.similarities) / len(made.similarities)
-            values["slow_frames"] = float(len(made.memory.held()["slow"]))
+        if made.compared:
+            values |= remembered(spec.memory, made.compared) | {"slow_frames": float(len(made.memory.held()["slow"]))}
         return values
 
     def _roll_out(self, number: int) -> tuple[Rollout, Tensor]:
@@ -155,6 +160,7 @@ class Distillation:
             frames = spec.horizon.sample(number, spec.rollout.chunk, rng)
             if spec.rollout.persist == "stream":
                 self.stream.frames, self.stream.text, frames = frames, text, spec.rollout.window
+            self.clock.lap("data")
         made = rollout(
             self.student, text, frames, self.shape, spec=spec.rollout, memory=spec.memory, flow=self.flow, rng=rng, past=before
         )
@@ -186,10 +192,13 @@ class Distillation:
             guidance=self.spec.teacher.guidance,
             null=self.null,
         )
+        self.clock.lap("scores")
         replay(self.student, made, gradient, text)
-        values["student_gradient"] = self.student_optimizer.step()
+        self.clock.lap("replay")
+        values |= {"student_loss": student_loss(made, gradient), "student_gradient": self.student_optimizer.step()}
         self.average.update()
-        return values
+        self.clock.lap("update")
+        return values | {"ema_distance": self.average.distance()}
 
 
 class Stream:

@@ -15,6 +15,7 @@ from cf_model.model.view import TeacherView
 from .adapter import LoraSpec, attach
 from .erft import ErrorBank, ErrorSpec, erft_loss
 from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
+from .observe import Clock
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Teacher:
         self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
         self.device = next(model.parameters()).device
         self.random = Random(seed, self.device)
+        self.clock = Clock(self.device)
         self.seen: dict[str, Tensor] = {}
 
     @property
@@ -70,11 +72,15 @@ class Teacher:
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
         sigma = self.flow.sample_sigma(len(x), rng)
         self.seen.update(x=x, context=context, text=text, sigma=sigma)
+        self.clock.lap("data")
         loss = erft_loss(
             self.model, x, text, context, sigma, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
         )
         loss.backward()
+        self.clock.lap("loss")
         norm = self.optimizer.step()
         self.average.update()
+        self.clock.lap("update")
         name = "loss" if start else "loss_without_context"
-        return {name: loss.item(), "gradient": norm, "context_frames": float(context.shape[1]), **self.bank.statistics()}
+        values = {name: loss.item(), "gradient": norm, "context_frames": float(context.shape[1]), **self.bank.statistics()}
+        return values | {"ema_distance": self.average.distance()}
