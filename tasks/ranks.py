@@ -184,6 +184,8 @@ class Silent:
 class Follower(tracking.Track):
     """Says nothing, and ends its process where the first rank begins to save the model."""
 
+    first = False
+
     def log(self, step: int, **values: float) -> None: ...
 
     def time(self, step: int, seconds: Mapping[str, float], **memory: float) -> None: ...

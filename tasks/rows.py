@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,19 @@ class Rows:
 
 def _is_kept(line: str, step: int) -> bool:
     return line.endswith("\n") and json.loads(line)["step"] <= step
+
+
+def totals(times: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of rows of times: seconds by name, and the highest of a GPU's peaks (the process's own is known without them)."""
+    seconds: dict[str, float] = {}
+    found: dict[str, Any] = {"seconds": seconds}
+    for row in times:
+        for name in [name for name in row if name.startswith("seconds/")]:
+            short = name.removeprefix("seconds/")
+            seconds[short] = round(seconds.get(short, 0.0) + row[name], 6)
+        if "cuda_peak_mib" in row:
+            found["cuda_peak_mib"] = max(found.get("cuda_peak_mib", 0.0), row["cuda_peak_mib"])
+    return found
 
 
 def replace(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .rows import Rows
+from .rows import Rows, totals
 from .rows import replace as replace
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
 class Track:
     """The one object a stage writes its progress to. `work` is its folder for checkpoints, kept until it succeeds."""
 
+    first = True  # of the ranks
+
     def __init__(self, stage: str, work: Path, *, mirror: Mirror | None = None, resume: bool = False) -> None:
         self.stage, self.work, self.resume = stage, work, resume
         self.curve = work / "metrics.jsonl"
-        self.facts: dict[str, Any] = {"seconds": {}}
+        self.facts: dict[str, Any] = {}
         self._mirror = mirror
         self._rows, self._times = Rows(self.curve), Rows(work / "timing.jsonl")
         self.asked: bool | None = None  # to stop; None while no loop listens
@@ -51,6 +54,11 @@ class Track:
         self._times.add(row)
         if self._mirror:
             self._mirror.log(row)
+
+    def show(self, step: int, files: Mapping[str, Path], captions: Mapping[str, str]) -> None:
+        """Videos of a step, which are kept in work/samples."""
+        if self._mirror:
+            self._mirror.show(step, files, captions)
 
     def resumed(self, step: int) -> None:
         """The stage goes on from the checkpoint after `step`: later rows are made again."""
@@ -80,7 +88,9 @@ class Track:
         self._times.cut(step)
 
     def save(self, out: Path) -> None:
-        """metrics.jsonl into the stage's out folder, and the same rows as metrics.csv, which is what DVC can plot."""
+        """Samples and metrics.jsonl into the stage's out folder, and the same rows as metrics.csv, which is what DVC can plot."""
+        if (self.work / "samples").is_dir():
+            shutil.copytree(self.work / "samples", out / "samples")
         rows = self._rows.read()
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         with (out / "metrics.csv").open("w", newline="") as file:
@@ -90,17 +100,10 @@ class Track:
 
     def keep_times(self, folder: Path) -> None:
         """timing.jsonl as folder/<stage>.timing.jsonl, and its sums and highest values as facts."""
-        rows = self._times.read()
-        for row in rows:
-            for name, value in row.items():
-                if name.startswith("seconds/"):
-                    sums = self.facts["seconds"]
-                    sums[name[8:]] = round(sums.get(name[8:], 0.0) + value, 3)
-                elif name != "step" and name != "peak_mib":
-                    self.facts[name] = max(self.facts.get(name, 0.0), value)
-        if rows:
+        self.facts |= totals(self._times.read())
+        if self._times.file.exists():
             folder.mkdir(exist_ok=True)
-            replace(folder / f"{self.stage}.timing.jsonl", self._times.file.read_text())
+            shutil.copyfile(self._times.file, folder / f"{self.stage}.timing.jsonl")
 
     def progress(self, total: int, unit: str = "step", start: int = 0) -> Progress:
         return Progress(self.stage, total, unit, start)
@@ -184,6 +187,12 @@ class Mirror:
 
     def log(self, row: Mapping[str, Any]) -> None:
         self._try(lambda: self._started().log(dict(row)))
+
+    def show(self, step: int, files: Mapping[str, Path], captions: Mapping[str, str]) -> None:
+        import wandb
+
+        clips = {key: wandb.Video(str(file), caption=captions[key], format="mp4") for key, file in files.items()}
+        self._try(lambda: self._started().log({"step": step} | clips))
 
     def finish(self, metrics: Mapping[str, Any], exit_code: int) -> None:
         self._try(lambda: self._started().summary.update(dict(metrics)))
