@@ -17,11 +17,14 @@ from cf_model.model.memory import MemorySpec
 from cf_model.model.view import Passes, TeacherView
 from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec
+from cf_model.train.engine import EngineSpec
 from cf_model.train.layout import Layout
+from cf_model.train.samples import SamplesSpec
 from cf_model.train.student import StudentSpec
 from cf_model.train.teacher import TeacherSpec
 
 from . import params_file
+from .samples_fit import samples_fit
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -143,6 +146,7 @@ class Params(Section):
     compute: Compute
     video: Video
     tracking: Tracking
+    engine: EngineSpec
     clips: Clips
     filter: Filter
     codec: CodecParams
@@ -155,6 +159,7 @@ class Params(Section):
     causal_init: CausalInitSpec
     stage1: StudentSpec
     stage2: StudentSpec
+    samples: SamplesSpec
     generate: Generate
     evaluate: Evaluate
 
@@ -162,7 +167,7 @@ class Params(Section):
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
         rules = (weights_are_named, pictures_fit, clips_are_long_enough, the_base_model_can_make_them, students_are_shown_what_exists)
-        for rule in (*rules, systems_can_run):
+        for rule in (*rules, systems_can_run, samples_fit):
             rule(self)
         return self
 

@@ -51,6 +51,7 @@ def execute(
             METRICS.mkdir(exist_ok=True)
             tracking.replace(METRICS / f"{stage}.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         track.close(metrics)
+        track.keep_times(RUNTIME)
         write_runtime(stage, facts(began, params.threads) | track.facts)
         shutil.rmtree(work)
 
