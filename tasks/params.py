@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.codec import CodecSpec, latent_frames
@@ -22,13 +22,10 @@ from cf_model.train.student import StudentSpec
 from cf_model.train.teacher import TeacherSpec
 
 from . import params_file
+from .params_nightly import Nightly, Section, Start, starts_are_what_is_used
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class Video(Section):
@@ -142,6 +139,7 @@ class Params(Section):
     compute: Compute
     video: Video
     tracking: Tracking
+    start: Start
     clips: Clips
     filter: Filter
     codec: CodecParams
@@ -156,12 +154,13 @@ class Params(Section):
     stage2: StudentSpec
     generate: Generate
     evaluate: Evaluate
+    nightly: Nightly
 
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
         rules = (weights_are_named, pictures_fit, clips_are_long_enough, the_base_model_can_make_them, students_are_shown_what_exists)
-        for rule in (*rules, systems_can_run):
+        for rule in (*rules, systems_can_run, starts_are_what_is_used):
             rule(self)
         return self
 
