@@ -46,7 +46,8 @@ class Nightly(Section):
     prompts: PositiveInt
     seeds: Annotated[list[int], Field(min_length=1)]
     rules: Annotated[list[Rule], Field(min_length=1)]
-    push_timeout: PositiveFloat  # seconds
+    push_timeout: PositiveFloat  # seconds that one attempt to hand data over may take
+    push_again_after: list[PositiveFloat]  # seconds before the next attempt; after the last one the next night tries
     absent_hours: PositiveFloat  # without a night that ended well, before someone is told
 
     @model_validator(mode="after")
