@@ -8,7 +8,6 @@ NoGoodClips, TheSameAgain; NotPushed, when that could not be handed over; StillR
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date as calendar
@@ -43,7 +42,6 @@ def nightly(date: Date | None = None, full: bool = False) -> State[None]:
     """One night. `full`: everything anew, whatever day it is."""
     supervise.start()
     repo, logger = Path.cwd().resolve(), get_run_logger()
-    os.environ.setdefault("CF_KEPT", str(repo / "work/kept"))  # what is known of single clips is every worktree's
     try:
         with alone(repo) as ours:
             if not ours:
