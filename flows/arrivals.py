@@ -33,7 +33,7 @@ def take(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
     files = sorted(inbox.rglob("*"), key=lambda file: (file.suffix == CAPTION, file))
     for file in files:
         name = file.relative_to(inbox)
-        if file.is_dir() and not file.is_symlink():
+        if any(part.startswith(".") for part in name.parts) or (file.is_dir() and not file.is_symlink()):
             continue
         try:
             if reason := refused(file, name, settle):
@@ -54,8 +54,8 @@ def take(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
 def refused(file: Path, name: Path, settle: float) -> str | None:
     if file.is_symlink() or not file.is_file():
         return "is no file of its own"
-    if any(part.startswith(".") for part in name.parts) or file.suffix.lower() in UNFINISHED:
-        return "is hidden, or not finished by its name"
+    if file.suffix.lower() in UNFINISHED:
+        return "is not finished, by its name"
     if any(not character.isprintable() for character in name.as_posix()):
         return "has a name with characters that can't be shown"
     stat = file.stat()

@@ -134,8 +134,8 @@ def tracked(repo: Path, branch: str) -> str:
             found.append(worktree.git(repo, "rev-parse", "--verify", ref).strip())
     if not found:
         raise ValueError(f"nightly.branch is {branch}, which is neither here nor at origin; name a branch that is")
-    ahead = worktree.git(repo, "merge-base", *found).strip() == found[0]
-    return found[-1] if ahead else found[0]
+    here, there = found[0], found[-1]
+    return there if worktree.git(repo, "merge-base", here, there).strip() == here else here
 
 
 def _weekday(date: str) -> str:
