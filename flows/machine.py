@@ -52,15 +52,15 @@ class Machine:
 
 
 def here(root: Path | None = None) -> Machine:
-    """This checkout's, as the environment says: CF_PORT (else where its server is, else 4200), CF_RUNS (1)."""
+    """This checkout's, as the environment says: CF_PORT (else the port of the last time, else 4200), CF_RUNS (1)."""
     root = (root or Path.cwd()).resolve()
     if not (root / "dvc.yaml").exists():
         raise ValueError(f"{root} has no dvc.yaml; run cf at the root of the project")
-    server = processes.noted(root / ".machine/server.pid")
-    port = int(server.cmdline()[-1]) if server else 4200
+    last = root / ".machine/port"
+    port = last.read_text() if last.exists() else "4200"
     numbers = {}
-    for name, default, most in (("CF_PORT", port, 65535), ("CF_RUNS", 1, 64)):
-        stated = os.environ.get(name, str(default))
+    for name, default, most in (("CF_PORT", port, 65535), ("CF_RUNS", "1", 64)):
+        stated = os.environ.get(name, default)
         if not stated.isdecimal() or not 1 <= int(stated) <= most:
             raise ValueError(f"{name} is {stated!r}; it must be a whole number from 1 to {most}")
         numbers[name] = int(stated)
@@ -134,14 +134,16 @@ def up(argv: list[str]) -> None:
 
 def start_server(machine: Machine) -> str:
     extra, kept = database()
-    running = processes.noted(machine.file("server.pid"))
+    running, other = (processes.noted(machine.file(f"{name}.pid")) for name in ("server", "worker"))
+    up_at = (running or other) and machine.file("port").read_text()
+    if up_at and up_at != str(machine.port):
+        raise ValueError(f"this checkout is up at port {up_at} and CF_PORT is {machine.port}; `cf down` first, or leave CF_PORT out")
     if running is None:
         if taken := processes.holder(machine.port):
             raise ValueError(f"port {machine.port} is taken by {taken}; end it, or choose another: CF_PORT={machine.port + 1} make up")
         command = ["server", "start", "--host", "127.0.0.1", "--port", str(machine.port)]
+        machine.file("port").write_text(str(machine.port))
         running = launch(machine, "server", command, environment(machine) | extra)
-    elif f"--port {machine.port}" not in " ".join(running.cmdline()):
-        raise ValueError(f"this checkout's server (process {running.pid}) is up at another port; state its CF_PORT, or `cf down` it first")
     elif healthy(machine):
         return f"the server is up already: {machine.url} (process {running.pid})"
     wait(machine, "server", running, lambda: healthy(machine))
@@ -219,8 +221,9 @@ def stop(machine: Machine) -> str:
         return "nothing of this checkout is up"
     if worker:
         worker.suspend()  # else it starts the next run that waits
-    engines = [run[0] for run in processes.runs_of(machine.root).values()]
-    processes.end(engines, GRACE)
+    # the flow's own process first: it ends its stages itself and says so; then what it could not end
+    processes.end([run[0] for run in processes.runs_of(machine.root).values()], GRACE)
+    processes.end([one for run in processes.runs_of(machine.root).values() for one in run], 1)
     if worker:
         worker.resume()
     if server and healthy(machine):
