@@ -1,4 +1,4 @@
-"""`cf up`, `cf down`, `cf deploy`: one machine's Prefect server and worker, on 127.0.0.1, with all their files in .machine/.
+"""`cf up`, `cf down`: one machine's Prefect server and worker, on 127.0.0.1, with all their files in .machine/.
 
 Starting what runs already does nothing, so a crontab line that says `make up` every five minutes brings back what died.
 """
@@ -20,13 +20,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
-from ruamel.yaml import YAML
 
 from flows import processes
 
 POOL = "cf"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # user:password; clients have it as PREFECT_API_AUTH_STRING
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
-DEPLOYMENTS = Path(__file__).parent.parent / "infra/prefect.yaml"
 PATIENCE = 180.0  # seconds for a start: 10 on a quiet machine, 40 were seen on a busy one
 GRACE = 8.0  # seconds between SIGTERM and SIGKILL
 
@@ -36,6 +36,7 @@ class Machine:
     """What belongs to one checkout. Two checkouts can be up at the same time, at different ports."""
 
     root: Path
+    host: str
     port: int
     runs: int  # flow runs at a time
 
@@ -45,14 +46,15 @@ class Machine:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        local = "127.0.0.1" if self.host in ("0.0.0.0", "localhost", "::", "::1") else self.host
+        return f"http://{local}:{self.port}"
 
     def file(self, name: str) -> Path:
         return self.folder / name
 
 
 def here(root: Path | None = None) -> Machine:
-    """This checkout's, as the environment says: CF_PORT (else the port of the last time, else 4200), CF_RUNS (1)."""
+    """This checkout's, as the environment says: CF_PORT (else the port of the last time, else 4200), CF_RUNS (1), CF_HOST."""
     root = (root or Path.cwd()).resolve()
     if not (root / "dvc.yaml").exists():
         raise ValueError(f"{root} has no dvc.yaml; run cf at the root of the project")
@@ -64,12 +66,22 @@ def here(root: Path | None = None) -> Machine:
         if not stated.isdecimal() or not 1 <= int(stated) <= most:
             raise ValueError(f"{name} is {stated!r}; it must be a whole number from 1 to {most}")
         numbers[name] = int(stated)
-    return Machine(root, numbers["CF_PORT"], numbers["CF_RUNS"])
+    host = os.environ.get("CF_HOST", "127.0.0.1")
+    check_host(host, os.environ)
+    return Machine(root, host, numbers["CF_PORT"], numbers["CF_RUNS"])
+
+
+def check_host(host: str, given: Mapping[str, str]) -> None:
+    """Whoever reaches the API may run what the deployments run: beyond this machine only with a password."""
+    if host not in LOOPBACK and ":" not in given.get(PASSWORD, ""):
+        raise ValueError(f"CF_HOST is {host}, which others can reach; state {PASSWORD}=USER:PASSWORD in the environment, or leave CF_HOST out")
 
 
 def environment(machine: Machine, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Of everything that talks to the server. Only the server itself is told the database: its URL holds a password."""
-    kept = {name: value for name, value in given.items() if name not in (DATABASE, "PREFECT_PROFILE")}
+    kept = {name: value for name, value in given.items() if name not in (DATABASE, PASSWORD, "PREFECT_PROFILE")}
+    if PASSWORD in given:
+        kept.setdefault("PREFECT_API_AUTH_STRING", given[PASSWORD])
     path = [str(machine.root), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
     return kept | {
         processes.MARK: str(machine.root),
@@ -87,15 +99,16 @@ def environment(machine: Machine, given: Mapping[str, str] = os.environ) -> dict
 
 
 def database(given: Mapping[str, str] = os.environ) -> tuple[dict[str, str], str]:
-    """The server's setting, and how to speak of it without its password."""
+    """What only the server is told, and how to speak of its database without the password in it."""
+    own = {name: given[name] for name in (DATABASE, PASSWORD) if name in given}
     stated = given.get(DATABASE)
     if not stated:
-        return {}, "SQLite"
+        return own, "SQLite"
     parts = urlsplit(stated)
     if parts.scheme not in ("postgresql+asyncpg", "sqlite+aiosqlite"):
         raise ValueError(f"{DATABASE} begins with {parts.scheme}://; Prefect takes postgresql+asyncpg://USER:PASSWORD@HOST/NAME")
     said = f"Postgres at {parts.hostname}" if parts.hostname else "SQLite"
-    return {DATABASE: stated}, said
+    return own, said
 
 
 @contextmanager
@@ -141,7 +154,7 @@ def start_server(machine: Machine) -> str:
     if running is None:
         if taken := processes.holder(machine.port):
             raise ValueError(f"port {machine.port} is taken by {taken}; end it, or choose another: CF_PORT={machine.port + 1} make up")
-        command = ["server", "start", "--host", "127.0.0.1", "--port", str(machine.port)]
+        command = ["server", "start", "--host", machine.host, "--port", str(machine.port)]
         machine.file("port").write_text(str(machine.port))
         running = launch(machine, "server", command, environment(machine) | extra)
     elif healthy(machine):
@@ -238,26 +251,5 @@ def stop(machine: Machine) -> str:
     return f"stopped: {len(left)} processes{more}"
 
 
-# --------------------------------------------------------------------------------------------------------- deploy
-
-
-def deploy(argv: list[str]) -> None:
-    about = f"Sends the deployments of {DEPLOYMENTS.name} to the server; the nightly's cron and timezone are those of params.yaml."
-    argparse.ArgumentParser("cf deploy", description=about).parse_args(argv)
-    machine = here()
-    if not healthy(machine):
-        raise ValueError(f"no Prefect server answers at {machine.url}; `cf up` starts one")
-    env = environment(machine) | {"CF_ROOT": str(machine.root)} | nightly(machine.root)
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
-    done = subprocess.run(command, cwd=machine.root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise ValueError(f"prefect deploy failed: {done.stdout.strip()[-1500:]}")
-    names = [entry["name"] for entry in YAML(typ="safe", pure=True).load(DEPLOYMENTS)["deployments"]]
-    print(f"deployed {', '.join(names)}: {machine.url}/deployments")
-
-
-def nightly(root: Path) -> dict[str, str]:
-    stated = YAML(typ="safe", pure=True).load((root / "params.yaml").read_text()).get("nightly")
-    if not isinstance(stated, dict) or not {"cron", "timezone"} <= stated.keys():
-        raise ValueError("params.yaml states no nightly.cron and nightly.timezone; `cf profile use tiny` writes a file that does")
-    return {"CF_NIGHTLY_CRON": str(stated["cron"]), "CF_NIGHTLY_TIMEZONE": str(stated["timezone"])}
+if __name__ == "__main__":
+    {"up": up, "down": down}[sys.argv[1]](sys.argv[2:])

@@ -32,7 +32,7 @@ COMMANDS = {  # command -> file whose `main` (or the function after the colon) r
     "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
     "up": ("flows.machine:up", "the Prefect server and a worker on 127.0.0.1, or what of them doesn't run"),
     "down": ("flows.machine:down", "stops both, and everything they started"),
-    "deploy": ("flows.machine:deploy", "pipeline, nightly and evaluate as deployments, with their run forms"),
+    "deploy": ("flows.deploy", "pipeline, nightly and evaluate as deployments, with their run forms"),
     "doctor": ("flows.doctor", "[--json] [--fix]: versions, ports, disk, GPU, remotes, schedules, stale locks, and what to do"),
 }
 TRAINING = ("base", "teacher", "causal_init", "stage1", "stage2")  # what `cf plan` knows, and refuses where it can't fit
