@@ -118,7 +118,7 @@ def last(said: str) -> str:
 
 
 def unreachable() -> str | None:
-    """Why the server can't be reached, in seconds instead of W&B's hours. Behind a proxy only W&B itself can tell."""
+    """As in tasks/mirror.py, which can't be imported here: W&B itself would try for hours."""
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return None
     url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or CLOUD)

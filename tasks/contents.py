@@ -28,17 +28,14 @@ def dvc_md5(path: Path) -> str:
     """What dvc.lock says of it: a folder's is the md5 of its listing as JSON, and ends with .dir."""
     if not path.is_dir():
         return digest(path)
-    listing = sorted(({"md5": digest(file), "relpath": file.relative_to(path).as_posix()} for file in files(path)), key=_relpath)
+    names = {file.relative_to(path).as_posix(): file for file in files(path)}
+    listing = [{"md5": digest(names[name]), "relpath": name} for name in sorted(names)]
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
 def files(path: Path) -> Iterator[Path]:
     """Of a folder all files below, of a file itself."""
     yield from sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def _relpath(entry: dict[str, str]) -> tuple[str, ...]:
-    return tuple(entry["relpath"].split("/"))
 
 
 @cache

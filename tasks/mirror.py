@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import os
+import socket
 import time
+import urllib.parse
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,16 +65,19 @@ class Mirror:
     # ---------------------------------------------------------------------------------------------------- in W&B
 
     def init(self) -> None:
-        mode = self.about["mode"]
+        mode, why = self.about["mode"], unreachable() if self.about["mode"] == "online" else None
         try:
-            self.run = init(self.about, mode)
+            self.run = None if why else init(self.about, mode)
         except Exception as error:
             if mode != "online":
                 raise
-            # a night without the network is sent the next day: `cf wandb sync`
-            warnings.warn(f"W&B can't be reached ({said(error)}); this run is written offline, `cf wandb sync` sends it", stacklevel=2)
+            why = said(error)
+        if why:  # a night without the network is sent the next day: `cf wandb sync`
+            warnings.warn(f"W&B: {why}; this run is written offline, `cf wandb sync` sends it", stacklevel=2)
+            # W&B holds the first id for the run that could not start
+            self.book.note(mode="offline", id=f"{self.about['id']}-offline")
+            self.about = self.book.about
             self.run = init(self.about, "offline")
-            self.book.note(mode="offline")
         self.folder = os.path.relpath(Path(self.run.dir).parent)
         self.url = self.run.url if self.about["mode"] == "online" else None
         self.book.note(folder=str(Path(self.run.dir).parent.absolute()))
@@ -145,7 +150,7 @@ def init(about: Mapping[str, Any], mode: str, folder: Path | None = None) -> Any
     import wandb
 
     settings = wandb.Settings(
-        disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True, init_timeout=60,
+        disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True, init_timeout=30,
     )  # fmt: skip
     keys = ("project", "group", "job_type", "name", "id", "config", "tags")
     run = wandb.init(**{key: about[key] for key in keys}, mode=mode, dir=str(folder), settings=settings)  # type: ignore[arg-type]
@@ -167,6 +172,18 @@ def artifact(held: origin.Held, about: Mapping[str, Any], *, by_this_run: bool =
     for entry in entries:
         entry.digest = base64.b64encode(bytes.fromhex(md5s[Path(entry.ref.removeprefix("file://")).as_uri()])).decode()
     return made
+
+
+def unreachable() -> str | None:
+    """Why the server can't be reached, in seconds: W&B tries for a minute, in each stage. Behind a proxy only W&B can tell."""
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return None
+    url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    try:
+        socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+    except OSError as error:
+        return f"{url.hostname} can't be reached ({error})"
+    return None
 
 
 def home() -> Path:
