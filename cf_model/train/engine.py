@@ -124,9 +124,10 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, spec: OptimizerSpec, steps: int) -> None:
         self.model, self.spec, self.steps, self.done = model, spec, steps, 0
-        matrices = [p for n, p in model.named_parameters() if spec.muon_lr and ".blocks." in n and p.ndim == 2]
+        learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in learning if spec.muon_lr and ".blocks." in name and p.ndim == 2]
         chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
+        rest = [p for _, p in learning if id(p) not in chosen]
         betas = (spec.beta1, spec.beta2)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [
             (torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr)
