@@ -16,7 +16,7 @@ from torch import Tensor
 from cf_model.model.flow import Flow, add_noise, gaussian, share
 from cf_model.model.view import Score, TeacherView
 
-from .engine import from_all
+from .ranks import from_all
 
 
 @dataclass(frozen=True)

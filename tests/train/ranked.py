@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,10 +17,11 @@ from cf_model.model.view import TeacherView
 from cf_model.train.adapter import LoraSpec
 from cf_model.train.base import Base, BaseSpec
 from cf_model.train.causal_init import CausalInit, CausalInitSpec
-from cf_model.train.engine import OptimizerSpec, is_first, rank
+from cf_model.train.engine import EngineSpec, OptimizerSpec
 from cf_model.train.erft import ErrorBank, ErrorSpec
 from cf_model.train.loop import fit
 from cf_model.train.ode import OdeSpec
+from cf_model.train.ranks import is_first, rank
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
 from cf_model.train.teacher import Teacher, TeacherSpec
 from tasks import ranks
@@ -50,11 +53,12 @@ class Clips:
 # the weights' steps must show, but Adam's first ones are signs of gradients, and those of rounding alone differ
 OPTIMIZER = OptimizerSpec(lr=1e-4, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.01, muon_decay=0.0, clip=1.0, warmup=3, decay=0.5)
 COMMON = {"ema": 0.9, "save_every": 5}
+ENGINE = EngineSpec(**{"use": "torch", "zero": 0, "offload": "none", "micro_batch": None} | json.loads(os.environ.get("ENGINE", "{}")))
 
 
 def base() -> tuple[Base, dict[str, Denoiser]]:
     plan = BaseSpec(init="scratch", weights=None, steps=STEPS, batch=BATCH, window=4, dropout=0.2, optimizer=OPTIMIZER, **COMMON)  # type: ignore[arg-type]
-    job = Base(plan, model=denoiser(), latents=Clips(), flow=FLOW, seed=3)
+    job = Base(plan, model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)
     return job, {"model": job.model}
 
 
@@ -70,7 +74,7 @@ def teacher() -> tuple[Teacher, dict[str, Denoiser]]:
         "lora": LoraSpec(None, None, None),
     }
     plan |= {"optimizer": OPTIMIZER, **COMMON}
-    job = Teacher(TeacherSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3)  # type: ignore[arg-type]
+    job = Teacher(TeacherSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
     return job, {"model": job.model}
 
 
@@ -78,12 +82,12 @@ def causal_init() -> tuple[CausalInit, dict[str, Denoiser]]:
     plan = {"method": "teacher_forcing", "steps": STEPS, "batch": BATCH, "frames": 6, "longest": 9, "begin": 0.3, "chunk": 3}
     plan |= {"ode": OdeSpec(videos=2, batch=2, steps=4, keep=(0, 2), shift=3.0, guidance=1.0, context="noisy")}
     plan |= {"dropout": 0.2, "memory": spec(tau=0.9), "optimizer": OPTIMIZER, **COMMON}
-    job = CausalInit(CausalInitSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3)  # type: ignore[arg-type]
+    job = CausalInit(CausalInitSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
     return job, {"model": job.model}
 
 
 def student() -> tuple[Distillation, dict[str, Denoiser]]:
-    plan = {"steps": STEPS, "critic_updates": 2, "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
+    plan = {"steps": STEPS, "critic_updates": 2, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
     scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}
@@ -99,6 +103,7 @@ def student() -> tuple[Distillation, dict[str, Denoiser]]:
         null=torch.zeros(5, 8),
         shape=SHAPE,
         seed=0,
+        engine=ENGINE,
     )
     return job, {"student": job.student, "critic": job.critic}
 
@@ -108,9 +113,9 @@ def train(name: str, out: Path, steps: int = STEPS) -> None:
     track = Track(name, out) if is_first() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
     fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen)
+    parts = {model: job.state[model].state_dict() for model in models}
     if is_first():
-        held = {f"{model}/{key}": value for model, part in models.items() for key, value in part.state_dict().items()}
-        save_file(held, out / "weights.safetensors")
+        save_file({f"{model}/{key}": value for model, part in parts.items() for key, value in part.items()}, out / "weights.safetensors")
     if isinstance(bank := job.state.get("bank"), ErrorBank):
         save_file(bank.state_dict(), out / f"bank-{rank()}.safetensors")
 

@@ -97,7 +97,7 @@ def test_bank_goes_through_a_checkpoint(tmp_path, dtype):
     bank = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
     loss(Guess(), bank)
     loss(Guess(), bank, sigma=(0.9, 0.1))
-    checkpoint.save(tmp_path, 1, {"bank": bank})
+    checkpoint.save(tmp_path, 1, {"bank": bank.state_dict()})
     again = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
     assert checkpoint.restore(tmp_path, {"bank": again}) == 1
     assert torch.equal(again.count, bank.count) and again.count.tolist() == [1, 0, 2, 1]

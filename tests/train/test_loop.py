@@ -89,7 +89,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, why, damage):
     job = Job()
     for step in (2, 4, 6):
-        checkpoint.save(tmp_path, step, job.state)
+        checkpoint.save(tmp_path, step, {name: part.state_dict() for name, part in job.state.items()})
     kept = sorted(tmp_path.glob("step-*"))
     assert len(kept) == checkpoint.KEEP
     damage(kept[-1])
@@ -220,7 +220,7 @@ def test_a_stream_goes_on_across_steps_and_across_a_resume(tmp_path, scope):
     through, values, texts = distillation(**changes), [], []
     for number in range(6):
         if number == 3:
-            checkpoint.save(tmp_path, 3, through.state)
+            checkpoint.save(tmp_path, 3, {name: part.state_dict() for name, part in through.state.items()})
         values.append(through.step(number))
         texts.append(through.stream.text)
     assert all(torch.equal(text, texts[0]) for text in texts[:5]), "one video, one prompt"
