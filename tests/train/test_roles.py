@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cf_model.data.latents import write_latents
@@ -223,7 +223,8 @@ def test_weights_that_do_not_fit_are_refused_wherever_they_are_read(change: str,
     def damaged(state: dict[str, Any]) -> dict[str, Any]:
         name = "transformer.proj_out.bias"
         rest = {key: value for key, value in state.items() if key != name}
-        return {"missing": rest, "unknown": state | {"transformer.more": state[name].clone()}, "shape": state | {name: state[name][:-1]}}[change]
+        more = state | {"transformer.more": state[name].clone()}
+        return {"missing": rest, "unknown": more, "shape": state | {name: state[name][:-1]}}[change]
 
     model = denoiser()
     with pytest.raises((RuntimeError, ValueError)):
@@ -232,18 +233,12 @@ def test_weights_that_do_not_fit_are_refused_wherever_they_are_read(change: str,
     with pytest.raises((RuntimeError, ValueError)):
         average.load_state_dict({"done": 3, "model": damaged(average.model.state_dict())})
 
-    class Damaged:
-        def state_dict(self) -> dict[str, Any]:
-            return damaged(model.state_dict())
-
-    checkpoint.save(tmp_path, 1, {"model": Damaged()})
+    checkpoint.save(tmp_path, 1, {"model": damaged(model.state_dict())})
     with pytest.raises((RuntimeError, ValueError)):
         checkpoint.restore(tmp_path, {"model": denoiser()})
     folder = tmp_path / "folder"
     folder.mkdir()
     wan.save(model, folder)
-    from safetensors.torch import save_file
-
     inner = {key.removeprefix("transformer."): value for key, value in damaged(model.state_dict()).items()}
     save_file(inner, folder / "diffusion_pytorch_model.safetensors")
     with pytest.raises((RuntimeError, ValueError)):
