@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.codec import CodecSpec, latent_frames
@@ -17,18 +17,18 @@ from cf_model.model.memory import MemorySpec
 from cf_model.model.view import Passes, TeacherView
 from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec
+from cf_model.train.engine import EngineSpec
 from cf_model.train.layout import Layout
+from cf_model.train.samples import SamplesSpec
 from cf_model.train.student import StudentSpec
 from cf_model.train.teacher import TeacherSpec
 
 from . import params_file
+from .params_nightly import Nightly, Section, Start, starts_are_what_is_used
+from .samples_fit import samples_fit
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class Video(Section):
@@ -143,6 +143,8 @@ class Params(Section):
     compute: Compute
     video: Video
     tracking: Tracking
+    engine: EngineSpec
+    start: Start
     clips: Clips
     filter: Filter
     codec: CodecParams
@@ -155,14 +157,16 @@ class Params(Section):
     causal_init: CausalInitSpec
     stage1: StudentSpec
     stage2: StudentSpec
+    samples: SamplesSpec
     generate: Generate
     evaluate: Evaluate
+    nightly: Nightly
 
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
         rules = (weights_are_named, pictures_fit, clips_are_long_enough, the_base_model_can_make_them, students_are_shown_what_exists)
-        for rule in (*rules, systems_can_run):
+        for rule in (*rules, systems_can_run, starts_are_what_is_used, samples_fit):
             rule(self)
         return self
 

@@ -175,7 +175,7 @@ def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes(TINY.read_bytes())
     monkeypatch.setattr(room, "memory", lambda: 0.01 * GIB)
-    words = ["base", "--latents", "data/latents", "--out", "models/base"]
+    words = ["base", "--latents", "data/latents", "--codec", "models/codec", "--out", "models/base"]
     with pytest.raises(Refused, match=r"base needs about 0\.06"):
         cf.main(words)
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]

@@ -100,7 +100,8 @@ def test_offline_mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     mirror = tracking.mirror("toy", cast(Any, SimpleNamespace(wandb="off", project="toy")), {"seed": 41})
     track = tracking.Track("toy", work, mirror=mirror)
     track.log(1, loss=0.123456789)
-    track.time(rollout=1.5)
+    track.time(1, {"rollout": 1.5}, peak_mib=99.0)
+    track.keep_times(tmp_path / "times")
     track.close({"psnr": 28.25})
     folder = Path(track.facts["wandb"])
     assert folder.parent == Path("runtime/wandb") and track.facts["seconds"] == {"rollout": 1.5}

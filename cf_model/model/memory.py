@@ -51,6 +51,10 @@ class MemorySpec:
             stated = f"fill is {self.fill} and timing {self.timing}, but when is evict"
             raise ValueError(f"{stated}; use when: enqueue, or fill: none and timing: clean, since only kept clean frames can wait")
 
+    def tests(self, chunk: int) -> bool:
+        """Whether it is this chunk's turn to be kept or not, by its number."""
+        return self.promote != "none" and chunk >= self.begin and chunk % self.interval == 0
+
     def hold(self, chunk: int) -> None:
         """Refuses chunks that the fast part, which counts the current one, has no room for."""
         if self.fast < chunk:
@@ -88,6 +92,7 @@ class ContextMemory:
     similarity: tuple[float, ...] | None = None  # of the newest chunk to the one before, in each layer, for the log
     calls: int = 0  # noisy passes over the chunk being made (timing: first_call)
     judged: bool = False  # one of them has kept it
+    chosen: bool | None = None  # the newest chunk is worth keeping; None: it was not tested. For the log
     promoted: int = 0  # frames so far
 
     @property
@@ -103,6 +108,11 @@ class ContextMemory:
         """Latent frames in each part, for people."""
         return {name: [frame.index for frame in getattr(self, name)] for name in ("sink", "slow", "fast")}
 
+    @property
+    def decisions(self) -> tuple[bool, ...]:
+        """On the newest chunk: one for all layers, or () when it was not tested."""
+        return () if self.chosen is None else (self.chosen,)
+
     def past(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values that a layer attends to, in the order of `key_positions`."""
         return [frame.keys[layer] for frame in self.frames], [frame.values[layer] for frame in self.frames]
@@ -115,6 +125,7 @@ class ContextMemory:
         """
         spec, length = self.spec, len(chunk)
         tested, keep = self._test(chunk)
+        chosen = self.judged or bool(keep) if spec.tests(self.seen // length) else None
         if self.judged:
             keep = ()
         if spec.when == "enqueue":
@@ -130,7 +141,8 @@ class ContextMemory:
         news = {*self.news, *(frame.index for frame in keep)}
         after = tested._promote(tuple(frame for frame in leaving if frame.index in news))
         staying = tuple(frame.index for frame in fast if frame.index in news)
-        return replace(after, sink=sink, early=early, fast=fast, news=staying, seen=self.seen + length, calls=0, judged=False)
+        after = replace(after, sink=sink, early=early, fast=fast, news=staying, chosen=chosen)
+        return replace(after, seen=self.seen + length, calls=0, judged=False)
 
     def offer(self, chunk: Frames) -> ContextMemory:
         """The memory after one pass over a chunk that is still noisy; only timing first_call looks at its keys.
@@ -158,7 +170,7 @@ class ContextMemory:
         # Choice: "at 2-chunk intervals" tests every second chunk against its immediate predecessor; it gives the one
         # latent in 24 frames of the teacher's data and the 20 seconds that the paper claims.
         spec = self.spec
-        if chunk < spec.begin or chunk % spec.interval:
+        if not spec.tests(chunk):
             return False
         if spec.promote == "similarity":
             return similarity is not None and sum(similarity) / len(similarity) < spec.tau
@@ -281,8 +293,26 @@ class LayerMemories:
         found = [value for memory in self.layers for value in memory.similarity or ()]
         return tuple(found) or None
 
+    @property
+    def decisions(self) -> tuple[bool, ...]:
+        """On the newest chunk, one a layer; () when it was not tested."""
+        return tuple(one for memory in self.layers for one in memory.decisions)
+
 
 Memory = ContextMemory | LayerMemories
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A chunk beside the one before it, as eq. 7 sees them."""
+
+    similarity: tuple[float, ...]  # of their keys, in each layer
+    kept: tuple[bool, ...]  # `decisions` of the memory
+
+
+def compared(memory: Memory) -> tuple[Compared, ...]:
+    """Of the newest chunk; () for a video's first."""
+    return () if memory.similarity is None else (Compared(memory.similarity, memory.decisions),)
 
 
 def empty(spec: MemorySpec) -> Memory:

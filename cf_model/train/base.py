@@ -12,6 +12,7 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, add_noise, gaussian
 
 from .loop import PLAIN, Average, Clips, EngineSpec, OptimizerSpec, Random, at_least, batches, drop_prompts, mean, optimizer
+from .observe import Clock
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Base:
         self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
         self.average = Average(model, spec.ema)
         self.optimizer = optimizer(model, spec.optimizer, spec.steps, engine)
+        self.clock = Clock(self.device)
         self.seen: dict[str, Tensor] = {}
 
     @property
@@ -50,7 +52,8 @@ class Base:
         losses = [self._loss() for _ in self.random.groups()]
         norm = self.optimizer.step()
         self.average.update()
-        return {"loss": mean(losses), "gradient": norm}
+        self.clock.lap("update")
+        return {"loss": mean(losses), "gradient": norm, "ema_distance": self.average.distance()}
 
     def _loss(self) -> float:
         """Of one group of the batch, whose gradient is added."""
@@ -64,6 +67,8 @@ class Base:
         sigma = self.flow.sample_sigma(len(x), rng)
         noise = gaussian(x.shape, rng)
         self.seen.update(x=x, text=text, sigma=sigma)
+        self.clock.lap("data")
         loss = (self.model.velocity(add_noise(x, noise, sigma), sigma, text) - (noise - x)).square().mean()
         self.optimizer.backward(loss / self.random.count)
+        self.clock.lap("loss")
         return loss.item()

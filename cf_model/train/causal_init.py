@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, add_noise, gaussian
-from cf_model.model.memory import Memory, MemorySpec, empty
+from cf_model.model.memory import Compared, Memory, MemorySpec, compared, empty
 
 from .loop import PLAIN, Average, Clips, EngineSpec, OptimizerSpec, Random, at_least, batches, drop_prompts, mean, optimizer
+from .observe import Clock, remembered
 from .ode import OdeSpec, Trajectories
 
 
@@ -59,6 +60,7 @@ class CausalInit:
         self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
         self.average = Average(model, spec.ema)
         self.optimizer = optimizer(model, spec.optimizer, spec.steps, engine)
+        self.clock, self.compared = Clock(self.device), list[Compared]()
         self.seen: dict[str, Tensor] = {}
         self.rows = [] if trajectories else latents.rows("train", at_least=spec.longest + spec.frames)
 
@@ -69,12 +71,16 @@ class CausalInit:
     def step(self, number: int) -> dict[str, float]:
         losses: list[float] = []
         for _ in self.random.groups():
+            self.compared.clear()
             loss, memory = self._ode(self.trajectories) if self.trajectories else self._teacher_forcing()
             self.optimizer.backward(loss / self.random.count)
             losses.append(loss.item())
+            self.clock.lap("loss")
         norm = self.optimizer.step()
         self.average.update()
-        return {"loss": mean(losses), "gradient": norm, "context_frames": float(sum(map(len, memory.held().values())))}
+        self.clock.lap("update")
+        values = {"loss": mean(losses), "gradient": norm, "context_frames": float(sum(map(len, memory.held().values())))}
+        return values | remembered(self.spec.memory, self.compared) | {"ema_distance": self.average.distance()}
 
     def _teacher_forcing(self) -> tuple[Tensor, Memory]:
         """Each chunk of a real video is denoised after the clean ones before it."""
@@ -88,6 +94,7 @@ class CausalInit:
         clip = self.latents.window(rows, starts, past + spec.frames).to(self.device)
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
         self.seen.update(clip=clip, text=text)
+        self.clock.lap("data")
         memory = self.model.watch(clip[:, :past], text, spec.memory, chunk=spec.chunk) if past else empty(spec.memory)
         loss, chunks = clip.new_zeros(()), clip[:, past:].split(spec.chunk, dim=1)
         for x in chunks:
@@ -96,6 +103,7 @@ class CausalInit:
             velocity = self.model.velocity(add_noise(x, noise, sigma), sigma, text, memory)
             loss = loss + (velocity - (noise - x)).square().mean() / len(chunks)
             memory = self.model.remember(x, text, memory, grad=True)  # what is worth remembering is learned too
+            self.compared += compared(memory)
         return loss, memory
 
     def _ode(self, made: Trajectories) -> tuple[Tensor, Memory]:
@@ -112,6 +120,7 @@ class CausalInit:
         videos, levels = self.random.mine(videos), torch.stack(self.random.mine(list(drawn)))
         states, text = made.read(videos).to(self.device), made.text(videos).to(self.device)
         self.seen.update(states=states, text=text, levels=levels)
+        self.clock.lap("data")
         parts = states.split(spec.chunk, dim=2)
         sigmas = torch.tensor(made.sigmas)[levels].to(states)
         loss, memory, each = states.new_zeros(()), empty(spec.memory), torch.arange(len(states))
@@ -121,4 +130,5 @@ class CausalInit:
             loss = loss + wrong.square().mean(dim=(1, 2, 3, 4)).sum()
             shown, level = (x_0, None) if made.spec.context == "clean" else (x_t, sigma)
             memory = self.model.remember(shown, text, memory, sigma=level, grad=True)
+            self.compared += compared(memory)
         return loss / noisy, memory

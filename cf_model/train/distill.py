@@ -1,7 +1,8 @@
-"""Distribution matching distillation, with or without a context: two losses, each headed by its equation."""
+"""Distribution matching distillation, with or without a context: two losses, each headed by its equation, and their way back."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cf_model.model.flow import Flow, Noise, add_noise, gaussian, to_x0
 from cf_model.model.memory import Memory
+from cf_model.model.rollout import Rollout
 from cf_model.model.view import Passes, Score, TeacherView, guided
 
 
@@ -67,3 +69,25 @@ def critic_loss(
     velocity = view.velocity(fake, add_noise(x, noise, sigma), sigma, text, context, past)
     error = (velocity - (noise - x)).square().mean(dim=(1, 2, 3, 4))
     return (error * flow.weight(sigma) if weight == "bell" else error).mean()
+
+
+def replay(
+    student: Callable[..., Tensor],
+    made: Rollout,
+    gradient: Float[Tensor, "B F C H W"],
+    text: Tensor,
+    *,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+) -> None:
+    """Back-propagates `gradient` of 0.5 mse(x, (x - gradient).detach()) into the student, one chunk at a time.
+
+    Each scored chunk's last pass is run again with a graph, against the memory it had, which is constant. So the
+    gradient stops exactly at the context, and memory is that of one chunk however long the rollout was.
+    """
+    carry = [target for target in made.targets if target.grad]
+    numbers = sum(target.x_t.numel() for target in carry)
+    for target in carry:
+        at = target.first - made.window.start
+        sigma = target.x_t.new_full((len(target.x_t),), target.sigma)
+        x_0 = student(target.x_t, sigma, text, target.memory)
+        backward((x_0 * gradient[:, at : at + x_0.shape[1]]).sum().div(numbers))

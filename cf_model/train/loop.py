@@ -23,6 +23,7 @@ from .engine import EngineSpec as EngineSpec
 from .engine import Optimizer as Optimizer
 from .engine import OptimizerSpec as OptimizerSpec
 from .engine import optimizer as optimizer
+from .observe import Clock, peak_memory, shown
 from .ranks import Random as Random
 
 # Choice: a bad batch or two are survived, a run that has diverged ends.
@@ -58,6 +59,14 @@ class Average(Generic[M]):
         for mean, raw in zip(self.model.parameters(), engine.whole(self.source), strict=True):
             mean.lerp_(raw, 1 - decay)
         self.done += 1
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Of the averaged weights from the raw ones, over the norm of the raw ones. What does not learn is left out."""
+        pairs = zip(self.model.parameters(), engine.whole(self.source), strict=True)
+        norms = [torch.stack([(mean - raw).norm(), raw.norm()]) for mean, raw in pairs if raw.requires_grad]
+        apart, size = torch.stack(norms).float().norm(dim=0)
+        return float(apart / size)
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "model": self.model.state_dict()}
@@ -97,6 +106,8 @@ class Log(Protocol):
 
     def log(self, step: int, **values: float) -> None: ...
 
+    def time(self, step: int, seconds: Mapping[str, float], **memory: float) -> None: ...
+
     def resumed(self, step: int) -> None: ...
 
     def progress(self, total: int, unit: str = "step", start: int = 0) -> Any: ...
@@ -119,13 +130,17 @@ def fit(
     log: Log,
     save_every: int,
     seen: Mapping[str, Tensor] | None = None,
+    clock: Clock | None = None,
+    sample: Callable[[int], None] | None = None,
 ) -> None:
     """Runs `step` for 0 .. steps - 1, from the newest usable checkpoint in `log.work` on.
 
     `state` names everything that a step changes; all of it is in each checkpoint. After a SIGTERM the step that runs is
     finished, saved, and the last. A value of `step` that is not finite is a bad step: what it was made of (`seen`, and the
-    random state before it) goes to bad-XXXXXXXX, and `BAD_STEPS` of them in a row end the run.
+    random state before it) goes to bad-XXXXXXXX, and `BAD_STEPS` of them in a row end the run. `clock` is the one that
+    `step` tells its laps; `sample` is called after every step, by every rank, before a checkpoint says that the step is done.
     """
+    clock, latest = clock or Clock(), dict[str, float]()
     bad, first = 0, checkpoint.restore(log.work, state)
     saved = ranks.agree_on_start(first)
     if first:
@@ -134,11 +149,16 @@ def fit(
     with log.listen() as asked:
         for number in range(first, steps):
             before = state["random"].state_dict() if "random" in state else {}
+            clock.start()
             values, stop = ranks.mean_values(step(number), asked())
             wrong = [name for name, value in values.items() if not math.isfinite(value)]
             with checkpoint.room(log.work, "metrics.jsonl"):
                 log.log(number + 1, **values)
-            bar.update(1, **dict(list(values.items())[:2]))
+            latest |= values
+            if sample:
+                clock.lap("rest")
+                sample(number + 1)
+                clock.lap("samples")
             bad = bad + 1 if wrong else 0
             if wrong:
                 report(log.work, number + 1, wrong[0], values[wrong[0]], bad, {"random": before, "batch": dict(seen or {})})
@@ -147,6 +167,8 @@ def fit(
                 held = {part: whole.state_dict() for part, whole in state.items()}  # every rank: some of it is spread over them
                 if ranks.is_first():
                     checkpoint.save(log.work, saved, held)
+            log.time(number + 1, clock.taken(), **peak_memory())
+            bar.update(1, **shown(latest))
             if stop:
                 log.stopped(saved)
     bar.close()

@@ -16,8 +16,9 @@ from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import Passes, TeacherView
 
-from .distill import critic_loss, generator_gradient
+from .distill import critic_loss, generator_gradient, replay
 from .loop import PLAIN, Average, EngineSpec, OptimizerSpec, Random, at_least, batches, mean, optimizer
+from .observe import Clock, remembered, student_loss
 from .past import Kept, Streams
 
 
@@ -113,6 +114,7 @@ class Distillation:
         self.critic_optimizer = optimizer(critic, spec.critic_optimizer, spec.steps, engine)
         self.streams = Streams(spec.memory, self.random, device)
         self.kept = Kept()
+        self.clock = Clock(device)
         self.seen: dict[str, Tensor] = {}
 
     @property
@@ -136,15 +138,19 @@ class Distillation:
         if last:
             values["student_gradient"] = self.student_optimizer.step()
             self.average.update()
+            values["ema_distance"] = self.average.distance()
             self.kept.clear()
         values["critic_gradient"] = self.critic_optimizer.step()
+        self.clock.lap("update")
         return values
 
     def _group(self, number: int, group: int, last: bool) -> dict[str, float]:
         """Adds the gradients of one group of the batch: of the critic, and with `last` of the student."""
         spec = self.spec
         made, text = self._made(number, group)
+        self.clock.lap("rollout")
         context, target = self.shown(made)
+        self.clock.lap("data")
         self.seen.update(target=target, context=context, text=text)
         past = self.view.read(self.critic, text, context)  # for both updates: the student's doesn't change the critic
         values = self._student_gradient(made, target, context, text, past) if last else {}
@@ -160,11 +166,11 @@ class Distillation:
             past=past,
         )
         self.critic_optimizer.backward(loss / self.random.count)
+        self.clock.lap("critic")
         values |= {"critic_loss": loss.item(), "frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
         values |= {"context_frames": float(context.shape[1]), "window": float(made.window.start)}
-        if made.similarities:
-            values["similarity"] = sum(made.similarities) / len(made.similarities)
-            values["slow_frames"] = float(len(made.memory.held()["slow"]))
+        if made.compared:
+            values |= remembered(spec.memory, made.compared) | {"slow_frames": float(len(made.memory.held()["slow"]))}
         return values
 
     def _made(self, number: int, group: int) -> tuple[Rollout, Tensor]:
@@ -227,27 +233,7 @@ class Distillation:
             past=past,
             null=self.null,
         )
+        self.clock.lap("scores")
         replay(self.student, made, gradient, text, backward=lambda loss: self.student_optimizer.backward(loss / self.random.count))
-        return values
-
-
-def replay(
-    student: Callable[..., Tensor],
-    made: Rollout,
-    gradient: Float[Tensor, "B F C H W"],
-    text: Tensor,
-    *,
-    backward: Callable[[Tensor], object] = Tensor.backward,
-) -> None:
-    """Back-propagates `gradient` of 0.5 mse(x, (x - gradient).detach()) into the student, one chunk at a time.
-
-    Each scored chunk's last pass is run again with a graph, against the memory it had, which is constant. So the
-    gradient stops exactly at the context, and memory is that of one chunk however long the rollout was.
-    """
-    carry = [target for target in made.targets if target.grad]
-    numbers = sum(target.x_t.numel() for target in carry)
-    for target in carry:
-        at = target.first - made.window.start
-        sigma = target.x_t.new_full((len(target.x_t),), target.sigma)
-        x_0 = student(target.x_t, sigma, text, target.memory)
-        backward((x_0 * gradient[:, at : at + x_0.shape[1]]).sum().div(numbers))
+        self.clock.lap("replay")
+        return values | {"student_loss": student_loss(made, gradient)}

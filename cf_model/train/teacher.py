@@ -16,6 +16,7 @@ from cf_model.model.view import TeacherView
 from .adapter import LoraSpec, attach
 from .erft import ErrorBank, ErrorSpec, Mistakes, erft_loss
 from .loop import PLAIN, Average, Clips, EngineSpec, OptimizerSpec, Random, at_least, batches, drop_prompts, mean, optimizer
+from .observe import Clock
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Teacher:
         self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
         self.average = Average(model, spec.ema)
         self.optimizer = optimizer(model, spec.optimizer, spec.steps, engine)
+        self.clock = Clock(self.device)
         self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
         self.seen: dict[str, Tensor] = {}
 
@@ -67,8 +69,9 @@ class Teacher:
         self.bank.collect(*(found for _, found in made))
         norm = self.optimizer.step()
         self.average.update()
+        self.clock.lap("update")
         values = {name: mean([one[name] for one, _ in made]) for name in made[0][0]}
-        return {**values, "gradient": norm, **self.bank.statistics()}
+        return {**values, "gradient": norm, **self.bank.statistics(), "ema_distance": self.average.distance()}
 
     def _loss(self, number: int) -> tuple[dict[str, float], Mistakes]:
         """Of one group of the batch, whose gradient is added; and its mistakes."""
@@ -84,8 +87,10 @@ class Teacher:
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
         levels = self.flow.warp(torch.rand(spec.batch, generator=rng))  # of the whole batch: each rank draws everyone's mistakes
         self.seen.update(x=x, context=context, text=text, sigma=share(levels, rng))
+        self.clock.lap("data")
         loss, found = erft_loss(
             self.model, x, text, context, levels, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
         )
         self.optimizer.backward(loss / self.random.count)
+        self.clock.lap("loss")
         return {"loss" if start else "loss_without_context": loss.item(), "context_frames": float(context.shape[1])}, found

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cf_model.model.codec import LinearCodec, save_codec
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView
@@ -22,9 +24,11 @@ from cf_model.train.erft import ErrorBank, ErrorSpec
 from cf_model.train.loop import fit
 from cf_model.train.ode import OdeSpec
 from cf_model.train.ranks import is_first, rank
+from cf_model.train.samples import SampleSpec, WindowSpec, from_noise, streamed
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
 from cf_model.train.teacher import Teacher, TeacherSpec
 from tasks import ranks
+from tasks.samples import Make, Samples
 from tasks.tracking import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
 
@@ -36,6 +40,7 @@ class Clips:
 
     shape = SHAPE
     empty_text = torch.zeros(5, 8)
+    fps = 16.0
 
     def rows(self, split: str, at_least: int = 1) -> list[int]:
         return list(range(8))
@@ -48,6 +53,9 @@ class Clips:
 
     def text(self, rows: list[int]) -> Tensor:
         return torch.stack([normal(5, 8, seed=100 + row) for row in rows])
+
+    def captions(self, rows: list[int]) -> list[str]:
+        return [f"clip {row}" for row in rows]
 
 
 # the weights' steps must show, but Adam's first ones are signs of gradients, and those of rounding alone differ
@@ -108,11 +116,32 @@ def student() -> tuple[Distillation, dict[str, Denoiser]]:
     return job, {"student": job.student, "critic": job.critic}
 
 
-def train(name: str, out: Path, steps: int = STEPS) -> None:
+def sampler(job: Base | CausalInit | Distillation, track: Track, codec: Path, every: int) -> Samples:
+    """Two videos of each set: one window of base, a stream of the others."""
+    if isinstance(job, Base):
+        plan: SampleSpec = WindowSpec(every=every, prompts=2, frames=4, seed=1, crf=16, sampler_steps=3, guidance=1.5)
+        make: Make = partial(from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
+    else:
+        plan = SampleSpec(every=every, prompts=2, frames=12, seed=1, crf=16)
+        make = partial(streamed, job.average.model, spec=plan, levels=(1.0, 0.5), chunk=3, memory=job.spec.memory, flow=FLOW)
+    return Samples(plan, track, Clips(), codec, make)  # type: ignore[arg-type]
+
+
+def small_codec(folder: Path) -> Path:
+    torch.manual_seed(0)
+    codec = LinearCodec(SHAPE[0], 8)
+    codec.decoder.copy_(normal(*codec.decoder.shape, seed=9) / 20)
+    save_codec(codec, folder)
+    return folder
+
+
+def train(name: str, out: Path, steps: int = STEPS, every: int = 5) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
-    fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen)
+    codec = small_codec(out / "codec") if is_first() else out / "no codec"  # a rank that follows has no use for it
+    samples = sampler(job, track, codec, every)
+    fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen, clock=job.clock, sample=samples)
     parts = {model: job.state[model].state_dict() for model in models}
     if is_first():
         save_file({f"{model}/{key}": value for model, part in parts.items() for key, value in part.items()}, out / "weights.safetensors")

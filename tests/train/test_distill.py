@@ -4,8 +4,7 @@ import torch
 from cf_model.model.memory import empty
 from cf_model.model.rollout import rollout
 from cf_model.model.view import TeacherView, sample
-from cf_model.train.distill import critic_loss, generator_gradient
-from cf_model.train.student import replay
+from cf_model.train.distill import critic_loss, generator_gradient, replay
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
 TEXT = normal(2, 5, 8, seed=3)
