@@ -26,7 +26,7 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) 
         return imported(params, clips, out, track)
     sizes = {"channels": clips.shape[0], "text_channels": params.text.channels}
     model = wan.build(params.model, **sizes, seed=params.seed, compute=params.compute).to(device())
-    base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed)
+    base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
     plan = params.samples.base
     make = partial(from_noise, base.average.model, spec=plan, flow=params.flow, null=clips.null_text)
     fit(
@@ -41,7 +41,7 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) 
     )
     wan.save(base.average.model, out)
     track.save(out)
-    return {"loss": tail(out, "loss"), "parameters": float(sum(p.numel() for p in model.parameters()))}
+    return {"loss": tail(out, "loss"), "parameters": float(sum(p.numel() for p in base.average.model.parameters()))}
 
 
 def imported(params: Params, clips: Latents, out: Path, track: Track) -> dict[str, float | None]:

@@ -26,7 +26,8 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path,
     spec, clips = params.causal_init, Latents(latents)
     model = wan.load(base, params.compute).to(device())
     ways = trajectories(params, model, clips, track) if spec.method == "ode" else None
-    init = CausalInit(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways)
+    engine = params.engine
+    init = CausalInit(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways, engine=engine)
     plan, student = params.samples.causal_init, init.average.model
     make = partial(streamed, student, spec=plan, levels=plan.levels, chunk=spec.chunk, memory=spec.memory, flow=params.flow)
     fit(

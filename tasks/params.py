@@ -14,9 +14,10 @@ from cf_model.model.codec import CodecSpec, latent_frames
 from cf_model.model.denoiser import Compute, ModelSpec
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
-from cf_model.model.view import TeacherView
+from cf_model.model.view import Passes, TeacherView
 from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec
+from cf_model.train.engine import EngineSpec
 from cf_model.train.layout import Layout
 from cf_model.train.samples import SamplesSpec
 from cf_model.train.student import StudentSpec
@@ -125,6 +126,7 @@ class Generate(Section):
     prefix: PositiveInt  # latent frames of a real clip that a continuation starts from
     sampler_steps: PositiveInt  # of the bidirectional models
     guidance: Annotated[float, Field(ge=1)]
+    guidance_passes: Passes
     crf: Annotated[int, Field(ge=0, le=51)]
     systems: dict[str, System]  # text to video
     continuations: dict[str, System]  # of a real prefix
@@ -144,6 +146,7 @@ class Params(Section):
     compute: Compute
     video: Video
     tracking: Tracking
+    engine: EngineSpec
     clips: Clips
     filter: Filter
     codec: CodecParams

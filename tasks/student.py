@@ -15,6 +15,7 @@ from cf_model.model.codec import load_codec
 from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
 from cf_model.model.view import TeacherView
+from cf_model.train.engine import EngineSpec
 from cf_model.train.loop import fit
 from cf_model.train.samples import SampleSpec, streamed
 from cf_model.train.student import Distillation, StudentSpec
@@ -33,6 +34,7 @@ class Job:
     flow: Flow
     compute: Compute
     samples: SampleSpec
+    engine: EngineSpec
     seed: int
 
 
@@ -64,6 +66,7 @@ def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path,
         null=clips.null_text,
         shape=clips.shape,
         seed=job.seed,
+        engine=job.engine,
         reencode=reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
     )
     levels, chunk = spec.rollout.levels, spec.rollout.chunk

@@ -27,7 +27,7 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path,
     """Error-recycling fine-tuning of the base model into the context teacher; its mistakes and its layout go with it."""
     spec, clips = params.teacher, Latents(latents)
     model = wan.load(base, params.compute).to(device())
-    teacher = Teacher(spec, model=model, latents=clips, flow=params.flow, seed=params.seed)
+    teacher = Teacher(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
     plan = params.samples.teacher
     make = partial(continued, teacher.average.model, spec=plan, view=spec.view, flow=params.flow, null=clips.null_text)
     fit(

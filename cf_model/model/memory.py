@@ -8,7 +8,8 @@ replayed, checkpointed and resumed; in-place caches give wrong gradients there.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -318,6 +319,27 @@ def empty(spec: MemorySpec) -> Memory:
     return LayerMemories(spec) if spec.scope == "layer" else ContextMemory(spec)
 
 
+def whole(frames: Frames) -> ContextMemory:
+    """A memory that is these frames, at positions 0, 1, 2, …, and decides nothing."""
+    spec = MemorySpec(
+        sink=0,
+        slow=0,
+        fast=len(frames),
+        promote="none",
+        tau=1.0,
+        interval=1,
+        begin=1,
+        keep="first",
+        when="evict",
+        timing="clean",
+        fill="none",
+        scope="global",
+        positions="packed",
+        commit="all",
+    )
+    return ContextMemory(spec, fast=frames, seen=len(frames))
+
+
 def dump(memory: Memory) -> dict[str, Any]:
     """A memory as nested dictionaries and tensors, for a checkpoint."""
     if isinstance(memory, LayerMemories):
@@ -345,6 +367,31 @@ def split(frames: Frames, keep: int) -> tuple[Frames, Frames]:
     return frames[:at], frames[at:]
 
 
+class Tape:
+    """Mean keys of a batch's first video, in the order they were asked for: a batch that is computed in several groups, one
+    after the other, decides by those of the first (cf_model/train/engine.py)."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.whole, self.read = False, 0  # the first group is through; read so far by the current one
+
+
+_tape: Tape | None = None
+
+
+@contextmanager
+def decided(tape: Tape | None) -> Iterator[None]:
+    """While it lasts memories decide by the tape: the first time it is recorded, later on followed."""
+    global _tape
+    before, _tape = _tape, tape
+    try:
+        yield
+    finally:
+        _tape = before
+    if tape:
+        tape.whole, tape.read = True, 0
+
+
 def mean_key(chunk: Frames) -> Tensor:
     """Keys of the batch's first video, averaged over the chunk's tokens, in each layer: [layers, N * D].
 
@@ -352,8 +399,13 @@ def mean_key(chunk: Frames) -> Tensor:
     cosines). Layers that decide on their own remember different frames, and the teacher can't be shown the same ones. An
     average over videos would be smoother than any one of them, and training would promote what inference does not.
     """
+    if _tape and _tape.whole:
+        _tape.read += 1
+        return _tape.keys[_tape.read - 1]
     layers = range(len(chunk[0].keys))
     mean = torch.stack([torch.stack([f.keys[layer][0] for f in chunk]).float().mean(dim=(0, 1)).flatten() for layer in layers]).detach()
     if dist.is_initialized():  # several ranks share the batch, whose first video is the first rank's (cf_model/train/engine.py)
         dist.broadcast(mean, 0)
+    if _tape:
+        _tape.keys.append(mean)
     return mean

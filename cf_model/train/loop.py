@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from cf_model.model import checkpoint
 from cf_model.model.flow import uniform
 
-from . import engine
+from . import engine, ranks
+from .engine import PLAIN as PLAIN
+from .engine import EngineSpec as EngineSpec
 from .engine import Optimizer as Optimizer
 from .engine import OptimizerSpec as OptimizerSpec
+from .engine import optimizer as optimizer
 from .observe import Clock, peak_memory, shown
+from .ranks import Random as Random
 
 # Choice: a bad batch or two are survived, a run that has diverged ends.
 BAD_STEPS = 3  # in a row
@@ -52,14 +56,14 @@ class Average(Generic[M]):
     def update(self) -> None:
         # Choice: a rising decay in the first updates, so that a short run's average is not its starting point.
         decay = min(self.decay, (1 + self.done) / (10 + self.done)) if self.done >= self.start else 0.0
-        for mean, raw in zip(self.model.parameters(), self.source.parameters(), strict=True):
+        for mean, raw in zip(self.model.parameters(), engine.whole(self.source), strict=True):
             mean.lerp_(raw, 1 - decay)
         self.done += 1
 
     @torch.no_grad()
     def distance(self) -> float:
         """Of the averaged weights from the raw ones, over the norm of the raw ones. What does not learn is left out."""
-        pairs = zip(self.model.parameters(), self.source.parameters(), strict=True)
+        pairs = zip(self.model.parameters(), engine.whole(self.source), strict=True)
         norms = [torch.stack([(mean - raw).norm(), raw.norm()]) for mean, raw in pairs if raw.requires_grad]
         apart, size = torch.stack(norms).float().norm(dim=0)
         return float(apart / size)
@@ -70,26 +74,6 @@ class Average(Generic[M]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["done"]
         self.model.load_state_dict(state["model"])
-
-
-class Random:
-    """A seeded stream of numbers that a checkpoint can hold; the same on every rank, and on every device."""
-
-    def __init__(self, seed: int, device: torch.device | None = None) -> None:
-        self.rng = engine.stream(seed, device)
-
-    def integers(self, low: int, high: int, count: int) -> list[int]:
-        """Uniform in low..high, both included."""
-        return torch.randint(low, high + 1, (count,), generator=self.rng).tolist()
-
-    def coin(self, chance: float) -> bool:
-        return float(torch.rand((), generator=self.rng)) < chance
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rng": self.rng.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rng.set_state(state["rng"])
 
 
 class Clips(Protocol):
@@ -158,7 +142,7 @@ def fit(
     """
     clock, latest = clock or Clock(), dict[str, float]()
     bad, first = 0, checkpoint.restore(log.work, state)
-    saved = engine.agree_on_start(first)
+    saved = ranks.agree_on_start(first)
     if first:
         log.resumed(first)
     bar = log.progress(steps, "step", first)
@@ -166,7 +150,7 @@ def fit(
         for number in range(first, steps):
             before = state["random"].state_dict() if "random" in state else {}
             clock.start()
-            values, stop = engine.mean_values(step(number), asked())
+            values, stop = ranks.mean_values(step(number), asked())
             wrong = [name for name, value in values.items() if not math.isfinite(value)]
             with checkpoint.room(log.work, "metrics.jsonl"):
                 log.log(number + 1, **values)
@@ -180,8 +164,9 @@ def fit(
                 report(log.work, number + 1, wrong[0], values[wrong[0]], bad, {"random": before, "batch": dict(seen or {})})
             elif ((number + 1) % save_every == 0 and number + 1 < steps) or stop:
                 saved = number + 1
-                if engine.is_first():
-                    checkpoint.save(log.work, saved, state)
+                held = {part: whole.state_dict() for part, whole in state.items()}  # every rank: some of it is spread over them
+                if ranks.is_first():
+                    checkpoint.save(log.work, saved, held)
             log.time(number + 1, clock.taken(), **peak_memory())
             bar.update(1, **shown(latest))
             if stop:
@@ -193,7 +178,7 @@ def fit(
 def report(work: Path, step: int, name: str, value: float, bad: int, made_of: Mapping[str, Any]) -> None:
     """Keeps what a bad step was made of; ends the run at the `BAD_STEPS`-th in a row."""
     path = work / f"bad-{step:08d}"
-    if engine.is_first():
+    if ranks.is_first():
         checkpoint.write(path, step, made_of)
     stated = f"step {step}: {name} is {value}"
     if bad >= BAD_STEPS:
@@ -203,6 +188,11 @@ def report(work: Path, step: int, name: str, value: float, bad: int, made_of: Ma
             f"the batch and the random state are in {path}"
         )
     warnings.warn(f"{stated}; the step was left out, its batch and random state are in {path}", stacklevel=3)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of what the groups of a batch say."""
+    return sum(values) / len(values)
 
 
 def batches(rows: Iterable[int], count: int, rng: Random) -> list[int]:

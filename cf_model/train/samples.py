@@ -116,7 +116,8 @@ def continued(
     yield real
     seen, shape = real[:, view.frames(spec.prefix)], (spec.frames - spec.prefix, *real.shape[2:])
     null = null.to(text)
-    yield sample(model, text, seen, shape, view=view, flow=flow, steps=spec.sampler_steps, guidance=spec.guidance, rng=rng, null=null)
+    given = {"steps": spec.sampler_steps, "guidance": spec.guidance}
+    yield sample(model, text, seen, shape, view=view, flow=flow, **given, guidance_passes="apart", rng=rng, null=null)  # type: ignore[arg-type]
 
 
 def streamed(

@@ -8,9 +8,9 @@ import torch
 
 from cf_model.model.memory import ContextMemory, empty
 from cf_model.model.rollout import rollout
+from cf_model.train.distill import replay
 from cf_model.train.loop import Average
 from cf_model.train.observe import QUANTILES, Clock, remembered, shown, student_loss
-from cf_model.train.student import replay
 from tasks.tracking import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 from tests.train.test_loop import Job, distillation, fit
