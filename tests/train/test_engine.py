@@ -60,7 +60,7 @@ def test_two_ranks_are_one_process(job: str, trained: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["base", "causal_init", "student"])
+@pytest.mark.parametrize("job", JOBS)
 def test_every_rank_makes_the_samples_and_the_first_writes_them(job: str, trained: Path) -> None:
     """Two sets of a causal model too, whose memory asks the other ranks; a follower has no codec and would fail if it wrote."""
     alone, shared = (trained / f"{count}/{job}/samples" for count in (1, 2))
