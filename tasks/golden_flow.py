@@ -12,8 +12,7 @@ from cf_model.model.flow import Flow, add_noise, expand, to_velocity, to_x0
 from cf_model.model.memory import empty
 from cf_model.model.rollout import Rollout, Target
 from cf_model.model.view import TeacherView, sample
-from cf_model.train.distill import generator_gradient
-from cf_model.train.student import replay
+from cf_model.train.distill import generator_gradient, replay
 
 from .golden import Golden, peer
 from .params_file import Refused

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.codec import CodecSpec, latent_frames
@@ -24,14 +24,11 @@ from cf_model.train.student import StudentSpec
 from cf_model.train.teacher import TeacherSpec
 
 from . import params_file
+from .params_nightly import Nightly, Section, Start, starts_are_what_is_used
 from .samples_fit import samples_fit
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class Video(Section):
@@ -147,6 +144,7 @@ class Params(Section):
     video: Video
     tracking: Tracking
     engine: EngineSpec
+    start: Start
     clips: Clips
     filter: Filter
     codec: CodecParams
@@ -162,12 +160,13 @@ class Params(Section):
     samples: SamplesSpec
     generate: Generate
     evaluate: Evaluate
+    nightly: Nightly
 
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
         rules = (weights_are_named, pictures_fit, clips_are_long_enough, the_base_model_can_make_them, students_are_shown_what_exists)
-        for rule in (*rules, systems_can_run, samples_fit):
+        for rule in (*rules, systems_can_run, starts_are_what_is_used, samples_fit):
             rule(self)
         return self
 
