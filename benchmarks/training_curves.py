@@ -99,8 +99,9 @@ def memory(rows: dict[str, dict[str, Curve]], stated: dict[str, Any], path: Path
     for axes, below, stage in zip(upper, lower, stages, strict=True):
         found = rows[stage]
         steps = found["similarity/q50"][0]
-        low, first, middle, third, high = (smooth(found[f"similarity/{name}"][1], max(1, len(steps) // 20)) for name in QUANTILES)
-        axes.fill_between(steps, low, high, color="C0", alpha=0.15, linewidth=0, label="5 to 95 %")
+        low, first, middle, third, high = (found[f"similarity/{name}"][1] for name in QUANTILES)
+        axes.fill_between(steps, low, high, color="C0", alpha=0.15, linewidth=0, label="5 to 95 %, of each step")
+        first, middle, third = (smooth(values, max(1, len(steps) // 20)) for values in (first, middle, third))
         axes.fill_between(steps, first, third, color="C0", alpha=0.3, linewidth=0, label="25 to 75 %")
         axes.plot(steps, middle, color="C0", label="median")
         axes.axhline(stated[stage]["memory"]["tau"], color="black", linestyle="--", linewidth=1, label="tau")
@@ -137,7 +138,7 @@ def seconds(runtime: Path, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a step, mean", fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.legend(frameon=False, fontsize=7, ncol=2)
+    figure.legend(frameon=False, fontsize=7, loc="outside right upper")
     save(figure, path)
 
 
