@@ -1,4 +1,4 @@
-"""What a stage tells the world while it runs: metrics.jsonl, a progress bar, runtime facts, and a mirror in W&B.
+"""What a stage tells the world while it runs: metrics.jsonl, a progress bar, runtime facts, and a mirror in W&B (mirror.py).
 
 Only numbers that a rerun repeats go into metrics.jsonl, because DVC hashes it; seconds and the machine go to runtime/ and W&B.
 """
@@ -8,22 +8,19 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import secrets
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from .rows import Rows, totals
 from .rows import replace as replace
 
 if TYPE_CHECKING:
-    from .params import Tracking
+    from .mirror import Mirror
 
 PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
 
@@ -109,9 +106,9 @@ class Track:
         return Progress(self.stage, total, unit, start)
 
     def close(self, metrics: Mapping[str, Any] | None = None, *, exit_code: int = 0) -> None:
-        if self._mirror and (self._mirror.run or metrics):
+        if self._mirror:
             self._mirror.finish(metrics or {}, exit_code)
-            self.facts["wandb"] = self._mirror.folder
+            self.facts |= {"wandb": self._mirror.folder} | ({"wandb_url": self._mirror.url} if self._mirror.url else {})
 
 
 def rounded(value: float) -> float | int | None:
@@ -174,74 +171,3 @@ class Progress:
             parts += [f"{rate:.3g} a second", f"{left:.0f} s left" if self.done < self.total else f"in {seconds:.0f} s"]
         parts += [f"{name} {value:.4g}" for name, value in self.shown.items()]
         print(", ".join(parts), file=sys.stderr, flush=True)
-
-
-class Mirror:
-    """The same values in W&B. Starts with the first value; whatever goes wrong there is a warning and never ends a stage."""
-
-    def __init__(self, stage: str, mode: str, project: str, config: Mapping[str, Any]) -> None:
-        self.stage, self.mode, self.project, self.config = stage, mode, project, config
-        self.run: Any = None
-        self.folder: str | None = None
-        self.broken = False
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        self._try(lambda: self._started().log(dict(row)))
-
-    def show(self, step: int, files: Mapping[str, Path], captions: Mapping[str, str]) -> None:
-        import wandb
-
-        clips = {key: wandb.Video(str(file), caption=captions[key], format="mp4") for key, file in files.items()}
-        self._try(lambda: self._started().log({"step": step} | clips))
-
-    def finish(self, metrics: Mapping[str, Any], exit_code: int) -> None:
-        self._try(lambda: self._started().summary.update(dict(metrics)))
-        self._try(lambda: self._started().finish(exit_code=exit_code))
-
-    def _started(self) -> Any:
-        if self.run is None:
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash reports: nobody asked for them
-            import wandb
-
-            folder = os.environ.get("WANDB_DIR", "runtime")  # W&B adds wandb/ itself
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            group = pipeline_run(Path("work"))
-            settings = wandb.Settings(disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True)
-            self.run = wandb.init(
-                project=self.project, group=group, job_type=self.stage, name=f"{self.stage} {group}", config=dict(self.config),
-                mode=cast(Any, self.mode), dir=folder, settings=settings,
-            )  # fmt: skip
-            self.run.define_metric("*", step_metric="step")
-            self.folder = os.path.relpath(Path(self.run.dir).parent)
-        return self.run
-
-    def _try(self, action: Any) -> None:
-        if self.broken:
-            return
-        try:
-            action()
-        except Exception as error:  # Choice: a tracker is never worth a training run, whatever it raises
-            self.broken = True
-            warnings.warn(f"W&B stopped working ({error}); {self.stage} goes on, its values are in metrics.jsonl", stacklevel=2)
-
-
-def mirror(stage: str, tracking: Tracking, config: Mapping[str, Any]) -> Mirror | None:
-    """params.tracking says whether, and the environment has the last word: `WANDB_MODE=online dvc repro`."""
-    mode = os.environ.get("WANDB_MODE") or {"off": "disabled"}.get(tracking.wandb, tracking.wandb)
-    return None if mode == "disabled" else Mirror(stage, mode, tracking.project, config)
-
-
-def pipeline_run(work: Path) -> str:
-    """One name for all stages that one command runs: CF_RUN, DVC's name of the experiment, or one drawn for the process group."""
-    given = os.environ.get("CF_RUN") or os.environ.get("DVC_EXP_NAME")
-    if given:
-        return given
-    file, group = work / "run", str(os.getpgrp())
-    if file.exists():
-        owner, _, name = file.read_text().partition(" ")
-        if owner == group and name.startswith(time.strftime("%Y%m%d")):
-            return name
-    name = f"{time.strftime('%Y%m%d-%H%M')}-{secrets.token_hex(2)}"
-    work.mkdir(parents=True, exist_ok=True)
-    replace(file, f"{group} {name}")
-    return name

@@ -93,9 +93,9 @@ class Optimizer:
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
         betas = (spec.beta1, spec.beta2)
-        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr)
-        ]
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = []
+        if rest:  # of a LoRA in the blocks, Muon has everything
+            self.parts.append((torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr))
         if matrices:
             self.parts.append((torch.optim.Muon(matrices, lr=spec.muon_lr, weight_decay=spec.muon_decay), spec.muon_lr))
 
