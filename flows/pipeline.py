@@ -113,7 +113,7 @@ def repro(
     known = stages.stages(root)
     chosen = stages.selected(known, only or ())
     shared = Run(root, environment(run, root, repo or root), _unchanged(root), threading.Semaphore(at_once), pull)
-    futures: dict[str, Any] = {}
+    before, futures = stages.recorded(root), dict[str, Any]()
     for stage in chosen:
         waits = _waits(stage, known, {stage.name for stage in chosen})
         options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
@@ -127,6 +127,7 @@ def repro(
     except BaseException:  # SIGTERM is an exception of Prefect's here
         supervise.stop()
         raise
+    stages.put_in_order(root, before, known)
     states = {stage.name: shared.outcome.get(stage.name, "Failed") for stage in chosen}
     shown.results(root, run, states, logger.warning)
     failed = [stage for stage, state in states.items() if state == "Failed"]

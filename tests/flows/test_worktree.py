@@ -182,7 +182,7 @@ def test_one_run_a_checkout(repo: Path) -> None:
     assert not worktree.in_use(folder)
     with worktree.alone(folder, "an-id"):
         assert worktree.in_use(folder) and worktree.died(folder) == ""
-        with pytest.raises(worktree.Busy, match="is in use by another run, process [0-9]+; wait for it"), worktree.alone(folder):
+        with pytest.raises(worktree.Busy, match=r"is in use by another run, process \d+; wait for it"), worktree.alone(folder):
             pass
     assert not worktree.in_use(folder) and worktree.died(folder) == ""
     with pytest.raises(KeyboardInterrupt), worktree.alone(folder, "an-id"):
