@@ -21,7 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.utilities.annotations import quote
 from pydantic import ValidationError
 
-from flows import reconcile, shown, stages, supervise, worktree
+from flows import logs, reconcile, shown, stages, supervise, worktree
 from flows.run_config import RunConfig
 from flows.stage_task import DONE, Run, environment, one
 from flows.stages import Stage
@@ -63,6 +63,7 @@ def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str]:
             return states
     finally:
         supervise.stop()
+        logs.deliver()
 
 
 def name() -> str:
