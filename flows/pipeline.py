@@ -13,11 +13,13 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import allow_failure, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
 from prefect.utilities.annotations import quote
 from pydantic import ValidationError
 
@@ -39,31 +41,41 @@ EXAMPLES = """examples:
 
 
 @flow(name="pipeline", on_crashed=[reconcile.close_tasks], on_cancellation=[reconcile.close_tasks])
-def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str]:
+def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str] | State[Any]:
     """The stages of dvc.yaml, with the parameters asked for. What happened to each; a failure if one failed."""
     supervise.start()
     try:
         _tidy()
-        repo = Path.cwd().resolve()
-        apart = runtime.deployment.id is not None or config.overrides or config.profile != "params.yaml"
-        run = name() if apart else str(runtime.flow_run.name)
-        root = worktree.make(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
-        with worktree.alone(root):
-            check(root)
-            chosen = stages.selected(stages.stages(root), config.stages, config.from_stage, config.to_stage)
-            if config.dry_run:
-                return plan(root, chosen)
-            try:
-                states = repro(root, only=[stage.name for stage in chosen], run=run, at_once=config.at_once, repo=repo)
-            finally:
-                if apart:
-                    _keep(repo, root, run)
-            if config.push:
-                _push(root)
-            return states
+        return _whole(config)
+    except (RuntimeError, ValueError) as error:
+        get_run_logger().error(str(error))
+        return Failed(message=str(error))  # the sentence itself: what an exception would say of itself goes before it
     finally:
         supervise.stop()
         logs.deliver()
+
+
+def _whole(config: RunConfig) -> dict[str, str]:
+    repo = Path.cwd().resolve()
+    apart = runtime.deployment.id is not None or config.overrides or config.profile != "params.yaml"
+    run = name() if apart else str(runtime.flow_run.name)
+    root = worktree.make(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
+    with worktree.alone(root):
+        check(root)
+        chosen = stages.selected(stages.stages(root), config.stages, config.from_stage, config.to_stage)
+        if config.dry_run:
+            return plan(root, chosen)
+        try:
+            states = repro(root, only=[stage.name for stage in chosen], run=run, at_once=config.at_once, repo=repo)
+        except RuntimeError:
+            if apart:
+                _keep(repo, root, run)
+            raise
+        if apart:
+            _keep(repo, root, run)
+        if config.push:
+            _push(root)
+        return states
 
 
 def name() -> str:
@@ -108,15 +120,20 @@ def repro(
         futures[stage.name] = running.submit(
             stage.name, quote(stage), quote(waits), quote(shared), wait_for=[allow_failure(futures[other]) for other in waits]
         )
-    for future in futures.values():
-        future.wait()
+    try:
+        for future in futures.values():
+            future.wait()
+    except BaseException:  # SIGTERM is an exception of Prefect's here
+        supervise.stop()
+        raise
     states = {stage.name: shared.outcome.get(stage.name, "Failed") for stage in chosen}
     shown.results(root, run, states, logger.warning)
     failed = [stage for stage, state in states.items() if state == "Failed"]
     if failed:
         skipped = [stage for stage, state in states.items() if state == "Skipped"]
-        last = (shared.said.get(failed[0]) or ["it said nothing"])[-1]
-        raise RuntimeError(f"{', '.join(failed)} failed: {last}" + (f"; skipped: {', '.join(skipped)}" if skipped else ""))
+        said = [text for text in shared.said.get(failed[0], []) if not text.startswith("ERROR: failed to reproduce")]
+        rest = f"; skipped: {', '.join(skipped)}" if skipped else ""
+        raise RuntimeError(f"{', '.join(failed)} failed: {said[-1] if said else 'it said nothing'}{rest}")
     return states
 
 
@@ -191,15 +208,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help=fields["dry_run"].description)
     parser.add_argument("--push", action="store_true", help=fields["push"].description)
     try:
-        states = pipeline(RunConfig(**vars(parser.parse_args(argv))))
+        state = pipeline(RunConfig(**vars(parser.parse_args(argv))), return_state=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         sys.exit(f"{where} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}")
-    except Exception as error:
-        sys.exit(f"pipeline: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    ran = [stage for stage, state in states.items() if state not in ("Cached", "Restored")]
-    print(f"{len(states)} stages, {len([1 for state in states.values() if state in DONE])} done; ran: {', '.join(ran) or 'none'}")
+    if not state.is_completed():
+        sys.exit(f"pipeline: {(state.message or str(state.name)).splitlines()[0]}")
+    states = cast(dict[str, str], state.result())
+    ran = [stage for stage, what in states.items() if what not in ("Cached", "Restored")]
+    print(f"{len(states)} stages, {len([1 for what in states.values() if what in DONE])} done; ran: {', '.join(ran) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -67,7 +68,7 @@ class Progress:
     def _send(self, percent: float, said: str) -> None:
         try:
             if self.bar is None:
-                self.bar = create_progress_artifact(percent, key=f"progress-{key(self.stage)}", description=said)
+                self.bar = cast(UUID, create_progress_artifact(percent, key=f"progress-{key(self.stage)}", description=said))
             else:
                 update_progress_artifact(self.bar, percent, description=said)
         except Exception as error:
@@ -87,7 +88,7 @@ def results(root: Path, run: str, states: Mapping[str, str], complain: Callable[
     for stage, where in trackers(root).items():
         if where.startswith(("http://", "https://")):
             words = f"{stage} of run {run} in W&B"
-            shown.append(lambda where=where, stage=stage, words=words: create_link_artifact(where, words, key=f"wandb-{key(stage)}"))
+            shown.append(partial(create_link_artifact, where, words, key=f"wandb-{key(stage)}"))
     for show in shown:
         try:
             show()

@@ -48,12 +48,13 @@ class Run:
 def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
     """Of the stages: this interpreter's `python` and `dvc`, the run's name, and nothing of Prefect's, whose password is there too.
 
-    Offline runs of W&B go to the checkout that the run's worktree belongs to: they outlive the worktree.
+    Offline runs of W&B, and what is kept of single clips, go to the checkout that the run's worktree belongs to: they outlive the
+    worktree.
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    tracked = {} if root == repo else {"WANDB_DIR": str(repo / "runtime")}
-    return {"CF_RUN": run, **tracked, **kept, "PYTHONUNBUFFERED": "1", "PATH": path}
+    outlives = {} if root == repo else {"WANDB_DIR": str(repo / "runtime"), "CF_KEPT": str(repo / "work/kept")}
+    return {"CF_RUN": run, **outlives, **kept, "PYTHONUNBUFFERED": "1", "PATH": path}
 
 
 def worth_another(one: object, run: object, state: State[Any]) -> bool:
@@ -134,6 +135,6 @@ def _gpus(stage: Stage, line: Any) -> int:
     there = len(gpus.available())
     if stage.gpus == "all" or not there:
         if not there and stage.gpus:
-            line(f"{stage.name} asks for {stage.gpus} GPUs; this machine has none, so it runs on the CPU")
+            line(f"{stage.name} states gpus: {stage.gpus}; this machine has none, so it runs on the CPU")
         return there
     return int(stage.gpus)
