@@ -122,15 +122,14 @@ def register(repo: Path, commit: str, about: dict[str, Any]) -> Version:
     weights = entry(repo, commit, WEIGHTS)
     *above, last = _numbers(known[-1].name) if known else (0, 0, 0)
     name = "v" + ".".join(map(str, [*above, last + 1]))
-    _tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about, known[-1].when if known else 0)
+    _tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
     return named(repo, name)
 
 
 def assign(repo: Path, version: Version, about: dict[str, Any]) -> Assignment:
     last = assignments(repo)
     number = last[-1].number + 1 if last else 1
-    since = max(version.when, last[-1].when if last else 0)
-    _tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about, since)
+    _tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about)
     return assignments(repo)[-1]
 
 
@@ -158,9 +157,10 @@ def resolved(repo: Path, commit: str) -> str:
         raise ValueError(f"{commit!r} is no commit of {repo}") from None
 
 
-def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any], since: int) -> None:
-    """git refuses a name that is taken: of two at once, one fails. A second later than the last: GTO sorts by seconds."""
-    date = f"{max(int(time.time()), since + 1)} +0000"
+def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
+    """git refuses a name that is taken: of two at once, one fails. A second later than the last one: GTO sorts by seconds."""
+    last = max([0, *(one.when for one in versions(repo)), *(one.when for one in assignments(repo))])
+    date = f"{max(int(time.time()), last + 1)} +0000"
     message = json.dumps(about, sort_keys=True, ensure_ascii=False)
     words = ["git", *identity(repo), "tag", "--annotate", "--no-sign", "--cleanup=verbatim", "--message", message, "--", name, commit]
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_COMMITTER_DATE": date}
@@ -245,3 +245,9 @@ def fetch(repo: Path, version: Version, out: Path) -> None:
         raise RuntimeError(f"the weights of {version.tag} could not be had: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
     if problem := wrong(out, weights):
         raise RuntimeError(f"the weights of {version.tag} are not what its dvc.lock says: {problem}; delete {out}")
+
+
+MAINS = {"promote": promote_main, "rollback": rollback_main, "history": history_main, "promoted": promoted_main}
+
+if __name__ == "__main__":
+    MAINS[sys.argv[1]](sys.argv[2:])
