@@ -29,6 +29,8 @@ COMMANDS = {  # command -> file whose `main` (or the function after the colon) r
     "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
     "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
     "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
+    "compare": ("tasks.compare", "RUN_A RUN_B --out compare.html: two runs on one page; folders, revisions or experiments"),
+    "wandb": ("flows.wandb_sync", "sync | list: offline runs; killed ones are completed, then all are sent"),
     "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
     "up": ("flows.machine:up", "the Prefect server and a worker on 127.0.0.1, or what of them doesn't run"),
     "down": ("flows.machine:down", "stops both, and everything they started"),

@@ -21,5 +21,5 @@ def run(
     context, window = spec.teacher.context, spec.rollout.window
     shown = Layout(replace(params.teacher.view, context=context), window, spec.horizon.longest - window)
     view = agreed(teacher, shown, accept=spec.teacher.mismatch == "accept")
-    job = Job(spec, view, params.flow, params.compute, params.seed + 1)
+    job = Job(spec, view, params.flow, params.compute, params.samples.stage2, params.engine, params.seed + 1)
     return distil(job, track, latents=latents, codec=codec, teacher=teacher, student=student, out=out)
