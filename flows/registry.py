@@ -7,7 +7,6 @@ version. A tag's message is JSON: md5, numbers of the gate, runs. `gto show` and
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -19,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.locked import entry, in_a_sentence, wrong
-from flows.nights import nights
+from flows.locked import entry, wrong
 from flows.worktree import git
 
 ARTIFACT, STAGE, WEIGHTS = "student", "promoted", "models/stage2"
@@ -28,7 +26,6 @@ VERSION = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
 REGISTERED = re.compile(rf"{ARTIFACT}@({VERSION.pattern})")
 ASSIGNED = re.compile(rf"{ARTIFACT}#{STAGE}#(\d{{1,9}})")
 FIELDS = ("refname:strip=2", "*objectname", "taggerdate:unix", "contents")
-FETCHED = "the DVC cache has them, or the remote that the repository names"
 
 
 @dataclass(frozen=True)
@@ -176,66 +173,6 @@ def identity(repo: Path) -> list[str]:
     return [word for key, value in who.items() if asked[key] for word in ("-c", f"{key}={value}")]
 
 
-# --------------------------------------------------------------------------------------------------------- commands
-
-
-def history(repo: Path) -> list[str]:
-    """What happened, oldest first, one line each: nights, versions, promotions, rollbacks."""
-    told = [(one.when, 1, f"version    {one.name}: {_of(one.about)}") for one in versions(repo)]
-    for one in assignments(repo):
-        word = "rollback  " if one.about.get("rollback") else "promoted  "
-        told.append((one.when, 2, f"{word} {one.version.name}: {one.about.get('why') or _of(one.about)}"))
-    told += [(night.when, 0, f"night      {night.date}: {night.outcome}, {night.why}") for night in nights(repo)]
-    return [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(when))}  {said}" for when, _, said in sorted(told)]
-
-
-def _of(about: Mapping[str, Any]) -> str:
-    return str(about.get("why") or about.get("said") or about.get("by") or about.get("md5") or "by hand")
-
-
-@in_a_sentence
-def promote_main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf promote", description="Makes a student the promoted one, by hand: no gate is asked.")
-    parser.add_argument("what", nargs="?", default="HEAD", help="a version such as v0.0.2, or a commit whose dvc.lock has models/stage2")
-    parser.add_argument("--why", default="by hand")
-    args, repo = parser.parse_args(argv), Path.cwd()
-    version = named(repo, args.what) if VERSION.fullmatch(args.what) else register(repo, args.what, {"by": "hand", "why": args.why})
-    if version == promoted(repo):
-        print(f"{version.name} is the promoted one already")
-        return
-    made = assign(repo, version, {"by": "hand", "why": args.why})
-    print(f"{version.name} is promoted ({made.tag}, commit {version.commit[:12]}); `git push origin {version.tag} {made.tag}` tells others")
-
-
-@in_a_sentence
-def rollback_main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf rollback", description="Makes a student that was promoted before the promoted one again.")
-    parser.add_argument("version", nargs="?", help="such as v0.0.1; default: the one before")
-    parser.add_argument("--why", default="by hand")
-    args = parser.parse_args(argv)
-    made = rollback(Path.cwd(), args.version, args.why)
-    print(f"{made.version.name} is promoted again ({made.tag}); `git push origin {made.tag}` tells others")
-
-
-@in_a_sentence
-def history_main(argv: list[str]) -> None:
-    argparse.ArgumentParser("cf history", description="Nights, versions, promotions and rollbacks, oldest first.").parse_args(argv)
-    print("\n".join(history(Path.cwd())) or "nothing yet: no night has run, and no student was promoted")
-
-
-@in_a_sentence
-def promoted_main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf promoted", description=f"The promoted student, and its weights: {FETCHED}.")
-    parser.add_argument("--out", type=Path, help="a folder to put the weights into")
-    args, repo = parser.parse_args(argv), Path.cwd()
-    now = promoted(repo)
-    if now is None:
-        raise ValueError("no student is promoted; a night promotes one, or `cf promote`")
-    if args.out:
-        fetch(repo, now, args.out)
-    print(f"{now.name} {now.commit[:12]} {now.about.get('md5', '')}" + (f" in {args.out}" if args.out else ""))
-
-
 def fetch(repo: Path, version: Version, out: Path) -> None:
     """A version's weights, by its tag. They are compared with the md5 that its dvc.lock states."""
     weights = entry(repo, version.commit, WEIGHTS)
@@ -245,9 +182,3 @@ def fetch(repo: Path, version: Version, out: Path) -> None:
         raise RuntimeError(f"the weights of {version.tag} could not be had: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
     if problem := wrong(out, weights):
         raise RuntimeError(f"the weights of {version.tag} are not what its dvc.lock says: {problem}; delete {out}")
-
-
-MAINS = {"promote": promote_main, "rollback": rollback_main, "history": history_main, "promoted": promoted_main}
-
-if __name__ == "__main__":
-    MAINS[sys.argv[1]](sys.argv[2:])

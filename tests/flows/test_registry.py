@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import locked, registry
+from flows import locked, promotion, registry
 
 SCRIPT = """import pathlib
 folder = pathlib.Path("models/stage2/deep/er")
@@ -62,7 +62,7 @@ def test_versions_and_promotions_and_the_way_back_as_gto_reads_them(repo: Path) 
     assert last.split("│")[2:4] == [" v0.0.3   ", " v0.0.1      "], last
     said = gto(repo, "history", "student")
     assert said.count("assignment") == 5 and said.count("registration") == 3
-    told = registry.history(repo)
+    told = promotion.history(repo)
     assert [line.split()[2] for line in told] == ["version", "promoted"] * 3 + ["rollback"] * 2 and "it flickers" in told[6]
 
 
@@ -117,7 +117,7 @@ def test_a_commit_without_a_student_can_not_be_promoted(repo: Path, monkeypatch:
     monkeypatch.chdir(repo)
     for words, said in ((["HEAD"], "has no dvc.lock"), (["--", "--upload-pack=x"], "is no commit"), (["v0.0.1"], "known are none yet")):
         with pytest.raises(SystemExit, match=said):
-            registry.promote_main(words)
+            promotion.promote(words)
 
 
 def dvc(folder: Path, *words: str) -> str:
