@@ -75,8 +75,10 @@ class Week:
         self.say(f"--- {time.strftime('%A', time.strptime(date, '%Y-%m-%d'))} {date}: {about}")
         heard = len(self.alerts.heard)
         during(run)
-        until(lambda: self.state(run)["type"] in SETTLED, f"the night of {date} ends", 400)
+        until(lambda: self.state(run)["type"] in SETTLED, f"the night of {date} ends", 600)
         state = self.state(run)
+        if state["type"] in ("FAILED", "CRASHED"):  # who tells of a crash is the worker, after it has said so to the server
+            until(lambda: len(self.alerts.heard) > heard, "someone is told", 120)
         self.say(f"    {state['name']}: {' '.join(str(state['message']).split())[:400]}")
         for alert in self.alerts.heard[heard:]:
             self.say(f"    alert {alert['event']}: {' '.join(str(alert['text']).split())[:300]}")
