@@ -38,7 +38,7 @@ def imported(device: torch.device) -> Any:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
-        way = "make deepspeed installs it; or use engine.use: torch"
+        way = "`make deepspeed` installs it; or use engine.use: torch"
         raise ValueError(f"engine.use asks for DeepSpeed in {ranks()} ranks, but it can't be imported ({error}); {way}") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its own import sets another
     # Choice: gloo on the CPU. DeepSpeed's operator of shared memory would be compiled for minutes at a first start, and a

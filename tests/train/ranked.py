@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -94,12 +96,12 @@ def causal_init() -> tuple[CausalInit, dict[str, Denoiser]]:
     return job, {"model": job.model}
 
 
-def student() -> tuple[Distillation, dict[str, Denoiser]]:
+def student(more: dict[str, Any] | None = None) -> tuple[Distillation, dict[str, Denoiser]]:
     plan = {"steps": STEPS, "critic_updates": 2, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
     scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}
-    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON}
+    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON, **(more or {})}
     job = Distillation(
         StudentSpec(**plan),  # type: ignore[arg-type]
         student=denoiser(0),
@@ -114,6 +116,32 @@ def student() -> tuple[Distillation, dict[str, Denoiser]]:
         engine=ENGINE,
     )
     return job, {"student": job.student, "critic": job.critic}
+
+
+def streaming() -> tuple[Distillation, dict[str, Denoiser]]:
+    """The same, on videos that go on from step to step, each for six chunks."""
+    job, models = student({"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist="stream")})
+    return job, models
+
+
+def sharing() -> tuple[Distillation, dict[str, Denoiser]]:
+    """The same, with one rollout for three updates of the critic."""
+    return student({"rollouts": "shared", "critic_updates": 3})
+
+
+def broken() -> tuple[Base, dict[str, Denoiser]]:
+    """The base model, whose clips are not numbers in the third step."""
+
+    class Torn(Clips):
+        asked = 0
+
+        def window(self, rows: list[int], starts: list[int], length: int) -> Tensor:
+            self.asked += 1
+            return super().window(rows, starts, length) * (math.nan if (self.asked - 1) // job.random.count == 2 else 1.0)
+
+    job, models = base()
+    job.latents = Torn()
+    return job, models
 
 
 def sampler(job: Base | CausalInit | Distillation, track: Track, codec: Path, every: int) -> Samples:
@@ -140,7 +168,7 @@ def train(name: str, out: Path, steps: int = STEPS, every: int = 5) -> None:
     track = Track(name, out) if is_first() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
     codec = small_codec(out / "codec") if is_first() else out / "no codec"  # a rank that follows has no use for it
-    samples = sampler(job, track, codec, every)
+    samples = None if isinstance(job, Teacher) else sampler(job, track, codec, every)
     fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen, clock=job.clock, sample=samples)
     parts = {model: job.state[model].state_dict() for model in models}
     if is_first():
