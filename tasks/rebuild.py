@@ -61,7 +61,7 @@ def write(again: mirror.Mirror, about: Mapping[str, Any], old: Path | None) -> N
         if clips:
             again.media(clips, row)
         elif not media:
-            again.run.log(row)
+            again.run.log(row | {"_runtime": row["_timestamp"] - about["started"]})
     outs = about.get("outs") or {}
     if outs and outs == {str(held.path): held.md5 for held in origin.made(about["job_type"])}:
         again.outs(about["summary"])
