@@ -52,6 +52,7 @@ def execute(
             METRICS.mkdir(exist_ok=True)
             tracking.replace(METRICS / f"{stage}.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         track.close(metrics)
+        track.keep_times(RUNTIME)
         write_runtime(stage, facts(began, params.threads) | track.facts)
         shutil.rmtree(work)
 
@@ -75,7 +76,7 @@ def seed(params: Any) -> None:
 
 def key(stage: str, paths: Mapping[str, Any], stated: Mapping[str, Any], pipeline: Path = Path("dvc.yaml")) -> str:
     """Names everything that this stage's result depends on: command, contents of its dependencies, values of its parameters."""
-    entry = params_file.read(pipeline)["stages"].get(stage, {}) if pipeline.exists() else {}
+    entry = params_file.pipeline(pipeline, stated).get(stage, {}) if pipeline.exists() else {}
     deps = [Path(dep) for dep in entry.get("deps", [])]
     given = [Path(value) for name, value in paths.items() if name != "out" and isinstance(value, Path)]
     deps += [path for path in given if not any(_covers(path, dep) for dep in deps)]

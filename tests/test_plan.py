@@ -117,7 +117,8 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: params.Params, tmp_path: Path
     for parameter in made.parameters():
         parameter.grad = parameter.detach().clone()
     optimizer.step()
-    folder = checkpoint.save(tmp_path, 1, {"model": made, "average": Average(made, 0.9), "optimizer": optimizer})
+    parts = {"model": made, "average": Average(made, 0.9), "optimizer": optimizer}
+    folder = checkpoint.save(tmp_path, 1, {name: part.state_dict() for name, part in parts.items()})
     assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(one.checkpoint, rel=0.01)
     wan.save(made, tmp_path / "out")
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) == pytest.approx(forecast.disk(tiny, "base")["out"], rel=0.01)
@@ -174,7 +175,7 @@ def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes(TINY.read_bytes())
     monkeypatch.setattr(room, "memory", lambda: 0.01 * GIB)
-    words = ["base", "--latents", "data/latents", "--out", "models/base"]
+    words = ["base", "--latents", "data/latents", "--codec", "models/codec", "--out", "models/base"]
     with pytest.raises(Refused, match=r"base needs about 0\.06"):
         cf.main(words)
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]

@@ -34,7 +34,7 @@ def run(jobs: str, out: Path, count: int, steps: int = 20) -> None:
         assert process.returncode == 0, said
 
 
-JOBS = ("base", "causal_init", "student")
+JOBS = ("base", "teacher", "causal_init", "student")
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,23 @@ def test_two_ranks_are_one_process(job: str, trained: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_resumed_are_two_ranks_never_stopped(trained: Path, tmp_path: Path) -> None:
-    run("student", tmp_path, 2, 8)  # its last checkpoint is that of step 5
-    run("student", tmp_path, 2, 20)
+def test_ranks_have_one_bank_of_mistakes(trained: Path) -> None:
+    """To the bit the same in both, although each found half of the mistakes; and one process's, which has filled up and replaced."""
+    first, second = ((trained / f"2/teacher/bank-{n}.safetensors").read_bytes() for n in (0, 1))
+    assert first == second
+    one, two = (load_file(trained / f"{count}/teacher/bank-0.safetensors") for count in (1, 2))
+    assert one["count"].tolist() == two["count"].tolist() == [3, 3, 3] and float(one["latent"].abs().mean()) > 0.1
+    for kind in ("latent", "noise"):
+        torch.testing.assert_close(two[kind], one[kind], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["teacher", "student"])
+def test_two_ranks_resumed_are_two_ranks_never_stopped(job: str, trained: Path, tmp_path: Path) -> None:
+    run(job, tmp_path, 2, 8)  # its last checkpoint is that of step 5
+    run(job, tmp_path, 2, 20)
     for file in ("weights.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "student" / file).read_bytes() == (trained / "2/student" / file).read_bytes()
+        assert (tmp_path / job / file).read_bytes() == (trained / f"2/{job}" / file).read_bytes()
 
 
 def test_every_rank_draws_the_batch_and_keeps_its_rows() -> None:

@@ -1,0 +1,120 @@
+"""Which GPUs a stage has to itself: one lock file each, which the kernel frees when its last holder dies, kill -9 included.
+
+Prefect's concurrency limits are not used for this: after a restart of the server their slots stay taken for ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+PAUSE = 0.5  # seconds between two looks at a lock that another holds
+SAY_EVERY = 60.0
+
+
+def folder() -> Path:
+    """Shared by all checkouts of this user on this machine."""
+    return Path(os.environ.get("CF_GPU_LOCKS") or Path.home() / ".cache" / "cf")
+
+
+def available() -> list[int]:
+    """Numbers of the GPUs that this process may give away: CF_GPUS of them, or those it was given, or all of the machine."""
+    count, visible = os.environ.get("CF_GPUS", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count:
+        if not count.isdecimal():
+            raise ValueError(f"CF_GPUS is {count}; it is the number of GPUs of this machine, 0 or more")
+        return list(range(int(count)))
+    if visible is not None:
+        named = [one.strip() for one in visible.split(",") if one.strip() not in ("", "-1")]
+        if not all(one.isdecimal() for one in named):
+            raise ValueError(f"CUDA_VISIBLE_DEVICES is {visible}; name GPUs by their numbers, since their locks are numbered")
+        return sorted({int(one) for one in named})
+    return sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+@contextmanager
+def hold(count: int, line: Callable[[str], None]) -> Iterator[list[int]]:
+    """`count` GPUs, lowest free numbers first, for as long as the block lasts; waits for them and says so."""
+    with locks(count, line) as held:
+        yield list(held)
+
+
+@contextmanager
+def locks(count: int, line: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> Iterator[dict[int, int]]:
+    """The same, with the open file of each lock: whoever inherits it keeps the lock beyond this process.
+
+    Choice: one process at a time collects locks, under a lock of its own, and keeps what it has until it has all. So a stage
+    that wants eight can't be passed for ever by stages that want one, and two that want eight can't hold four each.
+    """
+    known = available()
+    if count > len(known):
+        way = "lower meta.cf.gpus in dvc.yaml, or run it on a machine that has them"
+        raise ValueError(f"{count} GPUs are asked for, and this machine gives away {len(known)}; {way} (CF_GPUS states how many there are)")
+    with ExitStack() as open_files:
+        held: dict[int, int] = {}
+        if count:
+            folder().mkdir(parents=True, exist_ok=True)
+            with ExitStack() as turn:
+                _wait(lambda: _take(folder() / "gpus.lock", turn) is not None, line, "its turn to take GPUs", stop)
+                _wait(lambda: _collect(held, count, known, open_files), line, f"{count} of GPUs {known}", stop)
+            held = dict(sorted(held.items()))
+            line(f"GPUs {', '.join(map(str, held))}")
+        yield held
+
+
+def _collect(held: dict[int, int], count: int, known: list[int], open_files: ExitStack) -> bool:
+    for number in known:
+        if len(held) < count and number not in held:
+            taken = _take(folder() / f"gpu{number}.lock", open_files)
+            held |= {} if taken is None else {number: taken}
+    return len(held) == count
+
+
+def _take(path: Path, open_files: ExitStack) -> int | None:
+    """The file is never removed: a lock on a removed file would be a lock that nobody else sees."""
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    open_files.enter_context(file)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")  # for the person who looks who has it; the lock is the kernel's
+    file.flush()
+    return file.fileno()
+
+
+def _wait(ready: Callable[[], bool], line: Callable[[str], None], what: str, stop: Callable[[], bool]) -> None:
+    said = -SAY_EVERY
+    while not ready():
+        if stop():
+            raise InterruptedError(f"stopped while waiting for {what}")
+        if time.monotonic() - said >= SAY_EVERY:
+            said = time.monotonic()
+            line(f"waits for {what}")
+        time.sleep(PAUSE)
+
+
+def holders() -> dict[int, int | None]:
+    """GPU -> process that holds its lock, None where it is free. For `cf doctor`."""
+    found: dict[int, int | None] = {}
+    for number in available():
+        path = folder() / f"gpu{number}.lock"
+        with ExitStack() as open_files:
+            free = not path.exists() or _free(path, open_files)
+            found[number] = None if free else int(path.read_text().strip() or 0)
+    return found
+
+
+def _free(path: Path, open_files: ExitStack) -> bool:
+    file = open_files.enter_context(path.open())
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

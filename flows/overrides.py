@@ -1,0 +1,68 @@
+"""Values laid over params.yaml by dotted keys: none that is not there, none of another type."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+
+def lay(path: Path, overrides: Mapping[str, Any]) -> None:
+    """Changes these values in the file, whose comments stay. All of them or, when one is refused, none."""
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 140, True
+    yaml.representer.add_representer(float, _float)
+    stated = yaml.load(path.read_text())
+    known = list(_keys(stated))
+    for key, value in overrides.items():
+        *above, last = key.split(".")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            way = f"did you mean {close[0]}?" if close else f"known sections are {', '.join(map(str, stated))}"
+            raise ValueError(f"{key} is not a parameter of {path.name}; {way}")
+        section = stated
+        for part in above:
+            section = section[part]
+        section[last] = _fitting(key, value, section[last])
+    text = io.StringIO()
+    yaml.dump(stated, text)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text.getvalue())
+    partial.replace(path)
+
+
+def _keys(section: Any, above: str = "") -> Iterator[str]:
+    for key, value in section.items():
+        yield f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{above}{key}.")
+
+
+def _fitting(key: str, value: Any, now: Any) -> Any:
+    """The value, if it is of the kind that stands there. What is null may become anything, and anything null: `cf validate`, which
+    knows the types, has the last word."""
+    if value is None or now is None:
+        return value
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list", dict: "a section"}
+    for kind, said in kinds.items():
+        if isinstance(now, kind):
+            good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                return float(value)
+            if not good:
+                raise ValueError(f"{key} is {value!r}; it must be {said}, as {now!r} is now")
+            return value
+    return value
+
+
+def _float(representer: Any, value: float) -> Any:
+    """With a point: PyYAML, which some of the user's tools may use, reads 2e-06 as a word."""
+    text = repr(float(value))
+    mantissa, sign, exponent = text.partition("e")
+    if sign and "." not in mantissa:
+        text = f"{mantissa}.0e{exponent}"
+    return representer.represent_scalar("tag:yaml.org,2002:float", text)

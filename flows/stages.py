@@ -1,0 +1,133 @@
+"""dvc.yaml as a graph: which stages there are, what each needs, and which have nothing to do. The only file that imports DVC.
+
+`Repo.index.graph` is no public API of DVC. tests/flows/test_stages.py compares what is read here with `dvc dag` and `dvc stage list`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+KEYS: dict[str, tuple[type, ...]] = {"gpus": (int, str), "retries": (int,), "timeout": (int, float)}  # of meta.cf
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A node: `prepare`, one of a foreach or matrix `evaluate@short`, or the file of tracked data `raw.dvc`."""
+
+    name: str
+    upstream: tuple[str, ...] = ()
+    desc: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    frozen: bool = False
+
+    @property
+    def gpus(self) -> int | str:
+        """That it has to itself; "all" of the machine's."""
+        return self.meta.get("gpus", 0)
+
+    @property
+    def retries(self) -> int:
+        return self.meta.get("retries", 0)
+
+    @property
+    def timeout(self) -> float | None:
+        return self.meta.get("timeout")
+
+
+def stages(root: Path) -> list[Stage]:
+    """All of the project, what comes first first; those without an order between them as dvc.yaml has them."""
+    from dvc.repo import Repo
+    from networkx import DiGraph, lexicographical_topological_sort
+
+    with Repo(str(root)) as repo:
+        graph: DiGraph[Any] = repo.index.graph
+        place = {stage: number for number, stage in enumerate(repo.index.stages)}
+        order = list(lexicographical_topological_sort(graph.reverse(), key=lambda stage: place[stage]))
+        return [
+            Stage(
+                name=_name(stage, root),
+                upstream=tuple(_name(other, root) for other in order if other in set(graph.successors(stage))),
+                desc=" ".join((stage.desc or "").split()),
+                meta=_meta(stage, root),
+                frozen=bool(stage.frozen),
+            )
+            for stage in order
+        ]
+
+
+def _name(stage: Any, root: Path) -> str:
+    """What `dvc repro` at the root calls it. DVC's own `addressing` depends on the folder that the process is in."""
+    file = Path(os.path.relpath(stage.path, root)).as_posix()
+    name = getattr(stage, "name", None)
+    return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
+
+
+def _meta(stage: Any, root: Path) -> Mapping[str, Any]:
+    name, stated = _name(stage, root), (stage.meta or {}).get("cf", {}) if isinstance(stage.meta, Mapping) else {}
+    for key, value in stated.items():
+        where = f"meta.cf.{key} of {name} in dvc.yaml is {value!r}"
+        if key not in KEYS:
+            raise ValueError(f"{where}, which means nothing; known are {', '.join(KEYS)}")
+        good = isinstance(value, KEYS[key]) and not isinstance(value, bool)
+        if not good or (isinstance(value, str) and value != "all") or (not isinstance(value, str) and value < 0):
+            raise ValueError(f"{where}; gpus is a number or all, retries a number, timeout seconds")
+    return dict(stated)
+
+
+def unchanged(root: Path) -> set[str]:
+    """Stages that DVC would skip if nothing before them ran, by one `dvc status`: a whole second less for each of them."""
+    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"]
+    done = subprocess.run(words, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise RuntimeError(f"`dvc status` failed: {said[-1]}")
+    changed = set(json.loads(done.stdout[done.stdout.index("{") :]))
+    return {stage.name for stage in stages(root)} - changed
+
+
+def selected(known: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:
+    """Those named, or all; of them, what follows from `first` and what leads to `last`. The name of a foreach is all of its items."""
+    known = list(known)
+    for name in [*only, *filter(None, [first, last])]:
+        if not _matches(known, name):
+            close = difflib.get_close_matches(name, [stage.name for stage in known], n=1)
+            way = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"{name} is no stage; {way}Known are {', '.join(stage.name for stage in known)}")
+    kept = {stage.name for name in only for stage in _matches(known, name)} if only else {stage.name for stage in known}
+    if first:
+        kept &= _after(known, {stage.name for stage in _matches(known, first)})
+    if last:
+        kept &= _before(known, {stage.name for stage in _matches(known, last)})
+    if not kept:
+        asked = f"stages {', '.join(only) or 'all'}, from {first or 'the beginning'}, to {last or 'the end'}"
+        raise ValueError(f"nothing is left to run of {asked}; no stage is all of that at once")
+    return [stage for stage in known if stage.name in kept]
+
+
+def _matches(known: list[Stage], name: str) -> list[Stage]:
+    return [stage for stage in known if name in (stage.name, stage.name.split("@")[0])]
+
+
+def _after(known: list[Stage], found: set[str]) -> set[str]:
+    """With all that needs them: `known` is in running order."""
+    found = set(found)
+    for stage in known:
+        if found & set(stage.upstream):
+            found.add(stage.name)
+    return found
+
+
+def _before(known: list[Stage], found: set[str]) -> set[str]:
+    found = set(found)
+    for stage in reversed(known):
+        if stage.name in found:
+            found |= set(stage.upstream)
+    return found

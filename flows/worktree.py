@@ -1,0 +1,184 @@
+"""A checkout of its own for every run: .runs/<name>, on branch run/<name>, with the parameters that the run was asked for.
+
+All of them share the DVC cache of the checkout they come from, else nothing would ever be restored. The branch stays and the run
+can be repeated from it by `dvc repro`; the folder goes when it is old (`python -m flows.worktree prune`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import fcntl
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flows import overrides as laid
+
+FOLDER = ".runs"
+KEEP = 5
+NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
+SECRETS = ("password", "secret", "token", "key", "credential", "connection_string")
+EXAMPLES = """examples:
+  python -m flows.worktree list
+  python -m flows.worktree prune --keep 5     every finished run's folder but the five youngest; branches stay"""
+
+
+def checked(name: str) -> str:
+    """A name that is one folder, one git branch and one word to a shell, or ValueError."""
+    if not NAME.fullmatch(name) or ".." in name or name.endswith(".lock"):
+        rule = "lower-case letters, digits, and . _ - between them, at most 100, without .. and not ending in .lock"
+        raise ValueError(f"{name!r} can't be the name of a run; use {rule}")
+    return name
+
+
+def make(
+    repo: Path, name: str, *, base: str = "HEAD", profile: str | None, overrides: Mapping[str, Any], branch: str | None = None
+) -> Path:
+    """The folder, with its parameters committed. One that is already there is taken as it is: a run that is retried finds its
+    working files, and its training goes on from the last checkpoint."""
+    repo, name = repo.resolve(), checked(name)
+    branch, folder = branch or f"run/{name}", repo / FOLDER / name
+    if not folder.exists():
+        git(repo, "worktree", "prune")
+        start = git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip()
+        known = git(repo, "branch", "--list", branch).strip()
+        git(repo, "worktree", "add", "--quiet", *([] if known else ["-b", branch]), str(folder), branch if known else start)
+    share_cache(repo, folder)
+    try:
+        if profile and profile != "params.yaml":
+            _cf(folder, "profile", "use", profile)
+        if overrides:
+            laid.lay(folder / "params.yaml", overrides)
+    except (RuntimeError, ValueError):
+        git(folder, "checkout", "--quiet", "--", "params.yaml")
+        raise
+    said = [f"profile {profile or 'params.yaml'}", *(f"{key}={value}" for key, value in overrides.items())]
+    commit(folder, ["params.yaml"], f"run {name}: {', '.join(said)}")
+    return folder
+
+
+def commit(folder: Path, paths: list[str], message: str) -> str:
+    """Only these, if they differ from what is committed; the commit that then is the run's."""
+    git(folder, "add", "--", *[path for path in paths if (folder / path).exists()])
+    if git(folder, "diff", "--cached", "--name-only").strip():
+        who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
+        stated = [word for key, value in who.items() if not _asked(folder, key) for word in ("-c", f"{key}={value}")]
+        git(folder, *stated, "commit", "--quiet", "--no-verify", "--message", message)
+    return git(folder, "rev-parse", "HEAD").strip()
+
+
+def share_cache(repo: Path, folder: Path) -> None:
+    """.dvc/config.local, which git ignores: the cache of `repo` by its absolute path, and what `repo` states in its own, without
+    secrets. Those come from the environment."""
+    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], cwd=repo, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{repo} has no DVC cache to share: {done.stderr.strip() or 'dvc cache dir failed'}; run `dvc init` there")
+    own = configparser.ConfigParser(interpolation=None)
+    own.read(repo / ".dvc/config.local")
+    for section in own.sections():
+        for key, value in list(own[section].items()):
+            if (any(word in key for word in SECRETS) and "path" not in key) or re.search(r"//[^/@]+@", value):
+                del own[section][key]
+    if not own.has_section("cache"):
+        own.add_section("cache")
+    own["cache"]["dir"] = str((repo / done.stdout.strip()).resolve())
+    partial = folder / ".dvc/config.local.partial"
+    with partial.open("w") as file:
+        own.write(file)
+    partial.replace(folder / ".dvc/config.local")
+
+
+def git(folder: Path, *words: str) -> str:
+    """Git's answer, or its complaint in one sentence. Never asks for a password."""
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    done = subprocess.run(["git", *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`git {' '.join(words[:3])}` failed in {folder}: {' '.join(done.stderr.split()) or 'without a word'}")
+    return done.stdout
+
+
+def _asked(folder: Path, key: str) -> bool:
+    return subprocess.run(["git", "config", key], cwd=folder, capture_output=True).returncode == 0
+
+
+def _cf(folder: Path, *words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "tasks", *words], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or f"`cf {' '.join(words)}` failed").splitlines()[-1])
+
+
+# --------------------------------------------------------------------------------------------------- whose turn it is
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """One run a checkout: DVC refuses a stage that is started twice, hours into the first. Freed by the kernel."""
+    path = root / ".dvc/tmp/cf-run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise RuntimeError(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def in_use(folder: Path) -> bool:
+    try:
+        with alone(folder):
+            return False
+    except RuntimeError:
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------------- old ones
+
+
+def found(repo: Path) -> list[Path]:
+    """Folders of runs, youngest first."""
+    return sorted((path for path in (repo / FOLDER).glob("*") if (path / ".git").is_file()), key=lambda path: -path.stat().st_mtime)
+
+
+def prune(repo: Path, keep: int = KEEP) -> list[Path]:
+    """Removes the folders of all runs but the `keep` youngest. Never one in use, and never one with a result that isn't committed:
+    the branch must be enough to repeat it."""
+    gone = []
+    for folder in found(repo)[keep:]:
+        if in_use(folder) or git(folder, "status", "--porcelain", "--untracked-files=no").strip():
+            continue
+        git(repo, "worktree", "remove", "--force", str(folder))
+        gone.append(folder)
+    return gone
+
+
+def main(argv: list[str]) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m flows.worktree", description=__doc__, epilog=EXAMPLES, formatter_class=form)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="runs that have a folder, youngest first")
+    verbs.add_parser("prune", help="remove old folders").add_argument("--keep", type=int, default=KEEP)
+    args = parser.parse_args(argv)
+    repo = Path.cwd()
+    if args.verb == "list":
+        for folder in found(repo):
+            print(
+                f"{folder.name:<40} {'running' if in_use(folder) else 'finished':<9} {git(folder, 'log', '-1', '--format=%h %s').strip()}"
+            )
+        return
+    for folder in prune(repo, args.keep):
+        print(f"removed {folder}; its branch run/{folder.name} stays")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
