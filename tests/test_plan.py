@@ -143,7 +143,8 @@ def test_a_stage_that_fits_is_never_refused(tiny: params.Params, wan: params.Par
 
 def test_a_refusal_names_what_is_short_and_what_would_help(tiny: params.Params, wan: params.Params) -> None:
     message = refused(wan, "stage2", 139)
-    assert message.startswith("stage2 needs about 1,8") and "but this machine has 139; use engine.micro_batch: 2; CF_IGNORE_PLAN=1" in message
+    assert message.startswith("stage2 needs about 1,8")
+    assert "but this machine has 139; use engine.micro_batch: 2; CF_IGNORE_PLAN=1" in message
     assert "4 such ranks with engine.zero: 3 and engine.micro_batch: 1 would hold it" in refused(wan, "stage2", 55)
     assert "one sample alone takes 85.8: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use engine.micro_batch: 4, or compute.checkpointing: true" in refused(tiny, "stage2", 0.1)
