@@ -196,6 +196,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     repo = Path.cwd()
     if args.verb == "list":
+        if not found(repo):
+            print(f"no run has a folder in {FOLDER}/")
         for folder in found(repo):
             print(
                 f"{folder.name:<40} {'running' if in_use(folder) else 'finished':<9} {git(folder, 'log', '-1', '--format=%h %s').strip()}"

@@ -29,6 +29,8 @@ COMMANDS = {  # command -> file whose `main` runs it, and what it does
     "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
     "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
     "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
+    "pipeline": ("flows.pipeline", "[--profile NAME] [--set KEY=VALUE] [--from STAGE] [--dry-run] ...: the stages, under Prefect"),
+    "runs": ("flows.worktree", "list | prune: runs that had a checkout of their own, in .runs/"),
     "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
 }
 TRAINING = ("base", "teacher", "causal_init", "stage1", "stage2")  # what `cf plan` knows, and refuses where it can't fit
