@@ -107,7 +107,10 @@ def summary(cells: list[dict[str, Any]], shown: dict[tuple[str, str], list[dict[
     values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for cell in cells:
         values[cell["suite"]][cell["system"]][cell["metric"]].append(cell["value"])
-    out: dict[str, Any] = {suite: {system: means(metrics) for system, metrics in systems.items()} for suite, systems in values.items()}
+    out: dict[str, Any] = {
+        suite: {system: means(metrics) for system, metrics in systems.items()}
+        for suite, systems in values.items()
+    }
     for (suite, system), videos in shown.items():
         more = {
             "videos": float(len(videos)),

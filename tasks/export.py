@@ -67,3 +67,4 @@ def self_forcing(model: Path, out: Path) -> str:
     heads, head_dim = weights.config["num_attention_heads"], weights.config["attention_head_dim"]
     odd = "" if head_dim == convert.HEAD_DIM else f"; it can't say that heads are {head_dim} wide: import it with --heads {heads}"
     return f"{out}: {len(state)} tensors under Self-Forcing's names{odd}"
+

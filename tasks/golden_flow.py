@@ -144,16 +144,8 @@ def score(golden: Golden, x_t: Tensor, sigma: Tensor, fake: Stub = FAKE) -> tupl
     draws = zip(sigma / (flow.shift - (flow.shift - 1) * sigma), noise, strict=True)  # the level before its shift
     found = [
         generator_gradient(
-            one[None],
-            text[None],
-            real=REAL,
-            fake=fake,
-            context=one[None, :0],
-            view=ALONE,
-            flow=flow,
-            rng=iter([u[None], epsilon[None]]),
-            guidance=GUIDANCE,
-            null=null,
+            one[None], text[None], real=REAL, fake=fake, context=one[None, :0], view=ALONE, flow=flow,
+            rng=iter([u[None], epsilon[None]]), guidance=GUIDANCE, null=null,
         )
         for one, (u, epsilon) in zip(x, draws, strict=True)
     ]

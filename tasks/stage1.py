@@ -10,7 +10,9 @@ from .student import Job, distil
 from .tracking import Track
 
 
-def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, causal_init: Path, out: Path) -> dict[str, float | None]:
+def run(
+    params: Params, track: Track, *, latents: Path, codec: Path, base: Path, causal_init: Path, out: Path
+) -> dict[str, float | None]:
     """The causal student learns to make windows like the base model's, in few steps, from its own rollouts."""
     # Choice: the base model is the real score here, not the context teacher without a context: it is the better
     # model of one window, and stage 1 then doesn't wait for the teacher.

@@ -12,7 +12,9 @@ from .student import Job, distil
 from .tracking import Track
 
 
-def run(params: Params, track: Track, *, latents: Path, codec: Path, teacher: Path, stage1: Path, out: Path) -> dict[str, float | None]:
+def run(
+    params: Params, track: Track, *, latents: Path, codec: Path, teacher: Path, stage1: Path, out: Path
+) -> dict[str, float | None]:
     """The student learns to go on from its own past, scored by a teacher that sees the same past."""
     spec = params.stage2
     context, window = spec.teacher.context, spec.rollout.window
