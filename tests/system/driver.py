@@ -45,8 +45,6 @@ def lay_out(folder: Path) -> Path:
     project.make(folder, seconds=0.5)
     for name in ("flows", "infra"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    if not (folder / "flows/nightly.py").exists():
-        (folder / "flows/nightly.py").write_text("from prefect import flow\n\n\n@flow(name='nightly')\ndef nightly() -> None:\n    pass\n")
     hour = (time.gmtime().tm_hour + 12) % 24
     for file in (folder / "params.yaml", *(folder / "profiles").glob("*.yaml")):
         file.write_text(file.read_text() + f'nightly: {{cron: "30 {hour} * * *", timezone: UTC}}\n')
@@ -62,7 +60,7 @@ class Machine:
     """`up` and `down` as commands; everything else over the server's own API."""
 
     def __init__(self, root: Path, **more: str) -> None:
-        self.root, self.port = root, free_port()
+        self.root, self.port, self.deployed = root, free_port(), 0.0
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = project.environment(PYTHONPATH=str(root), CF_PORT=str(self.port), WANDB_MODE="disabled", **more)
 
