@@ -6,7 +6,7 @@ RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
 PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-system lint up down deploy
+.PHONY: help repro test test-system lint up down deploy deepspeed
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|wan-1.3b]"
@@ -37,6 +37,8 @@ lint: $(VENV)/.dev ## ruff and mypy
 	@$(RUN) ruff check .
 	@$(RUN) mypy
 
+deepspeed: $(VENV)/.deepspeed ## the engine for several ranks, into the same environment
+
 $(VENV)/.cpu: requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there), but Python 3.11 or newer is needed; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
@@ -46,6 +48,10 @@ $(VENV)/.cpu: requirements/cpu.txt pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt $(VENV)/.cpu
+$(VENV)/.deepspeed: requirements/deepspeed.txt $(VENV)/.cpu
+	@DS_BUILD_OPS=0 DS_SKIP_CUDA_CHECK=1 $(PIP) --no-deps --no-build-isolation --requirement requirements/deepspeed.txt
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.cpu $(VENV)/.deepspeed
 	@$(PIP) --requirement requirements/dev.txt
 	@touch $@

@@ -74,7 +74,7 @@ def evaluate(config: Checkpoint) -> dict[str, str]:
         logs.deliver()
 
 
-@task(name="put the checkpoint in its place", cache_policy=NO_CACHE)
+@task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)
 def put(repo: Path, root: Path, checkpoint: str, stage: str) -> None:
     """Its files are now what dvc.lock says that the stage made, and the stage is frozen."""
     out = model_of(root, stage)

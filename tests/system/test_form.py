@@ -100,6 +100,9 @@ def test_the_same_again_is_cached_and_seen_to_be(machine: Machine, window: Page,
     expect(window.locator(".state-badge", has_text="Completed").first).to_be_visible(timeout=120_000)
     states = machine.tasks(run)
     assert states["prepare"] == states["stubborn"] == "Restored" and states["slow"] == states["last"] == "Completed"
+    window.get_by_role("tab", name="Task Runs").or_(window.get_by_text("Task Runs", exact=True)).first.click()
+    for state in ("Restored", "Completed"):
+        expect(window.locator(".state-badge", has_text=state).last).to_be_visible()
     time.sleep(2)  # the graph is drawn
     photograph(window, shots, "run")
 
