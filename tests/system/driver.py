@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -62,7 +63,9 @@ class Machine:
     def __init__(self, root: Path, **more: str) -> None:
         self.root, self.port, self.deployed = root, free_port(), 0.0
         self.url = f"http://127.0.0.1:{self.port}"
-        self.environment = project.environment(PYTHONPATH=str(root), CF_PORT=str(self.port), WANDB_MODE="disabled", **more)
+        # a GPU that is only a lock: stages are given it, and none of the test project's looks for more
+        given = {"CF_GPUS": "1", "CF_GPU_LOCKS": str(root / ".machine/gpus"), "CF_PORT": str(self.port), "WANDB_MODE": "disabled"}
+        self.environment = project.environment(PYTHONPATH=str(root), **(given | more))
 
     def command(self, *words: str, code: int = 0, **more: str) -> str:
         env = self.environment | more
@@ -153,6 +156,14 @@ class Machine:
         """All that is alive of the run's stages: DVC, the stages, their children, wherever they have gone."""
         name = self.worktree(run).name
         return [process for process, _ in guardian.carriers() if of(process, name)]
+
+    def gpu_is_held(self) -> bool:
+        with (self.root / ".machine/gpus/gpu0.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
 
     def living(self, run: str) -> list[str]:
         names = [" ".join(process.cmdline())[:80] for process in self.stages(run)]
