@@ -6,11 +6,11 @@ RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
 PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint deepspeed
+.PHONY: help repro test test-week lint deepspeed
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|wan-1.3b]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 
 repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke writes params.yaml first (smoke: 5 minutes)
 	@$(if $(PROFILE),$(RUN) python -m tasks profile use $(PROFILE),true)
@@ -20,6 +20,9 @@ repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke w
 
 test: $(VENV)/.dev ## the tests
 	@$(RUN) python -m pytest
+
+test-week: $(VENV)/.dev ## seven nights on a project of seconds, and what goes wrong in them (10 minutes; not in CI)
+	@$(RUN) python -m tests.week.week
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(RUN) ruff check .
