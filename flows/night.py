@@ -164,7 +164,7 @@ def _measure(root: Path, name: str, **given: Any) -> gate.Judged:
 def close(
     work: Work, outcome: str, why: str, md5: str | None, verdict: gate.Verdict | None = None
 ) -> tuple[str, str, str | None]:
-    """The night's commit and branch; then, if it is to be, version and promotion. Tags come last: they name what is there."""
+    """The night's commit; then, if it is to be, version and promotion; and its branch, which says that it has ended."""
     version = None
     record = Night(
         date=work.date,
@@ -188,13 +188,14 @@ def close(
     worktree.git(work.root, "add", "--update")
     pointers = [f"{work.folder}.dvc"] if work.folder else []
     commit = worktree.commit(work.root, [*COMMITTED, *pointers], f"nightly {work.date}: {outcome}")
-    worktree.git(work.repo, "branch", f"nightly/{work.date}", commit)
+    # what a crash leaves here: a candidate that is promoted, and whose night counts as not ended; the next one goes on from it
     handover.add(work.repo, f"nightly/{work.date}")
     if outcome == "promoted" and verdict:
         numbers = {finding.metric: finding.candidate for finding in verdict.findings}
         about = {"by": "nightly", "date": work.date, "run": work.run, "metrics": numbers, "why": why}
         version = registry.register(work.repo, commit, about)
         registry.assign(work.repo, version, {"by": "nightly", "date": work.date, "run": work.run, "why": why})
+    worktree.git(work.repo, "branch", f"nightly/{work.date}", commit)
     work.line(f"nightly/{work.date} is {commit[:12]}: {outcome}, {why}")
     return outcome, why, version.name if version else None
 
