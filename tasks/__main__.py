@@ -29,6 +29,7 @@ COMMANDS = {  # command -> file whose `main` (or the function after the colon) r
     "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
     "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
     "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
+    "curves": ("tasks.curves", "STAGE [VALUE ...]: what a training stage says of itself, in the terminal, while it runs or after"),
     "compare": ("tasks.compare", "RUN_A RUN_B --out compare.html: two runs on one page; folders, revisions or experiments"),
     "wandb": ("flows.wandb_sync", "sync | list: offline runs; killed ones are completed, then all are sent"),
     "remote": ("flows.remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),

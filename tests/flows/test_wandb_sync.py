@@ -19,6 +19,7 @@ import pytest
 from evaluate.project import write_mp4
 
 from flows import wandb_sync
+from tests.flows import wandb_server
 
 SECRET = "5ec2e7" * 7
 STAGE = """
@@ -185,6 +186,38 @@ def test_what_was_not_sent_still_waits(here: Path, server: str, does: str, says:
     assert done.returncode == 1 and says in done.stderr and SECRET not in done.stderr + done.stdout
     assert len(calls(place)) == 1, "the others would not go either"
     assert [run.state for run in wandb_sync.runs(here)] == ["waits", "waits"]
+
+
+def test_what_wandbs_own_client_sends(here: Path) -> None:
+    """A stage that ended, one that was killed: by W&B's own `sync` to a server of ours. Group, rows, lineage; the key only where
+    it belongs; a second time nothing."""
+    write = "out.mkdir(parents=True, exist_ok=True); (out / 'b').write_text('b'); return {'psnr': 28.5}"
+    assert offline.stage(here, "encode", "data/latents", write).returncode == 0
+    process = start(here)
+    process.kill()
+    process.wait()
+    with wandb_server.serving() as server:
+        keyed = {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": server.url}
+        done = cf(here, "sync", "--timeout", "100", **keyed)
+        assert done.returncode == 0 and done.stdout.count("sent       ") == 2, done.stdout + done.stderr
+        said = len(server.said)
+        assert cf(here, "sync", **keyed).stdout == "0 runs wait to be sent\n" and len(server.said) == said
+    encode, teacher = (run.about["id"] for run in wandb_sync.runs(here))
+    started = {call["name"]: call for call in server.named("UpsertBucket") if call["groupName"]}
+    assert {name: (call["groupName"], call["jobType"]) for name, call in started.items()} == {
+        encode: ("nightly-7", "encode"),
+        teacher: ("nightly-7", "teacher"),
+    }
+    assert [(row["step"], row["loss"]) for row in server.history[teacher] if "loss" in row] == [(10, 0.5), (20, 0.25)]
+    made = {(call["input"]["runName"], call["input"]["artifactCollectionName"]): call["input"] for call in server.named("CreateArtifact")}
+    # no run is named as the maker of what it only used
+    assert list(made) == [(None, "clips"), (encode, "latents"), (None, "latents")]
+    latents = made[encode, "latents"]["digest"]
+    assert made[None, "latents"]["digest"] == latents and made[None, "latents"]["enableDigestDeduplication"]
+    used = [(call["input"]["runName"], call["input"]["artifactID"]) for call in server.named("UseArtifact")]
+    assert used == [(encode, made[None, "clips"]["digest"]), (teacher, latents)]
+    assert not any(b"w\x00" in body or SECRET.encode() in body for body in server.said)
+    assert b"clip" not in b"".join(body for body in server.said if body.startswith(b"/upload") and b'"ref"' not in body)
 
 
 def test_without_a_connection_it_says_so_at_once(here: Path) -> None:

@@ -169,6 +169,7 @@ def distillation(**changes):
     plan = {
         "steps": 6,
         "critic_updates": 2,
+        "rollouts": "each",
         "batch": 2,
         "memory": spec(),
         "rollout": rolling(levels=(1.0, 0.5), window=6),
