@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -43,14 +44,13 @@ class Stage:
 
 
 def stages(root: Path) -> list[Stage]:
-    """All of the project, what comes first first; those without an order between them as dvc.yaml has them."""
+    """All of the project, in the order in which `dvc repro` runs them: what comes first first."""
     from dvc.repo import Repo
-    from networkx import DiGraph, lexicographical_topological_sort
+    from networkx import dfs_postorder_nodes
 
     with Repo(str(root)) as repo:
-        graph: DiGraph[Any] = repo.index.graph
-        place = {stage: number for number, stage in enumerate(repo.index.stages)}
-        order = list(lexicographical_topological_sort(graph.reverse(), key=lambda stage: place[stage]))
+        graph = repo.index.graph  # from a stage to what it needs
+        order = list(dfs_postorder_nodes(graph))
         return [
             Stage(
                 name=_name(stage, root),
@@ -91,6 +91,34 @@ def unchanged(root: Path) -> set[str]:
         raise RuntimeError(f"`dvc status` failed: {said[-1]}")
     changed = set(json.loads(done.stdout[done.stdout.index("{") :]))
     return {stage.name for stage in stages(root)} - changed
+
+
+def recorded(root: Path) -> list[str]:
+    """The stages that dvc.lock has, in its order."""
+    lock = root / "dvc.lock"
+    return list(_blocks(lock.read_text())[1]) if lock.exists() else []
+
+
+def put_in_order(root: Path, before: list[str], known: Iterable[Stage]) -> None:
+    """dvc.lock as `dvc repro` would have written it. DVC adds a stage at the end when it first ends, and those that run at the same
+    time end in any order. `before`: what was recorded when the run began. Not while DVC runs."""
+    lock = root / "dvc.lock"
+    if not lock.exists():
+        return
+    text = lock.read_text()
+    head, blocks = _blocks(text)
+    order = dict.fromkeys([*before, *(stage.name for stage in known), *blocks])
+    ordered = head + "".join(blocks[name] for name in order if name in blocks)
+    if ordered != text:
+        partial = lock.with_suffix(".partial")
+        partial.write_text(ordered)
+        partial.replace(lock)
+
+
+def _blocks(text: str) -> tuple[str, dict[str, str]]:
+    """What comes before the stages, and each stage's lines."""
+    head, *parts = re.split(r"^(?=  [^ ].*:\n)", text, flags=re.MULTILINE)
+    return head, {part.split(":\n", 1)[0].strip(" '\""): part for part in parts}
 
 
 def selected(known: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:
