@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from ruamel.yaml import YAML
 
-from flows import reconcile, stages, supervise, worktree
+from flows import logs, reconcile, stages, supervise, worktree
 from flows.pipeline import check, name, repro
 from flows.run_config import Override, StageName, parse
 
@@ -71,6 +71,7 @@ def evaluate(config: Checkpoint) -> dict[str, str]:
             return states
     finally:
         supervise.stop()
+        logs.deliver()
 
 
 @task(name="put the checkpoint in its place", cache_policy=NO_CACHE)

@@ -25,7 +25,7 @@ from prefect.states import Crashed, Failed
 from prefect.utilities.annotations import quote
 from pydantic import ValidationError
 
-from flows import reconcile, shown, stages, supervise, worktree
+from flows import logs, reconcile, shown, stages, supervise, worktree
 from flows.run_config import RunConfig
 from flows.stage_task import DONE, Run, environment, one
 from flows.stages import Stage
@@ -54,6 +54,7 @@ def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str] | State[Any]:
         return Failed(message=str(error))  # the sentence itself: what an exception would say of itself goes before it
     finally:
         supervise.stop()
+        logs.deliver()
 
 
 def _whole(config: RunConfig) -> dict[str, str]:

@@ -29,6 +29,7 @@ COMMANDS = {  # command -> file whose `main` (or the function after the colon) r
     "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
     "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
     "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
+    "curves": ("tasks.curves", "STAGE [VALUE ...]: what a training stage says of itself, in the terminal, while it runs or after"),
     "compare": ("tasks.compare", "RUN_A RUN_B --out compare.html: two runs on one page; folders, revisions or experiments"),
     "wandb": ("flows.wandb_sync", "sync | list: offline runs; killed ones are completed, then all are sent"),
     "remote": ("flows.remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
@@ -38,6 +39,12 @@ COMMANDS = {  # command -> file whose `main` (or the function after the colon) r
     "up": ("flows.machine:up", "the Prefect server and a worker on 127.0.0.1, or what of them doesn't run"),
     "down": ("flows.machine:down", "stops both, and everything they started"),
     "deploy": ("flows.deploy", "pipeline, nightly and evaluate as deployments, with their run forms"),
+    "promote": ("flows.promotion:promote", "[VERSION|COMMIT]: makes a student the promoted one, by hand"),
+    "rollback": ("flows.promotion:roll_back", "[VERSION]: makes one that was promoted before the promoted one again"),
+    "promoted": ("flows.promotion:show", "[--out DIR]: the promoted student, and its weights by its tag"),
+    "history": ("flows.promotion:told", "nights, versions, promotions and rollbacks, oldest first"),
+    "verify": ("flows.locked", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
+    "nightly-check": ("flows.alerts", "[--hours 26]: for cron; tells someone when nights don't happen, without any server"),
     "doctor": ("flows.doctor", "[--json] [--fix]: versions, ports, disk, GPU, remotes, schedules, stale locks, and what to do"),
 }
 TRAINING = ("base", "teacher", "causal_init", "stage1", "stage2")  # what `cf plan` knows, and refuses where it can't fit

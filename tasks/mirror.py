@@ -38,7 +38,7 @@ class Mirror:
 
     def start(self) -> None:
         self._try(self.init)
-        for held in origin.used(self.about["job_type"]):
+        for held in origin.used(self.about["job_type"], self.about["config"]):
             self._aside(f"input {held.path}", self.use, held)
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -58,7 +58,8 @@ class Mirror:
             self.outs(metrics)
         self._try(lambda: self.run.summary.update(dict(metrics)))
         self._try(lambda: self.run.finish(exit_code=exit_code))
-        outs = {str(held.path): held.md5 for held in origin.made(self.about["job_type"])} if self.broken and exit_code == 0 else {}
+        lost = origin.made(self.about["job_type"], self.about["config"]) if self.broken and exit_code == 0 else []
+        outs = {str(held.path): held.md5 for held in lost}  # what `cf wandb sync` may still tell of, if it is the same then
         self.book.note(exit_code=exit_code, summary=dict(metrics), broken=self.broken, outs=outs)
         self.book.close()
 
@@ -90,7 +91,7 @@ class Mirror:
 
     def outs(self, metrics: Mapping[str, Any]) -> None:
         stage, evaluate = self.about["job_type"], self.about["config"].get("evaluate") or {}
-        for held in origin.made(stage):
+        for held in origin.made(stage, self.about["config"]):
             self._aside("sample videos", lambda path: self.media(shown.videos(path), {}), held.path)
             self._aside("table", self._table, held.path, metrics, evaluate)
             self._aside(f"out {held.path}", self._made, held)
@@ -210,7 +211,7 @@ def book(stage: str, mode: str, project: str, stated: Mapping[str, Any], work: P
     before = journal.earlier(root, work.absolute())
     attempt = before["attempt"] + 1 if before else 1
     folder = journal.claim(root, group, stage, attempt)
-    origins = {"git": origin.git(), "dvc": origin.dvc(stage)}
+    origins = {"git": origin.git(), "dvc": origin.dvc(stage, stated)}
     numbered = {"attempt": attempt, "resume_of": before["id"] if before else None}
     about = {
         "id": folder.name, "group": group, "job_type": stage, "project": project, "mode": mode,

@@ -6,7 +6,7 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .contents import dvc_md5, files
 
 KINDS = {"data": "dataset", "models": "model", "samples": "videos", "results": "evaluation", "reports": "report"}
 CODE = {".py", ".j2"}
+PIPELINE = Path("dvc.yaml")
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,16 @@ def _git(*words: str) -> str:
     return subprocess.run(["git", *words], check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-def dvc(stage: str, pipeline: Path = Path("dvc.yaml")) -> dict[str, Any]:
+def dvc(stage: str, stated: Mapping[str, Any], pipeline: Path = PIPELINE) -> dict[str, Any]:
     """The stage's dependencies with the md5s that dvc.lock will have for them. Taken from the files themselves: a stage
     started by hand has not told DVC. Code is left to the commit, or to its list of changes."""
-    deps = [Path(dep) for dep in _stages(pipeline).get(stage, {}).get("deps", [])]
+    deps = [Path(dep) for dep in _stages(stated, pipeline).get(stage, {}).get("deps", [])]
     return {"stage": stage, "deps": {str(dep): dvc_md5(dep) for dep in deps if dep.suffix not in CODE}}
 
 
-def used(stage: str, pipeline: Path = Path("dvc.yaml")) -> list[Held]:
+def used(stage: str, stated: Mapping[str, Any], pipeline: Path = PIPELINE) -> list[Held]:
     """The outs of other stages, and the data of .dvc files, that this one reads, whole even where it reads a file of one."""
-    stages = _stages(pipeline)
+    stages = _stages(stated, pipeline)
     made = [out for name, entry in stages.items() if name != stage for out in _outs(entry)]
     found: dict[Path, Held] = {}
     for dep in map(Path, stages.get(stage, {}).get("deps", [])):
@@ -77,9 +78,9 @@ def used(stage: str, pipeline: Path = Path("dvc.yaml")) -> list[Held]:
     return list(found.values())
 
 
-def made(stage: str, pipeline: Path = Path("dvc.yaml")) -> list[Held]:
+def made(stage: str, stated: Mapping[str, Any], pipeline: Path = PIPELINE) -> list[Held]:
     """Its outs, once it has succeeded: by then they are in their places."""
-    return [Held(out) for out in _outs(_stages(pipeline).get(stage, {})) if out.exists()]
+    return [Held(out) for out in _outs(_stages(stated, pipeline).get(stage, {})) if out.exists()]
 
 
 def pipeline_run(work: Path) -> str:
@@ -100,8 +101,8 @@ def pipeline_run(work: Path) -> str:
     return name
 
 
-def _stages(pipeline: Path) -> dict[str, Any]:
-    return params_file.read(pipeline)["stages"] if pipeline.exists() else {}
+def _stages(stated: Mapping[str, Any], pipeline: Path) -> dict[str, Any]:
+    return params_file.pipeline(pipeline, stated) if pipeline.exists() else {}
 
 
 def _outs(entry: dict[str, Any]) -> Iterator[Path]:

@@ -51,7 +51,7 @@ def rebuild(folder: Path) -> Path:
 def write(again: mirror.Mirror, about: Mapping[str, Any], old: Path | None) -> None:
     """Inputs and outs only if they are still what they were; media if W&B's old folder still has them."""
     same = [Path(path) for path, md5 in about["config"]["dvc"]["deps"].items() if dvc_md5(Path(path)) == md5]
-    for held in origin.used(about["job_type"]):
+    for held in origin.used(about["job_type"], about["config"]):
         if any(path.is_relative_to(held.path) for path in same):
             again.use(held)
     kept = {digest(file): file for file in old.glob("files/media/**/*") if file.is_file()} if old else {}
@@ -61,9 +61,9 @@ def write(again: mirror.Mirror, about: Mapping[str, Any], old: Path | None) -> N
         if clips:
             again.media(clips, row)
         elif not media:
-            again.run.log(row)
+            again.run.log(row | {"_runtime": row["_timestamp"] - about["started"]})
     outs = about.get("outs") or {}
-    if outs and outs == {str(held.path): held.md5 for held in origin.made(about["job_type"])}:
+    if outs and outs == {str(held.path): held.md5 for held in origin.made(about["job_type"], about["config"])}:
         again.outs(about["summary"])
     again.run.summary.update(about.get("summary", {}))
 

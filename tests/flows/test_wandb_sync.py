@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import offline
@@ -19,6 +17,7 @@ import pytest
 from evaluate.project import write_mp4
 
 from flows import wandb_sync
+from tests.flows import wandb_server
 
 SECRET = "5ec2e7" * 7
 STAGE = """
@@ -117,74 +116,36 @@ def test_a_run_that_wandb_stopped_following_is_completed(here: Path) -> None:
     assert [one["name"] for one in offline.records(run.folder, "artifact")] == ["latents", "teacher"]
 
 
-def wandb_that(does: str, place: Path) -> str:
-    """A `wandb` of ours, found before the real one: notes how it was called."""
-    (place / "wandb").mkdir(parents=True)
-    (place / "wandb/__init__.py").write_text("")
-    (place / "wandb/__main__.py").write_text(
-        "import json, os, sys, pathlib, time\n"
-        f"with open({str(place / 'calls')!r}, 'a') as file: file.write(json.dumps([sys.argv[1:], os.environ['WANDB_MODE']]) + '\\n')\n"
-        f"{does}\n"
-    )
-    return str(place)
-
-
-SENDS = "for file in pathlib.Path(sys.argv[2]).glob('*.wandb'): file.with_name(file.name + '.synced').touch()"
-
-
-def calls(place: str) -> list[Any]:
-    file = Path(place) / "calls"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def sync(here: Path, place: str, server: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """As `cf wandb sync`, with another `wandb` than the real one before it on the path."""
-    environment = offline.environment(WANDB_API_KEY=SECRET, WANDB_BASE_URL=server, **more)
-    environment["PYTHONPATH"] = f"{place}:{environment['PYTHONPATH']}"
-    command = [sys.executable, "-m", "tasks", "wandb", "sync", *words]
-    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    """Something that listens; what is sent to a W&B server is W&B's own affair."""
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-def two_runs(here: Path) -> list[wandb_sync.Run]:
-    for _ in range(2):
-        assert offline.stage(here, "teacher", "models/teacher", "out.mkdir(parents=True); return {}").returncode == 0
-    return wandb_sync.runs(here)
-
-
-def test_runs_are_sent_once_in_the_order_they_started(here: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    first, second = two_runs(here)
-    place = wandb_that(SENDS, tmp_path_factory.mktemp("path"))
-    done = sync(here, place, server)
-    assert done.returncode == 0, done.stderr
-    assert calls(place) == [[["sync", str(run.folder)], "online"] for run in (first, second)]
-    assert [run.state for run in wandb_sync.runs(here)] == ["sent", "sent"]
-    assert sync(here, place, server).stdout == "0 runs wait to be sent\n" and len(calls(place)) == 2
-
-
-@pytest.mark.parametrize(
-    ("does", "says"),
-    [
-        (f"print('wandb: ERROR {SECRET} is refused'); sys.exit(1)", "was not sent: ERROR WANDB_API_KEY is refused; 2 runs wait"),
-        ("print('wandb: done')", "was not sent: done; 2 runs wait"),  # exit code 0, and nothing was sent
-        ("time.sleep(60)", "was not sent within 2 s"),
-    ],
-)
-def test_what_was_not_sent_still_waits(here: Path, server: str, does: str, says: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    two_runs(here)
-    place = wandb_that(does, tmp_path_factory.mktemp("path"))
-    done = sync(here, place, server, "--timeout", "2")
-    assert done.returncode == 1 and says in done.stderr and SECRET not in done.stderr + done.stdout
-    assert len(calls(place)) == 1, "the others would not go either"
-    assert [run.state for run in wandb_sync.runs(here)] == ["waits", "waits"]
+def test_what_wandbs_own_client_sends(here: Path) -> None:
+    """A stage that ended, one that was killed: by W&B's own `sync` to a server of ours. Group, rows, lineage; the key only where
+    it belongs; a second time nothing."""
+    write = "out.mkdir(parents=True, exist_ok=True); (out / 'b').write_text('b'); return {'psnr': 28.5}"
+    assert offline.stage(here, "encode", "data/latents", write).returncode == 0
+    process = start(here)
+    process.kill()
+    process.wait()
+    with wandb_server.serving() as server:
+        keyed = {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": server.url}
+        done = cf(here, "sync", "--timeout", "100", **keyed)
+        assert done.returncode == 0 and done.stdout.count("sent       ") == 2, done.stdout + done.stderr
+        said = len(server.said)
+        assert cf(here, "sync", **keyed).stdout == "0 runs wait to be sent\n" and len(server.said) == said
+    encode, teacher = (run.about["id"] for run in wandb_sync.runs(here))
+    started = {call["name"]: call for call in server.named("UpsertBucket") if call["groupName"]}
+    assert {name: (call["groupName"], call["jobType"]) for name, call in started.items()} == {
+        encode: ("nightly-7", "encode"),
+        teacher: ("nightly-7", "teacher"),
+    }
+    assert [(row["step"], row["loss"]) for row in server.history[teacher] if "loss" in row] == [(10, 0.5), (20, 0.25)]
+    made = {(call["input"]["runName"], call["input"]["artifactCollectionName"]): call["input"] for call in server.named("CreateArtifact")}
+    # no run is named as the maker of what it only used
+    assert list(made) == [(None, "clips"), (encode, "latents"), (None, "latents")]
+    latents = made[encode, "latents"]["digest"]
+    assert made[None, "latents"]["digest"] == latents and made[None, "latents"]["enableDigestDeduplication"]
+    used = [(call["input"]["runName"], call["input"]["artifactID"]) for call in server.named("UseArtifact")]
+    assert used == [(encode, made[None, "clips"]["digest"]), (teacher, latents)]
+    assert not any(b"w\x00" in body or SECRET.encode() in body for body in server.said)
+    assert b"clip" not in b"".join(body for body in server.said if body.startswith(b"/upload") and b'"ref"' not in body)
 
 
 def test_without_a_connection_it_says_so_at_once(here: Path) -> None:

@@ -26,7 +26,7 @@ from cf_model.train.erft import ErrorBank, ErrorSpec
 from cf_model.train.loop import fit
 from cf_model.train.ode import OdeSpec
 from cf_model.train.ranks import is_first, rank
-from cf_model.train.samples import SampleSpec, WindowSpec, from_noise, streamed
+from cf_model.train.samples import ContinuedSpec, SampleSpec, WindowSpec, continued, from_noise, streamed
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
 from cf_model.train.teacher import Teacher, TeacherSpec
 from tasks import ranks
@@ -144,13 +144,19 @@ def broken() -> tuple[Base, dict[str, Denoiser]]:
     return job, models
 
 
-def sampler(job: Base | CausalInit | Distillation, track: Track, codec: Path, every: int) -> Samples:
-    """Two videos of each set: one window of base, a stream of the others."""
+def sampler(job: Base | CausalInit | Distillation | Teacher, track: Track, codec: Path, every: int) -> Samples:
+    """Two videos of each set: a window, of the teacher after a real beginning, or a stream."""
+    given = {"every": every, "prompts": 2, "seed": 1, "crf": 16}
+    plan: SampleSpec
+    make: Make
     if isinstance(job, Base):
-        plan: SampleSpec = WindowSpec(every=every, prompts=2, frames=4, seed=1, crf=16, sampler_steps=3, guidance=1.5)
-        make: Make = partial(from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
+        plan = WindowSpec(frames=4, sampler_steps=3, guidance=1.5, **given)
+        make = partial(from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
+    elif isinstance(job, Teacher):
+        plan = ContinuedSpec(frames=12, prefix=6, sampler_steps=3, guidance=1.5, **given)
+        make = partial(continued, job.average.model, spec=plan, view=job.spec.view, flow=FLOW, null=torch.zeros(5, 8))
     else:
-        plan = SampleSpec(every=every, prompts=2, frames=12, seed=1, crf=16)
+        plan = SampleSpec(frames=12, **given)
         make = partial(streamed, job.average.model, spec=plan, levels=(1.0, 0.5), chunk=3, memory=job.spec.memory, flow=FLOW)
     return Samples(plan, track, Clips(), codec, make)  # type: ignore[arg-type]
 
@@ -163,12 +169,12 @@ def small_codec(folder: Path) -> Path:
     return folder
 
 
-def train(name: str, out: Path, steps: int = STEPS, every: int = 5) -> None:
+def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
     codec = small_codec(out / "codec") if is_first() else out / "no codec"  # a rank that follows has no use for it
-    samples = None if isinstance(job, Teacher) else sampler(job, track, codec, every)
+    samples = sampler(job, track, codec, every)
     fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen, clock=job.clock, sample=samples)
     parts = {model: job.state[model].state_dict() for model in models}
     if is_first():
