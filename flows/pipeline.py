@@ -25,7 +25,7 @@ from prefect.states import Crashed, Failed
 from prefect.utilities.annotations import quote
 from pydantic import ValidationError
 
-from flows import reconcile, shown, stages, supervise, worktree
+from flows import logs, reconcile, shown, stages, supervise, worktree
 from flows.run_config import RunConfig
 from flows.stage_task import DONE, Run, environment, one
 from flows.stages import Stage
@@ -54,6 +54,7 @@ def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str] | State[Any]:
         return Failed(message=str(error))  # the sentence itself: what an exception would say of itself goes before it
     finally:
         supervise.stop()
+        logs.deliver()
 
 
 def _whole(config: RunConfig) -> dict[str, str]:
@@ -86,7 +87,7 @@ def name() -> str:
     return worktree.checked(f"{words or 'run'}-{str(runtime.flow_run.id)[:8]}")
 
 
-@task(name="check parameters", cache_policy=NO_CACHE)
+@task(name="check parameters", task_run_name="check parameters", cache_policy=NO_CACHE)
 def check(root: Path) -> None:
     """`cf validate` before anything runs; its sentence is the failure. A project without it has nothing to check."""
     if not (root / "tasks/validate.py").exists():

@@ -159,3 +159,40 @@ def _before(known: list[Stage], found: set[str]) -> set[str]:
         if stage.name in found:
             found |= set(stage.upstream)
     return found
+
+
+def damaged(root: Path) -> list[str]:
+    """What dvc.lock names and the default remote holds, but not as its name says: taken away there, with the lists that name it.
+
+    DVC alone sees the damage (`verify`) and makes the result anew, on every machine: its push sends what is missing, and a damaged
+    object is not missing. All of it is read, so this takes as long as a pull.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import yaml
+    from dvc.repo import Repo
+    from dvc_objects.errors import ObjectFormatError
+
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    named = {out["md5"] for stage in lock["stages"].values() for out in stage.get("outs", []) if "md5" in out}
+    with Repo(str(root)) as repo:
+        held = repo.cloud.get_remote_odb(command="mend")
+
+        def broken(oid: str) -> bool:
+            try:
+                held.check(oid)  # removes what is damaged
+            except ObjectFormatError:
+                return True
+            except FileNotFoundError:
+                pass
+            return False
+
+        with ThreadPoolExecutor(8) as at_once:
+            tops = sorted(named)
+            bad = {oid for oid, is_bad in zip(tops, at_once.map(broken, tops), strict=True) if is_bad}
+            for oid in (oid for oid in tops if oid.endswith(".dir") and oid not in bad and held.exists(oid)):
+                entries = sorted({one["md5"] for one in json.loads(held.fs.cat_file(held.oid_to_path(oid)))})
+                if found := {entry for entry, is_bad in zip(entries, at_once.map(broken, entries), strict=True) if is_bad}:
+                    bad |= found
+                    held.fs.remove(held.oid_to_path(oid))  # while a list is there, DVC believes that all it names is
+    return sorted(bad)

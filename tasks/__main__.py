@@ -22,16 +22,30 @@ from .params_file import Refused
 
 BEGAN = time.time()
 PIPELINE = Path("dvc.yaml")
-COMMANDS = {  # command -> file whose `main` runs it, and what it does
+COMMANDS = {  # command -> file whose `main` (or the function after the colon) runs it, and what it does
     "profile": ("tasks.profiles", "list | use NAME: the complete parameter files in profiles/"),
     "preset": ("tasks.presets", "list | use NAME: published methods in presets/, laid over params.yaml"),
     "plan": ("tasks.plan", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
     "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
     "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
     "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
+    "curves": ("tasks.curves", "STAGE [VALUE ...]: what a training stage says of itself, in the terminal, while it runs or after"),
+    "compare": ("tasks.compare", "RUN_A RUN_B --out compare.html: two runs on one page; folders, revisions or experiments"),
+    "wandb": ("flows.wandb_sync", "sync | list: offline runs; killed ones are completed, then all are sent"),
+    "remote": ("flows.remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
     "pipeline": ("flows.pipeline", "[--profile NAME] [--set KEY=VALUE] [--from STAGE] [--dry-run] ...: the stages, under Prefect"),
     "runs": ("flows.worktree", "list | prune: runs that had a checkout of their own, in .runs/"),
     "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
+    "up": ("flows.machine:up", "the Prefect server and a worker on 127.0.0.1, or what of them doesn't run"),
+    "down": ("flows.machine:down", "stops both, and everything they started"),
+    "deploy": ("flows.deploy", "pipeline, nightly and evaluate as deployments, with their run forms"),
+    "promote": ("flows.promotion:promote", "[VERSION|COMMIT]: makes a student the promoted one, by hand"),
+    "rollback": ("flows.promotion:roll_back", "[VERSION]: makes one that was promoted before the promoted one again"),
+    "promoted": ("flows.promotion:show", "[--out DIR]: the promoted student, and its weights by its tag"),
+    "history": ("flows.promotion:told", "nights, versions, promotions and rollbacks, oldest first"),
+    "verify": ("flows.locked", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
+    "nightly-check": ("flows.alerts", "[--hours 26]: for cron; tells someone when nights don't happen, without any server"),
+    "doctor": ("flows.doctor", "[--json] [--fix]: versions, ports, disk, GPU, remotes, schedules, stale locks, and what to do"),
 }
 TRAINING = ("base", "teacher", "causal_init", "stage1", "stage2")  # what `cf plan` knows, and refuses where it can't fit
 VIDEO = {"--model", "--prompt", "--prompts-file"}  # with one of these `cf generate` is not the stage
@@ -54,7 +68,8 @@ def main(argv: list[str]) -> None:
     elif command in stages() and not from_a_model(argv):
         run_stage(command, argv[1:])
     elif command in COMMANDS:
-        importlib.import_module(COMMANDS[command][0]).main(argv[1:])
+        module, _, function = COMMANDS[command][0].partition(":")
+        getattr(importlib.import_module(module), function or "main")(argv[1:])
     else:
         known = ", ".join(dict.fromkeys([*stages(), *COMMANDS]))
         raise Refused(f"{command} is neither a stage nor a command; known are {known}")
@@ -130,7 +145,7 @@ def deliberate(error: BaseException) -> bool:
     where = error.__traceback__
     while where and where.tb_next:
         where = where.tb_next
-    if where is None or not where.tb_frame.f_globals.get("__name__", "").startswith(("tasks.", "cf_model.")):
+    if where is None or not where.tb_frame.f_globals.get("__name__", "").startswith(("tasks.", "cf_model.", "flows.")):
         return False
     lines = Path(where.tb_frame.f_code.co_filename).read_text().splitlines()
     return lines[where.tb_lineno - 1].lstrip().startswith("raise ")

@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from cf_model.data.latents import Latents
 from cf_model.model import foreign, wan
 from cf_model.train.base import Base
 from cf_model.train.loop import fit
+from cf_model.train.samples import from_noise
 
 from .device import device
 from .params import Params
+from .samples import Samples
 from .tracking import Track, tail
 from .weights import local
 
 
-def run(params: Params, track: Track, *, latents: Path, out: Path) -> dict[str, float | None]:
+def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) -> dict[str, float | None]:
     """Trains a small diffusers WanTransformer3DModel on windows of the clips, or imports a large one that has learned already."""
     spec, clips = params.base, Latents(latents)
     if spec.init == "wan":
         return imported(params, clips, out, track)
     sizes = {"channels": clips.shape[0], "text_channels": params.text.channels}
     model = wan.build(params.model, **sizes, seed=params.seed, compute=params.compute).to(device())
-    base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed)
-    fit(base.step, steps=spec.steps, state=base.state, log=track, save_every=spec.save_every, seen=base.seen)
+    base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
+    plan = params.samples.base
+    make = partial(from_noise, base.average.model, spec=plan, flow=params.flow, null=clips.null_text)
+    fit(
+        base.step,
+        steps=spec.steps,
+        state=base.state,
+        log=track,
+        save_every=spec.save_every,
+        seen=base.seen,
+        clock=base.clock,
+        sample=Samples(plan, track, clips, codec, make),
+    )
     wan.save(base.average.model, out)
     track.save(out)
-    return {"loss": tail(out, "loss"), "parameters": float(sum(p.numel() for p in model.parameters()))}
+    return {"loss": tail(out, "loss"), "parameters": float(sum(p.numel() for p in base.average.model.parameters()))}
 
 
 def imported(params: Params, clips: Latents, out: Path, track: Track) -> dict[str, float | None]:

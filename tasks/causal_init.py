@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,19 +13,33 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.train.causal_init import CausalInit
 from cf_model.train.loop import fit
 from cf_model.train.ode import Trajectories
+from cf_model.train.samples import streamed
 
 from .device import device
 from .params import Params
+from .samples import Samples
 from .tracking import Track, tail
 
 
-def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -> dict[str, float | None]:
+def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, out: Path) -> dict[str, float | None]:
     """Teaches the base model to denoise a chunk after those before it, through the student's memory."""
     spec, clips = params.causal_init, Latents(latents)
     model = wan.load(base, params.compute).to(device())
     ways = trajectories(params, model, clips, track) if spec.method == "ode" else None
-    init = CausalInit(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways)
-    fit(init.step, steps=spec.steps, state=init.state, log=track, save_every=spec.save_every, seen=init.seen)
+    engine = params.engine
+    init = CausalInit(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways, engine=engine)
+    plan, student = params.samples.causal_init, init.average.model
+    make = partial(streamed, student, spec=plan, levels=plan.levels, chunk=spec.chunk, memory=spec.memory, flow=params.flow)
+    fit(
+        init.step,
+        steps=spec.steps,
+        state=init.state,
+        log=track,
+        save_every=spec.save_every,
+        seen=init.seen,
+        clock=init.clock,
+        sample=Samples(plan, track, clips, codec, make),
+    )
     wan.save(init.average.model, out)
     track.save(out)
     return {"loss": tail(out, "loss")}

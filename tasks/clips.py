@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -129,12 +130,18 @@ def taken(params: Params, track: Track, out: Path) -> Iterator[Row]:
     if not files:
         raise ValueError(f"clips.folder is {folder}, which has no video ({' '.join(SUFFIXES)}); put some there, or name another")
     progress = track.progress(len(files), unit="clip")
-    for i, file in enumerate(files):
-        row = described(i, file.suffix.lower(), caption(file), source=file.relative_to(folder).as_posix())
+    for file in files:
+        source = file.relative_to(folder).as_posix()
+        row = described(named(source), file.suffix.lower(), caption(file), source=source)
         # Choice: copied, not linked. DVC write-protects what it caches, and a link would be the user's own file.
         shutil.copyfile(file, out / row["file"])
         progress.update()
         yield row
+
+
+def named(source: str) -> str:
+    """From the name alone: a new file changes no other clip's id, and so neither its split nor its place among the held-out."""
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def caption(file: Path) -> str:
@@ -148,6 +155,6 @@ def caption(file: Path) -> str:
     return " ".join(words)
 
 
-def described(number: int, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:
-    name = f"clip-{number:05d}"
+def described(number: int | str, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:
+    name = f"clip-{number:05d}" if isinstance(number, int) else f"clip-{number}"
     return {"id": name, "file": name + suffix, "caption": caption, "source": source, "planted": planted, "truth": None}

@@ -1,10 +1,11 @@
-"""filter: reads every clip to its end and keeps those that are fit to learn from."""
+"""filter: reads every clip to its end, once, and keeps those that are fit to learn from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from cf_model.data.apart import Unreadable, apart
 from cf_model.data.filter import REASONS, Measured, Rejection, judge, measure
 
+from .kept import Kept, digest
 from .params import Params
 from .tracking import Track
 
@@ -28,10 +30,7 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     # only these keys: `planted` says what a clip is, and would make the filter's success worthless
     about = [{key: row[key] for key in ("id", "file", "caption", "source") if row.get(key) is not None} for row in stated]
     rules, progress = params.filter, track.progress(len(about), unit="clip")
-    found: dict[int, Measured | Unreadable] = {}
-    for i, result in apart(measure, [clips / row["file"] for row in about], workers=rules.workers, timeout=rules.timeout):
-        found[i] = result
-        progress.update()
+    found = measured([clips / row["file"] for row in about], rules.workers, rules.timeout, track, progress.update)
     signatures: dict[str, np.ndarray] = {}
     rows = []
     for i, row in enumerate(about):
@@ -47,6 +46,41 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     split(rows, rules.heldout)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return counted(rows)
+
+
+def measured(
+    files: list[Path], workers: int, timeout: float, track: Track, tell: Callable[[], object]
+) -> list[Measured | Unreadable]:
+    """Of every file; only those are read that no run has read before.
+
+    # Choice: what couldn't be read is tried again each time. It may have been too slow for a busy machine.
+    """
+    kept = Kept("measures", {}, modules=("cf_model.data.filter", "cf_model.data.video"), libraries=("av", "decord", "numpy"))
+    contents = [digest(file) for file in files]
+    found: dict[int, Measured | Unreadable] = {}
+    for i, content in enumerate(contents):
+        if payload := kept.get(content):
+            found[i] = recalled(payload)
+            tell()
+    new = [i for i in range(len(files)) if i not in found]
+    for j, result in apart(measure, [files[i] for i in new], workers=workers, timeout=timeout):
+        found[new[j]] = result
+        if isinstance(result, Measured):
+            kept.put(contents[new[j]], remembered(result))
+        tell()
+    kept.sweep()
+    track.facts["measured"] = len(new)
+    return [found[i] for i in range(len(files))]
+
+
+def remembered(clip: Measured) -> bytes:
+    values = vars(clip) | {"signature": clip.signature.tolist()}
+    return json.dumps(values, sort_keys=True).encode()
+
+
+def recalled(payload: bytes) -> Measured:
+    values = json.loads(payload)
+    return Measured(**values | {"signature": np.asarray(values["signature"], np.uint8)})
 
 
 def entry(about: Row, clip: Measured | Unreadable, rejection: Rejection | None) -> Row:

@@ -151,6 +151,7 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, nu
             flow=params.flow,
             steps=params.generate.sampler_steps,
             guidance=params.generate.guidance,
+            guidance_passes=params.generate.guidance_passes,
             rng=rng,
             null=null,
         )

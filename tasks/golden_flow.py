@@ -12,15 +12,14 @@ from cf_model.model.flow import Flow, add_noise, expand, to_velocity, to_x0
 from cf_model.model.memory import empty
 from cf_model.model.rollout import Rollout, Target
 from cf_model.model.view import TeacherView, sample
-from cf_model.train.distill import generator_gradient
-from cf_model.train.student import replay
+from cf_model.train.distill import generator_gradient, replay
 
 from .golden import Golden, peer
 from .params_file import Refused
 
 SHIFT, LOWEST, HIGHEST = 5.0, 0.02, 0.98  # Self-Forcing's; another table says another shift
 GUIDANCE = 4.0  # the vectors' 3.0, which counts from the conditional score
-ALONE = TeacherView("none", 0, 0, 0, 1, "shared")
+ALONE = TeacherView("none", 0, 0, 0, 1, "shared", "joint")
 
 
 def flow_of(golden: Golden) -> Flow:
@@ -93,7 +92,7 @@ def schedule(golden: Golden) -> Iterator[tuple[str, Tensor]]:
         x, said, none = x[None, None], said[None, None], torch.zeros(1, 1, 1)
         step = Between(flow.shift, LOWEST, HIGHEST, tuple(levels[row : row + 2]))
         given = {"context": x[:, :0], "shape": tuple(x.shape[1:]), "view": ALONE, "null": none[0], "rng": iter([x])}
-        stepped.append(sample(Always(said), none, flow=step, steps=1, guidance=1, **given)[0])
+        stepped.append(sample(Always(said), none, flow=step, steps=1, guidance=1, guidance_passes="apart", **given)[0])
     yield "sched.euler_step", torch.cat(stepped)
 
 
@@ -145,7 +144,7 @@ def score(golden: Golden, x_t: Tensor, sigma: Tensor, fake: Stub = FAKE) -> tupl
     found = [
         generator_gradient(
             one[None], text[None], real=REAL, fake=fake, context=one[None, :0], view=ALONE, flow=flow,
-            rng=iter([u[None], epsilon[None]]), guidance=GUIDANCE, null=null,
+            rng=iter([u[None], epsilon[None]]), guidance=GUIDANCE, guidance_passes="apart", null=null,
         )
         for one, (u, epsilon) in zip(x, draws, strict=True)
     ]

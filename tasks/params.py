@@ -7,28 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.codec import CodecSpec, latent_frames
 from cf_model.model.denoiser import Compute, ModelSpec
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
-from cf_model.model.view import TeacherView
+from cf_model.model.view import Passes, TeacherView
 from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec
+from cf_model.train.engine import EngineSpec
 from cf_model.train.layout import Layout
+from cf_model.train.samples import SamplesSpec
 from cf_model.train.student import StudentSpec
 from cf_model.train.teacher import TeacherSpec
 
 from . import params_file
+from .params_nightly import Nightly, Section, Start, starts_are_what_is_used
+from .samples_fit import samples_fit
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class Video(Section):
@@ -123,6 +123,7 @@ class Generate(Section):
     prefix: PositiveInt  # latent frames of a real clip that a continuation starts from
     sampler_steps: PositiveInt  # of the bidirectional models
     guidance: Annotated[float, Field(ge=1)]
+    guidance_passes: Passes
     crf: Annotated[int, Field(ge=0, le=51)]
     systems: dict[str, System]  # text to video
     continuations: dict[str, System]  # of a real prefix
@@ -142,6 +143,8 @@ class Params(Section):
     compute: Compute
     video: Video
     tracking: Tracking
+    engine: EngineSpec
+    start: Start
     clips: Clips
     filter: Filter
     codec: CodecParams
@@ -154,14 +157,16 @@ class Params(Section):
     causal_init: CausalInitSpec
     stage1: StudentSpec
     stage2: StudentSpec
+    samples: SamplesSpec
     generate: Generate
     evaluate: Evaluate
+    nightly: Nightly
 
     @model_validator(mode="after")
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
         rules = (weights_are_named, pictures_fit, clips_are_long_enough, the_base_model_can_make_them, students_are_shown_what_exists)
-        for rule in (*rules, systems_can_run):
+        for rule in (*rules, systems_can_run, starts_are_what_is_used, samples_fit):
             rule(self)
         return self
 

@@ -46,6 +46,19 @@ def at(tree: Any, key: str) -> Any:
     return tree
 
 
+def pipeline(path: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages of a dvc.yaml, with ${key} replaced by params.yaml's value as DVC does it."""
+    return {name: _filled(entry, stated) for name, entry in read(path)["stages"].items()}
+
+
+def _filled(node: Any, stated: Mapping[str, Any]) -> Any:
+    if isinstance(node, str):
+        return re.sub(r"\$\{([\w.-]+)\}", lambda found: str(at(stated, found[1])), node)
+    if isinstance(node, Mapping):
+        return {_filled(key, stated): _filled(value, stated) for key, value in node.items()}
+    return [_filled(one, stated) for one in node] if isinstance(node, list) else node
+
+
 def explain(error: ValidationError, model: type[BaseModel], path: Path) -> str:
     """Key, value, rule and way out of the first thing that is wrong, and how many more there are."""
     first, *others = _worth_saying(error)

@@ -20,7 +20,7 @@ from typing import Any
 from . import runner, tracking
 from .params_file import Refused
 
-STAGES = ("base", "causal_init", "stage1", "stage2")  # Choice: the teacher's bank of mistakes lives in one process
+STAGES = ("base", "teacher", "causal_init", "stage1", "stage2")
 PATIENCE = 2.0  # seconds between asking the other ranks to end, asking again, and ending them
 
 
@@ -184,9 +184,11 @@ class Silent:
 class Follower(tracking.Track):
     """Says nothing, and ends its process where the first rank begins to save the model."""
 
+    first = False
+
     def log(self, step: int, **values: float) -> None: ...
 
-    def time(self, **seconds: float) -> None: ...
+    def time(self, step: int, seconds: Mapping[str, float], **memory: float) -> None: ...
 
     def resumed(self, step: int) -> None: ...
 

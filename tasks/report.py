@@ -235,7 +235,7 @@ def run(
         "pipeline": pipeline(metrics),
         "filter": selection(manifest, clips),
         # Where a run is tracked changes no result, so it must not change the page.
-        "yaml": yaml.safe_dump(params.model_dump(mode="json", exclude={"tracking"}), sort_keys=False, allow_unicode=True),
+        "yaml": yaml.safe_dump(params.model_dump(mode="json", exclude={"tracking", "nightly"}), sort_keys=False, allow_unicode=True),
     }
     html = render(page)
     out.parent.mkdir(parents=True, exist_ok=True)

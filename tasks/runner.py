@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from . import params_file, tracking
+from . import mirror, params_file, tracking
+from .contents import digest
 from .params_file import Refused
 
 Run = Callable[..., Mapping[str, Any]]
@@ -40,7 +41,7 @@ def execute(
     seed(params)
     with working_folder(stage, key(stage, paths, stated)) as (work, resume):
         announce(work)
-        track = tracking.Track(stage, work, resume=resume, mirror=tracking.mirror(stage, params.tracking, stated))
+        track = tracking.Track(stage, work, resume=resume, mirror=mirror.begin(stage, params.tracking, stated, work))
         try:
             with partial(paths) as given, terminated_cleanly(track):
                 metrics = rounded(stage, run(params, track, **given))
@@ -51,6 +52,7 @@ def execute(
             METRICS.mkdir(exist_ok=True)
             tracking.replace(METRICS / f"{stage}.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         track.close(metrics)
+        track.keep_times(RUNTIME)
         write_runtime(stage, facts(began, params.threads) | track.facts)
         shutil.rmtree(work)
 
@@ -74,7 +76,7 @@ def seed(params: Any) -> None:
 
 def key(stage: str, paths: Mapping[str, Any], stated: Mapping[str, Any], pipeline: Path = Path("dvc.yaml")) -> str:
     """Names everything that this stage's result depends on: command, contents of its dependencies, values of its parameters."""
-    entry = params_file.read(pipeline)["stages"].get(stage, {}) if pipeline.exists() else {}
+    entry = params_file.pipeline(pipeline, stated).get(stage, {}) if pipeline.exists() else {}
     deps = [Path(dep) for dep in entry.get("deps", [])]
     given = [Path(value) for name, value in paths.items() if name != "out" and isinstance(value, Path)]
     deps += [path for path in given if not any(_covers(path, dep) for dep in deps)]
@@ -101,18 +103,6 @@ def _values(names: list[Any], stated: Mapping[str, Any]) -> Iterator[tuple[str, 
             continue
         for keys in name.values():
             yield from _values(list(keys or stated), stated)
-
-
-def digest(path: Path) -> str:
-    """By content, as DVC does: of a file, or of the names and contents below a folder. Absent is a value too."""
-    if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
-        listing = "".join(f"{file.relative_to(path).as_posix()} {digest(file)}\n" for file in inside)
-        return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest()
-    if not path.exists():
-        return "absent"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 @contextmanager

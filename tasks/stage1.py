@@ -17,5 +17,5 @@ def run(
     # Choice: the base model is the real score here, not the context teacher without a context: it is the better
     # model of one window, and stage 1 then doesn't wait for the teacher.
     view = replace(params.teacher.view, context=params.stage1.teacher.context)
-    job = Job(params.stage1, view, params.flow, params.compute, params.seed)
+    job = Job(params.stage1, view, params.flow, params.compute, params.samples.stage1, params.engine, params.seed)
     return distil(job, track, latents=latents, codec=codec, teacher=base, student=causal_init, out=out)

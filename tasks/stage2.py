@@ -13,12 +13,13 @@ from .tracking import Track
 
 
 def run(
-    params: Params, track: Track, *, latents: Path, codec: Path, teacher: Path, stage1: Path, out: Path
+    params: Params, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path
 ) -> dict[str, float | None]:
-    """The student learns to go on from its own past, scored by a teacher that sees the same past."""
+    """The student learns to go on from its own past, scored by a teacher that sees the same past. It begins as `student`:
+    stage 1's, or what start.stage2 names."""
     spec = params.stage2
     context, window = spec.teacher.context, spec.rollout.window
     shown = Layout(replace(params.teacher.view, context=context), window, spec.horizon.longest - window)
     view = agreed(teacher, shown, accept=spec.teacher.mismatch == "accept")
-    job = Job(spec, view, params.flow, params.compute, params.seed + 1)
-    return distil(job, track, latents=latents, codec=codec, teacher=teacher, student=stage1, out=out)
+    job = Job(spec, view, params.flow, params.compute, params.samples.stage2, params.engine, params.seed + 1)
+    return distil(job, track, latents=latents, codec=codec, teacher=teacher, student=student, out=out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,10 +15,13 @@ from cf_model.model.codec import load_codec
 from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
 from cf_model.model.view import TeacherView
+from cf_model.train.engine import EngineSpec
 from cf_model.train.loop import fit
+from cf_model.train.samples import SampleSpec, streamed
 from cf_model.train.student import Distillation, StudentSpec
 
 from .device import device
+from .samples import Samples
 from .tracking import Track, tail
 
 
@@ -29,6 +33,8 @@ class Job:
     view: TeacherView
     flow: Flow
     compute: Compute
+    samples: SampleSpec
+    engine: EngineSpec
     seed: int
 
 
@@ -60,9 +66,23 @@ def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path,
         null=clips.null_text,
         shape=clips.shape,
         seed=job.seed,
+        engine=job.engine,
         reencode=reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
     )
-    fit(distillation.step, steps=spec.steps, state=distillation.state, log=track, save_every=spec.save_every, seen=distillation.seen)
+    levels, chunk = spec.rollout.levels, spec.rollout.chunk
+    make = partial(
+        streamed, distillation.average.model, spec=job.samples, levels=levels, chunk=chunk, memory=spec.memory, flow=job.flow
+    )
+    fit(
+        distillation.step,
+        steps=spec.steps,
+        state=distillation.state,
+        log=track,
+        save_every=spec.save_every,
+        seen=distillation.seen,
+        clock=distillation.clock,
+        sample=Samples(job.samples, track, clips, codec, make),
+    )
     wan.save(distillation.average.model, out)
     track.save(out)
     names = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")

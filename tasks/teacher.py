@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -13,19 +14,32 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.train.adapter import LoraSpec
 from cf_model.train.layout import Layout
 from cf_model.train.loop import fit
+from cf_model.train.samples import continued
 from cf_model.train.teacher import Teacher
 
 from .device import device
 from .params import Params
+from .samples import Samples
 from .tracking import Track, tail
 
 
-def run(params: Params, track: Track, *, latents: Path, base: Path, out: Path) -> dict[str, float | None]:
+def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, out: Path) -> dict[str, float | None]:
     """Error-recycling fine-tuning of the base model into the context teacher; its mistakes and its layout go with it."""
-    spec = params.teacher
+    spec, clips = params.teacher, Latents(latents)
     model = wan.load(base, params.compute).to(device())
-    teacher = Teacher(spec, model=model, latents=Latents(latents), flow=params.flow, seed=params.seed)
-    fit(teacher.step, steps=spec.steps, state=teacher.state, log=track, save_every=spec.save_every, seen=teacher.seen)
+    teacher = Teacher(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
+    plan = params.samples.teacher
+    make = partial(continued, teacher.average.model, spec=plan, view=spec.view, flow=params.flow, null=clips.null_text)
+    fit(
+        teacher.step,
+        steps=spec.steps,
+        state=teacher.state,
+        log=track,
+        save_every=spec.save_every,
+        seen=teacher.seen,
+        clock=teacher.clock,
+        sample=Samples(plan, track, clips, codec, make),
+    )
     if spec.lora.rank:
         save_adapter(teacher.average.model, spec.lora, base, out)
     else:

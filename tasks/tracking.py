@@ -1,4 +1,4 @@
-"""What a stage tells the world while it runs: metrics.jsonl, a progress bar, runtime facts, and a mirror in W&B.
+"""What a stage tells the world while it runs: metrics.jsonl, a progress bar, runtime facts, and a mirror in W&B (mirror.py).
 
 Only numbers that a rerun repeats go into metrics.jsonl, because DVC hashes it; seconds and the machine go to runtime/ and W&B.
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import secrets
+import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
+
+from .rows import Rows, totals
+from .rows import replace as replace
 
 if TYPE_CHECKING:
-    from .params import Tracking
+    from .mirror import Mirror
 
 PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
 
@@ -27,30 +28,34 @@ PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
 class Track:
     """The one object a stage writes its progress to. `work` is its folder for checkpoints, kept until it succeeds."""
 
+    first = True  # of the ranks
+
     def __init__(self, stage: str, work: Path, *, mirror: Mirror | None = None, resume: bool = False) -> None:
         self.stage, self.work, self.resume = stage, work, resume
         self.curve = work / "metrics.jsonl"
-        self.facts: dict[str, Any] = {"seconds": {}}
+        self.facts: dict[str, Any] = {}
         self._mirror = mirror
-        self._continued = self.curve.exists()
+        self._rows, self._times = Rows(self.curve), Rows(work / "timing.jsonl")
         self.asked: bool | None = None  # to stop; None while no loop listens
 
     def log(self, step: int, **values: float) -> None:
         """One row of metrics.jsonl. A value that is not finite is written as null: JSON has no other word for it."""
-        if self._continued:  # rows of a killed run that got further than its last checkpoint
-            self.cut(step - 1)
         row = {"step": step} | {name: rounded(value) for name, value in values.items()}
-        with self.curve.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._rows.add(row)
         if self._mirror:
             self._mirror.log(row)
 
-    def time(self, **seconds: float) -> None:
-        """Wall times, summed by name. Never in a hashed file."""
-        for name, value in seconds.items():
-            self.facts["seconds"][name] = round(self.facts["seconds"].get(name, 0.0) + value, 3)
+    def time(self, step: int, seconds: Mapping[str, float], **memory: float) -> None:
+        """What a step took, by name, and the memory it was done in: timing.jsonl, since no hashed file may hold either."""
+        row = {"step": step} | {f"seconds/{name}": round(value, 6) for name, value in seconds.items()} | memory
+        self._times.add(row)
         if self._mirror:
-            self._mirror.log({f"seconds/{name}": value for name, value in seconds.items()})
+            self._mirror.log(row)
+
+    def show(self, step: int, files: Mapping[str, Path], captions: Mapping[str, str]) -> None:
+        """Videos of a step, which are kept in work/samples."""
+        if self._mirror:
+            self._mirror.show(step, files, captions)
 
     def resumed(self, step: int) -> None:
         """The stage goes on from the checkpoint after `step`: later rows are made again."""
@@ -75,29 +80,35 @@ class Track:
         """The first rank goes on and saves the model."""
 
     def cut(self, step: int) -> None:
-        """Drops the rows after `step`, and a last row that a kill left half-written."""
-        self._continued = False
-        if not self.curve.exists():
-            return
-        kept = [line for line in self.curve.read_text().splitlines(keepends=True) if _is_kept(line, step)]
-        replace(self.curve, "".join(kept))
+        """Drops the rows after `step`."""
+        self._rows.cut(step)
+        self._times.cut(step)
 
     def save(self, out: Path) -> None:
-        """metrics.jsonl into the stage's out folder, and the same rows as metrics.csv, which is what DVC can plot."""
-        rows = [json.loads(line) for line in self.curve.read_text().splitlines()] if self.curve.exists() else []
+        """Samples and metrics.jsonl into the stage's out folder, and the same rows as metrics.csv, which is what DVC can plot."""
+        if (self.work / "samples").is_dir():
+            shutil.copytree(self.work / "samples", out / "samples")
+        rows = self._rows.read()
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         with (out / "metrics.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)) or ["step"], lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
 
+    def keep_times(self, folder: Path) -> None:
+        """timing.jsonl as folder/<stage>.timing.jsonl, and its sums and highest values as facts."""
+        self.facts |= totals(self._times.read())
+        if self._times.file.exists():
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(self._times.file, folder / f"{self.stage}.timing.jsonl")
+
     def progress(self, total: int, unit: str = "step", start: int = 0) -> Progress:
         return Progress(self.stage, total, unit, start)
 
     def close(self, metrics: Mapping[str, Any] | None = None, *, exit_code: int = 0) -> None:
-        if self._mirror and (self._mirror.run or metrics):
+        if self._mirror:
             self._mirror.finish(metrics or {}, exit_code)
-            self.facts["wandb"] = self._mirror.folder
+            self.facts |= {"wandb": self._mirror.folder} | ({"wandb_url": self._mirror.url} if self._mirror.url else {})
 
 
 def rounded(value: float) -> float | int | None:
@@ -108,23 +119,12 @@ def rounded(value: float) -> float | int | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def replace(path: Path, text: str) -> None:
-    """Never half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def tail(out: Path, name: str) -> float | None:
     """Mean over the last tenth of the rows of out/metrics.jsonl that have this value: where a noisy curve has come to."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     values = [row[name] for row in rows if row.get(name) is not None]
     last = values[-max(1, len(values) // 10) :]
     return sum(last) / len(last) if last else None
-
-
-def _is_kept(line: str, step: int) -> bool:
-    return line.endswith("\n") and json.loads(line)["step"] <= step
 
 
 class Progress:
@@ -171,68 +171,3 @@ class Progress:
             parts += [f"{rate:.3g} a second", f"{left:.0f} s left" if self.done < self.total else f"in {seconds:.0f} s"]
         parts += [f"{name} {value:.4g}" for name, value in self.shown.items()]
         print(", ".join(parts), file=sys.stderr, flush=True)
-
-
-class Mirror:
-    """The same values in W&B. Starts with the first value; whatever goes wrong there is a warning and never ends a stage."""
-
-    def __init__(self, stage: str, mode: str, project: str, config: Mapping[str, Any]) -> None:
-        self.stage, self.mode, self.project, self.config = stage, mode, project, config
-        self.run: Any = None
-        self.folder: str | None = None
-        self.broken = False
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        self._try(lambda: self._started().log(dict(row)))
-
-    def finish(self, metrics: Mapping[str, Any], exit_code: int) -> None:
-        self._try(lambda: self._started().summary.update(dict(metrics)))
-        self._try(lambda: self._started().finish(exit_code=exit_code))
-
-    def _started(self) -> Any:
-        if self.run is None:
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash reports: nobody asked for them
-            import wandb
-
-            folder = os.environ.get("WANDB_DIR", "runtime")  # W&B adds wandb/ itself
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            group = pipeline_run(Path("work"))
-            settings = wandb.Settings(disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True)
-            self.run = wandb.init(
-                project=self.project, group=group, job_type=self.stage, name=f"{self.stage} {group}", config=dict(self.config),
-                mode=cast(Any, self.mode), dir=folder, settings=settings,
-            )  # fmt: skip
-            self.run.define_metric("*", step_metric="step")
-            self.folder = os.path.relpath(Path(self.run.dir).parent)
-        return self.run
-
-    def _try(self, action: Any) -> None:
-        if self.broken:
-            return
-        try:
-            action()
-        except Exception as error:  # Choice: a tracker is never worth a training run, whatever it raises
-            self.broken = True
-            warnings.warn(f"W&B stopped working ({error}); {self.stage} goes on, its values are in metrics.jsonl", stacklevel=2)
-
-
-def mirror(stage: str, tracking: Tracking, config: Mapping[str, Any]) -> Mirror | None:
-    """params.tracking says whether, and the environment has the last word: `WANDB_MODE=online dvc repro`."""
-    mode = os.environ.get("WANDB_MODE") or {"off": "disabled"}.get(tracking.wandb, tracking.wandb)
-    return None if mode == "disabled" else Mirror(stage, mode, tracking.project, config)
-
-
-def pipeline_run(work: Path) -> str:
-    """One name for all stages that one command runs: CF_RUN, DVC's name of the experiment, or one drawn for the process group."""
-    given = os.environ.get("CF_RUN") or os.environ.get("DVC_EXP_NAME")
-    if given:
-        return given
-    file, group = work / "run", str(os.getpgrp())
-    if file.exists():
-        owner, _, name = file.read_text().partition(" ")
-        if owner == group and name.startswith(time.strftime("%Y%m%d")):
-            return name
-    name = f"{time.strftime('%Y%m%d-%H%M')}-{secrets.token_hex(2)}"
-    work.mkdir(parents=True, exist_ok=True)
-    replace(file, f"{group} {name}")
-    return name

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from cf_model.data.prompts import prompts
 
+from .contents import digest
 from .params_file import Refused
-from .runner import digest
 from .tracking import replace
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["CF_KEPT"] = "off"  # tests/test_kept.py asks for it
 os.environ["WANDB_MODE"] = "disabled"  # whatever the shell says; the tests of the mirror ask for offline themselves
 
 import hypothesis

@@ -155,6 +155,33 @@ def test_settings_that_contradict_each_other(key: str, value: Any, words: str, t
     assert words in said, said
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("cron", "at two", "nightly.cron is 'at two'; write five fields"),
+        ("timezone", "Mars/Olympus", "nightly.timezone is 'Mars/Olympus', unknown to this system"),
+        ("branch", "a..b", "nightly.branch is 'a..b'; use letters"),
+        ("branch", "-f", "nightly.branch is '-f'; use letters"),
+        ("weekly", "someday", "nightly.weekly is 'someday'; it must be 'monday', "),
+        ("rules", [{"metric": "a", "better": "higher", "margin": -1.0, "bound": None}], "nightly.rules has no margin of 0 or more"),
+        ("seeds", [], "nightly.seeds is []; it must "),
+        ("inbox", "new", "nightly.inbox is new, but clips.folder is None; name a folder of the project"),
+    ],
+)
+def test_what_every_night_does_is_checked_by_day(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    assert words in refusal(changed(f"nightly.{key}", value), tmp_path)
+
+
+def test_dvc_is_told_where_clips_come_from(tmp_path: Path) -> None:
+    tree = changed("clips.source", "folder")
+    tree["clips"]["folder"] = "raw"
+    assert "but clips.source is folder and clips.folder raw; set start.clips to raw" in refusal(tree, tmp_path)
+    assert "but clips.source is worlds; set start.clips to cf_model" in refusal(changed("start.clips", "raw"), tmp_path)
+    tree["start"]["clips"] = "raw"
+    (tmp_path / "params.yaml").write_text(json.dumps(tree))
+    assert params.load(tmp_path / "params.yaml").start.clips == Path("raw")
+
+
 def test_several_errors_are_one_sentence(tmp_path: Path) -> None:
     tree = changed("seed", -1)
     tree["threads"] = 0

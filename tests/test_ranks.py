@@ -27,8 +27,9 @@ if ranks.rank() is None and int(os.environ.get("CF_RANKS", "1")) > 1:
     sys.exit(ranks.launch("toy", int(os.environ["CF_RANKS"])))
 import torch
 from safetensors.torch import save_file
-from cf_model.train.engine import Optimizer, OptimizerSpec, mine, rank
+from cf_model.train.engine import Optimizer, OptimizerSpec
 from cf_model.train.loop import Average, Random, fit
+from cf_model.train.ranks import rank
 from cf_model.model.flow import gaussian
 from tasks import __main__ as cf, runner
 
@@ -48,7 +49,7 @@ class Job:
         if os.environ.get("SLOW"):
             print("step", number, rank(), os.getpid(), flush=True)
             time.sleep(0.05)
-        x = gaussian((len(mine(range(4))), 64), self.random.rng)
+        x = gaussian((len(self.random.mine(range(4))), 64), self.random.rng)
         loss = self.model(x).square().mean()
         loss.backward()
         values = dict(loss=loss.item(), gradient=self.optimizer.step())
@@ -172,7 +173,7 @@ def test_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = {"base": {"init": "scratch"}}
     assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [1, 1, 1]
     monkeypatch.setenv("CF_RANKS", "4")
-    assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [4, 4, 1]
+    assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [4, 4, 4]
     assert ranks.wanted("base", {"base": {"init": "wan"}}) == 1, "an import is no training"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(Refused, match="CF_RANKS is 4, but there are 2 GPUs"):

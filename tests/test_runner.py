@@ -132,6 +132,16 @@ def test_the_key_changes_with_parameters_of_the_stage_only() -> None:
         key({"seed": 0, "toy": {}})
 
 
+def test_the_key_follows_what_params_yaml_fills_in() -> None:
+    Path("dvc.yaml").write_text(PIPELINE.replace("data.txt, code.py, folder", '"${start.toy}"'))
+    one = key(STATED | {"start": {"toy": "folder"}})
+    assert key(STATED | {"start": {"toy": "code.py"}}) != one
+    Path("folder/inside.txt").write_text("changed")
+    assert key(STATED | {"start": {"toy": "folder"}}) != one
+    with pytest.raises(Refused, match=r"start\.toy isn't in params\.yaml"):
+        key()
+
+
 STAGE = f"""
 import os, sys, time
 from pathlib import Path

@@ -27,10 +27,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes `step-XXXXXXXX` under a temporary name, then renames it. Older ones beyond `KEEP` go."""
+    """Writes `step-XXXXXXXX` (the parts' state_dicts) under a temporary name, then renames it. Older ones beyond `KEEP` go."""
     path = folder / f"step-{step:08d}"
     with room(folder, path.name):
-        write(path, step, {name: part.state_dict() for name, part in state.items()})
+        write(path, step, state)
     for old in sorted(folder.glob("step-????????"))[:-KEEP]:
         gone = old.rename(old.with_name(old.name + ".partial"))  # a kill now must not leave what looks like a damaged checkpoint
         shutil.rmtree(gone)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .flow import to_x0
-from .memory import Frame, LayerMemories, Memory, MemorySpec, empty
+from .memory import Frame, LayerMemories, Memory, MemorySpec, empty, whole
 
 Rotation = tuple[Tensor, Tensor]
 Taken = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values
@@ -202,6 +202,12 @@ class Denoiser(nn.Module):
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             self._pass(x_0, level, text, memory.committing(frames), taken)
         return memory.remember(cut(taken, memory.seen, frames))
+
+    def read(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"]) -> Memory:
+        """One clean pass over some frames, which see each other and nothing else: all that is remembered, with its graph."""
+        taken: Taken = {}
+        self._pass(x_0, x_0.new_zeros(len(x_0)), text, None, taken)
+        return whole(cut(taken, 0, x_0.shape[1]))
 
     def offer(
         self, x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Float[Tensor, "B T E"], memory: Memory

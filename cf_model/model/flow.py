@@ -109,6 +109,11 @@ class Shared(torch.Generator):
         return whole.chunk(self.parts)[self.part].to(self.target)
 
 
+def share(whole: Tensor, rng: Noise) -> Tensor:
+    """This process's rows of something that has one for every sample of the whole batch."""
+    return rng.rows(whole) if isinstance(rng, Shared) else whole
+
+
 def _draw(make: Callable[..., Tensor], shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
     if isinstance(rng, Shared):
         return rng.rows(make((shape[0] * rng.parts, *shape[1:]), generator=rng))

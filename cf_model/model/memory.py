@@ -8,7 +8,8 @@ replayed, checkpointed and resumed; in-place caches give wrong gradients there.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -50,6 +51,10 @@ class MemorySpec:
             stated = f"fill is {self.fill} and timing {self.timing}, but when is evict"
             raise ValueError(f"{stated}; use when: enqueue, or fill: none and timing: clean, since only kept clean frames can wait")
 
+    def tests(self, chunk: int) -> bool:
+        """Whether it is this chunk's turn to be kept or not, by its number."""
+        return self.promote != "none" and chunk >= self.begin and chunk % self.interval == 0
+
     def hold(self, chunk: int) -> None:
         """Refuses chunks that the fast part, which counts the current one, has no room for."""
         if self.fast < chunk:
@@ -87,6 +92,7 @@ class ContextMemory:
     similarity: tuple[float, ...] | None = None  # of the newest chunk to the one before, in each layer, for the log
     calls: int = 0  # noisy passes over the chunk being made (timing: first_call)
     judged: bool = False  # one of them has kept it
+    chosen: bool | None = None  # the newest chunk is worth keeping; None: it was not tested. For the log
     promoted: int = 0  # frames so far
 
     @property
@@ -102,6 +108,11 @@ class ContextMemory:
         """Latent frames in each part, for people."""
         return {name: [frame.index for frame in getattr(self, name)] for name in ("sink", "slow", "fast")}
 
+    @property
+    def decisions(self) -> tuple[bool, ...]:
+        """On the newest chunk: one for all layers, or () when it was not tested."""
+        return () if self.chosen is None else (self.chosen,)
+
     def past(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values that a layer attends to, in the order of `key_positions`."""
         return [frame.keys[layer] for frame in self.frames], [frame.values[layer] for frame in self.frames]
@@ -114,6 +125,7 @@ class ContextMemory:
         """
         spec, length = self.spec, len(chunk)
         tested, keep = self._test(chunk)
+        chosen = self.judged or bool(keep) if spec.tests(self.seen // length) else None
         if self.judged:
             keep = ()
         if spec.when == "enqueue":
@@ -129,7 +141,8 @@ class ContextMemory:
         news = {*self.news, *(frame.index for frame in keep)}
         after = tested._promote(tuple(frame for frame in leaving if frame.index in news))
         staying = tuple(frame.index for frame in fast if frame.index in news)
-        return replace(after, sink=sink, early=early, fast=fast, news=staying, seen=self.seen + length, calls=0, judged=False)
+        after = replace(after, sink=sink, early=early, fast=fast, news=staying, chosen=chosen)
+        return replace(after, seen=self.seen + length, calls=0, judged=False)
 
     def offer(self, chunk: Frames) -> ContextMemory:
         """The memory after one pass over a chunk that is still noisy; only timing first_call looks at its keys.
@@ -157,7 +170,7 @@ class ContextMemory:
         # Choice: "at 2-chunk intervals" tests every second chunk against its immediate predecessor; it gives the one
         # latent in 24 frames of the teacher's data and the 20 seconds that the paper claims.
         spec = self.spec
-        if chunk < spec.begin or chunk % spec.interval:
+        if not spec.tests(chunk):
             return False
         if spec.promote == "similarity":
             return similarity is not None and sum(similarity) / len(similarity) < spec.tau
@@ -280,12 +293,51 @@ class LayerMemories:
         found = [value for memory in self.layers for value in memory.similarity or ()]
         return tuple(found) or None
 
+    @property
+    def decisions(self) -> tuple[bool, ...]:
+        """On the newest chunk, one a layer; () when it was not tested."""
+        return tuple(one for memory in self.layers for one in memory.decisions)
+
 
 Memory = ContextMemory | LayerMemories
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A chunk beside the one before it, as eq. 7 sees them."""
+
+    similarity: tuple[float, ...]  # of their keys, in each layer
+    kept: tuple[bool, ...]  # `decisions` of the memory
+
+
+def compared(memory: Memory) -> tuple[Compared, ...]:
+    """Of the newest chunk; () for a video's first."""
+    return () if memory.similarity is None else (Compared(memory.similarity, memory.decisions),)
+
+
 def empty(spec: MemorySpec) -> Memory:
     return LayerMemories(spec) if spec.scope == "layer" else ContextMemory(spec)
+
+
+def whole(frames: Frames) -> ContextMemory:
+    """A memory that is these frames, at positions 0, 1, 2, …, and decides nothing."""
+    spec = MemorySpec(
+        sink=0,
+        slow=0,
+        fast=len(frames),
+        promote="none",
+        tau=1.0,
+        interval=1,
+        begin=1,
+        keep="first",
+        when="evict",
+        timing="clean",
+        fill="none",
+        scope="global",
+        positions="packed",
+        commit="all",
+    )
+    return ContextMemory(spec, fast=frames, seen=len(frames))
 
 
 def dump(memory: Memory) -> dict[str, Any]:
@@ -315,6 +367,31 @@ def split(frames: Frames, keep: int) -> tuple[Frames, Frames]:
     return frames[:at], frames[at:]
 
 
+class Tape:
+    """Mean keys of a batch's first video, in the order they were asked for: a batch that is computed in several groups, one
+    after the other, decides by those of the first (cf_model/train/engine.py)."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.whole, self.read = False, 0  # the first group is through; read so far by the current one
+
+
+_tape: Tape | None = None
+
+
+@contextmanager
+def decided(tape: Tape | None) -> Iterator[None]:
+    """While it lasts memories decide by the tape: the first time it is recorded, later on followed."""
+    global _tape
+    before, _tape = _tape, tape
+    try:
+        yield
+    finally:
+        _tape = before
+    if tape:
+        tape.whole, tape.read = True, 0
+
+
 def mean_key(chunk: Frames) -> Tensor:
     """Keys of the batch's first video, averaged over the chunk's tokens, in each layer: [layers, N * D].
 
@@ -322,8 +399,13 @@ def mean_key(chunk: Frames) -> Tensor:
     cosines). Layers that decide on their own remember different frames, and the teacher can't be shown the same ones. An
     average over videos would be smoother than any one of them, and training would promote what inference does not.
     """
+    if _tape and _tape.whole:
+        _tape.read += 1
+        return _tape.keys[_tape.read - 1]
     layers = range(len(chunk[0].keys))
     mean = torch.stack([torch.stack([f.keys[layer][0] for f in chunk]).float().mean(dim=(0, 1)).flatten() for layer in layers]).detach()
     if dist.is_initialized():  # several ranks share the batch, whose first video is the first rank's (cf_model/train/engine.py)
         dist.broadcast(mean, 0)
+    if _tape:
+        _tape.keys.append(mean)
     return mean

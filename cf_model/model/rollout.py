@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .flow import Flow, Noise, add_noise, falling, gaussian
-from .memory import Memory, MemorySpec, empty
+from .memory import Compared, Memory, MemorySpec, compared, empty
 
 
 class Causal(Protocol):
@@ -97,7 +97,7 @@ class Rollout:
     targets: tuple[Target, ...]
     exits: tuple[int, ...]  # of the target's chunks
     memory: Memory
-    similarities: tuple[float, ...]  # of each chunk's keys to the chunk before, the mean over layers
+    compared: tuple[Compared, ...]  # each chunk that was made, with the chunk before
 
 
 def stream(
@@ -165,7 +165,7 @@ def rollout(
     window = slice(start, start + spec.window)
     shared = int(torch.randint(len(sigmas), (), generator=rng))
     state = past.memory if past else empty(memory)
-    video, targets, exits, similarities = [past.video] if past else [], [], [], []
+    video, targets, exits, found = [past.video] if past else [], [], [], list[Compared]()
     for first in range(past.video.shape[1] if past else 0, window.stop, spec.chunk):
         scored = first >= start
         into = (first - start) // spec.chunk  # the window
@@ -185,9 +185,8 @@ def rollout(
                 seen = before
             targets.append(Target(first, x_t, sigmas[leave], seen, into >= spec.skip_first))
         video.append(x_0)
-        if state.similarity is not None:
-            similarities.append(sum(state.similarity) / len(state.similarity))
-    return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(similarities))
+        found += compared(state)
+    return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(found))
 
 
 def place(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:

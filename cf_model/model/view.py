@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .flow import Flow, Noise, gaussian
+from .memory import Memory
+
+Passes = Literal["apart", "together"]  # with guidance: of the prompt and of the null prompt, or one of twice the batch
 
 
 class Score(Protocol):
     """What a view asks of a model (`Denoiser`): teacher and critic."""
 
-    def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor: ...
+    def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """And what it asks for where the context has a pass of its own."""
+
+    def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None = None, /) -> Tensor: ...
+
+    def read(self, x_0: Tensor, text: Tensor, /) -> Memory: ...
 
 
 @dataclass(frozen=True)
@@ -33,11 +46,17 @@ class TeacherView:
     fast: int
     stride: int
     context_sigma: Literal["shared", "zero"]  # the level that context frames are announced with
+    # joint: context and target see each other in one pass. own: the context's frames see each other alone, in a pass at
+    # level 0, whose keys and values the target looks at; so they are the same at every noise level, and computed once
+    context_pass: Literal["joint", "own"]
 
     def __post_init__(self) -> None:
         if min(self.sink, self.slow, self.fast) < 0 or self.stride < 1:
             stated = f"sink is {self.sink}, slow {self.slow}, fast {self.fast}, stride {self.stride}"
             raise ValueError(f"{stated}; use 0 or more, and a stride of 1 or more")
+        if self.context_pass == "own" and self.context_sigma != "zero":
+            stated = f"context_pass is own, which reads the context at level 0, but context_sigma is {self.context_sigma}"
+            raise ValueError(f"{stated}; use context_sigma: zero, or context_pass: joint")
 
     def frames(self, start: int) -> list[int]:
         """Indices of the context for a target that begins at latent frame `start`."""
@@ -50,17 +69,66 @@ class TeacherView:
         slow = range(first, start - self.fast, self.stride)[-self.slow :] if self.slow else range(0)
         return [*range(min(self.sink, start)), *slow, *motion]
 
+    def read(self, model: Score, text: Float[Tensor, "B T E"], context: Float[Tensor, "B K C H W"]) -> Memory | None:
+        """The context's keys and values, for passes at any noise level; None where those bring it along, or there is none."""
+        if self.context_pass == "joint" or not context.shape[1]:
+            return None
+        assert isinstance(model, Reader)
+        return model.read(context, text)
+
     def velocity(
-        self, model: Score, x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Tensor, context: Float[Tensor, "B K C H W"]
+        self,
+        model: Score,
+        x_t: Float[Tensor, "B F C H W"],
+        sigma: Float[Tensor, " B"],
+        text: Float[Tensor, "B T E"],
+        context: Float[Tensor, "B K C H W"],
+        past: Memory | None = None,
     ) -> Float[Tensor, "B F C H W"]:
-        """ε - x_0 of the target: one bidirectional pass over the clean context and the noisy target, times 0, 1, 2, …"""
+        """ε - x_0 of the target, after the clean context; time is 0, 1, 2, … over both, whatever was left out between them.
+
+        joint: one bidirectional pass over both. own: over the target alone, which sees what was read of the context, `past`;
+        without that it is read here. Same prompt, same weights, same context: the answer is the same to the bit.
+        """
         seen = context.shape[1]
         if not seen:
             return model.velocity(x_t, sigma, text)
+        if self.context_pass == "own":
+            assert isinstance(model, Reader)
+            return model.velocity(x_t, sigma, text, self.read(model, text, context) if past is None else past)
         levels: Tensor = sigma
         if self.context_sigma == "zero":
             levels = torch.cat([sigma.new_zeros(len(sigma), seen), sigma[:, None].expand(-1, x_t.shape[1])], dim=1)
         return model.velocity(torch.cat([context, x_t], dim=1), levels, text)[:, seen:]
+
+
+def guided(
+    model: Score,
+    text: Float[Tensor, "B T E"],
+    context: Float[Tensor, "B K C H W"],
+    *,
+    view: TeacherView,
+    guidance: float,
+    null: Float[Tensor, "T E"],
+    passes: Passes,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """null + guidance (cond - null) as a function of x_t and σ; a context with a pass of its own is read here, once a prompt."""
+    prompts = [text] if guidance == 1 else [text, null.expand_as(text)]
+    if passes == "together":
+        prompts = [torch.cat(prompts)]
+    times = len(prompts[0]) // len(text)
+    shown = torch.cat([context] * times)
+    pasts = [view.read(model, prompt, shown) for prompt in prompts]
+
+    def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
+        x_t, sigma = torch.cat([x_t] * times), torch.cat([sigma] * times)
+        made = [view.velocity(model, x_t, sigma, prompt, shown, past) for prompt, past in zip(prompts, pasts, strict=True)]
+        if guidance == 1:
+            return made[0]
+        cond, away = made if passes == "apart" else made[0].chunk(2)
+        return away + guidance * (cond - away)
+
+    return velocity
 
 
 @torch.no_grad()
@@ -74,17 +142,13 @@ def sample(
     flow: Flow,
     steps: int,
     guidance: float,
+    guidance_passes: Passes,
     rng: Noise,
     null: Float[Tensor, "T E"],
 ) -> Float[Tensor, "B F C H W"]:
     """Euler steps from noise to the frames after `context`; shape is F, C, H, W."""
     x = gaussian((len(text), *shape), rng)
-    levels = flow.levels(steps)
-    for high, low in pairwise(levels):
-        sigma = x.new_full((len(x),), high)
-        velocity = view.velocity(model, x, sigma, text, context)
-        if guidance != 1:
-            away = view.velocity(model, x, sigma, null.expand_as(text), context)
-            velocity = away + guidance * (velocity - away)
-        x = x + (low - high) * velocity
+    velocity = guided(model, text, context, view=view, guidance=guidance, null=null, passes=guidance_passes)
+    for high, low in pairwise(flow.levels(steps)):
+        x = x + (low - high) * velocity(x, x.new_full((len(x),), high))
     return x

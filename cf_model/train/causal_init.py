@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, add_noise, gaussian
-from cf_model.model.memory import Memory, MemorySpec, empty
+from cf_model.model.memory import Compared, Memory, MemorySpec, compared, empty
 
-from .engine import mine, ranks
-from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
+from .loop import PLAIN, Average, Clips, EngineSpec, OptimizerSpec, Random, at_least, batches, drop_prompts, mean, optimizer
+from .observe import Clock, remembered
 from .ode import OdeSpec, Trajectories
 
 
@@ -52,26 +52,35 @@ class CausalInit:
         flow: Flow,
         seed: int,
         trajectories: Trajectories | None = None,
+        engine: EngineSpec = PLAIN,
     ) -> None:
         """`trajectories` are needed by the method ode, and must have been made."""
         self.spec, self.model, self.latents, self.flow, self.trajectories = spec, model, latents, flow, trajectories
-        self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
-        self.average = Average(model, spec.ema)
         self.device = next(model.parameters()).device
-        self.random = Random(seed, self.device)
+        self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
+        self.average = Average(model, spec.ema)
+        self.optimizer = optimizer(model, spec.optimizer, spec.steps, engine)
+        self.clock, self.compared = Clock(self.device), list[Compared]()
         self.seen: dict[str, Tensor] = {}
         self.rows = [] if trajectories else latents.rows("train", at_least=spec.longest + spec.frames)
 
     @property
     def state(self) -> Mapping[str, Any]:
-        return {"model": self.model, "average": self.average, "optimizer": self.optimizer, "random": self.random}
+        return {"model": self.optimizer.weights, "average": self.average, "optimizer": self.optimizer, "random": self.random}
 
     def step(self, number: int) -> dict[str, float]:
-        loss, memory = self._ode(self.trajectories) if self.trajectories else self._teacher_forcing()
-        loss.backward()
+        losses: list[float] = []
+        for _ in self.random.groups():
+            self.compared.clear()
+            loss, memory = self._ode(self.trajectories) if self.trajectories else self._teacher_forcing()
+            self.optimizer.backward(loss / self.random.count)
+            losses.append(loss.item())
+            self.clock.lap("loss")
         norm = self.optimizer.step()
-        self.average.update()
-        return {"loss": loss.item(), "gradient": norm, "context_frames": float(sum(map(len, memory.held().values())))}
+        distance = self.average.update()
+        self.clock.lap("update")
+        values = {"loss": mean(losses), "gradient": norm, "context_frames": float(sum(map(len, memory.held().values())))}
+        return values | remembered(self.spec.memory, self.compared) | {"ema_distance": distance}
 
     def _teacher_forcing(self) -> tuple[Tensor, Memory]:
         """Each chunk of a real video is denoised after the clean ones before it."""
@@ -81,10 +90,11 @@ class CausalInit:
         # of real frames before it meets its own.
         past = 0 if self.random.coin(spec.begin) else spec.chunk * self.random.integers(0, spec.longest // spec.chunk, 1)[0]
         starts = [self.random.integers(0, self.latents.frames(row) - past - spec.frames, 1)[0] for row in rows]
-        rows, starts = mine(rows), mine(starts)
+        rows, starts = self.random.mine(rows), self.random.mine(starts)
         clip = self.latents.window(rows, starts, past + spec.frames).to(self.device)
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
         self.seen.update(clip=clip, text=text)
+        self.clock.lap("data")
         memory = self.model.watch(clip[:, :past], text, spec.memory, chunk=spec.chunk) if past else empty(spec.memory)
         loss, chunks = clip.new_zeros(()), clip[:, past:].split(spec.chunk, dim=1)
         for x in chunks:
@@ -93,6 +103,7 @@ class CausalInit:
             velocity = self.model.velocity(add_noise(x, noise, sigma), sigma, text, memory)
             loss = loss + (velocity - (noise - x)).square().mean() / len(chunks)
             memory = self.model.remember(x, text, memory, grad=True)  # what is worth remembering is learned too
+            self.compared += compared(memory)
         return loss, memory
 
     def _ode(self, made: Trajectories) -> tuple[Tensor, Memory]:
@@ -105,10 +116,11 @@ class CausalInit:
         spec, chunks = self.spec, self.spec.frames // self.spec.chunk
         videos = self.random.integers(0, made.spec.videos - 1, spec.batch)
         drawn = torch.tensor(self.random.integers(0, len(made.sigmas) - 1, spec.batch * chunks)).view(spec.batch, chunks)
-        noisy = max(1, int((drawn < len(made.sigmas) - 1).sum())) / ranks()  # this rank's share of all that have a loss
-        videos, levels = mine(videos), torch.stack(mine(list(drawn)))
+        noisy = max(1, int((drawn < len(made.sigmas) - 1).sum())) / self.random.rng.parts  # this group's share of all that have a loss
+        videos, levels = self.random.mine(videos), torch.stack(self.random.mine(list(drawn)))
         states, text = made.read(videos).to(self.device), made.text(videos).to(self.device)
         self.seen.update(states=states, text=text, levels=levels)
+        self.clock.lap("data")
         parts = states.split(spec.chunk, dim=2)
         sigmas = torch.tensor(made.sigmas)[levels].to(states)
         loss, memory, each = states.new_zeros(()), empty(spec.memory), torch.arange(len(states))
@@ -118,4 +130,5 @@ class CausalInit:
             loss = loss + wrong.square().mean(dim=(1, 2, 3, 4)).sum()
             shown, level = (x_0, None) if made.spec.context == "clean" else (x_t, sigma)
             memory = self.model.remember(shown, text, memory, sigma=level, grad=True)
+            self.compared += compared(memory)
         return loss / noisy, memory

@@ -1,90 +1,56 @@
-"""What makes one update of weights: gradients from every rank, clipped, scheduled, stepped.
-
-Ranks are processes that share one batch (data parallelism). Every one holds all weights and draws the same random numbers,
-keeps its rows of them, and averages its gradients with the others', so the result is one process's up to rounding. Nothing
-but the environment says how many there are (tasks/ranks.py); with one, nothing here communicates.
-"""
+"""What makes one update of weights: gradients of the whole batch, clipped, scheduled, stepped. zero.py does it by DeepSpeed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from cf_model.model.flow import Shared
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+from .ranks import ranks
 
 
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+@dataclass(frozen=True)
+class EngineSpec:
+    """How a step is spread over time and machines. It changes results by rounding alone, so no stage depends on it."""
+
+    use: Literal["auto", "torch", "deepspeed"]  # auto: DeepSpeed where there are several ranks
+    zero: Literal[0, 1, 2, 3]  # what DeepSpeed splits over the ranks: nothing, moments, and gradients, and weights
+    offload: Literal["none", "optimizer"]  # moments and master weights in the CPU's memory, where they are also updated
+    micro_batch: int | None  # samples that a rank computes at once; null: its whole share of the batch
+
+    def __post_init__(self) -> None:
+        if self.use == "torch" and (self.zero or self.offload != "none"):
+            stated = f"use is torch, zero {self.zero}, offload {self.offload}"
+            raise ValueError(f"{stated}; only DeepSpeed splits and offloads: use zero 0 and offload none, or auto or deepspeed")
+        if self.offload != "none" and not self.zero:
+            raise ValueError(f"offload is {self.offload} and zero 0; DeepSpeed offloads what it splits: use zero 1, 2 or 3")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}; use 1 or more, or null for a rank's whole share")
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.use == "deepspeed" or (self.use == "auto" and ranks() > 1)
+
+    def groups(self, batch: int) -> int:
+        """In how many groups each rank takes its share of a batch; a batch that can't be split so is refused."""
+        share, rest = divmod(batch, ranks())
+        if rest:
+            fit = [n for n in range(1, batch + 1) if batch % n == 0]
+            up = -batch % ranks() + batch
+            raise ValueError(f"batch is {batch}, which {ranks()} ranks can't share evenly; use CF_RANKS of {fit}, or a batch of {up}")
+        micro = self.micro_batch or share
+        if share % micro:
+            fit = [n for n in range(1, share + 1) if share % n == 0]
+            stated = f"engine.micro_batch is {micro}, but of a batch of {batch} each of {ranks()} ranks takes {share} samples"
+            raise ValueError(f"{stated}, which are no whole groups of it; use a micro_batch of {fit}, or null")
+        return share // micro
 
 
-def is_first() -> bool:
-    """Of the ranks, the one that writes."""
-    return rank() == 0
-
-
-def stream(seed: int, device: torch.device | None = None) -> Shared:
-    """The random numbers of a run: the same on every rank, each with its own rows of what is drawn for a batch."""
-    made = Shared(device or "cpu", rank(), ranks())
-    made.manual_seed(seed)
-    return made
-
-
-T = TypeVar("T")
-
-
-def mine(rows: Sequence[T]) -> list[T]:
-    """This rank's rows of the batch."""
-    if len(rows) % ranks():
-        fit = [n for n in range(1, len(rows) + 1) if len(rows) % n == 0]
-        up = -len(rows) % ranks() + len(rows)
-        raise ValueError(f"batch is {len(rows)}, which {ranks()} ranks can't share evenly; use CF_RANKS of {fit}, or a batch of {up}")
-    each = len(rows) // ranks()
-    return list(rows[rank() * each : (rank() + 1) * each])
-
-
-def mean_gradients(model: nn.Module) -> None:
-    """Over the ranks, whose shares of the batch are equal."""
-    if ranks() == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        work.wait()
-    torch._foreach_div_(gradients, ranks())
-
-
-def mean_values(values: Mapping[str, float], asked: bool) -> tuple[dict[str, float], bool]:
-    """What a step says of itself, over the ranks; and whether any of them was asked to stop."""
-    if ranks() == 1:
-        return dict(values), asked
-    told = torch.tensor([float(asked), *values.values()], dtype=torch.float64, device=_device())
-    dist.all_reduce(told)
-    any_asked, *sums = told.tolist()
-    return {name: total / ranks() for name, total in zip(values, sums, strict=True)}, any_asked > 0
-
-
-def agree_on_start(step: int) -> int:
-    """All ranks go on from the same checkpoint, or none does."""
-    if ranks() == 1:
-        return step
-    found = [torch.zeros((), dtype=torch.long, device=_device()) for _ in range(ranks())]
-    dist.all_gather(found, torch.tensor(step, device=_device()))
-    steps = [int(one) for one in found]
-    if len(set(steps)) > 1:
-        raise ValueError(f"the ranks found checkpoints of steps {steps}; put the working folder where all of them read the same files")
-    return step
-
-
-def _device() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+PLAIN = EngineSpec("torch", 0, "none", None)
 
 
 @dataclass(frozen=True)
@@ -108,20 +74,39 @@ class OptimizerSpec:
             raise ValueError(f"beta1 is {self.beta1}, beta2 {self.beta2}, decay {self.decay}; use values in 0..1, the betas below 1")
 
 
+def mean_gradients(model: nn.Module) -> None:
+    """Over the ranks, whose shares of the batch are equal."""
+    if ranks() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+    torch._foreach_div_(gradients, ranks())
+
+
 class Optimizer:
-    """Clip, schedule, step. `steps` is the number of updates that the schedule is stretched over."""
+    """Accumulate, clip, schedule, step. `steps` is the number of updates that the schedule is stretched over."""
 
     def __init__(self, model: nn.Module, spec: OptimizerSpec, steps: int) -> None:
         self.model, self.spec, self.steps, self.done = model, spec, steps, 0
-        matrices = [p for n, p in model.named_parameters() if spec.muon_lr and ".blocks." in n and p.ndim == 2]
+        matrices = [p for n, p in model.named_parameters() if spec.muon_lr and ".blocks." in n and p.ndim == 2 and p.requires_grad]
         chosen = {id(p) for p in matrices}
-        rest = [p for p in model.parameters() if id(p) not in chosen]
+        rest = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
         betas = (spec.beta1, spec.beta2)
-        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr)
-        ]
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = []
+        if rest:  # of a LoRA in the blocks, Muon has everything
+            self.parts.append((torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr))
         if matrices:
             self.parts.append((torch.optim.Muon(matrices, lr=spec.muon_lr, weight_decay=spec.muon_decay), spec.muon_lr))
+
+    @property
+    def weights(self) -> Any:
+        """The model's, for a checkpoint: whole, whatever is split over the ranks."""
+        return self.model
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a group's share of the loss."""
+        loss.backward()
 
     def step(self) -> float:
         """Uses the gradients that are there, then forgets them. Returns their norm before clipping.
@@ -129,16 +114,24 @@ class Optimizer:
         Gradients that are not finite leave the weights and the optimiser's own state as they were.
         """
         mean_gradients(self.model)
+        norm = self.update()
+        self.model.zero_grad(set_to_none=True)
+        self.done += 1
+        return norm
+
+    def update(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
+        self.schedule()
+        if norm.isfinite():
+            for optimizer, _ in self.parts:
+                optimizer.step()
+        return float(norm)
+
+    def schedule(self) -> None:
         factor = self.factor()
         for optimizer, lr in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
-            if norm.isfinite():
-                optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        self.done += 1
-        return float(norm)
 
     def factor(self) -> float:
         rise = min(1.0, (self.done + 1) / self.spec.warmup) if self.spec.warmup else 1.0
@@ -153,3 +146,24 @@ class Optimizer:
         self.done = state["done"]
         for (optimizer, _), saved in zip(self.parts, state["parts"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def optimizer(model: nn.Module, spec: OptimizerSpec, steps: int, engine: EngineSpec) -> Optimizer:
+    """Of plain torch, or of DeepSpeed, which is imported only here. Copies of the model are made before: it may be split."""
+    if not engine.is_deepspeed:
+        return Optimizer(model, spec, steps)
+    from .zero import make
+
+    return make(model, spec, steps, engine)
+
+
+def whole(model: nn.Module) -> Iterator[Tensor]:
+    """A model's weights, one after the other, each gathered from the ranks where ZeRO 3 has split it."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            from .zero import gathered
+
+            with gathered(parameter):
+                yield parameter
+        else:
+            yield parameter

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from cf_model.model.view import TeacherView
 
-SEGMENTS = ("sink", "slow", "fast", "stride", "context_sigma")
+SEGMENTS = ("sink", "slow", "fast", "stride", "context_sigma", "context_pass")
 
 
 @dataclass(frozen=True)
 class Layout:
-    view: TeacherView  # its segments, and the level that context is announced with
+    view: TeacherView  # its segments, the level that context is announced with, and the pass that reads it
     target: int  # latent frames that are scored
     longest: int  # latent frames before them, at most
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -17,9 +17,14 @@ from torch import Tensor, nn
 from cf_model.model import checkpoint
 from cf_model.model.flow import uniform
 
-from . import engine
+from . import engine, ranks
+from .engine import PLAIN as PLAIN
+from .engine import EngineSpec as EngineSpec
 from .engine import Optimizer as Optimizer
 from .engine import OptimizerSpec as OptimizerSpec
+from .engine import optimizer as optimizer
+from .observe import Clock, peak_memory, shown
+from .ranks import Random as Random
 
 # Choice: a bad batch or two are survived, a run that has diverged ends.
 BAD_STEPS = 3  # in a row
@@ -48,12 +53,18 @@ class Average(Generic[M]):
         self.model: M = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self) -> float:
+        """Returns how far it then is from the raw weights, over their norm. What does not learn is left out."""
         # Choice: a rising decay in the first updates, so that a short run's average is not its starting point.
         decay = min(self.decay, (1 + self.done) / (10 + self.done)) if self.done >= self.start else 0.0
-        for mean, raw in zip(self.model.parameters(), self.source.parameters(), strict=True):
+        norms = []
+        for mean, raw in zip(self.model.parameters(), engine.whole(self.source), strict=True):
             mean.lerp_(raw, 1 - decay)
+            if raw.requires_grad:
+                norms.append(torch.stack([(mean - raw).norm(), raw.norm()]).float())
         self.done += 1
+        apart, size = torch.stack(norms).norm(dim=0)
+        return float(apart / size)
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "model": self.model.state_dict()}
@@ -61,26 +72,6 @@ class Average(Generic[M]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["done"]
         self.model.load_state_dict(state["model"])
-
-
-class Random:
-    """A seeded stream of numbers that a checkpoint can hold; the same on every rank, and on every device."""
-
-    def __init__(self, seed: int, device: torch.device | None = None) -> None:
-        self.rng = engine.stream(seed, device)
-
-    def integers(self, low: int, high: int, count: int) -> list[int]:
-        """Uniform in low..high, both included."""
-        return torch.randint(low, high + 1, (count,), generator=self.rng).tolist()
-
-    def coin(self, chance: float) -> bool:
-        return float(torch.rand((), generator=self.rng)) < chance
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rng": self.rng.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rng.set_state(state["rng"])
 
 
 class Clips(Protocol):
@@ -113,6 +104,8 @@ class Log(Protocol):
 
     def log(self, step: int, **values: float) -> None: ...
 
+    def time(self, step: int, seconds: Mapping[str, float], **memory: float) -> None: ...
+
     def resumed(self, step: int) -> None: ...
 
     def progress(self, total: int, unit: str = "step", start: int = 0) -> Any: ...
@@ -135,33 +128,46 @@ def fit(
     log: Log,
     save_every: int,
     seen: Mapping[str, Tensor] | None = None,
+    clock: Clock | None = None,
+    sample: Callable[[int], None] | None = None,
 ) -> None:
     """Runs `step` for 0 .. steps - 1, from the newest usable checkpoint in `log.work` on.
 
     `state` names everything that a step changes; all of it is in each checkpoint. After a SIGTERM the step that runs is
     finished, saved, and the last. A value of `step` that is not finite is a bad step: what it was made of (`seen`, and the
-    random state before it) goes to bad-XXXXXXXX, and `BAD_STEPS` of them in a row end the run.
+    random state before it) goes to bad-XXXXXXXX, and `BAD_STEPS` of them in a row end the run. `clock` is the one that
+    `step` tells its laps; `sample` is called after every step, by every rank, before a checkpoint says that the step is done.
     """
+    clock, latest = clock or Clock(), dict[str, float]()
     bad, first = 0, checkpoint.restore(log.work, state)
-    saved = engine.agree_on_start(first)
+    saved = ranks.agree_on_start(first)
     if first:
         log.resumed(first)
     bar = log.progress(steps, "step", first)
     with log.listen() as asked:
         for number in range(first, steps):
             before = state["random"].state_dict() if "random" in state else {}
-            values, stop = engine.mean_values(step(number), asked())
+            clock.start()
+            values, stop = ranks.mean_values(step(number), asked())
             wrong = [name for name, value in values.items() if not math.isfinite(value)]
             with checkpoint.room(log.work, "metrics.jsonl"):
                 log.log(number + 1, **values)
-            bar.update(1, **dict(list(values.items())[:2]))
+            latest |= values
+            if sample:
+                clock.lap("rest")
+                sample(number + 1)
+                clock.lap("samples")
             bad = bad + 1 if wrong else 0
             if wrong:
                 report(log.work, number + 1, wrong[0], values[wrong[0]], bad, {"random": before, "batch": dict(seen or {})})
             elif ((number + 1) % save_every == 0 and number + 1 < steps) or stop:
                 saved = number + 1
-                if engine.is_first():
-                    checkpoint.save(log.work, saved, state)
+                held = {part: whole.state_dict() for part, whole in state.items()}  # every rank: some of it is spread over them
+                if ranks.is_first():
+                    checkpoint.save(log.work, saved, held)
+                clock.lap("save")
+            log.time(number + 1, clock.taken(), **peak_memory())
+            bar.update(1, **shown(latest))
             if stop:
                 log.stopped(saved)
     bar.close()
@@ -171,7 +177,7 @@ def fit(
 def report(work: Path, step: int, name: str, value: float, bad: int, made_of: Mapping[str, Any]) -> None:
     """Keeps what a bad step was made of; ends the run at the `BAD_STEPS`-th in a row."""
     path = work / f"bad-{step:08d}"
-    if engine.is_first():
+    if ranks.is_first():
         checkpoint.write(path, step, made_of)
     stated = f"step {step}: {name} is {value}"
     if bad >= BAD_STEPS:
@@ -181,6 +187,11 @@ def report(work: Path, step: int, name: str, value: float, bad: int, made_of: Ma
             f"the batch and the random state are in {path}"
         )
     warnings.warn(f"{stated}; the step was left out, its batch and random state are in {path}", stacklevel=3)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of what the groups of a batch say."""
+    return sum(values) / len(values)
 
 
 def batches(rows: Iterable[int], count: int, rng: Random) -> list[int]:

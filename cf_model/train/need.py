@@ -39,15 +39,15 @@ class Need:
     shared: int  # bytes whatever the batch: the bank of errors
 
     def states(self, zero: int = 0, ranks: int = 1) -> dict[str, float]:
-        """Bytes a rank by ZeRO stage: 1 shares the optimiser's state among the ranks, 2 the gradients too, 3 the weights too."""
+        """Bytes a rank by ZeRO stage, as zero.py has them: 1 splits moments and master weights among the ranks, 2 the gradients
+        too, 3 the weights too. The average and a frozen teacher are whole on every rank."""
         share = [ranks if zero >= least else 1 for least in ZERO]
-        master = 4 * self.trained  # float32; where nothing is computed in less, these are the weights themselves
-        weights, optimiser = (self.copies, master) if self.copies else (master, 0)
+        trained = 4 * self.trained
         return {
-            "weights": (weights + 4 * self.frozen) / share[3],
-            "gradients": 4 * self.trained / share[2],
-            "optimiser": (optimiser + self.moments) / share[1],
-            "average": 4 * self.averaged / share[1],
+            "weights": (trained + self.copies) / share[3] + 4 * self.frozen,
+            "gradients": trained / share[2],
+            "optimiser": (self.moments + (trained if zero else 0)) / share[1],
+            "average": 4 * self.averaged,
         }
 
     def sample(self) -> int:
@@ -110,8 +110,9 @@ def of_teacher(spec: TeacherSpec, costs: Costs) -> Need:
     passes = {seen: scored(costs, spec.view, spec.target, seen) for seen in contexts.shares}
     return replace(
         of_base(BaseSpec("scratch", None, spec.steps, spec.batch, 1, spec.dropout, spec.optimizer, spec.ema, spec.save_every), costs),
-        operations=sum(part * costs.forward(*passes[seen]).trained(costs.compute.checkpointing) for seen, part in contexts.shares.items()),
-        activations=max(costs.activations(*one) for one in passes.values()),
+        operations=sum(part * passes[seen].trained for seen, part in contexts.shares.items()),
+        memory=2 * max(one.remembered for one in passes.values()),  # and their gradients
+        activations=max(one.activations for one in passes.values()),
         latents=latents(costs, spec.longest + spec.target),
         shared=2 * spec.errors.grids * spec.errors.per_grid * latents(costs, spec.target),
     )
@@ -149,8 +150,9 @@ def of_causal_init(spec: CausalInitSpec, costs: Costs) -> Need:
 
 def of_student(spec: StudentSpec, costs: Costs, view: TeacherView) -> Need:
     """A rollout and an update of the critic at every step; at every `critic_updates`-th the student's: teacher (twice with
-    guidance) and critic look at the window, then its chunks are replayed with gradient (docs/performance.md 4.2)."""
-    roll, checkpointing = spec.rollout, costs.compute.checkpointing
+    guidance) and critic look at the window, then its chunks are replayed with gradient (docs/performance.md 4.2). A context
+    with a pass of its own is read by the critic once a step, and by the teacher once a prompt."""
+    roll = spec.rollout
     view = replace(view, context=spec.teacher.context)
     windows = Tally({})
     for frames, often in lengths(spec.horizon, roll.chunk, spec.steps).items():
@@ -160,11 +162,11 @@ def of_student(spec: StudentSpec, costs: Costs, view: TeacherView) -> Need:
     seen = [one for one, _ in zip(remembered(spec.memory, roll.chunk), range(longest // roll.chunk), strict=False)]
     student = {start: rolling(spec, costs, seen, start) for start in windows.shares}
     passes = {start: scored(costs, view, roll.window, len(view.frames(start))) for start in windows.shares}
-    operations = 0.0
+    operations, prompts = 0.0, 1 if spec.teacher.guidance == 1 else 2
     for start, often in windows.shares.items():
-        score = costs.forward(*passes[start])
-        update = (3 if spec.teacher.guidance != 1 else 2) * score.total + student[start].replay
-        operations += often * (student[start].rollout + score.trained(checkpointing) + update / spec.critic_updates)
+        score = passes[start]
+        update = (prompts + 1) * score.look + prompts * score.read + student[start].replay
+        operations += often * (student[start].rollout + score.trained + update / spec.critic_updates)
     alive = max(one.alive for one in student.values())
     replayed = max(costs.activations(roll.chunk, one.denoising) for one in seen)
     return Need(
@@ -176,8 +178,9 @@ def of_student(spec: StudentSpec, costs: Costs, view: TeacherView) -> Need:
         moments=moments(costs, spec.student_optimizer) + moments(costs, spec.critic_optimizer),
         copies=copies(costs, 2),
         operations=operations,
-        memory=alive * costs.memory_frame(),
-        activations=max(replayed, *(costs.activations(*one) for one in passes.values())),
+        memory=alive * costs.memory_frame() + 2 * max(one.remembered for one in passes.values()),
+        # what the critic has read waits, with its graph, while the teacher looks and the student's chunks are replayed
+        activations=max(max(one.activations, one.kept + max(replayed, prompts * one.remembered)) for one in passes.values()),
         latents=latents(costs, longest + 3 * roll.window),
         shared=0,
     )

@@ -19,8 +19,8 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, gaussian
 from cf_model.model.weights import check_whole
 
-from .engine import rank, ranks
 from .loop import Clips, Log, at_least
+from .ranks import rank, ranks
 
 
 @dataclass(frozen=True)

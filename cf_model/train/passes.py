@@ -26,10 +26,52 @@ class Tally:
         self.shares[value] = self.shares.get(value, 0.0) + share
 
 
-def scored(costs: Costs, view: TeacherView, target: int, context: int) -> tuple[int, int, int]:
-    """Frames, remembered frames and noise levels of a bidirectional pass over context and target."""
+@dataclass(frozen=True)
+class Scored:
+    """A bidirectional look at a target after its context: one pass over both, or after one that has read the context."""
+
+    costs: Costs
+    target: tuple[int, int, int]  # frames, remembered frames and noise levels of the pass
+    context: int  # frames that a pass of their own reads, which is made once for any number of noise levels
+
+    @property
+    def look(self) -> float:
+        """Operations of the pass over the target."""
+        return self.costs.forward(*self.target).total
+
+    @property
+    def read(self) -> float:
+        return self.costs.forward(self.context).total if self.context else 0.0
+
+    @property
+    def trained(self) -> float:
+        both = [self.target, *([(self.context, 0, 1)] if self.context else [])]
+        return sum(self.costs.forward(*one).trained(self.costs.compute.checkpointing) for one in both)
+
+    @property
+    def remembered(self) -> int:
+        """Bytes of the context's keys and values."""
+        return self.context * self.costs.memory_frame()
+
+    @property
+    def kept(self) -> int:
+        """Bytes that reading the context keeps for the backward pass, beside what it is read for."""
+        if not self.context:
+            return 0
+        # of a pass that only remembers, the last block's keys and values are all that the graph reaches
+        last = 0 if self.costs.compute.checkpointing else self.costs.block(self.context) + self.costs.ends(self.context)
+        return self.costs.kept(self.context) - last
+
+    @property
+    def activations(self) -> int:
+        return self.kept + self.costs.activations(*self.target)
+
+
+def scored(costs: Costs, view: TeacherView, target: int, context: int) -> Scored:
+    if view.context_pass == "own":
+        return Scored(costs, (target, context, 1), context)
     frames = context + target
-    return frames, 0, frames * costs.tokens if context and view.context_sigma == "zero" else 1
+    return Scored(costs, (frames, 0, frames * costs.tokens if context and view.context_sigma == "zero" else 1), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- causal models

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
-from cf_model.model.memory import MemorySpec, dump, restore
+from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
-from cf_model.model.view import TeacherView
+from cf_model.model.view import Passes, TeacherView
 
-from .distill import critic_loss, generator_gradient
-from .engine import mine, ranks
-from .loop import Average, Optimizer, OptimizerSpec, Random, at_least, batches
+from .distill import critic_loss, generator_gradient, replay
+from .loop import PLAIN, Average, EngineSpec, OptimizerSpec, Random, at_least, batches, mean, optimizer
+from .observe import Clock, remembered, student_loss
+from .past import Kept, Streams
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ScoreSpec:
 
     context: Literal["none", "sparse", "contiguous"]
     guidance: float  # null + guidance (cond - null); Self-Forcing's 3.0 is our 4.0
+    guidance_passes: Passes  # the teacher's two, one after the other or as one batch
     mismatch: Literal["refuse", "accept"]  # a context in another layout than the teacher was trained on
     first_latent: Literal["as_is", "reencode"]  # the first frame that they see, where it isn't the video's: as a picture of its own
 
@@ -40,6 +42,7 @@ class StudentSpec:
 
     steps: int  # updates of the critic
     critic_updates: int  # for one of the student
+    rollouts: Literal["each", "shared"]  # of the critic's updates: a new one each, or one for all until the student's
     batch: int
     memory: MemorySpec
     rollout: RolloutSpec
@@ -65,6 +68,9 @@ class StudentSpec:
             if value % chunk:
                 down = value // chunk * chunk
                 raise ValueError(f"horizon.{name} is {value}, not whole chunks of {chunk} latent frames; use {down} or {down + chunk}")
+        if self.rollouts == "shared" and self.rollout.persist == "stream":
+            stated = "rollouts is shared, but rollout.persist is stream, where every step makes the next part of a video"
+            raise ValueError(f"{stated}; use rollouts: each, or rollout.persist: fresh")
         self.memory.hold(chunk)
         if self.horizon.shortest < self.rollout.window:
             raise ValueError(f"horizon.shortest is {self.horizon.shortest}, below rollout.window {self.rollout.window}; use at least that")
@@ -95,71 +101,109 @@ class Distillation:
         shape: tuple[int, int, int],
         seed: int,
         reencode: Callable[[Float[Tensor, "B F C H W"]], Float[Tensor, "B 1 C H W"]] | None = None,
+        engine: EngineSpec = PLAIN,
     ) -> None:
         """`reencode` makes the last video frame of some latents a picture's latent (`first_latent: reencode`)."""
         device = next(student.parameters()).device
         self.null, self.prompts, self.reencode = null.to(device), prompts, reencode
         self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
-        updates = spec.steps // spec.critic_updates
-        self.student_optimizer = Optimizer(student, spec.student_optimizer, updates)
-        self.critic_optimizer = Optimizer(critic, spec.critic_optimizer, spec.steps)
+        self.random = Random(seed, device, groups=engine.groups(spec.batch))
         self.average = Average(student, spec.ema, spec.ema_start)
-        self.random = Random(seed, device)
-        self.stream = Stream(spec.memory, device)
+        self.student_optimizer = optimizer(student, spec.student_optimizer, spec.steps // spec.critic_updates, engine)
+        self.critic_optimizer = optimizer(critic, spec.critic_optimizer, spec.steps, engine)
+        self.streams = Streams(spec.memory, self.random, device)
+        self.kept = Kept()
+        self.clock = Clock(device)
         self.seen: dict[str, Tensor] = {}
-        if spec.rollout.persist == "stream" and ranks() > 1:
-            raise ValueError(f"rollout.persist is stream, whose video lives in one process, but there are {ranks()} ranks; use CF_RANKS=1")
 
     @property
     def state(self) -> Mapping[str, Any]:
         return {
-            "student": self.student,
-            "critic": self.critic,
+            "student": self.student_optimizer.weights,
+            "critic": self.critic_optimizer.weights,
             "average": self.average,
             "student_optimizer": self.student_optimizer,
             "critic_optimizer": self.critic_optimizer,
             "random": self.random,
-            "stream": self.stream,
+            "streams": self.streams,
+            "kept": self.kept,
         }
 
     def step(self, number: int) -> dict[str, float]:
-        """One update of the critic; every `critic_updates`-th time one of the student first, on the same rollout."""
-        spec, rng = self.spec, self.random.rng
-        made, text = self._roll_out(number)
-        context, target = self.shown(made)
-        values: dict[str, float] = {}
-        self.seen.update(target=target, context=context, text=text)
-        if (number + 1) % spec.critic_updates == 0:
-            values |= self._update_student(made, target, context, text)
-        loss = critic_loss(
-            target, text, fake=self.critic, context=context, view=self.view, flow=self.flow, rng=rng, weight=spec.critic_weight
-        )
-        loss.backward()
-        values |= {"critic_loss": loss.item(), "critic_gradient": self.critic_optimizer.step()}
-        values |= {"frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
-        values |= {"context_frames": float(context.shape[1]), "window": float(made.window.start)}
-        if made.similarities:
-            values["similarity"] = sum(made.similarities) / len(made.similarities)
-            values["slow_frames"] = float(len(made.memory.held()["slow"]))
+        """One update of the critic; every `critic_updates`-th time one of the student too, on the same rollout."""
+        last = (number + 1) % self.spec.critic_updates == 0
+        groups = [self._group(number, group, last) for group in self.random.groups()]
+        values = {name: mean([one[name] for one in groups]) for name in groups[0]}
+        if last:
+            values["student_gradient"] = self.student_optimizer.step()
+            values["ema_distance"] = self.average.update()
+            self.kept.clear()
+        values["critic_gradient"] = self.critic_optimizer.step()
+        self.clock.lap("update")
         return values
 
-    def _roll_out(self, number: int) -> tuple[Rollout, Tensor]:
+    def _group(self, number: int, group: int, last: bool) -> dict[str, float]:
+        """Adds the gradients of one group of the batch: of the critic, and with `last` of the student."""
+        spec = self.spec
+        made, text = self._made(number, group)
+        self.clock.lap("rollout")
+        context, target = self.shown(made)
+        self.clock.lap("data")
+        self.seen.update(target=target, context=context, text=text)
+        past = self.view.read(self.critic, text, context)  # for both updates: the student's doesn't change the critic
+        values = self._student_gradient(made, target, context, text, past) if last else {}
+        loss = critic_loss(
+            target,
+            text,
+            fake=self.critic,
+            context=context,
+            view=self.view,
+            flow=self.flow,
+            rng=self.random.rng,
+            weight=spec.critic_weight,
+            past=past,
+        )
+        self.critic_optimizer.backward(loss / self.random.count)
+        self.clock.lap("critic")
+        values |= {"critic_loss": loss.item(), "frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
+        values |= {"context_frames": float(context.shape[1]), "window": float(made.window.start)}
+        if made.compared:
+            values |= remembered(spec.memory, made.compared) | {"slow_frames": float(len(made.memory.held()["slow"]))}
+        return values
+
+    def _made(self, number: int, group: int) -> tuple[Rollout, Tensor]:
+        """The rollout that this step's scores look at."""
+        into, rng = number % self.spec.critic_updates, self.random.rng
+        if self.spec.rollouts == "each":
+            return self._roll_out(number, group)
+        if not into:
+            self.kept.before = rng.get_state()
+            self.kept.made[group] = self._roll_out(number, group)
+        elif group not in self.kept.made:  # resumed between two updates of the student, which would make the same again
+            now = rng.get_state()
+            rng.set_state(self.kept.before)
+            self.kept.made[group] = self._roll_out(number - into, group)
+            rng.set_state(now)
+        return self.kept.made[group]
+
+    def _roll_out(self, number: int, group: int) -> tuple[Rollout, Tensor]:
         """A new video, or with `persist: stream` the next part of the one before, until that is as long as it should be."""
-        spec, rng, before = self.spec, self.random.rng, self.stream.made
-        new = spec.rollout.window - spec.rollout.skip_first * spec.rollout.chunk
-        if before and before.video.shape[1] + new <= self.stream.frames:
-            frames, text = before.video.shape[1] + new, self.stream.text
+        spec, rng, stream = self.spec, self.random.rng, self.streams.groups[group]
+        before, new = stream.made, spec.rollout.window - spec.rollout.skip_first * spec.rollout.chunk
+        if before and before.video.shape[1] + new <= stream.frames:
+            frames, text = before.video.shape[1] + new, stream.text
         else:
-            before, text = None, self.prompts[mine(batches(range(len(self.prompts)), spec.batch, self.random))].to(self.null)
+            drawn = self.random.mine(batches(range(len(self.prompts)), spec.batch, self.random))
+            before, text = None, self.prompts[drawn].to(self.null)
             frames = spec.horizon.sample(number, spec.rollout.chunk, rng)
             if spec.rollout.persist == "stream":
-                self.stream.frames, self.stream.text, frames = frames, text, spec.rollout.window
+                stream.frames, stream.text, frames = frames, text, spec.rollout.window
         made = rollout(
             self.student, text, frames, self.shape, spec=spec.rollout, memory=spec.memory, flow=self.flow, rng=rng, past=before
         )
         if spec.rollout.persist == "stream":
-            self.stream.made = made
+            stream.made = made
         return made, text
 
     def shown(self, made: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
@@ -173,7 +217,7 @@ class Distillation:
             both = torch.cat([self.reencode(made.video[:, : first + 1]), both[:, 1:]], dim=1)
         return both[:, : len(seen)], both[:, len(seen) :]
 
-    def _update_student(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor) -> dict[str, float]:
+    def _student_gradient(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None) -> dict[str, float]:
         gradient, values = generator_gradient(
             target,
             text,
@@ -184,53 +228,11 @@ class Distillation:
             flow=self.flow,
             rng=self.random.rng,
             guidance=self.spec.teacher.guidance,
+            guidance_passes=self.spec.teacher.guidance_passes,
+            past=past,
             null=self.null,
         )
-        replay(self.student, made, gradient, text)
-        values["student_gradient"] = self.student_optimizer.step()
-        self.average.update()
-        return values
-
-
-class Stream:
-    """The video that `persist: stream` goes on with; part of a checkpoint."""
-
-    def __init__(self, spec: MemorySpec, device: torch.device) -> None:
-        self.spec, self.device, self.frames, self.text = spec, device, 0, torch.empty(0)
-        self.made: Rollout | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.made is None:
-            return {}
-        return {"frames": self.frames, "text": self.text, "video": self.made.video, "memory": dump(self.made.memory)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.made = None
-        if state:
-            state = moved(state, self.device)
-            self.frames, self.text = state["frames"], state["text"]
-            self.made = Rollout(state["video"], slice(0), (), (), restore(self.spec, state["memory"]), ())
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Nested dictionaries and lists with their tensors on a device."""
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, list):
-        return [moved(item, device) for item in value]
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def replay(student: Callable[..., Tensor], made: Rollout, gradient: Float[Tensor, "B F C H W"], text: Tensor) -> None:
-    """Back-propagates `gradient` of 0.5 mse(x, (x - gradient).detach()) into the student, one chunk at a time.
-
-    Each scored chunk's last pass is run again with a graph, against the memory it had, which is constant. So the
-    gradient stops exactly at the context, and memory is that of one chunk however long the rollout was.
-    """
-    carry = [target for target in made.targets if target.grad]
-    numbers = sum(target.x_t.numel() for target in carry)
-    for target in carry:
-        at = target.first - made.window.start
-        sigma = target.x_t.new_full((len(target.x_t),), target.sigma)
-        x_0 = student(target.x_t, sigma, text, target.memory)
-        (x_0 * gradient[:, at : at + x_0.shape[1]]).sum().div(numbers).backward()
+        self.clock.lap("scores")
+        replay(self.student, made, gradient, text, backward=lambda loss: self.student_optimizer.backward(loss / self.random.count))
+        self.clock.lap("replay")
+        return values | {"student_loss": student_loss(made, gradient)}

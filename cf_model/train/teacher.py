@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.flow import Flow
+from cf_model.model.flow import Flow, share
 from cf_model.model.view import TeacherView
 
 from .adapter import LoraSpec, attach
-from .erft import ErrorBank, ErrorSpec, erft_loss
-from .loop import Average, Clips, Optimizer, OptimizerSpec, Random, at_least, batches, drop_prompts
+from .erft import ErrorBank, ErrorSpec, Mistakes, erft_loss
+from .loop import PLAIN, Average, Clips, EngineSpec, OptimizerSpec, Random, at_least, batches, drop_prompts, mean, optimizer
+from .observe import Clock
 
 
 @dataclass(frozen=True)
@@ -42,39 +44,53 @@ class TeacherSpec:
 
 
 class Teacher:
-    def __init__(self, spec: TeacherSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int) -> None:
+    def __init__(
+        self, spec: TeacherSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int, engine: EngineSpec = PLAIN
+    ) -> None:
         self.spec, self.model, self.latents, self.flow = spec, model, latents, flow
         if spec.lora.rank:
             attach(model, spec.lora, seed)
         self.rows = latents.rows("train", at_least=spec.shortest + spec.target)
-        self.optimizer = Optimizer(model, spec.optimizer, spec.steps)
-        self.average = Average(model, spec.ema)
-        self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
         self.device = next(model.parameters()).device
-        self.random = Random(seed, self.device)
+        self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
+        self.average = Average(model, spec.ema)
+        self.optimizer = optimizer(model, spec.optimizer, spec.steps, engine)
+        self.clock = Clock(self.device)
+        self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
         self.seen: dict[str, Tensor] = {}
 
     @property
     def state(self) -> Mapping[str, Any]:
-        return {"model": self.model, "average": self.average, "optimizer": self.optimizer, "bank": self.bank, "random": self.random}
+        parts = {"model": self.optimizer.weights, "average": self.average, "optimizer": self.optimizer}
+        return {**parts, "bank": self.bank, "random": self.random}
 
     def step(self, number: int) -> dict[str, float]:
+        made = [self._loss(number) for _ in self.random.groups()]
+        self.bank.collect(*(found for _, found in made))
+        norm = self.optimizer.step()
+        distance = self.average.update()
+        self.clock.lap("update")
+        values = {name: mean([one[name] for one, _ in made]) for name in made[0][0]}
+        return {**values, "gradient": norm, **self.bank.statistics(), "ema_distance": distance}
+
+    def _loss(self, number: int) -> tuple[dict[str, float], Mistakes]:
+        """Of one group of the batch, whose gradient is added; and its mistakes."""
         spec, rng = self.spec, self.random.rng
         rows = batches(self.rows, spec.batch, self.random)
         longest = min(spec.longest, *(self.latents.frames(row) - spec.target for row in rows))
         start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, longest, 1)[0]
         view = replace(spec.view, sink=0, slow=0) if self.random.coin(spec.fast_only) else spec.view
         starts = [self.random.integers(0, self.latents.frames(row) - start - spec.target, 1)[0] for row in rows]
+        rows, starts = self.random.mine(rows), self.random.mine(starts)
         clip = self.latents.window(rows, starts, start + spec.target).to(self.device)
         x, context = clip[:, start:], clip[:, view.frames(start)]
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
-        sigma = self.flow.sample_sigma(len(x), rng)
-        self.seen.update(x=x, context=context, text=text, sigma=sigma)
-        loss = erft_loss(
-            self.model, x, text, context, sigma, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
+        levels = self.flow.warp(torch.rand(spec.batch, generator=rng))  # of the whole batch: each rank draws everyone's mistakes
+        self.seen.update(x=x, context=context, text=text, sigma=share(levels, rng))
+        self.clock.lap("data")
+        loss, found = erft_loss(
+            self.model, x, text, context, levels, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
         )
-        loss.backward()
-        norm = self.optimizer.step()
-        self.average.update()
-        name = "loss" if start else "loss_without_context"
-        return {name: loss.item(), "gradient": norm, "context_frames": float(context.shape[1]), **self.bank.statistics()}
+        self.optimizer.backward(loss / self.random.count)
+        self.clock.lap("loss")
+        return {"loss" if start else "loss_without_context": loss.item(), "context_frames": float(context.shape[1])}, found

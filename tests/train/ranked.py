@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cf_model.model.codec import LinearCodec, save_codec
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView
+from cf_model.train.adapter import LoraSpec
 from cf_model.train.base import Base, BaseSpec
 from cf_model.train.causal_init import CausalInit, CausalInitSpec
-from cf_model.train.engine import OptimizerSpec, is_first
+from cf_model.train.engine import EngineSpec, OptimizerSpec
+from cf_model.train.erft import ErrorBank, ErrorSpec
 from cf_model.train.loop import fit
 from cf_model.train.ode import OdeSpec
+from cf_model.train.ranks import is_first, rank
+from cf_model.train.samples import ContinuedSpec, SampleSpec, WindowSpec, continued, from_noise, streamed
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
+from cf_model.train.teacher import Teacher, TeacherSpec
 from tasks import ranks
+from tasks.samples import Make, Samples
 from tasks.tracking import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
 
@@ -30,6 +42,7 @@ class Clips:
 
     shape = SHAPE
     empty_text = torch.zeros(5, 8)
+    fps = 16.0
 
     def rows(self, split: str, at_least: int = 1) -> list[int]:
         return list(range(8))
@@ -43,17 +56,35 @@ class Clips:
     def text(self, rows: list[int]) -> Tensor:
         return torch.stack([normal(5, 8, seed=100 + row) for row in rows])
 
+    def captions(self, rows: list[int]) -> list[str]:
+        return [f"clip {row}" for row in rows]
+
 
 # the weights' steps must show, but Adam's first ones are signs of gradients, and those of rounding alone differ
 OPTIMIZER = OptimizerSpec(lr=1e-4, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.01, muon_decay=0.0, clip=1.0, warmup=3, decay=0.5)
 COMMON = {"ema": 0.9, "save_every": 5}
+ENGINE = EngineSpec(**{"use": "torch", "zero": 0, "offload": "none", "micro_batch": None} | json.loads(os.environ.get("ENGINE", "{}")))
 
 
 def base() -> tuple[Base, dict[str, Denoiser]]:
-    plan = BaseSpec(
-        init="scratch", weights=None, steps=STEPS, batch=BATCH, window=4, dropout=0.2, optimizer=OPTIMIZER, **COMMON
-    )  # type: ignore[arg-type]
-    job = Base(plan, model=denoiser(), latents=Clips(), flow=FLOW, seed=3)
+    plan = BaseSpec(init="scratch", weights=None, steps=STEPS, batch=BATCH, window=4, dropout=0.2, optimizer=OPTIMIZER, **COMMON)  # type: ignore[arg-type]
+    job = Base(plan, model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)
+    return job, {"model": job.model}
+
+
+def teacher() -> tuple[Teacher, dict[str, Denoiser]]:
+    """Mistakes everywhere, of levels that fill up and replace; every kind of context, read by a pass of its own."""
+    errors = ErrorSpec(context=0.7, latent=0.7, noise=0.5, clean=0.3, clean_update=0.5, segments="fast", grids=3, per_grid=3,
+                       dtype="float32", bytes=1_000_000, warmup=3)  # fmt: skip
+    plan = {"steps": STEPS, "batch": BATCH, "target": 6, "shortest": 6, "longest": 17, "no_context": 0.2, "fast_only": 0.2, "dropout": 0.2}
+    plan |= {
+        "view": TeacherView("sparse", 3, 3, 3, 3, "zero", "own"),
+        "errors": errors,
+        "weight": "bell",
+        "lora": LoraSpec(None, None, None),
+    }
+    plan |= {"optimizer": OPTIMIZER, **COMMON}
+    job = Teacher(TeacherSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
     return job, {"model": job.model}
 
 
@@ -61,38 +92,95 @@ def causal_init() -> tuple[CausalInit, dict[str, Denoiser]]:
     plan = {"method": "teacher_forcing", "steps": STEPS, "batch": BATCH, "frames": 6, "longest": 9, "begin": 0.3, "chunk": 3}
     plan |= {"ode": OdeSpec(videos=2, batch=2, steps=4, keep=(0, 2), shift=3.0, guidance=1.0, context="noisy")}
     plan |= {"dropout": 0.2, "memory": spec(tau=0.9), "optimizer": OPTIMIZER, **COMMON}
-    job = CausalInit(CausalInitSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3)  # type: ignore[arg-type]
+    job = CausalInit(CausalInitSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
     return job, {"model": job.model}
 
 
-def student() -> tuple[Distillation, dict[str, Denoiser]]:
-    plan = {"steps": STEPS, "critic_updates": 2, "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
+def student(more: dict[str, Any] | None = None) -> tuple[Distillation, dict[str, Denoiser]]:
+    plan = {"steps": STEPS, "critic_updates": 2, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
-    plan |= {"teacher": ScoreSpec(context="sparse", guidance=2.0, mismatch="refuse", first_latent="as_is"), "critic_weight": "bell"}
-    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON}
+    scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
+    plan |= {"teacher": scores, "critic_weight": "bell"}
+    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON, **(more or {})}
     job = Distillation(
         StudentSpec(**plan),  # type: ignore[arg-type]
         student=denoiser(0),
         teacher=denoiser(1),
         critic=denoiser(1),
-        view=TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=6, context_sigma="zero"),
+        view=TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=6, context_sigma="zero", context_pass="joint"),
         flow=FLOW,
         prompts=normal(7, 5, 8),
         null=torch.zeros(5, 8),
         shape=SHAPE,
         seed=0,
+        engine=ENGINE,
     )
     return job, {"student": job.student, "critic": job.critic}
 
 
-def train(name: str, out: Path, steps: int = STEPS) -> None:
+def streaming() -> tuple[Distillation, dict[str, Denoiser]]:
+    """The same, on videos that go on from step to step, each for six chunks."""
+    job, models = student({"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist="stream")})
+    return job, models
+
+
+def sharing() -> tuple[Distillation, dict[str, Denoiser]]:
+    """The same, with one rollout for three updates of the critic."""
+    return student({"rollouts": "shared", "critic_updates": 3})
+
+
+def broken() -> tuple[Base, dict[str, Denoiser]]:
+    """The base model, whose clips are not numbers in the third step."""
+
+    class Torn(Clips):
+        asked = 0
+
+        def window(self, rows: list[int], starts: list[int], length: int) -> Tensor:
+            self.asked += 1
+            return super().window(rows, starts, length) * (math.nan if (self.asked - 1) // job.random.count == 2 else 1.0)
+
+    job, models = base()
+    job.latents = Torn()
+    return job, models
+
+
+def sampler(job: Base | CausalInit | Distillation | Teacher, track: Track, codec: Path, every: int) -> Samples:
+    """Two videos of each set: a window, of the teacher after a real beginning, or a stream."""
+    given = {"every": every, "prompts": 2, "seed": 1, "crf": 16}
+    plan: SampleSpec
+    make: Make
+    if isinstance(job, Base):
+        plan = WindowSpec(frames=4, sampler_steps=3, guidance=1.5, **given)
+        make = partial(from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
+    elif isinstance(job, Teacher):
+        plan = ContinuedSpec(frames=12, prefix=6, sampler_steps=3, guidance=1.5, **given)
+        make = partial(continued, job.average.model, spec=plan, view=job.spec.view, flow=FLOW, null=torch.zeros(5, 8))
+    else:
+        plan = SampleSpec(frames=12, **given)
+        make = partial(streamed, job.average.model, spec=plan, levels=(1.0, 0.5), chunk=3, memory=job.spec.memory, flow=FLOW)
+    return Samples(plan, track, Clips(), codec, make)  # type: ignore[arg-type]
+
+
+def small_codec(folder: Path) -> Path:
+    torch.manual_seed(0)
+    codec = LinearCodec(SHAPE[0], 8)
+    codec.decoder.copy_(normal(*codec.decoder.shape, seed=9) / 20)
+    save_codec(codec, folder)
+    return folder
+
+
+def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
-    fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen)
+    codec = small_codec(out / "codec") if is_first() else out / "no codec"  # a rank that follows has no use for it
+    samples = sampler(job, track, codec, every)
+    fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen, clock=job.clock, sample=samples)
+    parts = {model: job.state[model].state_dict() for model in models}
     if is_first():
-        held = {f"{model}/{key}": value for model, part in models.items() for key, value in part.state_dict().items()}
-        save_file(held, out / "weights.safetensors")
+        save_file({f"{model}/{key}": value for model, part in parts.items() for key, value in part.items()}, out / "weights.safetensors")
+    if isinstance(bank := job.state.get("bank"), ErrorBank):
+        save_file(bank.state_dict(), out / f"bank-{rank()}.safetensors")
 
 
 if __name__ == "__main__":

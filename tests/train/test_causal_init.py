@@ -14,7 +14,7 @@ from tasks.tracking import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, spec
 
 NULL = normal(5, 8, seed=7)
-NONE = TeacherView(context="none", sink=0, slow=0, fast=0, stride=1, context_sigma="zero")
+NONE = TeacherView(context="none", sink=0, slow=0, fast=0, stride=1, context_sigma="zero", context_pass="joint")
 
 
 class Prompts:
@@ -65,7 +65,8 @@ def test_a_trajectory_ends_where_the_sampler_does():
     flow = dataclasses.replace(FLOW, shift=3.0)
     noise = torch.randn(2, 6, *SHAPE, generator=rng())
     *_, last = trajectory(model, text, noise, levels=ode().levels(FLOW), guidance=2.0, null=NULL)
-    theirs = sample(model, text, normal(2, 0, *SHAPE), (6, *SHAPE), view=NONE, flow=flow, steps=4, guidance=2.0, rng=rng(), null=NULL)
+    how = {"view": NONE, "flow": flow, "steps": 4, "guidance": 2.0, "guidance_passes": "apart", "null": NULL}
+    theirs = sample(model, text, normal(2, 0, *SHAPE), (6, *SHAPE), **how, rng=rng())
     assert torch.equal(last, theirs)
 
 

@@ -4,12 +4,11 @@ import torch
 from cf_model.model.memory import empty
 from cf_model.model.rollout import rollout
 from cf_model.model.view import TeacherView, sample
-from cf_model.train.distill import critic_loss, generator_gradient
-from cf_model.train.student import replay
+from cf_model.train.distill import critic_loss, generator_gradient, replay
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
 TEXT = normal(2, 5, 8, seed=3)
-VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero")
+VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
 ROLLOUT = rolling()
 NULL = torch.zeros(5, 8)
 
@@ -26,10 +25,20 @@ class Line:
         return (x_t - self.factor * x_t - text.mean()) / sigma.view(-1, 1, 1, 1, 1)
 
 
-def gradient(x, real, fake, guidance=1.0):
+def gradient(x, real, fake, guidance=1.0, passes="apart"):
     nothing = x[:, :0]
     return generator_gradient(
-        x, TEXT, real=real, fake=fake, context=nothing, view=VIEW, flow=FLOW, rng=rng(), guidance=guidance, null=NULL
+        x,
+        TEXT,
+        real=real,
+        fake=fake,
+        context=nothing,
+        view=VIEW,
+        flow=FLOW,
+        rng=rng(),
+        guidance=guidance,
+        null=NULL,
+        guidance_passes=passes,
     )
 
 
@@ -211,7 +220,7 @@ def test_levels_that_context_frames_are_announced_with(announced):
             self.sigma = sigma
             return x_t
 
-    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma=announced)
+    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma=announced, context_pass="joint")
     x, sigma, model = normal(2, 6, *SHAPE), torch.tensor([0.5, 0.9]), Listener()
     assert torch.equal(view.velocity(model, x, sigma, TEXT, normal(2, 4, *SHAPE, seed=2)), x)
     levels = model.sigma if model.sigma.ndim == 2 else model.sigma[:, None].expand(2, 10)
@@ -227,6 +236,7 @@ def test_the_sampler_moves_away_from_the_null_prompt():
             return torch.ones_like(x_t) * text.mean()
 
     nothing, null = torch.zeros(2, 0, *SHAPE), normal(5, 8, seed=8)
-    made = sample(Constant(), TEXT, nothing, (3, *SHAPE), view=VIEW, flow=FLOW, steps=1, guidance=3.0, rng=rng(), null=null)
+    how = {"view": VIEW, "flow": FLOW, "steps": 1, "guidance": 3.0, "null": null}
+    made = sample(Constant(), TEXT, nothing, (3, *SHAPE), **how, guidance_passes="apart", rng=rng())
     velocity = null.mean() + 3 * (TEXT.mean() - null.mean())
     assert torch.allclose(made, torch.randn((2, 3, *SHAPE), generator=rng()) - velocity, atol=1e-6)

@@ -9,7 +9,7 @@ from cf_model.model.view import TeacherView
 from cf_model.train.erft import ErrorBank, ErrorSpec, add_to_context, erft_loss
 from tests.small import FLOW, SHAPE, normal, rng
 
-VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero")
+VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
 
 
 def errors(**changes):
@@ -32,7 +32,9 @@ def loss(model, bank, step=0, context=None, seed=0, sigma=(0.5, 0.5), weight="un
     how = {"view": VIEW, "bank": bank, "flow": FLOW, "weight": weight}
     x = normal(2, 6, *SHAPE)
     context = normal(2, 12, *SHAPE, seed=4) if context is None else context
-    return erft_loss(model, x, normal(2, 5, 8), context, torch.tensor(sigma), **how, step=step, rng=rng(seed))
+    value, found = erft_loss(model, x, normal(2, 5, 8), context, torch.tensor(sigma), **how, step=step, rng=rng(seed))
+    bank.collect(found)
+    return value
 
 
 def test_mistakes_are_what_the_prediction_was_wrong_by():
@@ -95,7 +97,7 @@ def test_bank_goes_through_a_checkpoint(tmp_path, dtype):
     bank = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
     loss(Guess(), bank)
     loss(Guess(), bank, sigma=(0.9, 0.1))
-    checkpoint.save(tmp_path, 1, {"bank": bank})
+    checkpoint.save(tmp_path, 1, {"bank": bank.state_dict()})
     again = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
     assert checkpoint.restore(tmp_path, {"bank": again}) == 1
     assert torch.equal(again.count, bank.count) and again.count.tolist() == [1, 0, 2, 1]

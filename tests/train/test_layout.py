@@ -7,7 +7,7 @@ import pytest
 from cf_model.model.view import TeacherView
 from cf_model.train.layout import Layout, agreed
 
-VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="shared")
+VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="shared", context_pass="joint")
 TRAINED = Layout(VIEW, target=21, longest=99)
 
 
@@ -69,3 +69,14 @@ def test_a_file_that_is_no_layout(teacher, text):
     (teacher / "layout.json").unlink()
     with pytest.raises(ValueError, match=r"has no layout\.json, which says what context it was trained on; use stage2"):
         agreed(teacher, shown(), accept=False)
+
+
+def test_the_pass_that_reads_the_context_is_part_of_it(tmp_path):
+    own = dataclasses.replace(VIEW, context_sigma="zero", context_pass="own")
+    Layout(own, target=21, longest=99).save(tmp_path)
+    assert agreed(tmp_path, Layout(own, 21, 99), accept=False) == own
+    joint = dataclasses.replace(own, context_pass="joint")
+    with pytest.raises(ValueError, match=r"teacher.view.context_pass is joint, but the teacher was trained with own; use that"):
+        agreed(tmp_path, Layout(joint, 21, 99), accept=True)
+    nothing = Layout(dataclasses.replace(joint, context="none"), 21, 99)
+    assert agreed(tmp_path, nothing, accept=False) == nothing.view

@@ -89,7 +89,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, why, damage):
     job = Job()
     for step in (2, 4, 6):
-        checkpoint.save(tmp_path, step, job.state)
+        checkpoint.save(tmp_path, step, {name: part.state_dict() for name, part in job.state.items()})
     kept = sorted(tmp_path.glob("step-*"))
     assert len(kept) == checkpoint.KEEP
     damage(kept[-1])
@@ -169,11 +169,12 @@ def distillation(**changes):
     plan = {
         "steps": 6,
         "critic_updates": 2,
+        "rollouts": "each",
         "batch": 2,
         "memory": spec(),
         "rollout": rolling(levels=(1.0, 0.5), window=6),
         "horizon": HorizonSpec(shortest=9, longest=15, decay=0, mode="linear"),
-        "teacher": ScoreSpec(context="sparse", guidance=2.0, mismatch="refuse", first_latent="as_is"),
+        "teacher": ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is"),
         "critic_weight": "uniform",
         "student_optimizer": optimizer(muon_lr=0.0),
         "critic_optimizer": optimizer(muon_lr=0.0),
@@ -181,7 +182,7 @@ def distillation(**changes):
         "ema_start": 0,
         "save_every": 10,
     }
-    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero")
+    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
     return Distillation(
         StudentSpec(**(plan | changes)),
         student=denoiser(0),
@@ -220,9 +221,9 @@ def test_a_stream_goes_on_across_steps_and_across_a_resume(tmp_path, scope):
     through, values, texts = distillation(**changes), [], []
     for number in range(6):
         if number == 3:
-            checkpoint.save(tmp_path, 3, through.state)
+            checkpoint.save(tmp_path, 3, {name: part.state_dict() for name, part in through.state.items()})
         values.append(through.step(number))
-        texts.append(through.stream.text)
+        texts.append(through.streams.groups[0].text)
     assert all(torch.equal(text, texts[0]) for text in texts[:5]), "one video, one prompt"
     assert [row["frames"] for row in values] == [6, 9, 12, 15, 18, 6]
     resumed = distillation(**changes)
@@ -238,7 +239,7 @@ def test_without_a_past_the_contextual_loss_is_self_forcings():
         "horizon": HorizonSpec(shortest=6, longest=6, decay=0, mode="linear"),
         "critic_updates": 1,
     }
-    none = ScoreSpec(context="none", guidance=2.0, mismatch="refuse", first_latent="as_is")
+    none = ScoreSpec(context="none", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     one, two = distillation(**alone), distillation(**alone, teacher=none)
     two.view = dataclasses.replace(two.view, context="none")
     assert [one.step(0), one.step(1)] == [two.step(0), two.step(1)]
@@ -251,7 +252,7 @@ def test_the_picture_that_begins_what_the_scores_see():
     job.spec = dataclasses.replace(job.spec, teacher=dataclasses.replace(job.spec.teacher, first_latent="reencode"))
     job.view = dataclasses.replace(job.view, context="none")
     job.reencode = lambda latents: asked.append(latents) or latents[:, -1:] + 100
-    made, _ = job._roll_out(0)
+    made, _ = job._roll_out(0, 0)
     context, target = job.shown(made)
     assert context.shape[1] == 0 and torch.equal(asked[0], made.video[:, :7])
     assert torch.equal(target[:, :1], made.video[:, 6:7] + 100) and torch.equal(target[:, 1:], made.video[:, 7:12])

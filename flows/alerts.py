@@ -1,0 +1,128 @@
+"""Someone is told: when a night fails, crashes, is refused, or does not happen at all.
+
+A message is a POST of JSON to the URL in CF_ALERT_URL, whose `text` Slack, Mattermost and others show as it is. The URL is a secret:
+it comes from the environment only, and no log line holds it. A night writes down how it ended; `cf nightly-check`, from cron, needs
+neither server nor worker nor flow to see that the last good end is too long ago.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.locked import in_a_sentence
+
+URL = "CF_ALERT_URL"
+TRIES, PAUSE, LIMIT = 3, 2.0, 10.0
+LAST = Path(".runs/nightly.json")  # in the checkout that nights are started in
+AGAIN = 24 * 3600.0  # Choice: seconds until an absence that goes on is told again
+
+
+def send(event: str, text: str, line: Callable[[str], None], **facts: Any) -> bool:
+    """Whether it was delivered. It never raises: an alert must not be what ends a night."""
+    url = os.environ.get(URL)
+    if not url:
+        line(f"nobody is told ({event}): {URL} is not set")
+        return False
+    body = json.dumps({"text": f"context-forcing: {text}", "event": event, "time": int(time.time()), **facts}).encode()
+    why = ""
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE)
+        try:
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+            if not url.startswith(("http://", "https://")):
+                raise ValueError
+            with urllib.request.urlopen(request, timeout=LIMIT):
+                line(f"someone was told: {event}")
+                return True
+        except urllib.error.HTTPError as error:
+            why = f"HTTP {error.code}"
+        except (OSError, ValueError) as error:  # its text may hold the URL
+            why = type(error).__name__
+    line(f"nobody could be told ({event}): {why}; see {URL} in the worker's environment")
+    return False
+
+
+def on_failure(flow: Any, flow_run: Any, state: Any) -> None:
+    """Prefect calls these; after a kill -9 of the flow it is the worker that does."""
+    _of_a_run("failed", flow_run, state)
+
+
+def on_crashed(flow: Any, flow_run: Any, state: Any) -> None:
+    _of_a_run("crashed", flow_run, state)
+
+
+def _of_a_run(event: str, run: Any, state: Any) -> None:
+    said = " ".join(str(state.message or "").split())[:500]
+    ended(Path.cwd(), event, good=False)
+    send(event, f"nightly {run.name} {event}: {said}", _print, run=str(run.id), name=run.name)
+
+
+def ended(repo: Path, outcome: str, *, good: bool) -> None:
+    """Writes down how a night ended."""
+    now = time.time()
+    state = _last(repo) | {"outcome": outcome, "ended": now} | ({"good": now} if good else {})
+    _write(repo, state)
+
+
+def absent(repo: Path, hours: float, line: Callable[[str], None] = lambda _: None) -> str | None:
+    """What is wrong, if no night has ended well for so long; it was then told. Time begins with the first time anyone asks."""
+    now, state = time.time(), _last(repo)
+    if not state:
+        _write(repo, {"since": now})
+        return None
+    since = state.get("good", state.get("since", state.get("ended", now)))
+    if now - since <= hours * 3600:
+        return None
+    last = f"the last to end was {state['outcome']}" if "outcome" in state else "none has ever ended"
+    said = f"no nightly has ended well for {(now - since) / 3600:.1f} hours ({last}); `cf doctor` on its machine says more"
+    if now - state.get("told", 0) > AGAIN and send("absent", said, line, hours=round((now - since) / 3600, 2)):
+        _write(repo, state | {"told": now})
+    return said
+
+
+def _last(repo: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((repo / LAST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(repo: Path, state: dict[str, Any]) -> None:
+    path = repo / LAST
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(state, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@in_a_sentence
+def main(argv: list[str]) -> None:
+    about = "Exit code 1, and an alert, when no nightly has ended well for nightly.absent_hours. For cron: it needs no server."
+    parser = argparse.ArgumentParser("cf nightly-check", description=about)
+    parser.add_argument("--hours", type=float, help="default: nightly.absent_hours in params.yaml")
+    repo, hours = Path.cwd(), parser.parse_args(argv).hours
+    if hours is None:
+        hours = float(yaml.safe_load((repo / "params.yaml").read_text())["nightly"]["absent_hours"])
+    if said := absent(repo, hours, _print):
+        sys.exit(said)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

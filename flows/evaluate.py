@@ -1,0 +1,130 @@
+"""A given checkpoint, measured: a flow that puts it in the place of a stage's model and makes the videos, the numbers and the report.
+
+It happens in a worktree of its own, on whose branch the stage is frozen and dvc.lock names the checkpoint: `dvc repro` at that
+commit repeats it, and nobody takes the model for one that the stage made.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from ruamel.yaml import YAML
+
+from flows import logs, reconcile, stages, supervise, worktree
+from flows.pipeline import check, name, repro
+from flows.run_config import Override, Profile, StageName, parse
+
+# letters that git takes in a tag and a folder's name has: no option, no shell
+PLACE = r"^[A-Za-z0-9_./~][A-Za-z0-9_./@#~+-]{0,300}$"
+
+
+class Checkpoint(BaseModel):
+    """Which checkpoint, and what is measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: Annotated[str, StringConstraints(pattern=PLACE)] = Field(
+        description="A folder on the worker's machine, such as out/student, or a version, tag or commit, such as student@v0.0.1."
+    )
+    stage: StageName = Field("stage2", description="The stage whose model it takes the place of.")
+    measured: list[StageName] = Field(
+        ["generate", "evaluate", "report"], min_length=1, max_length=20, description="The stages that run with it."
+    )
+    profile: Profile = Field("params.yaml", description="The parameters to start from.")
+    overrides: list[Override] = Field(
+        default_factory=list, max_length=50, description="Values laid over them, for example generate.prompts=8."
+    )
+
+    @field_validator("overrides")
+    @classmethod
+    def _readable(cls, stated: list[str]) -> list[str]:
+        parse(stated)
+        return stated
+
+
+@flow(name="evaluate", on_crashed=[reconcile.close_tasks], on_cancellation=[reconcile.close_tasks])
+def evaluate(config: Checkpoint) -> dict[str, str]:
+    """The checkpoint's videos and numbers, beside those of the other systems, which come from the cache where they are there."""
+    supervise.start()
+    try:
+        repo, run = Path.cwd().resolve(), name()
+        root = worktree.make(repo, run, profile=config.profile, overrides=parse(config.overrides))
+        with worktree.alone(root):
+            check(root)
+            known = stages.stages(root)
+            chosen = stages.selected(known, config.measured)
+            needed = {stage.name for last in config.measured for stage in stages.selected(known, (), None, last)}
+            before = [stage.name for stage in known if stage.name in needed - {one.name for one in chosen} - {config.stage}]
+            states = repro(root, only=before, run=run, repo=repo) if before else {}
+            put(repo, root, config.checkpoint, config.stage)
+            states |= repro(root, only=[stage.name for stage in chosen], run=run, repo=repo)
+            worktree.git(root, "add", "--update")
+            found = worktree.commit(root, ["dvc.lock", "metrics"], f"run {run}: {config.checkpoint} as {config.stage}, measured")
+            get_run_logger().info(f"{root} is branch run/{run} at {found[:12]}; its report is reports/report.html there")
+            return states
+    finally:
+        supervise.stop()
+        logs.deliver()
+
+
+@task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)
+def put(repo: Path, root: Path, checkpoint: str, stage: str) -> None:
+    """Its files are now what dvc.lock says that the stage made, and the stage is frozen."""
+    out = model_of(root, stage)
+    with tempfile.TemporaryDirectory(dir=root / ".dvc/tmp") as temporary:
+        found = fetch(repo, checkpoint, out, Path(temporary) / "model")
+        place = root / out
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(found, place)
+    dvc(root, "freeze", stage)
+    dvc(root, "commit", "--force", "--no-relink", stage)
+    files = [file for file in place.rglob("*") if file.is_file()]
+    get_run_logger().info(f"{out} is {checkpoint}: {len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")
+
+
+def model_of(root: Path, stage: str) -> str:
+    """The one folder that a stage makes and the cache holds."""
+    known = YAML(typ="safe", pure=True).load(root / "dvc.yaml")["stages"]
+    if stage not in known:
+        raise ValueError(f"{stage} is no stage; known are {', '.join(known)}")
+    outs: list[Any] = known[stage].get("outs", [])
+    names = [out if isinstance(out, str) else next(iter(out)) for out in outs]
+    models = [out for out in names if Path(out).parts[0] == "models"]
+    if len(models) != 1:
+        raise ValueError(f"{stage} makes {', '.join(names) or 'nothing'}, and no single folder in models/; name a stage that makes a model")
+    return models[0]
+
+
+def fetch(repo: Path, checkpoint: str, out: str, into: Path) -> Path:
+    """The folder as it is, or out of the cache what a commit's dvc.lock names; without a cached copy, from the remote."""
+    folder = Path(checkpoint).expanduser()
+    folder = folder if folder.is_absolute() else repo / folder
+    if folder.is_dir():
+        files = list(folder.rglob("*"))
+        if odd := next((file for file in files if file.is_symlink() or not (file.is_file() or file.is_dir())), None):
+            raise ValueError(f"{odd} is a link or no plain file; a checkpoint is a folder of plain files")
+        if not any(file.is_file() for file in files):
+            raise ValueError(f"{folder} is empty; name the folder that holds the model's files, such as models/stage2")
+        return folder
+    try:
+        rev = worktree.git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{checkpoint}^{{commit}}").strip()
+    except RuntimeError:
+        raise ValueError(f"{checkpoint} is neither a folder in {repo} nor a version, tag or commit; `cf history` lists versions") from None
+    dvc(repo, "get", ".", out, "--rev", rev, "--out", str(into))
+    return into
+
+
+def dvc(root: Path, *words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        raise RuntimeError(f"`dvc {words[0]}` failed: {' '.join(said)[-500:]}")

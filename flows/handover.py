@@ -1,0 +1,99 @@
+"""What a night made goes to the others: data to the DVC remote, then its branch and tags to origin. What could not go is written down
+in .runs/handover.json, and the next night sends it first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from flows import remote, supervise, worktree
+from flows.stage_task import environment
+from flows.worktree import git
+
+WAITING = Path(".runs/handover.json")
+TAGS = ("refs/tags/student@*", "refs/tags/student#*")
+
+Line = Callable[[str], None]
+
+
+def waiting(repo: Path) -> list[str]:
+    """Branches that only this machine has, oldest first."""
+    try:
+        found = json.loads((repo / WAITING).read_text())
+    except (OSError, ValueError):
+        return []
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def add(repo: Path, branch: str) -> None:
+    """Before anything is sent: a machine that dies meanwhile must still know."""
+    _write(repo, list(dict.fromkeys([*waiting(repo), branch])))
+
+
+def send(repo: Path, *, timeout: float, pauses: Sequence[float], line: Line) -> str | None:
+    """Everything that waits; or, in one sentence, why it still does."""
+    if not waiting(repo):
+        return None
+    for branch in waiting(repo):
+        if not git(repo, "for-each-ref", f"refs/heads/{branch}").strip():  # its night died before it had ended
+            _write(repo, [name for name in waiting(repo) if name != branch])
+            continue
+        try:
+            if stores(repo):
+                _send_data(repo, branch, timeout, pauses)
+            if "origin" in git(repo, "remote").split():
+                _push(repo, [f"refs/heads/{branch}:refs/heads/{branch}", *(f"{tag}:{tag}" for tag in TAGS)], timeout, line)
+        except (remote.Away, remote.Misconfigured, RuntimeError) as error:
+            left = waiting(repo)
+            return f"{', '.join(left)} could not be handed over: {' '.join(str(error).split())}"
+        _write(repo, [name for name in waiting(repo) if name != branch])
+        line(f"handed over {branch}")
+    return None
+
+
+def stores(repo: Path) -> bool:
+    """Whether a DVC remote is named at all. A project without one keeps everything in its cache."""
+    try:
+        remote.settings(repo)
+    except remote.Misconfigured as error:
+        return "has no DVC remote" not in str(error)  # anything else is said when it is tried
+    return True
+
+
+def _send_data(repo: Path, branch: str, timeout: float, pauses: Sequence[float]) -> None:
+    """From a checkout of the night's commit: DVC sends what its dvc.lock names, and the run cache."""
+    folder = repo / worktree.FOLDER / "handover"
+    with suppress(RuntimeError):
+        git(repo, "worktree", "remove", "--force", str(folder))
+    git(repo, "worktree", "prune")
+    git(repo, "worktree", "add", "--quiet", "--detach", str(folder), f"refs/heads/{branch}")
+    try:
+        worktree.share_cache(repo, folder)
+        again = remote.pushed.with_options(task_run_name=f"push {branch}", retries=len(pauses), retry_delay_seconds=list(pauses) or 0)
+        again(folder, timeout=timeout)
+    finally:
+        git(repo, "worktree", "remove", "--force", str(folder))
+
+
+def _push(repo: Path, refs: list[str], timeout: float, line: Line) -> None:
+    said: list[str] = []
+    words = ["git", "push", "--porcelain", "origin", *refs]
+    surroundings = {**environment("nightly", repo, repo), "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        code = supervise.run(words, cwd=repo, env=surroundings, line=said.append, timeout=timeout)
+    except TimeoutError as error:
+        raise RuntimeError(f"`git push` {error}") from None
+    if code:
+        raise RuntimeError(f"`git push` to origin failed: {' '.join(text for text in said if text.strip())[:300]}")
+    line(f"pushed {refs[0].partition(':')[0]} and tags to origin")
+
+
+def _write(repo: Path, names: list[str]) -> None:
+    path = repo / WAITING
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(names) + "\n")
+    partial.replace(path)

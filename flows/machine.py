@@ -1,0 +1,159 @@
+"""`cf up`, `cf down`: one machine's Prefect server and worker, on 127.0.0.1, with all their files in .machine/.
+
+Starting what runs already does nothing, so a crontab line that says `make up` every five minutes brings back what died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from flows import processes
+from flows.settings import DATABASE, Machine, database, environment, healthy, here
+
+POOL = "cf"
+PATIENCE = 180.0  # seconds for a start: 10 on a quiet machine, 40 were seen on a busy one
+GRACE = 8.0  # seconds between SIGTERM and SIGKILL
+
+
+@contextmanager
+def alone(machine: Machine) -> Iterator[None]:
+    """One up or down at a time; the kernel frees this when its holder dies."""
+    machine.folder.mkdir(exist_ok=True)
+    with machine.file("lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError("another `cf up` or `cf down` of this checkout is at work; wait for it") from None
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------- up
+
+
+def up(argv: list[str]) -> None:
+    about = "Starts the Prefect server and a worker on 127.0.0.1, or what of them doesn't run. CF_PORT, CF_RUNS; " + DATABASE
+    argparse.ArgumentParser("cf up", description=about).parse_args(argv)
+    machine = here()
+    with alone(machine):
+        server = start_server(machine)
+        worker = start_worker(machine)
+    print(f"{server}\n{worker}\n`cf deploy` sends the deployments there, `cf doctor` looks for what is wrong, `cf down` stops it all")
+
+
+def start_server(machine: Machine) -> str:
+    extra, kept = database()
+    running, other = (processes.noted(machine.file(f"{name}.pid")) for name in ("server", "worker"))
+    up_at = (running or other) and machine.file("port").read_text()
+    if up_at and up_at != str(machine.port):
+        raise ValueError(f"this checkout is up at port {up_at} and CF_PORT is {machine.port}; `cf down` first, or leave CF_PORT out")
+    if running is None:
+        if taken := processes.holder(machine.port):
+            raise ValueError(f"port {machine.port} is taken by {taken}; end it, or choose another: CF_PORT={machine.port + 1} make up")
+        command = ["server", "start", "--host", machine.host, "--port", str(machine.port)]
+        machine.file("port").write_text(str(machine.port))
+        running = launch(machine, "server", command, environment(machine) | extra)
+    elif healthy(machine):
+        return f"the server is up already: {machine.url} (process {running.pid})"
+    wait(machine, "server", running, lambda: healthy(machine))
+    return f"the server is up: {machine.url} (process {running.pid}, {kept}, log {machine.file('server.log')})"
+
+
+def start_worker(machine: Machine) -> str:
+    running = processes.noted(machine.file("worker.pid"))
+    if running is not None:
+        return f"the worker is up already (process {running.pid})"
+    # runs of a worker that died would say Running for ever
+    for said in reconcile(machine):
+        print(said)
+    log = machine.file("worker.log")
+    before = log.stat().st_size if log.exists() else 0
+    command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(machine.runs)]
+    # nine tries, each twice as long after: a server that is away for eight minutes ends no run (five would be one minute)
+    running = launch(machine, "worker", command, environment(machine) | {"PREFECT_CLIENT_MAX_RETRIES": "8"})
+    wait(machine, "worker", running, lambda: b"started!" in log.read_bytes()[before:])
+    return f"the worker is up: pool {POOL}, {machine.runs} at a time (process {running.pid}, log {log})"
+
+
+def launch(machine: Machine, name: str, words: list[str], env: dict[str, str]) -> psutil.Process:
+    """Prefect in a session of its own, so that closing the terminal ends nothing."""
+    with machine.file(f"{name}.log").open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "prefect", *words],
+            cwd=machine.root,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    processes.note(machine.file(f"{name}.pid"), child.pid)
+    return psutil.Process(child.pid)
+
+
+def wait(machine: Machine, name: str, process: psutil.Process, ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        log = machine.file(f"{name}.log")
+        if not processes.runs(process):
+            last = " | ".join(line for line in log.read_text(errors="replace").splitlines()[-4:] if line.strip())
+            raise ValueError(f"the {name} ended while it started, with: {last}; `cf doctor` checks the versions, {log} has the whole")
+        if time.monotonic() > deadline:
+            raise ValueError(f"the {name} (process {process.pid}) is not ready after {PATIENCE:.0f} s; see {log}, then `cf down`")
+        time.sleep(0.25)
+
+
+def reconcile(machine: Machine) -> list[str]:
+    """In a process of its own: Prefect reads where its server is when it is imported."""
+    command = [sys.executable, "-m", "flows.reconcile", str(machine.root)]
+    done = subprocess.run(command, cwd=machine.root, env=environment(machine), capture_output=True, text=True, timeout=PATIENCE)
+    if done.returncode:
+        raise ValueError(f"runs that died could not be closed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.splitlines()
+
+
+# ----------------------------------------------------------------------------------------------------------- down
+
+
+def down(argv: list[str]) -> None:
+    about = "Stops the worker, the runs it is at and everything below them, and the server. Runs that are stopped so say Crashed."
+    argparse.ArgumentParser("cf down", description=about).parse_args(argv)
+    machine = here()
+    with alone(machine):
+        print(stop(machine))
+
+
+def stop(machine: Machine) -> str:
+    """Runs first, while there is a server they can tell; then the worker, the server, and whatever has the mark and is left."""
+    worker, server = (processes.noted(machine.file(f"{name}.pid")) for name in ("worker", "server"))
+    left = processes.marked(machine.root)
+    if not left:
+        return "nothing of this checkout is up"
+    if worker:
+        worker.suspend()  # else it starts the next run that waits
+    # the flow's own process first: it ends its stages itself and says so; then what it could not end
+    processes.end([run[0] for run in processes.runs_of(machine.root).values()], GRACE)
+    processes.end([one for run in processes.runs_of(machine.root).values() for one in run], 1)
+    if worker:
+        worker.resume()
+    if server and healthy(machine):
+        reconcile(machine)
+    killed = [one for group in ([worker], [server], processes.marked(machine.root)) for one in processes.end(filter(None, group), GRACE)]
+    for name in ("worker", "server"):
+        machine.file(f"{name}.pid").unlink(missing_ok=True)
+    rest = processes.marked(machine.root)
+    if rest:
+        raise ValueError(f"these survived SIGKILL and wait for the kernel: {', '.join(str(one.pid) for one in rest)}; look with ps")
+    more = f", {len(killed)} of them by SIGKILL" if killed else ""
+    return f"stopped: {len(left)} processes{more}"
+
+
+if __name__ == "__main__":
+    {"up": up, "down": down}[sys.argv[1]](sys.argv[2:])

@@ -1,0 +1,207 @@
+"""`cf wandb sync`: completes the runs that were killed, then sends to W&B what it does not have. `cf wandb list` shows them.
+
+Reads the journals that tasks/journal.py writes, of this checkout and of the worktrees below .runs. Safe to start again at any
+time: what was sent has W&B's own mark (.synced) and is left alone; what still runs is left alone too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CLOUD = "https://api.wandb.ai"
+PATIENCE = 600  # seconds for one run; W&B itself tries for ever
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's journal folder, what it says, and what that means: runs | killed | lost (W&B stopped in it) | waits | sent."""
+
+    journal: Path
+    about: Mapping[str, Any]
+
+    @property
+    def home(self) -> Path:
+        return self.journal.parents[1]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.about.get("folder") or self.journal / "none")
+
+    @property
+    def state(self) -> str:
+        if alive(self.journal / "metrics.jsonl"):
+            return "runs"
+        if "exit_code" not in self.about:
+            return "killed"
+        if any(self.folder.glob("*.wandb.synced")) or self.about.get("sent"):
+            return "sent"
+        if self.about.get("broken") or not any(self.folder.glob("*.wandb")):
+            return "lost"
+        return "sent" if self.about["mode"] == "online" else "waits"
+
+    @property
+    def rows(self) -> int:
+        file = self.journal / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def alive(rows: Path) -> bool:
+    """Does its process hold the lock? The kernel frees it when the process is gone, however it went."""
+    if not rows.exists():
+        return False
+    with rows.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def runs(root: Path) -> list[Run]:
+    """Of this checkout, of its worktrees, and of WANDB_DIR, in the order they started: who made an artifact comes before who used it."""
+    homes = [Path(os.environ.get("WANDB_DIR") or root / "runtime"), root / "runtime", *sorted(root.glob(".runs/*/runtime"))]
+    places = dict.fromkeys(home.resolve() / "journal" for home in homes)
+    files = [file for place in places for file in place.glob("*/run.json")]
+    return sorted((Run(file.parent, json.loads(file.read_text())) for file in files), key=lambda run: float(run.about["started"]))
+
+
+def complete(run: Run) -> Run:
+    """In a process of its own, in the folder where the stage ran: its paths are relative to that."""
+    where = run.about.get("cwd")
+    cwd = where if where and Path(where).is_dir() else Path.cwd()
+    given = environment(run) | {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    command = [sys.executable, "-m", "tasks.rebuild", str(run.journal)]
+    done = subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, timeout=PATIENCE)
+    if done.returncode:
+        raise RuntimeError(f"{run.about['id']} could not be completed from {run.journal}: {last(done.stderr)}")
+    return Run(run.journal, json.loads((run.journal / "run.json").read_text()))
+
+
+def command(run: Run) -> list[str]:
+    return [sys.executable, "-m", "wandb", "sync", str(run.folder)]
+
+
+def send(run: Run, patience: float) -> None:
+    """By W&B's own command. Its mark, not its exit code, says that the run is there."""
+    given = environment(run) | {"WANDB_MODE": "online"}
+    try:
+        done = subprocess.run(command(run), env=given, capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{run.about['id']} was not sent within {patience:g} s; it waits for the next `cf wandb sync`") from None
+    if done.returncode or not any(run.folder.glob("*.wandb.synced")):
+        raise RuntimeError(f"{run.about['id']} was not sent: {last(done.stderr + done.stdout)}")
+
+
+def environment(run: Run) -> dict[str, str]:
+    home = str(run.home)
+    return {**os.environ, "WANDB_DIR": home, "WANDB_DATA_DIR": str(run.home / "wandb-data"), "WANDB_ERROR_REPORTING": "false"}
+
+
+def last(said: str) -> str:
+    """The line that says why; never the key."""
+    lines = [line.removeprefix("wandb: ").strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
+    key = os.environ.get("WANDB_API_KEY")
+    return errors[-1].replace(key, "WANDB_API_KEY") if key else errors[-1]
+
+
+def unreachable() -> str | None:
+    """As in tasks/mirror.py, which can't be imported here: W&B itself would try for hours."""
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return None
+    url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or CLOUD)
+    try:
+        socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+    except OSError as error:
+        return f"{url.hostname} can't be reached ({error})"
+    return None
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Two at once would send everything twice."""
+    lock = root / "runtime" / "journal" / "sync.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError("another `cf wandb sync` is at work here; wait for it to end") from None
+        yield
+
+
+def sync(root: Path, *, patience: float, dry: bool, only_complete: bool) -> int:
+    """How many runs could not be completed or sent. The first that W&B does not take ends the sending: the others would not go either."""
+    failed, waiting = 0, list[Run]()
+    for run in runs(root):
+        if run.state in ("killed", "lost") and not dry:
+            try:
+                state, run = run.state, complete(run)
+                print(f"completed  {run.about['id']}: {run.rows} rows of a run that was {state}")
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                print(error, file=sys.stderr)
+                failed += 1
+                continue
+        if run.state in ("waits", "killed", "lost"):
+            waiting.append(run)
+    if dry or only_complete or not waiting:
+        for run in waiting if dry else ():
+            first = "would be completed, then: " if run.state != "waits" else ""
+            print(f"{run.about['id']}: {first}{' '.join(['wandb', *command(run)[3:]])}")
+        print(f"{len(waiting)} runs wait to be sent")
+        return failed
+    if why := unreachable():
+        print(f"{why}; {len(waiting)} runs wait, start `cf wandb sync` again when there is a connection", file=sys.stderr)
+        return failed + len(waiting)
+    for place, run in enumerate(waiting):
+        try:
+            send(run, patience)
+        except RuntimeError as error:
+            print(f"{error}; {len(waiting) - place} runs wait", file=sys.stderr)
+            return failed + len(waiting) - place
+        print(f"sent       {run.about['id']}")
+    return failed
+
+
+def table(root: Path) -> str:
+    found = runs(root)
+    rows = [("state", "stage", "run of the pipeline", "rows", "exit", "id")]
+    for run in found:
+        about = run.about
+        rows.append((run.state, about["job_type"], about["group"], str(run.rows), str(about.get("exit_code", "–")), about["id"]))
+    wide = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, wide, strict=True)).rstrip() for row in rows)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("cf wandb", description="Offline runs: show them, complete the killed ones, send them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("sync", help="complete killed runs from their journals, then send what W&B lacks")
+    one.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    one.add_argument("--complete", action="store_true", help="complete killed runs, send nothing")
+    one.add_argument("--timeout", type=float, default=PATIENCE, help=f"seconds for one run; default {PATIENCE}")
+    commands.add_parser("list", help="runs of this checkout and its worktrees, and which of them W&B has")
+    given = parser.parse_args(argv)
+    root = Path.cwd()
+    if given.command == "list":
+        print(table(root))
+        return
+    with alone(root):
+        if sync(root, patience=given.timeout, dry=given.dry_run, only_complete=given.complete):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

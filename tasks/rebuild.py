@@ -1,0 +1,72 @@
+"""A run that was killed, or that W&B stopped following, written anew and whole from its journal (tasks/journal.py).
+
+Nothing is added to W&B's own file, in which rows would then stand twice: a new folder takes its place, and what there was is
+renamed to killed-..., which `wandb sync` does not look at. flows/wandb_sync.py calls this, one run a process.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import journal, mirror, origin, shown
+from .contents import digest, dvc_md5
+
+KILLED = 137  # exit code of a run that was killed: the shell's word for kill -9
+COMPLETED = "completed from metrics.jsonl"
+
+
+def rebuild(folder: Path) -> Path:
+    """The new folder of the run in journal `folder`. Raises BlockingIOError while the run still lives."""
+    about = json.loads((folder / journal.ABOUT).read_text())
+    book, code = journal.Journal(folder, about), about.get("exit_code", KILLED)
+    old = Path(about["folder"]) if about.get("folder") else None
+    told = about | {"tags": list(dict.fromkeys([*about["tags"], COMPLETED]))}
+    if about["mode"] == "online":  # the server has part of it: a second run beside it, rather than rows that stand twice
+        told |= {"id": f"{about['id']}-whole", "name": f"{about['name']}, whole"}
+    shutil.rmtree(folder / "wandb", ignore_errors=True)  # of a rebuild that was killed itself
+    again = mirror.Mirror(book)
+    again.run = mirror.init(told, "offline", folder)
+    write(again, about, old)
+    again.run.finish(exit_code=code)
+    new = Path(again.run.dir).parent
+    if old and old.exists():
+        old.rename(old.with_name(f"killed-{old.name}"))
+    (folder.parents[1] / "wandb").mkdir(exist_ok=True)
+    place = new.rename(folder.parents[1] / "wandb" / new.name)
+    shutil.rmtree(folder / "wandb", ignore_errors=True)
+    latest = place.parent / "latest-run"  # what `wandb leet` opens when it is given no run
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
+        latest.symlink_to(place.name)
+    book.note(id=told["id"], folder=str(place.absolute()), mode="offline", exit_code=code, broken=False, rebuilt=True)
+    book.close()
+    return place
+
+
+def write(again: mirror.Mirror, about: Mapping[str, Any], old: Path | None) -> None:
+    """Inputs and outs only if they are still what they were; media if W&B's old folder still has them."""
+    same = [Path(path) for path, md5 in about["config"]["dvc"]["deps"].items() if dvc_md5(Path(path)) == md5]
+    for held in origin.used(about["job_type"], about["config"]):
+        if any(path.is_relative_to(held.path) for path in same):
+            again.use(held)
+    kept = {digest(file): file for file in old.glob("files/media/**/*") if file.is_file()} if old else {}
+    for row in journal.rows(again.book.folder):
+        media = row.pop(mirror.MEDIA, {})
+        clips = {key: [shown.Clip(kept[md5], caption)] for key, (md5, caption) in media.items() if md5 in kept}
+        if clips:
+            again.media(clips, row)
+        elif not media:
+            again.run.log(row | {"_runtime": row["_timestamp"] - about["started"]})
+    outs = about.get("outs") or {}
+    if outs and outs == {str(held.path): held.md5 for held in origin.made(about["job_type"], about["config"])}:
+        again.outs(about["summary"])
+    again.run.summary.update(about.get("summary", {}))
+
+
+if __name__ == "__main__":
+    print(rebuild(Path(sys.argv[1])))

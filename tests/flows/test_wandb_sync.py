@@ -1,0 +1,184 @@
+"""`cf wandb sync`: a stage that was really killed is completed, runs are sent once, living ones are left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import offline
+import pytest
+from evaluate.project import write_mp4
+
+from flows import wandb_sync
+from tests.flows import wandb_server
+
+SECRET = "5ec2e7" * 7
+STAGE = """
+track.log(10, loss=0.5); track.log(20, loss=0.25)
+track._mirror.show(20, {"samples/0": Path("given.mp4")}) if Path("given.mp4").exists() else None
+Path("reached").write_text("")
+time.sleep(120)
+"""
+
+
+def start(root: Path, **more: str) -> subprocess.Popen[bytes]:
+    """A stage that has logged two rows and waits."""
+    code = offline.STAGE.replace("BODY", textwrap.indent(STAGE.strip(), "    "))
+    (root / "reached").unlink(missing_ok=True)
+    command = [sys.executable, "-c", code, "teacher", "offline", "models/teacher"]
+    process = subprocess.Popen(command, cwd=root, env=offline.environment(**more))
+    for _ in range(600):
+        if (root / "reached").exists():
+            return process
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError("the stage did not come to its second row in a minute")
+
+
+def cf(root: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tasks", "wandb", *words]
+    return subprocess.run(command, cwd=root, env=offline.environment(**more), capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "data/latents").mkdir(parents=True)
+    (tmp_path / "data/latents/a").write_text("latents")
+    monkeypatch.chdir(offline.project(tmp_path))
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    yield tmp_path
+
+
+def test_a_killed_run_is_completed(here: Path) -> None:
+    """kill -9 some seconds after two rows: W&B's file has not one record. Afterwards it has them all, and who made them."""
+
+    write_mp4(here / "given.mp4", np.zeros((3, 32, 32, 3), np.uint8))
+    process = start(here)
+    (living,) = wandb_sync.runs(here)
+    assert living.state == "runs" and "0 runs wait" in cf(here, "sync", "--complete").stdout
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (killed,) = wandb_sync.runs(here)
+    assert killed.state == "killed" and offline.history(killed.folder) == []
+    done = cf(here, "sync", "--complete")
+    assert done.returncode == 0 and f"completed  {killed.about['id']}: 3 rows of a run that was killed" in done.stdout, done.stderr
+    (run,) = wandb_sync.runs(here)
+    assert run.state == "waits" and run.about["id"] == killed.about["id"] and run.folder != killed.folder
+    rows = offline.history(run.folder)
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(10, 0.5), (20, 0.25)]
+    logged = [row["_timestamp"] for row in rows]
+    assert logged == sorted(logged) and logged[0] < time.time() - 0.5, "when they were logged, not when they were completed"
+    assert any("samples/0._type" in row for row in rows) and len(list(run.folder.rglob("*.mp4"))) == 1
+    (about,) = offline.records(run.folder, "run")
+    assert about["run_group"] == "nightly-7" and "completed from metrics.jsonl" in about["tags"]
+    (used,) = offline.records(run.folder, "artifact")
+    assert used["name"] == "latents" and used["use_after_commit"]
+    assert offline.summary(run.folder)["exit_code"] == 137
+    aside = killed.folder.with_name(f"killed-{killed.folder.name}")
+    assert aside.exists() and not killed.folder.exists(), "wandb's own sync would send both"
+    before = sorted((here / "runtime").rglob("*"))
+    assert "1 runs wait" in cf(here, "sync", "--complete").stdout
+    assert sorted((here / "runtime").rglob("*")) == before, "a second time it finds nothing to do"
+
+
+def test_the_next_attempt_says_what_it_resumes(here: Path) -> None:
+    process = start(here)
+    process.kill()
+    process.wait()
+    assert offline.stage(here, "teacher", "models/teacher", "out.mkdir(parents=True); return {}").returncode == 0
+    first, second = offline.journals(here)
+    assert second["config"]["resume_of"] == first["id"] and second["config"]["attempt"] == 2
+    cf(here, "sync", "--complete")
+    assert [run.state for run in wandb_sync.runs(here)] == ["waits", "waits"]
+
+
+def test_a_run_that_wandb_stopped_following_is_completed(here: Path) -> None:
+    body = """
+        import psutil; [child.kill() for child in psutil.Process().children(recursive=True)]
+        track.log(1, loss=2.0); track.log(2, loss=1.0)
+        out.mkdir(parents=True); (out / "weights").write_text("w")
+        return {"loss": 1.0}
+    """
+    assert offline.stage(here, "teacher", "models/teacher", body).returncode == 0
+    (lost,) = wandb_sync.runs(here)
+    assert lost.state == "lost"
+    cf(here, "sync", "--complete")
+    (run,) = wandb_sync.runs(here)
+    told = offline.summary(run.folder)
+    assert run.state == "waits" and told["exit_code"] == 0 and told["summary"]["loss"] == 1
+    assert [one["name"] for one in offline.records(run.folder, "artifact")] == ["latents", "teacher"]
+
+
+def test_what_wandbs_own_client_sends(here: Path) -> None:
+    """A stage that ended, one that was killed: by W&B's own `sync` to a server of ours. Group, rows, lineage; the key only where
+    it belongs; a second time nothing."""
+    write = "out.mkdir(parents=True, exist_ok=True); (out / 'b').write_text('b'); return {'psnr': 28.5}"
+    assert offline.stage(here, "encode", "data/latents", write).returncode == 0
+    process = start(here)
+    process.kill()
+    process.wait()
+    with wandb_server.serving() as server:
+        keyed = {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": server.url}
+        done = cf(here, "sync", "--timeout", "100", **keyed)
+        assert done.returncode == 0 and done.stdout.count("sent       ") == 2, done.stdout + done.stderr
+        said = len(server.said)
+        assert cf(here, "sync", **keyed).stdout == "0 runs wait to be sent\n" and len(server.said) == said
+    encode, teacher = (run.about["id"] for run in wandb_sync.runs(here))
+    started = {call["name"]: call for call in server.named("UpsertBucket") if call["groupName"]}
+    assert {name: (call["groupName"], call["jobType"]) for name, call in started.items()} == {
+        encode: ("nightly-7", "encode"),
+        teacher: ("nightly-7", "teacher"),
+    }
+    assert [(row["step"], row["loss"]) for row in server.history[teacher] if "loss" in row] == [(10, 0.5), (20, 0.25)]
+    made = {(call["input"]["runName"], call["input"]["artifactCollectionName"]): call["input"] for call in server.named("CreateArtifact")}
+    # no run is named as the maker of what it only used
+    assert list(made) == [(None, "clips"), (encode, "latents"), (None, "latents")]
+    latents = made[encode, "latents"]["digest"]
+    assert made[None, "latents"]["digest"] == latents and made[None, "latents"]["enableDigestDeduplication"]
+    used = [(call["input"]["runName"], call["input"]["artifactID"]) for call in server.named("UseArtifact")]
+    assert used == [(encode, made[None, "clips"]["digest"]), (teacher, latents)]
+    assert not any(b"w\x00" in body or SECRET.encode() in body for body in server.said)
+    assert b"clip" not in b"".join(body for body in server.said if body.startswith(b"/upload") and b'"ref"' not in body)
+
+
+def test_without_a_connection_it_says_so_at_once(here: Path) -> None:
+    two_runs(here)
+    began = time.monotonic()
+    done = cf(here, "sync", WANDB_API_KEY=SECRET, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 1 and "127.0.0.1 can't be reached" in done.stderr and "2 runs wait" in done.stderr
+    assert time.monotonic() - began < 30, "W&B itself tries for hours"
+
+
+def test_a_dry_run_does_nothing_and_the_list_says_what_there_is(here: Path) -> None:
+    process = start(here)
+    process.kill()
+    process.wait()
+    before = sorted(here.rglob("*"))
+    done = cf(here, "sync", "--dry-run")
+    assert "would be completed, then: wandb sync " in done.stdout
+    assert [path for path in sorted(here.rglob("*")) if path.name != "sync.lock"] == before
+    header, row = cf(here, "list").stdout.splitlines()
+    assert header.split()[:2] == ["state", "stage"] and row.split()[:5] == ["killed", "teacher", "nightly-7", "2", "–"]
+
+
+def test_two_syncs_at_once(here: Path) -> None:
+    with wandb_sync.alone(here), pytest.raises(RuntimeError, match="another `cf wandb sync` is at work"), wandb_sync.alone(here):
+        pass
+
+
+def test_worktrees_below_runs_are_looked_through(here: Path) -> None:
+    inner = here / ".runs/nightly-1"
+    inner.mkdir(parents=True)
+    offline.project(inner)
+    assert offline.stage(inner, "encode", "data/latents", "out.mkdir(parents=True); return {}").returncode == 0
+    (run,) = wandb_sync.runs(here)
+    assert run.home == inner / "runtime" and run.state == "waits"
+    os.rename(inner, here / ".runs/moved")  # and gone again: the journal goes with it
+    assert wandb_sync.runs(here)[0].state == "lost"

@@ -1,0 +1,222 @@
+"""`cf compare`: the page's numbers against the numbers it was given; runs by folder, revision and experiment."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluate.project import EVIL, make_params, write_project
+
+from tasks import compare, compared, revision
+from tasks.params_file import Refused
+
+PARAMS = "profile: tiny\nseed: 7\nvideo: {height: 32, width: 32, fps: 16}\nevaluate: {resamples: 200}\nstage2: {steps: 10, note: 'NOTE'}\n"
+
+
+def write(root: Path, *, note: str = "a", prompts: int = 3) -> Path:
+    """A run's folder with made-up results; the same numbers every time."""
+    write_project(root, make_params(), prompts=prompts, seconds=2)
+    (root / "params.yaml").write_text(PARAMS.replace("NOTE", note))
+    return root
+
+
+def edit_cells(root: Path, change: Callable[[dict[str, object]], object]) -> None:
+    file = root / "results/cells.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        change(row)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs: in B, stage 2's sharpness is 0.5 higher in each video, its compass coherence 0.2, and nothing else differs."""
+    a = write(tmp_path_factory.mktemp("runs") / "one")
+    b = a.with_name("other & <b>")
+    shutil.copytree(a, b)
+
+    def better(row: dict[str, object]) -> None:
+        step = {"sharpness": 0.5, "compass_coherence": 0.2}.get(str(row["metric"]), 0)
+        if row["system"] == "stage2" and row["suite"] == "prompts":
+            row["value"] = float(row["value"]) + step  # type: ignore[arg-type]
+
+    edit_cells(b, better)
+    (b / "params.yaml").write_text(PARAMS.replace("NOTE", EVIL.replace("'", "")).replace("steps: 10", "steps: 20"))
+    curve = b / "models/stage2/metrics.jsonl"
+    curve.write_text(curve.read_text().replace('"step": 7}', '"step": 7, "new_value": 1.0}'))
+    return a, b
+
+
+@pytest.fixture(scope="module")
+def html(pair: tuple[Path, Path]) -> str:
+    out = pair[0].with_name("out") / "compare.html"
+    compare.main([str(pair[0]), str(pair[1]), "--out", str(out)])
+    return out.read_text()
+
+
+def text(html: str) -> str:
+    return unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html)))
+
+
+def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
+    a, b = (compared.results(root, 200, 7) for root in pair)
+    (prompts, _) = compared.suites(a, b)
+    rows = {(one["name"], row["metric"]): row for one in prompts["systems"] for row in one["rows"]}
+    sharp = rows["stage2", "sharpness"]
+    assert sharp["found"].change.mean == pytest.approx(0.5) and sharp["found"].change.low == pytest.approx(0.5)
+    assert sharp["pairs"] == 6 and sharp["says"] == "higher", "≈: neither higher nor lower is better"
+    assert rows["stage2", "compass_coherence"]["says"] == "better"
+    assert rows["stage1", "sharpness"]["says"] == "the same" and rows["stage2", "diversity"]["says"] == "the same"
+    assert [one["name"] for one in prompts["systems"] if not one["same"]] == ["stage2"]
+    back = compared.suites(b, a)[0]["systems"]
+    (worse,) = [row for one in back for row in one["rows"] if row["metric"] == "compass_coherence" and not row["same"]]
+    assert worse["says"] == "worse" and worse["found"].change.mean == pytest.approx(-0.2)
+    tally = compared.tally(compared.suites(a, b))
+    assert tally["says"]["better"] == 1 and tally["says"]["higher"] == 1 and tally["tested"] == 2 and tally["by_chance"] == 0.1
+
+
+def test_only_videos_of_both_are_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Other prompts in B: no pair, so no interval and no claim."""
+    other = tmp_path / "other"
+    shutil.copytree(pair[1], other)
+    edit_cells(other, lambda row: row.update(prompt="another"))
+    found = compared.suites(compared.results(pair[0], 200, 7), compared.results(other, 200, 7))
+    rows = [row for suite in found for one in suite["systems"] for row in one["rows"] if row["metric"] == "sharpness"]
+    assert rows and all(row["pairs"] == 0 and row["says"] in ("no interval", "the same") for row in rows)
+
+
+def test_the_page_says_what_differs(html: str) -> None:
+    said = text(html)
+    assert "stage2.steps 10 20" in said and "seed 7" not in said
+    assert re.search(r"1 better in B 0 worse in B", said)
+    assert "Exactly the same in both: base, causal_init, stage1." in said
+    assert "Step for step the same in both: base, stage1." in said and "new value" not in said, "one row is no curve"
+    # videos of stage 2 in A and B for each of the three prompts, and what is real
+    assert html.count("data:video/mp4") == 3 * 3 and html.count("data:image/png") == 3 * 2
+
+
+def test_what_the_runs_say_is_escaped(html: str) -> None:
+    assert 'alert("x")' not in html and "&lt;script&gt;alert" in html
+    assert "other &amp; &lt;b&gt;" in html and "other & <b>" not in html
+    assert html.count("<script>") == 1
+
+
+def test_the_page_needs_no_other_file(html: str) -> None:
+    places = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert places and all(place.startswith(("data:", "#")) for place in places)
+    assert "http://" not in html.replace("http://www.w3.org", "") and "https://" not in html
+
+
+def test_two_equal_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    compare.main([str(pair[0]), str(pair[0]), "--out", str(tmp_path / "same.html")])
+    said = text((tmp_path / "same.html").read_text())
+    assert "None: the two were made with the same values." in said and "None differs." in said and "0 better in B 0 worse in B" in said
+
+
+def test_what_is_absent_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "params.yaml").write_text("profile: tiny\n")
+    compare.main([str(pair[0]), str(empty), "--out", str(tmp_path / "page.html")])
+    said = text((tmp_path / "page.html").read_text())
+    assert "No number is in both" in said and "No video is shown" in said and "Neither run has a dvc.lock" in said
+
+
+def test_params_and_stages() -> None:
+    one = {"a": {"b": 1, "c": [1, 2]}, "tracking": {"wandb": "off"}}
+    other = {"a": {"b": 2.0, "c": [1, 2], "d": None}, "tracking": {"wandb": "offline"}}
+    assert compare.params_diff(one, other) == [("a.b", "1", "2.0"), ("a.d", "–", "null")]
+    deps = [{"path": "cf_model/x.py", "md5": "1"}, {"path": "data/latents", "md5": "1"}]
+    before = {"base": {"deps": deps, "outs": [{"path": "models/base", "md5": "1"}], "params": {"params.yaml": {"base": {"steps": 1}}}}}
+    after = json.loads(json.dumps(before).replace('x.py", "md5": "1"', 'x.py", "md5": "2"').replace('"steps": 1', '"steps": 2'))
+    assert compare.stages_diff(before, after)[0]["same"] is True, "other code and parameters, the same outs"
+    after["base"]["outs"][0]["md5"] = "2"
+    (row,) = compare.stages_diff(before, after)
+    assert row == {"stage": "base", "same": False, "code": ["cf_model/x.py"], "data": [], "params": ["base.steps"]}
+    assert compare.stages_diff(before, {})[0]["absent"] == "B"
+
+
+# -------------------------------------------------------------------------------------------------- runs by name
+
+
+def command(root: Path, *words: str) -> None:
+    subprocess.run(words, cwd=root, check=True, capture_output=True)
+
+
+def commit(root: Path, message: str) -> None:
+    command(root, "git", "add", "-A")
+    command(root, "git", "-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", message)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two commits whose outs DVC holds, and an experiment on the second; of the first the workspace has nothing left."""
+    root = tmp_path_factory.mktemp("repository")
+    command(root, "git", "init", "-q")
+    dvc = (sys.executable, "-m", "dvc")
+    command(root, *dvc, "init", "-q")
+    write(root, note="first")
+    stages = {"base": "models/base", "generate": "samples", "evaluate": "results"}
+    (root / "dvc.yaml").write_text("stages:\n" + "".join(f'  {name}: {{cmd: "true", outs: [{out}]}}\n' for name, out in stages.items()))
+    (root / ".gitignore").write_text("/models\n/samples\n/results\n/data\n/reports\n")
+    command(root, *dvc, "commit", "-q", "-f")
+    commit(root, "the first")
+    edit_cells(root, lambda row: row.update(value=float(row["value"]) + 1))  # type: ignore[arg-type]
+    (root / "params.yaml").write_text(PARAMS.replace("NOTE", "second"))
+    command(root, *dvc, "commit", "-q", "-f")
+    commit(root, "the second")
+    sha = subprocess.run(["git", "rev-parse", "HEAD~1"], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    command(root, "git", "update-ref", f"refs/exps/{sha[:2]}/{sha[2:]}/rusty-lamb", sha)
+    return root
+
+
+def test_revisions_and_experiments(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(repository)
+    before = subprocess.run(["git", "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    for name in ("HEAD~1", "rusty-lamb"):
+        compare.main([name, ".", "--out", str(tmp_path / "page.html")])
+        said = text((tmp_path / "page.html").read_text())
+        assert f"{name} beside" in said and "the first" in said and '"first" "second"' in said
+        assert "sharpness ≈" in said and "+1.00" in said
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:video/mp4") == 0 or "Videos" in page
+    after = subprocess.run(["git", "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    worktrees = subprocess.run(["git", "worktree", "list"], check=True, capture_output=True, text=True).stdout
+    assert before == after and len(worktrees.splitlines()) == 1
+
+
+def test_what_a_revision_brings(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Outs by DVC's cache, of models the curve alone, metrics by Git."""
+    monkeypatch.chdir(repository)
+    root = revision.folder("HEAD~1", tmp_path / "A")
+    assert (root / "results/cells.jsonl").exists() and (root / "metrics/evaluate.json").exists()
+    assert len(list(root.glob("samples/**/*.mp4"))) == len(list(repository.glob("samples/**/*.mp4")))
+    assert (root / "models/base/metrics.jsonl").read_bytes() == (repository / "models/base/metrics.jsonl").read_bytes()
+    assert not list(root.glob("models/base/*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["no-such-thing", "--upload-pack=touch x", "-h", "exp", "HEAD^{tree}"])
+def test_a_name_that_is_no_run(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(repository)
+    with pytest.raises(Refused, match="neither a folder, nor a revision"):
+        revision.folder(name, tmp_path / "A")
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"is a folder without params\.yaml"):
+        revision.folder(str(tmp_path), tmp_path / "A")
+
+
+def test_running_means_are_means() -> None:
+    rows = [{"step": k, "loss": float(k % 2)} for k in range(40)] + [{"step": 40, "loss": None}]
+    line = compared.running("red", rows, "loss")
+    assert line is not None and set(np.round(line.y, 6)) == {0.5} and line.x[0] == 1
+    assert compared.running("red", rows[:1], "loss") is None

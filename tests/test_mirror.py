@@ -1,0 +1,185 @@
+"""What W&B is told, read back from its own files: names, origin, lineage, videos, tables; and that it never ends a stage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import offline
+import pytest
+from evaluate.project import write_mp4
+
+from tasks import mirror, shown, tracking
+from tasks.contents import dvc_md5
+
+MADE = "out.mkdir(parents=True); return {}"
+SECRET = "5ec2e7" * 7  # as long as a key of W&B
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(offline.project(tmp_path))
+    for name in ("CF_RUN", "DVC_EXP_NAME", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_run_and_its_origin(here: Path) -> None:
+    """Group, job type, a name for people; parameters, commit and DVC's md5s; values, summary, exit code."""
+    done = offline.stage(
+        here, "encode", "data/latents", """
+            out.mkdir(parents=True)
+            (out / "clip.safetensors").write_text("latents")
+            track.log(10, loss=0.5)
+            track.log(20, loss=0.25)
+            return {"psnr": 28.5}
+        """,
+        WANDB_API_KEY=SECRET,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (about,) = offline.journals(here)
+    (run,) = offline.records(about["folder"], "run")
+    assert (run["run_group"], run["job_type"], run["display_name"], run["project"]) == ("nightly-7", "encode", "encode nightly-7", "toy")
+    assert run["run_id"].startswith("nightly-7-encode-1-") and run["tags"] == ["profile tiny"]
+    config = run["config"]["update"]
+    sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert config["git"] == {"sha": sha, "dirty": False} and config.get("resume_of") is None
+    assert config["dvc"] == {"stage": "encode", "deps": {"data/clips": dvc_md5(Path("data/clips"))}}
+    assert config["seed"] == 0 and config["evaluate"] == {"resamples": 100}
+    rows = offline.history(about["folder"])
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(10, 0.5), (20, 0.25)]
+    told = offline.summary(about["folder"])
+    assert told["exit_code"] == 0 and told["summary"]["psnr"] == 28.5
+    assert json.loads(Path("runtime/encode.json").read_text())["wandb"] == str(Path(about["folder"]).relative_to(here))
+    for file in here.rglob("*"):  # nothing says where it may, and nothing says the key
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
+    assert SECRET not in done.stdout + done.stderr
+
+
+def test_lineage_from_clips_to_report(here: Path) -> None:
+    """Each stage's inputs are the versions that the stages before it made: same name, same digest. No file is copied."""
+    chain = {"encode": "data/latents", "teacher": "models/teacher", "generate": "samples", "evaluate": "results"}
+    write = 'out.mkdir(parents=True); (out / "metrics.jsonl").write_text(str(out)); return {"files": 1}'
+    for name, out in chain.items():
+        assert offline.stage(here, name, out, write).returncode == 0
+    assert offline.stage(here, "report", "reports/report.html", 'out.write_text("page"); return {"files": 1}').returncode == 0
+    made: dict[str, str] = {}
+    drawn = []
+    for about in offline.journals(here):
+        for one in offline.records(about["folder"], "artifact"):
+            told = json.loads(one["metadata"])
+            assert told["dvc_md5"] == dvc_md5(Path(told["dvc_path"]))
+            assert all("local_path" not in entry and entry["ref"].startswith("file://") for entry in one["manifest"]["contents"])
+            if one.get("use_after_commit"):
+                drawn.append((one["name"], about["job_type"]))
+                assert made.get(one["name"], one["digest"]) == one["digest"]
+            else:
+                made[one["name"]] = one["digest"]
+                assert told["git_sha"] and told["stage"] == about["job_type"] and set(one["aliases"]) == {"latest", "nightly-7"}
+    assert list(made) == ["latents", "teacher", "samples", "results", "report"]
+    assert drawn == [
+        ("clips", "encode"), ("latents", "teacher"), ("teacher", "generate"), ("latents", "generate"), ("samples", "evaluate"),
+        ("results", "report"), ("teacher", "report"),
+    ]  # fmt: skip
+
+
+def samples(root: Path) -> Path:
+    rows = []
+    for system in ("stage1", "stage2"):
+        for k in range(6):
+            for seed in (3, 4):
+                row = {"suite": "prompts", "system": system, "prompt": f"prompt {k}", "seed": seed, "file": f"{system}/{k}-s{seed}.mp4"}
+                rows.append(row)
+                write_mp4(root / row["file"], np.full((3, 32, 32, 3), 40 * k, np.uint8))
+    (root / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_videos_and_the_table_have_the_same_keys_in_every_run(here: Path) -> None:
+    samples(here / "given")
+    cells = [
+        {"suite": "prompts", "system": s, "metric": "motion", "prompt": f"p{k}", "clip": None, "seed": 0, "value": k + place}
+        for place, s in enumerate(("stage1", "stage2"))
+        for k in range(5)
+    ]
+    (here / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    generate = 'import shutil; shutil.copytree("given", out); return {"videos": 24}'
+    evaluate = """
+        out.mkdir(); (out / "cells.jsonl").write_text(open("cells.jsonl").read())
+        return {"prompts": {"stage1": {"motion": 2.0, "diversity": 40.0}}, "compared": {"a to b": {"before": 1.0}}}
+    """
+    for name, out, body in (("generate", "samples", generate), ("evaluate", "results", evaluate)):
+        done = offline.stage(here, name, out, body)
+        assert done.returncode == 0 and "did not get" not in done.stderr, done.stderr
+    first, second = offline.journals(here)
+    (row,) = offline.history(first["folder"])
+    for system in ("stage1", "stage2"):
+        assert row[f"videos/prompts/{system}._type"] == "videos" and row[f"videos/prompts/{system}.count"] == shown.VIDEOS
+        assert row[f"videos/prompts/{system}.captions"] == [f"prompt {k} (seed 3)" for k in range(4)]
+    assert len(list(Path(first["folder"]).rglob("*.mp4"))) == 8
+    (file,) = Path(second["folder"]).glob("files/media/table/*.table.json")
+    table = json.loads(file.read_text())
+    assert tuple(table["columns"]) == shown.COLUMNS
+    by = {tuple(line[:3]): line[3:] for line in table["data"]}
+    assert list(by) == [("prompts", "stage1", "diversity"), ("prompts", "stage1", "motion"), ("prompts", "stage2", "motion")]
+    assert by["prompts", "stage1", "diversity"] == [40, None, None, None]
+    mean, low, high, videos = by["prompts", "stage1", "motion"]
+    assert mean == 2 and low < 2 < high and videos == 5
+
+
+def test_media_while_a_stage_runs(here: Path) -> None:
+    """The file may go as soon as it is shown."""
+    write_mp4(here / "given.mp4", np.zeros((3, 32, 32, 3), np.uint8))
+    body = """
+        import shutil; shutil.copy("given.mp4", "sample.mp4")
+        track.log(5, loss=1.0)
+        track._mirror.show(5, {"samples/0": Path("sample.mp4")}, {"samples/0": "a red disc"})
+        Path("sample.mp4").unlink()
+        out.mkdir(parents=True); return {}
+    """
+    assert offline.stage(here, "teacher", "models/teacher", body).returncode == 0
+    (about,) = offline.journals(here)
+    (row,) = [row for row in offline.history(about["folder"]) if "samples/0._type" in row or "samples/0.count" in row]
+    assert row["step"] == 5 and len(list(Path(about["folder"]).rglob("*.mp4"))) == 1
+
+
+def test_sigterm_ends_the_run_with_143(here: Path) -> None:
+    done = offline.stage(here, "teacher", "models/teacher", "track.log(1, loss=1.0); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)")
+    assert done.returncode == 143
+    (about,) = offline.journals(here)
+    told = offline.summary(about["folder"])
+    assert (about["exit_code"], told["exit_code"], told["state"]) == (143, 143, "failed")
+
+
+def test_attempts_are_linked(here: Path) -> None:
+    fail = "track.log(1, loss=1.0); raise OSError('disk')"
+    for body in (fail, fail, MADE, MADE):
+        offline.stage(here, "teacher", "models/teacher", body)
+    runs = offline.journals(here)
+    assert [run["exit_code"] for run in runs] == [1, 1, 0, 0]
+    assert [run["config"]["resume_of"] for run in runs] == [None, runs[0]["id"], runs[1]["id"], None]
+    assert runs[2]["name"] == "teacher nightly-7, attempt 3" and runs[3]["name"] == "teacher nightly-7"
+
+
+@pytest.mark.parametrize(
+    ("stated", "environment", "mode"),
+    [("off", "", None), ("offline", "", "offline"), ("offline", "disabled", None), ("off", "online", "online")],
+)
+def test_the_environment_has_the_last_word(
+    stated: str, environment: str, mode: str | None, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", environment)
+    monkeypatch.setattr(mirror.Mirror, "start", lambda self: None)
+    tracked = mirror.begin("toy", cast(Any, SimpleNamespace(wandb=stated, project="toy")), {}, here / "work")
+    assert (tracked.about["mode"] if tracked else None) == mode
+
+
+def test_rows_without_a_mirror(tmp_path: Path) -> None:
+    track = tracking.Track("toy", tmp_path)
+    track.log(1, loss=1.0)
+    track.close({"loss": 1.0})
+    assert "wandb" not in track.facts
