@@ -6,7 +6,7 @@ RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
 PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-system lint up down deploy deepspeed
+.PHONY: help repro test test-system test-week lint up down deploy deepspeed
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|wan-1.3b]"
@@ -32,6 +32,9 @@ down: $(VENV)/.cpu ## stops both, and everything they started
 
 deploy: $(VENV)/.cpu ## pipeline, nightly and evaluate as deployments with run forms
 	@$(RUN) python -m tasks deploy
+
+test-week: $(VENV)/.dev ## seven nights on a project of seconds, and what goes wrong in them (10 minutes; not in CI)
+	@$(RUN) python -m tests.week.week
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(RUN) ruff check .
