@@ -1,6 +1,6 @@
 """What trouble looks like: stage 1 of a finished run again, with one wrong setting each, for docs/training.md.
 
-  python benchmarks/training_trouble.py [--project . --steps 90 --out docs]     writes training-trouble.png
+  python benchmarks/training_trouble.py [--project . --steps 60 --out docs]     writes training-trouble.png
 
 Needs what `make repro` leaves behind in profile tiny. Each run is `cf stage1` with another params.yaml, in work/trouble; one
 that is there already is not made again. The last line of each run's progress is printed.
@@ -37,7 +37,7 @@ NAMES = ("critic_loss", "score_distance", "normaliser", "student_gradient", "ema
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--project", type=Path, default=Path())
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
     out = args.out.absolute()

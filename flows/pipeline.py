@@ -87,7 +87,7 @@ def name() -> str:
     return worktree.checked(f"{words or 'run'}-{str(runtime.flow_run.id)[:8]}")
 
 
-@task(name="check parameters", cache_policy=NO_CACHE)
+@task(name="check parameters", task_run_name="check parameters", cache_policy=NO_CACHE)
 def check(root: Path) -> None:
     """`cf validate` before anything runs; its sentence is the failure. A project without it has nothing to check."""
     if not (root / "tasks/validate.py").exists():
@@ -178,8 +178,8 @@ def _tidy(repo: Path) -> None:
         logger.warning(f"ended processes that a killed run had left: {', '.join(map(str, left))}")
     try:
         with get_client(sync_client=True) as client:
-            for run in filter(None, map(worktree.died, [repo, *worktree.found(repo)])):
-                _close(client, UUID(run))
+            for run in {worktree.died(root) for root in [repo, *worktree.found(repo)]} - {"", str(runtime.flow_run.id)}:
+                _close(client, UUID(run))  # this one too may have died before, and is being tried again
             for said in reconcile.tasks_of_the_dead(client):
                 logger.info(said)
     except Exception as error:

@@ -11,6 +11,7 @@ import configparser
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -49,7 +50,8 @@ def make(
     working files, and its training goes on from the last checkpoint."""
     repo, name = repo.resolve(), checked(name)
     branch, folder = branch or f"run/{name}", repo / FOLDER / name
-    if not folder.exists():
+    if not (folder / ".git").is_file():  # absent, or half made: there git would speak of the checkout around it
+        shutil.rmtree(folder, ignore_errors=True)
         git(repo, "worktree", "prune")
         start = git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip()
         known = git(repo, "branch", "--list", branch).strip()
@@ -196,6 +198,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     repo = Path.cwd()
     if args.verb == "list":
+        if not found(repo):
+            print(f"no run has a folder in {FOLDER}/")
         for folder in found(repo):
             print(
                 f"{folder.name:<40} {'running' if in_use(folder) else 'finished':<9} {git(folder, 'log', '-1', '--format=%h %s').strip()}"

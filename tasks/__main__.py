@@ -33,6 +33,8 @@ COMMANDS = {  # command -> file whose `main` (or the function after the colon) r
     "compare": ("tasks.compare", "RUN_A RUN_B --out compare.html: two runs on one page; folders, revisions or experiments"),
     "wandb": ("flows.wandb_sync", "sync | list: offline runs; killed ones are completed, then all are sent"),
     "remote": ("flows.remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
+    "pipeline": ("flows.pipeline", "[--profile NAME] [--set KEY=VALUE] [--from STAGE] [--dry-run] ...: the stages, under Prefect"),
+    "runs": ("flows.worktree", "list | prune: runs that had a checkout of their own, in .runs/"),
     "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
     "up": ("flows.machine:up", "the Prefect server and a worker on 127.0.0.1, or what of them doesn't run"),
     "down": ("flows.machine:down", "stops both, and everything they started"),

@@ -58,7 +58,8 @@ class Mirror:
             self.outs(metrics)
         self._try(lambda: self.run.summary.update(dict(metrics)))
         self._try(lambda: self.run.finish(exit_code=exit_code))
-        outs = {str(held.path): held.md5 for held in origin.made(self.about["job_type"], self.about["config"])} if self.broken and exit_code == 0 else {}
+        lost = origin.made(self.about["job_type"], self.about["config"]) if self.broken and exit_code == 0 else []
+        outs = {str(held.path): held.md5 for held in lost}  # what `cf wandb sync` may still tell of, if it is the same then
         self.book.note(exit_code=exit_code, summary=dict(metrics), broken=self.broken, outs=outs)
         self.book.close()
 

@@ -26,7 +26,7 @@ class Start(Section):
 
     @model_validator(mode="after")
     def _is_one_word(self) -> Self:
-        if not re.fullmatch(r"[\w@./][\w@./-]*", str(self.stage2), re.ASCII):
+        if not re.fullmatch(r"[\w@./]*[\w@][\w@./-]*", str(self.stage2), re.ASCII):
             raise ValueError(f"stage2 is {str(self.stage2)!r}, which dvc.yaml puts into a command; use letters, digits, and . _ / @ -")
         return self
 

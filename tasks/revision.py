@@ -53,10 +53,11 @@ def check_out(sha: str, into: Path) -> Path:
     made = [out["path"] for stage in params_file.read(into / "dvc.lock")["stages"].values() for out in stage.get("outs", [])]
     wanted = [path for path in made if path in SHOWN]
     wanted += [f"{path}/{CURVE}" for path in made if path.startswith("models/")]
-    for path in wanted:
-        # one at a time: an out that is nowhere must not keep the others away, and the page says what is absent
-        if not (into / path).exists() and dvc("checkout", "--quiet", path, cwd=into, check=False) is None:
-            dvc("pull", "--quiet", path, cwd=into, check=False)
+    wanted = [path for path in wanted if not (into / path).exists()]
+    if wanted and dvc("checkout", "--quiet", *wanted, cwd=into, check=False) is None:
+        for path in wanted:  # an out that is nowhere must not keep the others away, and the page says what is absent
+            if dvc("checkout", "--quiet", path, cwd=into, check=False) is None:
+                dvc("pull", "--quiet", path, cwd=into, check=False)
     return into
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,8 +13,8 @@ import offline
 import pytest
 from evaluate.project import write_mp4
 
-from tasks import journal, mirror, origin, params_file, shown, tracking
-from tasks.contents import digest, dvc_md5
+from tasks import mirror, shown, tracking
+from tasks.contents import dvc_md5
 
 MADE = "out.mkdir(parents=True); return {}"
 SECRET = "5ec2e7" * 7  # as long as a key of W&B
@@ -88,57 +85,6 @@ def test_lineage_from_clips_to_report(here: Path) -> None:
         ("clips", "encode"), ("latents", "teacher"), ("teacher", "generate"), ("latents", "generate"), ("samples", "evaluate"),
         ("results", "report"), ("teacher", "report"),
     ]  # fmt: skip
-
-
-def test_digests_are_of_the_content_and_of_nothing_else(here: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Another checkout with the same files has the same version; another byte is another one."""
-    about = {"config": {"git": {"sha": "1", "dirty": False}}, "job_type": "clips", "group": "g"}
-    one = mirror.artifact(origin.Held(Path("data/clips")), about)
-    other = offline.project(tmp_path_factory.mktemp("other"))
-    os.chdir(other)
-    same = mirror.artifact(origin.Held(Path("data/clips")), about | {"job_type": "else"})
-    assert one.digest == same.digest
-    entry = one.manifest.entries["data/clips/a b/ä.mp4"]
-    assert base64.b64decode(entry.digest).hex() == digest(other / "data/clips/a b/ä.mp4")
-    (other / "data/clips/a b/ä.mp4").write_bytes(b"clap")
-    assert mirror.artifact(origin.Held(Path("data/clips")), about).digest != one.digest
-
-
-def test_the_md5_that_dvc_writes(tmp_path: Path) -> None:
-    """Against DVC itself: a folder with folders, and names that sort differently by part and by text."""
-    for name in ("a/b.txt", "a.txt", "a-b/c", "ä", "z/b/c"):
-        file = tmp_path / "folder" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(name)
-    for words in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], [sys.executable, "-m", "dvc", "add", "-q", "folder"]):
-        subprocess.run(words, cwd=tmp_path, check=True)
-    (out,) = params_file.read(tmp_path / "folder.dvc")["outs"]
-    assert dvc_md5(tmp_path / "folder") == out["md5"]
-
-
-def test_outs_of_other_stages_are_inputs_whole(here: Path) -> None:
-    Path("models/teacher").mkdir(parents=True)
-    Path("results").mkdir()
-    assert [str(held.path) for held in origin.used("report", {})] == ["results", "models/teacher"]
-    pipe, stated = Path("pipe.yaml"), {"clips": {"folder": "raw"}}
-    pipe.write_text("stages: {filter: {deps: ['${clips.folder}'], outs: [kept]}}")
-    Path("raw").mkdir()
-    assert origin.used("filter", stated, pipe) == []
-    Path("raw.dvc").write_text("outs: []")
-    assert origin.used("filter", stated, pipe) == [origin.Held(Path("raw"))]
-
-
-def test_a_changed_tree_is_dirty_and_a_running_pipeline_is_not(here: Path) -> None:
-    Path("metrics").mkdir()
-    for name in ("metrics/clips.json", "dvc.lock", "params.yaml"):
-        Path(name).write_text("1")
-    subprocess.run(["git", "add", "-A"], check=True)
-    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "second"], check=True)
-    Path("metrics/clips.json").write_text("2")
-    Path("dvc.lock").write_text("2")
-    assert origin.git()["dirty"] is False
-    Path("params.yaml").write_text("2")
-    assert origin.git()["dirty"] is True and origin.git()["changed"] == ["params.yaml"]
 
 
 def samples(root: Path) -> Path:
@@ -217,51 +163,6 @@ def test_attempts_are_linked(here: Path) -> None:
     assert [run["exit_code"] for run in runs] == [1, 1, 0, 0]
     assert [run["config"]["resume_of"] for run in runs] == [None, runs[0]["id"], runs[1]["id"], None]
     assert runs[2]["name"] == "teacher nightly-7, attempt 3" and runs[3]["name"] == "teacher nightly-7"
-
-
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        ("import psutil; [c.kill() for c in psutil.Process().children(recursive=True)]", "W&B stopped working"),
-        ("mirror.artifact = None", "W&B did not get the out"),
-    ],
-)
-def test_a_broken_tracker_never_ends_a_stage(here: Path, body: str, says: str) -> None:
-    body += "\ntrack.log(1, loss=1.0)\ntrack.log(2, loss=1.0)\nout.mkdir(parents=True)\nreturn {'loss': 1.0}"
-    done = offline.stage(here, "teacher", "models/teacher", body)
-    assert done.returncode == 0 and says in done.stderr
-    (about,) = offline.journals(here)
-    assert about["exit_code"] == 0 and [row["step"] for row in journal.rows(here / "runtime/journal" / about["id"])] == [1, 2]
-
-
-def test_without_a_connection_it_is_written_offline(here: Path) -> None:
-    """Online was asked for, and nobody listens there (no key either): the stage goes on, `cf wandb sync` sends it later."""
-    done = offline.stage(here, "teacher", "models/teacher", MADE, WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
-    assert done.returncode == 0 and "this run is written offline" in done.stderr
-    (about,) = offline.journals(here)
-    assert about["mode"] == "offline" and offline.summary(about["folder"])["exit_code"] == 0
-
-
-def test_no_key_in_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    assert mirror.said(ValueError(f"{SECRET} is\n refused")) == "WANDB_API_KEY is refused"
-
-
-def test_one_name_for_all_stages_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("CF_RUN", "DVC_EXP_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    first = origin.pipeline_run(tmp_path)
-    assert origin.pipeline_run(tmp_path) == first
-    monkeypatch.setattr(os, "getpgrp", lambda: -1)
-    assert origin.pipeline_run(tmp_path) != first
-    monkeypatch.setenv("CF_RUN", "nightly-7")
-    assert origin.pipeline_run(tmp_path) == "nightly-7"
-
-
-def test_ids_are_fit_for_wandb_and_never_the_same(tmp_path: Path) -> None:
-    folders = [journal.claim(tmp_path, "a/b?c:%#" + "x" * 90, "stage2", 1) for _ in range(3)]
-    assert len({folder.name for folder in folders}) == 3
-    assert all(len(folder.name) <= 64 and not set(folder.name) & set("/\\#?%:") for folder in folders)
 
 
 @pytest.mark.parametrize(

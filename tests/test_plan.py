@@ -54,7 +54,7 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(found) == ["teacher", "causal_init", "stage1", "stage2"]
     stage2 = found["stage2"]
     assert stage2["gib"]["0"]["at_once"] == 0, "unsharded it is too much for 80 GiB"
-    assert stage2["gib"]["2"]["at_once"] == 2 and stage2["gib"]["2"]["peak"] < 80
+    assert stage2["gib"]["2"]["at_once"] == 1 and stage2["gib"]["2"]["peak"] < 80, "a micro-batch of 1, as the profile states it"
     assert stage2["hours"] * 8 == pytest.approx(500 * stage2["tflop_per_step"] / (989 * 0.35) / 3600)
     # docs/method.md 1.3 has about 200, 75 and 270 to 370 GPU hours, the last with rollouts of 105 latents for each update
     assert 140 < found["teacher"]["hours"] * 8 < 200 and 50 < found["stage1"]["hours"] * 8 < 75 and 130 < stage2["hours"] * 8 < 270
@@ -158,8 +158,8 @@ def test_what_the_refusal_proposes_fits(wan: params.Params) -> None:
     one = forecast.needs(wan)["stage2"]
     room.refuse_memory("stage2", one, forecast.costs(wan), 139 * GIB, "machine", room.Split.of(wan.engine, one.batch, 1))
     assert room.Split.of(wan.engine, one.batch, 8) == room.Split(1, 2, 8), "as the profile states it"
-    with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about .* 8 such ranks with engine.zero: 3"):
-        room.refuse_memory("stage2", one, forecast.costs(wan), 30 * GIB, "GPU", room.Split.of(wan.engine, one.batch, 8))
+    with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* 64 such ranks with engine.zero: 3"):
+        room.refuse_memory("stage2", one, forecast.costs(wan), 39.4 * GIB, "GPU", room.Split.of(wan.engine, one.batch, 8))
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ def test_what_is_learned_is_the_same_with_and_without_samples(name: str, tmp_pat
         assert (tmp_path / "on" / file).read_bytes() == (tmp_path / "off" / file).read_bytes()
     assert list(digests(tmp_path / "on")) == [f"step-{step:06d}-{number}.mp4" for step in (2, 4, 6, 8) for number in (0, 1)]
     assert not (tmp_path / "off/samples").exists() and len(set(digests(tmp_path / "on").values())) == 8
+    rows = [json.loads(line) for file in ("metrics.jsonl", "timing.jsonl") for line in (tmp_path / "on" / file).read_text().splitlines()]
+    names = {re.sub(r"/q\d\d$", "/q05", re.sub(r"layer_\d+$", "layer_NN", name)).removeprefix("seconds/") for row in rows for name in row}
+    page = (Path(__file__).parent.parent / "docs/training.md").read_text()
+    assert [name for name in names - {"step"} if f"`{name}`" not in page] == [], "docs/training.md has a word on every value"
 
 
 @pytest.mark.parametrize("die_at", [5, 8])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,28 @@ def test_one_that_wants_many_is_not_passed_by_those_that_want_few() -> None:
     many.join(20)
     few.join(20)
     assert order == ["many", "few"]
+
+
+def test_those_that_want_all_do_not_hold_half_of_them_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CF_GPUS", "4")
+    got: list[int] = []
+    given = [ExitStack() for _ in range(4)]
+    for one in given:
+        one.enter_context(gpus.hold(1, print))
+
+    def take(number: int) -> None:
+        with gpus.hold(4, lambda text: None):
+            got.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for one in given:  # each comes free alone, for whoever looks first
+        time.sleep(1.5 * gpus.PAUSE)
+        one.close()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(got) == [0, 1, 2, 3]
 
 
 def test_more_than_there_are_is_refused() -> None:

@@ -13,8 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow_sync
 from prefect.settings import PREFECT_API_URL
+from prefect.states import Running
 
+from flows import worktree
+from flows.pipeline import pipeline
+from flows.run_config import RunConfig
 from tests.flows import project
 from tests.flows.served import ALL, Seen, change, go, root, server
 
@@ -64,3 +69,16 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_open_task(root: Path, how:
         states = Seen(dead.id).states()
     assert how != "SIGKILL" or dead.state.type.value == "CRASHED"
     assert {kind for kind, _ in states.values()} <= {"COMPLETED", "CRASHED", "CANCELLED", "FAILED"}, states
+
+
+def test_a_dead_run_that_is_tried_again_does_not_close_itself(root: Path) -> None:
+    """Prefect's Retry: the same flow run, in a checkout that still holds its name."""
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(pipeline, parameters={"config": RunConfig(dry_run=True)}, state=Running())
+    with pytest.raises(KeyboardInterrupt), worktree.alone(root, str(run.id)):
+        raise KeyboardInterrupt
+    state = run_flow_sync(pipeline, flow_run=run, parameters={"config": RunConfig(dry_run=True)}, return_type="state")
+    assert state.is_completed()
+    with get_client(sync_client=True) as client:
+        history = client.read_flow_run_states(run.id)
+    assert "CRASHED" not in [one.type.value for one in history]

@@ -49,6 +49,10 @@ def test_a_run_that_is_retried_finds_its_folder(repo: Path) -> None:
     commits = project.git(first, "log", "--format=%h")
     assert worktree.make(repo, "retried", profile=None, overrides={"seed": 5}) == first
     assert (first / "work.partial").exists() and project.git(first, "log", "--format=%h") == commits
+    (first / ".git").unlink()  # as when the first was killed while it was made
+    again = worktree.make(repo, "retried", profile=None, overrides={"seed": 5})
+    assert (again / ".git").is_file() and project.git(again, "rev-parse", "--abbrev-ref", "HEAD").strip() == "run/retried"
+    assert project.git(again, "log", "--format=%h") == commits
 
 
 def test_a_refused_value_leaves_nothing_half_written(repo: Path) -> None:

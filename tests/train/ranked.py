@@ -169,7 +169,7 @@ def small_codec(folder: Path) -> Path:
     return folder
 
 
-def train(name: str, out: Path, steps: int = STEPS, every: int = 5) -> None:
+def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
