@@ -39,9 +39,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = {stage: curves(args.project / "models" / stage / "metrics.csv") for stage in (*FLOW, *STUDENTS)}
     stated = read(args.project / "params.yaml")
-    grid(rows, FLOW, ("loss", "gradient", "ema_distance", "bank_fill", "bank_rms"), args.out / "training-flow.png", log=("gradient",))
+    grid(rows, FLOW, ("loss", "gradient", "ema_distance", "bank_fill", "bank_rms"), args.out / "training-flow.png")
     names = ("critic_loss", "critic_gradient", "score_distance", "normaliser", "student_loss", "student_gradient", "ema_distance")
-    grid(rows, STUDENTS, (*names, "frames", "exit"), args.out / "training-students.png", log=("critic_gradient", "student_gradient"))
+    grid(rows, STUDENTS, (*names, "frames", "exit"), args.out / "training-students.png")
     memory(rows, stated, args.out / "training-memory.png")
     seconds(args.project / "runtime", args.out / "training-seconds.png")
 
@@ -72,9 +72,9 @@ def draw(axes: Any, curve: Curve, colour: str, label: str | None = None) -> None
     axes.plot(steps, smooth(values, max(1, len(values) // 20)), color=colour, linewidth=1.5, label=label)
 
 
-def grid(rows: dict[str, dict[str, Curve]], stages: Sequence[str], names: Sequence[str], path: Path, log: Sequence[str]) -> None:
+def grid(rows: dict[str, dict[str, Curve]], stages: Sequence[str], names: Sequence[str], path: Path) -> None:
     """A row of panels a value, a column a stage; a stage without the value leaves its place empty."""
-    shape = {"sharex": "col", "squeeze": False, "layout": "constrained"}
+    shape = {"squeeze": False, "layout": "constrained"}
     figure, table = pyplot.subplots(len(names), len(stages), figsize=(3.6 * len(stages), 1.45 * len(names)), **shape)
     for line, name in zip(table, names, strict=True):
         for axes, stage in zip(line, stages, strict=True):
@@ -87,12 +87,7 @@ def grid(rows: dict[str, dict[str, Curve]], stages: Sequence[str], names: Sequen
                 axes.legend(frameon=False, fontsize=7)
             axes.set_title(f"{stage}: {name}", fontsize=8)
             axes.tick_params(labelsize=7)
-            if name in log:
-                axes.set_yscale("log")
-            elif name != "loss":
-                axes.set_ylim(bottom=0)
-    for axes in table[-1]:
-        axes.set_xlabel("step", fontsize=8)
+            axes.set_ylim(bottom=0)
     save(figure, path)
 
 
@@ -104,8 +99,9 @@ def memory(rows: dict[str, dict[str, Curve]], stated: dict[str, Any], path: Path
     for axes, below, stage in zip(upper, lower, stages, strict=True):
         found = rows[stage]
         steps = found["similarity/q50"][0]
-        low, first, middle, third, high = (smooth(found[f"similarity/{name}"][1], max(1, len(steps) // 20)) for name in QUANTILES)
-        axes.fill_between(steps, low, high, color="C0", alpha=0.15, linewidth=0, label="5 to 95 %")
+        low, first, middle, third, high = (found[f"similarity/{name}"][1] for name in QUANTILES)
+        axes.fill_between(steps, low, high, color="C0", alpha=0.15, linewidth=0, label="5 to 95 %, of each step")
+        first, middle, third = (smooth(values, max(1, len(steps) // 20)) for values in (first, middle, third))
         axes.fill_between(steps, first, third, color="C0", alpha=0.3, linewidth=0, label="25 to 75 %")
         axes.plot(steps, middle, color="C0", label="median")
         axes.axhline(stated[stage]["memory"]["tau"], color="black", linestyle="--", linewidth=1, label="tau")
@@ -142,7 +138,7 @@ def seconds(runtime: Path, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds of a step, mean", fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.legend(frameon=False, fontsize=7, ncol=2)
+    figure.legend(frameon=False, fontsize=7, loc="outside right upper")
     save(figure, path)
 
 

@@ -122,3 +122,7 @@ def main(argv: list[str]) -> None:
         hours = float(yaml.safe_load((repo / "params.yaml").read_text())["nightly"]["absent_hours"])
     if said := absent(repo, hours, _print):
         sys.exit(said)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from flows.machine import environment, healthy, here
+from flows.settings import environment, healthy, here
 
 DEPLOYMENTS = Path(__file__).parent.parent / "infra/prefect.yaml"
 

@@ -38,6 +38,9 @@ def send(repo: Path, *, timeout: float, pauses: Sequence[float], line: Line) -> 
     if not waiting(repo):
         return None
     for branch in waiting(repo):
+        if not git(repo, "for-each-ref", f"refs/heads/{branch}").strip():  # its night died before it had ended
+            _write(repo, [name for name in waiting(repo) if name != branch])
+            continue
         try:
             if stores(repo):
                 _send_data(repo, branch, timeout, pauses)
@@ -55,8 +58,8 @@ def stores(repo: Path) -> bool:
     """Whether a DVC remote is named at all. A project without one keeps everything in its cache."""
     try:
         remote.settings(repo)
-    except remote.Misconfigured:
-        return False
+    except remote.Misconfigured as error:
+        return "has no DVC remote" not in str(error)  # anything else is said when it is tried
     return True
 
 

@@ -112,3 +112,7 @@ def _outs(root: Path, names: list[str]) -> Iterator[Out]:
     for name, outs in here(root).items():
         if not names or name in names:
             yield from outs
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import alerts, handover, pipeline, reconcile, registry, supervise, warm, worktree
+from flows import alerts, handover, logs, pipeline, reconcile, registry, supervise, warm, worktree
 from flows.night import Settings, Work, anything_new, begin, candidate, take_clips
 from flows.nights import free, nights
 
@@ -55,6 +55,7 @@ def nightly(date: Date | None = None, full: bool = False) -> State[None]:
             return Completed(name=name, message=said)
     finally:
         supervise.stop()
+        logs.deliver()
 
 
 def night(repo: Path, date: str | None, full: bool, line: Callable[[str], None]) -> tuple[str, str]:

@@ -14,16 +14,18 @@ import tempfile
 import threading
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import allow_failure, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
-from prefect.states import Failed
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed, Failed
 from prefect.utilities.annotations import quote
 from pydantic import ValidationError
 
-from flows import reconcile, shown, stages, supervise, worktree
+from flows import logs, reconcile, shown, stages, supervise, worktree
 from flows.run_config import RunConfig
 from flows.stage_task import DONE, Run, environment, one
 from flows.stages import Stage
@@ -45,13 +47,14 @@ def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str] | State[Any]:
     """The stages of dvc.yaml, with the parameters asked for. What happened to each; a failure if one failed."""
     supervise.start()
     try:
-        _tidy()
+        _tidy(Path.cwd())
         return _whole(config)
     except (RuntimeError, ValueError) as error:
         get_run_logger().error(str(error))
         return Failed(message=str(error))  # the sentence itself: what an exception would say of itself goes before it
     finally:
         supervise.stop()
+        logs.deliver()
 
 
 def _whole(config: RunConfig) -> dict[str, str]:
@@ -59,7 +62,7 @@ def _whole(config: RunConfig) -> dict[str, str]:
     apart = runtime.deployment.id is not None or config.overrides or config.profile != "params.yaml"
     run = name() if apart else str(runtime.flow_run.name)
     root = worktree.make(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
-    with worktree.alone(root):
+    with worktree.alone(root, str(runtime.flow_run.id)):
         check(root)
         chosen = stages.selected(stages.stages(root), config.stages, config.from_stage, config.to_stage)
         if config.dry_run:
@@ -84,7 +87,7 @@ def name() -> str:
     return worktree.checked(f"{words or 'run'}-{str(runtime.flow_run.id)[:8]}")
 
 
-@task(name="check parameters", cache_policy=NO_CACHE)
+@task(name="check parameters", task_run_name="check parameters", cache_policy=NO_CACHE)
 def check(root: Path) -> None:
     """`cf validate` before anything runs; its sentence is the failure. A project without it has nothing to check."""
     if not (root / "tasks/validate.py").exists():
@@ -111,7 +114,7 @@ def repro(
     known = stages.stages(root)
     chosen = stages.selected(known, only or ())
     shared = Run(root, environment(run, root, repo or root), _unchanged(root), threading.Semaphore(at_once), pull)
-    futures: dict[str, Any] = {}
+    before, futures = stages.recorded(root), dict[str, Any]()
     for stage in chosen:
         waits = _waits(stage, known, {stage.name for stage in chosen})
         options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
@@ -125,6 +128,7 @@ def repro(
     except BaseException:  # SIGTERM is an exception of Prefect's here
         supervise.stop()
         raise
+    stages.put_in_order(root, before, known)
     states = {stage.name: shared.outcome.get(stage.name, "Failed") for stage in chosen}
     shown.results(root, run, states, logger.warning)
     failed = [stage for stage, state in states.items() if state == "Failed"]
@@ -167,17 +171,29 @@ def _unchanged(root: Path) -> set[str]:
         return set()
 
 
-def _tidy() -> None:
-    """What runs before this one left: processes without a guardian, tasks that say Running for ever."""
+def _tidy(repo: Path) -> None:
+    """What runs before this one left: processes without a guardian, runs and tasks that say Running for ever."""
     logger = get_run_logger()
     if left := supervise.sweep():
         logger.warning(f"ended processes that a killed run had left: {', '.join(map(str, left))}")
     try:
         with get_client(sync_client=True) as client:
+            for run in {worktree.died(root) for root in [repo, *worktree.found(repo)]} - {"", str(runtime.flow_run.id)}:
+                _close(client, UUID(run))  # this one too may have died before, and is being tried again
             for said in reconcile.tasks_of_the_dead(client):
                 logger.info(said)
     except Exception as error:
         logger.warning(f"tasks of runs that died were not closed: {' '.join(str(error).split())[:200]}")
+
+
+def _close(client: SyncPrefectClient, run: UUID) -> None:
+    """A run that had its checkout when its process was killed. It may have ended well for the server, or be another server's."""
+    try:
+        state = client.read_flow_run(run).state
+    except ObjectNotFound:
+        return
+    if state is None or not state.is_final():
+        client.set_flow_run_state(run, Crashed(message="Its process was gone when the next run began."), force=True)
 
 
 def _keep(repo: Path, root: Path, run: str) -> None:

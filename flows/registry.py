@@ -7,7 +7,6 @@ version. A tag's message is JSON: md5, numbers of the gate, runs. `gto show` and
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -19,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.locked import entry, in_a_sentence, wrong
-from flows.nights import nights
+from flows.locked import entry, wrong
 from flows.worktree import git
 
 ARTIFACT, STAGE, WEIGHTS = "student", "promoted", "models/stage2"
@@ -28,7 +26,6 @@ VERSION = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
 REGISTERED = re.compile(rf"{ARTIFACT}@({VERSION.pattern})")
 ASSIGNED = re.compile(rf"{ARTIFACT}#{STAGE}#(\d{{1,9}})")
 FIELDS = ("refname:strip=2", "*objectname", "taggerdate:unix", "contents")
-FETCHED = "the DVC cache has them, or the remote that the repository names"
 
 
 @dataclass(frozen=True)
@@ -122,15 +119,14 @@ def register(repo: Path, commit: str, about: dict[str, Any]) -> Version:
     weights = entry(repo, commit, WEIGHTS)
     *above, last = _numbers(known[-1].name) if known else (0, 0, 0)
     name = "v" + ".".join(map(str, [*above, last + 1]))
-    _tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about, known[-1].when if known else 0)
+    _tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
     return named(repo, name)
 
 
 def assign(repo: Path, version: Version, about: dict[str, Any]) -> Assignment:
     last = assignments(repo)
     number = last[-1].number + 1 if last else 1
-    since = max(version.when, last[-1].when if last else 0)
-    _tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about, since)
+    _tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about)
     return assignments(repo)[-1]
 
 
@@ -158,9 +154,10 @@ def resolved(repo: Path, commit: str) -> str:
         raise ValueError(f"{commit!r} is no commit of {repo}") from None
 
 
-def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any], since: int) -> None:
-    """git refuses a name that is taken: of two at once, one fails. A second later than the last: GTO sorts by seconds."""
-    date = f"{max(int(time.time()), since + 1)} +0000"
+def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
+    """git refuses a name that is taken: of two at once, one fails. A second later than the last one: GTO sorts by seconds."""
+    last = max([0, *(one.when for one in versions(repo)), *(one.when for one in assignments(repo))])
+    date = f"{max(int(time.time()), last + 1)} +0000"
     message = json.dumps(about, sort_keys=True, ensure_ascii=False)
     words = ["git", *identity(repo), "tag", "--annotate", "--no-sign", "--cleanup=verbatim", "--message", message, "--", name, commit]
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_COMMITTER_DATE": date}
@@ -174,66 +171,6 @@ def identity(repo: Path) -> list[str]:
     who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
     asked = {key: subprocess.run(["git", "config", key], cwd=repo, capture_output=True).returncode for key in who}
     return [word for key, value in who.items() if asked[key] for word in ("-c", f"{key}={value}")]
-
-
-# --------------------------------------------------------------------------------------------------------- commands
-
-
-def history(repo: Path) -> list[str]:
-    """What happened, oldest first, one line each: nights, versions, promotions, rollbacks."""
-    told = [(one.when, 1, f"version    {one.name}: {_of(one.about)}") for one in versions(repo)]
-    for one in assignments(repo):
-        word = "rollback  " if one.about.get("rollback") else "promoted  "
-        told.append((one.when, 2, f"{word} {one.version.name}: {one.about.get('why') or _of(one.about)}"))
-    told += [(night.when, 0, f"night      {night.date}: {night.outcome}, {night.why}") for night in nights(repo)]
-    return [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(when))}  {said}" for when, _, said in sorted(told)]
-
-
-def _of(about: Mapping[str, Any]) -> str:
-    return str(about.get("why") or about.get("said") or about.get("by") or about.get("md5") or "by hand")
-
-
-@in_a_sentence
-def promote_main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf promote", description="Makes a student the promoted one, by hand: no gate is asked.")
-    parser.add_argument("what", nargs="?", default="HEAD", help="a version such as v0.0.2, or a commit whose dvc.lock has models/stage2")
-    parser.add_argument("--why", default="by hand")
-    args, repo = parser.parse_args(argv), Path.cwd()
-    version = named(repo, args.what) if VERSION.fullmatch(args.what) else register(repo, args.what, {"by": "hand", "why": args.why})
-    if version == promoted(repo):
-        print(f"{version.name} is the promoted one already")
-        return
-    made = assign(repo, version, {"by": "hand", "why": args.why})
-    print(f"{version.name} is promoted ({made.tag}, commit {version.commit[:12]}); `git push origin {version.tag} {made.tag}` tells others")
-
-
-@in_a_sentence
-def rollback_main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf rollback", description="Makes a student that was promoted before the promoted one again.")
-    parser.add_argument("version", nargs="?", help="such as v0.0.1; default: the one before")
-    parser.add_argument("--why", default="by hand")
-    args = parser.parse_args(argv)
-    made = rollback(Path.cwd(), args.version, args.why)
-    print(f"{made.version.name} is promoted again ({made.tag}); `git push origin {made.tag}` tells others")
-
-
-@in_a_sentence
-def history_main(argv: list[str]) -> None:
-    argparse.ArgumentParser("cf history", description="Nights, versions, promotions and rollbacks, oldest first.").parse_args(argv)
-    print("\n".join(history(Path.cwd())) or "nothing yet: no night has run, and no student was promoted")
-
-
-@in_a_sentence
-def promoted_main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf promoted", description=f"The promoted student, and its weights: {FETCHED}.")
-    parser.add_argument("--out", type=Path, help="a folder to put the weights into")
-    args, repo = parser.parse_args(argv), Path.cwd()
-    now = promoted(repo)
-    if now is None:
-        raise ValueError("no student is promoted; a night promotes one, or `cf promote`")
-    if args.out:
-        fetch(repo, now, args.out)
-    print(f"{now.name} {now.commit[:12]} {now.about.get('md5', '')}" + (f" in {args.out}" if args.out else ""))
 
 
 def fetch(repo: Path, version: Version, out: Path) -> None:

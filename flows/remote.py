@@ -98,7 +98,8 @@ def check(root: Path) -> str:
 
 def _reach(root: Path, name: str, url: str, options: dict[str, str]) -> None:
     """A folder must be there: DVC would make it, on the disk below an unmounted share, and call that a push."""
-    address = urlsplit(options.get("endpointurl") or url)
+    stated = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") if url.startswith("s3://") else None
+    address = urlsplit(options.get("endpointurl") or stated or url)
     if "://" not in url:
         if not (root / ".dvc" / url).is_dir():  # as DVC reads it, whose answer is absolute
             raise Away(f"remote {name} is the folder {url}, which is not there; mount its disk, or make it if it is new")

@@ -19,6 +19,7 @@ from flows import gpus, shown, supervise
 from flows.stages import Stage
 
 LAST = 20  # lines that a failure carries
+SECRET = ("PREFECT_", "CF_ALERT_")  # of the environment, and none of a stage's business: there is a password in both
 DONE = ("Cached", "Restored", "Completed")
 CHATTER = (
     "To track the changes with git",
@@ -46,12 +47,12 @@ class Run:
 
 
 def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
-    """Of the stages: this interpreter's `python` and `dvc`, the run's name, and nothing of Prefect's, whose password is there too.
+    """Of the stages: this interpreter's `python` and `dvc`, the run's name, and no password of Prefect or the alerts.
 
     Offline runs of W&B, and what is kept of single clips, go to the checkout that the run's worktree belongs to: they outlive the
     worktree.
     """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(SECRET)}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     outlives = {} if root == repo else {"WANDB_DIR": str(repo / "runtime"), "CF_KEPT": str(repo / "work/kept")}
     return {"CF_RUN": run, **outlives, **kept, "PYTHONUNBUFFERED": "1", "PATH": path}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -43,14 +44,13 @@ class Stage:
 
 
 def stages(root: Path) -> list[Stage]:
-    """All of the project, what comes first first; those without an order between them as dvc.yaml has them."""
+    """All of the project, in the order in which `dvc repro` runs them: what comes first first."""
     from dvc.repo import Repo
-    from networkx import DiGraph, lexicographical_topological_sort
+    from networkx import dfs_postorder_nodes
 
     with Repo(str(root)) as repo:
-        graph: DiGraph[Any] = repo.index.graph
-        place = {stage: number for number, stage in enumerate(repo.index.stages)}
-        order = list(lexicographical_topological_sort(graph.reverse(), key=lambda stage: place[stage]))
+        graph = repo.index.graph  # from a stage to what it needs
+        order = list(dfs_postorder_nodes(graph))
         return [
             Stage(
                 name=_name(stage, root),
@@ -93,6 +93,34 @@ def unchanged(root: Path) -> set[str]:
     return {stage.name for stage in stages(root)} - changed
 
 
+def recorded(root: Path) -> list[str]:
+    """The stages that dvc.lock has, in its order."""
+    lock = root / "dvc.lock"
+    return list(_blocks(lock.read_text())[1]) if lock.exists() else []
+
+
+def put_in_order(root: Path, before: list[str], known: Iterable[Stage]) -> None:
+    """dvc.lock as `dvc repro` would have written it. DVC adds a stage at the end when it first ends, and those that run at the same
+    time end in any order. `before`: what was recorded when the run began. Not while DVC runs."""
+    lock = root / "dvc.lock"
+    if not lock.exists():
+        return
+    text = lock.read_text()
+    head, blocks = _blocks(text)
+    order = dict.fromkeys([*before, *(stage.name for stage in known), *blocks])
+    ordered = head + "".join(blocks[name] for name in order if name in blocks)
+    if ordered != text:
+        partial = lock.with_suffix(".partial")
+        partial.write_text(ordered)
+        partial.replace(lock)
+
+
+def _blocks(text: str) -> tuple[str, dict[str, str]]:
+    """What comes before the stages, and each stage's lines."""
+    head, *parts = re.split(r"^(?=  [^ ].*:\n)", text, flags=re.MULTILINE)
+    return head, {part.split(":\n", 1)[0].strip(" '\""): part for part in parts}
+
+
 def selected(known: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:
     """Those named, or all; of them, what follows from `first` and what leads to `last`. The name of a foreach is all of its items."""
     known = list(known)
@@ -131,3 +159,40 @@ def _before(known: list[Stage], found: set[str]) -> set[str]:
         if stage.name in found:
             found |= set(stage.upstream)
     return found
+
+
+def damaged(root: Path) -> list[str]:
+    """What dvc.lock names and the default remote holds, but not as its name says: taken away there, with the lists that name it.
+
+    DVC alone sees the damage (`verify`) and makes the result anew, on every machine: its push sends what is missing, and a damaged
+    object is not missing. All of it is read, so this takes as long as a pull.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import yaml
+    from dvc.repo import Repo
+    from dvc_objects.errors import ObjectFormatError
+
+    lock = yaml.safe_load((root / "dvc.lock").read_text())
+    named = {out["md5"] for stage in lock["stages"].values() for out in stage.get("outs", []) if "md5" in out}
+    with Repo(str(root)) as repo:
+        held = repo.cloud.get_remote_odb(command="mend")
+
+        def broken(oid: str) -> bool:
+            try:
+                held.check(oid)  # removes what is damaged
+            except ObjectFormatError:
+                return True
+            except FileNotFoundError:
+                pass
+            return False
+
+        with ThreadPoolExecutor(8) as at_once:
+            tops = sorted(named)
+            bad = {oid for oid, is_bad in zip(tops, at_once.map(broken, tops), strict=True) if is_bad}
+            for oid in (oid for oid in tops if oid.endswith(".dir") and oid not in bad and held.exists(oid)):
+                entries = sorted({one["md5"] for one in json.loads(held.fs.cat_file(held.oid_to_path(oid)))})
+                if found := {entry for entry, is_bad in zip(entries, at_once.map(broken, entries), strict=True) if is_bad}:
+                    bad |= found
+                    held.fs.remove(held.oid_to_path(oid))  # while a list is there, DVC believes that all it names is
+    return sorted(bad)

@@ -11,22 +11,28 @@ import configparser
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flows import overrides as laid
 
 FOLDER = ".runs"
+LOCK = ".dvc/tmp/cf-run.lock"
 KEEP = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
 SECRETS = ("password", "secret", "token", "key", "credential", "connection_string")
 EXAMPLES = """examples:
   python -m flows.worktree list
   python -m flows.worktree prune --keep 5     every finished run's folder but the five youngest; branches stay"""
+
+
+class Busy(RuntimeError):
+    """Another run has the checkout."""
 
 
 def checked(name: str) -> str:
@@ -44,11 +50,13 @@ def make(
     working files, and its training goes on from the last checkpoint."""
     repo, name = repo.resolve(), checked(name)
     branch, folder = branch or f"run/{name}", repo / FOLDER / name
-    if not folder.exists():
+    if not (folder / ".git").is_file():  # absent, or half made: there git would speak of the checkout around it
+        shutil.rmtree(folder, ignore_errors=True)
         git(repo, "worktree", "prune")
         start = git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip()
         known = git(repo, "branch", "--list", branch).strip()
         git(repo, "worktree", "add", "--quiet", *([] if known else ["-b", branch]), str(folder), branch if known else start)
+    os.utime(folder)
     share_cache(repo, folder)
     try:
         if profile and profile != "params.yaml":
@@ -117,29 +125,48 @@ def _cf(folder: Path, *words: str) -> None:
 
 
 @contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """One run a checkout: DVC refuses a stage that is started twice, hours into the first. Freed by the kernel."""
-    path = root / ".dvc/tmp/cf-run.lock"
+def alone(root: Path, run: str = "") -> Iterator[None]:
+    """One run a checkout: DVC refuses a stage that is started twice, hours into the first. The kernel frees the lock, and then the
+    name of the run is still in it: that one died."""
+    path = root / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise RuntimeError(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            owner = file.read().split(" ")[0] or "unknown"
+            raise Busy(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
+        _write(file, f"{os.getpid()} {run}")
         yield
+        _write(file, "")
 
 
-def in_use(folder: Path) -> bool:
-    try:
-        with alone(folder):
-            return False
-    except RuntimeError:
-        return True
+def _write(file: IO[str], text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+
+
+def in_use(root: Path) -> bool:
+    return _owner(root) is None
+
+
+def died(root: Path) -> str:
+    """The run that had this checkout and didn't leave it, if nobody has it now."""
+    return (_owner(root) or " ").split(" ")[1]
+
+
+def _owner(root: Path) -> str | None:
+    """What a free lock says; None of one that is held."""
+    if not (root / LOCK).exists():
+        return " "
+    with (root / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        return file.read() or " "
 
 
 # ---------------------------------------------------------------------------------------------------------- old ones
@@ -171,6 +198,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     repo = Path.cwd()
     if args.verb == "list":
+        if not found(repo):
+            print(f"no run has a folder in {FOLDER}/")
         for folder in found(repo):
             print(
                 f"{folder.name:<40} {'running' if in_use(folder) else 'finished':<9} {git(folder, 'log', '-1', '--format=%h %s').strip()}"

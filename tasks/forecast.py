@@ -82,9 +82,9 @@ def parts(batch: int, ranks: int) -> list[int]:
     return [share // n for n in range(1, share + 1) if share % n == 0]
 
 
-def fitting(one: Need, memory: float, zero: int, ranks: int) -> int:
-    """The largest number of samples at once that fits; 0 if not even one does."""
-    return next((n for n in parts(one.batch, ranks) if one.peak(n, zero, ranks) <= memory), 0)
+def fitting(one: Need, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
+    """The stated number of samples at once, or the largest that fits; 0 if it doesn't, or not even one does."""
+    return next((n for n in ([stated] if stated else parts(one.batch, ranks)) if one.peak(n, zero, ranks) <= memory), 0)
 
 
 def hours(one: Need, machine: Hardware) -> float:
@@ -95,7 +95,7 @@ def rows(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
     for stage, one in needs(p).items():
         states: dict[str, dict[str, float]] = {}
         for zero in ZERO:
-            at_once = fitting(one, machine.memory, zero, machine.ranks)
+            at_once = fitting(one, machine.memory, zero, machine.ranks, p.engine.micro_batch)
             parts_of = {name: held / GIB for name, held in one.states(zero, machine.ranks).items()}
             peak = one.peak(max(1, at_once), zero, machine.ranks) / GIB
             states[str(zero)] = parts_of | {"at_once": at_once, "peak": peak}
@@ -122,5 +122,8 @@ def refuse(p: Params, stage: str, out: Path, work: Path) -> None:
     """One sentence before a training stage begins that can't end here. `CF_IGNORE_PLAN=1` is the way round it."""
     if os.environ.get("CF_IGNORE_PLAN") == "1" or (one := needs(p).get(stage)) is None:
         return
-    room.refuse_memory(stage, one, costs(p), room.memory(), "GPU" if room.gpus() else "machine")
+    ranks = int(os.environ["CF_RANKS"]) if "CF_RANK" in os.environ else 1
+    free = room.memory() / (1 if room.gpus() else ranks)  # ranks on the CPU have one machine's memory
+    where = "GPU" if room.gpus() else "machine" if ranks == 1 else "rank's share of the machine"
+    room.refuse_memory(stage, one, costs(p), free, where, room.Split.of(p.engine, one.batch, ranks))
     room.refuse_disk(stage, disk(p, stage), out, work)

@@ -24,6 +24,12 @@ class Start(Section):
     clips: Path  # clips.folder, or the code that renders them
     stage2: Path  # what the student of stage 2 begins as: models/stage1, or a student that was promoted
 
+    @model_validator(mode="after")
+    def _is_one_word(self) -> Self:
+        if not re.fullmatch(r"[\w@./]*[\w@][\w@./-]*", str(self.stage2), re.ASCII):
+            raise ValueError(f"stage2 is {str(self.stage2)!r}, which dvc.yaml puts into a command; use letters, digits, and . _ / @ -")
+        return self
+
 
 class Rule(Section):
     """What the candidate must be beside the promoted model: better by `margin`, or, below 0, worse by no more than that."""

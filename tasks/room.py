@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from cf_model.train.cost import Costs
+from cf_model.train.engine import EngineSpec
 from cf_model.train.need import Need
 
 from .params_file import Refused
@@ -45,29 +47,45 @@ def memory() -> float:
     return min(found)
 
 
-def refuse_memory(stage: str, one: Need, costs: Costs, free: float, where: str) -> None:
-    """A stage computes its whole batch at once."""
-    expected = one.peak(one.batch)
+@dataclass(frozen=True)
+class Split:
+    """How a stage is spread: what each rank computes at once, and what DeepSpeed splits among them."""
+
+    at_once: int
+    zero: int
+    ranks: int
+
+    @classmethod
+    def of(cls, engine: EngineSpec, batch: int, ranks: int) -> Split:
+        zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
+        return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks)
+
+
+def refuse_memory(stage: str, one: Need, costs: Costs, free: float, where: str, split: Split) -> None:
+    """`free`: bytes that one rank has."""
+    expected = one.peak(split.at_once, split.zero, split.ranks)
     if expected <= MEMORY_MARGIN * free:
         return
-    fixed, each = number(one.peak(0) / GIB), number(one.sample() / GIB)
-    parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {one.batch} samples"
-    said = f"{stage} needs about {number(expected / GIB)} GiB ({parts}), but this {where} has {number(free / GIB)}"
-    raise Refused(f"{said}; {way(stage, one, costs, free)}; CF_IGNORE_PLAN=1 starts it all the same")
+    fixed, each = number(one.peak(0, split.zero, split.ranks) / GIB), number(one.sample() / GIB)
+    parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {split.at_once} samples at once"
+    rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
+    said = f"{rank} needs about {number(expected / GIB)} GiB ({parts}), but this {where} has {number(free / GIB)}"
+    raise Refused(f"{said}; {way(one, costs, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
 
 
-def way(stage: str, one: Need, costs: Costs, free: float) -> str:
+def way(one: Need, costs: Costs, free: float, split: Split) -> str:
     """The setting that would make it fit, as far as one would."""
-    if one.peak(1) <= free:
-        batch = max(n for n in range(1, one.batch + 1) if one.peak(n) <= free)
+    share = max(1, one.batch // split.ranks)
+    fitting = [n for n in range(1, share + 1) if share % n == 0 and one.peak(n, split.zero, split.ranks) <= free]
+    if fitting:
         other = "" if costs.compute.checkpointing else ", or compute.checkpointing: true"
-        return f"use {stage}.batch: {batch}{other}"
-    if not costs.compute.checkpointing and one.peak(0) <= free:
+        return f"use engine.micro_batch: {fitting[-1]}{other}"
+    if not costs.compute.checkpointing and one.peak(0, split.zero, split.ranks) <= free:
         return "use compute.checkpointing: true"
     for ranks in (2, 4, 8, 16, 32, 64):
         for zero in (2, 3):
-            if one.peak(1, zero, ranks) <= free:
-                return f"{ranks} such ranks with ZeRO {zero} would hold it (`cf plan --gpus {ranks} --gpu-memory {free / GIB:.0f}`)"
+            if ranks >= split.ranks and one.peak(1, zero, ranks) <= free:
+                return f"{ranks} such ranks with engine.zero: {zero} and engine.micro_batch: 1 would hold it"
     alone = f"one sample alone takes {number(one.peak(1) / GIB)}"
     return f"{alone}: use a larger device, or a smaller model, video or memory (`cf plan` shows what takes most)"
 

@@ -51,9 +51,9 @@ class Base:
     def step(self, number: int) -> dict[str, float]:
         losses = [self._loss() for _ in self.random.groups()]
         norm = self.optimizer.step()
-        self.average.update()
+        distance = self.average.update()
         self.clock.lap("update")
-        return {"loss": mean(losses), "gradient": norm, "ema_distance": self.average.distance()}
+        return {"loss": mean(losses), "gradient": norm, "ema_distance": distance}
 
     def _loss(self) -> float:
         """Of one group of the batch, whose gradient is added."""

@@ -77,10 +77,10 @@ class CausalInit:
             losses.append(loss.item())
             self.clock.lap("loss")
         norm = self.optimizer.step()
-        self.average.update()
+        distance = self.average.update()
         self.clock.lap("update")
         values = {"loss": mean(losses), "gradient": norm, "context_frames": float(sum(map(len, memory.held().values())))}
-        return values | remembered(self.spec.memory, self.compared) | {"ema_distance": self.average.distance()}
+        return values | remembered(self.spec.memory, self.compared) | {"ema_distance": distance}
 
     def _teacher_forcing(self) -> tuple[Tensor, Memory]:
         """Each chunk of a real video is denoised after the clean ones before it."""

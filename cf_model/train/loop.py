@@ -53,19 +53,17 @@ class Average(Generic[M]):
         self.model: M = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self) -> float:
+        """Returns how far it then is from the raw weights, over their norm. What does not learn is left out."""
         # Choice: a rising decay in the first updates, so that a short run's average is not its starting point.
         decay = min(self.decay, (1 + self.done) / (10 + self.done)) if self.done >= self.start else 0.0
+        norms = []
         for mean, raw in zip(self.model.parameters(), engine.whole(self.source), strict=True):
             mean.lerp_(raw, 1 - decay)
+            if raw.requires_grad:
+                norms.append(torch.stack([(mean - raw).norm(), raw.norm()]).float())
         self.done += 1
-
-    @torch.no_grad()
-    def distance(self) -> float:
-        """Of the averaged weights from the raw ones, over the norm of the raw ones. What does not learn is left out."""
-        pairs = zip(self.model.parameters(), engine.whole(self.source), strict=True)
-        norms = [torch.stack([(mean - raw).norm(), raw.norm()]) for mean, raw in pairs if raw.requires_grad]
-        apart, size = torch.stack(norms).float().norm(dim=0)
+        apart, size = torch.stack(norms).norm(dim=0)
         return float(apart / size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,6 +165,7 @@ def fit(
                 held = {part: whole.state_dict() for part, whole in state.items()}  # every rank: some of it is spread over them
                 if ranks.is_first():
                     checkpoint.save(log.work, saved, held)
+                clock.lap("save")
             log.time(number + 1, clock.taken(), **peak_memory())
             bar.update(1, **shown(latest))
             if stop:

@@ -39,15 +39,15 @@ class Need:
     shared: int  # bytes whatever the batch: the bank of errors
 
     def states(self, zero: int = 0, ranks: int = 1) -> dict[str, float]:
-        """Bytes a rank by ZeRO stage: 1 shares the optimiser's state among the ranks, 2 the gradients too, 3 the weights too."""
+        """Bytes a rank by ZeRO stage, as zero.py has them: 1 splits moments and master weights among the ranks, 2 the gradients
+        too, 3 the weights too. The average and a frozen teacher are whole on every rank."""
         share = [ranks if zero >= least else 1 for least in ZERO]
-        master = 4 * self.trained  # float32; where nothing is computed in less, these are the weights themselves
-        weights, optimiser = (self.copies, master) if self.copies else (master, 0)
+        trained = 4 * self.trained
         return {
-            "weights": (weights + 4 * self.frozen) / share[3],
-            "gradients": 4 * self.trained / share[2],
-            "optimiser": (optimiser + self.moments) / share[1],
-            "average": 4 * self.averaged / share[1],
+            "weights": (trained + self.copies) / share[3] + 4 * self.frozen,
+            "gradients": trained / share[2],
+            "optimiser": (self.moments + (trained if zero else 0)) / share[1],
+            "average": 4 * self.averaged,
         }
 
     def sample(self) -> int:

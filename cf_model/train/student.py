@@ -137,8 +137,7 @@ class Distillation:
         values = {name: mean([one[name] for one in groups]) for name in groups[0]}
         if last:
             values["student_gradient"] = self.student_optimizer.step()
-            self.average.update()
-            values["ema_distance"] = self.average.distance()
+            values["ema_distance"] = self.average.update()
             self.kept.clear()
         values["critic_gradient"] = self.critic_optimizer.step()
         self.clock.lap("update")

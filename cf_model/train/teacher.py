@@ -68,10 +68,10 @@ class Teacher:
         made = [self._loss(number) for _ in self.random.groups()]
         self.bank.collect(*(found for _, found in made))
         norm = self.optimizer.step()
-        self.average.update()
+        distance = self.average.update()
         self.clock.lap("update")
         values = {name: mean([one[name] for one, _ in made]) for name in made[0][0]}
-        return {**values, "gradient": norm, **self.bank.statistics(), "ema_distance": self.average.distance()}
+        return {**values, "gradient": norm, **self.bank.statistics(), "ema_distance": distance}
 
     def _loss(self, number: int) -> tuple[dict[str, float], Mistakes]:
         """Of one group of the batch, whose gradient is added; and its mistakes."""

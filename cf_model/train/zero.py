@@ -19,6 +19,7 @@ from .engine import EngineSpec, Optimizer, OptimizerSpec
 from .ranks import rank, ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 50_000_000  # numbers that are sent at once: 200 MB, where DeepSpeed's own default takes 2 GB
 
 
 def make(model: nn.Module, spec: OptimizerSpec, steps: int, engine: EngineSpec) -> Optimizer:
@@ -38,7 +39,7 @@ def imported(device: torch.device) -> Any:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
-        way = "make deepspeed installs it; or use engine.use: torch"
+        way = "`make deepspeed` installs it; or use engine.use: torch"
         raise ValueError(f"engine.use asks for DeepSpeed in {ranks()} ranks, but it can't be imported ({error}); {way}") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its own import sets another
     # Choice: gloo on the CPU. DeepSpeed's operator of shared memory would be compiled for minutes at a first start, and a
@@ -54,7 +55,8 @@ def imported(device: torch.device) -> Any:
 def config(stage: int, **more: Any) -> dict[str, Any]:
     """What DeepSpeed is told. Groups of a batch are ours: every backward adds, `step` ends the batch."""
     one = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False}
-    return {**one, "steps_per_print": 2**31, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage, **more}}
+    room = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+    return {**one, "steps_per_print": 2**31, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage, **room, **more}}
 
 
 class Replicated(Optimizer):

@@ -81,7 +81,7 @@ if stage == "slow":
     write("runtime/slow.json", json.dumps({"wandb": "runtime/wandb/offline-run-1"}))
 if stage == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    seconds = params["stubborn"]["seconds"]
+    seconds = float(params["stubborn"]["seconds"])
     child = ("import os, pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
              "t = pathlib.Path(os.environ.get('TRACE', 'trace')); (t / f'child-{os.getpid()}').write_text(''); "
              "time.sleep(float(sys.argv[1]))")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +26,7 @@ from cf_model.train.erft import ErrorBank, ErrorSpec
 from cf_model.train.loop import fit
 from cf_model.train.ode import OdeSpec
 from cf_model.train.ranks import is_first, rank
-from cf_model.train.samples import SampleSpec, WindowSpec, from_noise, streamed
+from cf_model.train.samples import ContinuedSpec, SampleSpec, WindowSpec, continued, from_noise, streamed
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
 from cf_model.train.teacher import Teacher, TeacherSpec
 from tasks import ranks
@@ -94,12 +96,12 @@ def causal_init() -> tuple[CausalInit, dict[str, Denoiser]]:
     return job, {"model": job.model}
 
 
-def student() -> tuple[Distillation, dict[str, Denoiser]]:
+def student(more: dict[str, Any] | None = None) -> tuple[Distillation, dict[str, Denoiser]]:
     plan = {"steps": STEPS, "critic_updates": 2, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
     scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}
-    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON}
+    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON, **(more or {})}
     job = Distillation(
         StudentSpec(**plan),  # type: ignore[arg-type]
         student=denoiser(0),
@@ -116,13 +118,45 @@ def student() -> tuple[Distillation, dict[str, Denoiser]]:
     return job, {"student": job.student, "critic": job.critic}
 
 
-def sampler(job: Base | CausalInit | Distillation, track: Track, codec: Path, every: int) -> Samples:
-    """Two videos of each set: one window of base, a stream of the others."""
+def streaming() -> tuple[Distillation, dict[str, Denoiser]]:
+    """The same, on videos that go on from step to step, each for six chunks."""
+    job, models = student({"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist="stream")})
+    return job, models
+
+
+def sharing() -> tuple[Distillation, dict[str, Denoiser]]:
+    """The same, with one rollout for three updates of the critic."""
+    return student({"rollouts": "shared", "critic_updates": 3})
+
+
+def broken() -> tuple[Base, dict[str, Denoiser]]:
+    """The base model, whose clips are not numbers in the third step."""
+
+    class Torn(Clips):
+        asked = 0
+
+        def window(self, rows: list[int], starts: list[int], length: int) -> Tensor:
+            self.asked += 1
+            return super().window(rows, starts, length) * (math.nan if (self.asked - 1) // job.random.count == 2 else 1.0)
+
+    job, models = base()
+    job.latents = Torn()
+    return job, models
+
+
+def sampler(job: Base | CausalInit | Distillation | Teacher, track: Track, codec: Path, every: int) -> Samples:
+    """Two videos of each set: a window, of the teacher after a real beginning, or a stream."""
+    given = {"every": every, "prompts": 2, "seed": 1, "crf": 16}
+    plan: SampleSpec
+    make: Make
     if isinstance(job, Base):
-        plan: SampleSpec = WindowSpec(every=every, prompts=2, frames=4, seed=1, crf=16, sampler_steps=3, guidance=1.5)
-        make: Make = partial(from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
+        plan = WindowSpec(frames=4, sampler_steps=3, guidance=1.5, **given)
+        make = partial(from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
+    elif isinstance(job, Teacher):
+        plan = ContinuedSpec(frames=12, prefix=6, sampler_steps=3, guidance=1.5, **given)
+        make = partial(continued, job.average.model, spec=plan, view=job.spec.view, flow=FLOW, null=torch.zeros(5, 8))
     else:
-        plan = SampleSpec(every=every, prompts=2, frames=12, seed=1, crf=16)
+        plan = SampleSpec(frames=12, **given)
         make = partial(streamed, job.average.model, spec=plan, levels=(1.0, 0.5), chunk=3, memory=job.spec.memory, flow=FLOW)
     return Samples(plan, track, Clips(), codec, make)  # type: ignore[arg-type]
 
@@ -135,7 +169,7 @@ def small_codec(folder: Path) -> Path:
     return folder
 
 
-def train(name: str, out: Path, steps: int = STEPS, every: int = 5) -> None:
+def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]

@@ -69,8 +69,9 @@ def run(project, folder, lora, **changes):
     spec = replace(stated.teacher, steps=4, save_every=2, lora=lora, **changes)
     for name in ("work", "out"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    track = Track("teacher", folder / "work")
-    teacher.run(stated.model_copy(update={"teacher": spec}), track, latents=root / "latents", base=root / "base", out=folder / "out")
+    track, quiet = Track("teacher", folder / "work"), replace(stated.samples, teacher=replace(stated.samples.teacher, every=0))
+    paths = {"latents": root / "latents", "codec": root / "none", "base": root / "base", "out": folder / "out"}
+    teacher.run(stated.model_copy(update={"teacher": spec, "samples": quiet}), track, **paths)
     return folder / "out"
 
 

@@ -160,8 +160,9 @@ def test_the_sampler_reads_once_a_prompt(view: TeacherView) -> None:
 
 def job(view: TeacherView, guidance: float = 2.0) -> Distillation:
     optimizer = OptimizerSpec(1e-3, 0.0, 0.9, 0.98, 0.0, 0.0, 1.0, 0, 0.0)
-    plan: Any = {"steps": 4, "critic_updates": 2, "batch": 2, "memory": spec(), "rollout": rolling(levels=(1.0, 0.5), window=6)}
-    plan |= {"horizon": HorizonSpec(12, 12, 0, "const"), "critic_weight": "uniform", "ema": 0.9, "ema_start": 0, "save_every": 10}
+    plan: Any = {"steps": 4, "critic_updates": 2, "rollouts": "each", "batch": 2, "memory": spec()}
+    plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(12, 12, 0, "const")}
+    plan |= {"critic_weight": "uniform", "ema": 0.9, "ema_start": 0, "save_every": 10}
     plan |= {"student_optimizer": optimizer, "critic_optimizer": optimizer}
     plan |= {"teacher": ScoreSpec("sparse", guidance, "apart", "refuse", "as_is")}
     models: Any = {"student": denoiser(0), "teacher": recast(denoiser(1)), "critic": recast(denoiser(1))}

@@ -16,12 +16,8 @@ from cf_model.model.denoiser import Compute, Denoiser, ModelSpec
 from cf_model.model.memory import empty
 from cf_model.model.rollout import HorizonSpec
 from cf_model.train import need, passes
-from cf_model.train.base import Base
 from cf_model.train.cost import Costs
-from cf_model.train.student import Distillation
-from cf_model.train.teacher import Teacher
 from tasks import forecast, params
-from tests.allocations import Allocations
 from tests.small import normal, spec
 
 ROOT = Path(__file__).parents[2]
@@ -125,82 +121,6 @@ def test_a_remembered_frame_is_as_large_as_it_is() -> None:
     assert sum(t.numel() * t.element_size() for t in (*frame.keys, *frame.values)) == costs.memory_frame()
 
 
-class Clips:
-    """Clips that are nothing but numbers."""
-
-    shape, empty_text = (12, 4, 4), torch.zeros(16, 64)
-
-    def rows(self, split: str, at_least: int = 1) -> list[int]:
-        return [0]
-
-    def frames(self, row: int) -> int:
-        return 121
-
-    def window(self, rows: list[int], starts: list[int], length: int) -> torch.Tensor:
-        return normal(len(rows), length, *self.shape)
-
-    def text(self, rows: list[int]) -> torch.Tensor:
-        return self.empty_text.expand(len(rows), -1, -1)
-
-
-def job_of_tiny(stage: str, p: params.Params, costs: Costs) -> tuple[Any, need.Need]:
-    """A stage of tiny whose steps are all alike: of the longest past, or of one rollout's length."""
-    models = [model(costs).train() for _ in range(3 if stage == "stage2" else 1)]
-    alike: Any = {"latents": Clips(), "flow": p.flow, "seed": 0}
-    if stage == "base":
-        return Base(p.base, model=models[0], **alike), need.of_base(p.base, costs)
-    if stage == "teacher":
-        adam = replace(p.teacher.optimizer, muon_lr=0.0)  # Muon's own products are no pass of the model
-        spec = replace(p.teacher, shortest=p.teacher.longest, no_context=0.0, fast_only=0.0, optimizer=adam)
-        wanted = need.of_teacher(spec, costs)
-        return Teacher(spec, model=models[0], **alike), replace(wanted, shared=0)  # the bank is there before the step
-    horizon = HorizonSpec(27, 27, 0, "const")
-    own = replace(p.stage2, horizon=horizon, critic_updates=1, rollout=replace(p.stage2.rollout, levels=(1.0,)))
-    text = {"prompts": normal(8, 16, 64), "null": torch.zeros(16, 64)}
-    named = {"student": models[0], "teacher": models[1], "critic": models[2], "view": p.teacher.view, "flow": p.flow}
-    return Distillation(own, **named, **text, shape=(12, 4, 4), seed=0), need.of_student(own, costs, p.teacher.view)  # type: ignore[arg-type]
-
-
-def tiny(context_pass: str, checkpointing: bool = False) -> tuple[params.Params, Costs]:
-    p = params.load(ROOT / "profiles/tiny.yaml")
-    view = replace(p.teacher.view, context_pass=context_pass)  # type: ignore[arg-type]
-    compute = replace(p.compute, checkpointing=checkpointing)
-    p = p.model_copy(update={"compute": compute, "teacher": replace(p.teacher, view=view)})
-    return p, forecast.costs(p)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    ("stage", "context"), [("base", "joint"), ("stage2", "joint"), ("stage2", "own"), ("teacher", "joint"), ("teacher", "own")]
-)
-def test_a_step_of_tiny_holds_what_is_planned(stage: str, context: str, checkpointing: bool) -> None:
-    job, wanted = job_of_tiny(stage, *tiny(context, checkpointing))
-    job.step(0)  # from the second on, the optimisers have their state
-    with Allocations() as held:
-        job.step(1)
-    assert held.peak == pytest.approx(wanted.batch * wanted.sample(), rel=0.15)
-
-
-@pytest.mark.parametrize("context", ["joint", "own"])
-@pytest.mark.parametrize("stage", ["teacher", "stage2"])
-def test_a_step_of_tiny_takes_the_operations_that_are_planned(stage: str, context: str) -> None:
-    """But for backward passes that end before the latents, and with an own context at its last block's keys and values."""
-    job, wanted = job_of_tiny(stage, *tiny(context))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
-        job.step(0)
-    assert count.get_total_flops() == pytest.approx(wanted.batch * wanted.operations, rel=0.1)
-
-
-def test_an_own_context_costs_less_and_is_read_once_for_both_updates(wan_costs: Costs) -> None:
-    p = params.load(ROOT / "profiles/wan-1.3b.yaml")
-    own = replace(p.teacher.view, context_sigma="zero", context_pass="own")
-    at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"), critic_updates=1)
-    made = {name: need.of_student(at_105, wan_costs, view).operations for name, view in (("joint", p.teacher.view), ("own", own))}
-    joint, read, look = (wan_costs.forward(*one).total for one in ((42,), (21,), (21, 21)))
-    again = wan_costs.forward(42).trained(True) - wan_costs.forward(21).trained(True) - wan_costs.forward(21, 21).trained(True)
-    assert made["joint"] - made["own"] == pytest.approx(again + 3 * joint - 3 * look - 2 * read, rel=1e-6)
-
-
 # --------------------------------------------------------------------------------------------- published figures
 
 
@@ -258,8 +178,11 @@ def test_training_states_take_what_is_published(wan_costs: Costs) -> None:
     # docs/performance.md 4.3 keeps the frozen teacher in bfloat16; here it stays in float32, which is 2 bytes more
     stage2, teacher = need.of_student(p.stage2, wan_costs, p.teacher.view), 2 * wan_costs.parameters
     assert (sum(stage2.states().values()) - teacher) / 1e9 == pytest.approx(59.6, abs=0.1)
-    assert (sum(stage2.states(2, 8).values()) - teacher) / 1e9 == pytest.approx(14.9, abs=0.1)
-    assert (sum(stage2.states(3, 8).values()) - teacher / 8) / 1e9 == pytest.approx(7.45, abs=0.1)
+    # There, ZeRO on 8 GPUs takes 14.9 and 7.4 GB, with the average and bfloat16 weights split too. Ours keeps average and teacher
+    # whole, weights in float32, and DeepSpeed's master weights beside them: bytes of a parameter of one network, part by part.
+    parts = {2: 8 + 4 + 4 + (8 + 16 + 8) / 8 + 4, 3: 4 + (8 + 4 + 8 + 16 + 8) / 8 + 4}
+    for zero, each in parts.items():
+        assert sum(stage2.states(zero, 8).values()) == pytest.approx(each * wan_costs.parameters)
     assert forecast.clip(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
 
 

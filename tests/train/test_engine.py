@@ -1,25 +1,30 @@
-"""Ranks: two processes over gloo against one, on the same seeds; what they refuse."""
+"""Ranks, groups and DeepSpeed: two real processes over gloo against one of plain torch, on the same seeds; what they refuse."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cf_model.data.video import read_video
 from cf_model.model.flow import Shared, gaussian, uniform
 from cf_model.train import engine
+from cf_model.train.engine import PLAIN, EngineSpec, OptimizerSpec
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run(jobs: str, out: Path, count: int, steps: int = 20) -> None:
-    """`count` processes, which train one job after the other; 1 is one that knows of no ranks."""
+def run(jobs: str, out: Path, count: int, steps: int = 20, **engine: Any) -> None:
+    """`count` processes, which train one job after the other; 1 is one that knows of no ranks. There is no compiler."""
     for job in jobs.split(","):
         (out / job).mkdir(parents=True, exist_ok=True)
     (out / "meeting").mkdir(exist_ok=True)
@@ -27,6 +32,7 @@ def run(jobs: str, out: Path, count: int, steps: int = 20) -> None:
         rest.unlink()
     command = [sys.executable, "-m", "tests.train.ranked", jobs, str(out), str(steps)]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CF_MEETING": str(out / "meeting"), "CF_RANKS": str(count)}
+    common |= {"ENGINE": json.dumps(engine), "CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(out / "compiled")}
     ranked = [common | {"CF_RANK": str(n)} for n in range(count)] if count > 1 else [common]
     processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for env in ranked]
     for process in processes:
@@ -45,17 +51,97 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def same(one: Path, two: Path, *, values: bool = True) -> None:
+    """Weights within 1e-5 and, line by line, every value in metrics.jsonl."""
+    held, other = (load_file(folder / "weights.safetensors") for folder in (one, two))
+    assert held.keys() == other.keys()
+    for name, value in held.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
+    for alone, shared in zip(*rows, strict=True) if values else ():
+        assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_two_ranks_are_one_process(job: str, trained: Path) -> None:
-    """After 20 steps: weights of every trained model, and every value in metrics.jsonl. `student` promotes by similarity."""
-    one, two = (load_file(trained / f"{count}/{job}/weights.safetensors") for count in (1, 2))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-    rows = [[json.loads(line) for line in (trained / f"{count}/{job}/metrics.jsonl").read_text().splitlines()] for count in (1, 2)]
-    for alone, shared in zip(*rows, strict=True):
-        assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    """After 20 steps. `student` promotes by similarity."""
+    same(trained / "1" / job, trained / "2" / job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_groups_of_a_batch_are_the_batch(job: str, trained: Path, tmp_path: Path) -> None:
+    """Four samples at once, or one after the other: also where what is remembered is decided by what was made."""
+    run(job, tmp_path, 1, micro_batch=1)
+    same(trained / "1" / job, tmp_path / job)
+
+
+SPLIT = [{"zero": zero, "micro_batch": micro} for zero in (0, 2, 3) for micro in (None, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SPLIT, ids=[f"ZeRO {s['zero']}{', accumulated' if s['micro_batch'] else ''}" for s in SPLIT])
+def test_deepspeed_in_two_ranks_is_plain_torch_in_one(engine: dict[str, Any], trained: Path, tmp_path: Path) -> None:
+    """Student and critic, after 20 steps; and with ZeRO 2 every other stage."""
+    jobs = JOBS if engine == {"zero": 2, "micro_batch": 1} else ("student",)
+    run(",".join(jobs), tmp_path, 2, use="deepspeed", **engine)
+    for job in jobs:
+        same(trained / "1" / job, tmp_path / job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_deepspeed_goes_on_to_the_bit_and_its_checkpoints_are_anyones(zero: int, trained: Path, tmp_path: Path) -> None:
+    through, split, first = tmp_path / "through", tmp_path / "split", tmp_path / "first"
+    run("base", through, 2, use="deepspeed", zero=zero)
+    run("base", split, 2, 8, use="deepspeed", zero=zero)  # its last checkpoint is that of step 5
+    shutil.copytree(split, first)
+    run("base", split, 2, use="deepspeed", zero=zero)
+    for file in ("weights.safetensors", "metrics.jsonl"):
+        assert (split / "base" / file).read_bytes() == (through / "base" / file).read_bytes()
+    run("base", first, 1)  # one process of plain torch
+    same(trained / "1/base", first / "base")
+    run("base", tmp_path / "alone", 1, 8)
+    run("base", tmp_path / "alone", 2, use="deepspeed", zero=zero)
+    same(trained / "1/base", tmp_path / "alone/base")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_batch_that_is_not_finite_changes_nothing_under_deepspeed(zero: int, tmp_path: Path) -> None:
+    run("broken", tmp_path / "one", 1)
+    run("broken", tmp_path / "two", 2, use="deepspeed", zero=zero, micro_batch=1)
+    same(tmp_path / "one/broken", tmp_path / "two/broken", values=False)
+    rows = [json.loads(line) for line in (tmp_path / "two/broken/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["loss"] is None] == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["streaming", "sharing"])
+def test_rollouts_that_outlive_a_step_go_on_in_ranks_and_groups(job: str, tmp_path: Path) -> None:
+    """Stopped between two updates of the student, and within a video; resumed in other shares of the batch."""
+    run(job, tmp_path / "one", 1)
+    run(job, tmp_path / "two", 2, micro_batch=1)
+    same(tmp_path / "one" / job, tmp_path / "two" / job)
+    for again in ("same", "other"):
+        run(job, tmp_path / again, 2, 13, micro_batch=1)  # its last checkpoint is that of step 10
+    run(job, tmp_path / "same", 2, micro_batch=1)
+    for file in ("weights.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "same" / job / file).read_bytes() == (tmp_path / "two" / job / file).read_bytes()
+    run(job, tmp_path / "other", 1)
+    same(tmp_path / "one" / job, tmp_path / "other" / job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_every_rank_makes_the_samples_and_the_first_writes_them(job: str, trained: Path) -> None:
+    """Two sets of a causal model too, whose memory asks the other ranks; a follower has no codec and would fail if it wrote."""
+    alone, shared = (trained / f"{count}/{job}/samples" for count in (1, 2))
+    assert sorted(file.name for file in shared.iterdir()) == [f"step-{step:06d}-{n}.mp4" for step in (10, 20) for n in (0, 1)]
+    for file in shared.iterdir():
+        one, two = (read_video(folder / file.name, height=32, width=32, fps=16).astype(int) for folder in (alone, shared))
+        assert abs(one - two).mean() < 0.5 < one.std()
 
 
 @pytest.mark.slow
@@ -93,4 +179,38 @@ def test_every_rank_draws_the_batch_and_keeps_its_rows() -> None:
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "ranks", lambda: 4)
     with pytest.raises(ValueError, match=r"batch is 6, which 4 ranks can't share evenly; use CF_RANKS of \[1, 2, 3, 6\], or a batch of 8"):
-        engine.mine(range(6))
+        PLAIN.groups(6)
+    with pytest.raises(ValueError, match=r"micro_batch is 2, .* of 12 each of 4 ranks takes 3 .* use a micro_batch of \[1, 3\], or null"):
+        replace(PLAIN, micro_batch=2).groups(12)
+    assert [replace(PLAIN, micro_batch=micro).groups(24) for micro in (None, 1, 2, 3, 6)] == [1, 6, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"zero": 2}, "only DeepSpeed splits and offloads"),
+        ({"use": "auto", "offload": "optimizer"}, "DeepSpeed offloads what it splits"),
+        ({"micro_batch": 0}, "use 1 or more, or null"),
+    ],
+)
+def test_an_engine_that_makes_no_sense_is_refused(stated: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(PLAIN, **stated)
+
+
+def test_muon_is_refused_where_matrices_are_split() -> None:
+    spec = OptimizerSpec(1e-3, 0.02, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0)
+    with pytest.raises(ValueError, match=r"muon_lr is 0.02, and engine.zero 2: Muon needs whole matrices.* use engine.zero: 0, or muon_lr"):
+        engine.optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 2, "none", None))
+
+
+def test_without_deepspeed_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    spec = OptimizerSpec(1e-3, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0)
+    with pytest.raises(ValueError, match=r"can't be imported .*; `make deepspeed` installs it; or use engine.use: torch"):
+        engine.optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 0, "none", None))
+
+
+def test_plain_training_never_imports_deepspeed() -> None:
+    said = "import sys, tests.train.ranked as r; r.base()[0].step(0); assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", said], cwd=ROOT, check=True)

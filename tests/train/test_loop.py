@@ -169,6 +169,7 @@ def distillation(**changes):
     plan = {
         "steps": 6,
         "critic_updates": 2,
+        "rollouts": "each",
         "batch": 2,
         "memory": spec(),
         "rollout": rolling(levels=(1.0, 0.5), window=6),
@@ -222,7 +223,7 @@ def test_a_stream_goes_on_across_steps_and_across_a_resume(tmp_path, scope):
         if number == 3:
             checkpoint.save(tmp_path, 3, {name: part.state_dict() for name, part in through.state.items()})
         values.append(through.step(number))
-        texts.append(through.stream.text)
+        texts.append(through.streams.groups[0].text)
     assert all(torch.equal(text, texts[0]) for text in texts[:5]), "one video, one prompt"
     assert [row["frames"] for row in values] == [6, 9, 12, 15, 18, 6]
     resumed = distillation(**changes)
@@ -251,7 +252,7 @@ def test_the_picture_that_begins_what_the_scores_see():
     job.spec = dataclasses.replace(job.spec, teacher=dataclasses.replace(job.spec.teacher, first_latent="reencode"))
     job.view = dataclasses.replace(job.view, context="none")
     job.reencode = lambda latents: asked.append(latents) or latents[:, -1:] + 100
-    made, _ = job._roll_out(0)
+    made, _ = job._roll_out(0, 0)
     context, target = job.shown(made)
     assert context.shape[1] == 0 and torch.equal(asked[0], made.video[:, :7])
     assert torch.equal(target[:, :1], made.video[:, 6:7] + 100) and torch.equal(target[:, 1:], made.video[:, 7:12])

@@ -75,17 +75,18 @@ def test_what_is_never_promoted_has_no_rate():
 
 def test_the_averages_distance_is_relative_and_of_what_learns():
     model = denoiser()
-    average = Average(model, 0.9)
-    assert average.distance() == 0
+    average = Average(model, 0.1)  # a tenth of what it was is kept
+    assert average.update() == 0
     with torch.no_grad():
         for p in average.model.parameters():
             p.mul_(1.5)
-    assert average.distance() == pytest.approx(0.5, rel=1e-5)
+    assert average.update() == pytest.approx(0.05, rel=1e-4)
     frozen, *_ = model.parameters()
     frozen.requires_grad_(False)
     with torch.no_grad():
-        next(iter(average.model.parameters())).mul_(100)
-    assert average.distance() == pytest.approx(0.5, rel=1e-5)
+        for n, p in enumerate(average.model.parameters()):
+            p.copy_(100 * p if n == 0 else list(model.parameters())[n] * 1.5)
+    assert average.update() == pytest.approx(0.05, rel=1e-4)
 
 
 def test_the_students_loss_has_the_gradient_that_is_replayed():

@@ -14,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+IGNORED = ["data", "models", "samples", "results", "promoted", "inbox", "work", "runtime", ".runs", ".machine", "flows", "infra"]
+
 DVC_YAML = """stages:
   clips:
     cmd: python -m tasks clips --out data/clips
@@ -167,7 +169,7 @@ def make(folder: Path) -> Path:
         "params.yaml": PARAMS,
         "tasks/__init__.py": "",
         "tasks/__main__.py": TASKS,
-        ".gitignore": "/data/\n/models/\n/samples/\n/results/\n/promoted/\n/inbox/\n/work/\n/runtime/\n/.runs/\n/.machine/\n/flows\n/infra\n__pycache__/\n",
+        ".gitignore": "".join(f"/{name}\n" for name in IGNORED) + "__pycache__/\n",
         ".dvcignore": ".runs\n.machine\nwork\nruntime\ninbox\nflows\ninfra\n__pycache__\n*.partial\n",
         "inbox/.keep": "",
     }.items():
@@ -190,7 +192,7 @@ def clips(folder: Path, *names: str) -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "CF_", "CUDA_", "AWS_"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "CF_", "CUDA_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     quiet = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1", "PREFECT_LOGGING_COLORS": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), **quiet, **more}

@@ -1,0 +1,107 @@
+"""Where a checkout's Prefect server is and what its processes are told: environment variables in, environment variables out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from flows import processes
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # user:password; clients have it as PREFECT_API_AUTH_STRING
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What belongs to one checkout. Two checkouts can be up at the same time, at different ports."""
+
+    root: Path
+    host: str
+    port: int
+    runs: int  # flow runs at a time
+
+    @property
+    def folder(self) -> Path:
+        return self.root / ".machine"
+
+    @property
+    def url(self) -> str:
+        local = "127.0.0.1" if self.host in ("0.0.0.0", "localhost", "::", "::1") else self.host
+        return f"http://{local}:{self.port}"
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+
+def here(root: Path | None = None) -> Machine:
+    """This checkout's, as the environment says: CF_PORT (else the port of the last time, else 4200), CF_RUNS (1), CF_HOST."""
+    root = (root or Path.cwd()).resolve()
+    if not (root / "dvc.yaml").exists():
+        raise ValueError(f"{root} has no dvc.yaml; run cf at the root of the project")
+    last = root / ".machine/port"
+    port = last.read_text() if last.exists() else "4200"
+    numbers = {}
+    for name, default, most in (("CF_PORT", port, 65535), ("CF_RUNS", "1", 64)):
+        stated = os.environ.get(name, default)
+        if not stated.isdecimal() or not 1 <= int(stated) <= most:
+            raise ValueError(f"{name} is {stated!r}; it must be a whole number from 1 to {most}")
+        numbers[name] = int(stated)
+    host = os.environ.get("CF_HOST", "127.0.0.1")
+    check_host(host, os.environ)
+    return Machine(root, host, numbers["CF_PORT"], numbers["CF_RUNS"])
+
+
+def check_host(host: str, given: Mapping[str, str]) -> None:
+    """Whoever reaches the API may run what the deployments run: beyond this machine only with a password."""
+    if host not in LOOPBACK and ":" not in given.get(PASSWORD, ""):
+        raise ValueError(f"CF_HOST is {host}, which others can reach; state {PASSWORD}=USER:PASSWORD, or leave CF_HOST out")
+
+
+def environment(machine: Machine, given: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Of everything that talks to the server. Only the server itself is told the database: its URL holds a password."""
+    kept = {name: value for name, value in given.items() if name not in (DATABASE, PASSWORD, "PREFECT_PROFILE")}
+    if PASSWORD in given:
+        kept.setdefault("PREFECT_API_AUTH_STRING", given[PASSWORD])
+    path = [str(machine.root), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
+    return kept | {
+        processes.MARK: str(machine.root),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
+        "PREFECT_HOME": str(machine.file("prefect")),
+        "PREFECT_API_URL": f"{machine.url}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # the default keeps slots in the server's memory: after its restart they are taken for ever (docs/operating.md)
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "45",
+        "PREFECT_LOGGING_COLORS": "false",
+    }
+
+
+def database(given: Mapping[str, str] = os.environ) -> tuple[dict[str, str], str]:
+    """What only the server is told, and how to speak of its database without the password in it."""
+    own = {name: given[name] for name in (DATABASE, PASSWORD) if name in given}
+    stated = given.get(DATABASE)
+    if not stated:
+        return own, "SQLite"
+    parts = urlsplit(stated)
+    if parts.scheme not in ("postgresql+asyncpg", "sqlite+aiosqlite"):
+        raise ValueError(f"{DATABASE} begins with {parts.scheme}://; Prefect takes postgresql+asyncpg://USER:PASSWORD@HOST/NAME")
+    said = f"Postgres at {parts.hostname}" if parts.hostname else "SQLite"
+    return own, said
+
+
+def healthy(machine: Machine, timeout: float = 3.0) -> bool:
+    """Does Prefect answer at the port? Whose it is, the pid file says."""
+    try:
+        with urllib.request.urlopen(f"{machine.url}/api/health", timeout=timeout) as answer:
+            return bool(json.load(answer) is True)
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,88 @@
+"""One Prefect server for the tests of a file, the project of four stages, and what the server says of a run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.pipeline import pipeline
+from flows.run_config import RunConfig
+from tests.flows import project
+
+ALL = dict.fromkeys(project.STAGES, "Completed")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+@pytest.fixture
+def root(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = project.make(tmp_path / "project", seconds=0.5)
+    monkeypatch.chdir(folder)
+    for key in [key for key in os.environ if key.startswith(("CF_", "CUDA_"))]:
+        monkeypatch.delenv(key)
+    return folder
+
+
+def go(**asked: Any) -> Any:
+    """The flow run's final state; `.state_details.flow_run_id` names the run."""
+    return pipeline(RunConfig(**asked), return_state=True)
+
+
+class Seen:
+    """What the server knows of a run."""
+
+    def __init__(self, run: Any) -> None:
+        with get_client(sync_client=True) as client:
+            one = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+            until = time.monotonic() + 20
+            while True:  # states of tasks travel as events, and arrive when they arrive
+                self.tasks = {task.name: task for task in client.read_task_runs(flow_run_filter=one) if "check parameters" not in task.name}
+                if all(task.state and task.state.is_final() for task in self.tasks.values()) or time.monotonic() > until:
+                    break
+                time.sleep(0.2)
+            time.sleep(2)  # logs are sent every two seconds
+            self.logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])), limit=200)
+            only = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
+            self.artifacts = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=only)}
+
+    def states(self) -> dict[str, tuple[str, str]]:
+        return {name: (str(task.state.type.value), task.state.name) for name, task in self.tasks.items()}
+
+    def lines(self, stage: str) -> list[str]:
+        return [log.message for log in self.logs if log.task_run_id == self.tasks[stage].id]
+
+
+def seen(state: Any) -> Seen:
+    return Seen(state.state_details.flow_run_id)
+
+
+def change(root: Path, before: str, after: str, file: str = "params.yaml") -> None:
+    text = (root / file).read_text()
+    assert before in text
+    (root / file).write_text(text.replace(before, after))
+
+
+class Table:
+    def __init__(self, artifact: Any) -> None:
+        import json
+
+        self.rows = json.loads(artifact.data) if isinstance(artifact.data, str) else artifact.data

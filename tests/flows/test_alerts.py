@@ -1,0 +1,92 @@
+"""Someone is told, also of what did not happen; and the URL stays a secret."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flows import alerts
+from tests.week.machine import Receiver
+
+
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    listening = Receiver()
+    monkeypatch.setenv(alerts.URL, listening.url)
+    monkeypatch.setattr(alerts, "PAUSE", 0.0)
+    yield listening
+    listening.stop()
+
+
+def test_it_arrives_whole(receiver: Receiver) -> None:
+    lines: list[str] = []
+    assert alerts.send("refused", "nightly of Monday: no", lines.append, date="2026-01-05")
+    (heard,) = receiver.heard
+    assert (heard["event"], heard["text"], heard["date"]) == ("refused", "context-forcing: nightly of Monday: no", "2026-01-05")
+    assert lines == ["someone was told: refused"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/secretword", "http://secretword.invalid/x", "file:///etc/secretword", "secretword"])
+def test_who_can_not_be_told_ends_nothing_and_betrays_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(alerts.URL, url)
+    monkeypatch.setattr(alerts, "PAUSE", 0.0)
+    monkeypatch.setattr(alerts, "LIMIT", 2.0)
+    lines: list[str] = []
+    assert not alerts.send("failed", "x", lines.append)
+    assert "nobody could be told (failed)" in lines[0] and "secretword" not in "".join(lines)
+
+
+def test_without_a_url_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(alerts.URL, raising=False)
+    lines: list[str] = []
+    assert not alerts.send("failed", "x", lines.append) and "CF_ALERT_URL is not set" in lines[0]
+
+
+@pytest.mark.parametrize(("hook", "event"), [(alerts.on_failure, "failed"), (alerts.on_crashed, "crashed")])
+def test_hooks_tell_and_write_down(hook: object, event: str, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    alerts.ended(tmp_path, "Promoted", good=True)
+    good = json.loads((tmp_path / alerts.LAST).read_text())["good"]
+    assert callable(hook)
+    hook(None, SimpleNamespace(id="1", name="a-run"), SimpleNamespace(message="two\nlines"))
+    assert receiver.heard[0]["event"] == event and "a-run" in receiver.heard[0]["text"] and "two lines" in receiver.heard[0]["text"]
+    state = json.loads((tmp_path / alerts.LAST).read_text())
+    assert state["outcome"] == event and state["good"] == good, "a failure is no good end"
+
+
+def test_absence_is_seen_without_any_night(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    assert alerts.absent(tmp_path, 26) is None, "time begins with the first question"
+    monkeypatch.setattr(alerts.time, "time", lambda: now + 25 * 3600)
+    assert alerts.absent(tmp_path, 26) is None and not receiver.heard
+    monkeypatch.setattr(alerts.time, "time", lambda: now + 27 * 3600)
+    assert "for 27.0 hours (none has ever ended)" in (alerts.absent(tmp_path, 26) or "")
+    assert [one["event"] for one in receiver.heard] == ["absent"]
+    assert alerts.absent(tmp_path, 26) and len(receiver.heard) == 1, "told once a day, however often cron asks"
+    monkeypatch.setattr(alerts.time, "time", lambda: now + 53 * 3600)
+    assert alerts.absent(tmp_path, 26) and len(receiver.heard) == 2
+    alerts.ended(tmp_path, "NoNewData", good=True)
+    assert alerts.absent(tmp_path, 26) is None
+
+
+def test_failures_every_night_are_an_absence(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    alerts.ended(tmp_path, "Promoted", good=True)
+    monkeypatch.setattr(alerts.time, "time", lambda: now + 30 * 3600)
+    alerts.ended(tmp_path, "failed", good=False)
+    assert "the last to end was failed" in (alerts.absent(tmp_path, 26) or "")
+
+
+def test_the_command_is_for_cron(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("nightly: {absent_hours: 26.0}\n")
+    alerts.main([])
+    (tmp_path / alerts.LAST).write_text(json.dumps({"since": time.time() - 100 * 3600}))
+    with pytest.raises(SystemExit, match="no nightly has ended well for 100"):
+        alerts.main([])
+    assert receiver.heard

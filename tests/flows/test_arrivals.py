@@ -1,0 +1,86 @@
+"""New clips go in once, whatever they are called, and nothing in the inbox can fail a night."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.arrivals import take
+
+
+@pytest.fixture
+def inbox(tmp_path: Path) -> Path:
+    (tmp_path / "inbox/sub").mkdir(parents=True)
+    (tmp_path / "inbox/a.mp4").write_bytes(b"a")
+    (tmp_path / "inbox/sub/b.mp4").write_bytes(b"b")
+    (tmp_path / "inbox/sub/b.txt").write_text("a caption")
+    return tmp_path / "inbox"
+
+
+def names(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_what_is_new_goes_in_once_and_the_inbox_stays(inbox: Path, tmp_path: Path) -> None:
+    before = names(inbox)
+    assert take(inbox, tmp_path / "raw", settle=0).taken == ["a.mp4", "sub/b.mp4", "sub/b.txt"]
+    assert names(tmp_path / "raw") == before == names(inbox)
+    again = take(inbox, tmp_path / "raw", settle=0)
+    assert (again.taken, again.known, again.turned_away) == ([], 3, {})
+    (inbox / "a.mp4").rename(inbox / "renamed.mp4")
+    assert take(inbox, tmp_path / "raw", settle=0).taken == [], "known by its content"
+
+
+def test_another_clip_of_a_known_name_replaces_nothing(inbox: Path, tmp_path: Path) -> None:
+    take(inbox, tmp_path / "raw", settle=0)
+    (inbox / "a.mp4").write_bytes(b"another")
+    (inbox / "a.txt").write_text("its caption")
+    taken = take(inbox, tmp_path / "raw", settle=0).taken
+    assert len(taken) == 2 and taken[0].startswith("a-") and taken[1] == taken[0].replace(".mp4", ".txt")
+    assert (tmp_path / "raw/a.mp4").read_bytes() == b"a" and (tmp_path / "raw" / taken[0]).read_bytes() == b"another"
+
+
+def test_a_caption_can_be_corrected(inbox: Path, tmp_path: Path) -> None:
+    take(inbox, tmp_path / "raw", settle=0)
+    (inbox / "sub/b.txt").write_text("a better caption")
+    assert take(inbox, tmp_path / "raw", settle=0).taken == ["sub/b.txt"]
+    assert (tmp_path / "raw/sub/b.txt").read_text() == "a better caption"
+
+
+def test_two_captions_may_say_the_same(inbox: Path, tmp_path: Path) -> None:
+    (inbox / "a.txt").write_text("a caption")
+    take(inbox, tmp_path / "raw", settle=0)
+    assert (tmp_path / "raw/a.txt").read_text() == (tmp_path / "raw/sub/b.txt").read_text() == "a caption"
+
+
+def test_what_can_not_be_taken_is_turned_away_with_a_reason(inbox: Path, tmp_path: Path) -> None:
+    (inbox / "empty.mp4").write_bytes(b"")
+    (inbox / "link.mp4").symlink_to("/etc/passwd")
+    (inbox / "dead.mp4").symlink_to("nowhere")
+    (inbox / "loop").symlink_to(inbox)
+    os.mkfifo(inbox / "pipe.mp4")
+    (inbox / "upload.mp4.part").write_bytes(b"x")
+    (inbox / "line\nbreak.mp4").write_bytes(b"x")
+    (inbox / "a.txt").write_text(" \n")
+    (inbox / ".hidden.mp4").write_bytes(b"h")
+    found = take(inbox, tmp_path / "raw", settle=0)
+    assert found.taken == ["a.mp4", "sub/b.mp4", "sub/b.txt"]
+    gone = ["a.txt", "dead.mp4", "empty.mp4", "line\nbreak.mp4", "link.mp4", "loop", "pipe.mp4", "upload.mp4.part"]
+    assert sorted(found.turned_away) == gone
+    assert set(names(tmp_path / "raw")) == {"a.mp4", "sub/b.mp4", "sub/b.txt"}
+
+
+def test_an_upload_that_goes_on_waits_for_the_next_night(inbox: Path, tmp_path: Path) -> None:
+    for file in inbox.rglob("*.*"):
+        os.utime(file, (0, time.time() - 120))
+    os.utime(inbox / "a.mp4")
+    found = take(inbox, tmp_path / "raw", settle=60)
+    assert found.taken == ["sub/b.mp4", "sub/b.txt"] and "the next night takes it" in found.turned_away["a.mp4"]
+
+
+def test_no_inbox(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nightly\.inbox is .*, which is no folder"):
+        take(tmp_path / "absent", tmp_path / "raw", settle=0)

@@ -1,0 +1,95 @@
+"""A candidate is promoted by numbers that were measured, on the same prompts and seeds, and by nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.gate import Judged, Rule, Verdict, judge, number
+from tasks import params_nightly
+
+SHOWN = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+RULES = [
+    Rule(metric="prompts.student.recall", better="higher", margin=0.0, bound=0.5),
+    Rule(metric="prompts.student.jitter", better="lower", margin=-0.1, bound=None),
+]
+
+
+def judged(recall: Any = 0.8, jitter: Any = 1.0, shown: list[tuple[str, int]] = SHOWN, version: str | None = None) -> Judged:
+    values = {name: value for name, value in (("recall", recall), ("jitter", jitter)) if value is not None}
+    return Judged(md5="m.dir", numbers={"prompts": {"student": values}}, shown=shown, version=version)
+
+
+def verdict(candidate: Judged, promoted: Judged | None = None, rules: list[Rule] = RULES) -> Verdict:
+    return judge(candidate, promoted, rules)
+
+
+def test_better_is_promoted_and_so_is_no_worse_than_the_margin() -> None:
+    assert verdict(judged(0.81, 1.0), judged()).promote
+    assert verdict(judged(0.8, 1.0), judged()).promote
+    assert verdict(judged(0.8, 1.1 - 1e-9), judged()).promote
+
+
+@pytest.mark.parametrize(
+    ("candidate", "words"),
+    [
+        (judged(0.79), "prompts.student.recall is 0.79, and must be no worse than the promoted student's 0.8"),
+        (judged(0.9, 1.2), "prompts.student.jitter is 1.2, and must be no more than 0.1 worse than the promoted student's 1"),
+        (judged(0.4), "prompts.student.recall is 0.4, below its bound 0.5"),
+        (judged(None), "prompts.student.recall was not measured for the candidate"),
+        (judged(math.nan), "prompts.student.recall was not measured for the candidate"),
+        (judged(math.inf), "prompts.student.recall was not measured for the candidate"),
+        (judged("0.9"), "prompts.student.recall was not measured for the candidate"),
+        (judged(True), "prompts.student.recall was not measured for the candidate"),
+        (judged(0.9, shown=SHOWN[:-1]), "not shown the same prompts and seeds"),
+        (judged(0.9, shown=[*SHOWN[:-1], ("b", 2)]), "not shown the same prompts and seeds"),
+        (judged(0.9, shown=[]), "the candidate has no videos"),
+    ],
+)
+def test_it_refuses_by_name(candidate: Judged, words: str) -> None:
+    found = verdict(candidate, judged())
+    assert words in found.why and not found.promote
+
+
+def test_numbers_that_the_promoted_student_lacks_promote_nothing() -> None:
+    found = verdict(judged(0.99), judged(None))
+    assert not found.promote and "not measured for the promoted student" in found.why
+
+
+def test_the_first_student_is_held_to_what_is_absolute() -> None:
+    assert verdict(judged(0.6)).promote
+    assert not verdict(judged(0.4)).promote
+    assert not verdict(judged(None)).promote
+
+
+def test_improvement_can_be_asked_for() -> None:
+    rules = [Rule(metric="prompts.student.recall", better="higher", margin=0.05, bound=None)]
+    assert not verdict(judged(0.84), judged(), rules).promote
+    assert verdict(judged(0.86), judged(), rules).promote
+    assert "must be 0.05 better" in verdict(judged(0.84), judged(), rules).why
+
+
+def test_no_rule_promotes_nothing() -> None:
+    assert not verdict(judged(0.9), judged(), []).promote
+
+
+def test_the_file_has_every_number(tmp_path: Path) -> None:
+    verdict(judged(0.9), judged(version="v0.0.7")).write(tmp_path / "nightly/gate.json")
+    said = json.loads((tmp_path / "nightly/gate.json").read_text())
+    assert said["numbers"] == {"candidate": judged(0.9).numbers, "promoted": judged().numbers}
+    assert [(one["candidate"], one["promoted"], one["margin"]) for one in said["findings"]] == [(0.9, 0.8, 0.0), (1.0, 1.0, -0.1)]
+    assert (said["version"], said["prompts"], said["seeds"], said["promote"]) == ("v0.0.7", ["a", "b"], [0, 1], True)
+
+
+def test_paths_find_numbers_and_nothing_else() -> None:
+    tree = {"compared": {"map: a to b.c": {"before": 1}}, "a": {"b": 2.5, "c": [1]}}
+    assert number(tree, "compared.map: a to b.c.before") == 1 and number(tree, "a.b") == 2.5
+    assert [number(tree, path) for path in ("a", "a.c", "a.x", "a.b.c", "", "compared.map")] == [None] * 6
+
+
+def test_the_rules_are_those_of_params_yaml() -> None:
+    assert Rule.model_fields.keys() == params_nightly.Rule.model_fields.keys()

@@ -1,0 +1,167 @@
+"""GPU locks with real processes; the GPUs need not be there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from flows import gpus, supervise
+
+ROOT = Path(__file__).parents[2]
+HOLDER = """
+import sys, time
+from flows import gpus
+with gpus.hold(int(sys.argv[1]), lambda said: None) as held:
+    print(*held, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CF_GPU_LOCKS", str(tmp_path / "locks"))
+    monkeypatch.setenv("CF_GPUS", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    supervise.start()
+
+
+def holder(count: int) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", HOLDER, str(count)]
+    return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def end(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def test_the_lowest_free_ones_are_taken() -> None:
+    one = holder(1)
+    assert said(one) == "0"
+    with gpus.hold(1, print) as held:
+        assert held == [1]
+        assert gpus.holders() == {0: one.pid, 1: os.getpid()}
+    assert gpus.holders() == {0: one.pid, 1: None}
+    end(one)
+    with gpus.hold(2, print) as held:
+        assert held == [0, 1]
+
+
+def test_the_kernel_frees_a_lock_when_its_holder_is_killed() -> None:
+    one = holder(2)
+    assert said(one) == "0 1"
+    two = holder(1)
+    time.sleep(1)
+    assert two.poll() is None and gpus.holders() == {0: one.pid, 1: one.pid}
+    one.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert said(two) == "0"
+    assert time.monotonic() - killed < 5
+    end(one, two)
+
+
+def test_one_that_wants_many_is_not_passed_by_those_that_want_few() -> None:
+    first = holder(1)
+    assert said(first) == "0"
+    order: list[str] = []
+    heard = threading.Event()
+
+    def take(name: str, count: int) -> None:
+        with gpus.hold(count, lambda text: heard.set()):
+            order.append(name)
+
+    many = threading.Thread(target=take, args=("many", 2))
+    many.start()
+    assert heard.wait(10), "it says that it waits"
+    few = threading.Thread(target=take, args=("few", 1))
+    few.start()
+    time.sleep(2 * gpus.PAUSE)
+    assert order == [], "GPU 1 is free, and kept for the one that came first"
+    end(first)
+    many.join(20)
+    few.join(20)
+    assert order == ["many", "few"]
+
+
+def test_those_that_want_all_do_not_hold_half_of_them_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CF_GPUS", "4")
+    got: list[int] = []
+    given = [ExitStack() for _ in range(4)]
+    for one in given:
+        one.enter_context(gpus.hold(1, print))
+
+    def take(number: int) -> None:
+        with gpus.hold(4, lambda text: None):
+            got.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for one in given:  # each comes free alone, for whoever looks first
+        time.sleep(1.5 * gpus.PAUSE)
+        one.close()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(got) == [0, 1, 2, 3]
+
+
+def test_more_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 GPUs are asked for, and this machine gives away 2"), gpus.hold(3, print):
+        pass
+
+
+def test_which_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpus.available() == [0, 1]
+    monkeypatch.delenv("CF_GPUS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert gpus.available() == [3, 5]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus.available() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7b2c")
+    with pytest.raises(ValueError, match="by their numbers"):
+        gpus.available()
+
+
+def test_a_command_sees_its_own_gpus_only(tmp_path: Path) -> None:
+    script = [sys.executable, "-c", "import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES'])"]
+    one = holder(1)
+    assert said(one) == "0"
+    lines: list[str] = []
+    assert supervise.run(script, cwd=tmp_path, line=lines.append, gpus=1) == 0
+    assert supervise.run(script, cwd=tmp_path, line=lines.append) == 0
+    end(one)
+    assert lines == ["GPUs 1", "sees 1", "sees "]
+
+
+def test_a_lock_is_kept_until_the_last_process_of_the_command_is_dead(tmp_path: Path) -> None:
+    """The flow's process is killed and its stage takes a while to end: nobody else gets the GPU meanwhile."""
+    stage = (
+        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), exit())); print('up', flush=True); time.sleep(600)"
+    )
+    starter = "import sys; from pathlib import Path; from flows import supervise; "
+    starter += "supervise.run([sys.executable, '-c', sys.argv[1]], cwd=Path.cwd(), line=lambda said: print(said, flush=True), gpus=2)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    flow = subprocess.Popen([sys.executable, "-c", starter, stage], env=environment, stdout=subprocess.PIPE, text=True)
+    assert said(flow) == "GPUs 0, 1" and said(flow) == "up"
+    flow.kill()
+    time.sleep(1)
+    assert gpus.holders() == {0: flow.pid, 1: flow.pid}
+    end(flow)
+    with gpus.hold(2, print) as held:
+        assert held == [0, 1]

@@ -1,0 +1,216 @@
+"""Nights, on tests/week's project of seconds: what they decide, and four of them in a row. `make test-week` has all that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from flows import handover, judged, night, nightly, nights, warm
+from flows.arrivals import Arrivals
+from flows.registry import Version
+from tests.week import project
+
+ROOT = project.ROOT
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    return project.make(tmp_path / "project")
+
+
+def file(repo: Path, branch: str, name: str, text: str, base: str | None = None) -> str:
+    """A commit on a branch with one more file."""
+    known = project.git(repo, "branch", "--list", branch).strip()
+    project.git(repo, "checkout", "-q", *([branch] if known else ["-b", branch, *([base] if base else [])]))
+    (repo / name).parent.mkdir(exist_ok=True)
+    (repo / name).write_text(text)
+    project.git(repo, "add", "-A")
+    project.git(repo, "commit", "-qm", f"{name} on {branch}")
+    commit = project.git(repo, "rev-parse", "HEAD").strip()
+    project.git(repo, "checkout", "-q", "main")
+    return commit
+
+
+def record(date: str, **changed: Any) -> nights.Night:
+    stated: dict[str, Any] = {
+        "date": date, "kind": "warm", "base": "b", "clips": "c", "data": {}, "arrived": [], "turned_away": {}, "rejected": {},
+        "outcome": "promoted", "why": "because", "candidate": "m", "before": None, "run": "r",
+    }  # fmt: skip
+    return nights.Night(**stated | changed)
+
+
+# ------------------------------------------------------------------------------------------------------ what was before
+
+
+def test_a_night_is_a_branch_with_a_record_of_its_own_date(repo: Path) -> None:
+    file(repo, "nightly/2026-01-05", nights.RECORD, record("2026-01-05").text())
+    file(repo, "nightly/2026-01-06", nights.RECORD, record("2026-01-05").text())  # began at the one before, and never ended
+    file(repo, "nightly/2026-01-07", nights.RECORD, "{")
+    file(repo, "nightly/rubbish", nights.RECORD, record("rubbish").text())
+    file(repo, "nightly/2026-01-05-2", nights.RECORD, record("2026-01-05-2").text())
+    assert [one.date for one in nights.nights(repo)] == ["2026-01-05", "2026-01-05-2"]
+    assert (nights.free(repo, "2026-01-05"), nights.free(repo, "2026-01-06")) == ("2026-01-05-3", "2026-01-06")
+
+
+def test_nights_of_another_machine_count(repo: Path, tmp_path: Path) -> None:
+    file(repo, "nightly/2026-01-05", nights.RECORD, record("2026-01-05").text())
+    project.git(tmp_path, "clone", "-q", str(repo), "clone")
+    assert [one.date for one in nights.nights(tmp_path / "clone")] == ["2026-01-05"]
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "taken"),
+    [
+        ("old", None, ["main"]),
+        (None, "new", ["nightly"]),
+        ("old", "new", ["nightly"]),  # only the night has more than there was
+        ("more", "old", ["main"]),
+        ("more", "new", ["main", "nightly"]),
+        ("more", "more", ["main"]),
+    ],
+)
+def test_whose_clips_go_in(repo: Path, mine: str | None, theirs: str | None, taken: list[str]) -> None:
+    if mine is not None:
+        file(repo, "main", "raw.dvc", "old")
+    last = None
+    if theirs is not None:
+        if theirs != "old":
+            file(repo, "nightly/2026-01-05", "raw.dvc", theirs)
+        file(repo, "nightly/2026-01-05", nights.RECORD, record("2026-01-05").text())
+        last = nights.nights(repo)
+    if mine == "more":
+        file(repo, "main", "raw.dvc", "more")
+    work: Any = SimpleNamespace(repo=repo, base="main", past=last or [])
+    assert [ref.removeprefix("refs/heads/").partition("/")[0] for ref in night.carried(work, "raw.dvc")] == taken
+
+
+@pytest.mark.parametrize(
+    ("full", "clips", "base", "past", "new"),
+    [
+        (False, "c", "b", [], True),
+        (False, "c", "b", [record("2026-01-05")], False),
+        (False, "d", "b", [record("2026-01-05")], True),
+        (False, "c", "other", [record("2026-01-05")], False),  # new code alone waits for the full night
+        (True, "c", "other", [record("2026-01-05", kind="full")], True),
+        (True, "c", "b", [record("2026-01-05", kind="full")], False),
+        (True, "c", "b", [record("2026-01-05")], True),  # there was no full one yet
+        (True, "d", "b", [record("2026-01-05", kind="full"), record("2026-01-06", clips="d")], True),
+    ],
+)
+def test_what_is_news(full: bool, clips: str, base: str, past: list[nights.Night], new: bool) -> None:
+    work: Any = SimpleNamespace(full=full, clips=clips, base=base, past=past, arrived=Arrivals())
+    assert night.anything_new(work) == new
+
+
+def test_the_tracked_branch_is_the_one_that_is_ahead(repo: Path, tmp_path: Path) -> None:
+    project.git(tmp_path, "clone", "-q", str(repo), "clone")
+    clone = tmp_path / "clone"
+    newer = file(repo, "main", "a", "a")
+    assert nightly.tracked(clone, "main") != newer
+    project.git(clone, "fetch", "-q")
+    assert nightly.tracked(clone, "main") == newer, "origin's, after the fetch"
+    ours = file(clone, "main", "b", "b")
+    assert nightly.tracked(clone, "main") == ours, "parted: the one here"
+    with pytest.raises(ValueError, match=r"nightly\.branch is absent, which is neither here nor at origin"):
+        nightly.tracked(clone, "absent")
+
+
+def test_one_night_at_a_time(repo: Path) -> None:
+    with nightly.alone(repo) as first, nightly.alone(repo) as second:
+        assert first and not second
+    with nightly.alone(repo) as third:
+        assert third
+
+
+# -------------------------------------------------------------------------------------------------------------- judging
+
+
+def test_both_are_judged_by_the_pipelines_own_commands(tmp_path: Path) -> None:
+    """Of the real dvc.yaml: every option that the stages have, with absolute paths, and only the given ones changed."""
+    stated = yaml.safe_load((ROOT / "params.yaml").read_text())
+    words = judged.command(ROOT, stated, "generate", {"stage2": tmp_path / "s", "codec": tmp_path / "c", "out": tmp_path / "o"})
+    options = dict(zip(words[4::2], words[5::2], strict=True))
+    assert words[1:4] == ["-m", "tasks", "generate"] and options["--stage2"] == str(tmp_path / "s")
+    assert options["--teacher"] == str(ROOT / "models/teacher") and options["--out"] == str(tmp_path / "o")
+    changed = judged.parameters(stated, ROOT)
+    ours = changed["generate"]
+    assert ours["systems"] == {"student": stated["generate"]["systems"]["stage2"]} and ours["continuations"] == {}
+    assert (ours["seeds"], ours["prompts"]) == (stated["nightly"]["seeds"], stated["nightly"]["prompts"])
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed))
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks", "validate", "--params", str(tmp_path / "params.yaml"), "--out", str(tmp_path / "out.json")],
+        cwd=tmp_path, env=project.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ begin and end
+
+
+def test_a_stage_that_is_new_makes_the_night_a_full_one(repo: Path) -> None:
+    file(repo, "main", "dvc.lock", "stages: {codec: {outs: []}}")
+    version = Version("v0.0.1", project.git(repo, "rev-parse", "main").strip(), 0, {})
+    assert warm.can_be_kept(repo, repo, version, ["codec"]) is None
+    assert warm.can_be_kept(repo, repo, version, ["codec", "stage1"]) == "stage1 was not there when v0.0.1 was made"
+
+
+def test_what_waits_is_known_after_a_crash_and_gone_when_it_is_sent(repo: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    assert handover.send(repo, timeout=60, pauses=[], line=said.append) is None
+    project.git(repo, "branch", "nightly/2026-01-05")
+    project.git(repo, "branch", "nightly/2026-01-06")
+    for day in (5, 6, 5, 4):  # the 4th died before it had a branch
+        handover.add(repo, f"nightly/2026-01-0{day}")
+    project.git(repo, "remote", "add", "origin", str(tmp_path / "absent.git"))
+    late = handover.send(repo, timeout=60, pauses=[], line=said.append)
+    assert late and "`git push` to origin failed" in late
+    assert late.startswith("nightly/2026-01-05, nightly/2026-01-06, nightly/2026-01-04 could not be handed over")
+    project.git(tmp_path, "init", "-q", "--bare", "absent.git")
+    project.git(repo, "tag", "-a", "-m", "{}", "student@v0.0.1")
+    assert handover.send(repo, timeout=60, pauses=[], line=said.append) is None and handover.waiting(repo) == []
+    there = project.git(repo, "ls-remote", "origin")
+    assert "refs/heads/nightly/2026-01-06" in there and "refs/tags/student@v0.0.1" in there
+
+
+NIGHTS = """
+import sys
+from pathlib import Path
+from flows.nightly import nightly
+from tests.week import project
+root = Path.cwd()
+def run(date, **more):
+    state = nightly(date=date, return_state=True, **more)
+    print("NIGHT", date, state.name, state.message, flush=True)
+project.clips(root, "a", "b", "c")
+run("2026-01-05")
+run("2026-01-06")
+project.clips(root, "bad1")
+run("2026-01-06")
+project.clips(root, "d")
+run("2026-01-07")
+"""
+
+
+def test_nights_in_a_row(repo: Path, tmp_path: Path) -> None:
+    """From nothing; nothing new; one that is no video; one good clip, from the promoted student."""
+    environment = project.environment(PREFECT_HOME=str(tmp_path / "prefect"), PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180")
+    done = subprocess.run([sys.executable, "-c", NIGHTS], cwd=repo, env=environment, capture_output=True, text=True, timeout=600)
+    told = [line.split(maxsplit=3)[1:] for line in done.stdout.splitlines() if line.startswith("NIGHT")]
+    assert [words[1] for words in told] == ["Promoted", "NoNewData", "NoGoodClips", "Promoted"], done.stdout + done.stderr[-3000:]
+    assert "1 unreadable" in told[2][2]
+    last = json.loads(project.git(repo, "show", "nightly/2026-01-07:nightly/record.json"))
+    assert (last["kind"], last["before"], last["arrived"]) == ("warm", "v0.0.1", ["d.mp4"])
+    lock = yaml.safe_load(project.git(repo, "show", "nightly/2026-01-07:dvc.lock"))["stages"]
+    first = yaml.safe_load(project.git(repo, "show", "nightly/2026-01-05:dvc.lock"))["stages"]
+    (start,) = [dep["md5"] for dep in lock["stage2"]["deps"] if dep["path"] == "promoted/student"]
+    assert start == first["stage2"]["outs"][0]["md5"], "it began as the promoted student, by its dvc.lock"
+    assert lock["stage1"] == first["stage1"], "and what leads to it was left as it was"
+    assert project.git(repo, "status", "--porcelain").strip() == "", "nobody's checkout is touched"
+    assert len(list((repo / "work/kept/filter").iterdir())) == 5

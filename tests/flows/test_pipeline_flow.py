@@ -1,0 +1,192 @@
+"""The flow on the project of four stages: what it makes, and what Prefect shows of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import worktree
+from tests.flows import project
+from tests.flows.served import ALL, Table, change, go, root, seen, server
+
+pytestmark = pytest.mark.slow
+__all__ = ["root", "server"]  # fixtures
+
+
+def test_a_run_is_what_dvc_repro_makes_and_what_it_was_is_seen(root: Path, tmp_path: Path) -> None:
+    other = project.make(tmp_path / "other", seconds=0.5)
+    project.dvc(other, "repro")
+    change(root, "seconds: 0.5", "seconds: 3")
+    change(other, "seconds: 0.5", "seconds: 3")
+    project.dvc(other, "repro")
+    state = go()
+    assert state.result() == ALL
+    assert (root / "dvc.lock").read_bytes() == (other / "dvc.lock").read_bytes()
+    run = seen(state)
+    assert run.states() == dict.fromkeys(project.STAGES, ("COMPLETED", "Completed"))
+
+    ran = {name: (task.start_time, task.end_time) for name, task in run.tasks.items()}
+    assert ran["slow"][0] < ran["stubborn"][1] and ran["stubborn"][0] < ran["slow"][1], "neither needs the other: at the same time"
+    assert ran["prepare"][1] <= min(ran["slow"][0], ran["stubborn"][0]) and max(ran["slow"][1], ran["stubborn"][1]) <= ran["last"][1]
+    edges = {name: {one.id for one in task.task_inputs.get("wait_for", [])} for name, task in run.tasks.items()}
+    ids = {name: task.id for name, task in run.tasks.items()}
+    first = {ids["prepare"]}
+    assert edges == {"prepare": set(), "slow": first, "stubborn": first, "last": {ids["slow"], ids["stubborn"]}}
+
+    lines = run.lines("slow")
+    assert [line for line in lines if line.startswith("slow: ")] == [f"slow: {n} of 30 steps, loss {1 / n:.3f}" for n in range(1, 31)]
+    chatter = [line for task in project.STAGES for line in run.lines(task) if re.search("git add|dvc push|autostage|lock file|^$", line)]
+    assert chatter == []
+    times = [log.timestamp for log in run.logs if log.message.startswith("slow: ")]
+    assert (times[-1] - times[0]).total_seconds() > 1, "as they come, not at the end"
+
+    assert run.artifacts["progress-slow"].data == 100 and "30 of 30" in run.artifacts["progress-slow"].description
+    rows = {(row["stage"], row["metric"]): row["value"] for row in Table(run.artifacts["metrics"]).rows}
+    assert rows == {("slow", "loss"): 0.5, ("slow", "of.a"): 1, ("slow", "of.b"): 2.25, ("last", "score"): 1}
+    assert (root / "reports/report.html").as_uri() in run.artifacts["report"].data
+    assert "| slow | Completed | `runtime/wandb/offline-run-1` |" in run.artifacts["run"].data
+
+
+def test_cached_restored_and_ran(root: Path) -> None:
+    assert go().result() == ALL
+    began = {stage: len(project.pids(root, stage)) for stage in project.STAGES}
+    state = go()
+    assert state.result() == dict.fromkeys(project.STAGES, "Cached")
+    run = seen(state)
+    assert run.states() == dict.fromkeys(project.STAGES, ("COMPLETED", "Cached"))
+    assert run.lines("last")[:1] == ["last is as it was, by `dvc status`"], "without a process for each"
+
+    change(root, "rate: 2.0e-6", "rate: 3.0e-6")
+    assert go().result() == {"prepare": "Cached", "slow": "Completed", "stubborn": "Cached", "last": "Cached"}, "the same bytes again"
+    change(root, "rate: 3.0e-6", "rate: 2.0e-6")
+    state = go()
+    assert state.result() == {"prepare": "Cached", "slow": "Restored", "stubborn": "Cached", "last": "Cached"}
+    assert seen(state).states()["slow"] == ("COMPLETED", "Restored")
+    assert {stage: len(project.pids(root, stage)) - began[stage] for stage in project.STAGES} == {
+        "prepare": 0,
+        "slow": 1,
+        "stubborn": 0,
+        "last": 0,
+    }
+
+
+def test_what_status_calls_unchanged_runs_when_something_before_it_ran_otherwise(root: Path) -> None:
+    assert go().result() == ALL
+    (root / "raw.txt").write_text("another row\n")
+    # by `dvc status` only prepare has changed; what the two make of it is the same again
+    assert go().result() == ALL | {"last": "Cached"}
+
+
+def test_a_failure_carries_its_last_lines_and_what_follows_is_skipped(root: Path) -> None:
+    """A stage that fails, one that takes too long, one that is tried again."""
+    change(root, "timeout: 600", "timeout: 10", "dvc.yaml")
+    change(root, "slow: {seconds: 0.5", "slow: {seconds: 60")
+    change(
+        root,
+        'if stage == "stubborn":\n',
+        'if stage == "stubborn":\n    for n in range(40): print("line", n)\n    print(params["none"])\n',
+        "work.py",
+    )
+    state = go()
+    assert (
+        state.is_failed()
+        and state.message.startswith("slow, stubborn failed: slow took longer than its 10 s")
+        and "skipped: last" in state.message
+    )
+    run = seen(state)
+    assert run.states() == {
+        "prepare": ("COMPLETED", "Completed"),
+        "slow": ("FAILED", "Failed"),
+        "stubborn": ("FAILED", "Failed"),
+        "last": ("CANCELLED", "Skipped"),
+    }
+    assert run.tasks["last"].state.message == "slow, stubborn did not complete"
+    assert "meta.cf.timeout" in run.tasks["slow"].state.message
+    said = run.tasks["stubborn"].state.message
+    assert "KeyError: 'none'" in said and "exited with 1" in said
+    first, *rest = said.removeprefix("Task run encountered an exception RuntimeError: ").splitlines()
+    assert first == "stubborn failed" and len(rest) == 20 and rest[0].startswith("line ") and "line 39" in rest
+    assert len(project.pids(root, "stubborn")) == 2 and len(project.pids(root, "slow")) == 1, "retries: 1 and retries: 0"
+    assert not any(psutil.pid_exists(pid) for pid in project.pids(root, "slow"))
+
+
+def test_a_stage_that_refuses_is_not_tried_again(root: Path) -> None:
+    change(root, 'sys.exit("last: it was told to fail")', "sys.exit(2)", "work.py")
+    change(root, "    outs: [reports/report.html]\n", "    outs: [reports/report.html]\n    meta: {cf: {retries: 3}}\n", "dvc.yaml")
+    change(root, "fail: false", "fail: true")
+    assert go().is_failed()
+    assert len(project.pids(root, "last")) == 1
+
+
+def test_parameters_are_checked_first(root: Path) -> None:
+    change(root, "seed: 1", "seed: -1")
+    state = go()
+    assert state.is_failed() and state.message == "params.yaml: seed is -1; it must be 0 or more"
+    assert seen(state).tasks == {} and not (root / "trace").exists()
+
+
+def test_a_part_of_the_stages_and_only_saying_so(root: Path) -> None:
+    assert go(dry_run=True).result() == dict.fromkeys(project.STAGES, "Would run")
+    assert not (root / "trace").exists() and not (root / "dvc.lock").exists()
+    assert go(to_stage="slow").result() == {"prepare": "Completed", "slow": "Completed"}
+    assert go(from_stage="stubborn", at_once=1).result() == {"stubborn": "Completed", "last": "Completed"}
+    change(root, "rate: 2.0e-6", "rate: 3.0e-6")
+    state = go(dry_run=True)
+    assert state.result() == {"prepare": "Cached", "slow": "Would run", "stubborn": "Cached", "last": "Would run"}
+    rows = {row["stage"]: row["why"] for row in Table(seen(state).artifacts["dry-run"]).rows}
+    assert rows == {"prepare": "nothing changed", "slow": "it changed", "stubborn": "nothing changed", "last": "after slow"}
+    assert go(stages=["last", "prepare"]).result() == {"prepare": "Cached", "last": "Cached"}, "slow was not asked for"
+    state = go(stages=["slwo"])
+    assert state.is_failed() and state.message == "slwo is no stage; did you mean slow? Known are prepare, slow, stubborn, last"
+
+
+def test_another_profile_runs_elsewhere_and_can_be_repeated_from_its_branch(root: Path, tmp_path: Path) -> None:
+    project.dvc(root, "repro", "-q")
+    project.git(root, "add", "-A")
+    project.git(root, "commit", "-qm", "made")
+    state = go(profile="smoke", overrides=["last.times=4", "slow.rate=3e-6"])
+    assert state.result() == {"prepare": "Restored", "slow": "Completed", "stubborn": "Completed", "last": "Completed"}
+    assert project.git(root, "status", "--porcelain") == "", "the checkout is nobody's workplace"
+    (folder,) = worktree.found(root)
+    assert re.fullmatch(r"[a-z]+-[a-z]+-[0-9a-f]{8}", folder.name) and 'score": 4' in (folder / "metrics/last.json").read_text()
+    branch = f"run/{folder.name}"
+    assert project.git(root, "diff", "--name-only", "main", branch).split() == ["dvc.lock", "metrics/last.json", "params.yaml"]
+    said = project.dvc(folder, "repro")
+    assert "Running stage" not in said and said.count("didn't change, skipping") == 4
+    # and from the branch alone, anywhere
+    clone = tmp_path / "clone"
+    project.git(root, "worktree", "add", "-q", "--detach", str(clone), branch)
+    worktree.share_cache(root, clone)
+    assert "Running stage" not in project.dvc(clone, "repro")
+    assert project.git(clone, "status", "--porcelain") == ""
+    runtime = [log.message for log in seen(state).logs if branch in log.message]
+    assert len(runtime) == 1 and "repeats it" in runtime[0]
+
+
+def test_a_value_that_is_no_parameter_fails_before_anything_runs(root: Path) -> None:
+    state = go(overrides=["slow.rat=1"])
+    assert state.is_failed() and state.message == "slow.rat is not a parameter of params.yaml; did you mean slow.rate?"
+    assert seen(state).tasks == {}
+
+
+def test_one_run_a_checkout(root: Path) -> None:
+    with worktree.alone(root):
+        state = go()
+    assert state.is_failed() and "is in use by another run" in state.message
+
+
+def test_gpus_are_locked_where_there_are_any(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CF_GPUS", "2")
+    monkeypatch.setenv("CF_GPU_LOCKS", str(tmp_path / "locks"))
+    change(root, "meta: {cf: {retries: 1}}", "meta: {cf: {gpus: all}}", "dvc.yaml")
+    state = go()
+    assert state.result() == ALL
+    shown = {file.name.rpartition("-")[0]: file.read_text() for file in (root / "trace").iterdir()}
+    assert shown == {"prepare": "", "slow": "0", "stubborn": "0,1", "child": "", "last": ""}
+    ran = {name: (task.start_time, task.end_time) for name, task in seen(state).tasks.items()}
+    assert ran, "and the two that both want GPU 0 were not at work at the same time:"
+    times = {stage: next((root / "trace").glob(f"{stage}-*")).stat().st_mtime for stage in ("slow", "stubborn")}
+    assert abs(times["slow"] - times["stubborn"]) >= 0.5

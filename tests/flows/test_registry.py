@@ -1,0 +1,172 @@
+"""The registry is git's tags: ours to write, and `gto`'s to read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows import locked, promotion, registry
+
+SCRIPT = """import pathlib
+folder = pathlib.Path("models/stage2/deep/er")
+folder.mkdir(parents=True)
+(folder / "é").write_text("x")
+(folder.parent / "b").write_text("y")
+"""
+GTO = Path(sys.executable).with_name("gto")
+
+
+def git(repo: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=repo, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    git(tmp_path, "init", "-q", "-b", "main")
+    return tmp_path
+
+
+def trained(repo: Path, md5: str) -> str:
+    """A commit whose dvc.lock has a student."""
+    entry = f"    outs:\n    - path: models/stage2\n      hash: md5\n      md5: {md5}.dir\n      size: 3\n      nfiles: 1\n"
+    (repo / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n  stage2:\n    cmd: x\n{entry}")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-qm", md5)
+    return git(repo, "rev-parse", "HEAD")
+
+
+def gto(repo: Path, *words: str) -> str:
+    done = subprocess.run([str(GTO), *words], cwd=repo, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_versions_and_promotions_and_the_way_back_as_gto_reads_them(repo: Path) -> None:
+    for md5 in ("aa", "bb", "cc"):
+        version = registry.register(repo, trained(repo, md5), {"metrics": {"recall": 0.5}, "why": f"because {md5}"})
+        registry.assign(repo, version, {"why": md5})
+    assert [one.name for one in registry.versions(repo)] == ["v0.0.1", "v0.0.2", "v0.0.3"]
+    assert registry.promoted(repo) == registry.versions(repo)[2]
+    assert registry.versions(repo)[0].about == {"path": "models/stage2", "md5": "aa.dir", "metrics": {"recall": 0.5}, "why": "because aa"}
+    made = registry.rollback(repo, None, "it flickers")
+    assert (made.number, made.version.name, made.about["from"]) == (4, "v0.0.2", "v0.0.3")
+    registry.rollback(repo, "v0.0.1", "that one too")
+    assert registry.promoted(repo) == registry.versions(repo)[0]
+    last = next(line for line in gto(repo, "show").splitlines() if "student" in line)
+    assert last.split("│")[2:4] == [" v0.0.3   ", " v0.0.1      "], last
+    said = gto(repo, "history", "student")
+    assert said.count("assignment") == 5 and said.count("registration") == 3
+    told = promotion.history(repo)
+    assert [line.split()[2] for line in told] == ["version", "promoted"] * 3 + ["rollback"] * 2 and "it flickers" in told[6]
+
+
+def test_a_commit_is_one_version_and_a_taken_number_is_refused(repo: Path) -> None:
+    commit = trained(repo, "aa")
+    assert registry.register(repo, commit, {}) == registry.register(repo, commit, {"other": 1})
+    git(repo, "tag", "student@v0.0.2")  # lightweight: no version, and in the way
+    with pytest.raises(RuntimeError, match=r"student@v0\.0\.2 could not be made"):
+        registry.register(repo, trained(repo, "bb"), {})
+
+
+def test_what_others_tagged_is_read_or_left(repo: Path) -> None:
+    commit = trained(repo, "aa")
+    git(repo, "tag", "-a", "-m", "by hand", "student@v1.2.3", commit)
+    git(repo, "tag", "-a", "-m", "x", "student@v1.x", commit)
+    git(repo, "tag", "-a", "-m", "x", "other@v9.0.0", commit)
+    git(repo, "tag", "-a", "-m", "[1]", "student#promoted#1", commit)
+    git(repo, "tag", "-a", "-m", "{}", "student#promoted#2", git(repo, "commit-tree", "-m", "no version", "HEAD^{tree}"))
+    assert [(one.name, one.about) for one in registry.versions(repo)] == [("v1.2.3", {"said": "by hand"})]
+    assert [one.number for one in registry.assignments(repo)] == [1]
+    assert registry.register(repo, trained(repo, "bb"), {}).name == "v1.2.4"
+
+
+@pytest.mark.parametrize("name", ["v1", "1.0.0", "v0.0.1; rm -rf /", "--force", "v0.0.1\n", "HEAD", "../v0.0.1"])
+def test_names_are_checked_before_git_sees_them(repo: Path, name: str) -> None:
+    registry.assign(repo, registry.register(repo, trained(repo, "aa"), {}), {})
+    with pytest.raises(ValueError, match="is no version"):
+        registry.rollback(repo, name, "")
+
+
+def test_what_can_not_be_rolled_back(repo: Path) -> None:
+    with pytest.raises(ValueError, match="no student was ever promoted"):
+        registry.rollback(repo, None, "")
+    one = registry.register(repo, trained(repo, "aa"), {})
+    two = registry.register(repo, trained(repo, "bb"), {})
+    registry.assign(repo, one, {})
+    with pytest.raises(ValueError, match="only student that was ever promoted"):
+        registry.rollback(repo, None, "")
+    with pytest.raises(ValueError, match=r"v0\.0\.2 was never promoted"):
+        registry.rollback(repo, "v0.0.2", "")
+    with pytest.raises(ValueError, match=r"no student@v0\.0\.9; known are v0\.0\.1, v0\.0\.2"):
+        registry.rollback(repo, "v0.0.9", "")
+    registry.assign(repo, two, {})
+    with pytest.raises(ValueError, match=r"v0\.0\.2 is the promoted one already"):
+        registry.rollback(repo, "v0.0.2", "")
+
+
+def test_a_commit_without_a_student_can_not_be_promoted(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repo / "a").write_text("a")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-qm", "a")
+    monkeypatch.chdir(repo)
+    for words, said in ((["HEAD"], "has no dvc.lock"), (["--", "--upload-pack=x"], "is no commit"), (["v0.0.1"], "known are none yet")):
+        with pytest.raises(SystemExit, match=said):
+            promotion.promote(words)
+
+
+def dvc(folder: Path, *words: str) -> str:
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def made(repo: Path) -> Path:
+    """A project of one stage that has run."""
+    dvc(repo, "init", "-q")
+    (repo / "make.py").write_text(SCRIPT)
+    stage = f"    cmd: {sys.executable} make.py\n    deps: [make.py]\n    outs: [models/stage2]\n"
+    (repo / "dvc.yaml").write_text(f"stages:\n  stage2:\n{stage}")
+    dvc(repo, "repro", "-q")
+    (repo / "raw").mkdir()
+    (repo / "raw/clip").write_text("clip")
+    dvc(repo, "add", "-q", "raw")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-qm", "made")
+    return repo
+
+
+def test_verify_sees_what_dvc_status_does_not(made: Path) -> None:
+    assert locked.problems(made) == []
+    file = made / "models/stage2/deep/b"
+    before = file.stat()
+    file.write_text("z")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (said,) = locked.problems(made)
+    assert said.startswith("stage2: stage2 has the md5 ") and locked.problems(made, ["raw.dvc"]) == []
+    (made / "raw/clip").unlink()
+    assert "raw.dvc: raw has the md5" in locked.problems(made)[1]
+    with pytest.raises(ValueError, match=r"dvc\.lock has no stage stage3"):
+        locked.problems(made, ["stage3"])
+
+
+def test_weights_come_by_their_tag_from_the_cache_and_from_the_remote(made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    version = registry.register(made, "HEAD", {})
+    got = tmp_path_factory.mktemp("got")
+    registry.fetch(made, version, got / "a")
+    assert (got / "a/deep/er/é").read_text() == "x"
+    dvc(made, "remote", "add", "-d", "store", str(got / "store"))
+    dvc(made, "push", "-q")
+    git(made, "add", "-A")
+    git(made, "commit", "-qm", "remote")
+    version = registry.register(made, "HEAD", {})
+    git(got, "clone", "-q", str(made), "clone")
+    registry.fetch(got / "clone", registry.named(got / "clone", version.name), got / "b")
+    assert (got / "b/deep/er/é").read_text() == "x"
