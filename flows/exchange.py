@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -23,5 +24,5 @@ def give(root: Path, failed: RuntimeError | None) -> None:
     """What has finished, also when another stage failed: the run then fails by that one's sentence, and not by the push's."""
     state = remote.pushed(root, return_state=True)
     if not state.is_completed() and not failed:
-        said = (state.message or "it did not end").removeprefix("Task run encountered an exception ")
+        said = re.sub(r"^Task run encountered an exception \w+: ", "", state.message or "it did not end")
         raise RuntimeError(f"the stages are finished and not sent: {said}; `cf remote push` in {root} sends them")
