@@ -6,11 +6,11 @@ RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
 PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test lint deepspeed
+.PHONY: help repro test test-system test-week lint up down deploy deepspeed
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|wan-1.3b]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 
 repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke writes params.yaml first (smoke: 5 minutes)
 	@$(if $(PROFILE),$(RUN) python -m tasks profile use $(PROFILE),true)
@@ -20,6 +20,21 @@ repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke w
 
 test: $(VENV)/.dev ## the tests
 	@$(RUN) python -m pytest
+
+test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills; quarter of an hour
+	@CF_SYSTEM=1 $(RUN) python -m pytest tests/system
+
+up: $(VENV)/.cpu ## the Prefect server and a worker on 127.0.0.1; what runs already is left alone
+	@$(RUN) python -m tasks up
+
+down: $(VENV)/.cpu ## stops both, and everything they started
+	@$(RUN) python -m tasks down
+
+deploy: $(VENV)/.cpu ## pipeline, nightly and evaluate as deployments with run forms
+	@$(RUN) python -m tasks deploy
+
+test-week: $(VENV)/.dev ## seven nights on a project of seconds, and what goes wrong in them (10 minutes; not in CI)
+	@$(RUN) python -m tests.week.week
 
 lint: $(VENV)/.dev ## ruff and mypy
 	@$(RUN) ruff check .

@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from flows import logs, reconcile, stages, supervise, worktree
 from flows.pipeline import check, name, repro
-from flows.run_config import Override, StageName, parse
+from flows.run_config import Override, Profile, StageName, parse
 
 # letters that git takes in a tag and a folder's name has: no option, no shell
 PLACE = r"^[A-Za-z0-9_./~][A-Za-z0-9_./@#~+-]{0,300}$"
@@ -38,8 +38,9 @@ class Checkpoint(BaseModel):
     measured: list[StageName] = Field(
         ["generate", "evaluate", "report"], min_length=1, max_length=20, description="The stages that run with it."
     )
+    profile: Profile = Field("params.yaml", description="The parameters to start from.")
     overrides: list[Override] = Field(
-        default_factory=list, max_length=50, description="Values laid over params.yaml, for example generate.prompts=8."
+        default_factory=list, max_length=50, description="Values laid over them, for example generate.prompts=8."
     )
 
     @field_validator("overrides")
@@ -55,7 +56,7 @@ def evaluate(config: Checkpoint) -> dict[str, str]:
     supervise.start()
     try:
         repo, run = Path.cwd().resolve(), name()
-        root = worktree.make(repo, run, profile=None, overrides=parse(config.overrides))
+        root = worktree.make(repo, run, profile=config.profile, overrides=parse(config.overrides))
         with worktree.alone(root):
             check(root)
             known = stages.stages(root)
@@ -74,7 +75,7 @@ def evaluate(config: Checkpoint) -> dict[str, str]:
         logs.deliver()
 
 
-@task(name="put the checkpoint in its place", cache_policy=NO_CACHE)
+@task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)
 def put(repo: Path, root: Path, checkpoint: str, stage: str) -> None:
     """Its files are now what dvc.lock says that the stage made, and the stage is frozen."""
     out = model_of(root, stage)

@@ -38,6 +38,9 @@ def send(repo: Path, *, timeout: float, pauses: Sequence[float], line: Line) -> 
     if not waiting(repo):
         return None
     for branch in waiting(repo):
+        if not git(repo, "for-each-ref", f"refs/heads/{branch}").strip():  # its night died before it had ended
+            _write(repo, [name for name in waiting(repo) if name != branch])
+            continue
         try:
             if stores(repo):
                 _send_data(repo, branch, timeout, pauses)
@@ -55,8 +58,8 @@ def stores(repo: Path) -> bool:
     """Whether a DVC remote is named at all. A project without one keeps everything in its cache."""
     try:
         remote.settings(repo)
-    except remote.Misconfigured:
-        return False
+    except remote.Misconfigured as error:
+        return "has no DVC remote" not in str(error)  # anything else is said when it is tried
     return True
 
 
@@ -76,16 +79,26 @@ def _send_data(repo: Path, branch: str, timeout: float, pauses: Sequence[float])
 
 
 def _push(repo: Path, refs: list[str], timeout: float, line: Line) -> None:
+    _origin(repo, ["push", "--porcelain", "origin", *refs], timeout)
+    line(f"pushed {refs[0].partition(':')[0]} and tags to origin")
+
+
+def fetch(repo: Path, timeout: float) -> None:
+    """What others made: branches, nights and tags. Nothing here is changed by it."""
+    if "origin" in git(repo, "remote").split():
+        _origin(repo, ["fetch", "--quiet", "--tags", "origin", "+refs/heads/*:refs/remotes/origin/*"], timeout)
+
+
+def _origin(repo: Path, words: list[str], timeout: float) -> None:
+    """Git waits for ever for a server that has stopped answering."""
     said: list[str] = []
-    words = ["git", "push", "--porcelain", "origin", *refs]
     surroundings = {**environment("nightly", repo, repo), "GIT_TERMINAL_PROMPT": "0"}
     try:
-        code = supervise.run(words, cwd=repo, env=surroundings, line=said.append, timeout=timeout)
+        code = supervise.run(["git", *words], cwd=repo, env=surroundings, line=said.append, timeout=timeout)
     except TimeoutError as error:
-        raise RuntimeError(f"`git push` {error}") from None
+        raise RuntimeError(f"`git {words[0]}` {error}") from None
     if code:
-        raise RuntimeError(f"`git push` to origin failed: {' '.join(text for text in said if text.strip())[:300]}")
-    line(f"pushed {refs[0].partition(':')[0]} and tags to origin")
+        raise RuntimeError(f"`git {words[0]}` with origin failed: {' '.join(text for text in said if text.strip())[:300]}")
 
 
 def _write(repo: Path, names: list[str]) -> None:

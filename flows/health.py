@@ -63,6 +63,7 @@ CHECKS: list[Check] = [server]
 def complaints(log: Path) -> Iterator[Line]:
     """The scheduler's failures are to be seen nowhere else."""
     text = log.read_bytes()[-200_000:].decode(errors="replace") if log.exists() else ""
+    text = text.rpartition("Check out the dashboard")[2]  # since it was started last
     lines = [line for line in text.splitlines() if "| ERROR " in line]
     if lines:
         yield Line("server", "warn", f"{len(lines)} errors in its log, the last: {lines[-1][:160]}", f"see {log}")

@@ -126,7 +126,8 @@ def candidate(work: Work) -> tuple[str, str, str | None]:
     near = next(stage for stage in known if stage.name == STUDENT).upstream
     made = locked.here(work.root)
     work.data = {out["path"]: out["md5"] for name in near if name in first and not name.endswith(".dvc") for out in made.get(name, [])}
-    if not work.full and work.past and work.data == work.past[-1].data:
+    # of a full night more is written down: all that stage 2 needs was made then
+    if not work.full and work.past and work.data.items() <= work.past[-1].data.items():
         return close(work, "no good clips", f"{len(work.arrived.taken)} new files, and the filter kept none of them{_rejected(work)}", None)
     pipeline.repro(work.root, only=[stage.name for stage in known if stage.name not in first], run=work.run, repo=work.repo)
     md5 = next(str(out["md5"]) for out in locked.here(work.root)[STUDENT] if out["path"] == registry.WEIGHTS)
@@ -163,7 +164,7 @@ def _measure(root: Path, name: str, **given: Any) -> gate.Judged:
 def close(
     work: Work, outcome: str, why: str, md5: str | None, verdict: gate.Verdict | None = None
 ) -> tuple[str, str, str | None]:
-    """The night's commit and branch; then, if it is to be, version and promotion. Tags come last: they name what is there."""
+    """The night's commit; then, if it is to be, version and promotion; and its branch, which says that it has ended."""
     version = None
     record = Night(
         date=work.date,
@@ -187,13 +188,14 @@ def close(
     worktree.git(work.root, "add", "--update")
     pointers = [f"{work.folder}.dvc"] if work.folder else []
     commit = worktree.commit(work.root, [*COMMITTED, *pointers], f"nightly {work.date}: {outcome}")
-    worktree.git(work.repo, "branch", f"nightly/{work.date}", commit)
+    # what a crash leaves here: a candidate that is promoted, and whose night counts as not ended; the next one goes on from it
     handover.add(work.repo, f"nightly/{work.date}")
     if outcome == "promoted" and verdict:
         numbers = {finding.metric: finding.candidate for finding in verdict.findings}
         about = {"by": "nightly", "date": work.date, "run": work.run, "metrics": numbers, "why": why}
         version = registry.register(work.repo, commit, about)
         registry.assign(work.repo, version, {"by": "nightly", "date": work.date, "run": work.run, "why": why})
+    worktree.git(work.repo, "branch", f"nightly/{work.date}", commit)
     work.line(f"nightly/{work.date} is {commit[:12]}: {outcome}, {why}")
     return outcome, why, version.name if version else None
 

@@ -88,7 +88,7 @@ def name() -> str:
     return worktree.checked(f"{words or 'run'}-{str(runtime.flow_run.id)[:8]}")
 
 
-@task(name="check parameters", cache_policy=NO_CACHE)
+@task(name="check parameters", task_run_name="check parameters", cache_policy=NO_CACHE)
 def check(root: Path) -> None:
     """`cf validate` before anything runs; its sentence is the failure. A project without it has nothing to check."""
     if not (root / "tasks/validate.py").exists():

@@ -16,12 +16,15 @@ StageName = Annotated[str, StringConstraints(pattern=STAGE)]
 Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
 
 
+Profile = Literal["params.yaml", "tiny", "smoke", "wan-1.3b"]
+
+
 class RunConfig(BaseModel):
     """Which parameters, and which stages. Everything not stated is as committed."""
 
     model_config = ConfigDict(extra="forbid")
 
-    profile: Literal["params.yaml", "tiny", "smoke", "wan-1.3b"] = Field(
+    profile: Profile = Field(
         "params.yaml", description="The parameters to start from: params.yaml as it is committed, or one of profiles/."
     )
     overrides: list[Override] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     machine = Machine(lay_out(tmp_path_factory.mktemp("system") / "project"))
     machine.up()
     try:
+        machine.deployed = time.time()
         machine.command("flows.deploy")
         yield machine
     finally:

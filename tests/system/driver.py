@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -45,8 +46,6 @@ def lay_out(folder: Path) -> Path:
     project.make(folder, seconds=0.5)
     for name in ("flows", "infra"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    if not (folder / "flows/nightly.py").exists():
-        (folder / "flows/nightly.py").write_text("from prefect import flow\n\n\n@flow(name='nightly')\ndef nightly() -> None:\n    pass\n")
     hour = (time.gmtime().tm_hour + 12) % 24
     for file in (folder / "params.yaml", *(folder / "profiles").glob("*.yaml")):
         file.write_text(file.read_text() + f'nightly: {{cron: "30 {hour} * * *", timezone: UTC}}\n')
@@ -62,9 +61,11 @@ class Machine:
     """`up` and `down` as commands; everything else over the server's own API."""
 
     def __init__(self, root: Path, **more: str) -> None:
-        self.root, self.port = root, free_port()
+        self.root, self.port, self.deployed = root, free_port(), 0.0
         self.url = f"http://127.0.0.1:{self.port}"
-        self.environment = project.environment(PYTHONPATH=str(root), CF_PORT=str(self.port), WANDB_MODE="disabled", **more)
+        # a GPU that is only a lock: stages are given it, and none of the test project's looks for more
+        given = {"CF_GPUS": "1", "CF_GPU_LOCKS": str(root / ".machine/gpus"), "CF_PORT": str(self.port), "WANDB_MODE": "disabled"}
+        self.environment = project.environment(PYTHONPATH=str(root), **(given | more))
 
     def command(self, *words: str, code: int = 0, **more: str) -> str:
         env = self.environment | more
@@ -155,6 +156,14 @@ class Machine:
         """All that is alive of the run's stages: DVC, the stages, their children, wherever they have gone."""
         name = self.worktree(run).name
         return [process for process, _ in guardian.carriers() if of(process, name)]
+
+    def gpu_is_held(self) -> bool:
+        with (self.root / ".machine/gpus/gpu0.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
 
     def living(self, run: str) -> list[str]:
         names = [" ".join(process.cmdline())[:80] for process in self.stages(run)]

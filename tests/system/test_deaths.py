@@ -16,6 +16,7 @@ def test_the_flow_process(machine: Machine) -> None:
     machine.engine(run).kill()
     until(lambda: machine.state(run) == "Crashed", "the run says Crashed", 10)
     until(lambda: not machine.living(run), f"all of it is dead: {machine.living(run)}", 10)
+    assert not machine.gpu_is_held()
     until(lambda: machine.tasks(run)["slow"] == "Crashed", "no task says Running", 30)
     done = {"check parameters": "Completed", "prepare": "Completed", "slow": "Crashed", "stubborn": "Crashed", "last": "Skipped"}
     assert machine.tasks(run) == done
@@ -51,10 +52,12 @@ def test_the_server(machine: Machine) -> None:
 
 
 def test_a_stage(machine: Machine) -> None:
-    """It fails as if it had failed by itself; what doesn't need it goes on, what needs it is skipped."""
+    """The one that has the GPU. It fails as if it had failed by itself; what doesn't need it goes on, what needs it is skipped."""
     run = machine.start(overrides=["slow.seconds=300", "stubborn.seconds=8"])
     stage = next(process for process in machine.begun(run) if process.cmdline()[-2:] == ["work.py", "slow"])
+    assert machine.gpu_is_held() and stage.environ()["CUDA_VISIBLE_DEVICES"] == "0"
     stage.kill()
+    until(lambda: not machine.gpu_is_held(), "the kernel has freed the GPU", 10)
     assert machine.finish(run) == "Failed"
     assert machine.tasks(run) | {"slow": "Failed", "stubborn": "Completed", "last": "Skipped"} == machine.tasks(run)
     assert machine.run(run)["state"]["message"].startswith("Flow run encountered an exception: RuntimeError: slow failed")

@@ -66,7 +66,10 @@ def submitted(machine: Machine, page: Page) -> str:
         made.update(run["id"] for run in machine.call("/flow_runs/filter", {}) if run["id"] not in before and not run["auto_scheduled"])
         return bool(made)
 
-    until(there, "the form has made a run")
+    try:
+        until(there, "the form has made a run")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; the page says: {page.inner_text('body')[-1500:]}") from None
     (run,) = made
     return run
 
@@ -97,14 +100,18 @@ def test_the_same_again_is_cached_and_seen_to_be(machine: Machine, window: Page,
     expect(window.locator(".state-badge", has_text="Completed").first).to_be_visible(timeout=120_000)
     states = machine.tasks(run)
     assert states["prepare"] == states["stubborn"] == "Restored" and states["slow"] == states["last"] == "Completed"
-    time.sleep(2)  # the graph is drawn
+    window.get_by_role("tab", name="Task Runs").or_(window.get_by_text("Task Runs", exact=True)).first.click()
+    for state in ("Restored", "Completed"):
+        expect(window.locator(".state-badge", has_text=state).last).to_be_visible()
+    window.get_by_title("Recenter graph").click()
+    time.sleep(2)  # it moves there
     photograph(window, shots, "run")
 
 
 def test_the_form_checks_what_it_is_given(machine: Machine, window: Page) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         machine.start(at_once=99)
-    assert refused.value.code == 409 and "less than or equal to" in refused.value.read().decode()
+    assert refused.value.code == 409 and "greater than the maximum of 16" in refused.value.read().decode()
     with pytest.raises(urllib.error.HTTPError) as refused:
         machine.start(overrides=["no value"])
     assert refused.value.code == 409
@@ -133,11 +140,12 @@ def test_cancelled_in_the_ui_all_of_it_is_dead_within_ten_seconds(machine: Machi
     before = machine.begun(run)
     engine = machine.engine(run)
     sessions = {process.pid for process in before if process.pid != engine.pid}
-    assert len(sessions) >= 6  # two of DVC, two stages, the child, and what guards them
+    assert len(sessions) >= 5  # DVC twice, two stages, the child
     window.goto(f"{machine.url}/runs/flow-run/{run}")
     window.get_by_role("button", name="Cancel", exact=True).click()
+    expect(window.get_by_role("button", name="Confirm")).to_be_visible()
     began = time.monotonic()
-    window.get_by_role("dialog").get_by_role("button", name="Cancel", exact=False).last.click()
+    window.get_by_role("button", name="Confirm").click()
     until(lambda: not machine.living(run), f"all of it is dead: {machine.living(run)}", 10)
     print(f"dead {time.monotonic() - began:.1f} s after the click")
     until(lambda: machine.state(run) == "Cancelled", "the run says Cancelled", 20)
@@ -146,7 +154,7 @@ def test_cancelled_in_the_ui_all_of_it_is_dead_within_ten_seconds(machine: Machi
 
 
 def test_nothing_was_asked_of_any_other_host(window: Page, hosts: set[str]) -> None:
-    assert hosts == {"127.0.0.1"}
+    assert hosts - {""} == {"127.0.0.1"}  # data: has no host
 
 
 def photograph(page: Page, shots: Path | None, name: str) -> None:

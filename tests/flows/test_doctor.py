@@ -1,0 +1,173 @@
+"""`cf doctor` sees what was broken on purpose, says what to do, and mends what is stale when it is asked to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace as Thing
+from typing import Any
+
+import pytest
+
+from flows import doctor, health
+from flows.settings import Machine, here
+from tests.flows import project
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.chdir(project.make(tmp_path / "project"))
+    for name in list(os.environ):
+        if name.startswith(("CF_", "PREFECT_", "WANDB_", "TORCH_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CF_PORT", "4999")
+    monkeypatch.setenv("CF_GPUS", "0")
+    return here()
+
+
+def test_the_ranges_are_those_of_the_project() -> None:
+    stated = tomllib.loads((project.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert set(doctor.BREAKS) <= set(stated)
+
+
+def test_a_version_that_breaks_something_is_named_with_what_it_breaks(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.9" if name == "sqlalchemy" else true(name))
+    (bad,) = [line for line in doctor.versions(machine, False) if line.level == "fail"]
+    assert "sqlalchemy is 2.1.9" in bad.said and "no nightly ever runs" in bad.said
+    assert bad.todo == "pip install 'sqlalchemy>=2.0,<2.1'"
+
+
+def test_pins(machine: Machine) -> None:
+    file = machine.root / "requirements/cpu.txt"
+    file.parent.mkdir()
+    file.write_text("psutil==0.0.1\nno-such-package==1\n# a comment\n")
+    (line,) = [line for line in doctor.versions(machine, False) if line.name == "pins"]
+    assert line.level == "warn" and "no-such-package missing for 1" in line.said and re.search(r"psutil [\d.]+ for 0\.0\.1", line.said)
+
+
+def test_leftovers_of_a_killed_copy(machine: Machine) -> None:
+    folder = machine.root / ".dvc/cache/files/md5/ab"
+    folder.mkdir(parents=True)
+    for name in ("old", "new"):
+        (folder / f".{name}.tmp").write_text("half a file")
+    (folder / "whole").write_text("a file")
+    os.utime(folder / ".old.tmp", (0, time.time() - 7200))
+    (line,) = doctor.leftovers(machine, False)
+    assert line.level == "warn" and line.said.startswith("1 leftovers")
+    (line,) = doctor.leftovers(machine, True)
+    assert line.level == "ok" and sorted(file.name for file in folder.iterdir()) == [".new.tmp", "whole"]
+    assert [line.said for line in doctor.leftovers(machine, False)] == ["no leftovers of interrupted copies"]
+
+
+def test_a_lock_whose_holder_is_dead(machine: Machine) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    file = machine.root / ".dvc/tmp/rwlock"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
+    (line,) = doctor.locks(machine, False)
+    assert line.level == "warn" and str(dead.pid) in line.said
+    file.write_text(json.dumps({"data": {"write": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
+    assert [line.level for line in doctor.locks(machine, True)] == ["ok"] and str(os.getpid()) in file.read_text()
+    file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
+    assert [line.level for line in doctor.locks(machine, True)] == ["ok"] and file.read_text() == "{}"
+
+
+def test_a_build_that_was_killed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = machine.root / "extensions"
+    (folder / "py311/cpu_adam").mkdir(parents=True)
+    (folder / "py311/cpu_adam/lock").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    monkeypatch.setattr(doctor.psutil, "process_iter", lambda names: iter(()))
+    (line,) = doctor.extensions(machine, False)
+    assert line.level == "warn" and line.todo == f"rm {folder}/py311/cpu_adam/lock"
+    list(doctor.extensions(machine, True))
+    assert list(doctor.extensions(machine, False)) == []
+
+
+def test_a_full_disk(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda root: Thing(free=2**28))
+    (line,) = doctor.disk(machine, False)
+    assert line.level == "fail" and line.said.startswith("0.2 GiB free")
+
+
+def test_online_without_a_key(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(machine.root))
+    assert [line.level for line in doctor.tracker(machine, False)] == ["fail"]
+    monkeypatch.setenv("WANDB_API_KEY", "a key")
+    (line,) = doctor.tracker(machine, False)
+    assert line.level == "ok" and "a key" not in str(line)
+
+
+def test_a_check_that_breaks_is_a_line(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(machine: Machine, fix: bool) -> Any:
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(doctor, "disk", broken)
+    monkeypatch.setattr(doctor, "environment", lambda machine: {"PATH": os.environ["PATH"]})  # else it would be this process's for good
+    lines = doctor.examine(machine)
+    (line,) = [line for line in lines if line.name == "broken"]
+    assert line.level == "warn" and "no such thing" in line.said and len(lines) > 8
+
+
+def test_the_command(machine: Machine) -> None:
+    """No server: that is no failure, unless one was there."""
+    words = [sys.executable, "-m", "flows.doctor", "--json"]
+    env = project.environment(CF_PORT="4999", CF_GPUS="0", WANDB_MODE="offline")
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=machine.root)
+    lines = {line["name"]: line for line in json.loads(done.stdout)}
+    assert done.returncode == 0 and lines["server"]["level"] == "warn", done.stdout + done.stderr
+    machine.folder.mkdir()
+    machine.file("server.pid").write_text("{}")
+    done = subprocess.run(words[:-1], capture_output=True, text=True, env=env, cwd=machine.root)
+    assert done.returncode == 1 and "fail server" in done.stdout and "it had died" in done.stdout and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- the server's
+
+
+class Client:
+    """Of a server that knows one deployment and these runs."""
+
+    def __init__(self, runs: list[Any], **deployment: Any) -> None:
+        now = datetime.now(UTC)
+        stated = {"id": "5f2c3e7e-8d5e-4b8e-9a63-0d9a3d6a1f11", "name": "nightly", "paused": False, "schedules": [Thing(active=True)]}
+        self.deployment = Thing(**(stated | {"created": now - timedelta(days=9), "updated": now - timedelta(days=9)} | deployment))
+        self.runs = runs
+
+    def read_deployments(self) -> list[Any]:
+        return [self.deployment]
+
+    def read_flow_runs(self, *, flow_run_filter: Any, **_: Any) -> list[Any]:
+        (wanted,) = flow_run_filter.state.type.any_
+        return [run for run in self.runs if run.state == wanted.value]
+
+
+def run(state: str, days: float) -> Any:
+    when = datetime.now(UTC) + timedelta(days=days)
+    return Thing(state=state, auto_scheduled=True, expected_start_time=when, end_time=when)
+
+
+def said(client: Any) -> list[tuple[str, str]]:
+    return [(line.level, line.said.split(":")[0]) for line in health.schedules(client)]
+
+
+def test_a_schedule_that_never_runs() -> None:
+    good = [run("SCHEDULED", 0.5), run("COMPLETED", -0.5)]
+    assert said(Client(good)) == [("ok", "nightly")]
+    assert said(Client(good[1:]))[0][0] == "fail"
+    assert "it will never run" in next(health.schedules(Client(good[1:]))).said  # type: ignore[arg-type]
+    assert said(Client(good[1:], updated=datetime.now(UTC)))[0][0] == "ok"
+    assert [level for level, _ in said(Client(good[:1]))] == ["ok", "warn"]
+    assert said(Client(good, paused=True)) == [("warn", "nightly has a schedule that is paused")]
+    assert said(Client([], schedules=[])) == [("ok", "nightly")]

@@ -1,0 +1,150 @@
+"""Processes and settings of one machine, without a server. With one: tests/system."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import deploy, machine, processes, reconcile, settings
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / ".machine").mkdir()
+    for name in list(os.environ):
+        if name.startswith(("CF_", "PREFECT_")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def stubborn(checkout: Path) -> Iterator[subprocess.Popen[str]]:
+    """Has the mark of the checkout, a session of its own, and ignores SIGTERM."""
+    env = os.environ | {processes.MARK: str(checkout), "PREFECT__FLOW_RUN_ID": "a-run"}
+    child = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True, start_new_session=True, env=env)
+    assert child.stdout and child.stdout.readline() == "ready\n"
+    yield child
+    child.kill()
+    child.wait()
+
+
+def test_a_number_that_another_process_has_by_now_is_not_ours(checkout: Path) -> None:
+    file = checkout / "server.pid"
+    assert processes.noted(file) is None
+    processes.note(file, os.getpid())
+    found = processes.noted(file)
+    assert found and found.pid == os.getpid()
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps(stated | {"began": stated["began"] - 100}))
+    assert processes.noted(file) is None
+    file.write_text("")
+    assert processes.noted(file) is None
+
+
+def test_a_zombie_does_not_run() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(child.pid)
+    deadline = time.monotonic() + 20
+    while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not processes.runs(process)
+    child.wait()
+
+
+def test_what_has_the_mark_is_found_and_ended(checkout: Path, stubborn: subprocess.Popen[str]) -> None:
+    assert [one.pid for one in processes.marked(checkout)] == [stubborn.pid]
+    assert processes.marked(checkout / "other") == []
+    assert {run: [one.pid for one in found] for run, found in processes.runs_of(checkout).items()} == {"a-run": [stubborn.pid]}
+    killed = processes.end(processes.marked(checkout), 0.3)
+    assert [one.pid for one in killed] == [stubborn.pid]
+    assert stubborn.wait(10) == -signal.SIGKILL
+    assert processes.marked(checkout) == []
+
+
+def test_down_without_a_server_ends_what_is_left(checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "GRACE", 0.3)
+    assert machine.stop(settings.here()).startswith("stopped: 1 processes")
+    assert stubborn.wait(10) == -signal.SIGKILL
+    assert machine.stop(settings.here()) == "nothing of this checkout is up"
+
+
+def test_who_has_a_port(checkout: Path) -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        port = one.getsockname()[1]
+        assert f"process {os.getpid()} (" in (processes.holder(port) or "")
+        with pytest.raises(ValueError, match=rf"port {port} is taken by process .*CF_PORT={port + 1} make up"):
+            machine.start_server(settings.Machine(checkout, "127.0.0.1", port, 1))
+    assert processes.holder(port) is None
+
+
+@pytest.mark.parametrize(
+    "name, value, sentence",
+    [
+        ("CF_PORT", "http", "CF_PORT is 'http'; it must be a whole number from 1 to 65535"),
+        ("CF_PORT", "70000", "CF_PORT is '70000'; it must be a whole number from 1 to 65535"),
+        ("CF_RUNS", "0", "CF_RUNS is '0'; it must be a whole number from 1 to 64"),
+        ("CF_HOST", "0.0.0.0", "CF_HOST is 0.0.0.0, which others can reach; state PREFECT_SERVER_API_AUTH_STRING=USER:PASSWORD"),
+    ],
+)
+def test_what_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as refused:
+        settings.here()
+    assert str(refused.value).startswith(sentence)
+
+
+def test_the_port_of_the_last_time(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.here().port == 4200
+    (checkout / ".machine/port").write_text("4321")
+    assert settings.here().port == 4321
+    monkeypatch.setenv("CF_PORT", "4322")
+    assert settings.here().port == 4322
+    monkeypatch.chdir(checkout.parent)
+    with pytest.raises(ValueError, match=r"has no dvc\.yaml"):
+        settings.here()
+
+
+def test_only_the_server_is_told_the_secrets(checkout: Path) -> None:
+    url = "postgresql+asyncpg://someone:hush@db.example/prefect"
+    given = {"PATH": "/bin", settings.DATABASE: url, settings.PASSWORD: "me:shh", "PYTHONPATH": "/elsewhere"}
+    told = settings.environment(settings.here(), given)
+    assert "hush" not in str(told) and settings.PASSWORD not in told
+    assert told["PREFECT_API_AUTH_STRING"] == "me:shh"
+    assert told["PYTHONPATH"] == f"{checkout}{os.pathsep}/elsewhere"
+    own, said = settings.database(given)
+    assert own == {settings.DATABASE: url, settings.PASSWORD: "me:shh"} and said == "Postgres at db.example"
+    assert settings.database({}) == ({}, "SQLite")
+    with pytest.raises(ValueError) as refused:
+        settings.database({settings.DATABASE: "postgres://someone:hush@db.example/prefect"})
+    assert "hush" not in str(refused.value) and "postgresql+asyncpg://" in str(refused.value)
+
+
+def test_runs_that_this_worker_took(checkout: Path) -> None:
+    assert reconcile.taken(checkout) == set()
+    run = "4f19a88d-0704-4a89-a476-eeb87f9c4102"
+    (checkout / ".machine/worker.log").write_text(f"18:41 | INFO | Worker 'ProcessWorker 1' submitting flow run '{run}'\nslow: 1 of 2\n")
+    assert reconcile.taken(checkout) == {run}
+
+
+def test_the_cron_is_that_of_params(checkout: Path) -> None:
+    (checkout / "params.yaml").write_text('nightly: {cron: "0 2 * * *", timezone: Europe/Berlin, rules: []}\n')
+    assert deploy.nightly(checkout) == {"CF_NIGHTLY_CRON": "0 2 * * *", "CF_NIGHTLY_TIMEZONE": "Europe/Berlin"}
+    (checkout / "params.yaml").write_text("seed: 1\n")
+    with pytest.raises(ValueError, match=r"states no nightly\.cron"):
+        deploy.nightly(checkout)

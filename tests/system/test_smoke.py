@@ -1,0 +1,61 @@
+"""The project itself, profile smoke, through a deployment: every stage in a worktree, once for real and once out of the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.flows import project
+from tests.system.driver import Machine
+from tests.test_pipeline import STAGES, lay_out
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    root = lay_out(tmp_path_factory.mktemp("smoke") / "project")
+    project.git(root, "checkout", "-q", "--", "params.yaml")
+    machine = Machine(root, CF_GPUS="0")
+    machine.up()
+    try:
+        machine.command("flows.deploy")
+        yield machine
+    finally:
+        machine.down()
+
+
+def test_a_smoke_run_and_the_same_again(ours: Machine) -> None:
+    run = ours.start(profile="smoke")
+    assert ours.finish(run, 1000) == "Completed", ours.run(run)["state"]["message"]
+    states = ours.tasks(run)
+    assert {stage: states[stage] for stage in STAGES} == dict.fromkeys(STAGES, "Completed")
+    root = ours.worktree(run)
+    assert (root / "reports/report.html").stat().st_size > 10_000
+    assert project.git(root, "status", "--porcelain", "--untracked-files=no") == ""
+    lock = project.git(ours.root, "show", f"run/{root.name}:dvc.lock")
+    assert lock == (root / "dvc.lock").read_text()
+    assert "Running stage" not in project.dvc(root, "repro"), "the branch repeats it"
+
+    shown = ours.call("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
+    (metrics,) = [json.loads(one["data"]) for one in shown if one["key"] == "metrics"]
+    assert {row["stage"] for row in metrics} >= {"evaluate", "stage2"}
+    assert {f"progress-{stage}" for stage in ("teacher", "stage2", "generate")} <= {one["key"].replace("_", "-") for one in shown}
+
+    again = ours.start(profile="smoke")
+    assert ours.finish(again, 300) == "Completed", ours.run(again)["state"]["message"]
+    states = ours.tasks(again)
+    assert {states[stage] for stage in STAGES if stage != "validate"} == {"Restored"}  # validate has nothing that is cached
+    assert (ours.worktree(again) / "dvc.lock").read_text() == lock
+
+
+def test_its_student_measured_by_its_commit(ours: Machine) -> None:
+    """The same bytes in the place of stage2: nothing has to be made again, and stage2 itself doesn't run."""
+    (first, *_) = sorted((ours.root / ".runs").iterdir(), key=lambda folder: folder.stat().st_ctime)
+    given = ours.start("evaluate", checkpoint=f"run/{first.name}", profile="smoke")
+    assert ours.finish(given, 300) == "Completed", ours.run(given)["state"]["message"]
+    states = ours.tasks(given)
+    assert {states[stage] for stage in ("generate", "evaluate", "report")} == {"Restored"} and "stage2" not in states
+    place: Path = ours.worktree(given)
+    assert (place / "models/stage2").is_dir() and "Running stage" not in project.dvc(place, "repro")
