@@ -43,7 +43,9 @@ def alive(mark: str) -> bool:
     """Is the guardian that wrote this mark still there? A number that another process has by now has another beginning."""
     _, pid, began = mark.split(":")
     with contextlib.suppress(psutil.Error):
-        return abs(psutil.Process(int(pid)).create_time() - float(began)) < 10  # a clock that is set moves it by a little
+        process = psutil.Process(int(pid))
+        # a clock that is set moves the beginning by a little; a zombie guards nothing
+        return abs(process.create_time() - float(began)) < 10 and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 

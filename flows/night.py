@@ -161,9 +161,7 @@ def _measure(root: Path, name: str, **given: Any) -> gate.Judged:
     return judged.measure(root, name, line=get_run_logger().info, **given)
 
 
-def close(
-    work: Work, outcome: str, why: str, md5: str | None, verdict: gate.Verdict | None = None
-) -> tuple[str, str, str | None]:
+def close(work: Work, outcome: str, why: str, md5: str | None, verdict: gate.Verdict | None = None) -> tuple[str, str, str | None]:
     """The night's commit; then, if it is to be, version and promotion; and its branch, which says that it has ended."""
     version = None
     record = Night(

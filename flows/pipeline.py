@@ -220,6 +220,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help=fields["dry_run"].description)
     parser.add_argument("--pull", action="store_true", help=fields["pull"].description)
     parser.add_argument("--push", action="store_true", help=fields["push"].description)
+    supervise.mark()
     try:
         state = pipeline(RunConfig(**vars(parser.parse_args(argv))), return_state=True)
     except ValidationError as error:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
+
 from flows import gpus as gpu_locks
 from flows import guardian
 
@@ -107,6 +109,11 @@ def start() -> None:
 
 def stopping() -> bool:
     return _stopping.is_set()
+
+
+def mark() -> None:
+    """Lets sweep() find what this process starts without a guardian, once it is dead: Prefect's temporary server, for one."""
+    os.environ[guardian.MARK] = f"{secrets.token_hex(8)}:{os.getpid()}:{psutil.Process().create_time():.2f}"
 
 
 def sweep() -> list[int]:

@@ -180,6 +180,20 @@ def test_what_outlives_both_is_swept_up_later() -> None:
         assert not any(lives(pid) for pid in family.pids)
 
 
+def test_what_a_marked_process_has_started_is_swept_up_when_it_is_dead() -> None:
+    """As the temporary server of a flow that was killed."""
+    sleep = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)"
+    script = f"from flows import supervise; import time; supervise.mark(); {sleep}; time.sleep(600)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    flow = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    left = int(flow.stdout.readline() if flow.stdout else 0)
+    assert left not in supervise.sweep() and lives(left)
+    flow.kill()
+    flow.wait()
+    assert lives(left)
+    assert left in supervise.sweep() and not lives(left)
+
+
 def test_the_sweep_leaves_alone_what_has_its_guardian() -> None:
     with Family() as family:
         assert {mark.split(":")[1] for process, mark in guardian.carriers() if process.pid in family.pids} == {str(family.guardian.pid)}
