@@ -45,7 +45,8 @@ def run(
         process = subprocess.Popen(
             [sys.executable, "-I", guardian.__file__, word, os.environ.get("CF_GRACE", str(GRACE)), *command],
             cwd=cwd,
-            env={**(os.environ if env is None else env), **visible},
+            # not the mark of this process: nobody is to sweep up the guardian while it cleans up
+            env={key: value for key, value in (os.environ if env is None else env).items() if key != guardian.MARK} | visible,
             stdin=subprocess.PIPE,  # never written: it ends when this process does
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
