@@ -79,16 +79,26 @@ def _send_data(repo: Path, branch: str, timeout: float, pauses: Sequence[float])
 
 
 def _push(repo: Path, refs: list[str], timeout: float, line: Line) -> None:
+    _origin(repo, ["push", "--porcelain", "origin", *refs], timeout)
+    line(f"pushed {refs[0].partition(':')[0]} and tags to origin")
+
+
+def fetch(repo: Path, timeout: float) -> None:
+    """What others made: branches, nights and tags. Nothing here is changed by it."""
+    if "origin" in git(repo, "remote").split():
+        _origin(repo, ["fetch", "--quiet", "--tags", "origin", "+refs/heads/*:refs/remotes/origin/*"], timeout)
+
+
+def _origin(repo: Path, words: list[str], timeout: float) -> None:
+    """Git waits for ever for a server that has stopped answering."""
     said: list[str] = []
-    words = ["git", "push", "--porcelain", "origin", *refs]
     surroundings = {**environment("nightly", repo, repo), "GIT_TERMINAL_PROMPT": "0"}
     try:
-        code = supervise.run(words, cwd=repo, env=surroundings, line=said.append, timeout=timeout)
+        code = supervise.run(["git", *words], cwd=repo, env=surroundings, line=said.append, timeout=timeout)
     except TimeoutError as error:
-        raise RuntimeError(f"`git push` {error}") from None
+        raise RuntimeError(f"`git {words[0]}` {error}") from None
     if code:
-        raise RuntimeError(f"`git push` to origin failed: {' '.join(text for text in said if text.strip())[:300]}")
-    line(f"pushed {refs[0].partition(':')[0]} and tags to origin")
+        raise RuntimeError(f"`git {words[0]}` with origin failed: {' '.join(text for text in said if text.strip())[:300]}")
 
 
 def _write(repo: Path, names: list[str]) -> None:

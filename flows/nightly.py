@@ -78,11 +78,11 @@ def night(repo: Path, date: str | None, full: bool, line: Callable[[str], None])
 
 def prepare(repo: Path, date: str | None, full: bool, line: Callable[[str], None]) -> Work:
     """Whose turn it is: tracked branch, kind of night, and a worktree. A flow run that is retried finds the one it had."""
-    if "origin" in worktree.git(repo, "remote").split():
-        try:
-            worktree.git(repo, "fetch", "--quiet", "--tags", "origin", "+refs/heads/*:refs/remotes/origin/*")
-        except RuntimeError as error:
-            line(f"origin could not be asked, so the night goes by what is here: {error}")
+    try:
+        handover.fetch(repo, settings(_stated(repo)).push_timeout)
+    except RuntimeError as error:
+        line(f"origin could not be asked, so the night goes by what is here: {error}")
+    tidy(repo, line)
     base = tracked(repo, settings(_stated(repo)).branch)
     stated = yaml.safe_load(worktree.git(repo, "show", f"{base}:params.yaml"))
     ours, past, before = settings(stated), nights(repo), registry.promoted(repo)
@@ -100,6 +100,15 @@ def prepare(repo: Path, date: str | None, full: bool, line: Callable[[str], None
 
 def send(repo: Path, stated: Settings, line: Callable[[str], None]) -> str | None:
     return handover.send(repo, timeout=stated.push_timeout, pauses=stated.push_again_after, line=line)
+
+
+def tidy(repo: Path, line: Callable[[str], None]) -> None:
+    """Folders of nights that failed, but for the last one, to look at: each holds a copy of the clips. All they made is in the cache."""
+    folders = [folder for folder in worktree.found(repo) if folder.name.startswith("nightly-") and not worktree.in_use(folder)]
+    failed = [folder for folder in folders if worktree.git(folder, "status", "--porcelain", "--untracked-files=no").strip()]
+    for folder in failed[1:]:
+        worktree.git(repo, "worktree", "remove", "--force", str(folder))
+        line(f"removed {folder.name}, whose night failed")
 
 
 # ------------------------------------------------------------------------------------------------------------ facts

@@ -43,14 +43,14 @@ class Mirror:
 
     def log(self, row: Mapping[str, Any]) -> None:
         row = {**row, "_timestamp": round(time.time(), 3)}
-        self.book.row(row)
+        self._noted(self.book.row, row)
         self._try(lambda: self.run.log(row))
 
     def show(self, step: int | None, shown_files: Mapping[str, Path], captions: Mapping[str, str] | None = None) -> None:
         """Videos (.mp4) and pictures by key. W&B copies them into its folder, so they may go afterwards."""
         clips = {key: [shown.Clip(file, (captions or {}).get(key, ""))] for key, file in shown_files.items()}
         row: dict[str, Any] = {"_timestamp": round(time.time(), 3)} | ({} if step is None else {"step": step})
-        self.book.row(row | {MEDIA: {key: [digest(clip.file), clip.caption] for key, (clip,) in clips.items()}})
+        self._noted(lambda: self.book.row(row | {MEDIA: {key: [digest(clip.file), clip.caption] for key, (clip,) in clips.items()}}))
         self._aside("media", self.media, clips, row)
 
     def finish(self, metrics: Mapping[str, Any], exit_code: int) -> None:
@@ -58,6 +58,9 @@ class Mirror:
             self.outs(metrics)
         self._try(lambda: self.run.summary.update(dict(metrics)))
         self._try(lambda: self.run.finish(exit_code=exit_code))
+        self._noted(self._close, metrics, exit_code)
+
+    def _close(self, metrics: Mapping[str, Any], exit_code: int) -> None:
         lost = origin.made(self.about["job_type"], self.about["config"]) if self.broken and exit_code == 0 else []
         outs = {str(held.path): held.md5 for held in lost}  # what `cf wandb sync` may still tell of, if it is the same then
         self.book.note(exit_code=exit_code, summary=dict(metrics), broken=self.broken, outs=outs)
@@ -129,6 +132,13 @@ class Mirror:
             self.broken = True
             stage = self.about["job_type"]
             warnings.warn(f"W&B stopped working ({said(error)}); {stage} goes on, its values are in {self.book.folder}", stacklevel=3)
+
+    def _noted(self, action: Callable[..., Any], *given: Any) -> None:
+        """In the journal: a disk that is full is the stage's own affair."""
+        try:
+            action(*given)
+        except Exception as error:
+            warnings.warn(f"{self.about['job_type']}: {self.book.folder} could not be written ({said(error)})", stacklevel=3)
 
     def _aside(self, what: str, action: Callable[..., Any], *given: Any) -> None:
         """What the run's numbers do not need."""

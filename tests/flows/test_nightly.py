@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,17 @@ def test_one_night_at_a_time(repo: Path) -> None:
         assert third
 
 
+def test_of_nights_that_failed_one_folder_stays(repo: Path) -> None:
+    for number in range(4):
+        name = f"nightly-2026-01-0{number}" if number < 3 else "another-run"
+        folder = repo / ".runs" / name
+        project.git(repo, "worktree", "add", "-q", "--detach", str(folder))
+        (folder / "params.yaml").write_text("changed")
+        os.utime(folder, (0, 1000 + number))
+    nightly.tidy(repo, lambda _: None)
+    assert sorted(folder.name for folder in (repo / ".runs").iterdir()) == ["another-run", "nightly-2026-01-02"]
+
+
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
@@ -170,7 +182,7 @@ def test_what_waits_is_known_after_a_crash_and_gone_when_it_is_sent(repo: Path, 
         handover.add(repo, f"nightly/2026-01-0{day}")
     project.git(repo, "remote", "add", "origin", str(tmp_path / "absent.git"))
     late = handover.send(repo, timeout=60, pauses=[], line=said.append)
-    assert late and "`git push` to origin failed" in late
+    assert late and "`git push` with origin failed" in late
     assert late.startswith("nightly/2026-01-05, nightly/2026-01-06, nightly/2026-01-04 could not be handed over")
     project.git(tmp_path, "init", "-q", "--bare", "absent.git")
     project.git(repo, "tag", "-a", "-m", "{}", "student@v0.0.1")

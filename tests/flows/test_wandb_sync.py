@@ -144,16 +144,7 @@ def test_what_wandbs_own_client_sends(here: Path) -> None:
     assert made[None, "latents"]["digest"] == latents and made[None, "latents"]["enableDigestDeduplication"]
     used = [(call["input"]["runName"], call["input"]["artifactID"]) for call in server.named("UseArtifact")]
     assert used == [(encode, made[None, "clips"]["digest"]), (teacher, latents)]
-    assert not any(b"w\x00" in body or SECRET.encode() in body for body in server.said)
-    assert b"clip" not in b"".join(body for body in server.said if body.startswith(b"/upload") and b'"ref"' not in body)
-
-
-def test_without_a_connection_it_says_so_at_once(here: Path) -> None:
-    two_runs(here)
-    began = time.monotonic()
-    done = cf(here, "sync", WANDB_API_KEY=SECRET, WANDB_BASE_URL="http://127.0.0.1:9")
-    assert done.returncode == 1 and "127.0.0.1 can't be reached" in done.stderr and "2 runs wait" in done.stderr
-    assert time.monotonic() - began < 30, "W&B itself tries for hours"
+    assert not any(SECRET.encode() in body for body in server.said), "the key is in a header, and nowhere else"
 
 
 def test_a_dry_run_does_nothing_and_the_list_says_what_there_is(here: Path) -> None:

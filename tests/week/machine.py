@@ -81,7 +81,8 @@ class Machine:
                 with urllib.request.urlopen(asked, timeout=30) as answer:
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
-                raise AssertionError(f"{path}: {error.code} {error.read().decode()[:500]}") from None
+                assert error.code == 503, f"{path}: {error.code} {error.read().decode()[:500]}"  # 503: SQLite is busy
+                time.sleep(1)
             except OSError:  # it is being restarted
                 time.sleep(0.5)
         raise AssertionError(f"no answer from {path}")

@@ -70,7 +70,8 @@ class Week:
     def night(self, date: str, about: str, during: Callable[[str], None] = lambda run: None) -> str:
         """Started by its schedule; its state's name."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() + 3))
-        wanted = {"parameters": {"date": date}, "state": {"type": "SCHEDULED", "state_details": {"scheduled_time": at}}}
+        state = {"type": "SCHEDULED", "state_details": {"scheduled_time": at}}
+        wanted = {"parameters": {"date": date}, "state": state, "idempotency_key": f"{date} {at}"}
         run = str(self.machine.call(f"/deployments/{self.machine.deployment('nightly')}/create_flow_run", wanted)["id"])
         self.say(f"--- {time.strftime('%A', time.strptime(date, '%Y-%m-%d'))} {date}: {about}")
         heard = len(self.alerts.heard)
