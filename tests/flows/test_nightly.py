@@ -115,10 +115,15 @@ def test_the_tracked_branch_is_the_one_that_is_ahead(repo: Path, tmp_path: Path)
     clone = tmp_path / "clone"
     newer = file(repo, "main", "a", "a")
     assert nightly.tracked(clone, "main") != newer
-    project.git(clone, "fetch", "-q")
+    project.git(repo, "tag", "-a", "-m", "{}", "student@v0.0.1")
+    handover.fetch(clone, 60)
+    assert project.git(clone, "tag").split() == ["student@v0.0.1"]
     assert nightly.tracked(clone, "main") == newer, "origin's, after the fetch"
     ours = file(clone, "main", "b", "b")
     assert nightly.tracked(clone, "main") == ours, "parted: the one here"
+    project.git(clone, "remote", "set-url", "origin", str(tmp_path / "gone"))
+    with pytest.raises(RuntimeError, match="`git fetch` with origin failed"):
+        handover.fetch(clone, 60)
     with pytest.raises(ValueError, match=r"nightly\.branch is absent, which is neither here nor at origin"):
         nightly.tracked(clone, "absent")
 
