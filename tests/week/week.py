@@ -40,7 +40,8 @@ class Week:
         os.environ.update({name: value for name, value in secrets.items() if name.startswith("AWS")})
         self.machine = Machine(self.root, secrets)
         tree = project.git(project.ROOT, "describe", "--always", "--dirty", "--exclude=*").strip()
-        self.say(f"of {tree}: a project, an origin, an S3 server, a receiver of alerts; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        self.say(f"of {tree}: a project, an origin, an S3 server, a receiver of alerts; {load}")
 
     def say(self, text: str) -> None:
         line = f"{time.monotonic() - self.began:6.0f} s  {text}"
