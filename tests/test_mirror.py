@@ -13,7 +13,7 @@ import offline
 import pytest
 from evaluate.project import write_mp4
 
-from tasks import mirror, shown, tracking
+from tasks import journal, mirror, shown, tracking
 from tasks.contents import dvc_md5
 
 MADE = "out.mkdir(parents=True); return {}"
@@ -183,3 +183,32 @@ def test_rows_without_a_mirror(tmp_path: Path) -> None:
     track.log(1, loss=1.0)
     track.close({"loss": 1.0})
     assert "wandb" not in track.facts
+
+
+def test_without_a_connection_it_is_written_offline(here: Path) -> None:
+    """Online was asked for, and nobody listens there (no key either): the stage goes on, `cf wandb sync` sends it later."""
+    done = offline.stage(here, "teacher", "models/teacher", MADE, WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 0 and "this run is written offline" in done.stderr
+    (about,) = offline.journals(here)
+    assert about["mode"] == "offline" and offline.summary(about["folder"])["exit_code"] == 0
+
+
+def test_no_key_in_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    assert mirror.said(ValueError(f"{SECRET} is\n refused")) == "WANDB_API_KEY is refused"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("import psutil; [c.kill() for c in psutil.Process().children(recursive=True)]", "W&B stopped working"),
+        ("mirror.artifact = None", "W&B did not get the out"),
+        ("track._mirror.book._rows.close()", "could not be written"),
+    ],
+)
+def test_a_broken_tracker_never_ends_a_stage(here: Path, body: str, says: str) -> None:
+    body += "\ntrack.log(1, loss=1.0)\ntrack.log(2, loss=1.0)\nout.mkdir(parents=True)\nreturn {'loss': 1.0}"
+    done = offline.stage(here, "teacher", "models/teacher", body)
+    assert done.returncode == 0 and says in done.stderr
+    (about,) = offline.journals(here)
+    assert about["exit_code"] == 0 and [row["step"] for row in journal.rows(here / "runtime/journal" / about["id"])] == [1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -81,8 +82,6 @@ def change(root: Path, before: str, after: str, file: str = "params.yaml") -> No
     (root / file).write_text(text.replace(before, after))
 
 
-class Table:
-    def __init__(self, artifact: Any) -> None:
-        import json
-
-        self.rows = json.loads(artifact.data) if isinstance(artifact.data, str) else artifact.data
+def rows(artifact: Any) -> list[dict[str, Any]]:
+    """Of a table."""
+    return json.loads(artifact.data) if isinstance(artifact.data, str) else artifact.data

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from flows import worktree
+from flows.stage_task import environment
 from tests.flows import project
-from tests.flows.served import ALL, Table, change, go, root, seen, server
+from tests.flows.served import ALL, change, go, root, seen, server
+from tests.flows.served import rows as shown_rows
 
 pytestmark = pytest.mark.slow
 __all__ = ["root", "server"]  # fixtures
@@ -44,7 +48,7 @@ def test_a_run_is_what_dvc_repro_makes_and_what_it_was_is_seen(root: Path, tmp_p
     assert (times[-1] - times[0]).total_seconds() > 1, "as they come, not at the end"
 
     assert run.artifacts["progress-slow"].data == 100 and "30 of 30" in run.artifacts["progress-slow"].description
-    rows = {(row["stage"], row["metric"]): row["value"] for row in Table(run.artifacts["metrics"]).rows}
+    rows = {(row["stage"], row["metric"]): row["value"] for row in shown_rows(run.artifacts["metrics"])}
     assert rows == {("slow", "loss"): 0.5, ("slow", "of.a"): 1, ("slow", "of.b"): 2.25, ("last", "score"): 1}
     assert (root / "reports/report.html").as_uri() in run.artifacts["report"].data
     assert "| slow | Completed | `runtime/wandb/offline-run-1` |" in run.artifacts["run"].data
@@ -136,7 +140,7 @@ def test_a_part_of_the_stages_and_only_saying_so(root: Path) -> None:
     change(root, "rate: 2.0e-6", "rate: 3.0e-6")
     state = go(dry_run=True)
     assert state.result() == {"prepare": "Cached", "slow": "Would run", "stubborn": "Cached", "last": "Would run"}
-    rows = {row["stage"]: row["why"] for row in Table(seen(state).artifacts["dry-run"]).rows}
+    rows = {row["stage"]: row["why"] for row in shown_rows(seen(state).artifacts["dry-run"])}
     assert rows == {"prepare": "nothing changed", "slow": "it changed", "stubborn": "nothing changed", "last": "after slow"}
     assert go(stages=["last", "prepare"]).result() == {"prepare": "Cached", "last": "Cached"}, "slow was not asked for"
     state = go(stages=["slwo"])
@@ -190,3 +194,28 @@ def test_gpus_are_locked_where_there_are_any(root: Path, tmp_path: Path, monkeyp
     assert ran, "and the two that both want GPU 0 were not at work at the same time:"
     times = {stage: next((root / "trace").glob(f"{stage}-*")).stat().st_mtime for stage in ("slow", "stubborn")}
     assert abs(times["slow"] - times["stubborn"]) >= 0.5
+
+
+def test_a_push_that_fails_fails_the_run_and_no_stage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[Path] = []
+
+    def push(at: Path) -> None:
+        pushed.append(at)
+        raise RuntimeError("remote lab doesn't answer")
+
+    monkeypatch.setitem(sys.modules, "flows.remote", SimpleNamespace(pushed=push))
+    state = go(to_stage="prepare", push=True)
+    assert state.is_failed() and state.message == "remote lab doesn't answer" and pushed == [root]
+    assert seen(state).states() == {"prepare": ("COMPLETED", "Completed")}
+
+
+def test_stages_get_no_password_and_leave_what_outlives_their_worktree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING", "CF_ALERT_URL"):
+        monkeypatch.setenv(name, "planted")
+    for name in ("CF_RUN", "WANDB_DIR", "CF_KEPT"):
+        monkeypatch.delenv(name, raising=False)
+    made = environment("a-run", tmp_path / ".runs/a-run", tmp_path)
+    assert "planted" not in made.values()
+    assert made["CF_RUN"] == "a-run" and made["PYTHONUNBUFFERED"] == "1"
+    assert made["WANDB_DIR"] == str(tmp_path / "runtime") and made["CF_KEPT"] == str(tmp_path / "work/kept")
+    assert "WANDB_DIR" not in environment("a-run", tmp_path, tmp_path)

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,11 @@ def test_what_was_not_sent_still_waits(here: Path, server: str, does: str, says:
     assert done.returncode == 1 and says in done.stderr and SECRET not in done.stderr + done.stdout
     assert len(calls(place)) == 1, "the others would not go either"
     assert [run.state for run in wandb_sync.runs(here)] == ["waits", "waits"]
+
+
+def test_without_a_connection_it_says_so_at_once(here: Path) -> None:
+    two_runs(here)
+    began = time.monotonic()
+    done = sync(here, wandb_that("", here / "path"), "http://127.0.0.1:9")
+    assert done.returncode == 1 and "127.0.0.1 can't be reached" in done.stderr and "2 runs wait" in done.stderr
+    assert time.monotonic() - began < 30, "W&B itself tries for hours"

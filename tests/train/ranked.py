@@ -1,16 +1,17 @@
-"""One of several ranks, as a process: trains small jobs and leaves their weights. `python -m tests.train.ranked JOB,JOB OUT STEPS`"""
+"""One of several ranks, as a process: trains small jobs and leaves their weights. `python -m tests.train.ranked PLAN FOLDER`"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,7 +64,13 @@ class Clips:
 # the weights' steps must show, but Adam's first ones are signs of gradients, and those of rounding alone differ
 OPTIMIZER = OptimizerSpec(lr=1e-4, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.01, muon_decay=0.0, clip=1.0, warmup=3, decay=0.5)
 COMMON = {"ema": 0.9, "save_every": 5}
-ENGINE = EngineSpec(**{"use": "torch", "zero": 0, "offload": "none", "micro_batch": None} | json.loads(os.environ.get("ENGINE", "{}")))
+
+
+def engine_spec(stated: dict[str, Any]) -> EngineSpec:
+    return EngineSpec(**{"use": "torch", "zero": 0, "offload": "none", "micro_batch": None} | stated)
+
+
+ENGINE = engine_spec({})
 
 
 def base() -> tuple[Base, dict[str, Denoiser]]:
@@ -183,9 +190,21 @@ def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
         save_file(bank.state_dict(), out / f"bank-{rank()}.safetensors")
 
 
+def follow(plan: list[dict[str, Any]], folder: Path) -> None:
+    """One job after the other, each with its own engine; `begin` is a folder whose checkpoints a job goes on from."""
+    global ENGINE
+    for entry in plan:
+        ENGINE = engine_spec(entry.get("engine", {}))
+        out = folder / entry["out"]
+        if is_first():
+            shutil.copytree(folder / entry["begin"], out) if "begin" in entry else out.mkdir(parents=True, exist_ok=True)
+        if dist.is_initialized():
+            dist.barrier()
+        train(entry["out"].split("/")[-1], out, entry.get("steps", STEPS))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if ranks.rank() is not None:
         ranks.join()
-    for job in sys.argv[1].split(","):
-        train(job, Path(sys.argv[2]) / job, int(sys.argv[3]))
+    follow(json.loads(sys.argv[1]), Path(sys.argv[2]))

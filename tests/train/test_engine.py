@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,31 +22,53 @@ from cf_model.train.engine import PLAIN, EngineSpec, OptimizerSpec
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run(jobs: str, out: Path, count: int, steps: int = 20, **engine: Any) -> None:
+JOBS = ("base", "teacher", "causal_init", "student")
+OUTLIVING = ("streaming", "sharing")
+SPLIT = [{"zero": zero, "micro_batch": micro} for zero in (0, 2, 3) for micro in (None, 1)]
+
+
+def run(plan: list[dict[str, Any]], folder: Path, count: int) -> None:
     """`count` processes, which train one job after the other; 1 is one that knows of no ranks. There is no compiler."""
-    for job in jobs.split(","):
-        (out / job).mkdir(parents=True, exist_ok=True)
-    (out / "meeting").mkdir(exist_ok=True)
-    for rest in (out / "meeting").iterdir():
-        rest.unlink()
-    command = [sys.executable, "-m", "tests.train.ranked", jobs, str(out), str(steps)]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CF_MEETING": str(out / "meeting"), "CF_RANKS": str(count)}
-    common |= {"ENGINE": json.dumps(engine), "CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(out / "compiled")}
+    meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
+    meeting.mkdir()
+    command = [sys.executable, "-m", "tests.train.ranked", json.dumps(plan), str(folder)]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CF_MEETING": str(meeting), "CF_RANKS": str(count)}
+    common |= {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
     ranked = [common | {"CF_RANK": str(n)} for n in range(count)] if count > 1 else [common]
     processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for env in ranked]
     for process in processes:
-        _, said = process.communicate(timeout=240)
+        _, said = process.communicate(timeout=1800)
         assert process.returncode == 0, said
 
 
-JOBS = ("base", "teacher", "causal_init", "student")
+def name(split: dict[str, Any]) -> str:
+    return f"ZeRO {split['zero']}{', accumulated' if split['micro_batch'] else ''}"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    for count in (1, 2):
-        run(",".join(JOBS), folder / str(count), count)
+    """Everything that the tests below compare: first by one process, then by two, then what one makes of theirs."""
+    folder, grouped = tmp_path_factory.mktemp("trained"), {"micro_batch": 1}
+    alone = [{"out": f"1/{job}"} for job in (*JOBS, *OUTLIVING, "broken")]
+    alone += [{"out": f"grouped/{job}", "engine": grouped} for job in JOBS]
+    alone += [{"out": "begun/base", "steps": 8}]  # the last checkpoint is that of step 5
+    run(alone, folder, 1)
+    two: list[dict[str, Any]] = [{"out": f"2/{job}"} for job in JOBS]
+    two += [{"out": f"resumed/{job}", "steps": steps} for job in ("teacher", "student") for steps in (8, 20)]
+    for job in OUTLIVING:
+        two += [{"out": f"2/{job}", "engine": grouped}, {"out": f"stopped/{job}", "steps": 13, "engine": grouped}]
+        two += [{"out": f"resumed/{job}", "begin": f"stopped/{job}", "engine": grouped}]
+    for split in SPLIT:
+        jobs = {"student"} | ({"broken"} if split["micro_batch"] else {"base"}) | (set(JOBS) if split == SPLIT[3] else set())
+        two += [{"out": f"{name(split)}/{job}", "engine": {"use": "deepspeed", **split}} for job in sorted(jobs)]
+    for zero in (2, 3):
+        split = {"use": "deepspeed", "zero": zero}
+        two += [{"out": f"stopped {zero}/base", "steps": 8, "engine": split}]
+        two += [{"out": f"resumed {zero}/base", "begin": f"stopped {zero}/base", "engine": split}]
+        two += [{"out": f"taken {zero}/base", "begin": "begun/base", "engine": split}]
+    run(two, folder, 2)
+    after = [{"out": f"handed/{job}", "begin": f"stopped/{job}"} for job in OUTLIVING]
+    run([*after, *({"out": f"handed {zero}/base", "begin": f"stopped {zero}/base"} for zero in (2, 3))], folder, 1)
     return folder
 
 
@@ -71,66 +92,41 @@ def test_two_ranks_are_one_process(job: str, trained: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
-def test_groups_of_a_batch_are_the_batch(job: str, trained: Path, tmp_path: Path) -> None:
+def test_groups_of_a_batch_are_the_batch(job: str, trained: Path) -> None:
     """Four samples at once, or one after the other: also where what is remembered is decided by what was made."""
-    run(job, tmp_path, 1, micro_batch=1)
-    same(trained / "1" / job, tmp_path / job)
-
-
-SPLIT = [{"zero": zero, "micro_batch": micro} for zero in (0, 2, 3) for micro in (None, 1)]
+    same(trained / "1" / job, trained / "grouped" / job)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", SPLIT, ids=[f"ZeRO {s['zero']}{', accumulated' if s['micro_batch'] else ''}" for s in SPLIT])
-def test_deepspeed_in_two_ranks_is_plain_torch_in_one(engine: dict[str, Any], trained: Path, tmp_path: Path) -> None:
-    """Student and critic, after 20 steps; and with ZeRO 2 every other stage."""
-    jobs = JOBS if engine == {"zero": 2, "micro_batch": 1} else ("student",)
-    run(",".join(jobs), tmp_path, 2, use="deepspeed", **engine)
-    for job in jobs:
-        same(trained / "1" / job, tmp_path / job)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", [2, 3])
-def test_deepspeed_goes_on_to_the_bit_and_its_checkpoints_are_anyones(zero: int, trained: Path, tmp_path: Path) -> None:
-    through, split, first = tmp_path / "through", tmp_path / "split", tmp_path / "first"
-    run("base", through, 2, use="deepspeed", zero=zero)
-    run("base", split, 2, 8, use="deepspeed", zero=zero)  # its last checkpoint is that of step 5
-    shutil.copytree(split, first)
-    run("base", split, 2, use="deepspeed", zero=zero)
-    for file in ("weights.safetensors", "metrics.jsonl"):
-        assert (split / "base" / file).read_bytes() == (through / "base" / file).read_bytes()
-    run("base", first, 1)  # one process of plain torch
-    same(trained / "1/base", first / "base")
-    run("base", tmp_path / "alone", 1, 8)
-    run("base", tmp_path / "alone", 2, use="deepspeed", zero=zero)
-    same(trained / "1/base", tmp_path / "alone/base")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_batch_that_is_not_finite_changes_nothing_under_deepspeed(zero: int, tmp_path: Path) -> None:
-    run("broken", tmp_path / "one", 1)
-    run("broken", tmp_path / "two", 2, use="deepspeed", zero=zero, micro_batch=1)
-    same(tmp_path / "one/broken", tmp_path / "two/broken", values=False)
-    rows = [json.loads(line) for line in (tmp_path / "two/broken/metrics.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("split", SPLIT, ids=name)
+def test_deepspeed_in_two_ranks_is_plain_torch_in_one(split: dict[str, Any], trained: Path) -> None:
+    """Student and critic, after 20 steps; with ZeRO 2 every other stage; and the step whose batch was not finite."""
+    made = sorted((trained / name(split)).iterdir())
+    assert len(made) == (5 if split == SPLIT[3] else 2)
+    for folder in made:
+        same(trained / "1" / folder.name, folder, values=folder.name != "broken")
+    rows = [json.loads(line) for line in (trained / "1/broken/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["loss"] is None] == [3]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["streaming", "sharing"])
-def test_rollouts_that_outlive_a_step_go_on_in_ranks_and_groups(job: str, tmp_path: Path) -> None:
-    """Stopped between two updates of the student, and within a video; resumed in other shares of the batch."""
-    run(job, tmp_path / "one", 1)
-    run(job, tmp_path / "two", 2, micro_batch=1)
-    same(tmp_path / "one" / job, tmp_path / "two" / job)
-    for again in ("same", "other"):
-        run(job, tmp_path / again, 2, 13, micro_batch=1)  # its last checkpoint is that of step 10
-    run(job, tmp_path / "same", 2, micro_batch=1)
+@pytest.mark.parametrize("zero", [2, 3])
+def test_deepspeed_goes_on_to_the_bit_and_its_checkpoints_are_anyones(zero: int, trained: Path) -> None:
+    through = trained / f"ZeRO {zero}/base"
     for file in ("weights.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "same" / job / file).read_bytes() == (tmp_path / "two" / job / file).read_bytes()
-    run(job, tmp_path / "other", 1)
-    same(tmp_path / "one" / job, tmp_path / "other" / job)
+        assert (trained / f"resumed {zero}/base" / file).read_bytes() == (through / file).read_bytes()
+    same(trained / "1/base", trained / f"handed {zero}/base")  # to one process of plain torch
+    same(trained / "1/base", trained / f"taken {zero}/base")  # from one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", OUTLIVING)
+def test_rollouts_that_outlive_a_step_go_on_in_ranks_and_groups(job: str, trained: Path) -> None:
+    """Stopped between two updates of the student, and within a video; resumed in the same and in other shares of the batch."""
+    same(trained / "1" / job, trained / "2" / job)
+    for file in ("weights.safetensors", "metrics.jsonl"):
+        assert (trained / "resumed" / job / file).read_bytes() == (trained / "2" / job / file).read_bytes()
+    same(trained / "1" / job, trained / "handed" / job)
 
 
 @pytest.mark.slow
@@ -157,11 +153,9 @@ def test_ranks_have_one_bank_of_mistakes(trained: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["teacher", "student"])
-def test_two_ranks_resumed_are_two_ranks_never_stopped(job: str, trained: Path, tmp_path: Path) -> None:
-    run(job, tmp_path, 2, 8)  # its last checkpoint is that of step 5
-    run(job, tmp_path, 2, 20)
+def test_two_ranks_resumed_are_two_ranks_never_stopped(job: str, trained: Path) -> None:
     for file in ("weights.safetensors", "metrics.jsonl"):
-        assert (tmp_path / job / file).read_bytes() == (trained / f"2/{job}" / file).read_bytes()
+        assert (trained / f"resumed/{job}" / file).read_bytes() == (trained / f"2/{job}" / file).read_bytes()
 
 
 def test_every_rank_draws_the_batch_and_keeps_its_rows() -> None:
