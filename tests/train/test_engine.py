@@ -59,7 +59,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two += [{"out": f"2/{job}", "engine": grouped}, {"out": f"stopped/{job}", "steps": 13, "engine": grouped}]
         two += [{"out": f"resumed/{job}", "begin": f"stopped/{job}", "engine": grouped}]
     for split in SPLIT:
-        jobs = {"student"} | ({"broken"} if split["micro_batch"] else {"base"}) | set({3: JOBS, 4: ["causal_init"]}.get(SPLIT.index(split), ()))
+        more = {3: JOBS, 4: ("causal_init",)}.get(SPLIT.index(split), ())
+        jobs = {"student", *more, "broken" if split["micro_batch"] else "base"}
         two += [{"out": f"{name(split)}/{job}", "engine": {"use": "deepspeed", **split}} for job in sorted(jobs)]
     for zero in (2, 3):
         split = {"use": "deepspeed", "zero": zero}
