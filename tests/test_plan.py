@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,7 +150,8 @@ def test_a_refusal_names_what_is_short_and_what_would_help(tiny: params.Params, 
     assert "one sample alone takes 85.8: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use engine.micro_batch: 4, or compute.checkpointing: true" in refused(tiny, "stage2", 0.1)
     large = tiny.model_copy(update={"video": tiny.video.model_copy(update={"height": 512, "width": 512})})
-    assert "use compute.checkpointing: true" in refused(large, "stage2", 1)
+    lean = forecast.checkpointed(large, "stage2")
+    assert lean and "use compute.checkpointing: true and engine.micro_batch: 1" in refused(large, "stage2", 1.01 * lean.peak(1) / GIB)
     for text in (message, refused(tiny, "stage2", 0.1)):
         assert text.count("\n") == 0
 
