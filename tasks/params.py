@@ -193,12 +193,9 @@ def pictures_fit(p: Params) -> None:
 def clips_are_long_enough(p: Params) -> None:
     if p.clips.source == "worlds":
         there = latent_frames(p.clips.frames)
-        needed = {
-            "base.window": p.base.window,
-            "teacher.longest + teacher.target": p.teacher.longest + p.teacher.target,
-            "causal_init.longest + causal_init.frames": p.causal_init.longest + p.causal_init.frames,
-            "generate.prefix": p.generate.prefix,
-        }
+        needed = {"base.window": p.base.window, "generate.prefix": p.generate.prefix}
+        needed |= {"teacher.longest + teacher.target": p.teacher.longest + p.teacher.target}
+        needed |= {"causal_init.longest + causal_init.frames": p.causal_init.longest + p.causal_init.frames}
         for name, frames in needed.items():
             if frames > there:
                 raise ValueError(f"{name} is {frames} latent frames, but clips.frames is {p.clips.frames}, so {there}; use longer clips")
@@ -240,6 +237,9 @@ def systems_can_run(p: Params) -> None:
             raise ValueError(f"generate names a system {name!r}; use small letters, digits and _, and not real: it names a folder")
         if system.memory:
             system.memory.hold(p.stage2.rollout.chunk)
+        read, trained = system.view and system.view.context != "none" and system.view.context_pass, p.teacher.view.context_pass
+        if read and read != trained:
+            raise ValueError(f"generate's {name} has view.context_pass {read}, but teacher.view.context_pass is {trained}; use the same")
 
 
 def load(path: Path = Path("params.yaml")) -> Params:

@@ -30,10 +30,11 @@ EXAMPLES = """examples:
   cf plan --gpus 64 --gpu-memory 141 --utilisation 0.4 --json
 
 networks      all of a stage's parameters: trained, frozen (the teacher of stage1 and stage2) and averaged
-optimiser     two numbers a parameter (AdamW), and float32 master weights where products are in bfloat16
-ZeRO          shares among the GPUs: 1 the optimiser and the average, 2 the gradients too, 3 the weights too
+weights       in float32, and bfloat16 copies where products are in it
+optimiser     two numbers a parameter (AdamW); with ZeRO also the master weights that DeepSpeed keeps
+ZeRO          shares among the GPUs: 1 the optimiser, 2 the gradients too, 3 the weights too; average and teacher stay whole
 keys, values  of the remembered frames, and activations: of the samples that a GPU computes at once
-at once       the largest part of a GPU's share of the batch that fits; `1 too many`: not even one sample does
+at once       engine.micro_batch, or the largest part of a GPU's share of the batch that fits; `1 too many`: it does not fit
 TFLOP         matrix products of the whole batch, a multiply-add as two, a backward pass as two forward passes
 checkpoints   the newest two, and the one being written
 
