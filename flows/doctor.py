@@ -134,7 +134,7 @@ def disk(machine: Machine, fix: bool) -> Iterator[Line]:
     need = max(2 * outs, 2**30)  # what a run makes, and its copy in the cache
     level: Literal["ok", "warn", "fail"] = "fail" if free < need / 2 else "warn" if free < need else "ok"
     said = f"{free / 2**30:.1f} GiB free; a whole run takes {2 * outs / 2**30:.1f}"
-    yield Line("disk", level, said, "" if level == "ok" else "`python -m flows.worktree prune`, then `dvc gc --workspace --all-branches`")
+    yield Line("disk", level, said, "" if level == "ok" else "`cf runs prune`, then `dvc gc --workspace --all-branches`")
 
 
 def leftovers(machine: Machine, fix: bool) -> Iterator[Line]:
@@ -178,7 +178,7 @@ def worktrees(machine: Machine, fix: bool) -> Iterator[Line]:
     idle = [run for run in runs if not worktree.in_use(run)]
     many = len(idle) > 2 * worktree.KEEP
     said = f"{len(runs)} worktrees of runs, {len(runs) - len(idle)} at work"
-    yield Line("runs", "warn" if many else "ok", said, "`python -m flows.worktree prune` removes old ones; branches stay" if many else "")
+    yield Line("runs", "warn" if many else "ok", said, "`cf runs prune` removes old ones; branches stay" if many else "")
 
 
 def graphics(machine: Machine, fix: bool) -> Iterator[Line]:
@@ -225,7 +225,7 @@ def remotes(machine: Machine, fix: bool) -> Iterator[Line]:
         # Misconfigured is somebody's mistake; one machine can do without a remote; one that is away may be back in an hour
         said = " ".join(str(error).split())
         mistake = type(error).__name__ == "Misconfigured" and "has no DVC remote" not in said
-        yield Line("remote", "fail" if mistake else "warn", said, "docs/operating.md says how a remote is set up")
+        yield Line("remote", "fail" if mistake else "warn", said, "" if "`" in said else "`cf remote check` tries it again")
         return
     yield Line("remote", "ok", "there, and what comes from it is verified")
 

@@ -7,7 +7,6 @@ a git worktree of their own (flows/worktree.py), as every run of a deployment do
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from prefect.states import Crashed, Failed
 from prefect.utilities.annotations import quote
 from pydantic import ValidationError
 
-from flows import logs, reconcile, shown, stages, supervise, worktree
+from flows import exchange, logs, reconcile, shown, stages, supervise, worktree
 from flows.run_config import RunConfig
 from flows.stage_task import DONE, Run, environment, one
 from flows.stages import Stage
@@ -67,16 +66,18 @@ def _whole(config: RunConfig) -> dict[str, str]:
         chosen = stages.selected(stages.stages(root), config.stages, config.from_stage, config.to_stage)
         if config.dry_run:
             return plan(root, chosen)
+        pull = config.pull and exchange.there(root)
+        failed: RuntimeError | None = None
         try:
-            states = repro(root, only=[stage.name for stage in chosen], run=run, at_once=config.at_once, repo=repo)
-        except RuntimeError:
-            if apart:
-                _keep(repo, root, run)
-            raise
+            states = repro(root, only=[stage.name for stage in chosen], pull=pull, run=run, at_once=config.at_once, repo=repo)
+        except RuntimeError as error:
+            failed = error
         if apart:
             _keep(repo, root, run)
-        if config.push:
-            _push(root)
+        if config.push and not supervise.stopping():
+            exchange.give(root, failed)
+        if failed:
+            raise failed
         return states
 
 
@@ -206,10 +207,6 @@ def _keep(repo: Path, root: Path, run: str) -> None:
         logger.info(f"removed the worktree {folder}; its branch stays")
 
 
-def _push(root: Path) -> None:
-    importlib.import_module("flows.remote").pushed(root)  # only here, so that a run without a remote needs none of it
-
-
 def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m flows.pipeline", description=__doc__, epilog=EXAMPLES, formatter_class=form)
@@ -221,6 +218,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", dest="to_stage", metavar="STAGE", help=fields["to_stage"].description)
     parser.add_argument("--at-once", type=int, default=fields["at_once"].default, metavar="N", help=fields["at_once"].description)
     parser.add_argument("--dry-run", action="store_true", help=fields["dry_run"].description)
+    parser.add_argument("--pull", action="store_true", help=fields["pull"].description)
     parser.add_argument("--push", action="store_true", help=fields["push"].description)
     try:
         state = pipeline(RunConfig(**vars(parser.parse_args(argv))), return_state=True)

@@ -158,7 +158,7 @@ def mend(root: Path) -> list[str]:
 
 def worth_another(task: Any, run: Any, state: Any) -> bool:
     """Prefect asks it between two attempts."""
-    return not isinstance(state.result(raise_on_failure=False), Misconfigured)
+    return not supervise.stopping() and not isinstance(state.result(raise_on_failure=False), Misconfigured)
 
 
 @task(name="push", task_run_name="push", retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=worth_another)

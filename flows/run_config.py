@@ -39,6 +39,7 @@ class RunConfig(BaseModel):
     to_stage: StageName | None = Field(None, description="Only this stage and what leads to it.")
     at_once: int = Field(4, ge=1, le=16, description="Independent stages at the same time, at most.")
     dry_run: bool = Field(False, description="Only say which stages would run, and why.")
+    pull: bool = Field(False, description="Take a stage's result from the DVC remote, where another machine has made the same.")
     push: bool = Field(False, description="Afterwards send results and run cache to the DVC remote.")
 
     @field_validator("overrides")

@@ -60,7 +60,8 @@ def here(root: Path | None = None) -> Machine:
 
 def check_host(host: str, given: Mapping[str, str]) -> None:
     """Whoever reaches the API may run what the deployments run: beyond this machine only with a password."""
-    if host not in LOOPBACK and ":" not in given.get(PASSWORD, ""):
+    user, _, password = given.get(PASSWORD, "").partition(":")
+    if host not in LOOPBACK and not (user and password):
         raise ValueError(f"CF_HOST is {host}, which others can reach; state {PASSWORD}=USER:PASSWORD, or leave CF_HOST out")
 
 

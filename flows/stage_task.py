@@ -55,7 +55,7 @@ def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(SECRET)}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     outlives = {} if root == repo else {"WANDB_DIR": str(repo / "runtime"), "CF_KEPT": str(repo / "work/kept")}
-    return {"CF_RUN": run, **outlives, **kept, "PYTHONUNBUFFERED": "1", "PATH": path}
+    return {"CF_RUN": run, "AWS_MAX_ATTEMPTS": "3", **outlives, **kept, "PYTHONUNBUFFERED": "1", "PATH": path}
 
 
 def worth_another(one: object, run: object, state: State[Any]) -> bool:

@@ -45,11 +45,11 @@ class Run:
             return "runs"
         if "exit_code" not in self.about:
             return "killed"
-        if any(self.folder.glob("*.wandb.synced")) or self.about.get("sent"):
+        if any(self.folder.glob("*.wandb.synced")):
             return "sent"
         if self.about.get("broken") or not any(self.folder.glob("*.wandb")):
             return "lost"
-        return "sent" if self.about["mode"] == "online" else "waits"
+        return "sent" if self.about["mode"] == "online" and not self.about.get("unsent") else "waits"
 
     @property
     def rows(self) -> int:
@@ -90,7 +90,8 @@ def complete(run: Run) -> Run:
 
 
 def command(run: Run) -> list[str]:
-    return [sys.executable, "-m", "wandb", "sync", str(run.folder)]
+    online = ["--include-online"] if run.about["mode"] == "online" else []  # one that was online and is not all there
+    return [sys.executable, "-m", "wandb", "sync", *online, str(run.folder)]
 
 
 def send(run: Run, patience: float) -> None:

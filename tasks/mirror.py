@@ -23,6 +23,7 @@ from .contents import digest, files
 if TYPE_CHECKING:
     from .params import Tracking
 
+PATIENCE = 120  # seconds that a stage waits at its end for W&B to take what is left; W&B alone would wait for ever
 MEDIA = "media"  # in a row of the journal: key -> md5 and caption of a file that W&B has copied
 
 
@@ -38,12 +39,11 @@ class Mirror:
 
     def start(self) -> None:
         self._try(self.init)
-        for held in origin.used(self.about["job_type"], self.about["config"]):
-            self._aside(f"input {held.path}", self.use, held)
+        self._aside("inputs", self._inputs)
 
     def log(self, row: Mapping[str, Any]) -> None:
         row = {**row, "_timestamp": round(time.time(), 3)}
-        self._noted(self.book.row, row)
+        self._noted(lambda: self.book.row(row))
         self._try(lambda: self.run.log(row))
 
     def show(self, step: int | None, shown_files: Mapping[str, Path], captions: Mapping[str, str] | None = None) -> None:
@@ -55,16 +55,13 @@ class Mirror:
 
     def finish(self, metrics: Mapping[str, Any], exit_code: int) -> None:
         if exit_code == 0:
-            self.outs(metrics)
+            self._aside("outs", self.outs, metrics)
         self._try(lambda: self.run.summary.update(dict(metrics)))
-        self._try(lambda: self.run.finish(exit_code=exit_code))
-        self._noted(self._close, metrics, exit_code)
-
-    def _close(self, metrics: Mapping[str, Any], exit_code: int) -> None:
-        lost = origin.made(self.about["job_type"], self.about["config"]) if self.broken and exit_code == 0 else []
-        outs = {str(held.path): held.md5 for held in lost}  # what `cf wandb sync` may still tell of, if it is the same then
-        self.book.note(exit_code=exit_code, summary=dict(metrics), broken=self.broken, outs=outs)
-        self.book.close()
+        self._try(lambda: self._end(exit_code))
+        self._noted(lambda: self.book.note(exit_code=exit_code, summary=dict(metrics), broken=self.broken))
+        if self.broken and exit_code == 0:  # what `cf wandb sync` may still tell of, if it is the same then
+            self._noted(lambda: self.book.note(outs={str(held.path): held.md5 for held in self._held(origin.made)}))
+        self._noted(self.book.close)
 
     # ---------------------------------------------------------------------------------------------------- in W&B
 
@@ -86,6 +83,20 @@ class Mirror:
         self.url = self.run.url if self.about["mode"] == "online" else None
         self.book.note(folder=str(Path(self.run.dir).parent.absolute()))
 
+    def _end(self, exit_code: int) -> None:
+        try:
+            self.run.finish(exit_code=exit_code)
+        except TimeoutError:  # all of it is in W&B's file
+            self.book.note(unsent=True)
+            warnings.warn(f"W&B did not take all of the run within {PATIENCE} s; `cf wandb sync` sends it", stacklevel=2)
+
+    def _held(self, which: Callable[..., list[origin.Held]]) -> list[origin.Held]:
+        return which(self.about["job_type"], self.about["config"])
+
+    def _inputs(self) -> None:
+        for held in self._held(origin.used):
+            self._aside(f"input {held.path}", self.use, held)
+
     def use(self, held: origin.Held) -> None:
         # run.use_artifact refuses when offline; this is the call it makes when online with an artifact that is not yet there:
         # the server finds it by its digest, or makes it, and then notes that this run used it
@@ -93,8 +104,8 @@ class Mirror:
         self.run._log_artifact(artifact(held, self.about, by_this_run=False), **use)
 
     def outs(self, metrics: Mapping[str, Any]) -> None:
-        stage, evaluate = self.about["job_type"], self.about["config"].get("evaluate") or {}
-        for held in origin.made(stage, self.about["config"]):
+        evaluate = self.about["config"].get("evaluate") or {}
+        for held in self._held(origin.made):
             self._aside("sample videos", lambda path: self.media(shown.videos(path), {}), held.path)
             self._aside("table", self._table, held.path, metrics, evaluate)
             self._aside(f"out {held.path}", self._made, held)
@@ -133,10 +144,10 @@ class Mirror:
             stage = self.about["job_type"]
             warnings.warn(f"W&B stopped working ({said(error)}); {stage} goes on, its values are in {self.book.folder}", stacklevel=3)
 
-    def _noted(self, action: Callable[..., Any], *given: Any) -> None:
+    def _noted(self, action: Callable[[], Any]) -> None:
         """In the journal: a disk that is full is the stage's own affair."""
         try:
-            action(*given)
+            action()
         except Exception as error:
             warnings.warn(f"{self.about['job_type']}: {self.book.folder} could not be written ({said(error)})", stacklevel=3)
 
@@ -153,15 +164,15 @@ class Mirror:
 def init(about: Mapping[str, Any], mode: str, folder: Path | None = None) -> Any:
     """W&B's run of a journal's `about`."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash reports: nobody asked for them
-    folder = folder or home()
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := folder or home()).mkdir(parents=True, exist_ok=True)
     # tables wait there until they are sent: beside the run, where `cf wandb sync` of this checkout finds them
     os.environ.setdefault("WANDB_DATA_DIR", str(home().absolute() / "wandb-data"))
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
     import wandb
 
     settings = wandb.Settings(
-        disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True, init_timeout=30,
+        disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True,
+        init_timeout=30, finish_timeout=PATIENCE, finish_timeout_raises=True,
     )  # fmt: skip
     keys = ("project", "group", "job_type", "name", "id", "config", "tags")
     run = wandb.init(**{key: about[key] for key in keys}, mode=mode, dir=str(folder), settings=settings)  # type: ignore[arg-type]
@@ -170,7 +181,7 @@ def init(about: Mapping[str, Any], mode: str, folder: Path | None = None) -> Any
 
 
 def artifact(held: origin.Held, about: Mapping[str, Any], *, by_this_run: bool = True) -> Any:
-    """Files are named, not copied. Each entry has its content's md5, which was taken anyway, instead of one more reading."""
+    """Files are named, not copied. Each entry gets its content's md5, which was taken anyway, instead of one more reading."""
     import wandb
 
     config = about["config"]

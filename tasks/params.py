@@ -1,3 +1,4 @@
+# Long: every rule between sections is here.
 """params.yaml as types. Every value that changes a result is stated there: nothing here has a default."""
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Params(Section):
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
         rules = (weights_are_named, pictures_fit, clips_are_long_enough, the_base_model_can_make_them, students_are_shown_what_exists)
-        for rule in (*rules, systems_can_run, starts_are_what_is_used, samples_fit):
+        for rule in (*rules, systems_can_run, the_engine_can_train_it, starts_are_what_is_used, samples_fit):
             rule(self)
         return self
 
@@ -193,12 +194,9 @@ def pictures_fit(p: Params) -> None:
 def clips_are_long_enough(p: Params) -> None:
     if p.clips.source == "worlds":
         there = latent_frames(p.clips.frames)
-        needed = {
-            "base.window": p.base.window,
-            "teacher.longest + teacher.target": p.teacher.longest + p.teacher.target,
-            "causal_init.longest + causal_init.frames": p.causal_init.longest + p.causal_init.frames,
-            "generate.prefix": p.generate.prefix,
-        }
+        needed = {"base.window": p.base.window, "generate.prefix": p.generate.prefix}
+        needed |= {"teacher.longest + teacher.target": p.teacher.longest + p.teacher.target}
+        needed |= {"causal_init.longest + causal_init.frames": p.causal_init.longest + p.causal_init.frames}
         for name, frames in needed.items():
             if frames > there:
                 raise ValueError(f"{name} is {frames} latent frames, but clips.frames is {p.clips.frames}, so {there}; use longer clips")
@@ -234,12 +232,21 @@ def students_are_shown_what_exists(p: Params) -> None:
             raise ValueError(f"generate.{name} is {frames}, no more than generate.prefix {p.generate.prefix}; use more")
 
 
+def the_engine_can_train_it(p: Params) -> None:
+    if p.engine.zero == 3 and p.teacher.view.context_pass == "own" and not p.compute.checkpointing:
+        stated = "engine.zero is 3 and teacher.view.context_pass own, whose gradient ZeRO 3 can't take"
+        raise ValueError(f"{stated}; use compute.checkpointing: true, engine.zero: 2, or context_pass: joint")
+
+
 def systems_can_run(p: Params) -> None:
     for name, system in [*p.generate.systems.items(), *p.generate.continuations.items()]:
         if not re.fullmatch(r"[a-z0-9_]+", name) or name == "real":
             raise ValueError(f"generate names a system {name!r}; use small letters, digits and _, and not real: it names a folder")
         if system.memory:
             system.memory.hold(p.stage2.rollout.chunk)
+        read, trained = system.view and system.view.context != "none" and system.view.context_pass, p.teacher.view.context_pass
+        if read and read != trained:
+            raise ValueError(f"generate's {name} has view.context_pass {read}, but teacher.view.context_pass is {trained}; use the same")
 
 
 def load(path: Path = Path("params.yaml")) -> Params:

@@ -203,6 +203,20 @@ def test_what_a_revision_brings(repository: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(root.glob("models/base/*.safetensors"))
 
 
+def test_outs_that_only_the_remote_has(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And of one that nobody has any more, the rest is shown."""
+    root = tmp_path / "clone"
+    shutil.copytree(repository, root, symlinks=True)
+    dvc = (sys.executable, "-m", "dvc")
+    command(root, *dvc, "remote", "add", "-q", "--local", "-d", "store", str(tmp_path / "store"))
+    command(root, *dvc, "push", "-q", "results", "samples", "-r", "store")
+    shutil.rmtree(root / ".dvc/cache")
+    monkeypatch.chdir(root)
+    found = revision.folder("HEAD", tmp_path / "A")
+    assert (found / "results/cells.jsonl").read_bytes() == (repository / "results/cells.jsonl").read_bytes()
+    assert not (found / "models/base").exists(), "never pushed"
+
+
 @pytest.mark.parametrize("name", ["no-such-thing", "--upload-pack=touch x", "-h", "exp", "HEAD^{tree}"])
 def test_a_name_that_is_no_run(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(repository)

@@ -140,6 +140,8 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
         ("causal_init", ODE | {"frames": 24}, "causal_init.frames is 24, but base.window is 21, and by method ode the base model makes"),
         ("causal_init.ode.keep", [0, 16], "causal_init.ode.keep is [0, 16]; name steps in rising order, from 0 to 15"),
         ("causal_init.ode.context", "own", "causal_init.ode.context is 'own'; it must be 'noisy' or 'clean'"),
+        ("teacher.view.context_pass", "own", "generate's teacher_fast has view.context_pass joint, but teacher.view.context_pass is own"),
+        ("stage1.teacher.guidance_passes", "both", "stage1.teacher.guidance_passes is 'both'; it must be 'apart' or 'together'"),
         ("teacher.weight", "wan", "teacher.weight is 'wan'; it must be 'uniform' or 'bell'"),
         ("stage2.memory.fill", "early_raw", "when is evict; use when: enqueue"),
         ("stage1.rollout.persist", "stream", "place is last and skip_first 0, but persist is stream"),

@@ -73,6 +73,15 @@ def test_a_folder_is_a_remote_while_it_is_there(root: Path, tmp_path: Path) -> N
     assert not (tmp_path / "share").exists()
 
 
+def test_where_the_store_is_may_differ_from_machine_to_machine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """compose.yaml states it in the environment of its workers."""
+    port = closed_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+    remote.add(root, "lab", "s3://bucket/cf")
+    with pytest.raises(remote.Away, match=f"doesn't answer at 127.0.0.1:{port}"):
+        remote.check(root)
+
+
 @pytest.mark.parametrize(
     ("name", "url", "endpoint", "said"),
     [

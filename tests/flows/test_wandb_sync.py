@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -145,6 +146,51 @@ def test_what_wandbs_own_client_sends(here: Path) -> None:
     used = [(call["input"]["runName"], call["input"]["artifactID"]) for call in server.named("UseArtifact")]
     assert used == [(encode, made[None, "clips"]["digest"]), (teacher, latents)]
     assert not any(SECRET.encode() in body for body in server.said), "the key is in a header, and nowhere else"
+
+
+def test_online(here: Path) -> None:
+    """By the environment alone. What was sent as it went is not sent again, and the page that shows it is known."""
+    with wandb_server.serving() as server:
+        keyed = {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
+        body = "track.log(1, loss=0.5); out.mkdir(parents=True); (out / 'w').write_text('w'); return {'loss': 0.5}"
+        done = offline.stage(here, "teacher", "models/teacher", body, **keyed)
+        assert done.returncode == 0 and "W&B did not" not in done.stderr, done.stderr
+        assert cf(here, "sync", **keyed).stdout == "0 runs wait to be sent\n"
+    (about,) = offline.journals(here)
+    assert [row["loss"] for row in server.history[about["id"]] if "step" in row] == [0.5]
+    assert [call["input"]["artifactCollectionName"] for call in server.named("CreateArtifact")] == ["latents", "teacher"]
+    assert [call["input"]["runName"] for call in server.named("UseArtifact")] == [about["id"]]
+    url = json.loads((here / "runtime/teacher.json").read_text())["wandb_url"]
+    assert url.startswith(server.url) and url.endswith(about["id"])
+
+
+def test_a_server_that_goes_away(here: Path) -> None:
+    """In the middle of a run: the stage ends, soon, and all of it is sent by the server's return."""
+    body = """
+        track.log(1, loss=0.5)
+        Path("go").touch()
+        while Path("go").exists(): time.sleep(0.1)
+        track.log(2, loss=0.25)
+        out.mkdir(parents=True)
+        return {}
+    """
+    code = offline.STAGE.replace("BODY", textwrap.indent(textwrap.dedent(body).strip(), "    "))
+    code = code.replace("stage, wandb = ", "mirror.PATIENCE = 3\nstage, wandb = ")
+    with wandb_server.serving() as server:
+        keyed = {"WANDB_API_KEY": SECRET, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
+        command = [sys.executable, "-c", code, "teacher", "offline", "models/teacher"]
+        process = subprocess.Popen(command, cwd=here, env=offline.environment(**keyed))
+        while not (here / "go").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+    (here / "go").unlink()
+    assert process.wait(timeout=120) == 0
+    (run,) = wandb_sync.runs(here)
+    assert run.state == "waits" and run.about["unsent"]
+    with wandb_server.serving() as server:
+        done = cf(here, "sync", "--timeout", "60", **keyed | {"WANDB_BASE_URL": server.url})
+        assert done.returncode == 0, done.stderr
+    assert [row["loss"] for row in server.history[run.about["id"]] if "loss" in row] == [0.5, 0.25]
 
 
 def test_a_dry_run_does_nothing_and_the_list_says_what_there_is(here: Path) -> None:

@@ -41,6 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
         }  # fmt: skip
         answers: dict[str, dict[str, Any]] = {
             "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
+            "Viewer": {"viewer": {"id": "U", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
             "ServerFeaturesQuery": {"serverInfo": {"features": []}},
             "CreateArtifact": {"createArtifact": {"artifact": {"id": artifact, "state": "PENDING", "artifactSequence": sequence}}},
             "CreateArtifactManifest": {"createArtifactManifest": manifest},

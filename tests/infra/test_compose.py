@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import compose_spec
 import pytest
 import yaml
 
+from tests.flows.s3 import Store
 from tests.infra.composed import FILE, SECRETS, Missing, compose, filled
 
 SERVICES = compose()["services"]
@@ -81,3 +85,14 @@ def test_a_gpu_worker_hands_over_through_the_store_only() -> None:
     [device] = other["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     assert other["profiles"] == ["gpu"] and "deploy" not in one
+
+
+def test_the_bucket_is_made_once(tmp_path: Path) -> None:
+    """What the service `bucket` runs, on a real S3 server."""
+    stated = SERVICES["bucket"]["environment"]
+    assert SERVICES["bucket"]["volumes"] == ["./bucket.py:/opt/bucket.py:ro"]
+    with Store(tmp_path) as store:
+        env = {**stated, "PATH": os.environ["PATH"], "AWS_ENDPOINT_URL_S3": store.url}
+        for _ in range(2):  # every `up` runs it
+            subprocess.run([sys.executable, str(FILE.with_name("bucket.py"))], env=env, check=True, timeout=120)
+        assert stated["BUCKET"] in [one["Name"] for one in store.client().list_buckets()["Buckets"]]

@@ -196,9 +196,8 @@ def follow(plan: list[dict[str, Any]], folder: Path) -> None:
     for entry in plan:
         ENGINE = engine_spec(entry.get("engine", {}))
         out = folder / entry["out"]
-        if is_first() and "begin" in entry:
-            shutil.copytree(folder / entry["begin"], out)
-        out.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            shutil.copytree(folder / entry["begin"], out) if "begin" in entry else out.mkdir(parents=True, exist_ok=True)
         if dist.is_initialized():
             dist.barrier()
         train(entry["out"].split("/")[-1], out, entry.get("steps", STEPS))

@@ -59,7 +59,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two += [{"out": f"2/{job}", "engine": grouped}, {"out": f"stopped/{job}", "steps": 13, "engine": grouped}]
         two += [{"out": f"resumed/{job}", "begin": f"stopped/{job}", "engine": grouped}]
     for split in SPLIT:
-        jobs = {"student"} | ({"broken"} if split["micro_batch"] else {"base"}) | (set(JOBS) if split == SPLIT[3] else set())
+        more = {3: JOBS, 4: ("causal_init",)}.get(SPLIT.index(split), ())
+        jobs = {"student", *more, "broken" if split["micro_batch"] else "base"}
         two += [{"out": f"{name(split)}/{job}", "engine": {"use": "deepspeed", **split}} for job in sorted(jobs)]
     for zero in (2, 3):
         split = {"use": "deepspeed", "zero": zero}
@@ -102,7 +103,7 @@ def test_groups_of_a_batch_are_the_batch(job: str, trained: Path) -> None:
 def test_deepspeed_in_two_ranks_is_plain_torch_in_one(split: dict[str, Any], trained: Path) -> None:
     """Student and critic, after 20 steps; with ZeRO 2 every other stage; and the step whose batch was not finite."""
     made = sorted((trained / name(split)).iterdir())
-    assert len(made) == (5 if split == SPLIT[3] else 2)
+    assert len(made) == {3: 5, 4: 3}.get(SPLIT.index(split), 2)
     for folder in made:
         same(trained / "1" / folder.name, folder, values=folder.name != "broken")
     rows = [json.loads(line) for line in (trained / "1/broken/metrics.jsonl").read_text().splitlines()]
