@@ -165,9 +165,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return made
 
 
-def test_a_push_that_fails_is_tried_again_and_leaves_the_stage_finished(
-    server: None, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_that_fails_is_tried_again_and_leaves_the_stage_finished(server: None, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port, tried = closed_port(), attempts(monkeypatch)
     remote.add(root, "lab", "s3://bucket/cf", endpoint=f"http://127.0.0.1:{port}")
     stage, push = outcome(root)

@@ -174,8 +174,9 @@ def test_what_outlives_both_is_swept_up_later() -> None:
         family.guardian.kill()
         family.starter.kill()
         time.sleep(0.5)
-        assert any(lives(pid) for pid in family.pids), "nothing was left, so this tests nothing"
-        assert set(supervise.sweep()) <= set(family.pids)
+        left = {pid for pid in family.pids if lives(pid)}
+        assert left, "nothing was left, so this tests nothing"
+        assert left <= set(supervise.sweep())  # with what others on this machine have left, at most
         assert not any(lives(pid) for pid in family.pids)
 
 
