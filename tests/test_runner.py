@@ -14,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tasks import runner, tracking
 from tasks.params_file import Refused
@@ -73,6 +75,24 @@ def test_a_failure_leaves_what_was_there() -> None:
         execute(bad)
     assert {path: path.read_bytes() for path in before} == before
     assert [path.name for path in Path("made").iterdir()] == ["out.txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    "write",
+    [lambda: save_file({"x": torch.zeros(9)}, "/dev/full"), lambda: Path("/dev/full").write_text("x" * 9999)],
+    ids=["safetensors", "the system"],
+)
+def test_a_disk_that_is_full_when_a_stage_saves_is_one_sentence(write: Any) -> None:
+    """Real errors of safetensors, which have no number of their own, and of the system."""
+
+    def full(params: Any, track: tracking.Track, *, data: Path, out: Path) -> dict[str, Any]:
+        write()
+        return {}
+
+    with pytest.raises(Refused, match=r"for what toy makes \(No space left on device\); its checkpoints in work/toy/\w+ are intact"):
+        execute(full)
+    assert not list(Path("made").glob("*"))
 
 
 def test_a_folder_takes_the_place_of_the_old_one() -> None:
