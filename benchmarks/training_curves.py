@@ -143,7 +143,7 @@ def seconds(runtime: Path, path: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)
 
 

@@ -27,11 +27,11 @@ from tasks.params_file import read
 
 RUNS: dict[str, dict[str, Any]] = {
     "as committed": {},
-    "critic's lr x 30": {"critic_optimizer.lr": 30},
-    "student's lr x 30": {"student_optimizer.lr": 30},
-    "ema 0.999": {"ema": 0.999},
+    "critic's lr x 30": {"stage1.critic_optimizer.lr": 30},
+    "student's lr x 30": {"stage1.student_optimizer.lr": 30},
+    "noise up to 0.1": {"flow.sigma_max": 0.1},
 }
-NAMES = ("critic_loss", "score_distance", "normaliser", "student_gradient", "ema_distance", "similarity/q50")
+NAMES = ("critic_loss", "score_distance", "normaliser", "student_loss", "student_gradient", "ema_distance", "promotion")
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def made(name: str, steps: int) -> Path:
     stage["steps"], stage["save_every"], stated["samples"]["stage1"]["every"] = steps, steps, 0
     for key, value in RUNS[name].items():
         *parents, last = key.split(".")
-        inner = stage
+        inner = stated
         for part in parents:
             inner = inner[part]
         inner[last] = inner[last] * value if last == "lr" else value

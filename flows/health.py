@@ -97,10 +97,8 @@ def schedules(client: SyncPrefectClient) -> Iterator[Line]:
     for one in deployments:
         active = [schedule for schedule in one.schedules if schedule.active]
         if not active or one.paused:
-            said = "has a schedule that is paused" if one.schedules else "on demand"
-            yield Line(
-                "deployments", "warn" if one.schedules else "ok", f"{one.name}: {said}", "resume it in the UI" if one.schedules else ""
-            )
+            paused = Line("deployments", "warn", f"{one.name} has a schedule that is paused", "resume it in the UI")
+            yield paused if one.schedules else Line("deployments", "ok", f"{one.name}: on demand")
             continue
         yield from scheduled(client, one)
 

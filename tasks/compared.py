@@ -20,6 +20,7 @@ Row = dict[str, Any]
 
 SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
 PROMPTS = {"prompts": 4, "continuations": 2}  # whose videos are shown
+FEW = 6  # prompts. Choice: below that an interval is too narrow to be believed, and even equal signs could be chance (p > 0.03)
 BUDGET = 3_000_000  # bytes of one suite's videos, of each run
 TALL = 64  # pixels of a strip's frames
 
@@ -79,7 +80,9 @@ def one_metric(a: Results, b: Results, suite: str, name: str, metric: str) -> di
         found = Difference(first.mean, second.mean, point(second.mean - first.mean), float("nan"))
     # of pairs that are all equal, and of equal numbers without pairs
     same = found.change.mean == 0 and (not found.change.known or found.change.low == found.change.high == 0)
-    says = "the same" if same else verdict(found.change, word(metric).better)
+    prompts = len({prompt for prompt, _ in x.keys() & y.keys()})
+    few = found.change.known and prompts < FEW
+    says = "the same" if same else "too few prompts" if few else verdict(found.change, word(metric).better)
     known = found.change.known and not same
     reach = max(abs(found.change.low), abs(found.change.high), 1e-12) if known else 1.0
     bar = {"low": 50 + 50 * found.change.low / reach, "high": 50 + 50 * found.change.high / reach} if known else None
@@ -108,8 +111,8 @@ def matrix(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def tally(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many differences there are, and how many of them chance alone would call clear."""
     rows = [row for suite in found for one in suite["systems"] for row in one["rows"]]
-    tested = sum(row["bar"] is not None for row in rows)
-    return {"of": len(rows), "says": Counter(row["says"] for row in rows), "tested": tested, "by_chance": tested / 20}
+    tested = sum(row["bar"] is not None and row["says"] != "too few prompts" for row in rows)
+    return {"of": len(rows), "says": Counter(row["says"] for row in rows), "tested": tested, "by_chance": tested / 20, "few": FEW}
 
 
 # ---------------------------------------------------------------------------------------------------------- curves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,12 @@ def rows(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------ refusal
 
 
+def checkpointed(p: Params, stage: str) -> Need | None:
+    """The same with checkpointing, where that is off."""
+    leaner = p.model_copy(update={"compute": replace(p.compute, checkpointing=True)})
+    return None if p.compute.checkpointing else needs(leaner)[stage]
+
+
 def refuse(p: Params, stage: str, out: Path, work: Path) -> None:
     """One sentence before a training stage begins that can't end here. `CF_IGNORE_PLAN=1` is the way round it."""
     if os.environ.get("CF_IGNORE_PLAN") == "1" or (one := needs(p).get(stage)) is None:
@@ -125,5 +131,6 @@ def refuse(p: Params, stage: str, out: Path, work: Path) -> None:
     ranks = int(os.environ["CF_RANKS"]) if "CF_RANK" in os.environ else 1
     free = room.memory() / (1 if room.gpus() else ranks)  # ranks on the CPU have one machine's memory
     where = "GPU" if room.gpus() else "machine" if ranks == 1 else "rank's share of the machine"
-    room.refuse_memory(stage, one, costs(p), free, where, room.Split.of(p.engine, one.batch, ranks))
+    split = room.Split.of(p.engine, one.batch, ranks, gpu=room.gpus() > 0)
+    room.refuse_memory(stage, one, checkpointed(p, stage), free, where, split)
     room.refuse_disk(stage, disk(p, stage), out, work)

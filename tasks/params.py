@@ -1,3 +1,4 @@
+# Long: every rule between sections is here.
 """params.yaml as types. Every value that changes a result is stated there: nothing here has a default."""
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Params(Section):
     def sections_agree(self) -> Self:
         """What one section alone can't know; said before anything expensive runs."""
         rules = (weights_are_named, pictures_fit, clips_are_long_enough, the_base_model_can_make_them, students_are_shown_what_exists)
-        for rule in (*rules, systems_can_run, starts_are_what_is_used, samples_fit):
+        for rule in (*rules, systems_can_run, the_engine_can_train_it, starts_are_what_is_used, samples_fit):
             rule(self)
         return self
 
@@ -229,6 +230,12 @@ def students_are_shown_what_exists(p: Params) -> None:
     for name, frames in lengths.items():
         if frames <= p.generate.prefix:
             raise ValueError(f"generate.{name} is {frames}, no more than generate.prefix {p.generate.prefix}; use more")
+
+
+def the_engine_can_train_it(p: Params) -> None:
+    if p.engine.zero == 3 and p.teacher.view.context_pass == "own" and not p.compute.checkpointing:
+        stated = "engine.zero is 3 and teacher.view.context_pass own, whose gradient ZeRO 3 can't take"
+        raise ValueError(f"{stated}; use compute.checkpointing: true, engine.zero: 2, or context_pass: joint")
 
 
 def systems_can_run(p: Params) -> None:

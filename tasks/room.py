@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cf_model.train.cost import Costs
 from cf_model.train.engine import EngineSpec
 from cf_model.train.need import Need
 
@@ -54,34 +53,42 @@ class Split:
     at_once: int
     zero: int
     ranks: int
+    offload: bool = False  # of the optimiser, from a GPU into the machine's memory
 
     @classmethod
-    def of(cls, engine: EngineSpec, batch: int, ranks: int) -> Split:
+    def of(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> Split:
         zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
-        return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks)
+        return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
+
+    def peak(self, one: Need, at_once: int | None = None) -> float:
+        return one.peak(self.at_once if at_once is None else at_once, self.zero, self.ranks, offload=self.offload)
 
 
-def refuse_memory(stage: str, one: Need, costs: Costs, free: float, where: str, split: Split) -> None:
-    """`free`: bytes that one rank has."""
-    expected = one.peak(split.at_once, split.zero, split.ranks)
+def refuse_memory(stage: str, one: Need, leaner: Need | None, free: float, where: str, split: Split) -> None:
+    """`free`: bytes that one rank has. `leaner`: the same with checkpointing, where that is off."""
+    expected = split.peak(one)
     if expected <= MEMORY_MARGIN * free:
         return
-    fixed, each = number(one.peak(0, split.zero, split.ranks) / GIB), number(one.sample() / GIB)
+    fixed, each = number(split.peak(one, 0) / GIB), number(one.sample() / GIB)
     parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {split.at_once} samples at once"
     rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
     said = f"{rank} needs about {number(expected / GIB)} GiB ({parts}), but this {where} has {number(free / GIB)}"
-    raise Refused(f"{said}; {way(one, costs, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
+    raise Refused(f"{said}; {way(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
 
 
-def way(one: Need, costs: Costs, free: float, split: Split) -> str:
+def way(one: Need, leaner: Need | None, free: float, split: Split) -> str:
     """The setting that would make it fit, as far as one would."""
     share = max(1, one.batch // split.ranks)
-    fitting = [n for n in range(1, share + 1) if share % n == 0 and one.peak(n, split.zero, split.ranks) <= free]
-    if fitting:
-        other = "" if costs.compute.checkpointing else ", or compute.checkpointing: true"
-        return f"use engine.micro_batch: {fitting[-1]}{other}"
-    if not costs.compute.checkpointing and one.peak(0, split.zero, split.ranks) <= free:
-        return "use compute.checkpointing: true"
+    fitting = [n for n in range(1, share + 1) if share % n == 0 and split.peak(one, n) <= free]
+    ways = [f"engine.micro_batch: {fitting[-1]}"] if fitting else []
+    if leaner and split.peak(leaner) <= free:
+        ways.append("compute.checkpointing: true")
+    if split.zero and not split.offload and replace(split, offload=True).peak(one) <= free:
+        ways.append("engine.offload: optimizer")
+    if ways:
+        return f"use {', or '.join(ways)}"
+    if leaner and split.peak(leaner, 1) <= free:
+        return "use compute.checkpointing: true and engine.micro_batch: 1"
     for ranks in (2, 4, 8, 16, 32, 64):
         for zero in (2, 3):
             if ranks >= split.ranks and one.peak(1, zero, ranks) <= free:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -47,6 +49,9 @@ def execute(
                 metrics = rounded(stage, run(params, track, **given))
         except BaseException as error:
             track.close(exit_code=143 if isinstance(error, SystemExit) else 1)
+            if said := full_disk(error):
+                kept = f"its checkpoints in {work} are intact: make room and start again"
+                raise Refused(f"there is no room for what {stage} makes ({said}); {kept}") from None
             raise
         if metrics:
             METRICS.mkdir(exist_ok=True)
@@ -55,6 +60,14 @@ def execute(
         track.keep_times(RUNTIME)
         write_runtime(stage, facts(began, params.threads) | track.facts)
         shutil.rmtree(work)
+
+
+def full_disk(error: BaseException) -> str | None:
+    """The system's words for it. safetensors passes them on without a number of its own."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and type(error).__name__ == "SafetensorError":
+        number = int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 def seed(params: Any) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cf_model.model import wan
+from cf_model.model import checkpoint, wan
 from cf_model.model.denoiser import Denoiser, ModelSpec
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
@@ -42,3 +46,11 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def restored(folder: Path, state: Mapping[str, Any]) -> int:
+    """As a training loop begins: the newest whole checkpoint is read; its step, or 0."""
+    path, step = checkpoint.newest(folder)
+    if path:
+        checkpoint.load(path, state)
+    return step

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tasks.params_file import Refused
 PARAMS = "profile: tiny\nseed: 7\nvideo: {height: 32, width: 32, fps: 16}\nevaluate: {resamples: 200}\nstage2: {steps: 10, note: 'NOTE'}\n"
 
 
-def write(root: Path, *, note: str = "a", prompts: int = 3) -> Path:
+def write(root: Path, *, note: str = "a", prompts: int = 6) -> Path:
     """A run's folder with made-up results; the same numbers every time."""
     write_project(root, make_params(), prompts=prompts, seconds=2)
     (root / "params.yaml").write_text(PARAMS.replace("NOTE", note))
@@ -72,7 +73,7 @@ def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
     rows = {(one["name"], row["metric"]): row for one in prompts["systems"] for row in one["rows"]}
     sharp = rows["stage2", "sharpness"]
     assert sharp["found"].change.mean == pytest.approx(0.5) and sharp["found"].change.low == pytest.approx(0.5)
-    assert sharp["pairs"] == 6 and sharp["says"] == "higher", "≈: neither higher nor lower is better"
+    assert sharp["pairs"] == 12 and sharp["says"] == "higher", "≈: neither higher nor lower is better"
     assert rows["stage2", "compass_coherence"]["says"] == "better"
     assert rows["stage1", "sharpness"]["says"] == "the same" and rows["stage2", "diversity"]["says"] == "the same"
     assert [one["name"] for one in prompts["systems"] if not one["same"]] == ["stage2"]
@@ -93,14 +94,22 @@ def test_only_videos_of_both_are_compared(pair: tuple[Path, Path], tmp_path: Pat
     assert rows and all(row["pairs"] == 0 and row["says"] in ("no interval", "the same") for row in rows)
 
 
+def test_five_prompts_are_too_few(pair: tuple[Path, Path]) -> None:
+    a, b = (compared.results(root, 200, 7) for root in pair)
+    place = ("prompts", "stage2", "sharpness")
+    short = {key: value for key, value in a.cells[place].items() if not key[0].startswith("00000 ")}
+    row = compared.one_metric(replace(a, cells={place: short}), b, *place)
+    assert row is not None and row["pairs"] == 10 and row["says"] == "too few prompts" and not row["clear"]
+
+
 def test_the_page_says_what_differs(html: str) -> None:
     said = text(html)
     assert "stage2.steps 10 20" in said and "seed 7" not in said
     assert re.search(r"1 better in B 0 worse in B", said)
     assert "Exactly the same in both: base, causal_init, stage1." in said
     assert "Step for step the same in both: base, stage1." in said and "new value" not in said, "one row is no curve"
-    # videos of stage 2 in A and B for each of the three prompts, and what is real
-    assert html.count("data:video/mp4") == 3 * 3 and html.count("data:image/png") == 3 * 2
+    # videos of stage 2 in A and B for each of the first four prompts, and what is real
+    assert html.count("data:video/mp4") == 4 * 3 and html.count("data:image/png") == 4 * 2
 
 
 def test_what_the_runs_say_is_escaped(html: str) -> None:

@@ -211,4 +211,5 @@ def test_a_broken_tracker_never_ends_a_stage(here: Path, body: str, says: str) -
     done = offline.stage(here, "teacher", "models/teacher", body)
     assert done.returncode == 0 and says in done.stderr
     (about,) = offline.journals(here)
-    assert about["exit_code"] == 0 and [row["step"] for row in journal.rows(here / "runtime/journal" / about["id"])] == [1, 2]
+    steps = [row["step"] for row in journal.rows(here / "runtime/journal" / about["id"])]
+    assert about["exit_code"] == 0 and steps == ([] if "written" in says else [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,14 +130,14 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: params.Params, tmp_path: Path
 def refused(p: params.Params, stage: str, free: float, split: int | None = None) -> str:
     with pytest.raises(Refused) as error:
         one = forecast.needs(p)[stage]
-        room.refuse_memory(stage, one, forecast.costs(p), free * GIB, "machine", room.Split(split or one.batch, 0, 1))
+        room.refuse_memory(stage, one, forecast.checkpointed(p, stage), free * GIB, "machine", room.Split(split or one.batch, 0, 1))
     return str(error.value)
 
 
 def test_a_stage_that_fits_is_never_refused(tiny: params.Params, wan: params.Params, tmp_path: Path) -> None:
     for p, free in ((tiny, 0.25), (wan, 4000)):
         for stage, one in forecast.needs(p).items():
-            room.refuse_memory(stage, one, forecast.costs(p), free * GIB, "machine", room.Split(one.batch, 0, 1))
+            room.refuse_memory(stage, one, None, free * GIB, "machine", room.Split(one.batch, 0, 1))
             assert one.peak(one.batch) * 0.7 < free * GIB
     forecast.refuse(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
 
@@ -145,21 +146,36 @@ def test_a_refusal_names_what_is_short_and_what_would_help(tiny: params.Params, 
     message = refused(wan, "stage2", 139)
     assert message.startswith("stage2 needs about 1,8")
     assert "but this machine has 139; use engine.micro_batch: 2; CF_IGNORE_PLAN=1" in message
-    assert "4 such ranks with engine.zero: 3 and engine.micro_batch: 1 would hold it" in refused(wan, "stage2", 55)
+    assert "8 such ranks with engine.zero: 3 and engine.micro_batch: 1 would hold it" in refused(wan, "stage2", 55)
     assert "one sample alone takes 85.8: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use engine.micro_batch: 4, or compute.checkpointing: true" in refused(tiny, "stage2", 0.1)
     large = tiny.model_copy(update={"video": tiny.video.model_copy(update={"height": 512, "width": 512})})
-    assert "use compute.checkpointing: true" in refused(large, "stage2", 1)
+    lean = forecast.checkpointed(large, "stage2")
+    assert lean and "use compute.checkpointing: true and engine.micro_batch: 1" in refused(large, "stage2", 1.01 * lean.peak(1) / GIB)
     for text in (message, refused(tiny, "stage2", 0.1)):
         assert text.count("\n") == 0
 
 
 def test_what_the_refusal_proposes_fits(wan: params.Params) -> None:
     one = forecast.needs(wan)["stage2"]
-    room.refuse_memory("stage2", one, forecast.costs(wan), 139 * GIB, "machine", room.Split.of(wan.engine, one.batch, 1))
+    room.refuse_memory("stage2", one, None, 139 * GIB, "machine", room.Split.of(wan.engine, one.batch, 1))
     assert room.Split.of(wan.engine, one.batch, 8) == room.Split(1, 2, 8), "as the profile states it"
-    with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* 64 such ranks with engine.zero: 3"):
-        room.refuse_memory("stage2", one, forecast.costs(wan), 39.4 * GIB, "GPU", room.Split.of(wan.engine, one.batch, 8))
+    with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* one sample alone takes 85.8"):
+        room.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", room.Split.of(wan.engine, one.batch, 8))
+
+
+def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: params.Params) -> None:
+    shared = wan.model_copy(update={"stage2": replace(wan.stage2, rollouts="shared")})
+    each, kept = (forecast.needs(p)["stage2"] for p in (wan, shared))
+    assert kept.peak(1, 2, 8) - each.peak(1, 2, 8) == 7 * kept.kept > 7 * each.memory
+    assert kept.peak(8, 2, 8) == each.peak(8, 2, 8), "computed at once they are there anyway"
+
+
+def test_what_is_offloaded_is_not_on_the_gpu(wan: params.Params) -> None:
+    one, engine = forecast.needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
+    away, here = (room.Split.of(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
+    assert here.peak(one) - away.peak(one) == one.states(2, 8)["optimiser"] > 3 * GIB
+    assert room.Split.of(engine, one.batch, 8) == room.Split(1, 2, 8), "on a CPU it is the same memory"
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

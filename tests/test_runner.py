@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tasks import runner, tracking
 from tasks.params_file import Refused
@@ -73,6 +76,27 @@ def test_a_failure_leaves_what_was_there() -> None:
         execute(bad)
     assert {path: path.read_bytes() for path in before} == before
     assert [path.name for path in Path("made").iterdir()] == ["out.txt"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda: save_file({"x": torch.zeros(9999)}, "made/weights"), lambda: Path("made/weights").write_text("x" * 9999)],
+    ids=["safetensors", "the system"],
+)
+def test_a_disk_that_is_full_when_a_stage_saves_is_one_sentence(write: Any) -> None:
+    """Real errors, of a file that may not grow: those of safetensors have no number of their own."""
+
+    def full(params: Any, track: tracking.Track, *, data: Path, out: Path) -> dict[str, Any]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return {}
+
+    with pytest.raises(Refused, match=r"no room for what toy makes \(File too large\); its checkpoints in work/toy/\w+ are intact"):
+        execute(full)
 
 
 def test_a_folder_takes_the_place_of_the_old_one() -> None:

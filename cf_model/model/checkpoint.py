@@ -63,18 +63,21 @@ def write(path: Path, step: int, state: Mapping[str, Any]) -> None:
     _sync(path.parent)
 
 
-def restore(folder: Path, state: Mapping[str, Any]) -> int:
-    """Loads the newest checkpoint that is whole and returns its step; 0 when there is none."""
+def newest(folder: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint that is whole, and its step; None and 0 when there is none."""
     for path in sorted(folder.glob("step-????????"), reverse=True):
         try:
-            manifest = verified(path)
+            return path, int(verified(path)["step"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"{path.name} can't be used ({error}); trying the checkpoint before it", stacklevel=2)
-            continue
-        for name, part in state.items():
-            part.load_state_dict(_unflatten(manifest["state"][name], _tensors(path / f"{name}.safetensors")))
-        return int(manifest["step"])
-    return 0
+    return None, 0
+
+
+def load(path: Path, state: Mapping[str, Any]) -> None:
+    """Each part's state from a checkpoint that is whole."""
+    stated = json.loads((path / "manifest.json").read_text())["state"]
+    for name, part in state.items():
+        part.load_state_dict(_unflatten(stated[name], _tensors(path / f"{name}.safetensors")))
 
 
 def verified(path: Path) -> dict[str, Any]:

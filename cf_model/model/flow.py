@@ -95,18 +95,35 @@ class Shared(torch.Generator):
     """The random numbers of a whole batch: on the CPU, so that a seed means the same on every machine.
 
     A process that has only a part of the batch draws all of it and keeps its own rows, so however many of them there are,
-    each sample gets the same numbers, and all go on from the same state. `device` is where the numbers are used.
+    each sample gets the same numbers, and all go on from the same state. `device` is where the numbers are used. A process
+    that takes its share in several groups, one after the other (cf_model/train/ranks.py), draws once: the first group keeps
+    what is the later ones' on the tape.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", part: int = 0, parts: int = 1) -> None:
+    def __init__(self, device: torch.device | str = "cpu", part: int = 0, parts: int = 1, groups: int = 1) -> None:
         super().__init__()
-        self.target, self.part, self.parts = torch.device(device), part, parts
+        self.target, self.part, self.parts, self.groups = torch.device(device), part, parts, groups
+        self.tape: list[tuple[list[Tensor], Tensor]] | None = None  # of each draw: every group's rows, and the state after it
+        self.read = 0
 
     def __new__(cls, *_: object, **__: object) -> Shared:
         return super().__new__(cls)
 
     def rows(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.parts)[self.part].to(self.target)
+
+    def drawn(self, make: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        group, rank = divmod(self.part, self.parts // self.groups)
+        if self.tape is not None and group:
+            rows, after = self.tape[self.read]
+            self.read += 1
+            self.set_state(after)
+            return rows[group].to(self.target)
+        whole = make((shape[0] * self.parts, *shape[1:]), generator=self)
+        if self.tape is not None:
+            own = whole.chunk(self.parts)[rank :: self.parts // self.groups]
+            self.tape.append(([rows.clone() for rows in own], self.get_state()))
+        return self.rows(whole)
 
 
 def share(whole: Tensor, rng: Noise) -> Tensor:
@@ -116,5 +133,5 @@ def share(whole: Tensor, rng: Noise) -> Tensor:
 
 def _draw(make: Callable[..., Tensor], shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
     if isinstance(rng, Shared):
-        return rng.rows(make((shape[0] * rng.parts, *shape[1:]), generator=rng))
+        return rng.drawn(make, tuple(shape))
     return make(shape, generator=rng, device=rng.device) if isinstance(rng, torch.Generator) else next(rng)

@@ -66,7 +66,7 @@ class Base:
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, self.spec.dropout, self.random)
         sigma = self.flow.sample_sigma(len(x), rng)
         noise = gaussian(x.shape, rng)
-        self.seen.update(x=x, text=text, sigma=sigma)
+        self.seen |= self.random.label(x=x, text=text, sigma=sigma)
         self.clock.lap("data")
         loss = (self.model.velocity(add_noise(x, noise, sigma), sigma, text) - (noise - x)).square().mean()
         self.optimizer.backward(loss / self.random.count)

@@ -93,7 +93,7 @@ class CausalInit:
         rows, starts = self.random.mine(rows), self.random.mine(starts)
         clip = self.latents.window(rows, starts, past + spec.frames).to(self.device)
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
-        self.seen.update(clip=clip, text=text)
+        self.seen |= self.random.label(clip=clip, text=text)
         self.clock.lap("data")
         memory = self.model.watch(clip[:, :past], text, spec.memory, chunk=spec.chunk) if past else empty(spec.memory)
         loss, chunks = clip.new_zeros(()), clip[:, past:].split(spec.chunk, dim=1)
@@ -119,7 +119,7 @@ class CausalInit:
         noisy = max(1, int((drawn < len(made.sigmas) - 1).sum())) / self.random.rng.parts  # this group's share of all that have a loss
         videos, levels = self.random.mine(videos), torch.stack(self.random.mine(list(drawn)))
         states, text = made.read(videos).to(self.device), made.text(videos).to(self.device)
-        self.seen.update(states=states, text=text, levels=levels)
+        self.seen |= self.random.label(states=states, text=text, levels=levels)
         self.clock.lap("data")
         parts = states.split(spec.chunk, dim=2)
         sigmas = torch.tensor(made.sigmas)[levels].to(states)

@@ -43,7 +43,7 @@ def generator_gradient(
     real_velocity = guided(real, text, context, view=view, guidance=guidance, null=null, passes=guidance_passes)(x_t, sigma)
     real_x0 = to_x0(x_t, real_velocity, sigma)
     normaliser = (x - real_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    gradient = torch.nan_to_num((fake_x0 - real_x0) / normaliser, nan=0.0, posinf=0.0, neginf=0.0)
+    gradient = (fake_x0 - real_x0) / torch.where(normaliser == 0, torch.inf, normaliser)  # what isn't a number goes on: a bad step
     seen = {"normaliser": normaliser.mean(), "score_distance": (fake_x0 - real_x0).abs().mean(), "dm_gradient": gradient.abs().mean()}
     return gradient, {name: float(value) for name, value in seen.items()}
 

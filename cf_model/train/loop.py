@@ -139,8 +139,10 @@ def fit(
     `step` tells its laps; `sample` is called after every step, by every rank, before a checkpoint says that the step is done.
     """
     clock, latest = clock or Clock(), dict[str, float]()
-    bad, first = 0, checkpoint.restore(log.work, state)
-    saved = ranks.agree_on_start(first)
+    bad, (path, first) = 0, checkpoint.newest(log.work)
+    saved = ranks.agree_on_start(first)  # before it is read: some of reading is done together
+    if path:
+        checkpoint.load(path, state)
     if first:
         log.resumed(first)
     bar = log.progress(steps, "step", first)
@@ -176,8 +178,10 @@ def fit(
 
 def report(work: Path, step: int, name: str, value: float, bad: int, made_of: Mapping[str, Any]) -> None:
     """Keeps what a bad step was made of; ends the run at the `BAD_STEPS`-th in a row."""
-    path = work / f"bad-{step:08d}"
-    if ranks.is_first():
+    own = work if ranks.is_first() else work / f"rank-{ranks.rank()}"  # each has its rows of the batch
+    own.mkdir(exist_ok=True)
+    path = own / f"bad-{step:08d}"
+    with checkpoint.room(own, path.name):
         checkpoint.write(path, step, made_of)
     stated = f"step {step}: {name} is {value}"
     if bad >= BAD_STEPS:
@@ -186,7 +190,7 @@ def report(work: Path, step: int, name: str, value: float, bad: int, made_of: Ma
             f"{stated}, the third bad step in a row; lower the learning rate: the last checkpoint ({last}) is intact, "
             f"the batch and the random state are in {path}"
         )
-    warnings.warn(f"{stated}; the step was left out, its batch and random state are in {path}", stacklevel=3)
+    warnings.warn(f"{stated}; what it would have changed was left as it was, its batch and random state are in {path}", stacklevel=3)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -37,16 +37,17 @@ class Need:
     activations: int  # at the pass that keeps most
     latents: int  # the longest video of a step
     shared: int  # bytes whatever the batch: the bank of errors
+    kept: int  # bytes of a rollout that outlives its step: of every sample of a rank's share, computed at once or not
 
-    def states(self, zero: int = 0, ranks: int = 1) -> dict[str, float]:
+    def states(self, zero: int = 0, ranks: int = 1, *, offload: bool = False) -> dict[str, float]:
         """Bytes a rank by ZeRO stage, as zero.py has them: 1 splits moments and master weights among the ranks, 2 the gradients
-        too, 3 the weights too. The average and a frozen teacher are whole on every rank."""
+        too, 3 the weights too. The average, a frozen teacher and what products are computed with are whole on every rank."""
         share = [ranks if zero >= least else 1 for least in ZERO]
         trained = 4 * self.trained
         return {
-            "weights": (trained + self.copies) / share[3] + 4 * self.frozen,
+            "weights": trained / share[3] + self.copies + 4 * self.frozen,
             "gradients": trained / share[2],
-            "optimiser": (self.moments + (trained if zero else 0)) / share[1],
+            "optimiser": 0.0 if offload else (self.moments + (trained if zero else 0)) / share[1],
             "average": 4 * self.averaged,
         }
 
@@ -54,8 +55,9 @@ class Need:
         """Bytes that one more sample at once takes."""
         return self.memory + self.activations + self.latents
 
-    def peak(self, at_once: int, zero: int = 0, ranks: int = 1) -> float:
-        return sum(self.states(zero, ranks).values()) + at_once * self.sample() + self.shared
+    def peak(self, at_once: int, zero: int = 0, ranks: int = 1, *, offload: bool = False) -> float:
+        later = max(0, self.batch // ranks - at_once) * self.kept
+        return sum(self.states(zero, ranks, offload=offload).values()) + at_once * self.sample() + later + self.shared
 
     @property
     def checkpoint(self) -> int:
@@ -94,6 +96,7 @@ def of_base(spec: BaseSpec, costs: Costs) -> Need:
         activations=costs.activations(spec.window),
         latents=latents(costs, spec.window),
         shared=0,
+        kept=0,
     )
 
 
@@ -115,6 +118,7 @@ def of_teacher(spec: TeacherSpec, costs: Costs) -> Need:
         activations=max(one.activations for one in passes.values()),
         latents=latents(costs, spec.longest + spec.target),
         shared=2 * spec.errors.grids * spec.errors.per_grid * latents(costs, spec.target),
+        kept=0,
     )
 
 
@@ -168,6 +172,7 @@ def of_student(spec: StudentSpec, costs: Costs, view: TeacherView) -> Need:
         update = (prompts + 1) * score.look + prompts * score.read + student[start].replay
         operations += often * (student[start].rollout + score.trained + update / spec.critic_updates)
     alive = max(one.alive for one in student.values())
+    outlives = spec.rollouts == "shared" or roll.persist == "stream"
     replayed = max(costs.activations(roll.chunk, one.denoising) for one in seen)
     return Need(
         steps=spec.steps,
@@ -183,4 +188,5 @@ def of_student(spec: StudentSpec, costs: Costs, view: TeacherView) -> Need:
         activations=max(max(one.activations, one.kept + max(replayed, prompts * one.remembered)) for one in passes.values()),
         latents=latents(costs, longest + 3 * roll.window),
         shared=0,
+        kept=alive * costs.memory_frame() + latents(costs, longest) if outlives else 0,
     )

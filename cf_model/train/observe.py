@@ -54,7 +54,7 @@ def remembered(spec: MemorySpec, compared: Sequence[Compared]) -> dict[str, floa
 
 
 def student_loss(made: Rollout, gradient: Tensor) -> float:
-    """Its value, 0.5 mse(x, (x - gradient).detach()) over the frames that carry gradient (cf_model/train/student.py, replay)."""
+    """Its value, 0.5 mse(x, (x - gradient).detach()) over the frames that carry gradient (distill.replay)."""
     chunk = made.targets[0].x_t.shape[1]
     firsts = [target.first - made.window.start for target in made.targets if target.grad]
     parts = [gradient[:, first : first + chunk].square().mean() for first in firsts]

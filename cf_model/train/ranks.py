@@ -42,18 +42,27 @@ class Random:
     """
 
     def __init__(self, seed: int, device: torch.device | None = None, *, groups: int = 1) -> None:
-        self.rng, self.count = Shared(device or "cpu", rank(), ranks() * groups), groups
+        self.rng, self.count = Shared(device or "cpu", rank(), ranks() * groups, groups), groups
         self.rng.manual_seed(seed)
 
     def groups(self) -> Iterator[int]:
-        before, tape = self.rng.get_state(), memory.Tape()
-        for group in range(self.count):
-            if group:
+        if self.count == 1:
+            yield 0
+            return
+        before, tape, self.rng.tape = self.rng.get_state(), memory.Tape(), []
+        try:
+            for group in range(self.count):
                 self.rng.set_state(before)
-            self.rng.part = group * ranks() + rank()
-            with memory.decided(tape if self.count > 1 else None):
-                yield group
-        self.rng.part = rank()
+                self.rng.part, self.rng.read = group * ranks() + rank(), 0
+                with memory.decided(tape):
+                    yield group
+        finally:
+            self.rng.part, self.rng.tape = rank(), None
+
+    def label(self, **values: Tensor) -> dict[str, Tensor]:
+        """What a group is made of, by names that are its own: kept when a step goes wrong."""
+        group = self.rng.part // ranks()
+        return {f"{name}_{group}" if self.count > 1 else name: value for name, value in values.items()}
 
     def mine(self, rows: Sequence[T]) -> list[T]:
         """Those rows of the batch that are computed now."""

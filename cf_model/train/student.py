@@ -150,7 +150,7 @@ class Distillation:
         self.clock.lap("rollout")
         context, target = self.shown(made)
         self.clock.lap("data")
-        self.seen.update(target=target, context=context, text=text)
+        self.seen |= self.random.label(target=target, context=context, text=text)
         past = self.view.read(self.critic, text, context)  # for both updates: the student's doesn't change the critic
         values = self._student_gradient(made, target, context, text, past) if last else {}
         loss = critic_loss(

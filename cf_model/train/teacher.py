@@ -86,7 +86,7 @@ class Teacher:
         x, context = clip[:, start:], clip[:, view.frames(start)]
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
         levels = self.flow.warp(torch.rand(spec.batch, generator=rng))  # of the whole batch: each rank draws everyone's mistakes
-        self.seen.update(x=x, context=context, text=text, sigma=share(levels, rng))
+        self.seen |= self.random.label(x=x, context=context, text=text, sigma=share(levels, rng))
         self.clock.lap("data")
         loss, found = erft_loss(
             self.model, x, text, context, levels, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng

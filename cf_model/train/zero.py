@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .engine import EngineSpec, Optimizer, OptimizerSpec
-from .ranks import rank, ranks
+from .ranks import is_first, rank, ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 50_000_000  # numbers that are sent at once: 200 MB, where DeepSpeed's own default takes 2 GB
@@ -38,7 +38,7 @@ def imported(device: torch.device) -> Any:
     try:
         import deepspeed
         import deepspeed.ops
-    except ImportError as error:
+    except Exception as error:  # also what it says of a CUDA toolkit that it misses
         way = "`make deepspeed` installs it; or use engine.use: torch"
         raise ValueError(f"engine.use asks for DeepSpeed in {ranks()} ranks, but it can't be imported ({error}); {way}") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its own import sets another
@@ -122,7 +122,7 @@ class Sharded(Optimizer):
         inner, held = self.parts[0][0], dict[int, dict[str, Tensor]]()
         taken = {float(state["step"]) for state in inner.state.values() if "step" in state}
         for number, parameter in enumerate(self.parameters.values()) if taken else ():
-            moments = {key: utils().safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
+            moments = {key: kept(utils().safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS}
             held[number] = {"step": torch.tensor(max(taken)), **moments}
         group = {key: value for key, value in inner.param_groups[0].items() if key != "params"}
         return {"done": self.done, "parts": [{"state": held, "param_groups": [group | {"params": list(range(len(self.parameters)))}]}]}
@@ -158,10 +158,11 @@ class Weights:
         model = self.owner.model
         if self.owner.stage < 3:
             return dict(model.state_dict())
-        held = {name: buffer for name, buffer in model.state_dict().items() if name not in dict(model.named_parameters())}
+        names = {name for name, _ in model.named_parameters()}
+        held = {name: buffer for name, buffer in model.state_dict().items() if name not in names}
         for name, parameter in model.named_parameters():
             with gathered(parameter):
-                held[name] = parameter.detach().cpu().clone()
+                held[name] = kept(parameter.detach())
         return held
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -177,6 +178,11 @@ class Weights:
                 parameter.data.copy_(state[name])
             if parameter.requires_grad:
                 utils().safe_set_local_fp32_param(parameter, shard(parameter, state[name]))
+
+
+def kept(whole: Tensor) -> Tensor:
+    """Every rank takes part in making a tensor whole, but only the one that writes keeps it."""
+    return whole.cpu().clone() if is_first() else whole.new_empty(0, device="cpu")
 
 
 def utils() -> Any:

@@ -115,10 +115,15 @@ def test_the_tracked_branch_is_the_one_that_is_ahead(repo: Path, tmp_path: Path)
     clone = tmp_path / "clone"
     newer = file(repo, "main", "a", "a")
     assert nightly.tracked(clone, "main") != newer
-    project.git(clone, "fetch", "-q")
+    project.git(repo, "tag", "-a", "-m", "{}", "student@v0.0.1")
+    handover.fetch(clone, 60)
+    assert project.git(clone, "tag").split() == ["student@v0.0.1"]
     assert nightly.tracked(clone, "main") == newer, "origin's, after the fetch"
     ours = file(clone, "main", "b", "b")
     assert nightly.tracked(clone, "main") == ours, "parted: the one here"
+    project.git(clone, "remote", "set-url", "origin", str(tmp_path / "gone"))
+    with pytest.raises(RuntimeError, match="`git fetch` with origin failed"):
+        handover.fetch(clone, 60)
     with pytest.raises(ValueError, match=r"nightly\.branch is absent, which is neither here nor at origin"):
         nightly.tracked(clone, "absent")
 
@@ -222,7 +227,8 @@ def test_nights_in_a_row(repo: Path, tmp_path: Path) -> None:
     lock = yaml.safe_load(project.git(repo, "show", "nightly/2026-01-07:dvc.lock"))["stages"]
     first = yaml.safe_load(project.git(repo, "show", "nightly/2026-01-05:dvc.lock"))["stages"]
     (start,) = [dep["md5"] for dep in lock["stage2"]["deps"] if dep["path"] == "promoted/student"]
-    assert start == first["stage2"]["outs"][0]["md5"], "it began as the promoted student, by its dvc.lock"
+    (weights,) = [out["md5"] for out in first["stage2"]["outs"] if out["path"] == "models/stage2"]
+    assert start == weights, "it began as the promoted student, by its dvc.lock"
     assert lock["stage1"] == first["stage1"], "and what leads to it was left as it was"
     assert project.git(repo, "status", "--porcelain").strip() == "", "nobody's checkout is touched"
     assert len(list((repo / "work/kept/filter").iterdir())) == 5

@@ -180,7 +180,7 @@ def test_training_states_take_what_is_published(wan_costs: Costs) -> None:
     assert (sum(stage2.states().values()) - teacher) / 1e9 == pytest.approx(59.6, abs=0.1)
     # There, ZeRO on 8 GPUs takes 14.9 and 7.4 GB, with the average and bfloat16 weights split too. Ours keeps average and teacher
     # whole, weights in float32, and DeepSpeed's master weights beside them: bytes of a parameter of one network, part by part.
-    parts = {2: 8 + 4 + 4 + (8 + 16 + 8) / 8 + 4, 3: 4 + (8 + 4 + 8 + 16 + 8) / 8 + 4}
+    parts = {2: 8 + 4 + 4 + (8 + 16 + 8) / 8 + 4, 3: 4 + 4 + (8 + 8 + 16 + 8) / 8 + 4}
     for zero, each in parts.items():
         assert sum(stage2.states(zero, 8).values()) == pytest.approx(each * wan_costs.parameters)
     assert forecast.clip(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"

@@ -78,7 +78,9 @@ def test_a_step_of_tiny_holds_what_is_planned(stage: str, context: str, checkpoi
     job.step(0)  # from the second on, the optimisers have their state
     with Allocations() as held:
         job.step(1)
-    assert held.peak == pytest.approx(wanted.batch * wanted.sample(), rel=0.15)
+    # the student's gradients, which the plan counts apart, are there while the critic's loss is made
+    gradients = wanted.states()["gradients"] / 2 if stage == "stage2" else 0
+    assert held.peak == pytest.approx(wanted.batch * wanted.sample() + gradients, rel=0.15)
 
 
 @pytest.mark.parametrize("context", ["joint", "own"])

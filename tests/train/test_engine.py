@@ -18,6 +18,7 @@ from cf_model.data.video import read_video
 from cf_model.model.flow import Shared, gaussian, uniform
 from cf_model.train import engine
 from cf_model.train.engine import PLAIN, EngineSpec, OptimizerSpec
+from tests.train import ranked
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,8 +35,8 @@ def run(plan: list[dict[str, Any]], folder: Path, count: int) -> None:
     command = [sys.executable, "-m", "tests.train.ranked", json.dumps(plan), str(folder)]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CF_MEETING": str(meeting), "CF_RANKS": str(count)}
     common |= {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
-    ranked = [common | {"CF_RANK": str(n)} for n in range(count)] if count > 1 else [common]
-    processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for env in ranked]
+    envs = [common | {"CF_RANK": str(n)} for n in range(count)] if count > 1 else [common]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for env in envs]
     for process in processes:
         _, said = process.communicate(timeout=1800)
         assert process.returncode == 0, said
@@ -54,12 +55,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone += [{"out": "begun/base", "steps": 8}]  # the last checkpoint is that of step 5
     run(alone, folder, 1)
     two: list[dict[str, Any]] = [{"out": f"2/{job}"} for job in JOBS]
-    two += [{"out": f"resumed/{job}", "steps": steps} for job in ("teacher", "student") for steps in (8, 20)]
+    two += [{"out": f"resumed/{job}", "steps": steps} for job in JOBS for steps in (8, 20)]
     for job in OUTLIVING:
         two += [{"out": f"2/{job}", "engine": grouped}, {"out": f"stopped/{job}", "steps": 13, "engine": grouped}]
         two += [{"out": f"resumed/{job}", "begin": f"stopped/{job}", "engine": grouped}]
     for split in SPLIT:
-        jobs = {"student"} | ({"broken"} if split["micro_batch"] else {"base"}) | (set(JOBS) if split == SPLIT[3] else set())
+        more = {3: JOBS, 4: ("causal_init",)}.get(SPLIT.index(split), ())
+        jobs = {"student", *more, "broken" if split["micro_batch"] else "base"}
         two += [{"out": f"{name(split)}/{job}", "engine": {"use": "deepspeed", **split}} for job in sorted(jobs)]
     for zero in (2, 3):
         split = {"use": "deepspeed", "zero": zero}
@@ -81,6 +83,8 @@ def same(one: Path, two: Path, *, values: bool = True) -> None:
     rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
     for alone, shared in zip(*rows, strict=True) if values else ():
         assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5, nan_ok=True)
+        losses = [{name: value for name, value in row.items() if "loss" in name} for row in (alone, shared)]
+        assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.slow
@@ -102,7 +106,7 @@ def test_groups_of_a_batch_are_the_batch(job: str, trained: Path) -> None:
 def test_deepspeed_in_two_ranks_is_plain_torch_in_one(split: dict[str, Any], trained: Path) -> None:
     """Student and critic, after 20 steps; with ZeRO 2 every other stage; and the step whose batch was not finite."""
     made = sorted((trained / name(split)).iterdir())
-    assert len(made) == (5 if split == SPLIT[3] else 2)
+    assert len(made) == {3: 5, 4: 3}.get(SPLIT.index(split), 2)
     for folder in made:
         same(trained / "1" / folder.name, folder, values=folder.name != "broken")
     rows = [json.loads(line) for line in (trained / "1/broken/metrics.jsonl").read_text().splitlines()]
@@ -152,10 +156,23 @@ def test_ranks_have_one_bank_of_mistakes(trained: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["teacher", "student"])
+@pytest.mark.parametrize("job", JOBS)
 def test_two_ranks_resumed_are_two_ranks_never_stopped(job: str, trained: Path) -> None:
     for file in ("weights.safetensors", "metrics.jsonl"):
         assert (trained / f"resumed/{job}" / file).read_bytes() == (trained / f"2/{job}" / file).read_bytes()
+
+
+def test_a_batch_of_64_in_sixteen_groups_is_64_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranked, "BATCH", 64)
+    whole = ranked.base()[0]
+    monkeypatch.setattr(ranked, "ENGINE", replace(PLAIN, micro_batch=4))
+    parts = ranked.base()[0]
+    assert parts.random.count == 16
+    for number in range(3):
+        one, other = whole.step(number), parts.step(number)
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5) and other["gradient"] == pytest.approx(one["gradient"], rel=1e-5)
+    for mine, its in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-5)
 
 
 def test_every_rank_draws_the_batch_and_keeps_its_rows() -> None:

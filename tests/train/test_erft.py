@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from cf_model.model import checkpoint
 from cf_model.model.view import TeacherView
 from cf_model.train.erft import ErrorBank, ErrorSpec, add_to_context, erft_loss
-from tests.small import FLOW, SHAPE, normal, rng
+from tests.small import FLOW, SHAPE, normal, restored, rng
 
 VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
 
@@ -99,7 +99,7 @@ def test_bank_goes_through_a_checkpoint(tmp_path, dtype):
     loss(Guess(), bank, sigma=(0.9, 0.1))
     checkpoint.save(tmp_path, 1, {"bank": bank.state_dict()})
     again = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
-    assert checkpoint.restore(tmp_path, {"bank": again}) == 1
+    assert restored(tmp_path, {"bank": again}) == 1
     assert torch.equal(again.count, bank.count) and again.count.tolist() == [1, 0, 2, 1]
     assert all(torch.equal(again.stored[kind], bank.stored[kind]) for kind in bank.stored)
     assert torch.equal(again.draw("latent", rng(3)), bank.draw("latent", rng(3))) and again.statistics() == bank.statistics()

@@ -13,7 +13,7 @@ from cf_model.model.view import TeacherView
 from cf_model.train.loop import Average, Optimizer, OptimizerSpec, Random, drop_prompts, fit
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
 from tasks.tracking import Track
-from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
+from tests.small import FLOW, SHAPE, denoiser, normal, restored, rolling, spec
 
 
 def optimizer(**changes):
@@ -94,7 +94,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, why, damage):
     assert len(kept) == checkpoint.KEEP
     damage(kept[-1])
     with pytest.warns(UserWarning, match=rf"step-00000006 can't be used \({why}"):
-        assert checkpoint.restore(tmp_path, Job().state) == 4
+        assert restored(tmp_path, Job().state) == 4
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_its_batch(tmp_path):
@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_its_batch(tmp_path):
         return job.step(number)
 
     with (
-        pytest.warns(UserWarning, match="step 2: loss is nan; the step was left out"),
+        pytest.warns(UserWarning, match="step 2: loss is nan; what it would have changed was left as it was"),
         pytest.raises(ValueError, match=r"step 6: loss is nan, the third bad step in a row.*checkpoint \(step-00000003\) is intact"),
     ):
         fit(step, steps=8, state=job.state, log=Track("t", tmp_path), save_every=1, seen=seen)
@@ -227,7 +227,7 @@ def test_a_stream_goes_on_across_steps_and_across_a_resume(tmp_path, scope):
     assert all(torch.equal(text, texts[0]) for text in texts[:5]), "one video, one prompt"
     assert [row["frames"] for row in values] == [6, 9, 12, 15, 18, 6]
     resumed = distillation(**changes)
-    assert checkpoint.restore(tmp_path, resumed.state) == 3
+    assert restored(tmp_path, resumed.state) == 3
     assert [resumed.step(number) for number in (3, 4, 5)] == values[3:]
     assert all(torch.equal(a, b) for a, b in zip(through.student.parameters(), resumed.student.parameters(), strict=True))
 

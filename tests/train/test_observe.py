@@ -138,6 +138,32 @@ def test_seconds_go_where_the_lap_says(monkeypatch):
     assert clock.taken() == {"step": 4.0, "data": 1.5, "rollout": 2.0, "rest": 0.5}
 
 
+def test_on_a_gpu_seconds_are_those_of_its_stream(monkeypatch):
+    """Events are recorded as the step goes and read once, when it is over; here they are stand-ins that count milliseconds."""
+    recorded, waited = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = 250.0 * len(recorded)
+            recorded.append(self)
+
+        def elapsed_time(self, other):
+            assert waited, "an event is not read before the stream has come to it"
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(recorded)))
+    clock = Clock(torch.device("cuda"))
+    clock.start()
+    clock.lap("rollout")
+    clock.lap("replay")
+    assert not waited
+    assert clock.taken() == {"step": 0.75, "rollout": 0.25, "replay": 0.25, "rest": 0.25} and waited == [4]
+
+
 def test_times_of_a_resumed_run_stand_once_and_are_summed(tmp_path):
     """Killed in step 6, resumed from 4: one row a step, in runtime/ too, and nothing of them where DVC looks."""
     job, work = Job(), new_folder(tmp_path / "work")

@@ -23,7 +23,7 @@ from cf_model.train.loop import Average
 from cf_model.train.teacher import Teacher
 from tasks import base, causal_init, params, stage1, teacher
 from tasks.tracking import Track
-from tests.small import FLOW, SHAPE, denoiser, normal, rng
+from tests.small import FLOW, SHAPE, denoiser, normal, restored, rng
 from tests.train import ranked
 
 ROOT = Path(__file__).parents[2]
@@ -115,10 +115,11 @@ def test_what_is_generated_with_is_the_average(
     stated = stated.model_copy(update={section: spec, "samples": quiet})
     mark, update = 7.0, Average.update
 
-    def marked(self: Average[Denoiser]) -> None:
-        update(self)
+    def marked(self: Average[Denoiser]) -> float:
+        distance = update(self)
         with torch.no_grad():
             self.model.transformer.proj_out.bias.fill_(mark)
+        return distance
 
     monkeypatch.setattr(Average, "update", marked)
     work, out = tmp_path / "work", tmp_path / "out"
@@ -237,7 +238,7 @@ def test_weights_that_do_not_fit_are_refused_wherever_they_are_read(change: str,
 
     checkpoint.save(tmp_path, 1, {"model": damaged(model.state_dict())})
     with pytest.raises((RuntimeError, ValueError)):
-        checkpoint.restore(tmp_path, {"model": denoiser()})
+        restored(tmp_path, {"model": denoiser()})
     folder = tmp_path / "folder"
     folder.mkdir()
     wan.save(model, folder)

@@ -39,7 +39,9 @@ class Week:
         secrets = {"AWS_ACCESS_KEY_ID": "week", "AWS_SECRET_ACCESS_KEY": "weekweek", "CF_ALERT_URL": self.alerts.url}
         os.environ.update({name: value for name, value in secrets.items() if name.startswith("AWS")})
         self.machine = Machine(self.root, secrets)
-        self.say(f"a project, an origin, an S3 server, a receiver of alerts; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        tree = project.git(project.ROOT, "describe", "--always", "--dirty", "--exclude=*").strip()
+        load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        self.say(f"of {tree}: a project, an origin, an S3 server, a receiver of alerts; {load}")
 
     def say(self, text: str) -> None:
         line = f"{time.monotonic() - self.began:6.0f} s  {text}"
