@@ -19,7 +19,7 @@ from flows import processes
 from flows.settings import DATABASE, Machine, database, environment, healthy, here
 
 POOL = "cf"
-PATIENCE = 180.0  # seconds for a start: 10 on a quiet machine, 40 were seen on a busy one
+PATIENCE = 600.0  # seconds for a start: 10 on a quiet machine, 200 were seen at a load of 20; one that died is noticed at once
 GRACE = 8.0  # seconds between SIGTERM and SIGKILL
 
 

@@ -17,8 +17,8 @@ collect_ignore_glob = [] if os.environ.get("CF_SYSTEM") else ["test_*.py"]
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     machine = Machine(lay_out(tmp_path_factory.mktemp("system") / "project"))
-    machine.up()
     try:
+        machine.up()
         machine.deployed = time.time()
         machine.command("flows.deploy")
         yield machine

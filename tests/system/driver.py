@@ -69,7 +69,7 @@ class Machine:
 
     def command(self, *words: str, code: int = 0, **more: str) -> str:
         env = self.environment | more
-        done = subprocess.run([sys.executable, "-m", *words], cwd=self.root, env=env, capture_output=True, text=True, timeout=400)
+        done = subprocess.run([sys.executable, "-m", *words], cwd=self.root, env=env, capture_output=True, text=True, timeout=700)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 

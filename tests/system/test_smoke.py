@@ -18,8 +18,8 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     root = lay_out(tmp_path_factory.mktemp("smoke") / "project")
     project.git(root, "checkout", "-q", "--", "params.yaml")
     machine = Machine(root, CF_GPUS="0")
-    machine.up()
     try:
+        machine.up()
         machine.command("flows.deploy")
         yield machine
     finally:
