@@ -32,7 +32,7 @@ def machine(whole: Machine) -> Machine:
     """Up again, whatever the test before did to it, and with no run under way."""
     whole.up()
     for run in whole.call("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}):
-        whole.finish(run["id"], 60)
+        whole.finish(run["id"])
     return whole
 
 

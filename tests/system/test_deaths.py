@@ -14,10 +14,10 @@ def test_the_flow_process(machine: Machine) -> None:
     run = machine.start(**LONG)
     machine.begun(run)
     machine.engine(run).kill()
-    until(lambda: machine.state(run) == "Crashed", "the run says Crashed", 10)
-    until(lambda: not machine.living(run), f"all of it is dead: {machine.living(run)}", 10)
+    until(lambda: machine.state(run) == "Crashed", "the run says Crashed")
+    until(lambda: not machine.living(run), f"all of it is dead: {machine.living(run)}")
     assert not machine.gpu_is_held()
-    until(lambda: machine.tasks(run)["slow"] == "Crashed", "no task says Running", 30)
+    until(lambda: machine.tasks(run)["slow"] == "Crashed", "no task says Running")
     done = {"check parameters": "Completed", "prepare": "Completed", "slow": "Crashed", "stubborn": "Crashed", "last": "Skipped"}
     assert machine.tasks(run) == done
     again(machine)
@@ -27,7 +27,7 @@ def test_the_worker(machine: Machine) -> None:
     run = machine.start(**LONG)
     machine.begun(run)
     machine.process("worker").kill()
-    until(lambda: not machine.living(run), f"all of it is dead: {machine.living(run)}", 20)
+    until(lambda: not machine.living(run), f"all of it is dead: {machine.living(run)}")
     said = machine.up()
     assert "the server is up already" in said and "the worker is up: pool cf" in said
     assert machine.state(run) == "Crashed"
@@ -57,7 +57,7 @@ def test_a_stage(machine: Machine) -> None:
     stage = next(process for process in machine.begun(run) if process.cmdline()[-2:] == ["work.py", "slow"])
     assert machine.gpu_is_held() and stage.environ()["CUDA_VISIBLE_DEVICES"] == "0"
     stage.kill()
-    until(lambda: not machine.gpu_is_held(), "the kernel has freed the GPU", 10)
+    until(lambda: not machine.gpu_is_held(), "the kernel has freed the GPU")
     assert machine.finish(run) == "Failed"
     assert machine.tasks(run) | {"slow": "Failed", "stubborn": "Completed", "last": "Skipped"} == machine.tasks(run)
     assert machine.run(run)["state"]["message"].startswith("Flow run encountered an exception: RuntimeError: slow failed")
@@ -68,9 +68,7 @@ def test_a_stage(machine: Machine) -> None:
 def test_the_whole_machine_is_taken_down(machine: Machine) -> None:
     run = machine.start(**LONG)
     machine.begun(run)
-    began = time.monotonic()
     assert machine.down().startswith("stopped: ")
-    assert time.monotonic() - began < 30
     assert not machine.marked() and not machine.living(run)
     assert "nothing of this checkout is up" in machine.down()
     machine.up()

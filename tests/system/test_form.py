@@ -26,8 +26,8 @@ def window(hosts: set[str]) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1060})
-        page.set_default_timeout(30_000)
-        expect.set_options(timeout=30_000)
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
         page.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).hostname or ""))
         yield page
         browser.close()
@@ -81,7 +81,7 @@ def test_a_run_from_the_form_to_its_artifacts(machine: Machine, window: Page, sh
     photograph(window, shots, "form")
     run = submitted(machine, window)
     window.goto(f"{machine.url}/runs/flow-run/{run}")
-    expect(window.locator(".state-badge", has_text="Completed").first).to_be_visible(timeout=120_000)
+    expect(window.locator(".state-badge", has_text="Completed").first).to_be_visible(timeout=300_000)
     assert set(machine.tasks(run).values()) == {"Completed"}
 
     # what was asked for is committed on the run's branch
@@ -97,7 +97,7 @@ def test_a_run_from_the_form_to_its_artifacts(machine: Machine, window: Page, sh
 def test_the_same_again_is_cached_and_seen_to_be(machine: Machine, window: Page, shots: Path | None) -> None:
     run = machine.start(profile="smoke", overrides=["last.times=8", "slow.seconds=3"])
     window.goto(f"{machine.url}/runs/flow-run/{run}")
-    expect(window.locator(".state-badge", has_text="Completed").first).to_be_visible(timeout=120_000)
+    expect(window.locator(".state-badge", has_text="Completed").first).to_be_visible(timeout=300_000)
     states = machine.tasks(run)
     assert states["prepare"] == states["stubborn"] == "Restored" and states["slow"] == states["last"] == "Completed"
     window.get_by_role("tab", name="Task Runs").or_(window.get_by_text("Task Runs", exact=True)).first.click()
@@ -148,7 +148,7 @@ def test_cancelled_in_the_ui_all_of_it_is_dead_within_ten_seconds(machine: Machi
     window.get_by_role("button", name="Confirm").click()
     until(lambda: not machine.living(run), f"all of it is dead: {machine.living(run)}", 10)
     print(f"dead {time.monotonic() - began:.1f} s after the click")
-    until(lambda: machine.state(run) == "Cancelled", "the run says Cancelled", 20)
+    until(lambda: machine.state(run) == "Cancelled", "the run says Cancelled")
     assert not {"Running", "Pending", "NotReady"} & set(machine.tasks(run).values())
     expect(window.locator(".state-badge", has_text="Cancelled").first).to_be_visible()
 
