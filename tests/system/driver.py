@@ -166,10 +166,18 @@ class Machine:
             return False
 
     def living(self, run: str) -> list[str]:
-        names = [" ".join(process.cmdline())[:80] for process in self.stages(run)]
+        names = [" ".join(words(process))[:80] for process in self.stages(run)]
         # the worker's hooks run with the run's name too, after it
-        flow = [one for one in processes.runs_of(self.root).get(run, []) if "prefect.engine" in one.cmdline()]
+        flow = [one for one in processes.runs_of(self.root).get(run, []) if "prefect.engine" in words(one)]
         return names + (["the flow"] if flow else [])
+
+
+def words(process: psutil.Process) -> list[str]:
+    """Its command line; none when it has just died."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 def of(process: psutil.Process, run: str) -> bool:

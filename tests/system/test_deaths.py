@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tests.system.driver import Machine, until
+from tests.system.driver import Machine, until, words
 
 LONG = {"overrides": ["slow.seconds=300", "stubborn.seconds=300"]}
 SHORT = {"overrides": ["slow.seconds=12", "stubborn.seconds=12"]}
@@ -54,7 +54,7 @@ def test_the_server(machine: Machine) -> None:
 def test_a_stage(machine: Machine) -> None:
     """The one that has the GPU. It fails as if it had failed by itself; what doesn't need it goes on, what needs it is skipped."""
     run = machine.start(overrides=["slow.seconds=300", "stubborn.seconds=8"])
-    stage = next(process for process in machine.begun(run) if process.cmdline()[-2:] == ["work.py", "slow"])
+    stage = next(process for process in machine.begun(run) if words(process)[-2:] == ["work.py", "slow"])
     assert machine.gpu_is_held() and stage.environ()["CUDA_VISIBLE_DEVICES"] == "0"
     stage.kill()
     until(lambda: not machine.gpu_is_held(), "the kernel has freed the GPU")
