@@ -32,7 +32,7 @@ class Checkpoint(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     checkpoint: Annotated[str, StringConstraints(pattern=PLACE)] = Field(
-        description="A folder on the worker's machine, such as out/student, or a version, tag or commit, such as student@v0.0.1."
+        description="A folder of the worker's machine, such as models/stage2 elsewhere, or a version, tag or commit: student@v0.0.1."
     )
     stage: StageName = Field("stage2", description="The stage whose model it takes the place of.")
     measured: list[StageName] = Field(
@@ -64,7 +64,7 @@ def evaluate(config: Checkpoint) -> dict[str, str]:
             needed = {stage.name for last in config.measured for stage in stages.selected(known, (), None, last)}
             before = [stage.name for stage in known if stage.name in needed - {one.name for one in chosen} - {config.stage}]
             states = repro(root, only=before, run=run, repo=repo) if before else {}
-            put(repo, root, config.checkpoint, config.stage)
+            put(repo, root, config.checkpoint, config.stage, [stage.name for stage in chosen])
             states |= repro(root, only=[stage.name for stage in chosen], run=run, repo=repo)
             worktree.git(root, "add", "--update")
             found = worktree.commit(root, ["dvc.lock", "metrics"], f"run {run}: {config.checkpoint} as {config.stage}, measured")
@@ -76,36 +76,47 @@ def evaluate(config: Checkpoint) -> dict[str, str]:
 
 
 @task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)
-def put(repo: Path, root: Path, checkpoint: str, stage: str) -> None:
+def put(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]) -> None:
     """Its files are now what dvc.lock says that the stage made, and the stage is frozen."""
-    out = model_of(root, stage)
+    known = YAML(typ="safe", pure=True).load(root / "dvc.yaml")["stages"]
+    out = model_of(known, stage)
+    (root / ".dvc/tmp").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root / ".dvc/tmp") as temporary:
-        found = fetch(repo, checkpoint, out, Path(temporary) / "model")
+        found, rev = fetch(repo, checkpoint, out, Path(temporary) / "model")
         place = root / out
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(found, place)
+    for dep in {dep for one in measured for dep in known.get(one, {}).get("deps", []) if Path(dep).is_relative_to(out)}:
+        if not (root / dep).exists():
+            raise ValueError(f"{checkpoint} has no {Path(dep).relative_to(out)}, which {', '.join(measured)} read; measure fewer stages")
+    # numbers of another training would be taken for those of this one
+    for file in outs(known[stage], "metrics"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(worktree.git(repo, "show", f"{rev}:{file}") if rev else "{}\n")
     dvc(root, "freeze", stage)
     dvc(root, "commit", "--force", "--no-relink", stage)
     files = [file for file in place.rglob("*") if file.is_file()]
     get_run_logger().info(f"{out} is {checkpoint}: {len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")
 
 
-def model_of(root: Path, stage: str) -> str:
+def outs(stage: dict[str, Any], kind: str) -> list[str]:
+    return [out if isinstance(out, str) else next(iter(out)) for out in stage.get(kind, [])]
+
+
+def model_of(known: dict[str, Any], stage: str) -> str:
     """The one folder that a stage makes and the cache holds."""
-    known = YAML(typ="safe", pure=True).load(root / "dvc.yaml")["stages"]
     if stage not in known:
         raise ValueError(f"{stage} is no stage; known are {', '.join(known)}")
-    outs: list[Any] = known[stage].get("outs", [])
-    names = [out if isinstance(out, str) else next(iter(out)) for out in outs]
+    names = outs(known[stage], "outs")
     models = [out for out in names if Path(out).parts[0] == "models"]
     if len(models) != 1:
         raise ValueError(f"{stage} makes {', '.join(names) or 'nothing'}, and no single folder in models/; name a stage that makes a model")
     return models[0]
 
 
-def fetch(repo: Path, checkpoint: str, out: str, into: Path) -> Path:
-    """The folder as it is, or out of the cache what a commit's dvc.lock names; without a cached copy, from the remote."""
+def fetch(repo: Path, checkpoint: str, out: str, into: Path) -> tuple[Path, str | None]:
+    """The folder as it is, or out of the cache what a commit's dvc.lock names; without a cached copy, from the remote; and that commit."""
     folder = Path(checkpoint).expanduser()
     folder = folder if folder.is_absolute() else repo / folder
     if folder.is_dir():
@@ -114,13 +125,13 @@ def fetch(repo: Path, checkpoint: str, out: str, into: Path) -> Path:
             raise ValueError(f"{odd} is a link or no plain file; a checkpoint is a folder of plain files")
         if not any(file.is_file() for file in files):
             raise ValueError(f"{folder} is empty; name the folder that holds the model's files, such as models/stage2")
-        return folder
+        return folder, None
     try:
         rev = worktree.git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{checkpoint}^{{commit}}").strip()
     except RuntimeError:
         raise ValueError(f"{checkpoint} is neither a folder in {repo} nor a version, tag or commit; `cf history` lists versions") from None
     dvc(repo, "get", ".", out, "--rev", rev, "--out", str(into))
-    return into
+    return into, rev
 
 
 def dvc(root: Path, *words: str) -> None:

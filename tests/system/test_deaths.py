@@ -60,7 +60,7 @@ def test_a_stage(machine: Machine) -> None:
     until(lambda: not machine.gpu_is_held(), "the kernel has freed the GPU")
     assert machine.finish(run) == "Failed"
     assert machine.tasks(run) | {"slow": "Failed", "stubborn": "Completed", "last": "Skipped"} == machine.tasks(run)
-    assert machine.run(run)["state"]["message"].startswith("Flow run encountered an exception: RuntimeError: slow failed")
+    assert "slow failed" in machine.run(run)["state"]["message"]
     assert not machine.living(run)
     again(machine)
 

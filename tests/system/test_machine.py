@@ -46,11 +46,12 @@ def test_a_port_that_another_has(machine: Machine) -> None:
 
 
 def test_the_doctor_of_a_machine_that_is_well(machine: Machine) -> None:
-    found = json.loads(machine.command("flows.doctor", "--json", CF_GPUS="0"))
+    said = machine.command("flows.doctor", "--json", CF_GPUS="0")
+    found = json.loads(said[: said.rindex("]") + 1])
     assert not [line for line in found if line["level"] == "fail"]
-    said = {(line["name"], line["said"].split(":")[0]): line["level"] for line in found}
-    assert said["deployments", "nightly"] == said["deployments", "pipeline"] == said["deployments", "evaluate"] == "ok"
-    assert said["worker", f"process {machine.process('worker').pid}, pool cf"] == "ok"
+    levels = {(line["name"], line["said"].split(":")[0]): line["level"] for line in found}
+    assert levels["deployments", "nightly"] == levels["deployments", "pipeline"] == levels["deployments", "evaluate"] == "ok"
+    assert levels["worker", f"process {machine.process('worker').pid}, pool cf"] == "ok"
     assert {line["name"] for line in found} >= {"python", "versions", "port", "server", "disk", "cache", "locks", "GPU", "remote", "W&B"}
 
 
