@@ -218,7 +218,7 @@ run("2026-01-07")
 def test_nights_in_a_row(repo: Path, tmp_path: Path) -> None:
     """From nothing; nothing new; one that is no video; one good clip, from the promoted student."""
     environment = project.environment(PREFECT_HOME=str(tmp_path / "prefect"), PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180")
-    done = subprocess.run([sys.executable, "-c", NIGHTS], cwd=repo, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", NIGHTS], cwd=repo, env=environment, capture_output=True, text=True, timeout=1500)
     told = [line.split(maxsplit=3)[1:] for line in done.stdout.splitlines() if line.startswith("NIGHT")]
     assert [words[1] for words in told] == ["Promoted", "NoNewData", "NoGoodClips", "Promoted"], done.stdout + done.stderr[-3000:]
     assert "1 unreadable" in told[2][2]
