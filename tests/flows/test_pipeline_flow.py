@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
-from flows import worktree
+from flows import remote, worktree
 from flows.stage_task import environment
 from tests.flows import project
 from tests.flows.served import ALL, change, go, root, seen, server
@@ -199,13 +199,14 @@ def test_gpus_are_locked_where_there_are_any(root: Path, tmp_path: Path, monkeyp
 def test_a_push_that_fails_fails_the_run_and_no_stage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed: list[Path] = []
 
-    def push(at: Path) -> None:
+    def push(at: Path, *, return_state: bool) -> State[None]:
         pushed.append(at)
-        raise RuntimeError("remote lab doesn't answer")
+        return Failed(message="Task run encountered an exception Away: remote lab doesn't answer")
 
-    monkeypatch.setitem(sys.modules, "flows.remote", SimpleNamespace(pushed=push))
+    monkeypatch.setattr(remote, "pushed", push)
     state = go(to_stage="prepare", push=True)
-    assert state.is_failed() and state.message == "remote lab doesn't answer" and pushed == [root]
+    assert state.is_failed() and pushed == [root]
+    assert (state.message or "").startswith("the stages are finished and not sent: remote lab doesn't answer; `cf remote push` in ")
     assert seen(state).states() == {"prepare": ("COMPLETED", "Completed")}
 
 

@@ -139,12 +139,12 @@ def test_what_wandbs_own_client_sends(here: Path) -> None:
     }
     assert [(row["step"], row["loss"]) for row in server.history[teacher] if "loss" in row] == [(10, 0.5), (20, 0.25)]
     made = {(call["input"]["runName"], call["input"]["artifactCollectionName"]): call["input"] for call in server.named("CreateArtifact")}
-    # no run is named as the maker of what it only used
-    assert list(made) == [(None, "clips"), (encode, "latents"), (None, "latents")]
+    # no run is named as the maker of what it only used; W&B's client sends one run's artifacts side by side, in any order
+    assert set(made) == {(None, "clips"), (encode, "latents"), (None, "latents")}
     latents = made[encode, "latents"]["digest"]
     assert made[None, "latents"]["digest"] == latents and made[None, "latents"]["enableDigestDeduplication"]
     used = [(call["input"]["runName"], call["input"]["artifactID"]) for call in server.named("UseArtifact")]
-    assert used == [(encode, made[None, "clips"]["digest"]), (teacher, latents)]
+    assert sorted(used) == sorted([(encode, made[None, "clips"]["digest"]), (teacher, latents)])
     assert not any(SECRET.encode() in body for body in server.said), "the key is in a header, and nowhere else"
 
 
@@ -158,7 +158,7 @@ def test_online(here: Path) -> None:
         assert cf(here, "sync", **keyed).stdout == "0 runs wait to be sent\n"
     (about,) = offline.journals(here)
     assert [row["loss"] for row in server.history[about["id"]] if "step" in row] == [0.5]
-    assert [call["input"]["artifactCollectionName"] for call in server.named("CreateArtifact")] == ["latents", "teacher"]
+    assert sorted(call["input"]["artifactCollectionName"] for call in server.named("CreateArtifact")) == ["latents", "teacher"]
     assert [call["input"]["runName"] for call in server.named("UseArtifact")] == [about["id"]]
     url = json.loads((here / "runtime/teacher.json").read_text())["wandb_url"]
     assert url.startswith(server.url) and url.endswith(about["id"])
