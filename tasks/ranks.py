@@ -53,7 +53,8 @@ def launch(stage: str, count: int) -> int:
         workers = []
         for rank in range(count):
             own = {"CF_RANK": str(rank), "CF_RANKS": str(count), "CF_MEETING": folder}
-            local = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+            # DeepSpeed calls torch by names that torch has new ones for, and says so at every call
+            local = {"PYTHONWARNINGS": "ignore::FutureWarning"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
             command = [sys.executable, *sys.orig_argv[1:]]
             with (Path(folder) / f"stderr-{rank}").open("w") as aside:  # what all of them say is said once
                 workers.append(subprocess.Popen(command, env={**local, **os.environ, **own}, stderr=aside if rank else None))

@@ -30,16 +30,18 @@ SPLIT = [{"zero": zero, "micro_batch": micro} for zero in (0, 2, 3) for micro in
 
 def run(plan: list[dict[str, Any]], folder: Path, count: int) -> None:
     """`count` processes, which train one job after the other; 1 is one that knows of no ranks. There is no compiler."""
-    meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
+    meeting = folder / f"meeting-{len(list(folder.glob('meeting-?')))}"
     meeting.mkdir()
     command = [sys.executable, "-m", "tests.train.ranked", json.dumps(plan), str(folder)]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CF_MEETING": str(meeting), "CF_RANKS": str(count)}
-    common |= {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
+    common |= {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(folder / "compiled"), "PYTHONWARNINGS": "ignore::FutureWarning"}
     envs = [common | {"CF_RANK": str(n)} for n in range(count)] if count > 1 else [common]
-    processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for env in envs]
-    for process in processes:
-        _, said = process.communicate(timeout=1800)
-        assert process.returncode == 0, said
+    said = [(meeting.parent / f"{meeting.name}-said-{n}").open("w+") for n in range(count)]  # no pipes: a full one stops its rank
+    processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=file) for env, file in zip(envs, said, strict=True)]
+    for process, file in zip(processes, said, strict=True):
+        code = process.wait(timeout=1800)
+        file.seek(0)
+        assert code == 0, file.read()[-5000:]
 
 
 def name(split: dict[str, Any]) -> str:
