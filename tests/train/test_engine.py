@@ -70,6 +70,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         two += [{"out": f"stopped {zero}/base", "steps": 8, "engine": split}]
         two += [{"out": f"resumed {zero}/base", "begin": f"stopped {zero}/base", "engine": split}]
         two += [{"out": f"taken {zero}/base", "begin": "begun/base", "engine": split}]
+        two += [{"out": f"offloaded {zero}/base", "engine": {**split, "offload": "optimizer", "micro_batch": 1}}]
     run(two, folder, 2)
     after = [{"out": f"handed/{job}", "begin": f"stopped/{job}"} for job in OUTLIVING]
     run([*after, *({"out": f"handed {zero}/base", "begin": f"stopped {zero}/base"} for zero in (2, 3))], folder, 1)
@@ -113,6 +114,12 @@ def test_deepspeed_in_two_ranks_is_plain_torch_in_one(split: dict[str, Any], tra
         same(trained / "1" / folder.name, folder, values=folder.name != "broken")
     rows = [json.loads(line) for line in (trained / "1/broken/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["loss"] is None] == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_an_offloaded_optimizer_takes_the_same_steps(zero: int, trained: Path) -> None:
+    same(trained / "1/base", trained / f"offloaded {zero}/base")
 
 
 @pytest.mark.slow
