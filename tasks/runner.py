@@ -51,7 +51,7 @@ def execute(
             track.close(exit_code=143 if isinstance(error, SystemExit) else 1)
             if said := full_disk(error):
                 kept = f"its checkpoints in {work} are intact: make room and start again"
-                raise Refused(f"there is no room for what {stage} makes ({said}); {kept}") from None
+                raise ValueError(f"there is no room for what {stage} makes ({said}); {kept}") from None
             raise
         if metrics:
             METRICS.mkdir(exist_ok=True)

@@ -95,7 +95,7 @@ def test_a_disk_that_is_full_when_a_stage_saves_is_one_sentence(write: Any) -> N
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         return {}
 
-    with pytest.raises(Refused, match=r"no room for what toy makes \(File too large\); its checkpoints in work/toy/\w+ are intact"):
+    with pytest.raises(ValueError, match=r"no room for what toy makes \(File too large\); its checkpoints in work/toy/\w+ are intact"):
         execute(full)
 
 
