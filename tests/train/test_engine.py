@@ -87,7 +87,7 @@ def same(one: Path, two: Path, *, values: bool = True) -> None:
     for alone, shared in zip(*rows, strict=True) if values else ():
         assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5, nan_ok=True)
         losses = [{name: value for name, value in row.items() if "loss" in name} for row in (alone, shared)]
-        assert losses[1] == pytest.approx(losses[0], rel=0, abs=1e-5, nan_ok=True)
+        assert losses[1] == pytest.approx(losses[0], rel=0, abs=1.001e-5, nan_ok=True)  # six digits are written: the last may differ by one
 
 
 @pytest.mark.slow
