@@ -55,6 +55,6 @@ $(VENV)/.deepspeed: requirements/deepspeed.txt $(VENV)/.cpu
 	@DS_BUILD_OPS=0 DS_SKIP_CUDA_CHECK=1 $(PIP) --no-deps --no-build-isolation --requirement requirements/deepspeed.txt
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt $(VENV)/.cpu $(VENV)/.deepspeed
+$(VENV)/.dev: requirements/dev.txt requirements/workers.txt $(VENV)/.cpu $(VENV)/.deepspeed
 	@$(PIP) --requirement requirements/dev.txt
 	@touch $@
