@@ -1,13 +1,14 @@
 """Someone is told: when a night fails, crashes, is refused, or does not happen at all.
 
 A message is a POST of JSON to the URL in CF_ALERT_URL, whose `text` Slack, Mattermost and others show as it is. The URL is a secret:
-it comes from the environment only, and no log line holds it. A night writes down how it ended; `cf nightly-check`, from cron, needs
-neither server nor worker nor flow to see that the last good end is too long ago.
+it comes from the environment only, and no log line holds it. A night writes down how it ended; who looks there whether the last good
+end is too long ago needs neither worker nor flow, nor the server: the watch that `cf up` starts, or `cf nightly-check` from cron.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from flows.locked import in_a_sentence
 URL = "CF_ALERT_URL"
 TRIES, PAUSE, LIMIT = 3, 2.0, 10.0
 LAST = Path(".runs/nightly.json")  # in the checkout that nights are started in
+GOOD = ("Promoted", "Refused", "NoNewData", "NoGoodClips", "TheSameAgain", "NotPushed")  # a night that took place
 AGAIN = 24 * 3600.0  # Choice: seconds until an absence that goes on is told again
 
 
@@ -64,6 +67,7 @@ def on_crashed(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 def _of_a_run(event: str, run: Any, state: Any) -> None:
+    """In the checkout that nights are started in."""
     said = " ".join(str(state.message or "").split())[:500]
     ended(Path.cwd(), event, good=False)
     send(event, f"nightly {run.name} {event}: {said}", _print, run=str(run.id), name=run.name)
@@ -82,7 +86,7 @@ def absent(repo: Path, hours: float, line: Callable[[str], None] = lambda _: Non
     if not state:
         _write(repo, {"since": now})
         return None
-    since = state.get("good", state.get("since", state.get("ended", now)))
+    since = max(state.get("good", state.get("since", state.get("ended", now))), elsewhere())
     if now - since <= hours * 3600:
         return None
     last = f"the last to end was {state['outcome']}" if "outcome" in state else "none has ever ended"
@@ -90,6 +94,27 @@ def absent(repo: Path, hours: float, line: Callable[[str], None] = lambda _: Non
     if now - state.get("told", 0) > AGAIN and send("absent", said, line, hours=round((now - since) / 3600, 2)):
         _write(repo, state | {"told": now})
     return said
+
+
+def elsewhere() -> float:
+    """When a night last ended well on any machine, by the Prefect server in PREFECT_API_URL; 0 where it doesn't say.
+
+    Without Prefect's own client, whose versions may be what is wrong.
+    """
+    url, password = os.environ.get("PREFECT_API_URL"), os.environ.get("PREFECT_API_AUTH_STRING")
+    if not url:
+        return 0.0
+    nights = {"flows": {"name": {"any_": ["nightly"]}}, "flow_runs": {"state": {"name": {"any_": GOOD}}}}
+    body = json.dumps({**nights, "sort": "END_TIME_DESC", "limit": 1}).encode()
+    headers = {"Content-Type": "application/json"}
+    if password:
+        headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
+    try:
+        request = urllib.request.Request(f"{url}/flow_runs/filter", body, headers, method="POST")
+        with urllib.request.urlopen(request, timeout=LIMIT) as answer:
+            return max((datetime.fromisoformat(run["end_time"]).timestamp() for run in json.load(answer)), default=0.0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _last(repo: Path) -> dict[str, Any]:
@@ -112,15 +137,31 @@ def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def hours_of(repo: Path) -> float:
+    return float(yaml.safe_load((repo / "params.yaml").read_text())["nightly"]["absent_hours"])
+
+
+def watch(repo: Path, every: float, hours: float | None) -> None:
+    """For ever. A params.yaml that is being edited doesn't end it."""
+    while True:
+        try:
+            if said := absent(repo, hours or hours_of(repo), _print):
+                _print(said)
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            _print(f"not looked for missing nights: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        time.sleep(every)
+
+
 @in_a_sentence
 def main(argv: list[str]) -> None:
-    about = "Exit code 1, and an alert, when no nightly has ended well for nightly.absent_hours. For cron: it needs no server."
+    about = "Exit code 1, and an alert, when no nightly has ended well for nightly.absent_hours. It needs no server."
     parser = argparse.ArgumentParser("cf nightly-check", description=about)
     parser.add_argument("--hours", type=float, help="default: nightly.absent_hours in params.yaml")
-    repo, hours = Path.cwd(), parser.parse_args(argv).hours
-    if hours is None:
-        hours = float(yaml.safe_load((repo / "params.yaml").read_text())["nightly"]["absent_hours"])
-    if said := absent(repo, hours, _print):
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="look again and again, as `cf up` does; without it once, for cron")
+    repo, asked = Path.cwd(), parser.parse_args(argv)
+    if asked.every is not None:
+        watch(repo, asked.every, asked.hours)
+    if said := absent(repo, hours_of(repo) if asked.hours is None else asked.hours, _print):
         sys.exit(said)
 
 

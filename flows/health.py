@@ -1,4 +1,5 @@
-"""What `cf doctor` asks the Prefect server: is anybody there to work, does what has a cron get runs, is anything stuck?
+"""What `cf doctor` asks the Prefect server: is anybody there to work, does what has a cron get runs, is anything stuck? And whether
+somebody would be told.
 
 Imported after the environment says where the server is (flows/doctor.py).
 """
@@ -23,7 +24,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
-from flows import processes, reconcile
+from flows import alerts, processes, reconcile
 from flows.doctor import Line
 from flows.machine import POOL
 from flows.settings import Machine, healthy
@@ -57,7 +58,19 @@ def server(machine: Machine, fix: bool) -> Iterator[Line]:
         yield from stuck(client, machine, fix)
 
 
-CHECKS: list[Check] = [server]
+def alarms(machine: Machine, fix: bool) -> Iterator[Line]:
+    """Who is told is in the environment that `cf up` was given, so that is what counts."""
+    for name, of in (("worker", "a night that fails"), ("watch", "a night that doesn't happen")):
+        process = processes.noted(machine.file(f"{name}.pid"))
+        if process and alerts.URL not in process.environ():
+            yield Line("alerts", "warn", f"nobody is told of {of}", f"{alerts.URL}=https://... make down up")
+        elif process:
+            yield Line("alerts", "ok", f"someone is told of {of}")
+        elif name == "watch" and processes.noted(machine.file("worker.pid")):
+            yield Line("alerts", "fail", f"nobody looks for {of}", "`make up` starts the watch")
+
+
+CHECKS: list[Check] = [server, alarms]
 
 
 def complaints(log: Path) -> Iterator[Line]:

@@ -1,4 +1,5 @@
-"""`cf up`, `cf down`: one machine's Prefect server and worker, on 127.0.0.1, with all their files in .machine/.
+"""`cf up`, `cf down`: one machine's Prefect server and worker, on 127.0.0.1, with all their files in .machine/, and a watch that tells
+when nights don't happen: the scheduler, the server and the worker may each be why, so it needs none of them.
 
 Starting what runs already does nothing, so a crontab line that says `make up` every five minutes brings back what died.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import subprocess
 import sys
 import time
@@ -15,12 +17,13 @@ from contextlib import contextmanager
 
 import psutil
 
-from flows import processes
+from flows import alerts, processes
 from flows.settings import DATABASE, Machine, database, environment, healthy, here
 
 POOL = "cf"
 PATIENCE = 600.0  # seconds for a start: 10 on a quiet machine, 200 were seen at a load of 20; one that died is noticed at once
 GRACE = 8.0  # seconds between SIGTERM and SIGKILL
+LOOK = "900"  # Choice: seconds between two looks of the watch; a night is late after a day
 
 
 @contextmanager
@@ -39,13 +42,15 @@ def alone(machine: Machine) -> Iterator[None]:
 
 
 def up(argv: list[str]) -> None:
-    about = "Starts the Prefect server and a worker on 127.0.0.1, or what of them doesn't run. CF_PORT, CF_RUNS; " + DATABASE
+    about = "Starts the Prefect server, a worker and the watch on 127.0.0.1, or what of them doesn't run. CF_PORT, CF_RUNS; " + DATABASE
     argparse.ArgumentParser("cf up", description=about).parse_args(argv)
     machine = here()
     with alone(machine):
-        server = start_server(machine)
-        worker = start_worker(machine)
-    print(f"{server}\n{worker}\n`cf deploy` sends the deployments there, `cf doctor` looks for what is wrong, `cf down` stops it all")
+        if machine.file("watch.pid").exists():  # nobody took it down; a server that starts no more must not be why nobody is told
+            start_watch(machine)
+        server, worker, watch = start_server(machine), start_worker(machine), start_watch(machine)
+    print(server, worker, watch, sep="\n")
+    print("`cf deploy` sends the deployments there, `cf doctor` looks for what is wrong, `cf down` stops it all")
 
 
 def start_server(machine: Machine) -> str:
@@ -57,7 +62,7 @@ def start_server(machine: Machine) -> str:
     if running is None:
         if taken := processes.holder(machine.port):
             raise ValueError(f"port {machine.port} is taken by {taken}; end it, or choose another: CF_PORT={machine.port + 1} make up")
-        command = ["server", "start", "--host", machine.host, "--port", str(machine.port)]
+        command = ["prefect", "server", "start", "--host", machine.host, "--port", str(machine.port)]
         machine.file("port").write_text(str(machine.port))
         running = launch(machine, "server", command, environment(machine) | extra)
     elif healthy(machine):
@@ -75,18 +80,27 @@ def start_worker(machine: Machine) -> str:
         print(said)
     log = machine.file("worker.log")
     before = log.stat().st_size if log.exists() else 0
-    command = ["worker", "start", "--pool", POOL, "--type", "process", "--limit", str(machine.runs)]
+    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", str(machine.runs)]
     # nine tries, each twice as long after: a server that is away for eight minutes ends no run (five would be one minute)
     running = launch(machine, "worker", command, environment(machine) | {"PREFECT_CLIENT_MAX_RETRIES": "8"})
     wait(machine, "worker", running, lambda: b"started!" in log.read_bytes()[before:])
     return f"the worker is up: pool {POOL}, {machine.runs} at a time (process {running.pid}, log {log})"
 
 
+def start_watch(machine: Machine) -> str:
+    running = processes.noted(machine.file("watch.pid"))
+    if running is not None:
+        return f"the watch is up already (process {running.pid})"
+    running = launch(machine, "watch", ["flows.alerts", "--every", LOOK], environment(machine))
+    told = "is told to" if alerts.URL in os.environ else "would be told to, which is not set,"
+    return f"the watch is up: a missing night {told} {alerts.URL} (process {running.pid})"
+
+
 def launch(machine: Machine, name: str, words: list[str], env: dict[str, str]) -> psutil.Process:
-    """Prefect in a session of its own, so that closing the terminal ends nothing."""
+    """`python -m` in a session of its own, so that closing the terminal ends nothing."""
     with machine.file(f"{name}.log").open("ab") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "prefect", *words],
+            [sys.executable, "-m", *words],
             cwd=machine.root,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -146,7 +160,7 @@ def stop(machine: Machine) -> str:
     if server and healthy(machine):
         reconcile(machine)
     killed = [one for group in ([worker], [server], processes.marked(machine.root)) for one in processes.end(filter(None, group), GRACE)]
-    for name in ("worker", "server"):
+    for name in ("worker", "server", "watch"):
         machine.file(f"{name}.pid").unlink(missing_ok=True)
     rest = processes.marked(machine.root)
     if rest:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows import alerts
+from flows import alerts, nightly
+from tests.flows import project
 from tests.week.machine import Receiver
 
 
@@ -90,3 +93,28 @@ def test_the_command_is_for_cron(receiver: Receiver, tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit, match="no nightly has ended well for 100"):
         alerts.main([])
     assert receiver.heard
+
+
+def test_the_watch_looks_again_and_survives_a_params_file_that_is_being_edited(receiver: Receiver, tmp_path: Path) -> None:
+    params, log = tmp_path / "params.yaml", tmp_path / "log"
+    params.write_text("nightly: {absent_hours: ")
+    (tmp_path / ".runs").mkdir()
+    (tmp_path / alerts.LAST).write_text(json.dumps({"since": time.time() - 100 * 3600}))
+    command = [sys.executable, "-m", "flows.alerts", "--every", "0.05"]
+    env = project.environment(PYTHONPATH=str(project.ROOT), CF_ALERT_URL=receiver.url)
+    with log.open("w") as file, subprocess.Popen(command, cwd=tmp_path, env=env, stderr=file) as watch:
+        try:
+            for true in (lambda: "not looked for missing nights" in log.read_text(), lambda: receiver.heard):
+                deadline = time.monotonic() + 60
+                while not true() and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                params.write_text("nightly: {absent_hours: 26.0}\n")
+            assert watch.poll() is None, log.read_text()
+        finally:
+            watch.kill()
+    assert [one["event"] for one in receiver.heard] == ["absent"]
+    assert receiver.url not in log.read_text()
+
+
+def test_every_good_end_of_a_night_is_known_by_its_name() -> None:
+    assert set(nightly.NAMES.values()) | {"NoNewData", "NotPushed"} == set(alerts.GOOD)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from flows import doctor, health
+from flows import doctor, health, processes
 from flows.settings import Machine, here
 from tests.flows import project
 
@@ -112,6 +112,29 @@ def test_online_without_a_key(machine: Machine, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WANDB_API_KEY", "a key")
     (line,) = doctor.tracker(machine, False)
     assert line.level == "ok" and "a key" not in str(line)
+
+
+def test_nobody_is_told(machine: Machine) -> None:
+    """What counts is the environment of the processes that would tell."""
+    machine.folder.mkdir()
+    assert list(health.alarms(machine, False)) == []
+    env = project.environment()
+    deaf = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env)
+    good = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env | {"CF_ALERT_URL": "http://hush"})
+    try:
+        processes.note(machine.file("worker.pid"), deaf.pid)
+        assert [(line.level, line.todo) for line in health.alarms(machine, False)] == [
+            ("warn", "CF_ALERT_URL=https://... make down up"),
+            ("fail", "`make up` starts the watch"),
+        ]
+        processes.note(machine.file("watch.pid"), good.pid)
+        assert [line.level for line in health.alarms(machine, False)] == ["warn", "ok"]
+        assert "hush" not in str(list(health.alarms(machine, False)))
+    finally:
+        deaf.kill()
+        good.kill()
+        deaf.wait()
+        good.wait()
 
 
 def test_a_check_that_breaks_is_a_line(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ SERVICES = compose()["services"]
 
 def test_it_is_compose() -> None:
     read = compose_spec.PyCompose.from_yaml(yaml.safe_dump(compose()))
-    assert read.service_names() == ["bucket", "postgres", "server", "store", "worker", "worker-gpu"]
+    assert read.service_names() == ["bucket", "postgres", "server", "store", "watch", "worker", "worker-gpu"]
 
 
 @pytest.mark.parametrize(("good", "bad"), [("interval: 5s", "intervall: 5s"), ("cap_drop:", "capdrop:"), ("_healthy}", "_fine}")])
@@ -73,7 +73,7 @@ def test_secrets_come_from_the_environment_and_go_only_where_they_are_used() -> 
     knows = {secret: {name for name in told if SECRETS[secret] in told[name]} for secret in SECRETS}
     workers = {"worker", "worker-gpu"}
     assert knows["POSTGRES_PASSWORD"] == {"postgres", "server"}
-    assert knows["PREFECT_AUTH"] == {"server"} | workers
+    assert knows["PREFECT_AUTH"] == {"server", "watch"} | workers
     assert knows["STORE_SECRET"] == {"store", "bucket"} | workers
     ignored = subprocess.run(["git", "check-ignore", "infra/.env"], cwd=FILE.parents[1], capture_output=True, text=True)
     assert ignored.stdout.strip() == "infra/.env"

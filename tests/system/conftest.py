@@ -24,6 +24,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield machine
     finally:
         machine.down()
+        machine.told.stop()
     assert not machine.marked(), "processes are left"
 
 

@@ -21,6 +21,7 @@ import psutil
 
 from flows import guardian, processes
 from tests.flows import project
+from tests.week.machine import Receiver
 
 ROOT = project.ROOT
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -48,7 +49,7 @@ def lay_out(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     hour = (time.gmtime().tm_hour + 12) % 24
     for file in (folder / "params.yaml", *(folder / "profiles").glob("*.yaml")):
-        file.write_text(file.read_text() + f'nightly: {{cron: "30 {hour} * * *", timezone: UTC}}\n')
+        file.write_text(file.read_text() + f'nightly: {{cron: "30 {hour} * * *", timezone: UTC, absent_hours: 26.0}}\n')
     for name in (".gitignore", ".dvcignore"):
         with (folder / name).open("a") as file:
             file.write(".machine\n")
@@ -65,6 +66,8 @@ class Machine:
         self.url = f"http://127.0.0.1:{self.port}"
         # a GPU that is only a lock: stages are given it, and none of the test project's looks for more
         given = {"CF_GPUS": "1", "CF_GPU_LOCKS": str(root / ".machine/gpus"), "CF_PORT": str(self.port), "WANDB_MODE": "disabled"}
+        self.told = Receiver()
+        given["CF_ALERT_URL"] = self.told.url
         self.environment = project.environment(PYTHONPATH=str(root), **(given | more))
 
     def command(self, *words: str, code: int = 0, **more: str) -> str:

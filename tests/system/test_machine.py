@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime
 
 from tests.flows import project
@@ -25,10 +26,10 @@ def test_what_has_a_cron_gets_runs_within_ninety_seconds(machine: Machine) -> No
 
 
 def test_up_again_changes_nothing(machine: Machine) -> None:
-    before = [machine.process(name).pid for name in ("server", "worker")]
+    before = [machine.process(name).pid for name in ("server", "worker", "watch")]
     said = machine.up()
-    assert said.count("is up already") == 2
-    assert [machine.process(name).pid for name in ("server", "worker")] == before
+    assert said.count("is up already") == 3
+    assert [machine.process(name).pid for name in ("server", "worker", "watch")] == before
     assert "CF_PORT is 1; `cf down` first" in machine.command("flows.machine", "up", code=1, CF_PORT="1")
 
 
@@ -52,7 +53,21 @@ def test_the_doctor_of_a_machine_that_is_well(machine: Machine) -> None:
     levels = {(line["name"], line["said"].split(":")[0]): line["level"] for line in found}
     assert levels["deployments", "nightly"] == levels["deployments", "pipeline"] == levels["deployments", "evaluate"] == "ok"
     assert levels["worker", f"process {machine.process('worker').pid}, pool cf"] == "ok"
+    assert [line["level"] for line in found if line["name"] == "alerts"] == ["ok", "ok"]
     assert {line["name"] for line in found} >= {"python", "versions", "port", "server", "disk", "cache", "locks", "GPU", "remote", "W&B"}
+
+
+def test_a_night_that_fails_and_one_that_never_comes_are_told(machine: Machine) -> None:
+    """The project states no gate, so a night can't begin. The watch looks when it starts, and then every quarter of an hour."""
+    run = str(machine.call(f"/deployments/{machine.deployment('nightly')['id']}/create_flow_run", {"parameters": {}})["id"])
+    assert machine.finish(run) == "Failed"
+    until(lambda: [one for one in machine.told.heard if one["event"] == "failed" and one["run"] == run], "someone is told of the failure")
+    (machine.root / ".runs/nightly.json").write_text(json.dumps({"since": time.time() - 27 * 3600}))
+    machine.process("watch").kill()
+    assert "the watch is up: a missing night is told to CF_ALERT_URL" in machine.up()
+    until(lambda: [one for one in machine.told.heard if one["event"] == "absent"], "someone is told of the absence")
+    assert "no nightly has ended well for 27.0 hours" in machine.told.heard[-1]["text"]
+    assert machine.told.url not in (machine.root / ".machine/watch.log").read_text() + (machine.root / ".machine/worker.log").read_text()
 
 
 def test_a_given_checkpoint_is_measured(machine: Machine) -> None:

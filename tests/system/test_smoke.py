@@ -24,6 +24,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield machine
     finally:
         machine.down()
+        machine.told.stop()
 
 
 def test_a_smoke_run_and_the_same_again(ours: Machine) -> None:
