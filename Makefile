@@ -24,10 +24,10 @@ test: $(VENV)/.dev ## the tests
 test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills; quarter of an hour
 	@CF_SYSTEM=1 $(RUN) python -m pytest tests/system
 
-up: $(VENV)/.cpu ## the Prefect server and a worker on 127.0.0.1; what runs already is left alone
+up: $(VENV)/.cpu ## the Prefect server, a worker and a watch over the nights, on 127.0.0.1; what runs already is left alone
 	@$(RUN) python -m tasks up
 
-down: $(VENV)/.cpu ## stops both, and everything they started
+down: $(VENV)/.cpu ## stops them, and everything they started
 	@$(RUN) python -m tasks down
 
 deploy: $(VENV)/.cpu ## pipeline, nightly and evaluate as deployments with run forms

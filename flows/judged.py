@@ -16,7 +16,7 @@ import yaml
 
 from flows import locked, supervise
 from flows.gate import Judged
-from flows.stage_task import _gpus, environment
+from flows.stage_task import environment, to_lock
 from flows.stages import stages
 
 GENERATE, EVALUATE, STUDENT, SUITE = "generate", "evaluate", "stage2", "prompts"
@@ -95,6 +95,6 @@ def _run(root: Path, folder: Path, stage: str, words: list[str], *, run: str, re
 
     # our tasks are found by this path: in the folder they would be those of the checkout that is installed
     surroundings = {**environment(run, root, repo), "PYTHONPATH": str(root), "WANDB_MODE": "disabled"}
-    code = supervise.run(words, cwd=folder, env=surroundings, line=hear, gpus=_gpus(what, line), timeout=what.timeout)
+    code = supervise.run(words, cwd=folder, env=surroundings, line=hear, gpus=to_lock(what, line), timeout=what.timeout)
     if code:
         raise RuntimeError("\n".join([f"{stage} of {folder.name} failed", *said[-20:]]))

@@ -89,7 +89,7 @@ def one(stage: str, what: Stage, waits: tuple[str, ...], run: Run) -> State[None
         with _slot(run.slots):
             code = supervise.run(
                 [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--pull"] if run.pull else []), "--single-item", stage],
-                cwd=run.root, env=run.environment, line=line, gpus=_gpus(what, line), timeout=what.timeout,
+                cwd=run.root, env=run.environment, line=line, gpus=to_lock(what, line), timeout=what.timeout,
             )  # fmt: skip
         if code:
             raise RuntimeError("\n".join([f"{stage} failed", *said[-LAST:]]))
@@ -130,8 +130,8 @@ class _slot:
         self.slots.release()
 
 
-def _gpus(stage: Stage, line: Any) -> int:
-    """How many to lock. Choice: a machine without GPUs runs every stage on its CPU, as `make repro` does; `cf plan` and the stages
+def to_lock(stage: Stage, line: Any) -> int:
+    """How many GPUs to lock for it. Choice: a machine without GPUs runs every stage on its CPU, as `make repro` does; `cf plan` and the stages
     themselves refuse what such a machine can't do. One that has some, and fewer than asked for, is refused."""
     there = len(gpus.available())
     if stage.gpus == "all" or not there:
