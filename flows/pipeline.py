@@ -74,6 +74,8 @@ def _whole(config: RunConfig) -> dict[str, str]:
             failed = error
         if apart:
             _keep(repo, root, run)
+        elif failed:
+            stages.bring_back(root)
         if config.push and not supervise.stopping():
             exchange.give(root, failed)
         if failed:

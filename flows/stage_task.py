@@ -131,7 +131,7 @@ class _slot:
 
 
 def to_lock(stage: Stage, line: Any) -> int:
-    """How many GPUs to lock for it. Choice: a machine without GPUs runs every stage on its CPU, as `make repro` does; `cf plan` and the stages
+    """How many GPUs. Choice: a machine without any runs every stage on its CPU, as `make repro` does; `cf plan` and the stages
     themselves refuse what such a machine can't do. One that has some, and fewer than asked for, is refused."""
     there = len(gpus.available())
     if stage.gpus == "all" or not there:

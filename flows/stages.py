@@ -161,6 +161,12 @@ def _before(known: list[Stage], found: set[str]) -> set[str]:
     return found
 
 
+def bring_back(root: Path) -> None:
+    """The last good outs of stages that failed: DVC removes a stage's outs before it runs it. What isn't in the cache stays away."""
+    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "checkout", "--quiet"]
+    subprocess.run(words, cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def damaged(root: Path) -> list[str]:
     """What dvc.lock names and the default remote holds, but not as its name says: taken away there, with the lists that name it.
 

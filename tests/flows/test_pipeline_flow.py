@@ -117,12 +117,14 @@ def test_a_failure_carries_its_last_lines_and_what_follows_is_skipped(root: Path
     assert not any(psutil.pid_exists(pid) for pid in project.pids(root, "slow"))
 
 
-def test_a_stage_that_refuses_is_not_tried_again(root: Path) -> None:
+def test_a_stage_that_refuses_is_not_tried_again_and_what_was_there_stays(root: Path) -> None:
+    assert go().result() == ALL
     change(root, 'sys.exit("last: it was told to fail")', "sys.exit(2)", "work.py")
     change(root, "    outs: [reports/report.html]\n", "    outs: [reports/report.html]\n    meta: {cf: {retries: 3}}\n", "dvc.yaml")
     change(root, "fail: false", "fail: true")
     assert go().is_failed()
-    assert len(project.pids(root, "last")) == 1
+    assert len(project.pids(root, "last")) == 2, "once well, once not"
+    assert (root / "reports/report.html").read_text() == "<p>report</p>", "DVC had removed it"
 
 
 def test_parameters_are_checked_first(root: Path) -> None:

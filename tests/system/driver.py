@@ -100,8 +100,10 @@ class Machine:
                 with urllib.request.urlopen(asked, timeout=30) as answer:
                     said = answer.read()
                     return json.loads(said) if said else None
-            except urllib.error.HTTPError:
-                raise
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # which is SQLite being busy, and the UI tries again then too
+                    raise
+                time.sleep(0.5)
             except OSError:  # the server is being restarted
                 time.sleep(0.5)
         raise AssertionError(f"no answer from {path}")

@@ -63,7 +63,9 @@ def test_a_night_that_fails_and_one_that_never_comes_are_told(machine: Machine) 
     assert machine.finish(run) == "Failed"
     until(lambda: [one for one in machine.told.heard if one["event"] == "failed" and one["run"] == run], "someone is told of the failure")
     (machine.root / ".runs/nightly.json").write_text(json.dumps({"since": time.time() - 27 * 3600}))
-    machine.process("watch").kill()
+    watch = machine.process("watch")
+    watch.kill()
+    watch.wait(10)
     assert "the watch is up: a missing night is told to CF_ALERT_URL" in machine.up()
     until(lambda: [one for one in machine.told.heard if one["event"] == "absent"], "someone is told of the absence")
     assert "no nightly has ended well for 27.0 hours" in machine.told.heard[-1]["text"]
