@@ -1,5 +1,5 @@
-"""`cf up`, `cf down`: one machine's Prefect server and worker, on 127.0.0.1, with all their files in .machine/, and a watch that tells
-when nights don't happen: the scheduler, the server and the worker may each be why, so it needs none of them.
+"""`cf up`, `cf down`: one machine's Prefect server and worker, on 127.0.0.1, with all their files in .machine/; a watch that tells when
+nights don't happen (the scheduler, the server and the worker may each be why, so it needs none of them); and what the UI's links open.
 
 Starting what runs already does nothing, so a crontab line that says `make up` every five minutes brings back what died.
 """
@@ -42,14 +42,14 @@ def alone(machine: Machine) -> Iterator[None]:
 
 
 def up(argv: list[str]) -> None:
-    about = "Starts the Prefect server, a worker and the watch on 127.0.0.1, or what of them doesn't run. CF_PORT, CF_RUNS; " + DATABASE
+    about = "Starts the Prefect server, a worker, the watch and the reports, or what of them doesn't run. CF_PORT, CF_RUNS; " + DATABASE
     argparse.ArgumentParser("cf up", description=about).parse_args(argv)
     machine = here()
     with alone(machine):
         if machine.file("watch.pid").exists():  # nobody took it down; a server that starts no more must not be why nobody is told
             start_watch(machine)
-        server, worker, watch = start_server(machine), start_worker(machine), start_watch(machine)
-    print(server, worker, watch, sep="\n")
+        for begin in (start_server, start_worker, start_watch, start_reports):
+            print(begin(machine), flush=True)
     print("`cf deploy` sends the deployments there, `cf doctor` looks for what is wrong, `cf down` stops it all")
 
 
@@ -81,19 +81,30 @@ def start_worker(machine: Machine) -> str:
     log = machine.file("worker.log")
     before = log.stat().st_size if log.exists() else 0
     command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", str(machine.runs)]
+    links = {"CF_REPORTS": os.environ.get("CF_REPORTS", f"http://127.0.0.1:{machine.reports}")}
     # nine tries, each twice as long after: a server that is away for eight minutes ends no run (five would be one minute)
-    running = launch(machine, "worker", command, environment(machine) | {"PREFECT_CLIENT_MAX_RETRIES": "8"})
+    running = launch(machine, "worker", command, environment(machine) | {"PREFECT_CLIENT_MAX_RETRIES": "8"} | links)
     wait(machine, "worker", running, lambda: b"started!" in log.read_bytes()[before:])
     return f"the worker is up: pool {POOL}, {machine.runs} at a time (process {running.pid}, log {log})"
 
 
 def start_watch(machine: Machine) -> str:
-    running = processes.noted(machine.file("watch.pid"))
+    told = f"a missing night is told to {alerts.URL}" if alerts.URL in os.environ else f"{alerts.URL} isn't set, so it can tell nobody"
+    return start(machine, "watch", "the watch is", ["flows.alerts", "--every", LOOK], told)
+
+
+def start_reports(machine: Machine) -> str:
+    if not processes.noted(machine.file("reports.pid")) and (taken := processes.holder(machine.reports)):
+        return f"links to reports won't open: port {machine.reports} is taken by {taken}"
+    words = ["flows.reports", str(machine.reports)]
+    return start(machine, "reports", "reports are", words, f"http://127.0.0.1:{machine.reports}/RUN/report.html")
+
+
+def start(machine: Machine, name: str, it_is: str, words: list[str], said: str) -> str:
+    running = processes.noted(machine.file(f"{name}.pid"))
     if running is not None:
-        return f"the watch is up already (process {running.pid})"
-    running = launch(machine, "watch", ["flows.alerts", "--every", LOOK], environment(machine))
-    told = "is told to" if alerts.URL in os.environ else "would be told to, which is not set,"
-    return f"the watch is up: a missing night {told} {alerts.URL} (process {running.pid})"
+        return f"{it_is} up already (process {running.pid})"
+    return f"{it_is} up: {said} (process {launch(machine, name, words, environment(machine)).pid})"
 
 
 def launch(machine: Machine, name: str, words: list[str], env: dict[str, str]) -> psutil.Process:
@@ -160,7 +171,7 @@ def stop(machine: Machine) -> str:
     if server and healthy(machine):
         reconcile(machine)
     killed = [one for group in ([worker], [server], processes.marked(machine.root)) for one in processes.end(filter(None, group), GRACE)]
-    for name in ("worker", "server", "watch"):
+    for name in ("worker", "server", "watch", "reports"):
         machine.file(f"{name}.pid").unlink(missing_ok=True)
     rest = processes.marked(machine.root)
     if rest:

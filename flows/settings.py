@@ -36,6 +36,11 @@ class Machine:
         local = "127.0.0.1" if self.host in ("0.0.0.0", "localhost", "::", "::1") else self.host
         return f"http://{local}:{self.port}"
 
+    @property
+    def reports(self) -> int:
+        """The port of flows/reports.py."""
+        return self.port + 1000 if self.port <= 64535 else self.port - 1000
+
     def file(self, name: str) -> Path:
         return self.folder / name
 

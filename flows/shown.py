@@ -79,7 +79,7 @@ def results(root: Path, run: str, states: Mapping[str, str], complain: Callable[
     """After the stages: what each did, all metrics in one table, where the report and W&B's runs are."""
     name = os.environ.get("CF_REPORTS", "").rstrip("/")
     report = root / "reports/report.html"
-    link = f"{name}/{root.name}/reports/report.html" if name else report.as_uri()
+    link = f"{name}/{root.name}/report.html" if name and root.parent.name == ".runs" else report.as_uri()
     shown: list[Callable[[], object]] = [lambda: create_markdown_artifact(_summary(root, run, states), key="run", description=f"run {run}")]
     if rows := list(_metrics(root)):
         shown.append(lambda: create_table_artifact(rows, key="metrics", description=f"metrics of run {run}"))

@@ -26,10 +26,10 @@ def test_what_has_a_cron_gets_runs_within_ninety_seconds(machine: Machine) -> No
 
 
 def test_up_again_changes_nothing(machine: Machine) -> None:
-    before = [machine.process(name).pid for name in ("server", "worker", "watch")]
+    before = [machine.process(name).pid for name in ("server", "worker", "watch", "reports")]
     said = machine.up()
-    assert said.count("is up already") == 3
-    assert [machine.process(name).pid for name in ("server", "worker", "watch")] == before
+    assert said.count("is up already") == 3 and "reports are up already" in said
+    assert [machine.process(name).pid for name in ("server", "worker", "watch", "reports")] == before
     assert "CF_PORT is 1; `cf down` first" in machine.command("flows.machine", "up", code=1, CF_PORT="1")
 
 

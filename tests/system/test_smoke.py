@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,10 @@ def test_a_smoke_run_and_the_same_again(ours: Machine) -> None:
     (metrics,) = [json.loads(one["data"]) for one in shown if one["key"] == "metrics"]
     assert {row["stage"] for row in metrics} >= {"evaluate", "stage2"}
     assert {f"progress-{stage}" for stage in ("teacher", "stage2", "generate")} <= {one["key"].replace("_", "-") for one in shown}
+
+    (link,) = [one["data"] for one in shown if one["key"] == "report"]
+    address = re.search(r"\((http://127[^)]+)\)", link)
+    assert address and urllib.request.urlopen(address[1], timeout=30).read() == (root / "reports/report.html").read_bytes()
 
     again = ours.start(profile="smoke")
     assert ours.finish(again, 300) == "Completed", ours.run(again)["state"]["message"]
