@@ -94,6 +94,13 @@ def test_a_run_from_the_form_to_its_artifacts(machine: Machine, window: Page, sh
     expect(window.get_by_text("score").first).to_be_visible()
     expect(window.get_by_text("7", exact=True).first).to_be_visible()
 
+    shown = machine.call("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}, "key": {"any_": ["report"]}}})
+    window.goto(f"{machine.url}/artifacts/artifact/{shown[0]['id']}")
+    with window.expect_popup() as opened:
+        window.locator("a[href*='report.html']").first.click()
+    expect(opened.value.locator("p")).to_have_text("report")
+    opened.value.close()
+
 
 def test_the_same_again_is_cached_and_seen_to_be(machine: Machine, window: Page, shots: Path | None) -> None:
     run = machine.start(profile="smoke", overrides=["last.times=8", "slow.seconds=3"])
