@@ -20,8 +20,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml.error import YAMLError
 
+from flows import overrides
 from flows.locked import in_a_sentence
 
 URL = "CF_ALERT_URL"
@@ -138,7 +139,7 @@ def _print(text: str) -> None:
 
 
 def hours_of(repo: Path) -> float:
-    return float(yaml.safe_load((repo / "params.yaml").read_text())["nightly"]["absent_hours"])
+    return float(overrides.read((repo / "params.yaml").read_text())["nightly"]["absent_hours"])
 
 
 def watch(repo: Path, every: float, hours: float | None) -> None:
@@ -147,7 +148,7 @@ def watch(repo: Path, every: float, hours: float | None) -> None:
         try:
             if said := absent(repo, hours or hours_of(repo), _print):
                 _print(said)
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError, TypeError, YAMLError) as error:
             _print(f"not looked for missing nights: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         time.sleep(every)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from flows import overrides
 from flows.settings import environment, healthy, here
 
 DEPLOYMENTS = Path(__file__).parent.parent / "infra/prefect.yaml"
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
 
 
 def nightly(root: Path) -> dict[str, str]:
-    stated = YAML(typ="safe", pure=True).load((root / "params.yaml").read_text()).get("nightly")
+    stated = overrides.read((root / "params.yaml").read_text()).get("nightly")
     if not isinstance(stated, dict) or not {"cron", "timezone"} <= stated.keys():
         raise ValueError("params.yaml states no nightly.cron and nightly.timezone; `cf profile use tiny` writes a file that does")
     return {"CF_NIGHTLY_CRON": str(stated["cron"]), "CF_NIGHTLY_TIMEZONE": str(stated["timezone"])}

@@ -21,7 +21,7 @@ import psutil
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
-from flows import gpus, processes, worktree
+from flows import gpus, overrides, processes, worktree
 from flows.settings import Machine, environment, here
 
 HOUR = 3600.0
@@ -231,7 +231,7 @@ def remotes(machine: Machine, fix: bool) -> Iterator[Line]:
 
 
 def tracker(machine: Machine, fix: bool) -> Iterator[Line]:
-    stated = YAML(typ="safe").load((machine.root / "params.yaml").read_text()).get("tracking", {}).get("wandb", "disabled")
+    stated = overrides.read((machine.root / "params.yaml").read_text()).get("tracking", {}).get("wandb", "disabled")
     mode = os.environ.get("WANDB_MODE") or stated
     waiting = [run for run in machine.root.glob("runtime/wandb/offline-run-*") if not list(run.glob("*.synced"))]
     known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ruamel.yaml import YAML
 
-from flows import locked, supervise
+from flows import locked, overrides, supervise
 from flows.gate import Judged
 from flows.stage_task import environment, to_lock
 from flows.stages import stages
@@ -29,8 +30,8 @@ def measure(
     """Into work/judged/NAME of the worktree. Killed and started again, it goes on with the videos that it lacks."""
     folder = root / "work/judged" / name
     folder.mkdir(parents=True, exist_ok=True)
-    stated = yaml.safe_load((root / "params.yaml").read_text())
-    (folder / "params.yaml").write_text(yaml.safe_dump(parameters(stated, root), sort_keys=False, allow_unicode=True))
+    stated = overrides.read((root / "params.yaml").read_text())
+    write(folder / "params.yaml", parameters(stated, root))
     samples, params = folder / "samples", folder / "params.yaml"
     for stage, given in (
         (GENERATE, {STUDENT: student, "codec": codec, "out": samples}),
@@ -42,6 +43,11 @@ def measure(
     shown = [(str(row["prompt"]), int(row["seed"])) for row in rows if (row["suite"], row["system"]) == (SUITE, NAME)]
     numbers = json.loads((folder / f"metrics/{EVALUATE}.json").read_text())
     return Judged(md5=locked.md5(student), numbers=numbers, shown=shown, version=version)
+
+
+def write(path: Path, stated: Mapping[str, Any]) -> None:
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(stated, file)
 
 
 def parameters(stated: Mapping[str, Any], root: Path) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
-import yaml
 from prefect import flow, get_run_logger, runtime
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import alerts, handover, logs, pipeline, reconcile, registry, supervise, warm, worktree
+from flows import alerts, handover, logs, overrides, pipeline, reconcile, registry, supervise, warm, worktree
 from flows.night import Settings, Work, anything_new, begin, candidate, take_clips
 from flows.nights import free, nights
 
@@ -84,7 +83,7 @@ def prepare(repo: Path, date: str | None, full: bool, line: Callable[[str], None
         line(f"origin could not be asked, so the night goes by what is here: {error}")
     tidy(repo, line)
     base = tracked(repo, settings(_stated(repo)).branch)
-    stated = yaml.safe_load(worktree.git(repo, "show", f"{base}:params.yaml"))
+    stated = overrides.read(worktree.git(repo, "show", f"{base}:params.yaml"))
     ours, past, before = settings(stated), nights(repo), registry.promoted(repo)
     date = date or datetime.now(ZoneInfo(ours.timezone)).date().isoformat()
     root = worktree.make(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=base, profile=None, overrides={})
@@ -132,8 +131,7 @@ def settings(stated: dict[str, Any]) -> Settings:
 
 
 def _stated(repo: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((repo / "params.yaml").read_text())
-    return found
+    return overrides.read((repo / "params.yaml").read_text())
 
 
 def tracked(repo: Path, branch: str) -> str:

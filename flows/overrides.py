@@ -1,4 +1,4 @@
-"""Values laid over params.yaml by dotted keys: none that is not there, none of another type."""
+"""params.yaml as flows read it, and values laid over it by dotted keys: none that is not there, none of another type."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+
+
+def read(text: str) -> dict[str, Any]:
+    """By YAML 1.2, as the stages and DVC read it: to PyYAML `off` is false, and 2e-6 a word."""
+    stated: dict[str, Any] = YAML(typ="safe", pure=True).load(text)
+    return stated
 
 
 def lay(path: Path, overrides: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import handover, judged, night, nightly, nights, warm
+from flows import handover, judged, night, nightly, nights, overrides, warm
 from flows.arrivals import Arrivals
 from flows.registry import Version
 from tests.week import project
@@ -149,9 +149,10 @@ def test_of_nights_that_failed_one_folder_stays(repo: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
-def test_both_are_judged_by_the_pipelines_own_commands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
+def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: Path) -> None:
     """Of the real dvc.yaml: every option that the stages have, with absolute paths, and only the given ones changed."""
-    stated = yaml.safe_load((ROOT / "params.yaml").read_text())
+    stated = overrides.read((ROOT / f"profiles/{profile}.yaml").read_text())
     words = judged.command(ROOT, stated, "generate", {"stage2": tmp_path / "s", "codec": tmp_path / "c", "out": tmp_path / "o"})
     options = dict(zip(words[4::2], words[5::2], strict=True))
     assert words[1:4] == ["-m", "tasks", "generate"] and options["--stage2"] == str(tmp_path / "s")
@@ -160,7 +161,8 @@ def test_both_are_judged_by_the_pipelines_own_commands(tmp_path: Path) -> None:
     ours = changed["generate"]
     assert ours["systems"] == {"student": stated["generate"]["systems"]["stage2"]} and ours["continuations"] == {}
     assert (ours["seeds"], ours["prompts"]) == (stated["nightly"]["seeds"], stated["nightly"]["prompts"])
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed))
+    judged.write(tmp_path / "params.yaml", changed)
+    assert overrides.read((tmp_path / "params.yaml").read_text()) == changed
     done = subprocess.run(
         [sys.executable, "-m", "tasks", "validate", "--params", str(tmp_path / "params.yaml"), "--out", str(tmp_path / "out.json")],
         cwd=tmp_path, env=project.environment(), capture_output=True, text=True,
