@@ -116,6 +116,9 @@ class Machine:
         wanted = {"parameters": {"config": config}}
         return str(self.call(f"/deployments/{self.deployment(deployment)['id']}/create_flow_run", wanted)["id"])
 
+    def start_night(self, **asked: Any) -> str:
+        return str(self.call(f"/deployments/{self.deployment('nightly')['id']}/create_flow_run", {"parameters": asked})["id"])
+
     def run(self, run: str) -> dict[str, Any]:
         return dict(self.call(f"/flow_runs/{run}"))
 

@@ -59,7 +59,7 @@ def test_the_doctor_of_a_machine_that_is_well(machine: Machine) -> None:
 
 def test_a_night_that_fails_and_one_that_never_comes_are_told(machine: Machine) -> None:
     """The project states no gate, so a night can't begin. The watch looks when it starts, and then every quarter of an hour."""
-    run = str(machine.call(f"/deployments/{machine.deployment('nightly')['id']}/create_flow_run", {"parameters": {}})["id"])
+    run = machine.start_night()
     assert machine.finish(run) == "Failed"
     until(lambda: [one for one in machine.told.heard if one["event"] == "failed" and one["run"] == run], "someone is told of the failure")
     (machine.root / ".runs/nightly.json").write_text(json.dumps({"since": time.time() - 27 * 3600}))

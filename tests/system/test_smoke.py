@@ -66,3 +66,24 @@ def test_its_student_measured_by_its_commit(ours: Machine) -> None:
     assert {states[stage] for stage in ("generate", "evaluate", "report")} == {"Restored"} and "stage2" not in states
     place: Path = ours.worktree(given)
     assert (place / "models/stage2").is_dir() and "Running stage" not in project.dvc(place, "repro")
+
+
+def test_two_nights_of_the_real_stages(ours: Machine) -> None:
+    """All but the judging comes out of the cache. The first night has nothing to be better than; the second makes the same again."""
+    project.git(ours.root, "checkout", "-qB", "main")
+    ours.command("tasks", "profile", "use", "smoke")
+    project.git(ours.root, "commit", "-qam", "nights of smoke")
+    first = ours.start_night(date="2026-01-05")
+    assert ours.finish(first, 600) == "Promoted", ours.run(first)["state"]["message"]
+    gate = json.loads(project.git(ours.root, "show", "nightly/2026-01-05:nightly/gate.json"))
+    assert gate["promote"] and {"student"} == set(gate["numbers"]["candidate"]["prompts"])
+    assert all(finding["candidate"] is not None for finding in gate["findings"])
+    assert [one["event"] for one in ours.told.heard] == ["promoted"]
+    assert "student@v0.0.1" in project.git(ours.root, "tag", "--list")
+
+    second = ours.start_night(date="2026-01-06")
+    assert ours.finish(second, 600) == "NoNewData"
+    third = ours.start_night(date="2026-01-06", full=True)
+    assert ours.finish(third, 600) == "TheSameAgain", ours.run(third)["state"]["message"]
+    night = json.loads(project.git(ours.root, "show", "nightly/2026-01-06:nightly/record.json"))
+    assert night["kind"] == "full" and night["candidate"] == gate["candidate"] and night["before"] == "v0.0.1"
