@@ -13,14 +13,16 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from ruamel.yaml import YAML
 
-from flows import logs, reconcile, stages, supervise, worktree
-from flows.pipeline import check, name, repro
+from flows import reconcile, stages, worktree
+from flows.pipeline import check, framed, keep, name, repro
 from flows.run_config import Override, Profile, StageName, parse
+from flows.stages import Stage
 
 # letters that git takes in a tag and a folder's name has: no option, no shell
 PLACE = r"^[A-Za-z0-9_./~][A-Za-z0-9_./@#~+-]{0,300}$"
@@ -51,28 +53,34 @@ class Checkpoint(BaseModel):
 
 
 @flow(name="evaluate", on_crashed=[reconcile.close_tasks], on_cancellation=[reconcile.close_tasks])
-def evaluate(config: Checkpoint) -> dict[str, str]:
+def evaluate(config: Checkpoint) -> dict[str, str] | State[Any]:
     """The checkpoint's videos and numbers, beside those of the other systems, which come from the cache where they are there."""
-    supervise.start()
-    try:
-        repo, run = Path.cwd().resolve(), name()
-        root = worktree.make(repo, run, profile=config.profile, overrides=parse(config.overrides))
-        with worktree.alone(root):
-            check(root)
-            known = stages.stages(root)
-            chosen = stages.selected(known, config.measured)
-            needed = {stage.name for last in config.measured for stage in stages.selected(known, (), None, last)}
-            before = [stage.name for stage in known if stage.name in needed - {one.name for one in chosen} - {config.stage}]
-            states = repro(root, only=before, run=run, repo=repo) if before else {}
-            put(repo, root, config.checkpoint, config.stage, [stage.name for stage in chosen])
-            states |= repro(root, only=[stage.name for stage in chosen], run=run, repo=repo)
-            worktree.git(root, "add", "--update")
-            found = worktree.commit(root, ["dvc.lock", "metrics"], f"run {run}: {config.checkpoint} as {config.stage}, measured")
-            get_run_logger().info(f"{root} is branch run/{run} at {found[:12]}; its report is reports/report.html there")
-            return states
-    finally:
-        supervise.stop()
-        logs.deliver()
+    return framed(lambda: _whole(config))
+
+
+def _whole(config: Checkpoint) -> dict[str, str]:
+    repo, run = Path.cwd().resolve(), name()
+    root = worktree.make(repo, run, profile=config.profile, overrides=parse(config.overrides))
+    with worktree.alone(root, str(runtime.flow_run.id)):
+        check(root)
+        known = stages.stages(root)
+        chosen = stages.selected(known, config.measured)
+        before = needed(known, [stage.name for stage in chosen], config.stage)
+        states = repro(root, only=before, run=run, repo=repo) if before else {}
+        put(repo, root, config.checkpoint, config.stage, [stage.name for stage in chosen])
+        states |= repro(root, only=[stage.name for stage in chosen], run=run, repo=repo)
+        keep(repo, root, run, f"{config.checkpoint} as {config.stage}, measured")
+        get_run_logger().info(f"its report is {root}/reports/report.html")
+        return states
+
+
+def needed(known: list[Stage], measured: list[str], given: str) -> list[str]:
+    """Stages that must be there first. None may be made from the model whose place is taken: it would be of another model."""
+    before = {stage.name for last in measured for stage in stages.selected(known, (), None, last)} - {*measured, given}
+    if from_it := [stage.name for stage in stages.selected(known, (), given) if stage.name in before]:
+        way = f"add {', '.join(from_it)} to what is measured, or name {from_it[-1]} as the stage"
+        raise ValueError(f"{from_it[0]} is made from {given}; {way}")
+    return [stage.name for stage in known if stage.name in before]
 
 
 @task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)
@@ -94,7 +102,7 @@ def put(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]
     for file in outs(known[stage], "metrics"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(worktree.git(repo, "show", f"{rev}:{file}") if rev else "{}\n")
-    dvc(root, "freeze", stage)
+    stages.freeze(root, [stage])
     dvc(root, "commit", "--force", "--no-relink", stage)
     files = [file for file in place.rglob("*") if file.is_file()]
     get_run_logger().info(f"{out} is {checkpoint}: {len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")

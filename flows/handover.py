@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from flows import remote, supervise, worktree
+from flows import cache, remote, supervise, worktree
 from flows.stage_task import environment
 from flows.worktree import git
 
@@ -71,7 +71,7 @@ def _send_data(repo: Path, branch: str, timeout: float, pauses: Sequence[float])
     git(repo, "worktree", "prune")
     git(repo, "worktree", "add", "--quiet", "--detach", str(folder), f"refs/heads/{branch}")
     try:
-        worktree.share_cache(repo, folder)
+        cache.share(repo, folder)
         again = remote.pushed.with_options(task_run_name=f"push {branch}", retries=len(pauses), retry_delay_seconds=list(pauses) or 0)
         again(folder, timeout=timeout)
     finally:

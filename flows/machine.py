@@ -46,9 +46,10 @@ def up(argv: list[str]) -> None:
     argparse.ArgumentParser("cf up", description=about).parse_args(argv)
     machine = here()
     with alone(machine):
+        order = [start_server, start_worker, start_reports, start_watch]
         if machine.file("watch.pid").exists():  # nobody took it down; a server that starts no more must not be why nobody is told
-            start_watch(machine)
-        for begin in (start_server, start_worker, start_watch, start_reports):
+            order.insert(0, order.pop())
+        for begin in order:
             print(begin(machine), flush=True)
     print("`cf deploy` sends the deployments there, `cf doctor` looks for what is wrong, `cf down` stops it all")
 

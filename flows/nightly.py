@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import alerts, handover, logs, overrides, pipeline, reconcile, registry, supervise, warm, worktree
+from flows import alerts, handover, overrides, pipeline, reconcile, registry, warm, worktree
 from flows.night import Settings, Work, anything_new, begin, candidate, take_clips
 from flows.nights import free, nights
 
@@ -39,28 +39,27 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the 
 )
 def nightly(date: Date | None = None, full: bool = False) -> State[None]:
     """One night. `full`: everything anew, whatever day it is."""
-    supervise.start()
+    return pipeline.framed(lambda: _whole(date, full))
+
+
+def _whole(date: str | None, full: bool) -> State[None]:
     repo, logger = Path.cwd().resolve(), get_run_logger()
-    try:
-        with alone(repo) as ours:
-            if not ours:
-                return Completed(name="StillRunning", message="the night before is still at work; this one leaves it alone")
-            name, said = night(repo, date, full, logger.info)
-            late = send(repo, settings(_stated(repo)), logger.info)
-            alerts.ended(repo, name, good=True)
-            if late:
-                alerts.send("not pushed", late, logger.info, date=date)
-                return Completed(name="NotPushed", message=f"{name}: {said}. {late}")
-            return Completed(name=name, message=said)
-    finally:
-        supervise.stop()
-        logs.deliver()
+    with alone(repo) as ours:
+        if not ours:
+            return Completed(name="StillRunning", message="the night before is still at work; this one leaves it alone")
+        name, said = night(repo, date, full, logger.info)
+        late = send(repo, settings(_stated(repo)), logger.info)
+        alerts.ended(repo, name, good=True)
+        if late:
+            alerts.send("not pushed", late, logger.info, date=date)
+            return Completed(name="NotPushed", message=f"{name}: {said}. {late}")
+        return Completed(name=name, message=said)
 
 
 def night(repo: Path, date: str | None, full: bool, line: Callable[[str], None]) -> tuple[str, str]:
     """Its outcome and one sentence."""
     work = prepare(repo, date, full, line)
-    with worktree.alone(work.root):
+    with worktree.alone(work.root, str(runtime.flow_run.id)):
         take_clips(work)
         if not full and not anything_new(work):
             worktree.git(repo, "worktree", "remove", "--force", str(work.root))
@@ -70,7 +69,7 @@ def night(repo: Path, date: str | None, full: bool, line: Callable[[str], None])
         begin(work)
         outcome, said, version = candidate(work)
     alerts.send(outcome, f"nightly {work.date} {outcome}: {said}", line, date=work.date, version=version)
-    for folder in worktree.prune(repo):
+    for folder in worktree.prune(repo, line=line):
         line(f"removed the worktree {folder}; its branch stays")
     return NAMES[outcome], said
 

@@ -11,25 +11,25 @@ import re
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
-from uuid import UUID
+from typing import Any, TypeVar, cast
 
 from prefect import allow_failure, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed, Failed
+from prefect.states import Failed
 from prefect.utilities.annotations import quote
 from pydantic import ValidationError
 
 from flows import exchange, logs, reconcile, shown, stages, supervise, worktree
-from flows.run_config import RunConfig
+from flows.run_config import RunConfig, parse
 from flows.stage_task import DONE, Run, environment, one
 from flows.stages import Stage
+from flows.tidy import tidy
 
 AS_COMMITTED = RunConfig()
+Result = TypeVar("Result")
 AGAIN_AFTER = 2.0  # seconds before a stage's retry
 EXAMPLES = """examples:
   python -m flows.pipeline                                  what `dvc repro` would do, here
@@ -44,10 +44,15 @@ EXAMPLES = """examples:
 @flow(name="pipeline", on_crashed=[reconcile.close_tasks], on_cancellation=[reconcile.close_tasks])
 def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str] | State[Any]:
     """The stages of dvc.yaml, with the parameters asked for. What happened to each; a failure if one failed."""
+    return framed(lambda: _whole(config))
+
+
+def framed(whole: Callable[[], Result]) -> Result | State[Any]:
+    """What every flow begins and ends with."""
     supervise.start()
     try:
-        _tidy(Path.cwd())
-        return _whole(config)
+        tidy(Path.cwd())
+        return whole()
     except (RuntimeError, ValueError) as error:
         get_run_logger().error(str(error))
         return Failed(message=str(error))  # the sentence itself: what an exception would say of itself goes before it
@@ -58,6 +63,8 @@ def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str] | State[Any]:
 
 def _whole(config: RunConfig) -> dict[str, str]:
     repo = Path.cwd().resolve()
+    if not (repo / "dvc.yaml").is_file():
+        raise ValueError(f"{repo} has no dvc.yaml; run this at the root of the project")
     apart = runtime.deployment.id is not None or config.overrides or config.profile != "params.yaml"
     run = name() if apart else str(runtime.flow_run.name)
     root = worktree.make(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
@@ -65,7 +72,11 @@ def _whole(config: RunConfig) -> dict[str, str]:
         check(root)
         chosen = stages.selected(stages.stages(root), config.stages, config.from_stage, config.to_stage)
         if config.dry_run:
-            return plan(root, chosen)
+            planned = plan(root, chosen)
+            if apart:
+                worktree.git(repo, "worktree", "remove", "--force", str(root))
+                worktree.git(repo, "branch", "--quiet", "-D", f"run/{run}")
+            return planned
         pull = config.pull and exchange.there(root)
         failed: RuntimeError | None = None
         try:
@@ -73,7 +84,7 @@ def _whole(config: RunConfig) -> dict[str, str]:
         except RuntimeError as error:
             failed = error
         if apart:
-            _keep(repo, root, run)
+            keep(repo, root, run)
         elif failed:
             stages.bring_back(root)
         if config.push and not supervise.stopping():
@@ -117,7 +128,7 @@ def repro(
     known = stages.stages(root)
     chosen = stages.selected(known, only or ())
     shared = Run(root, environment(run, root, repo or root), _unchanged(root), threading.Semaphore(at_once), pull)
-    before, futures = stages.recorded(root), dict[str, Any]()
+    before, futures = stages.recorded(worktree.committed(root, "dvc.lock")), dict[str, Any]()
     for stage in chosen:
         waits = _waits(stage, known, {stage.name for stage in chosen})
         options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
@@ -174,38 +185,13 @@ def _unchanged(root: Path) -> set[str]:
         return set()
 
 
-def _tidy(repo: Path) -> None:
-    """What runs before this one left: processes without a guardian, runs and tasks that say Running for ever."""
-    logger = get_run_logger()
-    if left := supervise.sweep():
-        logger.warning(f"ended processes that a killed run had left: {', '.join(map(str, left))}")
-    try:
-        with get_client(sync_client=True) as client:
-            for run in {worktree.died(root) for root in [repo, *worktree.found(repo)]} - {"", str(runtime.flow_run.id)}:
-                _close(client, UUID(run))  # this one too may have died before, and is being tried again
-            for said in reconcile.tasks_of_the_dead(client):
-                logger.info(said)
-    except Exception as error:
-        logger.warning(f"tasks of runs that died were not closed: {' '.join(str(error).split())[:200]}")
-
-
-def _close(client: SyncPrefectClient, run: UUID) -> None:
-    """A run that had its checkout when its process was killed. It may have ended well for the server, or be another server's."""
-    try:
-        state = client.read_flow_run(run).state
-    except ObjectNotFound:
-        return
-    if state is None or not state.is_final():
-        client.set_flow_run_state(run, Crashed(message="Its process was gone when the next run began."), force=True)
-
-
-def _keep(repo: Path, root: Path, run: str) -> None:
+def keep(repo: Path, root: Path, run: str, what: str = "results") -> None:
     """dvc.lock and metrics on the run's branch: at that commit `dvc repro` has nothing to do. Then old folders go."""
     worktree.git(root, "add", "--update")
-    found = worktree.commit(root, ["dvc.lock", "metrics"], f"run {run}: results")
+    found = worktree.commit(root, ["dvc.lock", "metrics"], f"run {run}: {what}")
     logger = get_run_logger()
     logger.info(f"{root} is branch run/{run} at {found[:12]}; `dvc repro` at that commit repeats it")
-    for folder in worktree.prune(repo):
+    for folder in worktree.prune(repo, line=logger.warning):
         logger.info(f"removed the worktree {folder}; its branch stays")
 
 
@@ -222,18 +208,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help=fields["dry_run"].description)
     parser.add_argument("--pull", action="store_true", help=fields["pull"].description)
     parser.add_argument("--push", action="store_true", help=fields["push"].description)
+    asked = parser.parse_args(argv)
     supervise.mark()
     try:
-        state = pipeline(RunConfig(**vars(parser.parse_args(argv))), return_state=True)
+        parse(asked.overrides)  # whose sentences are better than the form's patterns
+        state = pipeline(RunConfig(**vars(asked)), return_state=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        sys.exit(f"{where} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}")
+        said = "is no stage's name" if first["type"] == "string_pattern_mismatch" else first["msg"].removeprefix("Value error, ")
+        sys.exit(f"{where} is {first['input']!r}: {said}")
+    except ValueError as error:
+        sys.exit(str(error))
     if not state.is_completed():
         sys.exit(f"pipeline: {(state.message or str(state.name)).splitlines()[0]}")
     states = cast(dict[str, str], state.result())
     ran = [stage for stage, what in states.items() if what not in ("Cached", "Restored")]
-    print(f"{len(states)} stages, {len([1 for what in states.values() if what in DONE])} done; ran: {', '.join(ran) or 'none'}")
+    if asked.dry_run:
+        print(f"{len(states)} stages; would run: {', '.join(ran) or 'none'}")
+    else:
+        print(f"{len(states)} stages, {len([1 for what in states.values() if what in DONE])} done; ran: {', '.join(ran) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 
 from flows import stages, supervise
+from flows.cache import secret
 
 LIMIT = 3600.0  # Choice: seconds of one attempt. What it has sent stays sent, so four attempts are four hours of sending.
 DELAYS = [30.0, 120.0, 600.0]  # Choice: a restarted server is back by the first, a rebooted machine by the second
@@ -31,16 +33,6 @@ CONNECT, READ = 5, 60  # seconds that one request may take to connect, and betwe
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 PORTS = {"s3": 443, "gs": 443, "https": 443, "http": 80, "ssh": 22, "webdav": 80, "webdavs": 443}
 HOSTS = {"s3": "s3.amazonaws.com", "gs": "storage.googleapis.com"}  # where the host in the URL is a bucket
-SECRETS = {  # options of DVC's remotes
-    "password",
-    "access_key_id",
-    "secret_access_key",
-    "session_token",
-    "sas_token",
-    "account_key",
-    "connection_string",
-    "client_secret",
-}
 FINAL = (  # another attempt would end the same
     "Unable to locate credentials",
     "bucket does not exist",
@@ -85,18 +77,21 @@ def check(root: Path) -> str:
     if not url:
         raise Misconfigured(f"core.remote names {name}, which is not set up; `cf remote add {name} URL` does")
     if options.get("verify") != "true":
-        way = f"`cf remote add {name} {url}`, or `dvc remote modify {name} verify true`"
+        way = f"`dvc remote modify {name} verify true`"
         raise Misconfigured(f"remote {name} doesn't state verify = true, so DVC would take damaged objects for good ones; {way}")
     committed = configparser.ConfigParser(interpolation=None, strict=False)
     committed.read(root / ".dvc/config")
     for section in committed.sections():
-        if secret := next(iter(SECRETS & set(committed[section])), None):
-            raise Misconfigured(f"{section} holds {secret} in .dvc/config, which is committed; state it in the environment instead")
-    _reach(root, name, url, options)
-    return f"{name} ({url})"
+        if held := next(filter(secret, committed[section]), None):
+            raise Misconfigured(f"{section} holds {held} in .dvc/config, which is committed; state it in the environment instead")
+        if re.search(r"//[^/@:]*:[^/@]*@", committed[section].get("url", "")):
+            raise Misconfigured(f"{section} holds a password in its url in .dvc/config, which is committed; state it in the environment")
+    shown = re.sub(r"//[^/@]*@", "//", url)  # a person may have written a password into it
+    _reach(root, name, url, shown, options)
+    return f"{name} ({shown})"
 
 
-def _reach(root: Path, name: str, url: str, options: dict[str, str]) -> None:
+def _reach(root: Path, name: str, url: str, shown: str, options: dict[str, str]) -> None:
     """A folder must be there: DVC would make it, on the disk below an unmounted share, and call that a push."""
     stated = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") if url.startswith("s3://") else None
     address = urlsplit(options.get("endpointurl") or stated or url)
@@ -113,7 +108,7 @@ def _reach(root: Path, name: str, url: str, options: dict[str, str]) -> None:
         socket.create_connection((host, port), timeout=CONNECT).close()
     except OSError as error:
         why = error.strerror or str(error) or type(error).__name__
-        raise Away(f"remote {name} ({url}) doesn't answer at {host}:{port}: {why}; start it, or see to the network") from error
+        raise Away(f"remote {name} ({shown}) doesn't answer at {host}:{port}: {why}; start it, or see to the network") from error
 
 
 def push(root: Path, *, targets: list[str] | None = None, timeout: float = LIMIT, line: Callable[[str], None] = lambda _: None) -> None:
@@ -153,6 +148,8 @@ def _transfer(root: Path, verb: str, targets: list[str] | None, timeout: float, 
 def mend(root: Path) -> list[str]:
     """Takes away what is damaged on the remote, so that the next push of a machine that has it whole sends it again."""
     check(root)
+    if not (root / "dvc.lock").exists():
+        raise Misconfigured(f"{root} has no dvc.lock, which names what is on the remote; run the pipeline first")
     return stages.damaged(root)
 
 
@@ -161,7 +158,10 @@ def worth_another(task: Any, run: Any, state: Any) -> bool:
     return not supervise.stopping() and not isinstance(state.result(raise_on_failure=False), Misconfigured)
 
 
-@task(name="push", task_run_name="push", retries=len(DELAYS), retry_delay_seconds=DELAYS, retry_condition_fn=worth_another)
+AGAIN: dict[str, Any] = {"retries": len(DELAYS), "retry_delay_seconds": DELAYS, "retry_condition_fn": worth_another}
+
+
+@task(name="push", task_run_name="push", cache_policy=NO_CACHE, **AGAIN)
 def pushed(root: Path, targets: list[str] | None = None, timeout: float = LIMIT) -> str:
     """A task of its own, so that a remote which is away never marks a finished stage as failed. Ask it for its state."""
     push(root, targets=targets, timeout=timeout, line=get_run_logger().info)

@@ -59,6 +59,8 @@ def parse(stated: list[str]) -> dict[str, Any]:
         key, sign, text = one.partition("=")
         if not sign or not re.fullmatch(OVERRIDE, one):
             raise ValueError(f"the override {one!r} is not key=value, with a dotted key of params.yaml: stage2.steps=300")
+        if re.search(r"(^|[\s\[{,:])[&*][A-Za-z0-9]", text):
+            raise ValueError(f"the override {key} has an anchor or an alias of YAML (& or *); write the value itself")
         if key in found:
             raise ValueError(f"the override {key} is stated twice; keep one of the two")
         try:

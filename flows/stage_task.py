@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
 
 def worth_another(one: object, run: object, state: State[Any]) -> bool:
     """Not when the run is being stopped, and not when the stage refused what it was asked for: `cf` ends with 2 then."""
-    return not supervise.stopping() and "exited with 2" not in (state.message or "")
+    return not supervise.stopping() and not re.search(r"exited with 2$", state.message or "", re.M)
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=worth_another)
@@ -87,10 +88,10 @@ def one(stage: str, what: Stage, waits: tuple[str, ...], run: Run) -> State[None
 
     try:
         with _slot(run.slots):
-            code = supervise.run(
-                [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--pull"] if run.pull else []), "--single-item", stage],
-                cwd=run.root, env=run.environment, line=line, gpus=to_lock(what, line), timeout=what.timeout,
-            )  # fmt: skip
+            code = repro(stage, what, run, line, pull=run.pull)
+            if code and run.pull and not any(text.startswith(f"Running stage '{stage}'") for text in said):
+                line(f"{stage} could not be taken from the remote, so it is made here")
+                code = repro(stage, what, run, line, pull=False)
         if code:
             raise RuntimeError("\n".join([f"{stage} failed", *said[-LAST:]]))
         state = outcome(stage, said)
@@ -103,16 +104,25 @@ def one(stage: str, what: Stage, waits: tuple[str, ...], run: Run) -> State[None
     return Completed(name=state)
 
 
+def repro(stage: str, what: Stage, run: Run, line: Callable[[str], None], *, pull: bool) -> int:
+    """DVC's exit code."""
+    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--pull"] if pull else []), "--single-item", stage]
+    return supervise.run(words, cwd=run.root, env=run.environment, line=line, gpus=to_lock(what, line), timeout=what.timeout)
+
+
 def outcome(stage: str, said: list[str]) -> str:
     """By what DVC said before anything of the stage itself could speak."""
+    state = "Completed"
     for text in said:
         if text.startswith(f"Running stage '{stage}'"):
-            break
+            return "Completed"
+        if text.startswith("Pulling data for stage:"):  # as dvc.lock names it, from the remote
+            state = "Restored"
         if text in (f"Stage '{stage}' didn't change, skipping", f"'{stage}' didn't change, skipping"):
             return "Cached"
         if text.startswith(f"Stage '{stage}' is cached - skipping run"):
             return "Restored"
-    return "Completed"
+    return state
 
 
 class _slot:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 KEYS: dict[str, tuple[type, ...]] = {"gpus": (int, str), "retries": (int,), "timeout": (int, float)}  # of meta.cf
 
 
@@ -93,15 +95,14 @@ def unchanged(root: Path) -> set[str]:
     return {stage.name for stage in stages(root)} - changed
 
 
-def recorded(root: Path) -> list[str]:
-    """The stages that dvc.lock has, in its order."""
-    lock = root / "dvc.lock"
-    return list(_blocks(lock.read_text())[1]) if lock.exists() else []
+def recorded(text: str) -> list[str]:
+    """The stages that a dvc.lock has, in its order."""
+    return list(_blocks(text)[1])
 
 
 def put_in_order(root: Path, before: list[str], known: Iterable[Stage]) -> None:
     """dvc.lock as `dvc repro` would have written it. DVC adds a stage at the end when it first ends, and those that run at the same
-    time end in any order. `before`: what was recorded when the run began. Not while DVC runs."""
+    time end in any order. `before`: what is committed; what a killed run left is in no order. Not while DVC runs."""
     lock = root / "dvc.lock"
     if not lock.exists():
         return
@@ -159,6 +160,22 @@ def _before(known: list[Stage], found: set[str]) -> set[str]:
         if stage.name in found:
             found |= set(stage.upstream)
     return found
+
+
+def freeze(root: Path, names: Iterable[str], frozen: bool = True) -> None:
+    """As `dvc freeze` and `dvc unfreeze`, which refuse a stage that has a ${value}."""
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    file = root / "dvc.yaml"
+    stated = yaml.load(file.read_text())
+    for name in names:
+        stated["stages"][name].pop("frozen", None)
+        if frozen:
+            stated["stages"][name]["frozen"] = True
+    partial = file.with_suffix(".partial")
+    with partial.open("w") as opened:
+        yaml.dump(stated, opened)
+    partial.replace(file)
 
 
 def bring_back(root: Path) -> None:

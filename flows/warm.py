@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from flows import locked, overrides, remote
+from flows import locked, overrides, remote, stages
 from flows.registry import WEIGHTS, Version
 from flows.stage_task import environment
 from flows.worktree import git
@@ -47,14 +47,14 @@ def start(repo: Path, root: Path, version: Version, keep: list[str], line: Line)
     if in_git:  # metrics, which git holds instead of DVC
         git(root, "checkout", "--quiet", version.commit, "--", *in_git)
     restore(root, keep, line)
-    dvc(root, "freeze", *keep)
+    stages.freeze(root, keep)
     overrides.lay(root / "params.yaml", {START: STUDENT})
 
 
 def fresh(root: Path, keep: list[str]) -> None:
     """A full night: also where a warm night's branch was merged into the tracked one."""
-    if any(stage.get("frozen") for stage in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].values()):
-        dvc(root, "unfreeze", *keep)
+    if frozen := [stage.name for stage in stages.stages(root) if stage.frozen]:
+        stages.freeze(root, frozen, False)
     overrides.lay(root / "params.yaml", {START: FRESH})
 
 

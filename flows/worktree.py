@@ -7,25 +7,26 @@ can be repeated from it by `dvc repro`; the folder goes when it is old (`python 
 from __future__ import annotations
 
 import argparse
-import configparser
 import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from flows import cache
 from flows import overrides as laid
 
 FOLDER = ".runs"
 LOCK = ".dvc/tmp/cf-run.lock"
 KEEP = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
-SECRETS = ("password", "secret", "token", "key", "credential", "connection_string")
+# a run's branch is nobody's to sign, and the project's hooks are for people: `dvc install` puts one there that checks everything out
+PLAIN = ["git", "-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false"]
 EXAMPLES = """examples:
   python -m flows.worktree list
   python -m flows.worktree prune --keep 5     every finished run's folder but the five youngest; branches stay"""
@@ -56,8 +57,11 @@ def make(
         start = git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip()
         known = git(repo, "branch", "--list", branch).strip()
         git(repo, "worktree", "add", "--quiet", *([] if known else ["-b", branch]), str(folder), branch if known else start)
+    # a kill in the middle of the checkout leaves files away; DVC takes metrics away itself, before it runs their stage
+    elif away := [file for file in git(folder, "ls-files", "-z", "--deleted").split("\0") if file and not file.startswith("metrics/")]:
+        git(folder, "checkout", "--quiet", "--", *away)
     os.utime(folder)
-    share_cache(repo, folder)
+    cache.share(repo, folder)
     try:
         if profile and profile != "params.yaml":
             _cf(folder, "profile", "use", profile)
@@ -81,31 +85,18 @@ def commit(folder: Path, paths: list[str], message: str) -> str:
     return git(folder, "rev-parse", "HEAD").strip()
 
 
-def share_cache(repo: Path, folder: Path) -> None:
-    """.dvc/config.local, which git ignores: the cache of `repo` by its absolute path, and what `repo` states in its own, without
-    secrets. Those come from the environment."""
-    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], cwd=repo, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{repo} has no DVC cache to share: {done.stderr.strip() or 'dvc cache dir failed'}; run `dvc init` there")
-    own = configparser.ConfigParser(interpolation=None)
-    own.read(repo / ".dvc/config.local")
-    for section in own.sections():
-        for key, value in list(own[section].items()):
-            if (any(word in key for word in SECRETS) and "path" not in key) or re.search(r"//[^/@]+@", value):
-                del own[section][key]
-    if not own.has_section("cache"):
-        own.add_section("cache")
-    own["cache"]["dir"] = str((repo / done.stdout.strip()).resolve())
-    partial = folder / ".dvc/config.local.partial"
-    with partial.open("w") as file:
-        own.write(file)
-    partial.replace(folder / ".dvc/config.local")
+def committed(folder: Path, path: str) -> str:
+    """A file's text at the last commit; empty where it isn't in it."""
+    try:
+        return git(folder, "show", f"HEAD:{path}")
+    except RuntimeError:
+        return ""
 
 
 def git(folder: Path, *words: str) -> str:
     """Git's answer, or its complaint in one sentence. Never asks for a password."""
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    done = subprocess.run(["git", *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run([*PLAIN, *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`git {' '.join(words[:3])}` failed in {folder}: {' '.join(done.stderr.split()) or 'without a word'}")
     return done.stdout
@@ -138,7 +129,11 @@ def alone(root: Path, run: str = "") -> Iterator[None]:
             owner = file.read().split(" ")[0] or "unknown"
             raise Busy(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
         _write(file, f"{os.getpid()} {run}")
-        yield
+        try:
+            yield
+        except Exception:  # it ends by itself, and says so
+            _write(file, "")
+            raise
         _write(file, "")
 
 
@@ -174,18 +169,24 @@ def _owner(root: Path) -> str | None:
 
 def found(repo: Path) -> list[Path]:
     """Folders of runs, youngest first."""
-    return sorted((path for path in (repo / FOLDER).glob("*") if (path / ".git").is_file()), key=lambda path: -path.stat().st_mtime)
+    known = {path: path.stat().st_mtime for path in (repo / FOLDER).glob("*") if (path / ".git").is_file()}
+    return sorted(known, key=lambda path: -known[path])
 
 
-def prune(repo: Path, keep: int = KEEP) -> list[Path]:
-    """Removes the folders of all runs but the `keep` youngest. Never one in use, and never one with a result that isn't committed:
-    the branch must be enough to repeat it."""
+def prune(repo: Path, keep: int = KEEP, line: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """Removes the folders of all runs but the `keep` youngest, never one in use. What a run that died had finished is committed
+    first: the branch must be enough to repeat it. What git can't remove stays, and doesn't end the run that tidies up."""
     gone = []
     for folder in found(repo)[keep:]:
-        if in_use(folder) or git(folder, "status", "--porcelain", "--untracked-files=no").strip():
+        if in_use(folder):
             continue
-        git(repo, "worktree", "remove", "--force", str(folder))
-        gone.append(folder)
+        try:
+            git(folder, "add", "--update")
+            commit(folder, ["dvc.lock", "metrics"], f"run {folder.name}: what it had finished")
+            git(repo, "worktree", "remove", "--force", str(folder))
+            gone.append(folder)
+        except RuntimeError as error:
+            line(f"{folder.name} was not removed: {error}")
     return gone
 
 
@@ -201,12 +202,17 @@ def main(argv: list[str]) -> None:
         if not found(repo):
             print(f"no run has a folder in {FOLDER}/")
         for folder in found(repo):
-            print(
-                f"{folder.name:<40} {'running' if in_use(folder) else 'finished':<9} {git(folder, 'log', '-1', '--format=%h %s').strip()}"
-            )
+            print(f"{folder.name:<40} {'running' if in_use(folder) else 'finished':<9} {_last(folder)}")
         return
-    for folder in prune(repo, args.keep):
+    for folder in prune(repo, args.keep, print):
         print(f"removed {folder}; its branch run/{folder.name} stays")
+
+
+def _last(folder: Path) -> str:
+    try:
+        return git(folder, "log", "-1", "--format=%h %s").strip()
+    except RuntimeError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

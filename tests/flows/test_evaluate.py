@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flows import evaluate, worktree
+from flows import evaluate, stages, worktree
 from flows.evaluate import Checkpoint
 from tests.flows import project
 
@@ -75,6 +75,14 @@ def test_what_is_refused(made: Path, root: Path) -> None:
         with pytest.raises(ValueError, match=sentence):
             evaluate.put.fn(made, root, checkpoint, stage, ["last"])
     assert (root / "dvc.yaml").read_text() == (made / "dvc.yaml").read_text()
+
+
+def test_nothing_is_measured_that_comes_from_another_model(made: Path) -> None:
+    known = stages.stages(made)
+    assert evaluate.needed(known, ["last"], "slow") == ["prepare", "stubborn"]
+    with pytest.raises(ValueError, match=r"slow is made from prepare; add slow, stubborn to what is measured, or name stubborn as"):
+        evaluate.needed(known, ["last"], "prepare")
+    assert evaluate.needed(known, ["slow", "stubborn", "last"], "prepare") == []
 
 
 @pytest.mark.parametrize("checkpoint", ["--upload-pack=x", "a b", "$(touch x)", "x;y", "", "a\nb", "`x`"])

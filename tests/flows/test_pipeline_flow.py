@@ -10,7 +10,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from flows import remote, worktree
+from flows import cache, remote, worktree
 from flows.stage_task import environment
 from tests.flows import project
 from tests.flows.served import ALL, change, go, root, seen, server
@@ -117,14 +117,17 @@ def test_a_failure_carries_its_last_lines_and_what_follows_is_skipped(root: Path
     assert not any(psutil.pid_exists(pid) for pid in project.pids(root, "slow"))
 
 
-def test_a_stage_that_refuses_is_not_tried_again_and_what_was_there_stays(root: Path) -> None:
+def test_a_stage_that_refuses_is_not_tried_again_and_what_was_there_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert go().result() == ALL
-    change(root, 'sys.exit("last: it was told to fail")', "sys.exit(2)", "work.py")
-    change(root, "    outs: [reports/report.html]\n", "    outs: [reports/report.html]\n    meta: {cf: {retries: 3}}\n", "dvc.yaml")
+    change(root, 'sys.exit("last: it was told to fail")', "sys.exit(int(os.environ.get('CODE', 2)))", "work.py")
+    change(root, "    outs: [reports/report.html]\n", "    outs: [reports/report.html]\n    meta: {cf: {retries: 1}}\n", "dvc.yaml")
     change(root, "fail: false", "fail: true")
     assert go().is_failed()
     assert len(project.pids(root, "last")) == 2, "once well, once not"
     assert (root / "reports/report.html").read_text() == "<p>report</p>", "DVC had removed it"
+    monkeypatch.setenv("CODE", "20")  # no refusal
+    assert go().is_failed()
+    assert len(project.pids(root, "last")) == 4
 
 
 def test_parameters_are_checked_first(root: Path) -> None:
@@ -165,7 +168,7 @@ def test_another_profile_runs_elsewhere_and_can_be_repeated_from_its_branch(root
     # and from the branch alone, anywhere
     clone = tmp_path / "clone"
     project.git(root, "worktree", "add", "-q", "--detach", str(clone), branch)
-    worktree.share_cache(root, clone)
+    cache.share(root, clone)
     assert "Running stage" not in project.dvc(clone, "repro")
     assert project.git(clone, "status", "--porcelain") == ""
     runtime = [log.message for log in seen(state).logs if branch in log.message]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def test_secrets_of_the_checkout_do_not_go_along(repo: Path) -> None:
         file.unlink()
     text = (folder / ".dvc/config.local").read_text()
     assert "hidden" not in text and "AKIA" not in text
-    assert "s3://bucket" in text and "credentialpath" in text and f"dir = {repo / '.dvc/cache'}" in text
+    assert "s3://bucket" in text and "credentialpath" in text and f'"{repo}/.dvc/cache"' in text
     assert project.git(folder, "status", "--porcelain") == "", "git doesn't see it"
 
 
@@ -194,17 +196,54 @@ def test_one_run_a_checkout(repo: Path) -> None:
     assert worktree.died(folder) == "an-id"
 
 
+def test_a_run_that_ends_by_itself_did_not_die(repo: Path) -> None:
+    folder = worktree.make(repo, "ends", profile=None, overrides={})
+    with pytest.raises(ValueError), worktree.alone(folder, "an-id"):
+        raise ValueError
+    assert worktree.died(folder) == ""
+
+
 def test_old_folders_go_and_their_branches_stay(tmp_path: Path) -> None:
     repo = project.make(tmp_path / "project")
     folders = [worktree.make(repo, f"run-{number}", profile=None, overrides={"seed": number + 2}) for number in range(5)]
-    (folders[0] / "params.yaml").write_text("not committed")
-    with worktree.alone(folders[1]):
-        assert worktree.prune(repo, keep=2) == [folders[2]]
-    assert [folder.exists() for folder in folders] == [True, True, False, True, True]
-    assert worktree.prune(repo, keep=2) == [folders[1]]
+    project.dvc(folders[0], "repro", "-q", "prepare")  # and then its run was killed
+    os.utime(folders[0], (0, 0))
+    (folders[1] / ".git").write_text("gitdir: /nowhere\n")  # as when the checkout was moved
+    said: list[str] = []
+    with worktree.alone(folders[2]):
+        assert worktree.prune(repo, keep=1, line=said.append) == [folders[3], folders[0]]
+    assert [folder.exists() for folder in folders] == [False, True, True, False, True]
+    assert len(said) == 1 and said[0].startswith("run-1 was not removed: `git add")
+    assert "prepare" in project.git(repo, "show", "run/run-0:dvc.lock"), "what it had finished"
+    assert worktree.prune(repo, keep=1) == [folders[2]]
     assert project.git(repo, "show", "run/run-2:params.yaml").count("seed: 4") == 1
     again = worktree.make(repo, "run-2", profile=None, overrides={"seed": 4})
     assert again.exists() and "seed: 4" in (again / "params.yaml").read_text()
+    command = [sys.executable, "-m", "flows.worktree", "list"]
+    done = subprocess.run(command, cwd=repo, env=project.environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+
+
+def test_what_git_is_told_for_people_does_not_end_a_run(tmp_path: Path) -> None:
+    """Commits that must be signed, and a hook, as `dvc install` writes them."""
+    repo = project.make(tmp_path / "project")
+    for key, value in (("commit.gpgsign", "true"), ("tag.gpgsign", "true"), ("gpg.program", "/bin/false")):
+        project.git(repo, "config", key, value)
+    for name in ("post-checkout", "pre-commit", "post-commit"):
+        hook = repo / ".git/hooks" / name
+        hook.write_text("#!/bin/sh\nexit 1\n")
+        hook.chmod(0o755)
+    folder = worktree.make(repo, "plain", profile="smoke", overrides={})
+    assert "profile: smoke" in project.git(folder, "show", "HEAD:params.yaml")
+    worktree.git(repo, "tag", "--annotate", "--message", "a version", "student@v0.0.1")
+
+
+def test_a_checkout_that_was_cut_off_is_made_whole(repo: Path) -> None:
+    folder = worktree.make(repo, "cut", profile=None, overrides={"seed": 7})
+    (folder / "work.py").unlink()
+    (folder / "metrics/last.json").unlink()  # as DVC does before it runs the stage
+    worktree.make(repo, "cut", profile=None, overrides={"seed": 7})
+    assert (folder / "work.py").exists() and not (folder / "metrics/last.json").exists()
 
 
 def test_the_worktrees_are_no_part_of_the_project_around_them(repo: Path) -> None:

@@ -76,7 +76,7 @@ def test_two_nights_of_the_real_stages(ours: Machine) -> None:
     first = ours.start_night(date="2026-01-05")
     assert ours.finish(first, 600) == "Promoted", ours.run(first)["state"]["message"]
     gate = json.loads(project.git(ours.root, "show", "nightly/2026-01-05:nightly/gate.json"))
-    assert gate["promote"] and {"student"} == set(gate["numbers"]["candidate"]["prompts"])
+    assert gate["promote"] and {"real", "student"} == set(gate["numbers"]["candidate"]["prompts"])
     assert all(finding["candidate"] is not None for finding in gate["findings"])
     assert [one["event"] for one in ours.told.heard] == ["promoted"]
     assert "student@v0.0.1" in project.git(ours.root, "tag", "--list")

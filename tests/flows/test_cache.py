@@ -1,0 +1,67 @@
+"""The cache and the remotes of a worktree are its checkout's, wherever that is and however its remotes are stated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows import cache, worktree
+from tests.flows import project
+
+LOCAL = """[core]
+    remote = lab
+['remote "lab"']
+    url = ssh://me@host/data
+    keyfile = /home/me/.ssh/id
+    password = planted
+    ask_password = true
+['remote "web"']
+    url = https://me:planted@host/data
+    token = planted
+['remote "amazon"']
+    url = s3://bucket/folder
+    secret_access_key = planted
+    access_key_id = planted
+    sse_kms_key_id = a-name
+    credentialpath = /home/me/.aws
+"""
+
+
+def stated(folder: Path) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in project.dvc(folder, "config", "--list").splitlines() if "=" in line)
+
+
+def test_remotes_come_without_their_secrets_and_work(tmp_path: Path) -> None:
+    repo = project.make(tmp_path / "project")
+    (repo / ".dvc/config.local").write_text(LOCAL)
+    folder = worktree.make(repo, "a-run", profile=None, overrides={})
+    assert "planted" not in (folder / ".dvc/config.local").read_text()
+    found = stated(folder)
+    assert found["core.remote"] == "lab" and found["remote.lab.url"] == "ssh://me@host/data"
+    assert found["remote.lab.keyfile"] == "/home/me/.ssh/id" and found["remote.lab.ask_password"] == "true"
+    assert found["remote.web.url"] == "https://me@host/data"
+    assert found["remote.amazon.sse_kms_key_id"] == "a-name" and found["remote.amazon.credentialpath"] == "/home/me/.aws"
+
+
+@pytest.mark.parametrize("level", ["--local", "--project"])
+def test_a_folder_is_where_it_is_for_the_checkout(level: str, tmp_path: Path) -> None:
+    repo = project.make(tmp_path / "project")
+    (tmp_path / "share").mkdir()
+    project.dvc(repo, "remote", "add", level, "-d", "lab", "../share")
+    project.git(repo, "commit", "-qam", "a remote", "--allow-empty")
+    folder = worktree.make(repo, "a-run", profile=None, overrides={})
+    assert stated(folder)["remote.lab.url"] == str(tmp_path / "share")
+
+
+@pytest.mark.parametrize("name", ["a,b", "a#b", "a b", "a'b", "a%b"])
+def test_folders_have_odd_names(name: str, tmp_path: Path) -> None:
+    repo = project.make(tmp_path / name / "project")
+    folder = worktree.make(repo, "a-run", profile=None, overrides={})
+    assert project.dvc(folder, "cache", "dir").strip() == str(repo / ".dvc/cache")
+
+
+def test_what_is_a_secret() -> None:
+    known = "password access_key_id secret_access_key session_token sas_token account_key connection_string client_secret oss_key_secret"
+    assert all(cache.secret(key) for key in known.split())
+    assert not any(cache.secret(key) for key in ["url", "keyfile", "verify", "profile", "configpath", "gdrive_service_account_json_file_path"])
