@@ -36,10 +36,8 @@ def test_a_run_has_its_own_parameters_and_everybodys_cache(repo: Path) -> None:
     assert "# a comment that stays" in text and "profile: smoke" in text and "rate: 3.0e-06" in text and "times: 4" in text
     assert project.git(folder, "status", "--porcelain") == ""
     assert project.git(folder, "rev-parse", "--abbrev-ref", "HEAD").strip() == "run/a-run"
-    assert (
-        project.git(folder, "log", "-1", "--format=%s").strip()
-        == "run a-run: profile smoke, slow.rate=3e-06, last.times=4, last.fail=False"
-    )
+    said = "run a-run: profile smoke, slow.rate=3e-06, last.times=4, last.fail=False"
+    assert project.git(folder, "log", "-1", "--format=%s").strip() == said
     assert (project.git(repo, "rev-parse", "HEAD"), (repo / "params.yaml").read_bytes()) == before, "the user's own tree is as it was"
     said = project.dvc(folder, "repro", "--single-item", "prepare")
     assert "is cached - skipping run" in said, "made in the user's checkout, restored here: one cache"
