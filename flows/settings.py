@@ -84,6 +84,8 @@ def environment(machine: Machine, given: Mapping[str, str] = os.environ) -> dict
         "PREFECT_API_URL": f"{machine.url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        # its default lets the page of any site, open in a browser here, run commands through the API
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{machine.url},http://localhost:{machine.port}",
         # the default keeps slots in the server's memory: after its restart they are taken for ever (docs/operating.md)
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "45",
