@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import deploy, machine, processes, reconcile, settings
+from flows import deploy, guardian, machine, processes, reconcile, settings
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 
@@ -49,7 +49,7 @@ def test_a_number_that_another_process_has_by_now_is_not_ours(checkout: Path) ->
     found = processes.noted(file)
     assert found and found.pid == os.getpid()
     stated = json.loads(file.read_text())
-    file.write_text(json.dumps(stated | {"began": stated["began"] - 100}))
+    file.write_text(json.dumps(stated | {"began": guardian.began(psutil.Process().parent().pid)}))
     assert processes.noted(file) is None
     file.write_text("")
     assert processes.noted(file) is None
