@@ -24,7 +24,6 @@ from ruamel.yaml import YAML
 from flows import gpus, overrides, processes, worktree
 from flows.settings import Machine, environment, here
 
-HOUR = 3600.0
 # outside these, something breaks that nothing else will tell you; pyproject.toml has the same (a test compares)
 BREAKS = {
     "fastapi>=0.139,<0.151": "from 0.155 on the server of Prefect 3.8 dies while it starts",
@@ -71,9 +70,8 @@ def examine(machine: Machine, fix: bool = False) -> list[Line]:
         try:
             found += check(machine, fix)
         except Exception as error:
-            found.append(
-                Line(check.__name__, "warn", f"could not be checked: {' '.join(str(error).split())[:200] or type(error).__name__}")
-            )
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            found.append(Line(check.__name__, "warn", f"could not be checked: {why}"))
     return found
 
 
@@ -81,10 +79,7 @@ def examine(machine: Machine, fix: bool = False) -> list[Line]:
 
 
 def versions(machine: Machine, fix: bool) -> Iterator[Line]:
-    python = ".".join(map(str, sys.version_info[:3]))
-    yield Line(
-        "python", "ok" if sys.version_info >= (3, 11) else "fail", python, "" if sys.version_info >= (3, 11) else "install 3.11 or newer"
-    )
+    yield Line("python", "ok", ".".join(map(str, sys.version_info[:3])))  # an older one can't read these files
     for stated, why in BREAKS.items():
         wanted = Requirement(stated)
         there = importlib.metadata.version(wanted.name)
@@ -130,19 +125,29 @@ def disk(machine: Machine, fix: bool) -> Iterator[Line]:
     lock = machine.root / "dvc.lock"
     stages = (YAML(typ="safe").load(lock.read_text()) or {}).get("stages", {}) if lock.exists() else {}
     outs = sum(out.get("size", 0) for stage in stages.values() for out in stage.get("outs", []))
-    free = shutil.disk_usage(machine.root).free
-    need = max(2 * outs, 2**30)  # what a run makes, and its copy in the cache
-    level: Literal["ok", "warn", "fail"] = "fail" if free < need / 2 else "warn" if free < need else "ok"
-    said = f"{free / 2**30:.1f} GiB free; a whole run takes {2 * outs / 2**30:.1f}"
-    yield Line("disk", level, said, "" if level == "ok" else "`cf runs prune`, then `dvc gc --workspace --all-branches`")
+    place = cache(machine)
+    kept = next(one for one in (place, *place.parents) if one.exists())  # DVC makes it when it needs it
+    places = {folder.stat().st_dev: folder for folder in (kept, machine.root)}
+    for folder in places.values():
+        free, takes = shutil.disk_usage(folder).free, 2 * outs // len(places)  # what a run makes, and its copy in the cache
+        need = max(takes, 2**30)
+        level: Literal["ok", "warn", "fail"] = "fail" if free < need / 2 else "warn" if free < need else "ok"
+        said = f"{free / 2**30:.1f} GiB free at {folder}; a whole run takes {takes / 2**30:.1f}"
+        gc = "`dvc gc --all-branches --all-tags --all-experiments`"  # the tags are the promoted students
+        todo = f"with nothing at work: commit what you need, `cf runs prune`, delete branches you don't need, {gc}"
+        yield Line("disk", level, said, "" if level == "ok" else todo)
+
+
+def cache(machine: Machine) -> Path:
+    """Of all worktrees, and maybe of other checkouts."""
+    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], cwd=machine.root, capture_output=True, text=True)
+    return (machine.root / done.stdout.strip()).resolve()
 
 
 def leftovers(machine: Machine, fix: bool) -> Iterator[Line]:
     """DVC writes <md5>.tmp files and renames them; a killed run or a full disk leaves them for ever."""
-    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], cwd=machine.root, capture_output=True, text=True)
-    cache = machine.root / done.stdout.strip()
-    old = time.time() - HOUR
-    stale = [file for file in (cache / "files/md5").rglob("*.tmp") if file.is_file() and file.stat().st_mtime < old]
+    hour_ago = time.time() - 3600
+    stale = [file for file in (cache(machine) / "files/md5").rglob("*.tmp") if file.is_file() and file.stat().st_mtime < hour_ago]
     if not stale:
         yield Line("cache", "ok", "no leftovers of interrupted copies")
         return
@@ -207,10 +212,9 @@ def extensions(machine: Machine, fix: bool) -> Iterator[Line]:
     for file in [] if at_work else folder.glob("**/lock"):
         if fix:
             file.unlink(missing_ok=True)
-        level: Literal["ok", "warn"] = "ok" if fix else "warn"
-        yield Line(
-            "extensions", level, f"{file} {'removed' if fix else 'is there, and nothing is being built'}", "" if fix else f"rm {file}"
-        )
+            yield Line("extensions", "ok", f"{file} removed")
+        else:
+            yield Line("extensions", "warn", f"{file} is there, and nothing is being built", f"rm {file}")
 
 
 # ---------------------------------------------------------------------------------------------------- what lies beyond
@@ -234,13 +238,10 @@ def tracker(machine: Machine, fix: bool) -> Iterator[Line]:
     stated = overrides.read((machine.root / "params.yaml").read_text()).get("tracking", {}).get("wandb", "disabled")
     mode = os.environ.get("WANDB_MODE") or stated
     waiting = [run for run in machine.root.glob("runtime/wandb/offline-run-*") if not list(run.glob("*.synced"))]
-    known = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
-    if mode == "online" and not known:
+    if mode == "online" and "WANDB_API_KEY" not in os.environ and not (Path.home() / ".netrc").exists():
         yield Line("W&B", "fail", "online, and no key is known", "state WANDB_API_KEY in the environment, or WANDB_MODE=offline")
     elif waiting:
-        yield Line(
-            "W&B", "ok", f"{mode}; {len(waiting)} offline runs are kept here", "`cf wandb sync` sends them" if mode == "online" else ""
-        )
+        yield Line("W&B", "ok", f"{mode}; {len(waiting)} offline runs are kept here", "`cf wandb sync` sends them" * (mode == "online"))
     else:
         yield Line("W&B", "ok", mode)
 

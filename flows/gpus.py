@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 PAUSE = 0.5  # seconds between two looks at a lock that another holds
 SAY_EVERY = 60.0
+DEVICES = Path("/dev")
 
 
 def folder() -> Path:
-    """Shared by all checkouts of this user on this machine."""
-    return Path(os.environ.get("CF_GPU_LOCKS") or Path.home() / ".cache" / "cf")
+    """Shared by all checkouts of this user on this machine; its name is in there, because a home may be shared by machines."""
+    return Path(os.environ.get("CF_GPU_LOCKS") or Path.home() / ".cache/cf" / (re.sub(r"[^\w-]", "_", platform.node()) or "here"))
 
 
 def available() -> list[int]:
@@ -33,7 +37,8 @@ def available() -> list[int]:
         if not all(one.isdecimal() for one in named):
             raise ValueError(f"CUDA_VISIBLE_DEVICES is {visible}; name GPUs by their numbers, since their locks are numbered")
         return sorted({int(one) for one in named})
-    return sorted(int(path.name.removeprefix("nvidia")) for path in Path("/dev").glob("nvidia[0-9]*"))
+    # CUDA counts those that are there: a container that is given GPU 3 has /dev/nvidia3, and calls it 0
+    return list(range(len(list(DEVICES.glob("nvidia[0-9]*")))))
 
 
 @contextmanager
@@ -57,7 +62,6 @@ def locks(count: int, line: Callable[[str], None], stop: Callable[[], bool] = la
     with ExitStack() as open_files:
         held: dict[int, int] = {}
         if count:
-            folder().mkdir(parents=True, exist_ok=True)
             with ExitStack() as turn:
                 _wait(lambda: _take(folder() / "gpus.lock", turn) is not None, line, "its turn to take GPUs", stop)
                 _wait(lambda: _collect(held, count, known, open_files), line, f"{count} of GPUs {known}", stop)
@@ -76,7 +80,7 @@ def _collect(held: dict[int, int], count: int, known: list[int], open_files: Exi
 
 def _take(path: Path, open_files: ExitStack) -> int | None:
     """The file is never removed: a lock on a removed file would be a lock that nobody else sees."""
-    file = path.open("a+")
+    file = _open(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -87,6 +91,18 @@ def _take(path: Path, open_files: ExitStack) -> int | None:
     file.write(f"{os.getpid()}\n")  # for the person who looks who has it; the lock is the kernel's
     file.flush()
     return file.fileno()
+
+
+def _open(path: Path) -> IO[str]:
+    """For whoever else shares the folder too, whatever the umask of the one who makes the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.fchmod(made := os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), 0o666)
+            os.close(made)
+        return path.open("r+")
+    except PermissionError:
+        raise ValueError(f"{path} is another user's: `chmod a+rw` it as that one, or state a folder of your own in CF_GPU_LOCKS") from None
 
 
 def _wait(ready: Callable[[], bool], line: Callable[[str], None], what: str, stop: Callable[[], bool]) -> None:

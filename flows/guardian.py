@@ -16,10 +16,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
-MARK = "CF_GUARD"  # in the environment of all that the command starts: "<a word for this command>:<guardian's pid>:<when that began>"
+MARK = "CF_GUARD"  # in the environment of all that the command starts; see mark()
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -29,23 +30,41 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
+def began(pid: int) -> str:
+    """With its number this is one process until the machine is off; in ticks since the start, because a clock may be set."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # not in every sandbox
+            boot, stat = (Path(file).read_text(errors="replace") for file in ("/proc/sys/kernel/random/boot_id", f"/proc/{pid}/stat"))
+            return f"{boot.strip()}/{stat.rpartition(')')[2].split()[19]}"
+    return f"{psutil.Process(pid).create_time():.2f}"
+
+
+def namespace() -> str:
+    """Process numbers mean something inside of it only: on the host, those of a container are other processes'."""
+    return os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else ""
+
+
+def mark(word: str) -> str:
+    """What this process puts into the environment of all that it starts."""
+    return f"{word}:{os.getpid()}:{began(os.getpid())}:{namespace()}"
+
+
 def carriers() -> list[tuple[psutil.Process, str]]:
-    """All living processes of this user that any guardian has started, with their marks."""
-    found = []
+    """All living processes of this user that any guardian of this namespace has started, with their marks."""
+    found, here = [], f":{namespace()}"
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and (mark := process.environ().get(MARK)):
+            mark = "" if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE else process.environ().get(MARK, "")
+            if mark.endswith(here):
                 found.append((process, mark))
     return found
 
 
 def alive(mark: str) -> bool:
     """Is the guardian that wrote this mark still there? A number that another process has by now has another beginning."""
-    _, pid, began = mark.split(":")
+    _, pid, since, _ = mark.split(":", 3)
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(int(pid))
-        # a clock that is set moves the beginning by a little; a zombie guards nothing
-        return abs(process.create_time() - float(began)) < 10 and process.status() != psutil.STATUS_ZOMBIE
+        return began(int(pid)) == since and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE  # which guards nothing
     return False
 
 
@@ -111,7 +130,7 @@ def guard(word: str, grace: float, command: list[str]) -> int:
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, MARK: f"{word}:{os.getpid()}:{psutil.Process().create_time():.2f}"},
+        env={**os.environ, MARK: mark(word)},
         start_new_session=True,
         preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # of this process, which has one thread
     )

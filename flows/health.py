@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import prefect
+import psutil
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -26,7 +27,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 
 from flows import alerts, processes, reconcile
 from flows.doctor import Line
-from flows.machine import POOL
+from flows.machine import POOL, since
 from flows.settings import Machine, healthy
 
 SOON = timedelta(seconds=120)  # the scheduler looks every minute
@@ -75,7 +76,7 @@ CHECKS: list[Check] = [server, alarms]
 
 def complaints(log: Path) -> Iterator[Line]:
     """The scheduler's failures are to be seen nowhere else."""
-    text = log.read_bytes()[-200_000:].decode(errors="replace") if log.exists() else ""
+    text = since(log) if log.exists() else ""
     text = text.rpartition("Check out the dashboard")[2]  # since it was started last
     lines = [line for line in text.splitlines() if "| ERROR " in line]
     if lines:
@@ -94,6 +95,8 @@ def worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Line]:
     if own is None:
         waiting = f"; {len(late)} runs are late" if late else ""
         yield Line("worker", "fail" if late else "warn", f"none of this checkout runs{waiting}", "`make up` starts it")
+    elif own.status() == psutil.STATUS_STOPPED:
+        yield Line("worker", "fail", f"process {own.pid} is stopped and takes no run: a `cf down` was killed", "`make up` wakes it")
     elif late:
         yield Line(
             "worker", "warn", f"process {own.pid}; {len(late)} runs are late", "they wait for the run that is at work, or CF_RUNS=2 make up"
@@ -141,12 +144,11 @@ def scheduled(client: SyncPrefectClient, one: DeploymentResponse) -> Iterator[Li
 
 def stuck(client: SyncPrefectClient, machine: Machine, fix: bool) -> Iterator[Line]:
     """Runs that say Running and have no process here, and slots that nobody holds."""
-    mine, alive = reconcile.taken(machine.root), processes.runs_of(machine.root)
     states = FlowRunFilterState(type=FlowRunFilterStateType(any_=reconcile.OPEN))
     open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=states))
-    dead = [run.name for run in open_runs if str(run.id) in mine and str(run.id) not in alive]
+    dead = [run.name for run in reconcile.dead(client, machine.root, SOON)]
     if dead and fix:
-        for said in reconcile.flow_runs(client, machine.root):
+        for said in reconcile.flow_runs(client, machine.root, SOON):
             yield Line("stuck", "ok", said)
     elif dead:
         yield Line("stuck", "warn", f"said to be at work, and dead: {', '.join(dead)}", "`cf doctor --fix` closes them")

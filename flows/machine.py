@@ -13,16 +13,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
 from flows import alerts, processes
-from flows.settings import DATABASE, Machine, database, environment, healthy, here
+from flows.settings import DATABASE, Machine, check_host, database, environment, healthy, here, last
 
 POOL = "cf"
 PATIENCE = 600.0  # seconds for a start: 10 on a quiet machine, 200 were seen at a load of 20; one that died is noticed at once
 GRACE = 8.0  # seconds between SIGTERM and SIGKILL
+LOG = 50 * 2**20  # Choice: bytes after which a log is set aside when its process is started; the worker's has each line of each stage
 LOOK = "900"  # Choice: seconds between two looks of the watch; a night is late after a day
 
 
@@ -57,14 +59,17 @@ def up(argv: list[str]) -> None:
 def start_server(machine: Machine) -> str:
     extra, kept = database()
     running, other = (processes.noted(machine.file(f"{name}.pid")) for name in ("server", "worker"))
-    up_at = (running or other) and machine.file("port").read_text()
-    if up_at and up_at != str(machine.port):
-        raise ValueError(f"this checkout is up at port {up_at} and CF_PORT is {machine.port}; `cf down` first, or leave CF_PORT out")
+    for what, asked in (("port", str(machine.port)), ("host", machine.host)):
+        name, is_at = f"CF_{what.upper()}", last(machine.root, what)
+        if (running or other) and is_at != asked:
+            raise ValueError(f"this checkout is up at {what} {is_at} and {name} is {asked}; `cf down` first, or leave {name} out")
     if running is None:
+        check_host(machine.host, os.environ)
         if taken := processes.holder(machine.port):
             raise ValueError(f"port {machine.port} is taken by {taken}; end it, or choose another: CF_PORT={machine.port + 1} make up")
         command = ["prefect", "server", "start", "--host", machine.host, "--port", str(machine.port)]
         machine.file("port").write_text(str(machine.port))
+        machine.file("host").write_text(machine.host)
         running = launch(machine, "server", command, environment(machine) | extra)
     elif healthy(machine):
         return f"the server is up already: {machine.url} (process {running.pid})"
@@ -74,18 +79,19 @@ def start_server(machine: Machine) -> str:
 
 def start_worker(machine: Machine) -> str:
     running = processes.noted(machine.file("worker.pid"))
+    if running is not None and running.status() == psutil.STATUS_STOPPED:
+        running.resume()
+        return f"the worker was stopped, by a `cf down` that was killed or by hand, and goes on (process {running.pid})"
     if running is not None:
         return f"the worker is up already (process {running.pid})"
-    # runs of a worker that died would say Running for ever
-    for said in reconcile(machine):
-        print(said)
-    log = machine.file("worker.log")
+    reconcile(machine)  # runs of a worker that died would say Running for ever
+    log = log_of(machine, "worker")
     before = log.stat().st_size if log.exists() else 0
     command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", str(machine.runs)]
     links = {"CF_REPORTS": os.environ.get("CF_REPORTS", f"http://127.0.0.1:{machine.reports}")}
     # nine tries, each twice as long after: a server that is away for eight minutes ends no run (five would be one minute)
     running = launch(machine, "worker", command, environment(machine) | {"PREFECT_CLIENT_MAX_RETRIES": "8"} | links)
-    wait(machine, "worker", running, lambda: b"started!" in log.read_bytes()[before:])
+    wait(machine, "worker", running, lambda: "started!" in since(log, before))
     return f"the worker is up: pool {POOL}, {machine.runs} at a time (process {running.pid}, log {log})"
 
 
@@ -110,7 +116,7 @@ def start(machine: Machine, name: str, it_is: str, words: list[str], said: str) 
 
 def launch(machine: Machine, name: str, words: list[str], env: dict[str, str]) -> psutil.Process:
     """`python -m` in a session of its own, so that closing the terminal ends nothing."""
-    with machine.file(f"{name}.log").open("ab") as log:
+    with log_of(machine, name).open("ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", *words],
             cwd=machine.root,
@@ -124,25 +130,45 @@ def launch(machine: Machine, name: str, words: list[str], env: dict[str, str]) -
     return psutil.Process(child.pid)
 
 
+def log_of(machine: Machine, name: str) -> Path:
+    """With room in it; for a process that isn't up."""
+    log = machine.file(f"{name}.log")
+    if log.exists() and log.stat().st_size > LOG:
+        log.replace(machine.file(f"{name}.log.1"))
+    return log
+
+
+def since(log: Path, place: int | None = None) -> str:
+    """What it says after `place`; without one, its end."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 200_000) if place is None else place)
+        return file.read().decode(errors="replace")
+
+
 def wait(machine: Machine, name: str, process: psutil.Process, ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not ready():
         log = machine.file(f"{name}.log")
         if not processes.runs(process):
-            last = " | ".join(line for line in log.read_text(errors="replace").splitlines()[-4:] if line.strip())
+            last = " | ".join(line for line in since(log).splitlines()[-4:] if line.strip())
             raise ValueError(f"the {name} ended while it started, with: {last}; `cf doctor` checks the versions, {log} has the whole")
         if time.monotonic() > deadline:
             raise ValueError(f"the {name} (process {process.pid}) is not ready after {PATIENCE:.0f} s; see {log}, then `cf down`")
         time.sleep(0.25)
 
 
-def reconcile(machine: Machine) -> list[str]:
-    """In a process of its own: Prefect reads where its server is when it is imported."""
+def reconcile(machine: Machine) -> None:
+    """In a process of its own: Prefect reads where its server is when it is imported. A server that refuses to hear of it (it has a
+    password that nobody stated here, or its versions break it) is no reason to stop or start nothing."""
     command = [sys.executable, "-m", "flows.reconcile", str(machine.root)]
-    done = subprocess.run(command, cwd=machine.root, env=environment(machine), capture_output=True, text=True, timeout=PATIENCE)
-    if done.returncode:
-        raise ValueError(f"runs that died could not be closed: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout.splitlines()
+    try:
+        done = subprocess.run(command, cwd=machine.root, env=environment(machine), capture_output=True, text=True, timeout=PATIENCE / 5)
+        said, why = done.stdout, done.returncode and (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired as late:
+        said, why = "", f"no answer within {late.timeout:.0f} s"
+    print(said, end="", flush=True)
+    if why:
+        print(f"warning: runs that died could not all be closed: {why}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- down
@@ -162,13 +188,10 @@ def stop(machine: Machine) -> str:
     left = processes.marked(machine.root)
     if not left:
         return "nothing of this checkout is up"
-    if worker:
-        worker.suspend()  # else it starts the next run that waits
-    # the flow's own process first: it ends its stages itself and says so; then what it could not end
-    processes.end([run[0] for run in processes.runs_of(machine.root).values()], GRACE)
-    processes.end([one for run in processes.runs_of(machine.root).values() for one in run], 1)
-    if worker:
-        worker.resume()
+    with asleep(worker):  # else it starts the next run that waits
+        # the flow's own process first: it ends its stages itself and says so; then what it could not end
+        processes.end([run[0] for run in processes.runs_of(machine.root).values()], GRACE)
+        processes.end([one for run in processes.runs_of(machine.root).values() for one in run], 1)
     if server and healthy(machine):
         reconcile(machine)
     killed = [one for group in ([worker], [server], processes.marked(machine.root)) for one in processes.end(filter(None, group), GRACE)]
@@ -179,6 +202,20 @@ def stop(machine: Machine) -> str:
         raise ValueError(f"these survived SIGKILL and wait for the kernel: {', '.join(str(one.pid) for one in rest)}; look with ps")
     more = f", {len(killed)} of them by SIGKILL" if killed else ""
     return f"stopped: {len(left)} processes{more}"
+
+
+@contextmanager
+def asleep(process: psutil.Process | None) -> Iterator[None]:
+    """One that was left so, by Ctrl-C in between, would look well and do nothing for ever."""
+    with suppress(*processes.GONE):
+        if process:
+            process.suspend()
+    try:
+        yield
+    finally:
+        with suppress(*processes.GONE):
+            if process:
+                process.resume()
 
 
 if __name__ == "__main__":

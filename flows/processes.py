@@ -11,14 +11,16 @@ from pathlib import Path
 
 import psutil
 
+from flows import guardian
+
 MARK = "CF_MACHINE"  # in the environment of the server, the worker and everything below them: the checkout they belong to
 GONE = (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess)
 
 
 def note(file: Path, pid: int) -> None:
-    """A pid alone may be somebody else's tomorrow: with the time it began it is one process for ever."""
+    """A pid alone may be somebody else's tomorrow."""
     whole = file.with_suffix(".partial")
-    whole.write_text(json.dumps({"pid": pid, "began": psutil.Process(pid).create_time()}))
+    whole.write_text(json.dumps({"pid": pid, "began": guardian.began(pid)}))
     whole.replace(file)
 
 
@@ -27,8 +29,7 @@ def noted(file: Path) -> psutil.Process | None:
     try:
         stated = json.loads(file.read_text())
         process = psutil.Process(stated["pid"])
-        same = abs(process.create_time() - stated["began"]) < 1
-        return process if same and runs(process) else None
+        return process if guardian.began(process.pid) == stated["began"] and runs(process) else None
     except (FileNotFoundError, ValueError, KeyError, *GONE):
         return None
 
@@ -55,7 +56,7 @@ def marked(root: Path) -> list[psutil.Process]:
 
 
 def runs_of(root: Path) -> dict[str, list[psutil.Process]]:
-    """Flow run id -> its processes here: Prefect puts the id into the engine's environment, and children inherit it."""
+    """Flow run id -> the flow's own process, which Prefect gives the id, and what that starts with its whole environment: no stages."""
     found: dict[str, list[psutil.Process]] = {}
     for process in marked(root):
         try:
@@ -76,14 +77,21 @@ def end(processes: Iterable[psutil.Process], grace: float) -> list[psutil.Proces
             asked.append(process)
         except GONE:
             continue
-    deadline = time.monotonic() + grace
-    while (left := [process for process in asked if runs(process)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    left = _left(asked, grace)
     for process in left:
         try:
             process.kill()
         except GONE:
             continue
+    _left(left, 5)  # the kernel takes its time with many GiB
+    return left
+
+
+def _left(processes: list[psutil.Process], within: float) -> list[psutil.Process]:
+    """Those that still run after so many seconds; at once when none does."""
+    deadline = time.monotonic() + within
+    while (left := [process for process in processes if runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     return left
 
 

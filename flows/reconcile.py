@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -36,13 +37,18 @@ def main(root: Path) -> None:
             print(said)
 
 
-def flow_runs(client: SyncPrefectClient, root: Path) -> list[str]:
-    """Open runs that this machine's worker took and that have no process here any more."""
-    alive, mine = processes.runs_of(root), taken(root)
+def dead(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[FlowRun]:
+    """Open runs that this machine's worker took and that have no process here; not those whose state is younger than `silent`:
+    beside a worker, a run that it has just taken has none yet."""
+    found: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_of(OPEN)))
+    alive, mine, now = processes.runs_of(root), taken(root), datetime.now(UTC)
+    old = [run for run in found if run.state is None or now - run.state.timestamp >= silent]
+    return [run for run in old if str(run.id) in mine and str(run.id) not in alive]
+
+
+def flow_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[str]:
     said = []
-    for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_of(OPEN))):
-        if str(run.id) in alive or str(run.id) not in mine:
-            continue
+    for run in dead(client, root, silent):
         asked = run.state_type == StateType.CANCELLING
         message = "Its processes were gone when the machine was started or stopped."
         state: State[Any] = Cancelled(message=message) if asked else Crashed(message=message)
@@ -55,8 +61,11 @@ def flow_runs(client: SyncPrefectClient, root: Path) -> list[str]:
 
 def taken(root: Path) -> set[str]:
     """Ids of the runs that this machine's worker took, by its log: the server doesn't know which worker it was."""
-    log = root / ".machine/worker.log"
-    return set(re.findall(r"submitting flow run '([0-9a-f-]{36})'", log.read_text(errors="replace"))) if log.exists() else set()
+    found: set[str] = set()
+    for log in (root / ".machine").glob("worker.log*"):  # and worker.log.1, the older one
+        with log.open(errors="replace") as lines:
+            found.update(run for line in lines for run in re.findall(r"submitting flow run '([0-9a-f-]{36})'", line))
+    return found
 
 
 def tasks_of_the_dead(client: SyncPrefectClient, run: UUID | None = None) -> list[str]:

@@ -33,8 +33,8 @@ class Machine:
 
     @property
     def url(self) -> str:
-        local = "127.0.0.1" if self.host in ("0.0.0.0", "localhost", "::", "::1") else self.host
-        return f"http://{local}:{self.port}"
+        local = "127.0.0.1" if self.host in ("0.0.0.0", "localhost", "::") else self.host
+        return f"http://[{local}]:{self.port}" if ":" in local else f"http://{local}:{self.port}"
 
     @property
     def reports(self) -> int:
@@ -46,28 +46,32 @@ class Machine:
 
 
 def here(root: Path | None = None) -> Machine:
-    """This checkout's, as the environment says: CF_PORT (else the port of the last time, else 4200), CF_RUNS (1), CF_HOST."""
+    """This checkout's: CF_PORT and CF_HOST (else those of the last time, else 4200 and 127.0.0.1), CF_RUNS (1)."""
     root = (root or Path.cwd()).resolve()
     if not (root / "dvc.yaml").exists():
         raise ValueError(f"{root} has no dvc.yaml; run cf at the root of the project")
-    last = root / ".machine/port"
-    port = last.read_text() if last.exists() else "4200"
     numbers = {}
-    for name, default, most in (("CF_PORT", port, 65535), ("CF_RUNS", "1", 64)):
+    for name, default, most in (("CF_PORT", last(root, "port"), 65535), ("CF_RUNS", "1", 64)):
         stated = os.environ.get(name, default)
         if not stated.isdecimal() or not 1 <= int(stated) <= most:
             raise ValueError(f"{name} is {stated!r}; it must be a whole number from 1 to {most}")
         numbers[name] = int(stated)
-    host = os.environ.get("CF_HOST", "127.0.0.1")
-    check_host(host, os.environ)
-    return Machine(root, host, numbers["CF_PORT"], numbers["CF_RUNS"])
+    if "CF_HOST" in os.environ:
+        check_host(os.environ["CF_HOST"], os.environ)
+    return Machine(root, os.environ.get("CF_HOST", last(root, "host")), numbers["CF_PORT"], numbers["CF_RUNS"])
+
+
+def last(root: Path, what: str) -> str:
+    """Where the server was when it was started last."""
+    file = root / ".machine" / what
+    return file.read_text() if file.exists() else {"port": "4200", "host": "127.0.0.1"}[what]
 
 
 def check_host(host: str, given: Mapping[str, str]) -> None:
     """Whoever reaches the API may run what the deployments run: beyond this machine only with a password."""
     user, _, password = given.get(PASSWORD, "").partition(":")
     if host not in LOOPBACK and not (user and password):
-        raise ValueError(f"CF_HOST is {host}, which others can reach; state {PASSWORD}=USER:PASSWORD, or leave CF_HOST out")
+        raise ValueError(f"CF_HOST is {host}, which others can reach; state {PASSWORD}=USER:PASSWORD, or CF_HOST=127.0.0.1")
 
 
 def environment(machine: Machine, given: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -11,8 +11,6 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import psutil
-
 from flows import gpus as gpu_locks
 from flows import guardian
 
@@ -114,7 +112,7 @@ def stopping() -> bool:
 
 def mark() -> None:
     """Lets sweep() find what this process starts without a guardian, once it is dead: Prefect's temporary server, for one."""
-    os.environ[guardian.MARK] = f"{secrets.token_hex(8)}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+    os.environ[guardian.MARK] = guardian.mark(secrets.token_hex(8))
 
 
 def sweep() -> list[int]:

@@ -12,7 +12,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["prepare", "slow", "stubborn", "last"]
@@ -159,6 +162,14 @@ def dvc(folder: Path, *words: str, code: int = 0) -> str:
     done = subprocess.run(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == code, done.stdout
     return done.stdout
+
+
+def sleeps(process: psutil.Process) -> bool:
+    """Was it stopped? A signal takes a moment."""
+    until = time.monotonic() + 5
+    while process.status() != psutil.STATUS_STOPPED and time.monotonic() < until:
+        time.sleep(0.01)
+    return bool(process.status() == psutil.STATUS_STOPPED)
 
 
 def pids(folder: Path, name: str) -> list[int]:

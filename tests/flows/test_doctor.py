@@ -85,6 +85,9 @@ def test_a_lock_whose_holder_is_dead(machine: Machine) -> None:
     assert [line.level for line in doctor.locks(machine, True)] == ["ok"] and str(os.getpid()) in file.read_text()
     file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
     assert [line.level for line in doctor.locks(machine, True)] == ["ok"] and file.read_text() == "{}"
+    both = json.dumps({"data": {"write": {"pid": dead.pid}}, "out": {"read": [{"pid": os.getpid()}]}})
+    file.write_text(both)
+    assert [line.level for line in doctor.locks(machine, True)] == ["warn"] and file.read_text() == both
 
 
 def test_a_build_that_was_killed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +106,28 @@ def test_a_full_disk(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda root: Thing(free=2**28))
     (line,) = doctor.disk(machine, False)
     assert line.level == "fail" and line.said.startswith("0.2 GiB free")
+    assert "--workspace" not in line.todo and "dvc gc --all-branches --all-tags" in line.todo
+
+
+def test_a_disk_too_small_for_a_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what dvc.lock says that it makes; the cache may be on another disk, and may not be there yet."""
+    assert [line.level for line in doctor.disk(machine, False)] == ["ok"]
+    (machine.root / "dvc.lock").write_text(f"stages: {{a: {{outs: [{{path: x, size: {2**40}}}]}}}}\n")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: Thing(free=2**36))
+    assert [line.level for line in doctor.disk(machine, False)] == ["fail"]
+    (machine.root / "dvc.lock").unlink()
+    monkeypatch.setattr(doctor, "cache", lambda machine: Path("/proc/not/there"))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: Thing(free=2**20 if folder == Path("/proc") else 2**40))
+    assert [(line.level, " at /proc;" in line.said) for line in doctor.disk(machine, False)] == [("fail", True), ("ok", False)]
+
+
+def test_a_gpu_whose_holder_is_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    monkeypatch.setenv("CF_GPUS", "3")
+    monkeypatch.setattr(doctor.gpus, "holders", lambda: {0: None, 1: os.getpid(), 2: dead.pid})
+    lines = [line for line in doctor.graphics(machine, False) if "torch" not in line.said]
+    assert [line.level for line in lines] == ["ok", "ok", "warn"] and "fuser -v" in lines[2].todo
 
 
 def test_online_without_a_key(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,48 @@ def test_more_than_there_are_is_refused() -> None:
         pass
 
 
-def test_which_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_for_a_gpu_can_be_stopped(tmp_path: Path) -> None:
+    waits = threading.Event()
+
+    def run() -> None:
+        with pytest.raises(InterruptedError, match="stopped while waiting"):
+            supervise.run([sys.executable, "-c", ""], cwd=tmp_path, line=lambda text: waits.set(), gpus=1)
+
+    with gpus.hold(2, print):
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        assert waits.wait(10)
+        supervise.stop()
+        thread.join(2)
+        assert not thread.is_alive()
+
+
+def test_another_user_can_open_the_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o077)
+    try:
+        with gpus.hold(1, print):
+            files = list(gpus.folder().iterdir())
+    finally:
+        os.umask(before)
+    assert len(files) == 2 and all(file.stat().st_mode & 0o777 == 0o666 for file in files)
+
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(gpus.os, "open", refuse)
+    with pytest.raises(ValueError, match=r"gpus\.lock is another user's: `chmod a\+rw` it"), gpus.hold(1, print):
+        pass
+
+
+def test_a_home_may_be_shared_by_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CF_GPU_LOCKS")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, folder in {"node-1": "node-1", "../a.b": "___a_b", "": "here"}.items():
+        monkeypatch.setattr(gpus.platform, "node", lambda name=name: name)
+        assert gpus.folder() == tmp_path / ".cache/cf" / folder
+
+
+def test_which_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus.available() == [0, 1]
     monkeypatch.delenv("CF_GPUS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
@@ -136,6 +177,11 @@ def test_which_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7b2c")
     with pytest.raises(ValueError, match="by their numbers"):
         gpus.available()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for name in ("nvidia3", "nvidia7", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+    assert gpus.available() == [0, 1], "as CUDA counts them in a container that has no others"
 
 
 def test_a_command_sees_its_own_gpus_only(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from flows import deploy, machine, processes, reconcile, settings
+from flows import deploy, guardian, machine, processes, reconcile, settings
+from tests.flows import project
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 
@@ -49,7 +50,7 @@ def test_a_number_that_another_process_has_by_now_is_not_ours(checkout: Path) ->
     found = processes.noted(file)
     assert found and found.pid == os.getpid()
     stated = json.loads(file.read_text())
-    file.write_text(json.dumps(stated | {"began": stated["began"] - 100}))
+    file.write_text(json.dumps(stated | {"began": guardian.began(1)}))
     assert processes.noted(file) is None
     file.write_text("")
     assert processes.noted(file) is None
@@ -80,6 +81,75 @@ def test_down_without_a_server_ends_what_is_left(checkout: Path, stubborn: subpr
     assert machine.stop(settings.here()).startswith("stopped: 1 processes")
     assert stubborn.wait(10) == -signal.SIGKILL
     assert machine.stop(settings.here()) == "nothing of this checkout is up"
+
+
+def test_down_goes_on_when_the_server_refuses_to_hear_of_runs(
+    checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes.note(checkout / ".machine/server.pid", stubborn.pid)
+    monkeypatch.setattr(machine, "healthy", lambda machine: True)
+    monkeypatch.setattr(machine, "GRACE", 0.3)
+    done = subprocess.CompletedProcess([], 1, "run a: it is Crashed now\n", "Traceback\nPrefectHTTPStatusError: 401\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(machine.subprocess, "run", lambda *_, **__: done)
+        assert machine.stop(settings.here()).startswith("stopped: 1 processes")
+    assert stubborn.wait(10) == -signal.SIGKILL
+    assert capsys.readouterr().out == (
+        "run a: it is Crashed now\nwarning: runs that died could not all be closed: PrefectHTTPStatusError: 401\n"
+    )
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_the_worker_sleeps_while_runs_are_ended(
+    checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    """Else it would start the next one; and it wakes also when somebody loses patience."""
+    worker = psutil.Process(stubborn.pid)
+    processes.note(checkout / ".machine/worker.pid", worker.pid)
+    seen: list[bool] = []
+
+    def end(*_: object) -> list[psutil.Process]:
+        seen.append(project.sleeps(worker))
+        if interrupted:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(processes, "end", end)
+    with pytest.raises(KeyboardInterrupt if interrupted else ValueError):  # these survived
+        machine.stop(settings.here())
+    assert seen[0] and worker.status() != psutil.STATUS_STOPPED
+    processes.note(checkout / ".machine/worker.pid", worker.pid)
+    worker.suspend()
+    assert project.sleeps(worker)
+    assert machine.start_worker(settings.here()).startswith("the worker was stopped")
+    assert worker.status() != psutil.STATUS_STOPPED
+    assert machine.start_worker(settings.here()).startswith("the worker is up already")
+
+
+def test_a_worker_is_started(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log is set aside when it is large, and what it said the last time doesn't count."""
+    log = checkout / ".machine/worker.log"
+    log.write_text("the last time: started!\n" * 9)
+    ready: list[bool] = []
+    told: dict[str, str] = {}
+
+    def launch(here: settings.Machine, name: str, words: list[str], env: dict[str, str]) -> psutil.Process:
+        told.update(env)
+        return psutil.Process()
+
+    def wait(here: settings.Machine, name: str, process: psutil.Process, is_ready: Callable[[], bool]) -> None:
+        ready.append(is_ready())
+        with log.open("a") as file:
+            file.write("started!\n")
+        ready.append(is_ready())
+
+    for name, value in {"reconcile": lambda machine: None, "launch": launch, "wait": wait}.items():
+        monkeypatch.setattr(machine, name, value)
+    machine.start_worker(settings.here())
+    assert ready == [False, True] and told["PREFECT_CLIENT_MAX_RETRIES"] == "8"
+    monkeypatch.setattr(machine, "LOG", 100)
+    assert machine.log_of(settings.here(), "worker") == log and not log.exists()
+    assert (checkout / ".machine/worker.log.1").read_text().count("started!") == 10
 
 
 def test_who_has_a_port(checkout: Path) -> None:
@@ -115,6 +185,12 @@ def test_the_port_of_the_last_time(checkout: Path, monkeypatch: pytest.MonkeyPat
     assert settings.here().port == 4321
     monkeypatch.setenv("CF_PORT", "4322")
     assert settings.here().port == 4322
+    (checkout / ".machine/host").write_text("0.0.0.0")
+    assert settings.here().host == "0.0.0.0", "`cf down` has no need of the password"
+    with pytest.raises(ValueError, match="which others can reach"):
+        machine.start_server(settings.here())
+    monkeypatch.setenv("CF_HOST", "::1")
+    assert settings.here().url == "http://[::1]:4322"
     monkeypatch.chdir(checkout.parent)
     with pytest.raises(ValueError, match=r"has no dvc\.yaml"):
         settings.here()
@@ -135,10 +211,18 @@ def test_only_the_server_is_told_the_secrets(checkout: Path) -> None:
     assert "hush" not in str(refused.value) and "postgresql+asyncpg://" in str(refused.value)
 
 
+def test_what_everything_is_told_of_prefect(checkout: Path) -> None:
+    told = settings.environment(settings.here(), {})
+    assert told["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"] == "prefect.server.concurrency.lease_storage.filesystem"
+    assert told["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "45"
+
+
 def test_runs_that_this_worker_took(checkout: Path) -> None:
     assert reconcile.taken(checkout) == set()
     run = "4f19a88d-0704-4a89-a476-eeb87f9c4102"
     (checkout / ".machine/worker.log").write_text(f"18:41 | INFO | Worker 'ProcessWorker 1' submitting flow run '{run}'\nslow: 1 of 2\n")
+    assert reconcile.taken(checkout) == {run}
+    (checkout / ".machine/worker.log").rename(checkout / ".machine/worker.log.1")
     assert reconcile.taken(checkout) == {run}
 
 

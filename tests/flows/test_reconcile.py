@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def test_a_night_that_died_with_its_worker_is_told(server: None, receiver: Recei
         log = "".join(f"submitting flow run '{run.id}'\n" for run in runs[:2])  # the third is another machine's
         (tmp_path / ".machine").mkdir()
         (tmp_path / ".machine/worker.log").write_text(log)
+        assert reconcile.flow_runs(client, tmp_path, timedelta(minutes=2)) == [], "a worker may be about to start them"
         said = reconcile.flow_runs(client, tmp_path)
         assert len(said) == 2 and all("it is Crashed now" in line for line in said)
         states = [client.read_flow_run(run.id).state for run in runs]

@@ -36,7 +36,8 @@ supervise.run([sys.executable, "-c", sys.argv[1]], cwd=Path.cwd(), line=lambda s
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it a line is two writes, and those of two processes mix
     supervise.start()
     yield
     supervise.start()
@@ -199,6 +200,34 @@ def test_the_sweep_leaves_alone_what_has_its_guardian() -> None:
         assert {mark.split(":")[1] for process, mark in guardian.carriers() if process.pid in family.pids} == {str(family.guardian.pid)}
         assert not set(supervise.sweep()) & set(family.pids)
         assert all(lives(pid) for pid in family.pids)
+
+
+def test_a_mark_is_of_one_process_in_one_namespace() -> None:
+    own = guardian.mark("word")
+    assert guardian.alive(own)
+    assert not guardian.alive(f"word:{os.getpid()}:{guardian.began(1)}:{guardian.namespace()}"), "another had the number"
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    both = [subprocess.Popen(sleeper, env={**os.environ, guardian.MARK: mark}) for mark in (own, "word:1:2:pid:[3]")]
+    found = {process.pid for process, _ in guardian.carriers()} & {one.pid for one in both}
+    for one in both:
+        one.kill()
+        one.wait()
+    assert found == {both[0].pid}, "the other is a container's"
+
+
+def test_the_guardian_has_no_mark_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(guardian.MARK, "")  # so that the one that mark() sets is gone after this test
+    supervise.mark()
+    said, carrying = list[str](), list[int]()
+
+    def line(text: str) -> None:
+        said.append(text)
+        carrying.extend(process.pid for process, _ in guardian.carriers())
+
+    script = "import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(1)"
+    supervise.run([sys.executable, "-c", script], cwd=tmp_path, line=line)
+    command, its_guardian = map(int, said[0].split())
+    assert command in carrying and its_guardian not in carrying
 
 
 def test_elsewhere_than_linux_psutil_finds_the_family(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""What `cf doctor` makes of a server's answers; the server is a few objects. With a real one: tests/system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace as Thing
+from typing import Any
+
+import psutil
+import pytest
+
+from flows import health, processes
+from flows.settings import Machine
+from tests.flows import project
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    (tmp_path / ".machine").mkdir()
+    return Machine(tmp_path, "127.0.0.1", 4999, 1)
+
+
+@pytest.fixture
+def own(machine: Machine) -> Iterator[psutil.Process]:
+    """The checkout's worker."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    processes.note(machine.file("worker.pid"), child.pid)
+    yield psutil.Process(child.pid)
+    child.kill()
+    child.wait()
+
+
+def client(runs: list[Any] | None = None, slots: int = 0, paused: bool = False) -> Any:
+    return Thing(
+        read_flow_runs=lambda flow_run_filter: runs or [],
+        read_global_concurrency_limits=lambda limit, offset: [Thing(name="deployment:1", active_slots=slots)],
+        read_work_pools=lambda: [Thing(name="cf", is_paused=paused)],
+    )
+
+
+def test_slots_that_nobody_holds(machine: Machine) -> None:
+    assert [line.level for line in health.stuck(client(), machine, False)] == ["ok"]
+    (bad, _) = health.stuck(client(slots=1), machine, False)
+    assert bad.level == "fail" and bad.todo == "prefect gcl update deployment:1 --active-slots 0"
+    assert [line.level for line in health.stuck(client([Thing(id=1, state=None)], slots=1), machine, False)] == ["ok"]
+
+
+def test_a_pool_that_is_paused(machine: Machine, own: psutil.Process) -> None:
+    assert [line.level for line in health.worker(client(), machine)] == ["ok"]
+    bad, _ = health.worker(client(paused=True), machine)
+    assert bad.level == "fail" and bad.todo == "prefect work-pool resume cf"
+
+
+def test_a_worker_that_is_stopped(machine: Machine, own: psutil.Process) -> None:
+    own.suspend()
+    assert project.sleeps(own)
+    (bad,) = health.worker(client(), machine)
+    assert bad.level == "fail" and str(own.pid) in bad.said and bad.todo == "`make up` wakes it"
+
+
+def test_errors_in_the_log_since_the_last_start(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    assert list(health.complaints(log)) == []
+    log.write_text("old | ERROR | old\nCheck out the dashboard at http\n12 | INFO | fine\n")
+    assert list(health.complaints(log)) == []
+    log.write_text(log.read_text() + "x" * 300_000 + f"\n13 | ERROR | scheduler {os.getpid()}\n")
+    (bad,) = health.complaints(log)
+    assert bad.level == "warn" and bad.said.startswith("1 errors") and f"scheduler {os.getpid()}" in bad.said
