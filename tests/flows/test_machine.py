@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import deploy, machine, processes, reconcile, settings
+from flows import machine, processes, reconcile, settings
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 
@@ -140,11 +140,3 @@ def test_runs_that_this_worker_took(checkout: Path) -> None:
     run = "4f19a88d-0704-4a89-a476-eeb87f9c4102"
     (checkout / ".machine/worker.log").write_text(f"18:41 | INFO | Worker 'ProcessWorker 1' submitting flow run '{run}'\nslow: 1 of 2\n")
     assert reconcile.taken(checkout) == {run}
-
-
-def test_the_cron_is_that_of_params(checkout: Path) -> None:
-    (checkout / "params.yaml").write_text('nightly: {cron: "0 2 * * *", timezone: Europe/Berlin, rules: []}\n')
-    assert deploy.nightly(checkout) == {"CF_NIGHTLY_CRON": "0 2 * * *", "CF_NIGHTLY_TIMEZONE": "Europe/Berlin"}
-    (checkout / "params.yaml").write_text("seed: 1\n")
-    with pytest.raises(ValueError, match=r"states no nightly\.cron"):
-        deploy.nightly(checkout)
