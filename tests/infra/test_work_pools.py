@@ -137,6 +137,8 @@ def test_a_kubernetes_job_is_one_by_kubernetes_own_schema(monkeypatch: pytest.Mo
     [container] = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == values.get("gpus", 1)
     assert container["image"] == values.get("image", "context-forcing:cuda")
+    assert pod["automountServiceAccountToken"] is False, "a run has no business with the cluster"
+    assert pod["securityContext"]["fsGroup"] == 1000, "the volume is the user's"
     assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": values.get("shm_size", "8Gi")}} in pod["volumes"]
     assert made["spec"]["completions"] == made["spec"]["parallelism"] == 1
