@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?=
 RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
-PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
+# one pip at a time: cron may say `make up` while another installs what has changed; the second waits, and finds it there
+LOCKED = $(shell command -v flock >/dev/null && echo flock Makefile)
+PIP = $(LOCKED) $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help repro test test-system test-week lint up down deploy deepspeed
@@ -46,7 +48,7 @@ $(VENV)/.cpu: requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there), but Python 3.11 or newer is needed; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@echo "installing into $(VENV) (minutes, once)"
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(LOCKED) sh -c 'test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)'
 	@$(PIP) --requirement requirements/cpu.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -15,7 +15,6 @@ OVERRIDE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*=[^\r\n]{1,1000}$"
 StageName = Annotated[str, StringConstraints(pattern=STAGE)]
 Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
 
-
 Profile = Literal["params.yaml", "tiny", "smoke", "wan-1.3b"]
 
 
@@ -33,10 +32,12 @@ class RunConfig(BaseModel):
         description="Values laid over them, one key=value each, for example stage2.steps=300 or stage2.teacher.context=none.",
     )
     stages: list[StageName] = Field(
-        default_factory=list, max_length=100, description="Only these stages; empty for all. What they need must have been made before."
+        default_factory=list,
+        max_length=100,
+        description="Only these stages, checked when the run begins; empty for all. What they need must have been made before.",
     )
-    from_stage: StageName | None = Field(None, description="Only this stage and what follows from it.")
-    to_stage: StageName | None = Field(None, description="Only this stage and what leads to it.")
+    from_stage: StageName | None = Field(None, description="Only this stage and what follows from it. Checked when the run begins.")
+    to_stage: StageName | None = Field(None, description="Only this stage and what leads to it. Checked when the run begins.")
     at_once: int = Field(4, ge=1, le=16, description="Independent stages at the same time, at most.")
     dry_run: bool = Field(False, description="Only say which stages would run, and why.")
     pull: bool = Field(False, description="Take a stage's result from the DVC remote, where another machine has made the same.")

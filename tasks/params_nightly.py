@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
+from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 RENDERED = Path("cf_model/data/worlds.py")  # where clips come from when they are rendered
@@ -58,8 +60,8 @@ class Nightly(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        if not re.fullmatch(r"[\d*/,A-Za-z-]+( [\d*/,A-Za-z-]+){4}", self.cron):
-            raise ValueError(f"cron is {self.cron!r}; write five fields: minute, hour, day, month, day of the week, as in 0 2 * * *")
+        if wrong := _wrong_with(self.cron):
+            raise ValueError(f"cron is {self.cron!r}: {wrong}; write minute, hour, day, month and day of the week, as in 0 2 * * *")
         try:
             ZoneInfo(self.timezone)
         except (OSError, ValueError, KeyError):
@@ -73,6 +75,16 @@ class Nightly(Section):
         if all(rule.margin < 0 for rule in self.rules):
             raise ValueError("rules has no margin of 0 or more, so that each night could promote a slightly worse student; raise one")
         return self
+
+
+def _wrong_with(cron: str) -> str | None:
+    if not re.fullmatch(r"[\d*/,A-Za-z-]+( [\d*/,A-Za-z-]+){4}", cron):
+        return "not five fields of digits, letters and * / , -"
+    try:
+        CronSim(cron, datetime(2000, 1, 1))
+    except CronSimError as error:
+        return str(error).lower()
+    return None
 
 
 def starts_are_what_is_used(p: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -53,6 +55,20 @@ def test_make_says_what_can_be_made_and_what_it_needs(tmp_path: Path) -> None:
     done = subprocess.run(["make", "repro", f"PYTHON={old}", f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and f"{old} is Python 3.9.2, but Python 3.11 or newer is needed" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not there, and make does without")
+def test_two_makes_at_once_do_not_both_install(tmp_path: Path) -> None:
+    """As cron and a person may say `make up` when requirements have changed. Each `pip` here needs the folder to itself."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "requirements/cpu.txt", ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f"#!/bin/sh\nmkdir {tmp_path}/alone || exit 1\nsleep 0.5\nrmdir {tmp_path}/alone\n")
+    python.chmod(0o755)
+    both = [subprocess.Popen(["make", ".venv/.cpu", f"PYTHON={sys.executable}"], cwd=tmp_path) for _ in range(2)]
+    assert [one.wait(60) for one in both] == [0, 0]
 
 
 def test_the_last_words_of_make_repro(tmp_path: Path) -> None:

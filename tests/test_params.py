@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
+from flows import run_config
 from tasks import params, params_file
 from tasks.params_file import Refused
 
@@ -59,6 +60,10 @@ def refusal(tree: dict[str, Any], folder: Path) -> str:
 
 def test_there_are_profiles() -> None:
     assert {"tiny", "smoke", "wan-1.3b"} <= {file.stem for file in PROFILES}
+
+
+def test_the_run_form_offers_all_profiles_and_no_other() -> None:
+    assert set(get_args(run_config.Profile)) - {"params.yaml"} == {file.stem for file in PROFILES}
 
 
 @pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
@@ -160,7 +165,9 @@ def test_settings_that_contradict_each_other(key: str, value: Any, words: str, t
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("cron", "at two", "nightly.cron is 'at two'; write five fields"),
+        ("cron", "at two", "nightly.cron is 'at two': not five fields of digits, letters and * / , -; write minute, hour"),
+        ("cron", "99 2 * * *", "nightly.cron is '99 2 * * *': bad minute; write minute, hour"),
+        ("cron", "0 2 31 2 *", "nightly.cron is '0 2 31 2 *': bad day-of-month; write minute, hour"),
         ("timezone", "Mars/Olympus", "nightly.timezone is 'Mars/Olympus', unknown to this system"),
         ("branch", "a..b", "nightly.branch is 'a..b'; use letters"),
         ("branch", "-f", "nightly.branch is '-f'; use letters"),

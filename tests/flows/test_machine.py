@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import deploy, guardian, machine, processes, reconcile, settings
+from flows import guardian, machine, processes, reconcile, settings
 from tests.flows import project
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
@@ -224,11 +224,3 @@ def test_runs_that_this_worker_took(checkout: Path) -> None:
     assert reconcile.taken(checkout) == {run}
     (checkout / ".machine/worker.log").rename(checkout / ".machine/worker.log.1")
     assert reconcile.taken(checkout) == {run}
-
-
-def test_the_cron_is_that_of_params(checkout: Path) -> None:
-    (checkout / "params.yaml").write_text('nightly: {cron: "0 2 * * *", timezone: Europe/Berlin, rules: []}\n')
-    assert deploy.nightly(checkout) == {"CF_NIGHTLY_CRON": "0 2 * * *", "CF_NIGHTLY_TIMEZONE": "Europe/Berlin"}
-    (checkout / "params.yaml").write_text("seed: 1\n")
-    with pytest.raises(ValueError, match=r"states no nightly\.cron"):
-        deploy.nightly(checkout)

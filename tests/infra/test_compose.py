@@ -7,12 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import compose_spec
 import pytest
 import yaml
 
+from flows import settings
+from tests.flows import project
 from tests.flows.s3 import Store
 from tests.infra.composed import FILE, SECRETS, Missing, compose, filled
 
@@ -85,6 +88,35 @@ def test_a_gpu_worker_hands_over_through_the_store_only() -> None:
     [device] = other["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     assert other["profiles"] == ["gpu"] and "deploy" not in one
+    assert other["shm_size"] == "8g", "Docker's own 64 MB are too little for NCCL"
+
+
+def test_the_server_is_told_what_this_machines_own_is_told() -> None:
+    stated = compose(PREFECT_PORT="4321")["services"]["server"]["environment"]
+    own = settings.environment(settings.Machine(FILE.parents[1], "127.0.0.1", 4321, 1), {})
+    for name in ("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "PREFECT_SERVER_ANALYTICS_ENABLED"):
+        assert stated[name] == own[name]
+    # pages of other sites may not use the API; * is the default
+    assert stated["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4321" == stated["PREFECT_UI_API_URL"].removesuffix("/api")
+
+
+def test_the_watch_begins(tmp_path: Path) -> None:
+    """Its command, in a checkout that is somewhere else."""
+    shell, option, words = SERVICES["watch"]["command"]
+    assert (shell, option) == ("sh", "-c") and words.startswith("cd /home/cf/context-forcing && ")
+    checkout = project.make(tmp_path / "context-forcing")
+    (checkout / "params.yaml").write_text("nightly: {absent_hours: 26.0}\n")
+    env = project.environment(CF_ALERT_URL=SERVICES["watch"]["environment"]["CF_ALERT_URL"])
+    command = [shell, option, words.replace("/home/cf/context-forcing", str(checkout))]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as watch:
+        try:
+            until = time.monotonic() + 60
+            while not (checkout / ".runs/nightly.json").exists() and watch.poll() is None and time.monotonic() < until:
+                time.sleep(0.1)
+            assert watch.poll() is None, "it ended"
+            assert (checkout / ".runs/nightly.json").exists(), "it looked nowhere"
+        finally:
+            watch.kill()
 
 
 def test_the_bucket_is_made_once(tmp_path: Path) -> None:

@@ -97,6 +97,17 @@ def test_what_is_installed_is_pinned(stage: str, needed: list[str]) -> None:
     assert set(needed) <= set(known)
 
 
+def test_flash_attn_is_built_here_and_finds_what_its_setup_imports() -> None:
+    """Without isolation, so all of that must be there before it; and not taken from GitHub, where its setup.py looks first."""
+    [*before, last] = [rest for word, rest in STAGES["cuda"] if word == "RUN" and "pip install" in rest]
+    there: dict[str, str] = {}
+    for file in re.findall(r"--requirement /opt/requirements/(\S+)", " ".join(before)):
+        there |= pinned(file)
+    assert {"torch", "setuptools", "wheel", "packaging", "psutil", "ninja"} <= set(there)
+    assert "flash-attn" not in there and "flash-attn" in pinned("gpu.txt")
+    assert last.startswith("FLASH_ATTENTION_FORCE_BUILD=TRUE ") and "--no-build-isolation" in last
+
+
 # ----------------------------------------------------------------------------------------------------------- entrypoint
 
 
@@ -124,10 +135,53 @@ def test_a_container_works_in_a_checkout_of_its_own(tmp_path: Path, repository: 
     assert again.stdout == "a checkpoint", "started again, it goes on with what is there, and needs no repository"
 
 
+def test_a_container_that_starts_again_takes_what_was_committed_since(tmp_path: Path, repository: Path) -> None:
+    def committed(text: str) -> None:
+        (repository / "dvc.yaml").write_text(text)
+        names = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+        subprocess.run(["git", *names, "commit", "--quiet", "--all", "--message", text], cwd=repository, check=True)
+
+    def found() -> tuple[str, str]:
+        done = enter(tmp_path, "cat", "dvc.yaml", CF_REPOSITORY=str(repository))
+        assert done.returncode == 0
+        return done.stdout, done.stderr
+
+    assert found() == ("stages: {}\n", "")
+    committed("the second")
+    assert found() == ("the second", "")
+    checkout = tmp_path / "context-forcing"
+    (checkout / "dvc.yaml").write_text("by hand")
+    committed("the third")
+    text, said = found()
+    assert text == "by hand" and "has changes, so it stays at " in said
+    subprocess.run(["git", "checkout", "--quiet", "dvc.yaml"], cwd=checkout, check=True)
+    repository.rename(tmp_path / "away")
+    text, said = found()
+    assert text == "the second" and "could not be brought up to date, so it stays at " in said
+    (tmp_path / "away").rename(repository)
+    assert found() == ("the third", "")
+
+
+def test_what_the_environment_does_not_bring_stands_in_the_volume(tmp_path: Path, repository: Path) -> None:
+    """As in a container of Prefect's docker worker."""
+    (tmp_path / "cf.env").write_text(f"CF_REPOSITORY='{repository}'\nAWS_SECRET_ACCESS_KEY='a b$c'\n")
+    done = enter(tmp_path, "sh", "-c", 'cat dvc.yaml; echo "$AWS_SECRET_ACCESS_KEY"')
+    assert done.stdout == "stages: {}\na b$c\n", done.stderr
+
+
 def test_a_clone_that_was_cut_off_is_made_again(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "context-forcing.partial/.git").mkdir(parents=True)
     done = enter(tmp_path, "cat", "dvc.yaml", CF_REPOSITORY=str(repository))
     assert done.stdout == "stages: {}\n", done.stderr
+
+
+LEAKY = ("https://user:hush@127.0.0.1:9/a.git", "https://hush@127.0.0.1:9/a.git", "http://:hush@127.0.0.1:9", "ssh://me:hush@127.0.0.1:9/a")
+
+
+@pytest.mark.parametrize("url", ["ssh://git@127.0.0.1:9/a@b.git", "git@127.0.0.1:lab/a.git", "https://127.0.0.1:9/a:b@c.git", "/srv/a@b"])
+def test_an_address_without_a_password_is_tried(tmp_path: Path, url: str) -> None:
+    done = enter(tmp_path, "true", CF_REPOSITORY=url, GIT_SSH_COMMAND="false")
+    assert done.returncode == 128 and "credentials" not in done.stderr, "git's own failure: nobody is there"
 
 
 @pytest.mark.parametrize(
@@ -137,11 +191,12 @@ def test_a_clone_that_was_cut_off_is_made_again(tmp_path: Path, repository: Path
         ({"CF_REPOSITORY": "--upload-pack=touch planted"}, "begins with a dash"),
         ({"CF_REPOSITORY": "origin", "CF_BRANCH": "-b"}, "no name of a branch"),
         ({"CF_REPOSITORY": "origin", "CF_BRANCH": "main; touch planted"}, "no name of a branch"),
+        *(({"CF_REPOSITORY": url}, "CF_REPOSITORY holds credentials") for url in LEAKY),
         ({"CF_REPOSITORY": "ext::sh -c touch% planted"}, "not allowed"),
     ],
     ids=str,
 )
 def test_what_is_no_repository(tmp_path: Path, repository: Path, env: dict[str, str], said: str) -> None:
     done = enter(tmp_path, "true", **env)
-    assert done.returncode != 0 and said in done.stderr
+    assert done.returncode != 0 and said in done.stderr and "hush" not in done.stderr
     assert not list(tmp_path.rglob("planted"))

@@ -8,10 +8,6 @@ import asyncio
 import json
 import re
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,10 +19,12 @@ import kubernetes_validate
 import pytest
 import yaml
 from prefect.client.schemas.objects import FlowRun
-from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.workers.process import ProcessWorker
 from prefect_docker.worker import DockerWorker
 from prefect_kubernetes.worker import KubernetesWorker
+
+from tests.infra.recorder import recorder
 
 INFRA = Path(__file__).parents[2] / "infra"
 WORKERS = {"process": ProcessWorker, "docker": DockerWorker, "kubernetes": KubernetesWorker}
@@ -72,40 +70,6 @@ def rendered(kind: str, **values: object) -> Any:
     return configuration
 
 
-@contextmanager
-def recorder() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """Answers every request with what it was sent."""
-    seen: list[tuple[str, Any]] = []
-
-    class Echo(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, body))
-            self._say(body | {"Id": "0" * 64})
-
-        def do_GET(self) -> None:
-            self._say({"Id": "0" * 64, "Name": "x", "Config": {}, "State": {}, "ApiVersion": "1.50", "Version": "28.2.2"})
-
-        def _say(self, body: dict[str, Any]) -> None:
-            data = json.dumps(body).encode()
-            self.send_response(201)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"127.0.0.1:{server.server_port}", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 # ----------------------------------------------------------------------------------------------------------- kubernetes
 
 
@@ -137,6 +101,8 @@ def test_a_kubernetes_job_is_one_by_kubernetes_own_schema(monkeypatch: pytest.Mo
     [container] = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == values.get("gpus", 1)
     assert container["image"] == values.get("image", "context-forcing:cuda")
+    assert pod["automountServiceAccountToken"] is False, "a run has no business with the cluster"
+    assert pod["securityContext"]["fsGroup"] == 1000, "the volume is the user's"
     assert pod["securityContext"]["runAsNonRoot"] and container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": values.get("shm_size", "8Gi")}} in pod["volumes"]
     assert made["spec"]["completions"] == made["spec"]["parallelism"] == 1
@@ -218,6 +184,18 @@ def test_a_container_without_gpus() -> None:
     made = container(devices=[], image="context-forcing:cpu")
     assert not made["HostConfig"].get("DeviceRequests")
     assert made["Image"] == "context-forcing:cpu"
+
+
+def test_a_container_is_told_where_the_server_is_and_nothing_of_the_workers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why the rest stands in the volume (infra/README.md)."""
+    for name in ("AWS_SECRET_ACCESS_KEY", "CF_REPOSITORY", "CF_ALERT_URL"):
+        monkeypatch.setenv(name, "planted")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api", PREFECT_API_AUTH_STRING: "cf:password"}):
+        made = container()
+    assert "planted" not in json.dumps(made)
+    assert {"PREFECT_API_URL=http://127.0.0.1:4200/api", "PREFECT_API_AUTH_STRING=cf:password"} <= set(made["Env"])
+    assert made["HostConfig"]["NetworkMode"] == "host", "else 127.0.0.1 would be the container's own"
+    assert "Entrypoint" not in made and made["Cmd"], "the image's own entrypoint makes the checkout"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""`cf deploy`, to a real server for which nobody works."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+from base64 import b64encode
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
+
+from flows import deploy
+from tests.flows import project
+from tests.flows.served import server as server
+
+CRON = "30 2 * * *"
+NAMES = {"evaluate", "nightly", "pipeline"}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project of four stages with the flows of this tree; no server is stated."""
+    root = project.make(tmp_path / "project")
+    shutil.copytree(project.ROOT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    with (root / "params.yaml").open("a") as file:
+        file.write(f'nightly: {{cron: "{CRON}", timezone: Europe/Berlin}}\n')
+    for name in [name for name in os.environ if name.startswith(("CF_", "PREFECT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def api(server: None, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    url = str(PREFECT_API_URL.value())
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    for name, kind in (("cf", "process"), ("cf-docker", "docker")):
+        template = json.loads((project.ROOT / f"infra/work-pools/{kind}.json").read_text())
+        if name not in [pool["name"] for pool in call(url, "/work_pools/filter")]:
+            call(url, "/work_pools/", {"name": name, "type": kind, "base_job_template": template})
+    return url
+
+
+def call(url: str, path: str, body: Any = None) -> Any:
+    return deploy.ask({"PREFECT_API_URL": url}, path, body or {})
+
+
+def deployed(url: str) -> dict[str, Any]:
+    return {one["name"]: one for one in call(url, "/deployments/filter")}
+
+
+@pytest.mark.slow
+def test_what_is_refused_is_refused_before_anything_is_deployed(api: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> str:
+        with pytest.raises(ValueError) as said:
+            deploy.main([])
+        assert "\n" not in str(said.value) and not deployed(api)
+        return str(said.value)
+
+    params = (checkout / "params.yaml").read_text()
+    (checkout / "params.yaml").write_text(params.replace("seed: 1", "seed: -1"))
+    assert refused() == "cf validate failed: params.yaml: seed is -1; it must be 0 or more"
+    (checkout / "params.yaml").write_text(params)
+    flow = (checkout / "flows/pipeline.py").read_text()
+    (checkout / "flows/pipeline.py").write_text(f"{flow}\nthis is no Python\n")
+    said = refused()
+    assert said.startswith("prefect deploy failed: ") and "invalid syntax" in said and "│" not in said
+    (checkout / "flows/pipeline.py").write_text(flow)
+    for name, value, words in (
+        ("CF_POOL", "lab", f"{api} has no work pool lab; infra/README.md says how to make one (there: cf, cf-docker)"),
+        ("CF_POOL", "{{ x }}", "CF_POOL is '{{ x }}'; name a work pool, in letters, digits and . _ -"),
+        ("CF_ROOT", "here", "CF_ROOT is 'here'; state the project's whole path on the machines that work for the pool, from / on"),
+    ):
+        with monkeypatch.context() as stated:
+            stated.setenv(name, value)
+            assert refused() == words
+    (checkout / "flows/evaluate.py").rename(checkout / "flows/elsewhere.py")
+    assert refused() == f"{checkout} has no flows/evaluate.py; run cf deploy at the root of a whole checkout"
+    with socket.socket() as nobody, monkeypatch.context() as stated:
+        nobody.bind(("127.0.0.1", 0))
+        stated.setenv("PREFECT_API_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}/api")
+        (checkout / "flows/elsewhere.py").rename(checkout / "flows/evaluate.py")
+        assert refused().startswith("no Prefect server answers at ")
+
+
+@pytest.mark.slow
+def test_what_is_paused_stays_paused(api: str, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deploy.main([])
+    first = deployed(api)
+    assert set(first) == NAMES and {one["work_pool_name"] for one in first.values()} == {"cf"}
+    [schedule] = first["nightly"]["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"], schedule["active"]) == (CRON, "Europe/Berlin", True)
+    assert not any(one["paused"] for one in first.values())
+    assert "paused" not in capsys.readouterr().out
+    call(api, f"/deployments/{first['pipeline']['id']}/pause_deployment")
+    deploy.main([])
+    assert {name for name, one in deployed(api).items() if one["paused"]} == {"pipeline"}
+    assert "still paused, as before: pipeline; resume it at " in capsys.readouterr().out
+    call(api, f"/deployments/{first['pipeline']['id']}/resume_deployment")
+    with get_client(sync_client=True) as client:  # as the switch in the UI does it: of the schedule, not of the deployment
+        nightly = client.read_deployment_by_name("nightly/nightly")
+        client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=False)
+    deploy.main([])
+    assert not any(one["paused"] for one in deployed(api).values())
+    assert [one["active"] for one in deployed(api)["nightly"]["schedules"]] == [False]
+    assert "still paused, as before: nightly; resume it at " in capsys.readouterr().out
+    with get_client(sync_client=True) as client:
+        client.update_deployment_schedule(nightly.id, client.read_deployment(nightly.id).schedules[0].id, active=True)
+    deploy.main([])
+    assert [one["active"] for one in deployed(api)["nightly"]["schedules"]] == [True]
+
+
+@pytest.mark.slow
+def test_deployments_for_containers(api: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CF_POOL", "cf-docker")
+    monkeypatch.setenv("CF_ROOT", "/home/cf/context-forcing")
+    deploy.main([])
+    there = deployed(api)
+    assert set(there) == NAMES and {one["work_pool_name"] for one in there.values()} == {"cf-docker"}
+    step = {"prefect.deployments.steps.set_working_directory": {"directory": "/home/cf/context-forcing"}}
+    assert all(one["pull_steps"] == [step] for one in there.values())
+    assert f"to work pool cf-docker: {api.removesuffix('/api')}/deployments" in capsys.readouterr().out
+
+
+def test_the_password_goes_along_and_into_no_sentence() -> None:
+    """A server that wants another one."""
+    seen = list[str | None]()
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(self.headers["authorization"])
+            self.send_error(401)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        with pytest.raises(ValueError, match="answers 401 Unauthorized; state its USER:PASSWORD as PREFECT_API_AUTH_STRING") as said:
+            deploy.ask({"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": "cf:planted"}, "/work_pools/filter", {})
+        server.shutdown()
+    assert seen == [f"Basic {b64encode(b'cf:planted').decode()}"] and "planted" not in str(said.value)
+
+
+def test_the_cron_is_that_of_params(checkout: Path) -> None:
+    assert deploy.nightly(checkout) == {"CF_NIGHTLY_CRON": CRON, "CF_NIGHTLY_TIMEZONE": "Europe/Berlin"}
+    (checkout / "params.yaml").write_text("seed: 1\n")
+    with pytest.raises(ValueError, match=r"states no nightly\.cron"):
+        deploy.nightly(checkout)
