@@ -1,7 +1,7 @@
 """`cf wandb sync`: completes the runs that were killed, then sends to W&B what it does not have. `cf wandb list` shows them.
 
 Reads the journals that tasks/journal.py writes, of this checkout and of the worktrees below .runs. Safe to start again at any
-time: what was sent has W&B's own mark (.synced) and is left alone; what still runs is left alone too.
+time: what was sent says so in its journal, or has W&B's own mark (.synced), and is left alone; so is what still runs.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import argparse
 import fcntl
 import json
 import os
-import socket
 import subprocess
 import sys
-import urllib.parse
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CLOUD = "https://api.wandb.ai"
 PATIENCE = 600  # seconds for one run; W&B itself tries for ever
 
 
@@ -45,11 +42,14 @@ class Run:
             return "runs"
         if "exit_code" not in self.about:
             return "killed"
-        if any(self.folder.glob("*.wandb.synced")):
+        if self.about.get("sent") or self.marked:  # the first outlives the folder, which housekeeping may take away
             return "sent"
-        if self.about.get("broken") or not any(self.folder.glob("*.wandb")):
-            return "lost"
-        return "sent" if self.about["mode"] == "online" and not self.about.get("unsent") else "waits"
+        return "lost" if self.about.get("broken") or not any(self.folder.glob("*.wandb")) else "waits"
+
+    @property
+    def marked(self) -> bool:
+        """By W&B itself, which sent it."""
+        return any(self.folder.glob("*.wandb.synced"))
 
     @property
     def rows(self) -> int:
@@ -73,20 +73,32 @@ def runs(root: Path) -> list[Run]:
     """Of this checkout, of its worktrees, and of WANDB_DIR, in the order they started: who made an artifact comes before who used it."""
     homes = [Path(os.environ.get("WANDB_DIR") or root / "runtime"), root / "runtime", *sorted(root.glob(".runs/*/runtime"))]
     places = dict.fromkeys(home.resolve() / "journal" for home in homes)
-    files = [file for place in places for file in place.glob("*/run.json")]
-    return sorted((Run(file.parent, json.loads(file.read_text())) for file in files), key=lambda run: float(run.about["started"]))
+    found = [run for place in places for file in sorted(place.glob("*/run.json")) if (run := read(file))]
+    return sorted(found, key=lambda run: float(run.about["started"]))
+
+
+def read(file: Path) -> Run | None:
+    try:
+        return Run(file.parent, json.loads(file.read_text()))
+    except (OSError, ValueError) as error:  # a power cut, or another user's
+        print(f"{file} can't be read ({error}); its run is left out", file=sys.stderr)
+    return None
 
 
 def complete(run: Run) -> Run:
     """In a process of its own, in the folder where the stage ran: its paths are relative to that."""
     where = run.about.get("cwd")
     cwd = where if where and Path(where).is_dir() else Path.cwd()
-    given = environment(run) | {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    given = environment(run) | {"WANDB_MODE": "offline", "PYTHONPATH": ours()}
     command = [sys.executable, "-m", "tasks.rebuild", str(run.journal)]
     done = subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode:
         raise RuntimeError(f"{run.about['id']} could not be completed from {run.journal}: {last(done.stderr)}")
     return Run(run.journal, json.loads((run.journal / "run.json").read_text()))
+
+
+def ours() -> str:
+    return os.pathsep.join([str(Path.cwd()), *sys.path])
 
 
 def command(run: Run) -> list[str]:
@@ -95,14 +107,25 @@ def command(run: Run) -> list[str]:
 
 
 def send(run: Run, patience: float) -> None:
-    """By W&B's own command. Its mark, not its exit code, says that the run is there."""
+    """By W&B's own command. Its mark, not its exit code, says that the run is there. Raises TimeoutError or RuntimeError."""
     given = environment(run) | {"WANDB_MODE": "online"}
     try:
         done = subprocess.run(command(run), env=given, capture_output=True, text=True, timeout=patience)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{run.about['id']} was not sent within {patience:g} s; it waits for the next `cf wandb sync`") from None
-    if done.returncode or not any(run.folder.glob("*.wandb.synced")):
+        raise TimeoutError(f"{run.about['id']} was not sent within {patience:g} s") from None
+    if not run.marked:
         raise RuntimeError(f"{run.about['id']} was not sent: {last(done.stderr + done.stdout)}")
+    note_sent(run)
+
+
+def note_sent(run: Run) -> None:
+    file = run.journal / "run.json"
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("w") as text:
+        json.dump({**run.about, "sent": True}, text, indent=1, sort_keys=True)
+        text.flush()
+        os.fsync(text.fileno())
+    partial.replace(file)
 
 
 def environment(run: Run) -> dict[str, str]:
@@ -119,15 +142,9 @@ def last(said: str) -> str:
 
 
 def unreachable() -> str | None:
-    """As in tasks/mirror.py, which can't be imported here: W&B itself would try for hours."""
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return None
-    url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or CLOUD)
-    try:
-        socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
-    except OSError as error:
-        return f"{url.hostname} can't be reached ({error})"
-    return None
+    """tasks/mirror.py knows where the server is; W&B itself would try for hours."""
+    asked = [sys.executable, "-c", "from tasks import mirror; print(mirror.unreachable() or '')"]
+    return subprocess.run(asked, env={**os.environ, "PYTHONPATH": ours()}, stdout=subprocess.PIPE, text=True).stdout.strip() or None
 
 
 @contextmanager
@@ -144,36 +161,48 @@ def alone(root: Path) -> Iterator[None]:
 
 
 def sync(root: Path, *, patience: float, dry: bool, only_complete: bool) -> int:
-    """How many runs could not be completed or sent. The first that W&B does not take ends the sending: the others would not go either."""
+    """How many runs could not be completed or sent."""
     failed, waiting = 0, list[Run]()
     for run in runs(root):
-        if run.state in ("killed", "lost") and not dry:
+        state = run.state
+        if state in ("killed", "lost") and not dry:
             try:
-                state, run = run.state, complete(run)
+                run = complete(run)
                 print(f"completed  {run.about['id']}: {run.rows} rows of a run that was {state}")
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 print(error, file=sys.stderr)
                 failed += 1
                 continue
-        if run.state in ("waits", "killed", "lost"):
+        if state in ("waits", "killed", "lost"):
             waiting.append(run)
+        elif state == "sent" and not run.about.get("sent") and not dry:  # a kill came between W&B's mark and our note
+            note_sent(run)
+    for run in waiting if dry else ():
+        print(f"{run.about['id']}: {' '.join(['wandb', *command(run)[3:]]) if run.state == 'waits' else 'would be completed, then sent'}")
     if dry or only_complete or not waiting:
-        for run in waiting if dry else ():
-            first = "would be completed, then: " if run.state != "waits" else ""
-            print(f"{run.about['id']}: {first}{' '.join(['wandb', *command(run)[3:]])}")
         print(f"{len(waiting)} runs wait to be sent")
         return failed
+    return failed + send_all(waiting, patience)
+
+
+def send_all(waiting: list[Run], patience: float) -> int:
+    """How many W&B does not have then. One that it refuses does not hold up the others; without a connection none would go."""
+    refused = 0
     if why := unreachable():
         print(f"{why}; {len(waiting)} runs wait, start `cf wandb sync` again when there is a connection", file=sys.stderr)
-        return failed + len(waiting)
+        return len(waiting)
     for place, run in enumerate(waiting):
         try:
             send(run, patience)
-        except RuntimeError as error:
-            print(f"{error}; {len(waiting) - place} runs wait", file=sys.stderr)
-            return failed + len(waiting) - place
-        print(f"sent       {run.about['id']}")
-    return failed
+            print(f"sent       {run.about['id']}")
+        except (RuntimeError, TimeoutError) as error:
+            print(error, file=sys.stderr)
+            refused += 1
+            if isinstance(error, TimeoutError) or unreachable():
+                left = refused + len(waiting) - place - 1
+                print(f"{left} runs wait for the next `cf wandb sync`", file=sys.stderr)
+                return left
+    return refused
 
 
 def table(root: Path) -> str:
@@ -199,7 +228,7 @@ def main(argv: list[str]) -> None:
     if given.command == "list":
         print(table(root))
         return
-    with alone(root):
+    with nullcontext() if given.dry_run else alone(root):
         if sync(root, patience=given.timeout, dry=given.dry_run, only_complete=given.complete):
             sys.exit(1)
 

@@ -124,12 +124,12 @@ def numbers(a: Path, b: Path) -> list[dict[str, Any]]:
         if name in ("evaluate", "report"):
             continue
         files = [root / "metrics" / f"{name}.json" for root in (a, b)]
-        one, other = (json.loads(file.read_text()) if file.exists() else {} for file in files)
+        one, other = map(compared.metrics, files)
         for key in dict.fromkeys([*one, *other]):
             x, y = one.get(key), other.get(key)
             if x != y:
-                both = isinstance(x, int | float) and isinstance(y, int | float)
-                rows.append({"stage": name, "key": key.replace("_", " "), "a": x, "b": y, "change": y - x if both else None})
+                change = y - x if isinstance(x, int | float) and isinstance(y, int | float) else None
+                rows.append({"stage": name, "key": key.replace("_", " "), "a": x, "b": y, "change": change})
     return rows
 
 

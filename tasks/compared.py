@@ -15,6 +15,8 @@ from cf_model.evaluate.figures import EVERY, Line, by_item, chart, frames_every,
 from cf_model.evaluate.report import ARROWS, Results, number, verdict, word
 from cf_model.evaluate.statistics import Difference, paired, point
 
+from .params_file import Refused
+
 __all__ = ["number"]
 Row = dict[str, Any]
 
@@ -26,7 +28,21 @@ TALL = 64  # pixels of a strip's frames
 
 
 def lines(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+    return [parsed(line, path) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def metrics(path: Path) -> Row:
+    return parsed(path.read_text(), path) if path.exists() else {}
+
+
+def parsed(text: str, path: Path) -> Row:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise Refused(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise Refused(f"{path} is damaged: {text.strip()[:50]} has no names")
+    return found
 
 
 def results(root: Path, resamples: int, seed: int) -> Results:
@@ -34,8 +50,7 @@ def results(root: Path, resamples: int, seed: int) -> Results:
     for row in lines(root / "results/cells.jsonl"):
         if row["value"] is not None:
             cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item(row), row["seed"]] = row["value"]
-    file = root / "metrics/evaluate.json"
-    means = json.loads(file.read_text()) if file.exists() else {}
+    means = metrics(root / "metrics/evaluate.json")
     kept = {suite: {name: v for name, v in systems.items() if isinstance(v, dict)} for suite, systems in means.items() if suite in SUITES}
     return Results(cells, kept, resamples=resamples, seed=seed)
 

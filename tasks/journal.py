@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,10 @@ class Journal:
         """More about the run; never half a file."""
         self.about |= about
         partial = self.folder / f"{ABOUT}.partial"
-        partial.write_text(json.dumps(self.about, indent=1, sort_keys=True) + "\n")
+        with partial.open("w") as file:
+            file.write(json.dumps(self.about, indent=1, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave an empty one under the right name
         partial.replace(self.folder / ABOUT)
 
     def close(self) -> None:
@@ -61,7 +66,10 @@ def earlier(root: Path, work: Path) -> About | None:
 
 def every(root: Path) -> Iterator[About]:
     for file in sorted(root.glob(f"*/{ABOUT}")):
-        yield json.loads(file.read_text())
+        try:
+            yield json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{file} can't be read ({error}); its run is left out", stacklevel=2)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

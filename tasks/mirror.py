@@ -63,8 +63,6 @@ class Mirror:
             self._noted(lambda: self.book.note(outs={str(held.path): held.md5 for held in self._held(origin.made)}))
         self._noted(self.book.close)
 
-    # ---------------------------------------------------------------------------------------------------- in W&B
-
     def init(self) -> None:
         mode, why = self.about["mode"], unreachable() if self.about["mode"] == "online" else None
         try:
@@ -86,8 +84,8 @@ class Mirror:
     def _end(self, exit_code: int) -> None:
         try:
             self.run.finish(exit_code=exit_code)
+            self.book.note(sent=self.about["mode"] == "online")
         except TimeoutError:  # all of it is in W&B's file
-            self.book.note(unsent=True)
             warnings.warn(f"W&B did not take all of the run within {PATIENCE} s; `cf wandb sync` sends it", stacklevel=2)
 
     def _held(self, which: Callable[..., list[origin.Held]]) -> list[origin.Held]:
@@ -100,7 +98,7 @@ class Mirror:
     def use(self, held: origin.Held) -> None:
         # run.use_artifact refuses when offline; this is the call it makes when online with an artifact that is not yet there:
         # the server finds it by its digest, or makes it, and then notes that this run used it
-        use = {"aliases": [self.about["group"]], "is_user_created": True, "use_after_commit": True}
+        use = {"aliases": [origin.alias(self.about["group"])], "is_user_created": True, "use_after_commit": True}
         self.run._log_artifact(artifact(held, self.about, by_this_run=False), **use)
 
     def outs(self, metrics: Mapping[str, Any]) -> None:
@@ -111,7 +109,7 @@ class Mirror:
             self._aside(f"out {held.path}", self._made, held)
 
     def _made(self, held: origin.Held) -> None:
-        self.run.log_artifact(artifact(held, self.about), aliases=["latest", self.about["group"]])
+        self.run.log_artifact(artifact(held, self.about), aliases=["latest", origin.alias(self.about["group"])])
 
     def media(self, clips: Mapping[str, list[shown.Clip]], row: dict[str, Any]) -> None:
         import wandb
@@ -200,7 +198,9 @@ def unreachable() -> str | None:
     """Why the server can't be reached, in seconds: W&B tries for a minute, in each stage. Behind a proxy only W&B can tell."""
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return None
-    url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    import wandb
+
+    url = urllib.parse.urlsplit(wandb.setup().settings.base_url)  # `wandb login --host` has said where it is, or WANDB_BASE_URL
     try:
         socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
     except OSError as error:

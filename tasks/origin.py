@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import subprocess
 import time
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from . import params_file
 from .contents import dvc_md5, files
@@ -88,17 +91,31 @@ def pipeline_run(work: Path) -> str:
     given = os.environ.get("CF_RUN") or os.environ.get("DVC_EXP_NAME")
     if given:
         return given
-    file, group = work / "run", str(os.getpgrp())
-    if file.exists():
-        owner, _, name = file.read_text().partition(" ")
-        if owner == group and name.startswith(time.strftime("%Y%m%d")):
+    file, group = work / "run", os.getpgrp()
+    began = leader_began(group)
+    match file.read_text().split() if file.exists() else []:
+        case [owner, since, name] if owner == str(group) and (not began or abs(began - float(since)) < 10):
             return name
     name = f"{time.strftime('%Y%m%d-%H%M')}-{secrets.token_hex(2)}"
     work.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"run.{os.getpid()}")
-    partial.write_text(f"{group} {name}")
+    partial.write_text(f"{group} {began:.2f} {name}")
     partial.replace(file)
     return name
+
+
+def leader_began(group: int) -> float:
+    """When the first process of a group began, by which a number that is used again is told from the one before; 0 if it is gone.
+    Exact to a few seconds only, since the clock that it is counted from is put right now and then."""
+    try:
+        return float(psutil.Process(group).create_time())
+    except psutil.Error:
+        return 0.0
+
+
+def alias(group: str) -> str:
+    """W&B forbids / and : in the aliases of an artifact."""
+    return re.sub("[/:]", "-", group)
 
 
 def _stages(stated: Mapping[str, Any], pipeline: Path) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from .params_file import Refused
 
 SHOWN = ("results", "samples", "data/manifest.jsonl")  # outs that a comparison reads; of the models only their curves
 CURVE = "metrics.jsonl"
+PLAIN = ("remote", "dir", "type", "url", "endpointurl", "region", "profile", "verify", "user", "port")  # of a DVC config
 
 
 def folder(name: str, into: Path) -> Path:
@@ -48,7 +52,7 @@ def check_out(sha: str, into: Path) -> Path:
         return into
     own = Path(".dvc/config.local")
     if own.exists():  # where its remotes are
-        (into / ".dvc/config.local").write_bytes(own.read_bytes())
+        (into / ".dvc/config.local").write_text(without_secrets(own))
     dvc("cache", "dir", "--local", dvc("cache", "dir", cwd=Path.cwd()) or "", cwd=into)
     made = [out["path"] for stage in params_file.read(into / "dvc.lock")["stages"].values() for out in stage.get("outs", [])]
     wanted = [path for path in made if path in SHOWN]
@@ -59,6 +63,20 @@ def check_out(sha: str, into: Path) -> Path:
             if dvc("checkout", "--quiet", path, cwd=into, check=False) is None:
                 dvc("pull", "--quiet", path, cwd=into, check=False)
     return into
+
+
+def without_secrets(config: Path) -> str:
+    """Only what can hold none: a comparison that is killed leaves its folder. Secrets come from the environment."""
+    own = configparser.ConfigParser(interpolation=None)
+    own.read(config)
+    for section in own.values():
+        for key, value in list(section.items()):
+            if key not in PLAIN:
+                del section[key]
+            elif key.endswith("url"):  # ssh needs the user, and no other address does
+                section[key] = re.sub(r"(?<!ssh:)//[^/@]+@", "//", re.sub(r":[^/@:]*@", "@", value))
+    own.write(text := io.StringIO())
+    return text.getvalue()
 
 
 def git(*words: str, check: bool = True) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from evaluate.project import EVIL, make_params, write_project
 
-from tasks import compare, compared, revision
+from tasks import compare, compared
 from tasks.params_file import Refused
 
 PARAMS = "profile: tiny\nseed: 7\nvideo: {height: 32, width: 32, fps: 16}\nevaluate: {resamples: 200}\nstage2: {steps: 10, note: 'NOTE'}\n"
@@ -151,91 +149,57 @@ def test_params_and_stages() -> None:
     (row,) = compare.stages_diff(before, after)
     assert row == {"stage": "base", "same": False, "code": ["cf_model/x.py"], "data": [], "params": ["base.steps"]}
     assert compare.stages_diff(before, {})[0]["absent"] == "B"
+    after["base"]["params"]["params.yaml"] = {"base": {"steps": 1}, "tracking": {"wandb": "online"}}
+    assert compare.stages_diff(before, after)[0]["params"] == [], "what is told to W&B makes no other bytes"
 
 
-# -------------------------------------------------------------------------------------------------- runs by name
+def test_numbers_of_a_stage_are_b_minus_a(tmp_path: Path) -> None:
+    for letter, value in (("A", 1), ("B", 3)):
+        file = tmp_path / letter / "metrics/base.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"loss": value, "same": 5, "word": letter}))
+    loss, word = compare.numbers(tmp_path / "A", tmp_path / "B")
+    assert (loss["a"], loss["b"], loss["change"]) == (1, 3, 2) and word["change"] is None
 
 
-def command(root: Path, *words: str) -> None:
-    subprocess.run(words, cwd=root, check=True, capture_output=True)
+@pytest.mark.parametrize("name", ["metrics/base.json", "metrics/evaluate.json", "results/cells.jsonl"])
+@pytest.mark.parametrize("damaged", ["{", "[]"])
+def test_a_damaged_file_is_named(name: str, damaged: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(pair[0], tmp_path / "B")
+    (tmp_path / "B" / name).write_text(damaged)
+    with pytest.raises(Refused, match=rf"B/{name} is damaged: "):
+        compare.main([str(pair[0]), str(tmp_path / "B"), "--out", str(tmp_path / "page.html")])
+    assert not (tmp_path / "page.html").exists()
 
 
-def commit(root: Path, message: str) -> None:
-    command(root, "git", "add", "-A")
-    command(root, "git", "-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", message)
+def height(svg: str, letter: str) -> float:
+    """Where the line of a run begins; SVG counts from the top."""
+    (first,) = re.findall(rf'<path d="M [\d.]+ ([\d.]+)[^"]*"[^>]*stroke: {compare.COLOURS[letter]}', svg)
+    return -float(first)
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two commits whose outs DVC holds, and an experiment on the second; of the first the workspace has nothing left."""
-    root = tmp_path_factory.mktemp("repository")
-    command(root, "git", "init", "-q")
-    dvc = (sys.executable, "-m", "dvc")
-    command(root, *dvc, "init", "-q")
-    write(root, note="first")
-    stages = {"base": "models/base", "generate": "samples", "evaluate": "results"}
-    (root / "dvc.yaml").write_text("stages:\n" + "".join(f'  {name}: {{cmd: "true", outs: [{out}]}}\n' for name, out in stages.items()))
-    (root / ".gitignore").write_text("/models\n/samples\n/results\n/data\n/reports\n")
-    command(root, *dvc, "commit", "-q", "-f")
-    commit(root, "the first")
-    edit_cells(root, lambda row: row.update(value=float(row["value"]) + 1))  # type: ignore[arg-type]
-    (root / "params.yaml").write_text(PARAMS.replace("NOTE", "second"))
-    command(root, *dvc, "commit", "-q", "-f")
-    commit(root, "the second")
-    sha = subprocess.run(["git", "rev-parse", "HEAD~1"], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
-    command(root, "git", "update-ref", f"refs/exps/{sha[:2]}/{sha[2:]}/rusty-lamb", sha)
-    return root
+def test_each_curve_has_the_colour_of_its_run(tmp_path: Path) -> None:
+    for letter, value in (("A", 1), ("B", 3)):
+        for folder in ("results", "models/base"):
+            (tmp_path / letter / folder).mkdir(parents=True)
+        row = f"prompts,stage1,sharpness,{{}},{value},{value},{value}\n"
+        (tmp_path / letter / "results/curves.csv").write_text("suite,system,metric,second,mean,low,high\n" + row.format(0) + row.format(1))
+        rows = [json.dumps({"step": step, "loss": value}) + "\n" for step in range(4)]
+        (tmp_path / letter / "models/base/metrics.jsonl").write_text("".join(rows))
+    (system,) = compared.over_time(tmp_path / "A", tmp_path / "B", compare.COLOURS)
+    (stage,) = compared.training(tmp_path / "A", tmp_path / "B", compare.COLOURS)["stages"]
+    for charts in (system["charts"], stage["charts"]):
+        (svg,) = [one["svg"] for one in charts]
+        assert height(svg, "A") < height(svg, "B")
 
 
-def test_revisions_and_experiments(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(repository)
-    before = subprocess.run(["git", "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-    for name in ("HEAD~1", "rusty-lamb"):
-        compare.main([name, ".", "--out", str(tmp_path / "page.html")])
-        said = text((tmp_path / "page.html").read_text())
-        assert f"{name} beside" in said and "the first" in said and '"first" "second"' in said
-        assert "sharpness ≈" in said and "+1.00" in said
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("data:video/mp4") == 0 or "Videos" in page
-    after = subprocess.run(["git", "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-    worktrees = subprocess.run(["git", "worktree", "list"], check=True, capture_output=True, text=True).stdout
-    assert before == after and len(worktrees.splitlines()) == 1
-
-
-def test_what_a_revision_brings(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Outs by DVC's cache, of models the curve alone, metrics by Git."""
-    monkeypatch.chdir(repository)
-    root = revision.folder("HEAD~1", tmp_path / "A")
-    assert (root / "results/cells.jsonl").exists() and (root / "metrics/evaluate.json").exists()
-    assert len(list(root.glob("samples/**/*.mp4"))) == len(list(repository.glob("samples/**/*.mp4")))
-    assert (root / "models/base/metrics.jsonl").read_bytes() == (repository / "models/base/metrics.jsonl").read_bytes()
-    assert not list(root.glob("models/base/*.safetensors"))
-
-
-def test_outs_that_only_the_remote_has(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And of one that nobody has any more, the rest is shown."""
-    root = tmp_path / "clone"
-    shutil.copytree(repository, root, symlinks=True)
-    dvc = (sys.executable, "-m", "dvc")
-    command(root, *dvc, "remote", "add", "-q", "--local", "-d", "store", str(tmp_path / "store"))
-    command(root, *dvc, "push", "-q", "results", "samples", "-r", "store")
-    shutil.rmtree(root / ".dvc/cache")
-    monkeypatch.chdir(root)
-    found = revision.folder("HEAD", tmp_path / "A")
-    assert (found / "results/cells.jsonl").read_bytes() == (repository / "results/cells.jsonl").read_bytes()
-    assert not (found / "models/base").exists(), "never pushed"
-
-
-@pytest.mark.parametrize("name", ["no-such-thing", "--upload-pack=touch x", "-h", "exp", "HEAD^{tree}"])
-def test_a_name_that_is_no_run(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(repository)
-    with pytest.raises(Refused, match="neither a folder, nor a revision"):
-        revision.folder(name, tmp_path / "A")
-
-
-def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"is a folder without params\.yaml"):
-        revision.folder(str(tmp_path), tmp_path / "A")
+def test_videos_of_other_seeds_are_no_pair(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(pair[1], tmp_path / "B")
+    index = tmp_path / "B/samples/index.jsonl"
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    index.write_text("".join(json.dumps(row | {"seed": row["seed"] + 100}) + "\n" for row in rows))
+    measured = compared.suites(*(compared.results(root, 200, 7) for root in pair))
+    assert compared.videos(*pair, measured, 16) and compared.videos(pair[0], tmp_path / "B", measured, 16) == []
 
 
 def test_running_means_are_means() -> None:

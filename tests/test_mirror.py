@@ -50,6 +50,11 @@ def test_a_run_and_its_origin(here: Path) -> None:
     assert config["git"] == {"sha": sha, "dirty": False} and config.get("resume_of") is None
     assert config["dvc"] == {"stage": "encode", "deps": {"data/clips": dvc_md5(Path("data/clips"))}}
     assert config["seed"] == 0 and config["evaluate"] == {"resamples": 100}
+    assert offline.records(about["folder"], "stats") == [], "the machine is in runtime/"
+    told_by_wandb = [run, *offline.records(about["folder"], "environment")]
+    assert not any({"git", "code_path"} & set(record) for record in told_by_wandb), "ours says it once, and what is changed"
+    (metric,) = offline.records(about["folder"], "metric")
+    assert (metric["glob_name"], metric["step_metric"]) == ("*", "step")
     rows = offline.history(about["folder"])
     assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(10, 0.5), (20, 0.25)]
     told = offline.summary(about["folder"])
@@ -85,6 +90,15 @@ def test_lineage_from_clips_to_report(here: Path) -> None:
         ("clips", "encode"), ("latents", "teacher"), ("teacher", "generate"), ("latents", "generate"), ("samples", "evaluate"),
         ("results", "report"), ("teacher", "report"),
     ]  # fmt: skip
+
+
+def test_a_group_that_is_no_alias(here: Path) -> None:
+    """W&B takes / and : in the name of a group, and in an alias neither."""
+    done = offline.stage(here, "encode", "data/latents", "out.mkdir(parents=True); return {}", CF_RUN="lab/exp:1")
+    assert "did not get" not in done.stderr
+    (about,) = offline.journals(here)
+    made = offline.records(about["folder"], "artifact")
+    assert about["group"] == "lab/exp:1" and [sorted({*one["aliases"]} - {"latest"}) for one in made] == [["lab-exp-1"]] * 2
 
 
 def samples(root: Path) -> Path:

@@ -6,6 +6,7 @@ import base64
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import offline
@@ -77,8 +78,18 @@ def test_one_name_for_all_stages_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.delenv(name, raising=False)
     first = origin.pipeline_run(tmp_path)
     assert origin.pipeline_run(tmp_path) == first
-    monkeypatch.setattr(os, "getpgrp", lambda: -1)
-    assert origin.pipeline_run(tmp_path) != first
+    monkeypatch.setattr(time, "strftime", lambda form: "20991231-0000")
+    assert origin.pipeline_run(tmp_path) == first, "it goes on after midnight"
+    number, began, name = (tmp_path / "run").read_text().split()
+    (tmp_path / "run").write_text(f"{number} {float(began) - 60} {name}")
+    again = origin.pipeline_run(tmp_path)
+    assert again != first, "the number of a group that has ended, used again"
+    monkeypatch.setattr(os, "getpgrp", lambda: 1)
+    assert origin.pipeline_run(tmp_path) != again
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setattr(os, "getpgrp", lambda: gone.pid)
+    assert origin.pipeline_run(tmp_path) == origin.pipeline_run(tmp_path), "its first process has ended, others go on"
     monkeypatch.setenv("CF_RUN", "nightly-7")
     assert origin.pipeline_run(tmp_path) == "nightly-7"
 

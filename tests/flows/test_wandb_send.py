@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +33,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def wandb_that(does: str, place: Path) -> str:
     """A `wandb` of ours, found before the real one: notes how it was called."""
     (place / "wandb").mkdir(parents=True)
-    (place / "wandb/__init__.py").write_text("")
+    settings = "N(settings=N(base_url=os.environ['WANDB_BASE_URL']))"
+    (place / "wandb/__init__.py").write_text(f"import os\nfrom types import SimpleNamespace as N\nsetup = lambda: {settings}\n")
     (place / "wandb/__main__.py").write_text(
         "import json, os, sys, pathlib, time\n"
         f"with open({str(place / 'calls')!r}, 'a') as file: file.write(json.dumps([sys.argv[1:], os.environ['WANDB_MODE']]) + '\\n')\n"
@@ -40,7 +43,7 @@ def wandb_that(does: str, place: Path) -> str:
     return str(place)
 
 
-SENDS = "for file in pathlib.Path(sys.argv[2]).glob('*.wandb'): file.with_name(file.name + '.synced').touch()"
+SENDS = "[file.with_name(file.name + '.synced').touch() for file in pathlib.Path(sys.argv[2]).glob('*.wandb')]"
 
 
 def calls(place: str) -> list[Any]:
@@ -77,23 +80,78 @@ def test_runs_are_sent_once_in_the_order_they_started(here: Path, server: str, t
     assert calls(place) == [[["sync", str(run.folder)], "online"] for run in (first, second)]
     assert [run.state for run in wandb_sync.runs(here)] == ["sent", "sent"]
     assert sync(here, place, server).stdout == "0 runs wait to be sent\n" and len(calls(place)) == 2
+    shutil.rmtree(here / "runtime/wandb")  # housekeeping takes W&B's mark along
+    assert sync(here, place, server).stdout == "0 runs wait to be sent\n" and len(calls(place)) == 2
+
+
+def test_wandbs_mark_decides_not_its_exit_code(here: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    first, _ = two_runs(here)
+    place = wandb_that(f"{SENDS}\nsys.exit(1)", tmp_path_factory.mktemp("path"))
+    assert sync(here, place, server).returncode == 0
+    (first.journal / "run.json").write_text(json.dumps(dict(first.about)))  # killed between the mark and the note
+    assert sync(here, place, server).returncode == 0 and len(calls(place)) == 2
+    assert all(run.about["sent"] for run in wandb_sync.runs(here))
 
 
 @pytest.mark.parametrize(
     ("does", "says"),
     [
-        (f"print('wandb: ERROR {SECRET} is refused'); sys.exit(1)", "was not sent: ERROR WANDB_API_KEY is refused; 2 runs wait"),
-        ("print('wandb: done')", "was not sent: done; 2 runs wait"),  # exit code 0, and nothing was sent
-        ("time.sleep(60)", "was not sent within 2 s"),
+        (f"print('wandb: ERROR {SECRET} is refused'); sys.exit(1)", "was not sent: ERROR WANDB_API_KEY is refused"),
+        ("print('wandb: done')", "was not sent: done"),  # exit code 0, and nothing was sent
     ],
 )
-def test_what_was_not_sent_still_waits(here: Path, server: str, does: str, says: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    two_runs(here)
+def test_one_that_is_refused_holds_up_no_other(
+    here: Path, server: str, does: str, says: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Deleted on the server, say: the next one goes, and the exit code tells of the first."""
+    first, second = two_runs(here)
+    does = f"if sys.argv[2] == {str(first.folder)!r}: {does}\nelse: {SENDS}"
     place = wandb_that(does, tmp_path_factory.mktemp("path"))
-    done = sync(here, place, server, "--timeout", "2")
+    done = sync(here, place, server)
     assert done.returncode == 1 and says in done.stderr and SECRET not in done.stderr + done.stdout
+    assert f"sent       {second.about['id']}" in done.stdout
+    assert [run.state for run in wandb_sync.runs(here)] == ["waits", "sent"]
+
+
+def test_one_that_takes_too_long_ends_it(here: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    two_runs(here)
+    place = wandb_that("time.sleep(60)", tmp_path_factory.mktemp("path"))
+    done = sync(here, place, server, "--timeout", "2")
+    assert done.returncode == 1 and "was not sent within 2 s" in done.stderr and "2 runs wait" in done.stderr
     assert len(calls(place)) == 1, "the others would not go either"
     assert [run.state for run in wandb_sync.runs(here)] == ["waits", "waits"]
+
+
+def test_a_server_that_goes_away_ends_it(here: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone after the first run was tried: the second is not."""
+    waiting, said = two_runs(here), iter([None, "gone"])
+    monkeypatch.setattr(wandb_sync, "unreachable", lambda: next(said))
+    monkeypatch.setattr(wandb_sync, "command", lambda run: [sys.executable, "-c", ""])
+    assert wandb_sync.send_all(waiting, 60) == 2 and next(said, "asked twice") == "asked twice"
+
+
+def test_a_damaged_journal_is_left_out(here: Path) -> None:
+    """Emptied by a power cut: the others are shown and sent, and the next stage is tracked."""
+    first, second = two_runs(here)
+    (first.journal / "run.json").write_text("")
+    done = subprocess.run([sys.executable, "-m", "tasks", "wandb", "list"], env=offline.environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and second.about["id"] in done.stdout
+    assert f"{first.journal / 'run.json'} can't be read" in done.stderr
+    again = offline.stage(here, "teacher", "models/teacher", "out.mkdir(parents=True); return {}")
+    assert "can't be read" in again.stderr and len(wandb_sync.runs(here)) == 2
+
+
+def test_the_server_of_wandb_login(here: Path, tmp_path: Path) -> None:
+    """`wandb login --host` writes its address into W&B's own settings."""
+    two_runs(here)
+    config = tmp_path / "home/.config/wandb"
+    config.mkdir(parents=True)
+    (config / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9\n")
+    gone = {"HOME": str(tmp_path / "home"), "WANDB_CONFIG_DIR": str(config)}
+    environment = offline.environment(WANDB_API_KEY=SECRET, **gone)
+    command = [sys.executable, "-m", "tasks", "wandb", "sync"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "127.0.0.1 can't be reached" in done.stderr
 
 
 def test_without_a_connection_it_says_so_at_once(here: Path) -> None:
@@ -102,3 +160,19 @@ def test_without_a_connection_it_says_so_at_once(here: Path) -> None:
     done = sync(here, wandb_that("", here / "path"), "http://127.0.0.1:9")
     assert done.returncode == 1 and "127.0.0.1 can't be reached" in done.stderr and "2 runs wait" in done.stderr
     assert time.monotonic() - began < 30, "W&B itself tries for hours"
+
+
+def test_two_syncs_at_once(here: Path) -> None:
+    with wandb_sync.alone(here), pytest.raises(RuntimeError, match="another `cf wandb sync` is at work"), wandb_sync.alone(here):
+        pass
+
+
+def test_worktrees_below_runs_are_looked_through(here: Path) -> None:
+    inner = here / ".runs/nightly-1"
+    inner.mkdir(parents=True)
+    offline.project(inner)
+    assert offline.stage(inner, "encode", "data/latents", "out.mkdir(parents=True); return {}").returncode == 0
+    (run,) = wandb_sync.runs(here)
+    assert run.home == inner / "runtime" and run.state == "waits"
+    os.rename(inner, here / ".runs/moved")  # and gone again: the journal goes with it
+    assert wandb_sync.runs(here)[0].state == "lost"
