@@ -15,6 +15,7 @@ from flows import processes
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
+CORS = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
 PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"  # user:password; clients have it as PREFECT_API_AUTH_STRING
 
 
@@ -89,7 +90,7 @@ def environment(machine: Machine, given: Mapping[str, str] = os.environ) -> dict
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         # its default lets the page of any site, open in a browser here, run commands through the API
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{machine.url},http://localhost:{machine.port}",
+        CORS: given.get(CORS, f"{machine.url},http://localhost:{machine.port}"),
         # the default keeps slots in the server's memory: after its restart they are taken for ever (docs/operating.md)
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "45",

@@ -94,10 +94,11 @@ def test_a_gpu_worker_hands_over_through_the_store_only() -> None:
 def test_the_server_is_told_what_this_machines_own_is_told() -> None:
     stated = compose(PREFECT_PORT="4321")["services"]["server"]["environment"]
     own = settings.environment(settings.Machine(FILE.parents[1], "127.0.0.1", 4321, 1), {})
-    for name in ("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "PREFECT_SERVER_ANALYTICS_ENABLED"):
+    for name in ("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"):
         assert stated[name] == own[name]
     # pages of other sites may not use the API; * is the default
-    assert stated["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4321" == stated["PREFECT_UI_API_URL"].removesuffix("/api")
+    assert own["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4321,http://localhost:4321"
+    assert stated["PREFECT_UI_API_URL"] == "http://127.0.0.1:4321/api"
 
 
 def test_the_watch_begins(tmp_path: Path) -> None:
