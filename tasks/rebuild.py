@@ -61,7 +61,7 @@ def write(again: mirror.Mirror, about: Mapping[str, Any], before: Sequence[Path]
         if clips:
             again._aside("media", again.media, clips, row)
         elif not media:
-            again.run.log(row | {"_runtime": row["_timestamp"] - about["started"]})
+            again.run.log(row)  # with its own _timestamp; W&B counts _runtime from now, whatever is given
     again._aside("outs", outs, again, about)
     again.run.summary.update(about.get("summary", {}))
 
