@@ -61,7 +61,7 @@ def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
 
 def worth_another(one: object, run: object, state: State[Any]) -> bool:
     """Not when the run is being stopped, and not when the stage refused what it was asked for: `cf` ends with 2 then."""
-    return not supervise.stopping() and not re.search(r"exited with 2$", state.message or "", re.M)
+    return not supervise.stopping() and not re.search(r"exited with 2(?!\d)", state.message or "")
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=worth_another)
