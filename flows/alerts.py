@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import http.client
 import json
 import os
 import sys
@@ -52,7 +53,7 @@ def send(event: str, text: str, line: Callable[[str], None], **facts: Any) -> bo
                 return True
         except urllib.error.HTTPError as error:
             why = f"HTTP {error.code}"
-        except (OSError, ValueError) as error:  # its text may hold the URL
+        except (OSError, ValueError, http.client.HTTPException) as error:  # its text may hold the URL
             why = type(error).__name__
     line(f"nobody could be told ({event}): {why}; see {URL} in the worker's environment")
     return False
@@ -70,29 +71,35 @@ def on_crashed(flow: Any, flow_run: Any, state: Any) -> None:
 def _of_a_run(event: str, run: Any, state: Any) -> None:
     """In the checkout that nights are started in."""
     said = " ".join(str(state.message or "").split())[:500]
-    ended(Path.cwd(), event, good=False)
     send(event, f"nightly {run.name} {event}: {said}", _print, run=str(run.id), name=run.name)
+    ended(Path.cwd(), event, good=False)
 
 
 def ended(repo: Path, outcome: str, *, good: bool) -> None:
-    """Writes down how a night ended."""
+    """Writes down how a night ended. Where it can't (a full disk), the night has ended all the same."""
     now = time.time()
     state = _last(repo) | {"outcome": outcome, "ended": now} | ({"good": now} if good else {})
-    _write(repo, state)
+    try:
+        _write(repo, state)
+    except OSError as error:
+        _print(f"{LAST} could not be written: {error.strerror}")
 
 
 def absent(repo: Path, hours: float, line: Callable[[str], None] = lambda _: None) -> str | None:
-    """What is wrong, if no night has ended well for so long; it was then told. Time begins with the first time anyone asks."""
+    """What is wrong, if no night has ended well for so long; it was then told. Time begins with the first time anyone asks, and anew
+    where a clock that was ahead wrote down what is still to come."""
     now, state = time.time(), _last(repo)
-    if not state:
-        _write(repo, {"since": now})
-        return None
-    since = max(state.get("good", state.get("since", state.get("ended", now))), elsewhere())
+    past = [state[name] for name in ("good", "since") if name in state and state[name] <= now]
+    if not past:
+        state["since"] = now
+        _write(repo, state)
+    there = elsewhere()
+    since = max([*(past or [now]), there if there <= now else 0.0])
     if now - since <= hours * 3600:
         return None
     last = f"the last to end was {state['outcome']}" if "outcome" in state else "none has ever ended"
     said = f"no nightly has ended well for {(now - since) / 3600:.1f} hours ({last}); `cf doctor` on its machine says more"
-    if now - state.get("told", 0) > AGAIN and send("absent", said, line, hours=round((now - since) / 3600, 2)):
+    if abs(now - state.get("told", 0)) > AGAIN and send("absent", said, line, hours=round((now - since) / 3600, 2)):
         _write(repo, state | {"told": now})
     return said
 
@@ -114,7 +121,7 @@ def elsewhere() -> float:
         request = urllib.request.Request(f"{url}/flow_runs/filter", body, headers, method="POST")
         with urllib.request.urlopen(request, timeout=LIMIT) as answer:
             return max((datetime.fromisoformat(run["end_time"]).timestamp() for run in json.load(answer)), default=0.0)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         return 0.0
 
 

@@ -11,8 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
+# metrics of tasks/evaluate.py that compare a video with what its clip was rendered from
+NEED_TRUTH = (
+    *("compass_coherence", "diversity", "heading_perplexity", "headings_covered", "jitter", "map_error", "map_error_recent"),
+    *("memory_ratio", "other_heading", "same_heading", "shape_accuracy", "sky_accuracy", "sky_error", "speed", "sprite_precision"),
+    "sprite_recall",
+)
 Shown = Sequence[tuple[str, int]]  # prompt and seed of each video
 
 
@@ -23,8 +29,8 @@ class Rule(BaseModel):
 
     metric: str
     better: Literal["higher", "lower"]
-    margin: float
-    bound: float | None
+    margin: FiniteFloat
+    bound: FiniteFloat | None
 
 
 class Finding(BaseModel):

@@ -5,7 +5,8 @@ in .runs/handover.json, and the next night sends it first.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from flows.stage_task import environment
 from flows.worktree import git
 
 WAITING = Path(".runs/handover.json")
-TAGS = ("refs/tags/student@*", "refs/tags/student#*")
+TAGS = ("refs/tags/student@*", "refs/tags/student#*")  # of versions and promotions
+ASK = 600.0  # Choice: seconds for a fetch, which brings commits and tags alone
+KEEP_ONE = "keep one: `git push origin :{0}` deletes it there, `git tag -d {0}` (of a branch: `git branch -D {0}`) here"
+OTHERS = "would clobber existing tag|already exists|non-fast-forward|fetch first"  # in git's words
+PARTED = re.compile(rf"\[rejected\]\s+(?:\S+\s+->\s+(\S+)\s+)?\((?:{OTHERS})\)")
 
 Line = Callable[[str], None]
 
@@ -35,8 +40,7 @@ def add(repo: Path, branch: str) -> None:
 
 def send(repo: Path, *, timeout: float, pauses: Sequence[float], line: Line) -> str | None:
     """Everything that waits; or, in one sentence, why it still does."""
-    if not waiting(repo):
-        return None
+    late: dict[str, str] = {}  # branch -> why; it keeps no other back
     for branch in waiting(repo):
         if not git(repo, "for-each-ref", f"refs/heads/{branch}").strip():  # its night died before it had ended
             _write(repo, [name for name in waiting(repo) if name != branch])
@@ -45,13 +49,14 @@ def send(repo: Path, *, timeout: float, pauses: Sequence[float], line: Line) -> 
             if stores(repo):
                 _send_data(repo, branch, timeout, pauses)
             if "origin" in git(repo, "remote").split():
-                _push(repo, [f"refs/heads/{branch}:refs/heads/{branch}", *(f"{tag}:{tag}" for tag in TAGS)], timeout, line)
+                _push(repo, [f"refs/heads/{branch}", *_tags(repo, without=late)], timeout, line)
         except (remote.Away, remote.Misconfigured, RuntimeError) as error:
-            left = waiting(repo)
-            return f"{', '.join(left)} could not be handed over: {' '.join(str(error).split())}"
+            late[branch] = " ".join(str(error).split())
+            pauses = []  # a remote that is away is asked once for each of the others, and no more
+            continue
         _write(repo, [name for name in waiting(repo) if name != branch])
         line(f"handed over {branch}")
-    return None
+    return f"{', '.join(late)} could not be handed over: {'; '.join(dict.fromkeys(late.values()))}" if late else None
 
 
 def stores(repo: Path) -> bool:
@@ -78,27 +83,52 @@ def _send_data(repo: Path, branch: str, timeout: float, pauses: Sequence[float])
         git(repo, "worktree", "remove", "--force", str(folder))
 
 
+def _tags(repo: Path, without: Iterable[str]) -> list[str]:
+    """But for those of students whose data is not at the remote yet."""
+    tips = {git(repo, "rev-parse", f"refs/heads/{branch}").strip() for branch in without}
+    listed = git(repo, "for-each-ref", "--format=%(refname) %(objectname) %(*objectname)", *TAGS).splitlines()
+    return [row.split()[0] for row in listed if row.split()[-1] not in tips]
+
+
 def _push(repo: Path, refs: list[str], timeout: float, line: Line) -> None:
-    _origin(repo, ["push", "--porcelain", "origin", *refs], timeout)
-    line(f"pushed {refs[0].partition(':')[0]} and tags to origin")
+    _origin(repo, ["push", "--porcelain", "origin", *(f"{ref}:{ref}" for ref in refs)], timeout)
+    line(f"pushed {refs[0]} and tags to origin")
 
 
-def fetch(repo: Path, timeout: float) -> None:
+def catch_up(repo: Path, line: Line) -> None:
+    """The same, for a night that goes on without it."""
+    try:
+        fetch(repo)
+    except RuntimeError as error:
+        line(f"the night goes by what is here: {error}")
+
+
+def fetch(repo: Path, timeout: float = ASK) -> None:
     """What others made: branches, nights and tags. Nothing here is changed by it."""
     if "origin" in git(repo, "remote").split():
-        _origin(repo, ["fetch", "--quiet", "--tags", "origin", "+refs/heads/*:refs/remotes/origin/*"], timeout)
+        _origin(repo, ["fetch", "--tags", "origin", "+refs/heads/*:refs/remotes/origin/*"], timeout)
 
 
 def _origin(repo: Path, words: list[str], timeout: float) -> None:
     """Git waits for ever for a server that has stopped answering."""
     said: list[str] = []
-    surroundings = {**environment("nightly", repo, repo), "GIT_TERMINAL_PROMPT": "0"}
+    surroundings = {**environment("nightly", repo, repo), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     try:
-        code = supervise.run(["git", *words], cwd=repo, env=surroundings, line=said.append, timeout=timeout)
+        code = supervise.run([*worktree.PLAIN, *words], cwd=repo, env=surroundings, line=said.append, timeout=timeout)
     except TimeoutError as error:
         raise RuntimeError(f"`git {words[0]}` {error}") from None
     if code:
+        if parted := [name for text in said if (name := _parted(text))]:
+            raise RuntimeError(f"origin has another {', another '.join(parted)}; {KEEP_ONE.format(parted[0])}")
         raise RuntimeError(f"`git {words[0]}` with origin failed: {' '.join(text for text in said if text.strip())[:300]}")
+
+
+def _parted(text: str) -> str | None:
+    """The branch or tag of a line in which git says that origin's is another one."""
+    if not (found := PARTED.search(text)):
+        return None
+    pushed = re.match(r"!\t\S+:refs/(?:heads|tags)/(\S+)\t", text)
+    return pushed[1] if pushed else found[1]
 
 
 def _write(repo: Path, names: list[str]) -> None:

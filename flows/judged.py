@@ -25,13 +25,22 @@ NAME = "student"  # of the judged system, in nightly.rules too
 
 
 def measure(
-    root: Path, name: str, *, student: Path, codec: Path, run: str, repo: Path, line: Callable[[str], None], version: str | None = None
+    root: Path,
+    name: str,
+    *,
+    student: Path,
+    codec: Path,
+    prompts: Path | None,
+    run: str,
+    repo: Path,
+    line: Callable[[str], None],
+    version: str | None = None,
 ) -> Judged:
     """Into work/judged/NAME of the worktree. Killed and started again, it goes on with the videos that it lacks."""
     folder = root / "work/judged" / name
     folder.mkdir(parents=True, exist_ok=True)
     stated = overrides.read((root / "params.yaml").read_text())
-    write(folder / "params.yaml", parameters(stated, root))
+    write(folder / "params.yaml", parameters(stated, prompts))
     samples, params = folder / "samples", folder / "params.yaml"
     for stage, given in (
         (GENERATE, {STUDENT: student, "codec": codec, "out": samples}),
@@ -50,20 +59,19 @@ def write(path: Path, stated: Mapping[str, Any]) -> None:
         YAML(typ="safe", pure=True).dump(stated, file)
 
 
-def parameters(stated: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """params.yaml with the nightly prompts and seeds, and this one system."""
+def parameters(stated: Mapping[str, Any], prompts: Path | None) -> dict[str, Any]:
+    """params.yaml with the nightly prompts (a file, or else captions) and seeds, and this one system."""
     night, generate = stated["nightly"], stated["generate"]
     systems = [one for one in generate["systems"].values() if one["weights"] == STUDENT]
     if not systems:
         raise ValueError(f"generate.systems has no system whose weights are {STUDENT}, so there is nothing to judge")
-    prompts_file = night["prompts_file"]
     changed = {
         "systems": {NAME: systems[0]},
         "continuations": {},
         "continued": 1,
         "prompts": night["prompts"],
         "seeds": night["seeds"],
-        "prompts_file": prompts_file and str(root / prompts_file),
+        "prompts_file": prompts and str(prompts),
     }
     return {**stated, "generate": {**generate, **changed}}
 

@@ -7,7 +7,9 @@ NoGoodClips, TheSameAgain; NotPushed, when that could not be handed over; StillR
 
 from __future__ import annotations
 
+import argparse
 import fcntl
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date as calendar
@@ -21,9 +23,11 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import alerts, handover, overrides, pipeline, reconcile, registry, warm, worktree
-from flows.night import Settings, Work, anything_new, begin, candidate, take_clips
-from flows.nights import free, nights
+from flows import alerts, handover, overrides, pipeline, reconcile, registry, supervise, warm, worktree
+from flows.clips import take_clips
+from flows.night import anything_new, begin, candidate
+from flows.nights import Night, free, nights
+from flows.work import Work, checked, folder_of, settings
 
 LOCK = Path(".runs/nightly.lock")
 NAMES = {"promoted": "Promoted", "refused": "Refused", "no good clips": "NoGoodClips", "the same again": "TheSameAgain"}
@@ -43,70 +47,110 @@ def nightly(date: Date | None = None, full: bool = False) -> State[None]:
 
 
 def _whole(date: str | None, full: bool) -> State[None]:
-    repo, logger = Path.cwd().resolve(), get_run_logger()
+    repo, line = Path.cwd().resolve(), get_run_logger().info
     with alone(repo) as ours:
         if not ours:
             return Completed(name="StillRunning", message="the night before is still at work; this one leaves it alone")
-        name, said = night(repo, date, full, logger.info)
-        late = send(repo, settings(_stated(repo)), logger.info)
-        alerts.ended(repo, name, good=True)
-        if late:
-            alerts.send("not pushed", late, logger.info, date=date)
-            return Completed(name="NotPushed", message=f"{name}: {said}. {late}")
-        return Completed(name=name, message=said)
+        work = prepare(repo, date, full, line)
+        name, said = night(work, asked=full)
+        # the night has ended, perhaps with a promotion: what goes wrong from here on does not make it one that failed
+        _safely(lambda: tell(work, name, said), line)
+        late = _safely(lambda: send(work), line)
+        _safely(lambda: end(work, name, late), line)
+        return Completed(name="NotPushed", message=f"{name}: {said}. {late}") if late else Completed(name=name, message=said)
 
 
-def night(repo: Path, date: str | None, full: bool, line: Callable[[str], None]) -> tuple[str, str]:
+def night(work: Work, *, asked: bool) -> tuple[str, str]:
     """Its outcome and one sentence."""
-    work = prepare(repo, date, full, line)
+    repo = work.repo
     with worktree.alone(work.root, str(runtime.flow_run.id)):
         take_clips(work)
-        if not full and not anything_new(work):
+        if (work.folder and not work.clips) or not (asked or anything_new(work)):
             worktree.git(repo, "worktree", "remove", "--force", str(work.root))
             worktree.git(repo, "branch", "--quiet", "-D", f"run/{work.root.name}")
             away = f"; {len(work.arrived.turned_away)} were turned away" if work.arrived.turned_away else ""
-            return "NoNewData", f"no new clips since {work.past[-1].date if work.past else 'ever'}{away}"
+            return "NoNewData", (f"no new clips since {work.past[-1].date}" if work.past else "no clips yet") + away
         begin(work)
-        outcome, said, version = candidate(work)
-    alerts.send(outcome, f"nightly {work.date} {outcome}: {said}", line, date=work.date, version=version)
-    for folder in worktree.prune(repo, line=line):
-        line(f"removed the worktree {folder}; its branch stays")
+        outcome, said, work.made = candidate(work)
     return NAMES[outcome], said
 
 
 def prepare(repo: Path, date: str | None, full: bool, line: Callable[[str], None]) -> Work:
-    """Whose turn it is: tracked branch, kind of night, and a worktree. A flow run that is retried finds the one it had."""
-    try:
-        handover.fetch(repo, settings(_stated(repo)).push_timeout)
-    except RuntimeError as error:
-        line(f"origin could not be asked, so the night goes by what is here: {error}")
+    """Whose turn it is: tracked branch, kind of night, and a worktree. A flow run that is retried finds the one it had, with what it
+    began from. All but the branch's name is stated by that branch; the checkout, which somebody may be editing, decides nothing."""
+    checked_date(date)
+    handover.catch_up(repo, line)
     tidy(repo, line)
-    base = tracked(repo, settings(_stated(repo)).branch)
-    stated = overrides.read(worktree.git(repo, "show", f"{base}:params.yaml"))
-    ours, past, before = settings(stated), nights(repo), registry.promoted(repo)
-    date = date or datetime.now(ZoneInfo(ours.timezone)).date().isoformat()
-    root = worktree.make(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=base, profile=None, overrides={})
+    branch = str(_stated(repo, "HEAD")["nightly"]["branch"])
+    tip = tracked(repo, branch)
+    date = date or datetime.now(ZoneInfo(settings(_stated(repo, tip)).timezone)).date().isoformat()
+    root = worktree.make(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
+    base = worktree.git(root, "merge-base", "HEAD", tip).strip()
     pipeline.check(root)
-    why = "it was asked for" if full else f"{ours.weekly} is the day" if _weekday(date) == ours.weekly else None
+    stated = _stated(repo, base)
+    ours, folder, past, before = checked(stated), folder_of(stated), nights(repo), registry.promoted(repo)
+    why = "it was asked for" if full else weekly(date, ours.weekly, past)
     why = why or ("nothing is promoted yet" if before is None else warm.can_be_kept(repo, root, before, ours.keep))
     kind = f"a full night, because {why}" if why else f"a warm night, from {before and before.name}"
-    line(f"{date}: {kind}; {ours.branch} is {base[:12]}")
-    clips = stated["clips"]
-    folder = str(clips["folder"]) if clips["source"] == "folder" and not Path(clips["folder"]).is_absolute() else None
-    return Work(repo, root, free(repo, date), str(runtime.flow_run.name), base, ours, folder, bool(why), before, past, line)
+    line(f"{date}: {kind}; {branch} is {base[:12]}")
+    of_a_folder = stated["clips"]["source"] == "folder"
+    run = str(runtime.flow_run.name)
+    return Work(repo, root, free(repo, date), run, base, ours, of_a_folder, folder, bool(why), before, past, line)
 
 
-def send(repo: Path, stated: Settings, line: Callable[[str], None]) -> str | None:
-    return handover.send(repo, timeout=stated.push_timeout, pauses=stated.push_again_after, line=line)
+def weekly(date: str, day: str, past: list[Night]) -> str | None:
+    """Why a night is the week's full one. One that failed on its day is made up for."""
+    today = calendar.fromisoformat(date)
+    if today.strftime("%A").lower() == day:
+        return f"{day} is the day"
+    last = next((night.date for night in reversed(past) if night.kind == "full"), None)
+    if last and (today - calendar.fromisoformat(last[:10])).days > 7:
+        return f"the last full one was {last}"
+    return None
+
+
+def send(work: Work) -> str | None:
+    ours = work.settings
+    return handover.send(work.repo, timeout=ours.push_timeout, pauses=ours.push_again_after, line=work.line)
+
+
+def tell(work: Work, name: str, said: str) -> None:
+    if name != "NoNewData":
+        outcome = next(outcome for outcome, state in NAMES.items() if state == name)
+        alerts.send(outcome, f"nightly {work.date} {outcome}: {said}", work.line, date=work.date, version=work.made)
+
+
+def end(work: Work, name: str, late: str | None) -> None:
+    alerts.ended(work.repo, name, good=True)
+    if late:
+        alerts.send("not pushed", late, work.line, date=work.date)
+    for folder in worktree.prune(work.repo, line=work.line):
+        work.line(f"removed the worktree {folder}; its branch stays")
+
+
+def _safely(do: Callable[[], str | None], line: Callable[[str], None]) -> str | None:
+    try:
+        return do()
+    except Exception as error:
+        said = f"after the night's end {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        line(said)
+        return said
 
 
 def tidy(repo: Path, line: Callable[[str], None]) -> None:
     """Folders of nights that failed, but for the last one, to look at: each holds a copy of the clips. All they made is in the cache."""
     folders = [folder for folder in worktree.found(repo) if folder.name.startswith("nightly-") and not worktree.in_use(folder)]
-    failed = [folder for folder in folders if worktree.git(folder, "status", "--porcelain", "--untracked-files=no").strip()]
+    failed = [folder for folder in folders if _changed(folder)]
     for folder in failed[1:]:
         worktree.git(repo, "worktree", "remove", "--force", str(folder))
         line(f"removed {folder.name}, whose night failed")
+
+
+def _changed(folder: Path) -> bool:
+    try:
+        return bool(worktree.git(folder, "status", "--porcelain", "--untracked-files=no").strip())
+    except RuntimeError:  # not git's any more: the checkout was moved
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------ facts
@@ -125,12 +169,16 @@ def alone(repo: Path) -> Iterator[bool]:
         yield True
 
 
-def settings(stated: dict[str, Any]) -> Settings:
-    return Settings.model_validate(stated["nightly"])
+def checked_date(date: str | None) -> None:
+    """The form's pattern lets the 30th of February through."""
+    try:
+        calendar.fromisoformat(date or "2026-01-01")
+    except ValueError:
+        raise ValueError(f"{date} is no day of the calendar; write one as 2026-01-31") from None
 
 
-def _stated(repo: Path) -> dict[str, Any]:
-    return overrides.read((repo / "params.yaml").read_text())
+def _stated(repo: Path, commit: str) -> dict[str, Any]:
+    return overrides.read(worktree.git(repo, "show", f"{commit}:params.yaml"))
 
 
 def tracked(repo: Path, branch: str) -> str:
@@ -145,9 +193,22 @@ def tracked(repo: Path, branch: str) -> str:
     return there if worktree.git(repo, "merge-base", here, there).strip() == here else here
 
 
-def _weekday(date: str) -> str:
-    return calendar.fromisoformat(date).strftime("%A").lower()
+def main(argv: list[str]) -> None:
+    about = "A night of this checkout, without a server. Its state is the last line; exit code 1, and one sentence, when it failed."
+    parser = argparse.ArgumentParser("python -m flows.nightly", description=about)
+    parser.add_argument("--date", help="YYYY-MM-DD; default: today, in nightly.timezone")
+    parser.add_argument("--full", action="store_true", help="everything anew, whatever day it is")
+    asked = parser.parse_args(argv)
+    supervise.mark()
+    try:
+        checked_date(asked.date)
+        state = nightly(date=asked.date, full=asked.full, return_state=True)
+    except ValueError as error:
+        sys.exit(f"nightly: {' '.join(str(error).split())}")
+    if not state.is_completed():
+        sys.exit(f"nightly: {(state.message or str(state.name)).splitlines()[0]}")
+    print(f"{state.name}: {state.message}")
 
 
 if __name__ == "__main__":
-    nightly()
+    main(sys.argv[1:])

@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.worktree import git
 
-RECORD, GATE = "nightly/record.json", "nightly/gate.json"
+RECORD, GATE, PROMPTS = "nightly/record.json", "nightly/gate.json", "nightly/prompts.txt"
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}(-\d{1,3})?")
 OUTCOMES = ("promoted", "refused", "no good clips", "the same again")
 
@@ -42,16 +42,20 @@ class Night:
 
 
 def nights(repo: Path) -> list[Night]:
-    """Those that came to an end, oldest first: here, and those that origin has."""
+    """Those that came to an end, oldest first: here, and those that origin has. By their dates: clocks are set anew."""
     found: dict[str, Night] = {}
-    listed = git(repo, "for-each-ref", "--format=%(refname) %(committerdate:unix)", "refs/heads/nightly", "refs/remotes/origin/nightly")
-    for row in listed.splitlines():
-        ref, when = row.rsplit(" ", 1)
-        date = ref.partition("nightly/")[2]
-        night = _read(repo, ref, int(when)) if DATE.fullmatch(date) and date not in found else None
+    for date, ref, when in _branches(repo):
+        night = _read(repo, ref, when) if DATE.fullmatch(date) and date not in found else None
         if night and night.date == date:
             found[date] = night
-    return sorted(found.values(), key=lambda night: (night.when, _order(night.date)))
+    return sorted(found.values(), key=lambda night: _order(night.date))
+
+
+def _branches(repo: Path) -> list[tuple[str, str, int]]:
+    """Date, ref, and when it was committed."""
+    listed = git(repo, "for-each-ref", "--format=%(refname) %(committerdate:unix)", "refs/heads/nightly", "refs/remotes/origin/nightly")
+    rows = [row.rsplit(" ", 1) for row in listed.splitlines()]
+    return [(ref.partition("nightly/")[2], ref, int(when)) for ref, when in rows]
 
 
 def _order(date: str) -> tuple[str, int]:
@@ -72,7 +76,7 @@ def _known(stated: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def free(repo: Path, date: str) -> str:
-    """The date, or date-2, date-3 of one that had a night already."""
-    taken = {night.date for night in nights(repo)}
+    """The date, or date-2, date-3 of one that has a branch already, here or at origin, whatever is in it."""
+    taken = {name for name, _, _ in _branches(repo)}
     names = (date if number == 1 else f"{date}-{number}" for number in range(1, 1000))
     return next(name for name in names if name not in taken)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import io
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 
 def read(text: str) -> dict[str, Any]:
@@ -18,11 +20,9 @@ def read(text: str) -> dict[str, Any]:
 
 
 def lay(path: Path, overrides: Mapping[str, Any]) -> None:
-    """Changes these values in the file, whose comments stay. All of them or, when one is refused, none."""
-    yaml = YAML()
-    yaml.width, yaml.preserve_quotes = 140, True
-    yaml.representer.add_representer(float, _float)
-    stated = yaml.load(path.read_text())
+    """Changes these values in the file, and not a letter beside them. All of them or, when one is refused, none."""
+    text = path.read_text()
+    stated = read(text)
     known = list(_keys(stated))
     for key, value in overrides.items():
         *above, last = key.split(".")
@@ -33,12 +33,48 @@ def lay(path: Path, overrides: Mapping[str, Any]) -> None:
         section = stated
         for part in above:
             section = section[part]
-        section[last] = _fitting(key, value, section[last])
-    text = io.StringIO()
-    yaml.dump(stated, text)
+        fitting = _fitting(key, value, section[last])
+        if (fitting, type(fitting)) == (section[last], type(section[last])):
+            continue
+        section[last] = fitting
+        text = _replaced(text, key.split("."), fitting)
+    if not _says(text, stated):
+        raise ValueError(f"{path.name} says something twice, by an anchor or a key, so {', '.join(overrides)} can't be changed in it")
     partial = path.with_suffix(".partial")
-    partial.write_text(text.getvalue())
+    partial.write_text(text)
     partial.replace(path)
+
+
+def _says(text: str, stated: Mapping[str, Any]) -> bool:
+    try:
+        return read(text) == stated
+    except YAMLError:
+        return False
+
+
+def _replaced(text: str, key: list[str], value: Any) -> str:
+    """The value that stands in the file under this key, by another one in its place."""
+    node = YAML(typ="safe", pure=True).compose(text)
+    for part in key:
+        name, node = next((name, below) for name, below in node.value if name.value == part)
+    first, last = node.start_mark.index, node.end_mark.index
+    colon, space = name.end_mark.index + 1, ""
+    if first == last:  # nothing at all stands after it
+        first, last, space = colon, colon, " "
+    elif getattr(node, "flow_style", None) is False:  # lines of their own
+        first, space = colon, " "
+    rest = text[first:last]
+    tail = rest[len(rest.rstrip()) :]  # a section in lines of its own reaches up to the next one
+    return f"{text[:first]}{space}{_said(value)}{tail}{text[last:]}"
+
+
+def _said(value: Any) -> str:
+    """In one line, as it may stand anywhere."""
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style, yaml.width = True, sys.maxsize
+    yaml.representer.add_representer(float, _float)
+    yaml.dump({"": value}, text)
+    return text.getvalue().strip().removeprefix("{'': ").removesuffix("}")
 
 
 def _keys(section: Any, above: str = "") -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.locked import in_a_sentence
 from flows.nights import nights
-from flows.registry import VERSION, assign, assignments, fetch, named, promoted, register, rollback, versions
+from flows.registry import VERSION, alone, assign, assignments, fetch, named, promoted, register, rollback, versions
 
 FETCHED = "the DVC cache has them, or the remote that the repository names"
 
@@ -36,21 +36,23 @@ def promote(argv: list[str]) -> None:
     parser.add_argument("what", nargs="?", default="HEAD", help="a version such as v0.0.2, or a commit whose dvc.lock has models/stage2")
     parser.add_argument("--why", default="by hand")
     args, repo = parser.parse_args(argv), Path.cwd()
-    version = named(repo, args.what) if VERSION.fullmatch(args.what) else register(repo, args.what, {"by": "hand", "why": args.why})
-    if version == promoted(repo):
-        print(f"{version.name} is the promoted one already")
-        return
-    made = assign(repo, version, {"by": "hand", "why": args.why})
+    with alone(repo):
+        version = named(repo, args.what) if VERSION.fullmatch(args.what) else register(repo, args.what, {"by": "hand", "why": args.why})
+        if version == promoted(repo):
+            print(f"{version.name} is the promoted one already")
+            return
+        made = assign(repo, version, {"by": "hand", "why": args.why})
     print(f"{version.name} is promoted ({made.tag}, commit {version.commit[:12]}); `git push origin {version.tag} {made.tag}` tells others")
 
 
 @in_a_sentence
 def roll_back(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf rollback", description="Makes a student that was promoted before the promoted one again.")
-    parser.add_argument("version", nargs="?", help="such as v0.0.1; default: the one before")
+    parser.add_argument("version", nargs="?", help="such as v0.0.1; default: the one that it took the place of")
     parser.add_argument("--why", default="by hand")
     args = parser.parse_args(argv)
-    made = rollback(Path.cwd(), args.version, args.why)
+    with alone(Path.cwd()):
+        made = rollback(Path.cwd(), args.version, args.why)
     print(f"{made.version.name} is promoted again ({made.tag}); `git push origin {made.tag}` tells others")
 
 

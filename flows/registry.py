@@ -7,13 +7,15 @@ version. A tag's message is JSON: md5, numbers of the gate, runs. `gto show` and
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,12 @@ def _body(message: str) -> dict[str, Any]:
     return about if isinstance(about, dict) else {"said": message.strip()}
 
 
+def _taken(repo: Path, pattern: re.Pattern[str]) -> list[re.Match[str]]:
+    """All tags of that name, also those that say nothing: their numbers can't be had again."""
+    names = git(repo, "for-each-ref", "--format=%(refname:strip=2)", "refs/tags").splitlines()
+    return [match for name in names if (match := pattern.fullmatch(name))]
+
+
 def _numbers(name: str) -> tuple[int, ...]:
     return tuple(map(int, name.removeprefix("v").split(".")))
 
@@ -109,29 +117,37 @@ def _numbers(name: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
+@contextmanager
+def alone(repo: Path) -> Iterator[None]:
+    """Between reading what is promoted and tagging, nobody else tags: of all worktrees of the checkout. Freed by the kernel."""
+    folder = Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").strip())
+    with (folder / "cf-registry.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def register(repo: Path, commit: str, about: dict[str, Any]) -> Version:
     """The commit's student as the next version; the one it is already, if it is."""
     commit = resolved(repo, commit)
-    known = versions(repo)
-    for one in known:
+    for one in versions(repo):
         if one.commit == commit:
             return one
     weights = entry(repo, commit, WEIGHTS)
-    *above, last = _numbers(known[-1].name) if known else (0, 0, 0)
+    *above, last = max((_numbers(match[1]) for match in _taken(repo, REGISTERED)), default=(0, 0, 0))
     name = "v" + ".".join(map(str, [*above, last + 1]))
     _tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
     return named(repo, name)
 
 
 def assign(repo: Path, version: Version, about: dict[str, Any]) -> Assignment:
-    last = assignments(repo)
-    number = last[-1].number + 1 if last else 1
+    number = max((int(match[1]) for match in _taken(repo, ASSIGNED)), default=0) + 1
     _tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about)
     return assignments(repo)[-1]
 
 
 def rollback(repo: Path, name: str | None, why: str) -> Assignment:
-    """To a version that was promoted before: the one named, or the last one that isn't promoted now."""
+    """To a version that was promoted before: the one named, or what the promoted one took the place of when it first was promoted:
+    so a second rollback goes further back, and not forth again."""
     past = assignments(repo)
     if not past:
         raise ValueError("no student was ever promoted, so there is none to go back to")
@@ -139,7 +155,11 @@ def rollback(repo: Path, name: str | None, why: str) -> Assignment:
     before = [one.version for one in past if one.version != now]
     if name is None and not before:
         raise ValueError(f"{now.name} is the only student that was ever promoted, so there is none to go back to")
-    target = named(repo, name) if name else before[-1]
+    first = next(place for place, one in enumerate(past) if one.version == now)
+    if name is None and not first:
+        known = ", ".join(dict.fromkeys(one.name for one in before))
+        raise ValueError(f"{now.name} was the first to be promoted; name the version to go to: {known}")
+    target = named(repo, name) if name else past[first - 1].version
     if target == now:
         raise ValueError(f"{target.name} is the promoted one already")
     if target not in before:

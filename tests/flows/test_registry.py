@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,7 @@ def test_versions_and_promotions_and_the_way_back_as_gto_reads_them(repo: Path) 
     assert registry.versions(repo)[0].about == {"path": "models/stage2", "md5": "aa.dir", "metrics": {"recall": 0.5}, "why": "because aa"}
     made = registry.rollback(repo, None, "it flickers")
     assert (made.number, made.version.name, made.about["from"]) == (4, "v0.0.2", "v0.0.3")
-    registry.rollback(repo, "v0.0.1", "that one too")
+    registry.rollback(repo, None, "that one too")
     assert registry.promoted(repo) == registry.versions(repo)[0]
     last = next(line for line in gto(repo, "show").splitlines() if "student" in line)
     assert last.split("│")[2:4] == [" v0.0.3   ", " v0.0.1      "], last
@@ -66,12 +68,16 @@ def test_versions_and_promotions_and_the_way_back_as_gto_reads_them(repo: Path) 
     assert [line.split()[2] for line in told] == ["version", "promoted"] * 3 + ["rollback"] * 2 and "it flickers" in told[6]
 
 
-def test_a_commit_is_one_version_and_a_taken_number_is_refused(repo: Path) -> None:
+def test_a_commit_is_one_version_and_a_taken_number_is_left_out(repo: Path) -> None:
     commit = trained(repo, "aa")
     assert registry.register(repo, commit, {}) == registry.register(repo, commit, {"other": 1})
-    git(repo, "tag", "student@v0.0.2")  # lightweight: no version, and in the way
-    with pytest.raises(RuntimeError, match=r"student@v0\.0\.2 could not be made"):
-        registry.register(repo, trained(repo, "bb"), {})
+    git(repo, "tag", "student@v0.0.9")  # lightweight: no version, and in the way
+    assert registry.register(repo, trained(repo, "bb"), {}).name == "v0.0.10"
+    assert registry.register(repo, trained(repo, "cc"), {}).name == "v0.0.11", "v0.0.10 is younger than v0.0.9"
+    with pytest.raises(RuntimeError, match=r"student@v0\.0\.9 could not be made"):
+        registry._tag(repo, "student@v0.0.9", "HEAD", {})
+    git(repo, "tag", "-a", "-m", "{}", "student#promoted#4", git(repo, "commit-tree", "-m", "no version", "HEAD^{tree}"))
+    assert registry.assign(repo, registry.named(repo, "v0.0.10"), {}).number == 5
 
 
 def test_what_others_tagged_is_read_or_left(repo: Path) -> None:
@@ -108,6 +114,33 @@ def test_what_can_not_be_rolled_back(repo: Path) -> None:
     registry.assign(repo, two, {})
     with pytest.raises(ValueError, match=r"v0\.0\.2 is the promoted one already"):
         registry.rollback(repo, "v0.0.2", "")
+    registry.rollback(repo, None, "")
+    with pytest.raises(ValueError, match=r"v0\.0\.1 was the first to be promoted; name the version to go to: v0\.0\.2"):
+        registry.rollback(repo, None, "")
+
+
+def test_what_is_promoted_already_gets_no_second_tag(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(repo, "aa")
+    monkeypatch.chdir(repo)
+    for _ in range(2):
+        promotion.promote(["HEAD"])
+    promotion.promote(["v0.0.1"])
+    assert [one.number for one in registry.assignments(repo)] == [1]
+
+
+@pytest.mark.parametrize("command", [lambda: promotion.promote(["HEAD"]), lambda: promotion.roll_back([])])
+def test_promoting_waits_for_whoever_is_at_it(repo: Path, command: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    for md5 in ("aa", "bb"):
+        registry.assign(repo, registry.register(repo, trained(repo, md5), {}), {})
+    trained(repo, "cc")
+    monkeypatch.chdir(repo)
+    waiting = threading.Thread(target=command, daemon=True)
+    with registry.alone(repo):
+        waiting.start()
+        waiting.join(1)
+        assert waiting.is_alive() and len(registry.assignments(repo)) == 2
+    waiting.join(60)
+    assert len(registry.assignments(repo)) == 3
 
 
 def test_a_commit_without_a_student_can_not_be_promoted(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +203,13 @@ def test_weights_come_by_their_tag_from_the_cache_and_from_the_remote(made: Path
     git(got, "clone", "-q", str(made), "clone")
     registry.fetch(got / "clone", registry.named(got / "clone", version.name), got / "b")
     assert (got / "b/deep/er/é").read_text() == "x"
+
+
+def test_damaged_weights_are_not_handed_out(made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DVC trusts its cache."""
+    version = registry.register(made, "HEAD", {})
+    (listed,) = [file for file in (made / ".dvc/cache").rglob("*") if file.is_file() and file.read_bytes() == b"y"]
+    listed.chmod(0o644)
+    listed.write_text("z")
+    with pytest.raises(RuntimeError, match=r"the weights of student@v0\.0\.1 are not what its dvc\.lock says|could not be had"):
+        registry.fetch(made, version, tmp_path_factory.mktemp("got") / "a")
