@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
 RENDERED = Path("cf_model/data/worlds.py")  # where clips come from when they are rendered
 BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
@@ -38,8 +38,8 @@ class Rule(Section):
 
     metric: str  # a path into metrics/evaluate.json; the judged system is called student
     better: Literal["higher", "lower"]
-    margin: float
-    bound: float | None  # and what it must reach in any case, so that small losses don't add up
+    margin: FiniteFloat
+    bound: FiniteFloat | None  # and what it must reach in any case, so that small losses don't add up
 
 
 class Nightly(Section):
@@ -49,7 +49,7 @@ class Nightly(Section):
     inbox: Path | None  # a folder in which new clips arrive; they go into clips.folder, which `dvc add` tracks
     settle: Annotated[float, Field(ge=0)]  # seconds that nobody may have written to a file in it: uploads take time
     weekly: DAYS  # everything anew; other nights begin from the promoted student
-    keep: list[str]  # stages that those other nights take as they were when the promoted student was made
+    keep: Annotated[list[str], Field(min_length=1)]  # stages that those other nights take as they were when the promoted student was made
     prompts_file: Path | None  # on which candidate and promoted student are judged; null: captions of the held-out clips
     prompts: PositiveInt
     seeds: Annotated[list[int], Field(min_length=1)]
