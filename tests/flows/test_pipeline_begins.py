@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 from prefect.states import AwaitingRetry, Running
 
-from flows import stage_task, stages, worktree
+from flows import stage_task, stages, supervise, worktree
+from flows.pipeline import _waits as waits_for
 from flows.pipeline import pipeline
 from tests.flows import project
 from tests.flows.served import go, root, server
@@ -63,3 +65,41 @@ def test_the_command_refuses_in_a_sentence(root: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 1 and said in done.stderr.splitlines()[-1], done.stderr
     assert not (tmp_path / ".dvc").exists()
+
+
+# ------------------------------------------------------------------------------------------------- without a server
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return project.make(tmp_path / "plain")
+
+
+def test_a_stage_waits_for_the_nearest_of_those_that_run(plain: Path) -> None:
+    known = stages.stages(plain)
+    last = next(stage for stage in known if stage.name == "last")
+    assert waits_for(last, known, {"prepare", "last"}) == ("prepare",)
+    assert waits_for(last, known, {"slow", "prepare", "last"}) == ("slow", "prepare")
+
+
+def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, results were lost: the lock is held for as long as another stage's outs are hashed."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(stage_task.supervise, "run", lambda words, **_: asked.append(words) or 0)
+    run = stage_task.Run(plain, {}, set(), threading.Semaphore(1), pull=True)
+    for pull in (True, False):
+        assert stage_task.repro("slow", stages.stages(plain)[1], run, print, pull=pull) == 0
+    common = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
+    assert asked == [[*common, "--pull", "--single-item", "slow"], [*common, "--single-item", "slow"]]
+    held = "import sys, time; from dvc.repo import Repo; Repo('.').lock.lock(); print('held', flush=True); time.sleep(5)"
+    with subprocess.Popen([sys.executable, "-c", held], cwd=plain, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        assert stages.unchanged(plain) == set()
+
+
+def test_a_place_is_not_waited_for_when_the_run_is_stopped() -> None:
+    supervise.start()
+    threading.Timer(0.3, supervise.stop).start()
+    with pytest.raises(supervise.Stopped), stage_task._slot(threading.Semaphore(0)):
+        pass
+    supervise.start()

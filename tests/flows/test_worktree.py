@@ -50,7 +50,9 @@ def test_a_run_that_is_retried_finds_its_folder(repo: Path) -> None:
     assert worktree.make(repo, "retried", profile=None, overrides={"seed": 5}) == first
     assert (first / "work.partial").exists() and project.git(first, "log", "--format=%h") == commits
     (first / ".git").unlink()  # as when the first was killed while it was made
+    os.utime(first, (0, 0))
     again = worktree.make(repo, "retried", profile=None, overrides={"seed": 5})
+    assert worktree.found(repo)[0] == again, "used last, removed last"
     assert (again / ".git").is_file() and project.git(again, "rev-parse", "--abbrev-ref", "HEAD").strip() == "run/retried"
     assert project.git(again, "log", "--format=%h") == commits
 
@@ -189,16 +191,12 @@ def test_one_run_a_checkout(repo: Path) -> None:
         with pytest.raises(worktree.Busy, match=r"is in use by another run, process \d+; wait for it"), worktree.alone(folder):
             pass
     assert not worktree.in_use(folder) and worktree.died(folder) == ""
+    with pytest.raises(ValueError), worktree.alone(folder, "an-id"):
+        raise ValueError
+    assert worktree.died(folder) == "", "it ended by itself"
     with pytest.raises(KeyboardInterrupt), worktree.alone(folder, "an-id"):
         raise KeyboardInterrupt
     assert worktree.died(folder) == "an-id"
-
-
-def test_a_run_that_ends_by_itself_did_not_die(repo: Path) -> None:
-    folder = worktree.make(repo, "ends", profile=None, overrides={})
-    with pytest.raises(ValueError), worktree.alone(folder, "an-id"):
-        raise ValueError
-    assert worktree.died(folder) == ""
 
 
 def test_old_folders_go_and_their_branches_stay(tmp_path: Path) -> None:
