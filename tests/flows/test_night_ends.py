@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,18 @@ def test_what_a_night_refuses_before_it_trains(repo: Path) -> None:
 def test_a_full_night_that_failed_does_not_wait_a_week(date: str, last: str | None, full: bool) -> None:
     past = [record(last, kind="full"), record("2026-01-10")] if last else []
     assert (nightly.weekly(date, "sunday", past) is not None) == full
+
+
+def test_of_nights_that_failed_one_folder_stays(repo: Path) -> None:
+    for number in range(4):
+        name = f"nightly-2026-01-0{number}" if number < 3 else "another-run"
+        folder = repo / ".runs" / name
+        project.git(repo, "worktree", "add", "-q", "--detach", str(folder))
+        (folder / "params.yaml").write_text("changed")
+        os.utime(folder, (0, 1000 + number))
+    moved = repo / ".runs/nightly-2026-01-09"  # whose checkout is elsewhere now
+    moved.mkdir()
+    (moved / ".git").write_text("gitdir: /nowhere")
+    os.utime(moved, (0, 2000))
+    nightly.tidy(repo, lambda _: None)
+    assert sorted(folder.name for folder in (repo / ".runs").iterdir()) == ["another-run", "nightly-2026-01-02", "nightly-2026-01-09"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,17 +133,6 @@ def test_one_night_at_a_time(repo: Path) -> None:
         assert first and not second
     with nightly.alone(repo) as third:
         assert third
-
-
-def test_of_nights_that_failed_one_folder_stays(repo: Path) -> None:
-    for number in range(4):
-        name = f"nightly-2026-01-0{number}" if number < 3 else "another-run"
-        folder = repo / ".runs" / name
-        project.git(repo, "worktree", "add", "-q", "--detach", str(folder))
-        (folder / "params.yaml").write_text("changed")
-        os.utime(folder, (0, 1000 + number))
-    nightly.tidy(repo, lambda _: None)
-    assert sorted(folder.name for folder in (repo / ".runs").iterdir()) == ["another-run", "nightly-2026-01-02"]
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
