@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,13 @@ def test_it_arrives_whole(receiver: Receiver) -> None:
     assert lines == ["someone was told: refused"]
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/secretword", "http://secretword.invalid/x", "file:///etc/secretword", "secretword"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://127.0.0.1:9/secretword", "http://secretword.invalid/x", "http://127.0.0.1:9/secretword x"),
+        *("file:///etc/secretword", "secretword"),
+    ],
+)
 def test_who_can_not_be_told_ends_nothing_and_betrays_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(alerts.URL, url)
     monkeypatch.setattr(alerts, "PAUSE", 0.0)
@@ -118,3 +126,56 @@ def test_the_watch_looks_again_and_survives_a_params_file_that_is_being_edited(r
 
 def test_every_good_end_of_a_night_is_known_by_its_name() -> None:
     assert set(nightly.NAMES.values()) | {"NoNewData", "NotPushed"} == set(alerts.GOOD)
+
+
+def other(answers: list[bytes]) -> tuple[str, list[bytes]]:
+    """Someone who answers each call with the next of these."""
+    listener, heard = socket.create_server(("127.0.0.1", 0)), list[bytes]()
+
+    def serve() -> None:
+        for answer in answers:
+            connection, _ = listener.accept()
+            heard.append(connection.recv(65536))
+            connection.sendall(answer)
+            connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/secretword", heard
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 500 secretword\r\nContent-Length: 0\r\n\r\n"])
+def test_a_receiver_that_refuses_or_speaks_something_else(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, heard = other([answer] * alerts.TRIES)
+    monkeypatch.setenv(alerts.URL, url)
+    monkeypatch.setattr(alerts, "PAUSE", 0.0)
+    lines: list[str] = []
+    assert not alerts.send("failed", "x", lines.append) and len(heard) == alerts.TRIES
+    assert "nobody could be told (failed)" in lines[0] and "secretword" not in "".join(lines)
+    monkeypatch.setenv("PREFECT_API_URL", other([answer])[0])
+    assert alerts.elsewhere() == 0.0
+
+
+def test_it_is_told_again_when_it_was_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    url, heard = other([b"HTTP/1.1 503 no\r\nContent-Length: 0\r\n\r\n", good])
+    monkeypatch.setenv(alerts.URL, url)
+    monkeypatch.setattr(alerts, "PAUSE", 0.0)
+    assert alerts.send("failed", "x", lambda _: None) and len(heard) == 2
+
+
+def test_a_full_disk_is_told_all_the_same(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".runs").write_text("no folder, so nothing can be written")
+    alerts.on_failure(None, SimpleNamespace(id="1", name="x"), SimpleNamespace(message="No space left on device"))
+    assert "No space left" in receiver.heard[0]["text"]
+
+
+@pytest.mark.parametrize("name", ["good", "since"])
+def test_a_clock_that_was_ahead_silences_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(alerts.URL, raising=False)
+    now = time.time()
+    (tmp_path / ".runs").mkdir()
+    (tmp_path / alerts.LAST).write_text(json.dumps({name: now + 1e8, "told": now + 1e8}))
+    assert alerts.absent(tmp_path, 26) is None
+    monkeypatch.setattr(alerts.time, "time", lambda: now + 27 * 3600)
+    assert "no nightly has ended well for 27.0 hours" in (alerts.absent(tmp_path, 26) or "")

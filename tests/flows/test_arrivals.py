@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from flows.arrivals import take
+from flows.arrivals import VIDEOS, take
+from tasks.clips import SUFFIXES
 
 
 @pytest.fixture
@@ -84,3 +88,55 @@ def test_an_upload_that_goes_on_waits_for_the_next_night(inbox: Path, tmp_path: 
 def test_no_inbox(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nightly\.inbox is .*, which is no folder"):
         take(tmp_path / "absent", tmp_path / "raw", settle=0)
+
+
+def test_a_name_that_is_no_utf8_is_turned_away_and_can_be_written_down(inbox: Path, tmp_path: Path) -> None:
+    with open(os.fsencode(inbox) + b"/caf\xe9.mp4", "wb") as file:
+        file.write(b"x")
+    (name,) = take(inbox, tmp_path / "raw", settle=0).turned_away
+    assert name.encode() == b"caf\\udce9.mp4"
+
+
+def test_only_videos_and_captions_go_in(inbox: Path, tmp_path: Path) -> None:
+    assert set(VIDEOS) == set(SUFFIXES), "what the stage `clips` takes"
+    for name in ("README.md", "Thumbs.db", "a.TXT"):
+        (inbox / name).write_text("x")
+    (inbox / "B.MOV").write_text("B")
+    found = take(inbox, tmp_path / "raw", settle=0)
+    assert sorted(found.turned_away) == ["README.md", "Thumbs.db", "a.TXT"] and "B.MOV" in found.taken
+
+
+def test_captions_that_say_the_same_are_known_the_next_night(inbox: Path, tmp_path: Path) -> None:
+    (inbox / "a.txt").write_text("a caption")
+    take(inbox, tmp_path / "raw", settle=0)
+    again = take(inbox, tmp_path / "raw", settle=0)
+    assert (again.taken, again.known) == ([], 4)
+
+
+def test_of_a_clip_that_is_there_twice_the_first_caption_stays(inbox: Path, tmp_path: Path) -> None:
+    (inbox / "copy.mp4").write_bytes(b"a")
+    (inbox / "a.txt").write_text("of a")
+    (inbox / "copy.txt").write_text("of its copy")
+    for _ in range(2):
+        found = take(inbox, tmp_path / "raw", settle=0)
+        assert found.turned_away == {"copy.txt": "is the caption of a copy, whose caption is a.txt"}
+        assert (tmp_path / "raw/a.txt").read_text() == "of a" and not (tmp_path / "raw/copy.mp4").exists()
+
+
+def test_a_time_that_is_still_to_come_keeps_no_clip_out(inbox: Path, tmp_path: Path) -> None:
+    os.utime(inbox / "a.mp4", (0, time.time() + 1e7))
+    assert "a.mp4" in take(inbox, tmp_path / "raw", settle=60).turned_away, "it was written just now"
+    time.sleep(0.3)
+    assert "a.mp4" in take(inbox, tmp_path / "raw", settle=0.2).taken
+
+
+def test_a_full_disk_fails_the_night_and_leaves_nothing_half_copied(inbox: Path, tmp_path: Path) -> None:
+    (inbox / "a.mp4").write_bytes(b"x" * 500_000)
+    code = "import sys; from pathlib import Path; from flows.arrivals import take; take(*map(Path, sys.argv[1:]), settle=0)"
+
+    def small() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run([sys.executable, "-c", code, str(inbox), str(tmp_path / "raw")], preexec_fn=small, capture_output=True, text=True)
+    assert "RuntimeError: a.mp4 could not be copied" in done.stderr
+    assert names(tmp_path / "raw") == {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flows import gate
 from flows.gate import Judged, Rule, Verdict, judge, number
 from tasks import params_nightly
 
@@ -93,3 +94,27 @@ def test_paths_find_numbers_and_nothing_else() -> None:
 
 def test_the_rules_are_those_of_params_yaml() -> None:
     assert Rule.model_fields.keys() == params_nightly.Rule.model_fields.keys()
+
+
+def test_a_lower_metric_has_a_bound_from_above() -> None:
+    rules = [Rule(metric="prompts.student.jitter", better="lower", margin=0.0, bound=0.5)]
+    found = verdict(judged(jitter=0.6), judged(jitter=0.7), rules)
+    assert not found.promote and "is 0.6, above its bound 0.5" in found.why
+    assert verdict(judged(jitter=0.4), judged(jitter=0.7), rules).promote
+
+
+def test_every_metric_that_refuses_is_named() -> None:
+    why = verdict(judged(0.1, 2.0), judged()).why
+    assert "prompts.student.recall is 0.1" in why and "prompts.student.jitter is 2" in why
+
+
+@pytest.mark.parametrize("name", ["margin", "bound"])
+def test_a_rule_without_numbers_would_let_everything_pass(name: str) -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        Rule(**{"metric": "a", "better": "higher", "margin": 0.0, "bound": None, name: math.nan})
+
+
+def test_what_needs_truth_is_all_that_rendered_clips_are_measured_by() -> None:
+    measured = json.loads((Path(__file__).parents[2] / "metrics/evaluate.json").read_text())
+    names = {name for suite in ("prompts", "continuations") for system in measured[suite].values() for name in system}
+    assert {name for name in names if not name.endswith("videos")} == {*gate.NEED_TRUTH, "sharpness", "motion"}

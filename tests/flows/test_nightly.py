@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,17 +135,6 @@ def test_one_night_at_a_time(repo: Path) -> None:
         assert third
 
 
-def test_of_nights_that_failed_one_folder_stays(repo: Path) -> None:
-    for number in range(4):
-        name = f"nightly-2026-01-0{number}" if number < 3 else "another-run"
-        folder = repo / ".runs" / name
-        project.git(repo, "worktree", "add", "-q", "--detach", str(folder))
-        (folder / "params.yaml").write_text("changed")
-        os.utime(folder, (0, 1000 + number))
-    nightly.tidy(repo, lambda _: None)
-    assert sorted(folder.name for folder in (repo / ".runs").iterdir()) == ["another-run", "nightly-2026-01-02"]
-
-
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
@@ -215,15 +203,24 @@ project.clips(root, "bad1")
 run("2026-01-06")
 project.clips(root, "d")
 run("2026-01-07")
+print("ENDED", (root / ".runs/nightly.json").read_text())
+project.git(root, "merge", "-q", "nightly/2026-01-07")
+project.clips(root, "e")
+project.git(root, "remote", "add", "origin", str(root / "gone"))
+run("2026-01-11")
+project.git(root, "init", "-q", "--bare", "gone")
+run("2026-01-12")
 """
 
 
 def test_nights_in_a_row(repo: Path, tmp_path: Path) -> None:
-    """From nothing; nothing new; one that is no video; one good clip, from the promoted student."""
+    """From nothing; nothing new; one that is no video; one good clip, from the promoted student; and, after that night's branch was
+    merged, a Sunday without its origin, which the next night finds again."""
     environment = project.environment(PREFECT_HOME=str(tmp_path / "prefect"), PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180")
     done = subprocess.run([sys.executable, "-c", NIGHTS], cwd=repo, env=environment, capture_output=True, text=True, timeout=1500)
     told = [line.split(maxsplit=3)[1:] for line in done.stdout.splitlines() if line.startswith("NIGHT")]
-    assert [words[1] for words in told] == ["Promoted", "NoNewData", "NoGoodClips", "Promoted"], done.stdout + done.stderr[-3000:]
+    states = ["Promoted", "NoNewData", "NoGoodClips", "Promoted", "NotPushed", "NoNewData"]
+    assert [words[1] for words in told] == states, done.stdout + done.stderr[-3000:]
     assert "1 unreadable" in told[2][2]
     last = json.loads(project.git(repo, "show", "nightly/2026-01-07:nightly/record.json"))
     assert (last["kind"], last["before"], last["arrived"]) == ("warm", "v0.0.1", ["d.mp4"])
@@ -233,5 +230,15 @@ def test_nights_in_a_row(repo: Path, tmp_path: Path) -> None:
     (weights,) = [out["md5"] for out in first["stage2"]["outs"] if out["path"] == "models/stage2"]
     assert start == weights, "it began as the promoted student, by its dvc.lock"
     assert lock["stage1"] == first["stage1"], "and what leads to it was left as it was"
-    assert project.git(repo, "status", "--porcelain").strip() == "", "nobody's checkout is touched"
-    assert len(list((repo / "work/kept/filter").iterdir())) == 5
+    assert project.git(repo, "status", "--porcelain", "--untracked-files=no").strip() == "", "nobody's checkout is touched"
+    assert len(list((repo / "work/kept/filter").iterdir())) == 6
+    ended = json.loads(done.stdout.partition("ENDED ")[2].splitlines()[0])
+    assert ended["outcome"] == "Promoted" and ended["good"] == ended["ended"]
+    assert "nightly/2026-01-11 could not be handed over" in " ".join(told[4])
+    assert handover.waiting(repo) == [] and "nightly/2026-01-11" in project.git(repo, "ls-remote", "origin")
+    sunday = nights.nights(repo)[-1]
+    frozen = "frozen: true" in project.git(repo, "show", f"{sunday.ref}:dvc.yaml")
+    assert (sunday.kind, frozen) == ("full", False), "and it took the freezing back"
+    prompts = [project.git(repo, "show", f"nightly/2026-01-{day}:{nights.PROMPTS}") for day in ("05", "07", "11")]
+    assert len(set(prompts)) == 1 and prompts[0].count("prompt ") == 4
+    assert "promoted" in json.loads(project.git(repo, "show", f"{sunday.ref}:{nights.GATE}"))["numbers"], "both were judged"

@@ -1,0 +1,175 @@
+"""What a night leaves behind: a promotion or none, branches and tags that go to origin, and params.yaml with one line changed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import handover, judged, night, nightly, nights, overrides, registry, work
+from flows.gate import Judged, Rule, judge
+from tests.flows.test_nightly import file, record
+from tests.week import project
+
+ROOT = project.ROOT
+LOCK = "stages: {{stage2: {{outs: [{{path: models/stage2, md5: {}.dir}}]}}}}\n"
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    return project.make(tmp_path / "project")
+
+
+def at_work(repo: Path, lines: list[str], **changed: Any) -> work.Work:
+    stated = overrides.read((repo / "params.yaml").read_text())
+    base = project.git(repo, "rev-parse", "main").strip()
+    root = repo / ".runs/night"
+    project.git(repo, "worktree", "add", "-q", "--detach", str(root))
+    given = {"past": [], "before": registry.promoted(repo), "date": "2026-01-07", "folder": None} | changed
+    return work.Work(
+        repo=repo, root=root, run="r", base=base, settings=work.settings(stated), of_a_folder=True, full=False, line=lines.append, **given
+    )
+
+
+def promoting(one: work.Work, md5: str) -> tuple[str, str, str | None]:
+    (one.root / "dvc.lock").write_text(LOCK.format(md5))
+    rules = [Rule(metric="a", better="higher", margin=0.0, bound=None)]
+    verdict = judge(Judged(md5=md5, numbers={"a": 1.0}, shown=[("p", 0)]), None, rules)
+    return night.close(one, "promoted", "better", md5, verdict)
+
+
+def test_a_night_promotes_and_waits_to_be_handed_over(repo: Path) -> None:
+    one = at_work(repo, [])
+    assert promoting(one, "aa") == ("promoted", "better", "v0.0.1")
+    now = registry.promoted(repo)
+    assert now and now.name == "v0.0.1" and handover.waiting(repo) == ["nightly/2026-01-07"]
+
+
+def test_whoever_rolled_back_meanwhile_has_decided(repo: Path) -> None:
+    for md5 in ("aa", "bb"):
+        registry.assign(repo, registry.register(repo, file(repo, "main", "dvc.lock", LOCK.format(md5)), {}), {})
+    one = at_work(repo, [])
+    registry.rollback(repo, None, "it flickers")
+    outcome, why, version = promoting(one, "cc")
+    assert (outcome, version) == ("refused", None) and "v0.0.2 was promoted when this night began, and v0.0.1 is now" in why
+    now = registry.promoted(repo)
+    assert now and now.name == "v0.0.1"
+    assert '"promote": false' in project.git(repo, "show", "nightly/2026-01-07:nightly/gate.json")
+    assert [one.outcome for one in nights.nights(repo)] == ["refused"]
+
+
+def test_a_night_that_was_not_judged_has_no_numbers_of_another(repo: Path) -> None:
+    file(repo, "main", nights.GATE, "{}")
+    night.close(at_work(repo, []), "no good clips", "none", None)
+    assert nights.GATE not in project.git(repo, "ls-tree", "-r", "--name-only", "nightly/2026-01-07")
+
+
+def test_the_prompts_of_a_folder_are_those_of_the_first_night_that_judged(repo: Path) -> None:
+    file(repo, "nightly/2026-01-05", nights.RECORD, record("2026-01-05", outcome="refused").text())
+    file(repo, "nightly/2026-01-05", nights.PROMPTS, "a car\na tree\n")
+    file(repo, "nightly/2026-01-06", nights.RECORD, record("2026-01-06", outcome="no good clips").text())
+    one = at_work(repo, [], past=nights.nights(repo))
+    kept = night.prompts(one)
+    assert kept and kept.is_absolute() and kept.read_text() == "a car\na tree\n"
+    stated = overrides.read((repo / "params.yaml").read_text())
+    assert judged.parameters(stated, kept)["generate"]["prompts_file"] == str(kept)
+    one.settings.prompts = 5
+    assert night.prompts(one) is None and not kept.exists(), "others are asked for"
+    one.settings.prompts_file = Path("mine.txt")
+    assert night.prompts(one) == one.root / "mine.txt"
+
+
+# ------------------------------------------------------------------------------------------------------------ origin
+
+
+@pytest.fixture
+def two(repo: Path, tmp_path: Path) -> Path:
+    """Another machine's checkout."""
+    project.git(tmp_path, "init", "-q", "--bare", "-b", "main", "origin.git")
+    project.git(repo, "remote", "add", "origin", str(tmp_path / "origin.git"))
+    project.git(repo, "push", "-q", "origin", "main")
+    project.git(tmp_path, "clone", "-q", str(tmp_path / "origin.git"), "two")
+    return tmp_path / "two"
+
+
+def test_a_name_that_is_taken_at_origin_is_told_and_keeps_no_other_night_back(repo: Path, two: Path) -> None:
+    for one in (repo, two):
+        file(one, "nightly/2026-01-05", "x", one.name)
+        project.git(one, "tag", "-a", "-m", one.name, "student@v0.0.1")
+        handover.add(one, "nightly/2026-01-05")
+    assert handover.send(repo, timeout=60, pauses=[], line=print) is None
+    with pytest.raises(RuntimeError, match=r"origin has another student@v0\.0\.1; keep one: `git push origin :student@v0\.0\.1`"):
+        handover.fetch(two)
+    assert nights.free(two, "2026-01-05") == "2026-01-05-2"
+    project.git(two, "branch", "nightly/2026-01-06", "main")
+    handover.add(two, "nightly/2026-01-06")
+    late = handover.send(two, timeout=60, pauses=[], line=print)
+    assert late and "origin has another nightly/2026-01-05" in late and "student@v0.0.1" in late
+    assert "refs/heads/nightly/2026-01-06" in project.git(two, "ls-remote", "origin")
+
+
+def test_what_origin_took_meanwhile_is_known_at_the_end(repo: Path, two: Path) -> None:
+    one = at_work(two, [])
+    file(repo, "nightly/2026-01-07", nights.RECORD, record("2026-01-07").text())
+    project.git(repo, "push", "-q", "origin", "nightly/2026-01-07")
+    promoting(one, "aa")
+    assert (one.date, handover.waiting(two)) == ("2026-01-07-2", ["nightly/2026-01-07-2"])
+    assert handover.send(two, timeout=60, pauses=[], line=print) is None
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
+def test_one_value_is_one_line_of_params_yaml(profile: str, tmp_path: Path) -> None:
+    place, before = tmp_path / "params.yaml", (ROOT / f"profiles/{profile}.yaml").read_text()
+    place.write_text(before)
+    overrides.lay(place, {"start.stage2": "models/stage1", "generate.prompts_file": None})
+    assert place.read_text() == before, "it says so already"
+    overrides.lay(place, {"start.stage2": "promoted/student"})
+    changed = [line for line in difflib.ndiff(before.splitlines(), place.read_text().splitlines()) if line[0] in "+-"]
+    assert [line.split("#")[0].strip() for line in changed] == ["-   stage2: models/stage1", "+   stage2: promoted/student"]
+
+
+@pytest.mark.parametrize(("named", "folder"), [("raw", "raw"), ("raw/", "raw"), ("./raw", "raw"), ("/data/raw", None)])
+def test_the_folder_by_its_plain_name(named: str, folder: str | None) -> None:
+    assert work.folder_of({"clips": {"source": "folder", "folder": named}}) == folder
+
+
+def test_what_a_night_refuses_before_it_trains(repo: Path) -> None:
+    with pytest.raises(ValueError, match=r"clips\.folder is a/b; a night needs one right below"):
+        work.folder_of({"clips": {"source": "folder", "folder": "a/b"}})
+    stated = overrides.read((repo / "params.yaml").read_text())
+    work.checked(stated)
+    stated["nightly"]["rules"][0]["metric"] = "prompts.student.sprite_recall"
+    with pytest.raises(ValueError, match=r"nightly\.rules asks for prompts\.student\.sprite_recall"):
+        work.checked(stated)
+    with pytest.raises(ValueError, match="2026-02-30 is no day of the calendar"):
+        nightly.checked_date("2026-02-30")
+
+
+@pytest.mark.parametrize(
+    ("date", "last", "full"),
+    [("2026-01-11", None, True), ("2026-01-12", "2026-01-04", True), ("2026-01-12", "2026-01-05", False), ("2026-01-12", None, False)],
+)
+def test_a_full_night_that_failed_does_not_wait_a_week(date: str, last: str | None, full: bool) -> None:
+    past = [record(last, kind="full"), record("2026-01-10")] if last else []
+    assert (nightly.weekly(date, "sunday", past) is not None) == full
+
+
+def test_of_nights_that_failed_one_folder_stays(repo: Path) -> None:
+    for number in range(4):
+        name = f"nightly-2026-01-0{number}" if number < 3 else "another-run"
+        folder = repo / ".runs" / name
+        project.git(repo, "worktree", "add", "-q", "--detach", str(folder))
+        (folder / "params.yaml").write_text("changed")
+        os.utime(folder, (0, 1000 + number))
+    moved = repo / ".runs/nightly-2026-01-09"  # whose checkout is elsewhere now
+    moved.mkdir()
+    (moved / ".git").write_text("gitdir: /nowhere")
+    os.utime(moved, (0, 2000))
+    nightly.tidy(repo, lambda _: None)
+    assert sorted(folder.name for folder in (repo / ".runs").iterdir()) == ["another-run", "nightly-2026-01-02", "nightly-2026-01-09"]
