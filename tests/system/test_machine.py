@@ -37,7 +37,8 @@ def test_a_port_that_another_has(machine: Machine) -> None:
     other = machine.root.parent / "other"
     if not other.exists():
         project.make(other)
-        (other / "flows").symlink_to(machine.root / "flows")
+        for name in ("flows", "infra"):
+            (other / name).symlink_to(machine.root / name)
     neighbour = Machine(other)
     said = neighbour.command("flows.machine", "up", code=1, CF_PORT=str(machine.port))
     assert f"port {machine.port} is taken by process {machine.process('server').pid} (" in said
