@@ -1,0 +1,76 @@
+"""What is judged is what was made, each student with its own codec, and W&B hears nothing of it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flows import judged, locked, night, pipeline, registry, warm, work
+from flows.gate import Judged
+from tests.flows import project
+
+DVC = """stages:
+  stage2:
+    cmd: "true"
+    deps: [raw.txt]
+    outs: [models/stage2, models/codec]
+"""
+LOCK = "schema: '2.0'\nstages: {{stage2: {{cmd: 'true', outs: [{{path: models/stage2, md5: {}.dir}}, {{path: models/codec, md5: {}.dir}}]}}}}\n"
+
+
+@pytest.fixture
+def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A night whose candidate was made: both outs are what dvc.lock says."""
+    root = project.make(tmp_path / "project")
+    (root / "dvc.yaml").write_text(DVC)
+    for name in ("stage2", "codec"):
+        (root / "models" / name).mkdir(parents=True)
+        (root / "models" / name / "weights").write_text(name)
+    hashes = [locked.md5(root / "models" / name).removesuffix(".dir") for name in ("stage2", "codec")]
+    (root / "dvc.lock").write_text(LOCK.format(*hashes))
+    monkeypatch.setattr(pipeline, "repro", lambda *_, **__: {})
+    monkeypatch.setattr(night, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(night.shown, "table", lambda *_: None)
+    rules = SimpleNamespace(rules=[], prompts_file=None, prompts=1)
+    given: dict[str, Any] = {"past": [], "before": None, "date": "2026-01-07", "folder": None, "line": lambda _: None, "full": True}
+    return work.Work(repo=root, root=root, run="r", base="main", settings=rules, of_a_folder=False, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["stage2", "codec"])
+def test_what_is_not_what_dvc_says_is_not_judged(one: work.Work, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(night, "judge", lambda _: pytest.fail("it was judged"))
+    (one.root / "models" / name / "weights").write_text("x" * len(name))
+    with pytest.raises(RuntimeError, match=f"not judged: stage2: {name} has the md5"):
+        night.candidate(one)
+
+
+def test_each_has_its_own_codec(one: work.Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, dict[str, Any]] = {}
+
+    def measure(root: Path, name: str, **given: Any) -> Judged:
+        asked[name] = given
+        return Judged(md5=name, numbers={}, shown=[("p", 0)])
+
+    monkeypatch.setattr(night, "_measure", SimpleNamespace(with_options=lambda **_: measure))
+    one.before = registry.Version("v0.0.1", "main", 0, {"md5": "aa"})
+    night.judge(one)
+    root = one.root
+    paths = {name: (given["student"], given["codec"]) for name, given in asked.items()}
+    assert paths == {
+        "candidate": (root / registry.WEIGHTS, root / warm.CODEC),
+        "promoted": (root / warm.STUDENT, root / warm.ITS_CODEC),
+    }
+    assert len({path for pair in paths.values() for path in pair}) == 4
+
+
+def test_judging_is_no_run_of_wandb_and_runs_this_nights_code(one: work.Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(judged.supervise, "run", lambda words, **given: seen.update(given) or 1)
+    with pytest.raises(RuntimeError, match="stage2 of judged failed"):
+        judged._run(one.root, one.root / "judged", "stage2", ["true"], run="r", repo=one.root, line=print)
+    assert seen["env"]["WANDB_MODE"] == "disabled" and seen["env"]["PYTHONPATH"] == str(one.root)
