@@ -19,7 +19,14 @@ DVC = """stages:
     deps: [raw.txt]
     outs: [models/stage2, models/codec]
 """
-LOCK = "schema: '2.0'\nstages: {{stage2: {{cmd: 'true', outs: [{{path: models/stage2, md5: {}.dir}}, {{path: models/codec, md5: {}.dir}}]}}}}\n"
+LOCK = """schema: '2.0'
+stages:
+  stage2:
+    cmd: "true"
+    outs:
+      - {{path: models/stage2, md5: {}.dir}}
+      - {{path: models/codec, md5: {}.dir}}
+"""
 
 
 @pytest.fixture
