@@ -23,7 +23,7 @@ repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke w
 test: $(VENV)/.dev ## the tests
 	@$(RUN) python -m pytest
 
-test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills; ten minutes
+test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills; twelve minutes
 	@CF_SYSTEM=1 $(RUN) python -m pytest tests/system
 
 up: $(VENV)/.cpu ## the Prefect server, a worker and a watch over the nights, on 127.0.0.1; what runs already is left alone

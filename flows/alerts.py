@@ -8,7 +8,6 @@ end is too long ago needs neither worker nor flow, nor the server: the watch tha
 from __future__ import annotations
 
 import argparse
-import base64
 import http.client
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 from ruamel.yaml.error import YAMLError
 
-from flows import overrides
+from flows import overrides, settings
 from flows.locked import in_a_sentence
 
 URL = "CF_ALERT_URL"
@@ -105,23 +104,14 @@ def absent(repo: Path, hours: float, line: Callable[[str], None] = lambda _: Non
 
 
 def elsewhere() -> float:
-    """When a night last ended well on any machine, by the Prefect server in PREFECT_API_URL; 0 where it doesn't say.
-
-    Without Prefect's own client, whose versions may be what is wrong.
-    """
-    url, password = os.environ.get("PREFECT_API_URL"), os.environ.get("PREFECT_API_AUTH_STRING")
-    if not url:
+    """When a night last ended well on any machine, by the Prefect server in PREFECT_API_URL; 0 where it doesn't say."""
+    if not os.environ.get("PREFECT_API_URL"):
         return 0.0
     nights = {"flows": {"name": {"any_": ["nightly"]}}, "flow_runs": {"state": {"name": {"any_": GOOD}}}}
-    body = json.dumps({**nights, "sort": "END_TIME_DESC", "limit": 1}).encode()
-    headers = {"Content-Type": "application/json"}
-    if password:
-        headers["Authorization"] = f"Basic {base64.b64encode(password.encode()).decode()}"
     try:
-        request = urllib.request.Request(f"{url}/flow_runs/filter", body, headers, method="POST")
-        with urllib.request.urlopen(request, timeout=LIMIT) as answer:
-            return max((datetime.fromisoformat(run["end_time"]).timestamp() for run in json.load(answer)), default=0.0)
-    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        found = settings.ask(os.environ, "/flow_runs/filter", {**nights, "sort": "END_TIME_DESC", "limit": 1}, LIMIT)
+        return max((datetime.fromisoformat(run["end_time"]).timestamp() for run in found), default=0.0)
+    except (OSError, ValueError, KeyError, TypeError):
         return 0.0
 
 

@@ -14,15 +14,13 @@ import subprocess
 import sys
 import tempfile
 import urllib.error
-import urllib.request
-from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from flows import overrides
+from flows import overrides, settings
 from flows.machine import POOL
 from flows.settings import environment, here
 
@@ -105,14 +103,10 @@ def keep_paused(deployments: list[dict[str, Any]], env: dict[str, str]) -> list[
 
 
 def ask(env: dict[str, str], path: str, body: dict[str, Any]) -> Any:
-    """The API, without Prefect's client, which reads where its server is when it is imported."""
-    url, password = env["PREFECT_API_URL"], env.get("PREFECT_API_AUTH_STRING")
-    asked = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"content-type": "application/json"})
-    if password:
-        asked.add_header("authorization", f"Basic {b64encode(password.encode()).decode()}")
+    """The API, or in one sentence why not."""
+    url = env["PREFECT_API_URL"]
     try:
-        with urllib.request.urlopen(asked, timeout=30) as answer:
-            return json.load(answer)
+        return settings.ask(env, path, body, timeout=30)
     except urllib.error.HTTPError as error:
         way = "state its USER:PASSWORD as PREFECT_API_AUTH_STRING" if error.code == 401 else "try again, and look at its log"
         raise ValueError(f"{url} answers {error.code} {error.reason}; {way}") from None

@@ -6,9 +6,12 @@ import json
 import os
 import sys
 import urllib.request
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from flows import processes
@@ -118,3 +121,17 @@ def healthy(machine: Machine, timeout: float = 3.0) -> bool:
             return bool(json.load(answer) is True)
     except (OSError, ValueError):
         return False
+
+
+def ask(given: Mapping[str, str], path: str, body: Any, timeout: float) -> Any:
+    """The API in PREFECT_API_URL, with its password; without Prefect's client, which reads where its server is when it is imported, and
+    whose versions may be what is wrong. HTTPError, another OSError or ValueError where there is no answer in JSON."""
+    password = given.get("PREFECT_API_AUTH_STRING", "")
+    headers = {"Authorization": f"Basic {b64encode(password.encode()).decode()}"} if password else {}
+    headers["Content-Type"] = "application/json"
+    asked = urllib.request.Request(f"{given['PREFECT_API_URL']}{path}", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(asked, timeout=timeout) as answer:
+            return json.load(answer)
+    except HTTPException as error:  # it speaks something else
+        raise ConnectionError(type(error).__name__) from None

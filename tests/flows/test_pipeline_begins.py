@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 from prefect.states import AwaitingRetry, Running
 
-from flows import stage_task, stages, supervise, worktree
+from flows import exchange, stage_task, stages, supervise, worktree
 from flows.pipeline import _waits as waits_for
 from flows.pipeline import pipeline
 from tests.flows import project
@@ -43,6 +44,19 @@ def test_a_run_that_waits_to_be_tried_again_is_left_alone(root: Path) -> None:
         assert go(dry_run=True).is_completed()
         states = [client.read_flow_run(run.id).state for run in (waits, died)]
     assert [state and state.name for state in states] == ["AwaitingRetry", "Crashed"]
+
+
+def test_what_the_remote_can_not_give_is_made_here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was there when the run began, and went away."""
+    really, asked = stage_task.repro, list[bool]()
+
+    def away(stage: str, what: Any, run: Any, line: Any, *, pull: bool) -> int:
+        asked.append(pull)
+        return 255 if pull else really(stage, what, run, line, pull=False)
+
+    monkeypatch.setattr(exchange, "there", lambda _: True)
+    monkeypatch.setattr(stage_task, "repro", away)
+    assert go(pull=True, to_stage="prepare").result() == {"prepare": "Completed"} and asked == [True, False]
 
 
 def test_what_dvc_says_as_a_state() -> None:
