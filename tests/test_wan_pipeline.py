@@ -16,7 +16,7 @@ from cf_model.pipeline import ContextForcingPipeline
 from tests import pretrained
 from tests.test_pipeline import ENVIRONMENT, STAGES, dvc, lay_out, ran
 
-# what the profile wan-1.3b has and smoke has not
+# what the profile wan-1.3b has and smoke has not, but for bfloat16, which most CPUs emulate at a twentieth of the speed
 REAL = {
     "kind: linear\n  weights: null": "kind: wan\n  weights: weights",
     'text: {kind: words, weights: null, tokens: 16, channels: 64, negative: ""}': (
@@ -24,7 +24,7 @@ REAL = {
     ),
     "init: scratch\n  weights: null": "init: wan\n  weights: weights",
     "method: teacher_forcing": "method: ode",
-    "dtype: float32, checkpointing: false": "dtype: bfloat16, checkpointing: true",
+    "checkpointing: false": "checkpointing: true",
 }
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "freq_dim": 64, "num_layers": 2, "rope_max_seq_len": 1024}
 

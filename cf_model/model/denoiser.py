@@ -138,6 +138,11 @@ def rotate(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor, "B 
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
+def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Cast a norm's input to its weight's type, because torch has a fused kernel only where the two are equal."""
+    return tuple(x.to(norm.weight.dtype) for x in inputs)
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Sizes of the transformer. Wan2.1-T2V-1.3B: 30 layers, 12 heads of 128, ffn 8960, freq 256, 1024 positions."""
@@ -163,6 +168,8 @@ class Denoiser(nn.Module):
         transformer.rope = ViewRope(transformer.rope)
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
+        for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
+            norm.register_forward_pre_hook(widen_input)  # under autocast the input is bfloat16 and the weights are float32
         if compute.checkpointing:
             transformer.enable_gradient_checkpointing()
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import

@@ -17,7 +17,6 @@ from torch import Tensor
 
 WORD = re.compile(r"\w+|[^\w\s]")
 PLACE = 0.5  # weight of a position's vector beside a word's
-UMT5_DTYPE = torch.bfloat16  # Choice: as Wan's own code runs it; in float32 its weights take 23 GB
 
 TextKind = Literal["words", "umt5"]
 
@@ -73,7 +72,7 @@ def vector(name: str, channels: int) -> np.ndarray:
     return values
 
 
-def text_encoder(kind: TextKind, folder: Path | None, tokens: int, channels: int, *, load_dtype: torch.dtype = UMT5_DTYPE) -> TextEncoder:
+def text_encoder(kind: TextKind, folder: Path | None, tokens: int, channels: int, *, load_dtype: torch.dtype | None = None) -> TextEncoder:
     """The one place that chooses. `folder` and `load_dtype` are of UMT5's weights; `channels` must be what they give."""
     if kind == "words":
         return WordEncoder(tokens, channels)
@@ -98,7 +97,7 @@ def save_text(encoder: TextEncoder, folder: Path) -> None:
     (folder / "text.json").write_text(json.dumps(about) + "\n")
 
 
-def load_text(folder: Path, *, load_dtype: torch.dtype = UMT5_DTYPE) -> TextEncoder:
+def load_text(folder: Path, *, load_dtype: torch.dtype | None = None) -> TextEncoder:
     """What `save_text` wrote."""
     if not (folder / "text.json").is_file():
         raise ValueError(f"{folder} holds no text.json, so it names no text encoder; name a folder that has one")

@@ -17,17 +17,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from .weights import check_whole, some
+from .weights import check_whole, choose_precision, some
 
 
 class UMT5Encoder:
-    """Reads the folder of a diffusers pipeline: text_encoder/ and tokenizer/. Its 11 GB are loaded when a text is first encoded.
+    """Reads the folder of a diffusers pipeline: text_encoder/ and tokenizer/. Its weights are loaded when a text is first encoded.
+
+    Choice: on a GPU in bfloat16, as Wan's own code runs it (11 GB); on a CPU in float32 (23 GB). `load_dtype` overrides that.
 
     Wan pads every text to 512 tokens, masks the padding, and sets its rows to zero. Here each text is encoded alone at
     its own length: the same numbers, since UMT5 knows only distances between tokens, for a fraction of the arithmetic.
     """
 
-    def __init__(self, folder: Path, tokens: int, channels: int, *, load_dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, tokens: int, channels: int, *, load_dtype: torch.dtype | None = None) -> None:
         self.folder, self.tokens, self.channels, self.load_dtype = folder, tokens, channels, load_dtype
         self.device = torch.device("cpu")
         # Choice: the file itself, not a tokenizer class of transformers, which may rebuild it by its own rules.
@@ -48,7 +50,7 @@ class UMT5Encoder:
             home,
             local_files_only=True,
             use_safetensors=True,
-            dtype=self.load_dtype,
+            dtype=self.load_dtype or choose_precision(self.device),
             ignore_mismatched_sizes=True,  # said below, as every misfit is
             output_loading_info=True,
         )
@@ -113,7 +115,11 @@ def weight_files(home: Path) -> list[Path]:
 
 
 def save_umt5(encoder: UMT5Encoder, folder: Path) -> None:
-    """In the layout it was read from, the weights as they were loaded."""
-    encoder.model.save_pretrained(folder / "text_encoder")
-    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(encoder.folder / "tokenizer" / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
+    """Copy the encoder's files as they are, so that no precision is lost and nothing has to be loaded."""
+    home = encoder.folder / "text_encoder"
+    index = home / "model.safetensors.index.json"
+    files = [home / "config.json", *weight_files(home), *([index] if index.is_file() else [])]
+    for file in [*files, encoder.folder / "tokenizer" / "tokenizer.json"]:
+        copy = folder / file.relative_to(encoder.folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)

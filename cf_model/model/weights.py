@@ -14,6 +14,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for them
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def choose_precision(device: torch.device) -> torch.dtype:
+    """Return bfloat16 on a GPU that computes in it and float32 elsewhere, because most CPUs emulate it at a twentieth of the speed."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+
+
 def fill(module: nn.Module, file: Path) -> None:
     """Every weight by its name and shape, in the module's own precision; what doesn't fit is named."""
     check_whole(file)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .muon import Muon
 from .ranks import ranks
 
 
@@ -97,7 +98,7 @@ class Optimizer:
         if rest:  # of a LoRA in the blocks, Muon has everything
             self.parts.append((torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr))
         if matrices:
-            self.parts.append((torch.optim.Muon(matrices, lr=spec.muon_lr, weight_decay=spec.muon_decay), spec.muon_lr))
+            self.parts.append((Muon(matrices, lr=spec.muon_lr, weight_decay=spec.muon_decay), spec.muon_lr))
 
     @property
     def weights(self) -> Any:
