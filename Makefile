@@ -18,7 +18,7 @@ repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke w
 	@$(if $(PROFILE),$(RUN) python -m tasks profile use $(PROFILE),true)
 	@# DVC removes the outs of a stage before it runs it: when one fails, the last good ones come back from the cache
 	@CF_RUN=$${CF_RUN:-$$(date +%Y%m%d-%H%M%S)} $(RUN) dvc --wait-for-lock repro || { $(RUN) dvc checkout --quiet 2>/dev/null; exit 1; }
-	@$(RUN) python -m tasks.summary
+	@$(RUN) python -m tasks.commands.summary
 
 test: $(VENV)/.dev ## the tests
 	@$(RUN) python -m pytest

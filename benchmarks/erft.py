@@ -33,11 +33,11 @@ from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import add_noise, to_x0
 from cf_model.train.erft import ErrorBank
-from cf_model.train.loop import fit
 from cf_model.train.teacher import Teacher
-from tasks import params
-from tasks.tracking import Track
-from tasks.tracking import replace as write
+from cf_model.train.trainer.loop import fit
+from tasks.params import schema
+from tasks.runner.track import Track
+from tasks.runner.track import replace as write
 
 GRADES = (0.0, 0.3, 0.5, 0.7, 0.9)  # level that the base model names the context's newest frames from; 0: no mistakes
 LEVELS = (0.5, 0.75, 0.95)  # of the target
@@ -53,7 +53,7 @@ class Harmless(ErrorBank):
         return None if found is None else torch.zeros_like(found)
 
 
-def trained(p: params.Params, base: Path, clips: Latents, seed: int, recycle: bool, work: Path) -> Denoiser:
+def trained(p: schema.Params, base: Path, clips: Latents, seed: int, recycle: bool, work: Path) -> Denoiser:
     name, spec = f"{'with' if recycle else 'without'}-{seed}", p.teacher
     folder, out = work / name, work / f"{name}-made"
     if not (out / "config.json").exists():
@@ -70,7 +70,7 @@ def trained(p: params.Params, base: Path, clips: Latents, seed: int, recycle: bo
 
 
 @torch.no_grad()
-def wrong(p: params.Params, models: dict[str, Denoiser], base: Denoiser, clips: Latents) -> dict[tuple[float, float], Errors]:
+def wrong(p: schema.Params, models: dict[str, Denoiser], base: Denoiser, clips: Latents) -> dict[tuple[float, float], Errors]:
     """(grade, level) -> the errors of each model, and of the last one where it sees no context at all."""
     view, rows, rng = p.teacher.view, clips.rows("heldout", at_least=max(STARTS) + p.teacher.target), torch.Generator().manual_seed(1)
     text, found = clips.text(rows), {}
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results/erft.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    p, clips, done = params.load(HERE.parent / "profiles/tiny.yaml"), Latents(given.latents), []
+    p, clips, done = schema.load(HERE.parent / "profiles/tiny.yaml"), Latents(given.latents), []
     about = {
         "what": "mean squared error of the first chunk after the context, in one pass; gain = without - with, harm = with these mistakes "
         "- with none; 95 % intervals over clips, which say nothing of other training runs: see the seeds",

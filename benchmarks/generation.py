@@ -29,15 +29,15 @@ EVERY = 5  # chunks between two samples
 def model() -> Any:
     import torch
 
+    from cf_model.codec.linear import LinearCodec
     from cf_model.folder import Recipe
     from cf_model.model import wan
-    from cf_model.model.codec import LinearCodec
-    from cf_model.model.text import WordEncoder
     from cf_model.pipeline import ContextForcingPipeline
-    from tasks import params
+    from cf_model.text.encoder import WordEncoder
+    from tasks.params import schema
 
     torch.set_num_threads(1)
-    p = params.load(HERE.parent / "profiles/tiny.yaml")
+    p = schema.load(HERE.parent / "profiles/tiny.yaml")
     rng = torch.Generator().manual_seed(0)
     denoiser = wan.build(p.model, channels=p.codec.linear.channels, text_channels=p.text.channels, seed=0)
     torch.nn.init.normal_(denoiser.transformer.proj_out.weight, std=0.1, generator=rng)

@@ -22,7 +22,7 @@ STAGES = ("base", "teacher", "causal_init", "stage2")
 
 
 class Noise:
-    """Clips that are nothing but numbers of the right shape (cf_model/train/loop.py's Clips)."""
+    """Clips that are nothing but numbers of the right shape (cf_model/train/trainer/loop.py's Clips)."""
 
     def __init__(self, shape: tuple[int, int, int], tokens: int, channels: int) -> None:
         import torch
@@ -49,11 +49,12 @@ def measure(stage: str, checkpointing: bool) -> dict[str, Any]:
 
     from cf_model.model import wan
     from cf_model.train import base, causal_init, student, teacher
-    from tasks import forecast, params
+    from tasks.commands.plan import forecast
+    from tasks.params import schema
     from tests.allocations import Allocations
 
     torch.set_num_threads(1)
-    p = params.load(HERE.parent / "profiles/tiny.yaml")
+    p = schema.load(HERE.parent / "profiles/tiny.yaml")
     p = p.model_copy(update={"compute": replace(p.compute, checkpointing=checkpointing)})
     costs = forecast.costs(p)
     shape = (costs.channels, costs.height, costs.width)

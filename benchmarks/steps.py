@@ -28,9 +28,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from cf_model.model import wan
 from cf_model.model.rollout import HorizonSpec
-from cf_model.train.engine import EngineSpec
 from cf_model.train.student import Distillation
-from tasks import params
+from cf_model.train.trainer.engine import EngineSpec
+from tasks.params import schema
 from tests.allocations import Allocations
 
 FRAMES = 84
@@ -88,7 +88,7 @@ SETTINGS: dict[str, Callable[[Plan], Plan]] = {
 
 
 def job(change: Callable[[Plan], Plan]) -> Distillation:
-    p = params.load(HERE.parent / "profiles/tiny.yaml")
+    p = schema.load(HERE.parent / "profiles/tiny.yaml")
     first = replace(p.stage2, horizon=HorizonSpec(FRAMES, FRAMES, 0, "const"))
     plan = change({"spec": first, "view": p.teacher.view, "compute": p.compute, "engine": EngineSpec("torch", 0, "none", None)})
     shape = (p.codec.linear.channels, p.video.height // 8, p.video.width // 8)

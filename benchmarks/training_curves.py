@@ -24,7 +24,7 @@ matplotlib.use("agg")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from matplotlib import pyplot
 
-from tasks.params_file import read
+from tasks.params.yaml_file import read
 
 FLOW, STUDENTS = ("base", "teacher", "causal_init"), ("stage1", "stage2")
 QUANTILES = ("q05", "q25", "q50", "q75", "q95")

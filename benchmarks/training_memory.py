@@ -29,10 +29,10 @@ def measure(frames: int, checkpointing: bool) -> dict[str, float]:
     from cf_model.model import wan
     from cf_model.model.rollout import HorizonSpec
     from cf_model.train.student import Distillation
-    from tasks import params
+    from tasks.params import schema
 
     torch.set_num_threads(1)
-    p = params.load(HERE.parent / "profiles/tiny.yaml")
+    p = schema.load(HERE.parent / "profiles/tiny.yaml")
     shape = (p.codec.linear.channels, p.video.height // 8, p.video.width // 8)
     spec = replace(p.stage2, horizon=HorizonSpec(frames, frames, 0, "const"), critic_updates=1, ema_start=0)
     compute = replace(p.compute, checkpointing=checkpointing)

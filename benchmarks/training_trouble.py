@@ -23,7 +23,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 from benchmarks.training_curves import curves, draw, save
-from tasks.params_file import read
+from tasks.params.yaml_file import read
 
 RUNS: dict[str, dict[str, Any]] = {
     "as committed": {},

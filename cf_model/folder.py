@@ -20,12 +20,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import diffusers
 
+from cf_model.codec.linear import Codec, LinearCodec, load_codec, save_codec
+from cf_model.text.encoder import TextEncoder, load_text, save_text
+
 from .model import wan
-from .model.codec import Codec, LinearCodec, load_codec, save_codec
 from .model.denoiser import Compute, Denoiser
 from .model.flow import Flow, falling
 from .model.memory import MemorySpec
-from .model.text import TextEncoder, load_text, save_text
 from .model.weights import check_whole
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ def fill(path: Path, name: str, denoiser: Denoiser, codec: Codec, text: TextEnco
     save_text(text, path)
     index: dict[str, Any] = {"_class_name": CLASS, "_diffusers_version": diffusers.__version__}
     index["transformer"] = ["diffusers", "WanTransformer3DModel"]
-    index[home] = ["cf_model.model.codec", "LinearCodec"] if home == "codec" else ["diffusers", "AutoencoderKLWan"]
+    index[home] = ["cf_model.codec.linear", "LinearCodec"] if home == "codec" else ["diffusers", "AutoencoderKLWan"]
     if (path / "text_encoder").is_dir():
         index |= {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
     write(path / "model_index.json", index)

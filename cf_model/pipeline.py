@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from cf_model.codec.linear import Codec
+from cf_model.text.encoder import TextEncoder
+
 from . import folder
 from .folder import Recipe
-from .model.codec import Codec
 from .model.denoiser import Attention, Compute, Denoiser, Precision
 from .model.memory import LayerMemories, Memory, empty
 from .model.rollout import denoise
-from .model.text import TextEncoder
 from .request import Plan, Prompts, Switch, planned
 
 FLUSHED = 2  # newest latent frames that Infinity-RoPE's flush leaves beside the sink

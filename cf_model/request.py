@@ -10,9 +10,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from cf_model.codec.linear import TIME, latent_frames, video_frames
+from cf_model.text.encoder import TextEncoder
+
 from .folder import Recipe
-from .model.codec import TIME, latent_frames, video_frames
-from .model.text import TextEncoder
 
 Switch = Literal["recache", "flush", "keep"]
 Prompts = str | Sequence[tuple[float, str]]

@@ -19,10 +19,11 @@ from prefect.client.schemas.objects import State
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from ruamel.yaml import YAML
 
-from flows import reconcile, stages, worktree
+from flows.machine import reconcile
 from flows.pipeline import check, framed, keep, name, repro
-from flows.run_config import Override, Profile, StageName, parse
-from flows.stages import Stage
+from flows.project import dvc_graph, worktree
+from flows.project.dvc_graph import Stage
+from flows.run.config import Override, Profile, StageName, parse
 
 # letters that git takes in a tag and a folder's name has: no option, no shell
 PLACE = r"^[A-Za-z0-9_./~][A-Za-z0-9_./@#~+-]{0,300}$"
@@ -63,8 +64,8 @@ def _whole(config: Checkpoint) -> dict[str, str]:
     root = worktree.make(repo, run, profile=config.profile, overrides=parse(config.overrides))
     with worktree.alone(root, str(runtime.flow_run.id)):
         check(root)
-        known = stages.stages(root)
-        chosen = stages.selected(known, config.measured)
+        known = dvc_graph.stages(root)
+        chosen = dvc_graph.selected(known, config.measured)
         before = needed(known, [stage.name for stage in chosen], config.stage)
         states = repro(root, only=before, run=run, repo=repo) if before else {}
         put(repo, root, config.checkpoint, config.stage, [stage.name for stage in chosen])
@@ -76,8 +77,8 @@ def _whole(config: Checkpoint) -> dict[str, str]:
 
 def needed(known: list[Stage], measured: list[str], given: str) -> list[str]:
     """Stages that must be there first. None may be made from the model whose place is taken: it would be of another model."""
-    before = {stage.name for last in measured for stage in stages.selected(known, (), None, last)} - {*measured, given}
-    if from_it := [stage.name for stage in stages.selected(known, (), given) if stage.name in before]:
+    before = {stage.name for last in measured for stage in dvc_graph.selected(known, (), None, last)} - {*measured, given}
+    if from_it := [stage.name for stage in dvc_graph.selected(known, (), given) if stage.name in before]:
         way = f"add {', '.join(from_it)} to what is measured, or name {from_it[-1]} as the stage"
         raise ValueError(f"{from_it[0]} is made from {given}; {way}")
     return [stage.name for stage in known if stage.name in before]
@@ -102,7 +103,7 @@ def put(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]
     for file in outs(known[stage], "metrics"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(worktree.git(repo, "show", f"{rev}:{file}") if rev else "{}\n")
-    stages.freeze(root, [stage])
+    dvc_graph.freeze(root, [stage])
     dvc(root, "commit", "--force", "--no-relink", stage)
     files = [file for file in place.rglob("*") if file.is_file()]
     get_run_logger().info(f"{out} is {checkpoint}: {len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")

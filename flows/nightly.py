@@ -23,11 +23,15 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import alerts, handover, overrides, pipeline, reconcile, registry, supervise, warm, worktree
-from flows.clips import take_clips
-from flows.night import anything_new, begin, candidate
-from flows.nights import Night, free, nights
-from flows.work import Work, checked, folder_of, settings
+from flows import pipeline
+from flows.machine import alerts, reconcile
+from flows.night import handover, warm_start
+from flows.night.clips import take_clips
+from flows.night.records import Night, free, nights
+from flows.night.state import Work, checked, folder_of, settings
+from flows.night.steps import anything_new, begin, candidate
+from flows.project import overrides, registry, worktree
+from flows.supervise import command
 
 LOCK = Path(".runs/nightly.lock")
 NAMES = {"promoted": "Promoted", "refused": "Refused", "no good clips": "NoGoodClips", "the same again": "TheSameAgain"}
@@ -90,7 +94,7 @@ def prepare(repo: Path, date: str | None, full: bool, line: Callable[[str], None
     stated = _stated(repo, base)
     ours, folder, past, before = checked(stated), folder_of(stated), nights(repo), registry.promoted(repo)
     why = "it was asked for" if full else weekly(date, ours.weekly, past)
-    why = why or ("nothing is promoted yet" if before is None else warm.can_be_kept(repo, root, before, ours.keep))
+    why = why or ("nothing is promoted yet" if before is None else warm_start.can_be_kept(repo, root, before, ours.keep))
     kind = f"a full night, because {why}" if why else f"a warm night, from {before and before.name}"
     line(f"{date}: {kind}; {branch} is {base[:12]}")
     of_a_folder = stated["clips"]["source"] == "folder"
@@ -199,7 +203,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--date", help="YYYY-MM-DD; default: today, in nightly.timezone")
     parser.add_argument("--full", action="store_true", help="everything anew, whatever day it is")
     asked = parser.parse_args(argv)
-    supervise.mark()
+    command.mark()
     try:
         checked_date(asked.date)
         state = nightly(date=asked.date, full=asked.full, return_state=True)

@@ -1,7 +1,7 @@
 """dvc.yaml as one Prefect flow, with or without a server. It knows the stages by name and nothing of what they do.
 
 Without options it runs in this checkout, as `dvc repro` would, and ends with the same dvc.lock. Another profile or other values get
-a git worktree of their own (flows/worktree.py), as every run of a deployment does: nobody's files are touched.
+a git worktree of their own (flows/project/worktree.py), as every run of a deployment does: nobody's files are touched.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from prefect.states import Failed
 from prefect.utilities.annotations import quote
 from pydantic import ValidationError
 
-from flows import exchange, logs, reconcile, shown, stages, supervise, worktree
-from flows.run_config import RunConfig, parse
-from flows.stage_task import DONE, Run, environment, one
-from flows.stages import Stage
-from flows.tidy import tidy
+from flows import exchange
+from flows.machine import reconcile
+from flows.project import dvc_graph, worktree
+from flows.project.dvc_graph import Stage
+from flows.run import artifacts, logs
+from flows.run.config import RunConfig, parse
+from flows.run.frame import tidy
+from flows.run.stage_task import DONE, Run, environment, one
+from flows.supervise import command
 
 AS_COMMITTED = RunConfig()
 Result = TypeVar("Result")
@@ -49,7 +53,7 @@ def pipeline(config: RunConfig = AS_COMMITTED) -> dict[str, str] | State[Any]:
 
 def framed(whole: Callable[[], Result]) -> Result | State[Any]:
     """What every flow begins and ends with."""
-    supervise.start()
+    command.start()
     try:
         tidy(Path.cwd())
         return whole()
@@ -57,7 +61,7 @@ def framed(whole: Callable[[], Result]) -> Result | State[Any]:
         get_run_logger().error(str(error))
         return Failed(message=str(error))  # the sentence itself: what an exception would say of itself goes before it
     finally:
-        supervise.stop()
+        command.stop()
         logs.deliver()
 
 
@@ -70,7 +74,7 @@ def _whole(config: RunConfig) -> dict[str, str]:
     root = worktree.make(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
     with worktree.alone(root, str(runtime.flow_run.id)):
         check(root)
-        chosen = stages.selected(stages.stages(root), config.stages, config.from_stage, config.to_stage)
+        chosen = dvc_graph.selected(dvc_graph.stages(root), config.stages, config.from_stage, config.to_stage)
         if config.dry_run:
             planned = plan(root, chosen)
             if apart:
@@ -86,8 +90,8 @@ def _whole(config: RunConfig) -> dict[str, str]:
         if apart:
             keep(repo, root, run)
         elif failed:
-            stages.bring_back(root)
-        if config.push and not supervise.stopping():
+            dvc_graph.bring_back(root)
+        if config.push and not command.stopping():
             exchange.give(root, failed)
         if failed:
             raise failed
@@ -115,7 +119,7 @@ def check(root: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:  # not where the stage of that name writes
         words = [sys.executable, "-m", "tasks", "validate", "--out", f"{folder}/params.json"]
-        code = supervise.run(words, cwd=root, env=environment("validate", root, root), line=line, timeout=300)
+        code = command.run(words, cwd=root, env=environment("validate", root, root), line=line, timeout=300)
     if code:
         raise ValueError(said[-1].removeprefix("cf validate: ") if said else f"`cf validate` ended with {code} and said nothing")
 
@@ -125,10 +129,10 @@ def repro(
 ) -> dict[str, str]:
     """The stages as tasks of the current flow, each as soon as what it needs is there. RuntimeError when one failed."""
     logger = get_run_logger()
-    known = stages.stages(root)
-    chosen = stages.selected(known, only or ())
+    known = dvc_graph.stages(root)
+    chosen = dvc_graph.selected(known, only or ())
     shared = Run(root, environment(run, root, repo or root), _unchanged(root), threading.Semaphore(at_once), pull)
-    before, futures = stages.recorded(worktree.committed(root, "dvc.lock")), dict[str, Any]()
+    before, futures = dvc_graph.recorded(worktree.committed(root, "dvc.lock")), dict[str, Any]()
     for stage in chosen:
         waits = _waits(stage, known, {stage.name for stage in chosen})
         options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
@@ -140,11 +144,11 @@ def repro(
         for future in futures.values():
             future.wait()
     except BaseException:  # SIGTERM is an exception of Prefect's here
-        supervise.stop()
+        command.stop()
         raise
-    stages.put_in_order(root, before, known)
+    dvc_graph.put_in_order(root, before, known)
     states = {stage.name: shared.outcome.get(stage.name, "Failed") for stage in chosen}
-    shown.results(root, run, states, logger.warning)
+    artifacts.results(root, run, states, logger.warning)
     failed = [stage for stage, state in states.items() if state == "Failed"]
     if failed:
         skipped = [stage for stage, state in states.items() if state == "Skipped"]
@@ -163,7 +167,7 @@ def plan(root: Path, chosen: list[Stage]) -> dict[str, str]:
         why = "nothing changed" if states[stage.name] == "Cached" else f"after {', '.join(after)}" if after else "it changed"
         rows.append({"stage": stage.name, "state": states[stage.name], "why": why})
         get_run_logger().info(f"{stage.name}: {states[stage.name]}, {why}")
-    shown.table(rows, "dry-run", "what would run", get_run_logger().warning)
+    artifacts.table(rows, "dry-run", "what would run", get_run_logger().warning)
     return states
 
 
@@ -179,7 +183,7 @@ def _waits(stage: Stage, known: list[Stage], chosen: set[str]) -> tuple[str, ...
 def _unchanged(root: Path) -> set[str]:
     """Saves a second a stage; when it can't be known, each stage finds out for itself."""
     try:
-        return stages.unchanged(root)
+        return dvc_graph.unchanged(root)
     except RuntimeError as error:
         get_run_logger().warning(str(error))
         return set()
@@ -209,7 +213,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pull", action="store_true", help=fields["pull"].description)
     parser.add_argument("--push", action="store_true", help=fields["push"].description)
     asked = parser.parse_args(argv)
-    supervise.mark()
+    command.mark()
     try:
         parse(asked.overrides)  # whose sentences are better than the form's patterns
         state = pipeline(RunConfig(**vars(asked)), return_state=True)

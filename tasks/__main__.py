@@ -17,35 +17,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import params_file
-from .params_file import Refused
+from tasks.params import yaml_file
+from tasks.params.yaml_file import Refused
 
 BEGAN = time.time()
 PIPELINE = Path("dvc.yaml")
 COMMANDS = {  # command -> file whose `main` (or the function after the colon) runs it, and what it does
-    "profile": ("tasks.profiles", "list | use NAME: the complete parameter files in profiles/"),
-    "preset": ("tasks.presets", "list | use NAME: published methods in presets/, laid over params.yaml"),
-    "plan": ("tasks.plan", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
-    "import-weights": ("tasks.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
-    "export": ("tasks.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
-    "generate": ("tasks.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
-    "curves": ("tasks.curves", "STAGE [VALUE ...]: what a training stage says of itself, in the terminal, while it runs or after"),
-    "compare": ("tasks.compare", "RUN_A RUN_B --out compare.html: two runs on one page; folders, revisions or experiments"),
-    "wandb": ("flows.wandb_sync", "sync | list: offline runs; killed ones are completed, then all are sent"),
-    "remote": ("flows.remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
+    "profile": ("tasks.commands.profile", "list | use NAME: the complete parameter files in profiles/"),
+    "preset": ("tasks.commands.preset", "list | use NAME: published methods in presets/, laid over params.yaml"),
+    "plan": ("tasks.commands.plan.table", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
+    "import-weights": ("tasks.commands.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA on one"),
+    "export": ("tasks.commands.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf generate`; the way back"),
+    "generate": ("tasks.commands.video.one", "--model DIR --prompt TEXT --out FILE.mp4: a video from such a folder; without --model, the stage"),
+    "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage says of itself, in the terminal, while it runs or after"),
+    "compare": ("tasks.commands.compare.page", "RUN_A RUN_B --out compare.html: two runs on one page; folders, revisions or experiments"),
+    "wandb": ("tasks.wandb_log.sync", "sync | list: offline runs; killed ones are completed, then all are sent"),
+    "remote": ("flows.project.dvc_remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
     "pipeline": ("flows.pipeline", "[--profile NAME] [--set KEY=VALUE] [--from STAGE] [--dry-run] ...: the stages, under Prefect"),
-    "runs": ("flows.worktree", "list | prune: runs that had a checkout of their own, in .runs/"),
-    "check-golden": ("tasks.check_golden", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
-    "up": ("flows.machine:up", "the Prefect server, a worker and the watch on 127.0.0.1, or what of them doesn't run"),
-    "down": ("flows.machine:down", "stops them, and everything they started"),
-    "deploy": ("flows.deploy", "pipeline, nightly and evaluate as deployments, with their run forms"),
-    "promote": ("flows.promotion:promote", "[VERSION|COMMIT]: makes a student the promoted one, by hand"),
-    "rollback": ("flows.promotion:roll_back", "[VERSION]: makes one that was promoted before the promoted one again"),
-    "promoted": ("flows.promotion:show", "[--out DIR]: the promoted student, and its weights by its tag"),
-    "history": ("flows.promotion:told", "nights, versions, promotions and rollbacks, oldest first"),
-    "verify": ("flows.locked", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
-    "nightly-check": ("flows.alerts", "[--hours 26]: for cron; tells someone when nights don't happen, without any server"),
-    "doctor": ("flows.doctor", "[--json] [--fix]: versions, ports, disk, GPU, remotes, schedules, stale locks, and what to do"),
+    "runs": ("flows.project.worktree", "list | prune: runs that had a checkout of their own, in .runs/"),
+    "check-golden": ("tasks.commands.golden.check", "DIR: model, memory, losses and rollouts against vectors of Self-Forcing and LongLive"),
+    "up": ("flows.machine.up:up", "the Prefect server, a worker and the watch on 127.0.0.1, or what of them doesn't run"),
+    "down": ("flows.machine.up:down", "stops them, and everything they started"),
+    "deploy": ("flows.machine.deploy", "pipeline, nightly and evaluate as deployments, with their run forms"),
+    "promote": ("flows.night.promotion:promote", "[VERSION|COMMIT]: makes a student the promoted one, by hand"),
+    "rollback": ("flows.night.promotion:roll_back", "[VERSION]: makes one that was promoted before the promoted one again"),
+    "promoted": ("flows.night.promotion:show", "[--out DIR]: the promoted student, and its weights by its tag"),
+    "history": ("flows.night.promotion:told", "nights, versions, promotions and rollbacks, oldest first"),
+    "verify": ("flows.project.dvc_lock", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
+    "nightly-check": ("flows.machine.alerts", "[--hours 26]: for cron; tells someone when nights don't happen, without any server"),
+    "doctor": ("flows.doctor.command", "[--json] [--fix]: versions, ports, disk, GPU, remotes, schedules, stale locks, and what to do"),
 }
 TRAINING = ("base", "teacher", "causal_init", "stage1", "stage2")  # what `cf plan` knows, and refuses where it can't fit
 VIDEO = {"--model", "--prompt", "--prompts-file"}  # with one of these `cf generate` is not the stage
@@ -89,7 +89,7 @@ def cli() -> NoReturn:
         whole = os.environ.get("CF_TRACEBACK") == "1" or not deliberate(error)
         if "CF_RANK" in os.environ:
             said = traceback.format_exc() if whole else " ".join(str(error).split())
-            importlib.import_module("tasks.ranks").failed(said, 2 if isinstance(error, Refused) else 1)
+            importlib.import_module("tasks.runner.ranks").failed(said, 2 if isinstance(error, Refused) else 1)
         if whole:
             raise
         print(f"cf {argv[0] if argv else ''}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -98,15 +98,15 @@ def cli() -> NoReturn:
 
 
 def in_ranks(argv: list[str]) -> None:
-    """A training stage in several processes (tasks/ranks.py), of which this one then is none."""
-    from . import ranks
+    """A training stage in several processes (tasks/runner/ranks.py), of which this one then is none."""
+    from tasks.runner import ranks
 
     if ranks.rank() is not None or from_a_model(argv):
         return
     if argv[0] not in ranks.STAGES:
         return
     file = command_line(argv[0], importlib.import_module(f"tasks.{argv[0]}").run).parse_args(argv[1:]).params
-    count = ranks.wanted(argv[0], params_file.read(file))
+    count = ranks.wanted(argv[0], yaml_file.read(file))
     if count > 1:
         sys.exit(ranks.launch(argv[0], count))
 
@@ -122,7 +122,7 @@ def repeatable(argv: list[str]) -> None:
     parser.add_argument("--threads", default="1")
     given = parser.parse_known_args(argv)[0]
     wanted = {
-        "OMP_NUM_THREADS": given.threads if from_a_model(argv) else str(params_file.read(given.params).get("threads", 1)),
+        "OMP_NUM_THREADS": given.threads if from_a_model(argv) else str(yaml_file.read(given.params).get("threads", 1)),
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONHASHSEED": "0",
         # Freed tensors stay with the process. Handing 24 MB back to the kernel and taking it again at each step of a loop
@@ -167,29 +167,33 @@ def stages() -> dict[str, str]:
 
 
 def _pipeline() -> dict[str, Any]:
-    return params_file.read(PIPELINE)["stages"] if PIPELINE.exists() else {}
+    return yaml_file.read(PIPELINE)["stages"] if PIPELINE.exists() else {}
 
 
 def run_stage(stage: str, argv: list[str]) -> None:
     run = importlib.import_module(f"tasks.{stage}").run
     parser = command_line(stage, run)
     if stage == "generate" and {"-h", "--help"} & set(argv):
-        print(importlib.import_module("tasks.video").parser().format_help())
+        print(importlib.import_module("tasks.commands.video.one").parser().format_help())
         print("Without --model it is the stage:\n")
     paths = vars(parser.parse_args(argv))
     file = paths.pop("params")
 
-    from . import params, ranks, runner  # after the stage: the runner seeds torch only where the stage has imported it
+    from tasks.params import schema
+    from tasks.runner import (
+        execute,  # after the stage: the runner seeds torch only where the stage has imported it
+        ranks,
+    )
 
-    stated = params.load(file)
+    stated = schema.load(file)
     if ranks.rank() is not None:
         ranks.join()
     if ranks.rank():
         ranks.follow(stage, run, paths, stated)
         return
     if stage in TRAINING:
-        importlib.import_module("tasks.forecast").refuse(stated, stage, paths["out"], runner.WORK / stage)
-    runner.execute(stage, run, paths, stated, params_file.read(file), began=BEGAN, announce=ranks.announce)
+        importlib.import_module("tasks.commands.plan.forecast").refuse(stated, stage, paths["out"], execute.WORK / stage)
+    execute.execute(stage, run, paths, stated, yaml_file.read(file), began=BEGAN, announce=ranks.announce)
 
 
 def command_line(stage: str, run: Callable[..., Any]) -> argparse.ArgumentParser:

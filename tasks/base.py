@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 
 from cf_model.data.latents import Latents
-from cf_model.model import foreign, wan
+from cf_model.foreign import importing
+from cf_model.model import wan
 from cf_model.train.base import Base
-from cf_model.train.loop import fit
-from cf_model.train.samples import from_noise
-
-from .device import device
-from .params import Params
-from .samples import Samples
-from .tracking import Track, tail
-from .weights import local
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.samples import from_noise
+from tasks.params.schema import Params
+from tasks.parts.device import device
+from tasks.parts.hub import local
+from tasks.parts.sample_videos import Samples
+from tasks.runner.track import Track, tail
 
 
 def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) -> dict[str, float | None]:
@@ -46,7 +46,7 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) 
 
 def imported(params: Params, clips: Latents, out: Path, track: Track) -> dict[str, float | None]:
     """Anything that `cf import-weights` reads; it must be of the sizes that params.yaml states and the latents have."""
-    facts = foreign.import_transformer(local("base.weights", params.base.weights, ["transformer"]), out)
+    facts = importing.import_transformer(local("base.weights", params.base.weights, ["transformer"]), out)
     stated = asdict(params.model) | {"channels": clips.shape[0], "text_channels": params.text.channels}
     found = facts["model"] | {name: facts[name] for name in ("channels", "text_channels")}
     for name, value in found.items():

@@ -11,14 +11,13 @@ from cf_model.data.latents import Latents
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.train.causal_init import CausalInit
-from cf_model.train.loop import fit
-from cf_model.train.ode import Trajectories
-from cf_model.train.samples import streamed
-
-from .device import device
-from .params import Params
-from .samples import Samples
-from .tracking import Track, tail
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.ode import Trajectories
+from cf_model.train.trainer.samples import streamed
+from tasks.params.schema import Params
+from tasks.parts.device import device
+from tasks.parts.sample_videos import Samples
+from tasks.runner.track import Track, tail
 
 
 def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, out: Path) -> dict[str, float | None]:

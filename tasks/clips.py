@@ -13,9 +13,8 @@ import numpy as np
 
 from cf_model.data import worlds
 from cf_model.data.video import UNREADABLE_WIDTHS, read_video, write_video
-
-from .params import Params
-from .tracking import Track
+from tasks.params.schema import Params
+from tasks.runner.track import Track
 
 # What is planted, and the filter's reason for each. Nothing but tests and the report may know which clip is which.
 PLANTED = {

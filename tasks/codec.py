@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cf_model.model.codec import Codec, fit_codec, save_codec
-
-from .device import device
-from .frames import frames
-from .manifest import kept
-from .params import Params
-from .tracking import Track
-from .weights import local
+from cf_model.codec.linear import Codec, fit_codec, save_codec
+from tasks.params.schema import Params
+from tasks.parts.codec_frames import frames
+from tasks.parts.device import device
+from tasks.parts.hub import local
+from tasks.parts.manifest import kept
+from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path) -> dict[str, float]:
@@ -23,7 +22,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
     train = kept(manifest, "train")
     codec: Codec
     if params.codec.kind == "wan":
-        from cf_model.model.wan_codec import load_wan
+        from cf_model.codec.wan_codec import load_wan
 
         codec, fitted = load_wan(local("codec.weights", params.codec.weights, ["vae"])), 0
     else:

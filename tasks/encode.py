@@ -11,16 +11,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from cf_model.codec.linear import load_codec
 from cf_model.data.latents import ended, write_latents
-from cf_model.model.codec import load_codec
-from cf_model.model.text import TextEncoder
-
-from .device import device
-from .frames import frames
-from .kept import Kept, digest
-from .params import Params, Text, Video
-from .text import text_encoder
-from .tracking import Track
+from cf_model.text.encoder import TextEncoder
+from tasks.params.schema import Params, Text, Video
+from tasks.parts.clip_cache import Kept, digest
+from tasks.parts.codec_frames import frames
+from tasks.parts.device import device
+from tasks.parts.text_encoder import text_encoder
+from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Path, out: Path) -> dict[str, float]:
@@ -60,7 +59,7 @@ class Pictures:
     def __init__(self, codec: Path, video: Video, dtype: torch.dtype) -> None:
         self.codec, self.video, self.dtype = load_codec(codec).to(device()), video, dtype
         about = {"codec": digest(codec), "video": video.model_dump(), "dtype": str(dtype), "device": device().type}
-        modules = ("cf_model.data.video", "cf_model.model.codec", type(self.codec).__module__, "tasks.encode", "tasks.frames")
+        modules = ("cf_model.data.video", "cf_model.codec.linear", type(self.codec).__module__, "tasks.encode", "tasks.parts.codec_frames")
         self.kept = Kept("latents", about, modules=modules, libraries=("decord", "diffusers", "torch"))
 
     def encode(self, file: Path) -> tuple[Tensor, Tensor]:
@@ -83,7 +82,7 @@ class Captions:
         self.encoder: TextEncoder = text_encoder(spec).to(device())
         files = list(listed(getattr(self.encoder, "folder", None)))
         stated = spec.model_dump(exclude={"negative"}) | {"files": files, "device": device().type}
-        modules = (type(self.encoder).__module__, "tasks.encode", "tasks.text")
+        modules = (type(self.encoder).__module__, "tasks.encode", "tasks.parts.text_encoder")
         self.kept = Kept("text", stated, modules=modules, libraries=("torch", "transformers"))
 
     def encode(self, texts: list[str]) -> Tensor:

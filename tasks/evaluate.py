@@ -12,10 +12,9 @@ import numpy as np
 from cf_model.data.video import read_video
 from cf_model.evaluate import oracle
 from cf_model.evaluate.statistics import bootstrap, paired
-
-from . import manifest as lines
-from .params import Params
-from .tracking import Track, rounded
+from tasks.params.schema import Params
+from tasks.parts import manifest as lines
+from tasks.runner.track import Track, rounded
 
 Curves = dict[tuple[str, str, str, float], dict[str, list[float]]]  # suite, system, metric, second -> prompt -> values
 WINDOW = 2  # seconds of one point of a curve

@@ -13,10 +13,9 @@ import numpy as np
 
 from cf_model.data.apart import Unreadable, apart
 from cf_model.data.filter import REASONS, Measured, Rejection, judge, measure
-
-from .kept import Kept, digest
-from .params import Params
-from .tracking import Track
+from tasks.params.schema import Params
+from tasks.parts.clip_cache import Kept, digest
+from tasks.runner.track import Track
 
 Row = dict[str, Any]
 

@@ -11,22 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cf_model.codec.linear import SPACE, load_codec, video_frames
 from cf_model.data.latents import Latents
 from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
 from cf_model.model import wan
-from cf_model.model.codec import SPACE, load_codec, video_frames
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import empty
 from cf_model.model.rollout import stream
 from cf_model.model.view import sample
-
-from . import manifest
-from .device import device
-from .params import Params, System
-from .systems import as_trained
-from .text import text_encoder
-from .tracking import Track
+from tasks.params.schema import Params, System
+from tasks.parts import manifest
+from tasks.parts.device import device
+from tasks.parts.systems import as_trained
+from tasks.parts.text_encoder import text_encoder
+from tasks.runner.track import Track
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ import yaml
 
 from cf_model.evaluate.figures import EVERY, GREY, PALETTE, Line, chart, gallery, guesses, item
 from cf_model.evaluate.report import Results, comparison, goals, recalls, render, tables, word
-
-from .params import Params, System
-from .systems import as_trained
-from .tracking import Track
+from tasks.params.schema import Params, System
+from tasks.parts.systems import as_trained
+from tasks.runner.track import Track
 
 Row = dict[str, Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from .params import Params
-from .student import Job, distil
-from .tracking import Track
+from tasks.params.schema import Params
+from tasks.parts.distillation import Job, distil
+from tasks.runner.track import Track
 
 
 def run(

@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cf_model.train.layout import Layout, agreed
-
-from .params import Params
-from .student import Job, distil
-from .tracking import Track
+from tasks.params.schema import Params
+from tasks.parts.distillation import Job, distil
+from tasks.runner.track import Track
 
 
 def run(

@@ -9,18 +9,18 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from cf_model.data.latents import Latents
-from cf_model.model import lora, wan
+from cf_model.foreign import lora
+from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.train.adapter import LoraSpec
 from cf_model.train.layout import Layout
-from cf_model.train.loop import fit
-from cf_model.train.samples import continued
 from cf_model.train.teacher import Teacher
-
-from .device import device
-from .params import Params
-from .samples import Samples
-from .tracking import Track, tail
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.samples import continued
+from tasks.params.schema import Params
+from tasks.parts.device import device
+from tasks.parts.sample_videos import Samples
+from tasks.runner.track import Track, tail
 
 
 def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, out: Path) -> dict[str, float | None]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .params import Params
-from .params_file import Refused
-from .tracking import Track
+from tasks.params.schema import Params
+from tasks.params.yaml_file import Refused
+from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, out: Path = Path("build/params.json")) -> dict[str, float]:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tasks.__main__ as cf
-from cf_model.model import convert, wan
+from cf_model.foreign import convert
+from cf_model.model import wan
 from tests.small import denoiser
 
 State = dict[str, Tensor]

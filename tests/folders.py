@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from cf_model.codec.linear import LinearCodec
 from cf_model.folder import Recipe
-from cf_model.model.codec import LinearCodec
-from cf_model.model.text import WordEncoder
 from cf_model.pipeline import ContextForcingPipeline
+from cf_model.text.encoder import WordEncoder
 from tests.small import FLOW, SHAPE, denoiser, spec
 
 SIZE = 8 * SHAPE[1]  # pixels

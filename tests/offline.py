@@ -21,7 +21,7 @@ stages:
   evaluate: {cmd: "true", deps: [samples], outs: [results]}
   report: {cmd: "true", deps: [results, models/teacher/metrics.jsonl], outs: [reports/report.html]}
 """
-# one stage as tasks/runner.py runs it; `body` is what happens between its start and its end
+# one stage as tasks/runner/execute.py runs it; `body` is what happens between its start and its end
 STAGE = """
 import os, signal, sys, time
 from pathlib import Path

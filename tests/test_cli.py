@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tasks.__main__ as cf
-from tasks.params_file import Refused
+from tasks.params.yaml_file import Refused
 
 ROOT = Path(__file__).parent.parent
 REPEATABLE = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "MALLOC_TRIM_THRESHOLD_")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from cf_model.codec.linear import LinearCodec, save_codec
 from cf_model.data import worlds
 from cf_model.data.latents import Latents
 from cf_model.data.video import read_video, write_video
-from cf_model.model.codec import LinearCodec, save_codec
 from tasks import clips, encode
 from tasks import filter as filtering
-from tasks.params import Clips, Encode, Filter, Text, Video
+from tasks.params.schema import Clips, Encode, Filter, Text, Video
 
 SHARED = Path(__file__).parents[2] / "shared" / "clips"
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from evaluate.project import EVIL, make_params, write_project
 
-from tasks import compare, compared
-from tasks.params_file import Refused
+from tasks.commands.compare import page, results
+from tasks.params.yaml_file import Refused
 
 PARAMS = "profile: tiny\nseed: 7\nvideo: {height: 32, width: 32, fps: 16}\nevaluate: {resamples: 200}\nstage2: {steps: 10, note: 'NOTE'}\n"
 
@@ -57,7 +57,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def html(pair: tuple[Path, Path]) -> str:
     out = pair[0].with_name("out") / "compare.html"
-    compare.main([str(pair[0]), str(pair[1]), "--out", str(out)])
+    page.main([str(pair[0]), str(pair[1]), "--out", str(out)])
     return out.read_text()
 
 
@@ -66,8 +66,8 @@ def text(html: str) -> str:
 
 
 def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
-    a, b = (compared.results(root, 200, 7) for root in pair)
-    (prompts, _) = compared.suites(a, b)
+    a, b = (results.results(root, 200, 7) for root in pair)
+    (prompts, _) = results.suites(a, b)
     rows = {(one["name"], row["metric"]): row for one in prompts["systems"] for row in one["rows"]}
     sharp = rows["stage2", "sharpness"]
     assert sharp["found"].change.mean == pytest.approx(0.5) and sharp["found"].change.low == pytest.approx(0.5)
@@ -75,10 +75,10 @@ def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
     assert rows["stage2", "compass_coherence"]["says"] == "better"
     assert rows["stage1", "sharpness"]["says"] == "the same" and rows["stage2", "diversity"]["says"] == "the same"
     assert [one["name"] for one in prompts["systems"] if not one["same"]] == ["stage2"]
-    back = compared.suites(b, a)[0]["systems"]
+    back = results.suites(b, a)[0]["systems"]
     (worse,) = [row for one in back for row in one["rows"] if row["metric"] == "compass_coherence" and not row["same"]]
     assert worse["says"] == "worse" and worse["found"].change.mean == pytest.approx(-0.2)
-    tally = compared.tally(compared.suites(a, b))
+    tally = results.tally(results.suites(a, b))
     assert tally["says"]["better"] == 1 and tally["says"]["higher"] == 1 and tally["tested"] == 2 and tally["by_chance"] == 0.1
 
 
@@ -87,16 +87,16 @@ def test_only_videos_of_both_are_compared(pair: tuple[Path, Path], tmp_path: Pat
     other = tmp_path / "other"
     shutil.copytree(pair[1], other)
     edit_cells(other, lambda row: row.update(prompt="another"))
-    found = compared.suites(compared.results(pair[0], 200, 7), compared.results(other, 200, 7))
+    found = results.suites(results.results(pair[0], 200, 7), results.results(other, 200, 7))
     rows = [row for suite in found for one in suite["systems"] for row in one["rows"] if row["metric"] == "sharpness"]
     assert rows and all(row["pairs"] == 0 and row["says"] in ("no interval", "the same") for row in rows)
 
 
 def test_five_prompts_are_too_few(pair: tuple[Path, Path]) -> None:
-    a, b = (compared.results(root, 200, 7) for root in pair)
+    a, b = (results.results(root, 200, 7) for root in pair)
     place = ("prompts", "stage2", "sharpness")
     short = {key: value for key, value in a.cells[place].items() if not key[0].startswith("00000 ")}
-    row = compared.one_metric(replace(a, cells={place: short}), b, *place)
+    row = results.one_metric(replace(a, cells={place: short}), b, *place)
     assert row is not None and row["pairs"] == 10 and row["says"] == "too few prompts" and not row["clear"]
 
 
@@ -123,7 +123,7 @@ def test_the_page_needs_no_other_file(html: str) -> None:
 
 
 def test_two_equal_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    compare.main([str(pair[0]), str(pair[0]), "--out", str(tmp_path / "same.html")])
+    page.main([str(pair[0]), str(pair[0]), "--out", str(tmp_path / "same.html")])
     said = text((tmp_path / "same.html").read_text())
     assert "None: the two were made with the same values." in said and "None differs." in said and "0 better in B 0 worse in B" in said
 
@@ -132,7 +132,7 @@ def test_what_is_absent_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "params.yaml").write_text("profile: tiny\n")
-    compare.main([str(pair[0]), str(empty), "--out", str(tmp_path / "page.html")])
+    page.main([str(pair[0]), str(empty), "--out", str(tmp_path / "page.html")])
     said = text((tmp_path / "page.html").read_text())
     assert "No number is in both" in said and "No video is shown" in said and "Neither run has a dvc.lock" in said
 
@@ -140,17 +140,17 @@ def test_what_is_absent_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None
 def test_params_and_stages() -> None:
     one = {"a": {"b": 1, "c": [1, 2]}, "tracking": {"wandb": "off"}}
     other = {"a": {"b": 2.0, "c": [1, 2], "d": None}, "tracking": {"wandb": "offline"}}
-    assert compare.params_diff(one, other) == [("a.b", "1", "2.0"), ("a.d", "–", "null")]
+    assert page.params_diff(one, other) == [("a.b", "1", "2.0"), ("a.d", "–", "null")]
     deps = [{"path": "cf_model/x.py", "md5": "1"}, {"path": "data/latents", "md5": "1"}]
     before = {"base": {"deps": deps, "outs": [{"path": "models/base", "md5": "1"}], "params": {"params.yaml": {"base": {"steps": 1}}}}}
     after = json.loads(json.dumps(before).replace('x.py", "md5": "1"', 'x.py", "md5": "2"').replace('"steps": 1', '"steps": 2'))
-    assert compare.stages_diff(before, after)[0]["same"] is True, "other code and parameters, the same outs"
+    assert page.stages_diff(before, after)[0]["same"] is True, "other code and parameters, the same outs"
     after["base"]["outs"][0]["md5"] = "2"
-    (row,) = compare.stages_diff(before, after)
+    (row,) = page.stages_diff(before, after)
     assert row == {"stage": "base", "same": False, "code": ["cf_model/x.py"], "data": [], "params": ["base.steps"]}
-    assert compare.stages_diff(before, {})[0]["absent"] == "B"
+    assert page.stages_diff(before, {})[0]["absent"] == "B"
     after["base"]["params"]["params.yaml"] = {"base": {"steps": 1}, "tracking": {"wandb": "online"}}
-    assert compare.stages_diff(before, after)[0]["params"] == [], "what is told to W&B makes no other bytes"
+    assert page.stages_diff(before, after)[0]["params"] == [], "what is told to W&B makes no other bytes"
 
 
 def test_numbers_of_a_stage_are_b_minus_a(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_numbers_of_a_stage_are_b_minus_a(tmp_path: Path) -> None:
         file = tmp_path / letter / "metrics/base.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"loss": value, "same": 5, "word": letter}))
-    loss, word = compare.numbers(tmp_path / "A", tmp_path / "B")
+    loss, word = page.numbers(tmp_path / "A", tmp_path / "B")
     assert (loss["a"], loss["b"], loss["change"]) == (1, 3, 2) and word["change"] is None
 
 
@@ -168,13 +168,13 @@ def test_a_damaged_file_is_named(name: str, damaged: str, pair: tuple[Path, Path
     shutil.copytree(pair[0], tmp_path / "B")
     (tmp_path / "B" / name).write_text(damaged)
     with pytest.raises(Refused, match=rf"B/{name} is damaged: "):
-        compare.main([str(pair[0]), str(tmp_path / "B"), "--out", str(tmp_path / "page.html")])
+        page.main([str(pair[0]), str(tmp_path / "B"), "--out", str(tmp_path / "page.html")])
     assert not (tmp_path / "page.html").exists()
 
 
 def height(svg: str, letter: str) -> float:
     """Where the line of a run begins; SVG counts from the top."""
-    (first,) = re.findall(rf'<path d="M [\d.]+ ([\d.]+)[^"]*"[^>]*stroke: {compare.COLOURS[letter]}', svg)
+    (first,) = re.findall(rf'<path d="M [\d.]+ ([\d.]+)[^"]*"[^>]*stroke: {page.COLOURS[letter]}', svg)
     return -float(first)
 
 
@@ -186,8 +186,8 @@ def test_each_curve_has_the_colour_of_its_run(tmp_path: Path) -> None:
         (tmp_path / letter / "results/curves.csv").write_text("suite,system,metric,second,mean,low,high\n" + row.format(0) + row.format(1))
         rows = [json.dumps({"step": step, "loss": value}) + "\n" for step in range(4)]
         (tmp_path / letter / "models/base/metrics.jsonl").write_text("".join(rows))
-    (system,) = compared.over_time(tmp_path / "A", tmp_path / "B", compare.COLOURS)
-    (stage,) = compared.training(tmp_path / "A", tmp_path / "B", compare.COLOURS)["stages"]
+    (system,) = results.over_time(tmp_path / "A", tmp_path / "B", page.COLOURS)
+    (stage,) = results.training(tmp_path / "A", tmp_path / "B", page.COLOURS)["stages"]
     for charts in (system["charts"], stage["charts"]):
         (svg,) = [one["svg"] for one in charts]
         assert height(svg, "A") < height(svg, "B")
@@ -198,12 +198,12 @@ def test_videos_of_other_seeds_are_no_pair(pair: tuple[Path, Path], tmp_path: Pa
     index = tmp_path / "B/samples/index.jsonl"
     rows = [json.loads(line) for line in index.read_text().splitlines()]
     index.write_text("".join(json.dumps(row | {"seed": row["seed"] + 100}) + "\n" for row in rows))
-    measured = compared.suites(*(compared.results(root, 200, 7) for root in pair))
-    assert compared.videos(*pair, measured, 16) and compared.videos(pair[0], tmp_path / "B", measured, 16) == []
+    measured = results.suites(*(results.results(root, 200, 7) for root in pair))
+    assert results.videos(*pair, measured, 16) and results.videos(pair[0], tmp_path / "B", measured, 16) == []
 
 
 def test_running_means_are_means() -> None:
     rows = [{"step": k, "loss": float(k % 2)} for k in range(40)] + [{"step": 40, "loss": None}]
-    line = compared.running("red", rows, "loss")
+    line = results.running("red", rows, "loss")
     assert line is not None and set(np.round(line.y, 6)) == {0.5} and line.x[0] == 1
-    assert compared.running("red", rows[:1], "loss") is None
+    assert results.running("red", rows[:1], "loss") is None

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import tasks.__main__ as cf
-from tasks import curves
-from tasks.params_file import Refused
+from tasks.commands import curves
+from tasks.params.yaml_file import Refused
 
 
 def written(file: Path, rows: list[dict[str, float]], rest: str = "") -> None:

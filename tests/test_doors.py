@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tasks import summary
+from tasks.commands import summary
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cf_model.codec.wan_codec import load_wan
 from cf_model.model import wan
 from cf_model.model.denoiser import ModelSpec
 from cf_model.model.rollout import stream
-from cf_model.model.text import text_encoder
-from cf_model.model.wan_codec import load_wan
 from cf_model.pipeline import ContextForcingPipeline
+from cf_model.text.encoder import text_encoder
 from tests import pretrained
 from tests.folders import pipeline, recipe
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tasks.__main__ as cf
-from tasks.check_golden import cases, check, line
-from tasks.golden import Golden
-from tasks.params_file import Refused
+from tasks.commands.golden.check import cases, check, line
+from tasks.commands.golden.vectors import Golden
+from tasks.params.yaml_file import Refused
 from tests.golden_writer import CONFIG, Setting, Writer
 from tests.wan_reference import Wan, weights
 

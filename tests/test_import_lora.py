@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tasks.__main__ as cf
-from cf_model.model import convert
+from cf_model.foreign import convert
 from tests.checkpoints import HEADS, WAN, State, before, flat, imported, pt, same
 from tests.small import normal
 

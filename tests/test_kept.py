@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from cf_model.codec.linear import LinearCodec, save_codec
 from cf_model.data import worlds
 from cf_model.data.video import write_video
-from cf_model.model.codec import LinearCodec, save_codec
-from tasks import clips, encode, kept
+from tasks import clips, encode
 from tasks import filter as filtering
+from tasks.parts import clip_cache
 from tests.test_clips import folder, rows
 
 FACTS = ("measured", "encoded", "captions_encoded")
@@ -100,7 +101,7 @@ def test_what_it_depends_on_is_in_the_name(source: Path, codec: Path, tmp_path: 
     assert night(source, codec, tmp_path / "out", encode=half)[1]["encoded"] == 3
     assert night(source, codec, tmp_path / "out", text=p.text.model_copy(update={"tokens": 9}))[1]["captions_encoded"] == 4
     assert night(source, codec, tmp_path / "out")[1] == dict.fromkeys(FACTS, 0)
-    monkeypatch.setattr(kept.importlib.metadata, "version", lambda name: "another")
+    monkeypatch.setattr(clip_cache.importlib.metadata, "version", lambda name: "another")
     assert night(source, codec, tmp_path / "out")[1]["measured"] == 3
 
 
@@ -117,7 +118,7 @@ def test_a_damaged_entry_is_made_again(source: Path, codec: Path, tmp_path: Path
 
 def test_what_nothing_asks_for_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CF_KEPT", str(tmp_path))
-    shelf = kept.Kept("any", {}, modules=("tasks.kept",), libraries=())
+    shelf = clip_cache.Kept("any", {}, modules=("tasks.parts.clip_cache",), libraries=())
     for name in ("old", "new", "used"):
         shelf.put(name, name.encode())
     for name in ("old", "used"):

@@ -13,8 +13,10 @@ import offline
 import pytest
 from evaluate.project import write_mp4
 
-from tasks import journal, mirror, shown, tracking
-from tasks.contents import dvc_md5
+from tasks.files.hashes import dvc_md5
+from tasks.runner import track as tracking
+from tasks.wandb_log import journal, media
+from tasks.wandb_log import run as mirror
 
 MADE = "out.mkdir(parents=True); return {}"
 SECRET = "5ec2e7" * 7  # as long as a key of W&B
@@ -132,12 +134,12 @@ def test_videos_and_the_table_have_the_same_keys_in_every_run(here: Path) -> Non
     first, second = offline.journals(here)
     (row,) = offline.history(first["folder"])
     for system in ("stage1", "stage2"):
-        assert row[f"videos/prompts/{system}._type"] == "videos" and row[f"videos/prompts/{system}.count"] == shown.VIDEOS
+        assert row[f"videos/prompts/{system}._type"] == "videos" and row[f"videos/prompts/{system}.count"] == media.VIDEOS
         assert row[f"videos/prompts/{system}.captions"] == [f"prompt {k} (seed 3)" for k in range(4)]
     assert len(list(Path(first["folder"]).rglob("*.mp4"))) == 8
     (file,) = Path(second["folder"]).glob("files/media/table/*.table.json")
     table = json.loads(file.read_text())
-    assert tuple(table["columns"]) == shown.COLUMNS
+    assert tuple(table["columns"]) == media.COLUMNS
     by = {tuple(line[:3]): line[3:] for line in table["data"]}
     assert list(by) == [("prompts", "stage1", "diversity"), ("prompts", "stage1", "motion"), ("prompts", "stage2", "motion")]
     assert by["prompts", "stage1", "diversity"] == [40, None, None, None]

@@ -12,8 +12,9 @@ from pathlib import Path
 import offline
 import pytest
 
-from tasks import journal, mirror, origin, params_file
-from tasks.contents import digest, dvc_md5
+from tasks.files.hashes import digest, dvc_md5
+from tasks.params import yaml_file
+from tasks.wandb_log import journal, lineage, run
 
 
 @pytest.fixture
@@ -25,15 +26,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_digests_are_of_the_content_and_of_nothing_else(here: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Another checkout with the same files has the same version; another byte is another one."""
     about = {"config": {"git": {"sha": "1", "dirty": False}}, "job_type": "clips", "group": "g"}
-    one = mirror.artifact(origin.Held(Path("data/clips")), about)
+    one = run.artifact(lineage.Held(Path("data/clips")), about)
     other = offline.project(tmp_path_factory.mktemp("other"))
     os.chdir(other)
-    same = mirror.artifact(origin.Held(Path("data/clips")), about | {"job_type": "else"})
+    same = run.artifact(lineage.Held(Path("data/clips")), about | {"job_type": "else"})
     assert one.digest == same.digest
     entry = one.manifest.entries["data/clips/a b/ä.mp4"]
     assert base64.b64decode(entry.digest).hex() == digest(other / "data/clips/a b/ä.mp4")
     (other / "data/clips/a b/ä.mp4").write_bytes(b"clap")
-    assert mirror.artifact(origin.Held(Path("data/clips")), about).digest != one.digest
+    assert run.artifact(lineage.Held(Path("data/clips")), about).digest != one.digest
 
 
 def test_the_md5_that_dvc_writes(tmp_path: Path) -> None:
@@ -44,20 +45,20 @@ def test_the_md5_that_dvc_writes(tmp_path: Path) -> None:
         file.write_text(name)
     for words in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], [sys.executable, "-m", "dvc", "add", "-q", "folder"]):
         subprocess.run(words, cwd=tmp_path, check=True)
-    (out,) = params_file.read(tmp_path / "folder.dvc")["outs"]
+    (out,) = yaml_file.read(tmp_path / "folder.dvc")["outs"]
     assert dvc_md5(tmp_path / "folder") == out["md5"]
 
 
 def test_outs_of_other_stages_are_inputs_whole(here: Path) -> None:
     Path("models/teacher").mkdir(parents=True)
     Path("results").mkdir()
-    assert [str(held.path) for held in origin.used("report", {})] == ["results", "models/teacher"]
+    assert [str(held.path) for held in lineage.used("report", {})] == ["results", "models/teacher"]
     pipe, stated = Path("pipe.yaml"), {"clips": {"folder": "raw"}}
     pipe.write_text("stages: {filter: {deps: ['${clips.folder}'], outs: [kept]}}")
     Path("raw").mkdir()
-    assert origin.used("filter", stated, pipe) == []
+    assert lineage.used("filter", stated, pipe) == []
     Path("raw.dvc").write_text("outs: []")
-    assert origin.used("filter", stated, pipe) == [origin.Held(Path("raw"))]
+    assert lineage.used("filter", stated, pipe) == [lineage.Held(Path("raw"))]
 
 
 def test_a_changed_tree_is_dirty_and_a_running_pipeline_is_not(here: Path) -> None:
@@ -68,30 +69,30 @@ def test_a_changed_tree_is_dirty_and_a_running_pipeline_is_not(here: Path) -> No
     subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "second"], check=True)
     Path("metrics/clips.json").write_text("2")
     Path("dvc.lock").write_text("2")
-    assert origin.git()["dirty"] is False
+    assert lineage.git()["dirty"] is False
     Path("params.yaml").write_text("2")
-    assert origin.git()["dirty"] is True and origin.git()["changed"] == ["params.yaml"]
+    assert lineage.git()["dirty"] is True and lineage.git()["changed"] == ["params.yaml"]
 
 
 def test_one_name_for_all_stages_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CF_RUN", "DVC_EXP_NAME"):
         monkeypatch.delenv(name, raising=False)
-    first = origin.pipeline_run(tmp_path)
-    assert origin.pipeline_run(tmp_path) == first
+    first = lineage.pipeline_run(tmp_path)
+    assert lineage.pipeline_run(tmp_path) == first
     monkeypatch.setattr(time, "strftime", lambda form: "20991231-0000")
-    assert origin.pipeline_run(tmp_path) == first, "it goes on after midnight"
+    assert lineage.pipeline_run(tmp_path) == first, "it goes on after midnight"
     number, began, name = (tmp_path / "run").read_text().split()
     (tmp_path / "run").write_text(f"{number} {float(began) - 60} {name}")
-    again = origin.pipeline_run(tmp_path)
+    again = lineage.pipeline_run(tmp_path)
     assert again != first, "the number of a group that has ended, used again"
     monkeypatch.setattr(os, "getpgrp", lambda: 1)
-    assert origin.pipeline_run(tmp_path) != again
+    assert lineage.pipeline_run(tmp_path) != again
     gone = subprocess.Popen(["true"])
     gone.wait()
     monkeypatch.setattr(os, "getpgrp", lambda: gone.pid)
-    assert origin.pipeline_run(tmp_path) == origin.pipeline_run(tmp_path), "its first process has ended, others go on"
+    assert lineage.pipeline_run(tmp_path) == lineage.pipeline_run(tmp_path), "its first process has ended, others go on"
     monkeypatch.setenv("CF_RUN", "nightly-7")
-    assert origin.pipeline_run(tmp_path) == "nightly-7"
+    assert lineage.pipeline_run(tmp_path) == "nightly-7"
 
 
 def test_ids_are_fit_for_wandb_and_never_the_same(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from ruamel.yaml import YAML
 
 from cf_model.data.latents import Latents
 from cf_model.model import wan
-from cf_model.train.samples import continued, from_noise, streamed
-from tasks import params
-from tasks.samples import Samples
-from tasks.tracking import Track
+from cf_model.train.trainer.samples import continued, from_noise, streamed
+from tasks.params import schema
+from tasks.parts.sample_videos import Samples
+from tasks.runner.track import Track
 
 ROOT = Path(__file__).parent.parent
 STAGES = list(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"])
@@ -73,7 +73,7 @@ def test_everything_is_there(project: Path) -> None:
 
 def test_the_last_samples_are_by_the_weights_that_were_saved(project: Path, tmp_path: Path) -> None:
     """Made again from every training stage's out, which is the averaged model: the same files."""
-    p, clips = params.load(project / "params.yaml"), Latents(project / "data/latents")
+    p, clips = schema.load(project / "params.yaml"), Latents(project / "data/latents")
     null, flow = clips.null_text, p.flow
     makes: dict[str, Any] = {
         "base": partial(from_noise, spec=p.samples.base, flow=flow, null=null),

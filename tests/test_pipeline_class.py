@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cf_model.model.codec import video_frames
+from cf_model.codec.linear import video_frames
 from cf_model.model.memory import empty
 from cf_model.model.rollout import stream
 from cf_model.pipeline import Chunk, ContextForcingPipeline

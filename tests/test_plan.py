@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 import tasks.__main__ as cf
-from cf_model.train.need import Need
-from tasks import forecast, params, params_file, plan, presets, room
-from tasks.params_file import Refused
+from cf_model.plan.need import Need
+from tasks.commands import preset
+from tasks.commands.plan import forecast, limits, table
+from tasks.params import schema, yaml_file
+from tasks.params.yaml_file import Refused
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -21,13 +23,13 @@ TINY, WAN = (ROOT / f"profiles/{name}.yaml" for name in ("tiny", "wan-1.3b"))
 
 
 @pytest.fixture(scope="module")
-def tiny() -> params.Params:
-    return params.load(TINY)
+def tiny() -> schema.Params:
+    return schema.load(TINY)
 
 
 @pytest.fixture(scope="module")
-def wan() -> params.Params:
-    return params.load(WAN)
+def wan() -> schema.Params:
+    return schema.load(WAN)
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -61,7 +63,7 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert 140 < found["teacher"]["hours"] * 8 < 200 and 50 < found["stage1"]["hours"] * 8 < 75 and 130 < stage2["hours"] * 8 < 270
 
 
-def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: params.Params) -> None:
+def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> None:
     for one in forecast.needs(wan).values():
         peaks = [one.peak(1, zero, 8) for zero in (0, 1, 2, 3)]
         assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
@@ -69,8 +71,8 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: params.Params) -> N
 
 
 def test_every_preset_can_be_planned() -> None:
-    stated = params_file.read(WAN)
-    made = {name: forecast.needs(params.Params.model_validate(presets.applied(stated, name)))["stage2"] for name in presets.found()}
+    stated = yaml_file.read(WAN)
+    made = {name: forecast.needs(schema.Params.model_validate(preset.applied(stated, name)))["stage2"] for name in preset.found()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"
     assert made["cf_memoryless_teacher"].operations < made["cf_default"].operations, "scores without a context are cheaper"
@@ -78,11 +80,11 @@ def test_every_preset_can_be_planned() -> None:
     assert 200 < made["cf_released"].total / (989e12 * 0.35) / 3600 < 320
 
 
-def test_hours_of_tiny_are_those_it_took(tiny: params.Params) -> None:
+def test_hours_of_tiny_are_those_it_took(tiny: schema.Params) -> None:
     """On the machine whose speed the plan states, data and start included; one speed stands for five stages that reach 26 to 38
     GFLOP/s there."""
     measured = json.loads((ROOT / "benchmarks/results/plan-hours.json").read_text())["wall_seconds"]
-    machine = forecast.Hardware(1, GIB, plan.CORE, "CPU", "")
+    machine = forecast.Hardware(1, GIB, table.CORE, "CPU", "")
     for stage, one in forecast.needs(tiny).items():
         assert 3600 * forecast.hours(one, machine) == pytest.approx(measured[stage], rel=0.25)
 
@@ -98,18 +100,18 @@ def test_hours_of_tiny_are_those_it_took(tiny: params.Params) -> None:
 )
 def test_what_makes_no_sense_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(Refused, match=message.replace("(", r"\(")):
-        plan.main(["--params", str(TINY), *words])
+        table.main(["--params", str(TINY), *words])
 
 
 @pytest.mark.parametrize("value, text", [(0, "0"), (1234.5, "1,234"), (12.34, "12.3"), (0.01234, "0.0123"), (0.000001, "1e-06")])
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert room.number(value) == text
+    assert limits.number(value) == text
 
 
-def test_a_checkpoint_is_as_large_as_planned(tiny: params.Params, tmp_path: Path) -> None:
+def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path) -> None:
     """Of a model of tiny's kind: the file that two steps of `base` leave."""
     from cf_model.model import checkpoint, wan
-    from cf_model.train.loop import Average, Optimizer
+    from cf_model.train.trainer.loop import Average, Optimizer
 
     one = forecast.needs(tiny)["base"]
     made = wan.build(tiny.model, channels=12, text_channels=64, seed=0)
@@ -127,22 +129,22 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: params.Params, tmp_path: Path
 # ------------------------------------------------------------------------------------------------------- the refusal
 
 
-def refused(p: params.Params, stage: str, free: float, split: int | None = None) -> str:
+def refused(p: schema.Params, stage: str, free: float, split: int | None = None) -> str:
     with pytest.raises(Refused) as error:
         one = forecast.needs(p)[stage]
-        room.refuse_memory(stage, one, forecast.checkpointed(p, stage), free * GIB, "machine", room.Split(split or one.batch, 0, 1))
+        limits.refuse_memory(stage, one, forecast.checkpointed(p, stage), free * GIB, "machine", limits.Split(split or one.batch, 0, 1))
     return str(error.value)
 
 
-def test_a_stage_that_fits_is_never_refused(tiny: params.Params, wan: params.Params, tmp_path: Path) -> None:
+def test_a_stage_that_fits_is_never_refused(tiny: schema.Params, wan: schema.Params, tmp_path: Path) -> None:
     for p, free in ((tiny, 0.25), (wan, 4000)):
         for stage, one in forecast.needs(p).items():
-            room.refuse_memory(stage, one, None, free * GIB, "machine", room.Split(one.batch, 0, 1))
+            limits.refuse_memory(stage, one, None, free * GIB, "machine", limits.Split(one.batch, 0, 1))
             assert one.peak(one.batch) * 0.7 < free * GIB
     forecast.refuse(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
 
 
-def test_a_refusal_names_what_is_short_and_what_would_help(tiny: params.Params, wan: params.Params) -> None:
+def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, wan: schema.Params) -> None:
     message = refused(wan, "stage2", 139)
     assert message.startswith("stage2 needs about 1,8")
     assert "but this machine has 139; use engine.micro_batch: 2; CF_IGNORE_PLAN=1" in message
@@ -156,45 +158,45 @@ def test_a_refusal_names_what_is_short_and_what_would_help(tiny: params.Params, 
         assert text.count("\n") == 0
 
 
-def test_what_the_refusal_proposes_fits(wan: params.Params) -> None:
+def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
     one = forecast.needs(wan)["stage2"]
-    room.refuse_memory("stage2", one, None, 139 * GIB, "machine", room.Split.of(wan.engine, one.batch, 1))
-    assert room.Split.of(wan.engine, one.batch, 8) == room.Split(1, 2, 8), "as the profile states it"
+    limits.refuse_memory("stage2", one, None, 139 * GIB, "machine", limits.Split.of(wan.engine, one.batch, 1))
+    assert limits.Split.of(wan.engine, one.batch, 8) == limits.Split(1, 2, 8), "as the profile states it"
     with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* one sample alone takes 85.8"):
-        room.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", room.Split.of(wan.engine, one.batch, 8))
+        limits.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", limits.Split.of(wan.engine, one.batch, 8))
 
 
-def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: params.Params) -> None:
+def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schema.Params) -> None:
     shared = wan.model_copy(update={"stage2": replace(wan.stage2, rollouts="shared")})
     each, kept = (forecast.needs(p)["stage2"] for p in (wan, shared))
     assert kept.peak(1, 2, 8) - each.peak(1, 2, 8) == 7 * kept.kept > 7 * each.memory
     assert kept.peak(8, 2, 8) == each.peak(8, 2, 8), "computed at once they are there anyway"
 
 
-def test_what_is_offloaded_is_not_on_the_gpu(wan: params.Params) -> None:
+def test_what_is_offloaded_is_not_on_the_gpu(wan: schema.Params) -> None:
     one, engine = forecast.needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
-    away, here = (room.Split.of(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
+    away, here = (limits.Split.of(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
     assert here.peak(one) - away.peak(one) == one.states(2, 8)["optimiser"] > 3 * GIB
-    assert room.Split.of(engine, one.batch, 8) == room.Split(1, 2, 8), "on a CPU it is the same memory"
+    assert limits.Split.of(engine, one.batch, 8) == limits.Split(1, 2, 8), "on a CPU it is the same memory"
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * GIB))
     written = {"out": 5.0 * GIB, "checkpoints": 5.0 * GIB}
-    room.refuse_disk("base", written, tmp_path / "models/base", tmp_path / "work/base")
+    limits.refuse_disk("base", written, tmp_path / "models/base", tmp_path / "work/base")
     message = r"base writes up to 25\.0 GiB, but the disk of .* has 10\.0 free; free some"
     with pytest.raises(Refused, match=message):
-        room.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
+        limits.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
     (tmp_path / "work/base/key").mkdir(parents=True)
     with (tmp_path / "work/base/key/step-00000001.safetensors").open("wb") as file:
         file.truncate(15 * GIB)  # of a run that goes on: it will be written over
-    room.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
+    limits.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
 
 
 def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes(TINY.read_bytes())
-    monkeypatch.setattr(room, "memory", lambda: 0.01 * GIB)
+    monkeypatch.setattr(limits, "memory", lambda: 0.01 * GIB)
     words = ["base", "--latents", "data/latents", "--codec", "models/codec", "--out", "models/base"]
     with pytest.raises(Refused, match=r"base needs about 0\.06"):
         cf.main(words)
@@ -205,19 +207,19 @@ def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch
 
 
 def test_memory_is_the_machines_or_the_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(room, "gpus", lambda: 0)
-    assert 0.05 * GIB < room.memory() < 2**60
+    monkeypatch.setattr(limits, "gpus", lambda: 0)
+    assert 0.05 * GIB < limits.memory() < 2**60
     limit, used = tmp_path / "max", tmp_path / "current"
     limit.write_text(f"{3 * 2**20}\n")
     used.write_text(f"{2**20}\n")
-    monkeypatch.setattr(room, "CGROUPS", ((str(limit), str(used)),))
-    assert room.memory() == 2 * 2**20
+    monkeypatch.setattr(limits, "CGROUPS", ((str(limit), str(used)),))
+    assert limits.memory() == 2 * 2**20
     limit.write_text("max\n")
-    assert room.memory() > 2**20
+    assert limits.memory() > 2**20
 
 
-def test_only_stages_that_train_are_asked(tiny: params.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "memory", lambda: 1.0)
+def test_only_stages_that_train_are_asked(tiny: schema.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "memory", lambda: 1.0)
     forecast.refuse(tiny, "evaluate", tmp_path, tmp_path)
     assert set(forecast.needs(tiny)) == set(cf.TRAINING)
     assert all(isinstance(one, Need) for one in forecast.needs(tiny).values())

@@ -21,9 +21,12 @@ from cf_model.model.denoiser import Denoiser  # noqa: E402
 from cf_model.model.memory import empty  # noqa: E402
 from cf_model.model.rollout import rollout, stream  # noqa: E402
 from cf_model.train.student import Distillation  # noqa: E402
-from tasks import presets  # noqa: E402
-from tasks.params import Params  # noqa: E402
-from tasks.params_file import Refused, read  # noqa: E402
+from tasks.commands import preset  # noqa: E402
+from tasks.params.schema import Params  # noqa: E402
+from tasks.params.yaml_file import (
+    Refused,
+    read,  # noqa: E402
+)
 from tests.small import FLOW, SHAPE, denoiser, normal  # noqa: E402
 
 TABLE = ROOT / "tests/golden/presets.json"
@@ -94,7 +97,7 @@ def noise(made: list[dict[str, Any]], learning: dict[str, Any]) -> str:
 
 def train(name: str, tracer: Tracer) -> dict[str, Any]:
     params = parameters(name)
-    stage = presets.read(name)["student"]
+    stage = preset.read(name)["student"]
     spec = getattr(params, stage)
     spec = type(spec)(**{**vars(spec), "batch": 1, "critic_updates": 1, "steps": 9, "ema_start": 0})
     view = type(params.teacher.view)(**{**vars(params.teacher.view), "context": spec.teacher.context})
@@ -179,7 +182,7 @@ def generate(name: str, tracer: Tracer) -> list[str]:
 
 def parameters(name: str) -> Params:
     """wan-1.3b's, whose horizons are the papers'; with a threshold that small random models pass now and then."""
-    stated = presets.applied(read(ROOT / "profiles/wan-1.3b.yaml"), name)
+    stated = preset.applied(read(ROOT / "profiles/wan-1.3b.yaml"), name)
     params = Params.model_validate(stated)
     for stage in (params.causal_init, params.stage1, params.stage2):
         object.__setattr__(stage.memory, "tau", 0.88 if stage.memory.promote == "similarity" else stage.memory.tau)
@@ -204,14 +207,14 @@ def test_a_preset_is_laid_over_the_file_whose_comments_stay(tmp_path: Path, monk
     monkeypatch.chdir(ROOT)
     file = tmp_path / "params.yaml"
     file.write_text((ROOT / "profiles/tiny.yaml").read_text())
-    presets.write(file, "infinity_rope")
+    preset.write(file, "infinity_rope")
     stated = read(file)
     steps = read(ROOT / "profiles/tiny.yaml")["stage1"]["steps"]
     assert "# of each of seven kinds" in file.read_text() and stated["stage1"]["steps"] == steps
     assert stated["stage1"]["memory"]["fast"] == 21
     system = Params.model_validate(stated).generate.systems["infinity_rope"]
     assert system.weights == "stage1" and system.memory and (system.memory.sink, system.memory.fast) == (1, 5)
-    presets.write(file, "cf_default")  # back again: a preset states all that its method decides
+    preset.write(file, "cf_default")  # back again: a preset states all that its method decides
     assert Params.model_validate(read(file)).stage2.memory.slow == 12
 
 
@@ -219,7 +222,7 @@ def test_a_preset_is_laid_over_the_file_whose_comments_stay(tmp_path: Path, monk
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    Params.model_validate(presets.applied(read(ROOT / f"profiles/{profile}.yaml"), name))
+    Params.model_validate(preset.applied(read(ROOT / f"profiles/{profile}.yaml"), name))
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,10 +230,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkey
     file = tmp_path / "params.yaml"
     file.write_text((ROOT / "profiles/smoke.yaml").read_text())
     with pytest.raises(Refused, match=r"preset cf_released doesn't fit .*; start from another profile"):
-        presets.write(file, "cf_released")
+        preset.write(file, "cf_released")
     assert file.read_text() == (ROOT / "profiles/smoke.yaml").read_text()
     with pytest.raises(Refused, match="preset cf isn't in presets/; known are cf_default, "):
-        presets.write(file, "cf")
+        preset.write(file, "cf")
 
 
 def test_the_released_stage_1_never_teaches_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cf_model.model import checkpoint
-from tasks import ranks
-from tasks.params_file import Refused
+from tasks.params.yaml_file import Refused
+from tasks.runner import ranks
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60
@@ -27,9 +27,9 @@ if ranks.rank() is None and int(os.environ.get("CF_RANKS", "1")) > 1:
     sys.exit(ranks.launch("toy", int(os.environ["CF_RANKS"])))
 import torch
 from safetensors.torch import save_file
-from cf_model.train.engine import Optimizer, OptimizerSpec
-from cf_model.train.loop import Average, Random, fit
-from cf_model.train.ranks import rank
+from cf_model.train.trainer.engine import Optimizer, OptimizerSpec
+from cf_model.train.trainer.loop import Average, Random, fit
+from cf_model.train.trainer.ranks import rank
 from cf_model.model.flow import gaussian
 from tasks import __main__ as cf, runner
 

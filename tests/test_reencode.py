@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from cf_model.model.codec import CodecSpec, fit_codec, save_codec
-from tasks.student import reencoder
+from cf_model.codec.linear import CodecSpec, fit_codec, save_codec
+from tasks.parts.distillation import reencoder
 
 
 def test_a_latent_is_encoded_anew_as_the_picture_it_ends_with(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_compare import PARAMS, edit_cells, text, write
 
-from tasks import compare, revision
-from tasks.params_file import Refused
+from tasks.commands.compare import page, revision
+from tasks.params.yaml_file import Refused
 
 
 def command(root: Path, *words: str) -> None:
@@ -49,7 +49,7 @@ def test_revisions_and_experiments(repository: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(repository)
     before = subprocess.run(["git", "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
     for name in ("HEAD~1", "rusty-lamb"):
-        compare.main([name, ".", "--out", str(tmp_path / "page.html")])
+        page.main([name, ".", "--out", str(tmp_path / "page.html")])
         said = text((tmp_path / "page.html").read_text())
         assert f"{name} beside" in said and "the first" in said and '"first" "second"' in said
         assert "sharpness ≈" in said and "+1.00" in said

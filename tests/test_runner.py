@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tasks import runner, tracking
-from tasks.params_file import Refused
+from tasks.params.yaml_file import Refused
+from tasks.runner import execute as runner
+from tasks.runner import track as tracking
 
 ROOT = Path(__file__).parent.parent
 PARAMS = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
@@ -172,7 +173,7 @@ from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
 from tasks import runner
-from tasks.params_file import Refused
+from tasks.params.yaml_file import Refused
 
 def run(params, track, *, data, out):
     saved = track.work / "step"

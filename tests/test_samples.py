@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from cf_model.codec.linear import load_codec
 from cf_model.data.video import write_video
 from cf_model.model import checkpoint
-from cf_model.model.codec import load_codec
 from cf_model.model.view import TeacherView
-from cf_model.train import loop
-from cf_model.train.samples import ContinuedSpec, SampleSpec, continued
-from tasks.tracking import Track
+from cf_model.train.trainer import loop
+from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec, continued
+from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal
 from tests.train import ranked
 
@@ -150,7 +150,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_checkpoint(tmp_path: Path, mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tasks.samples.write_video", full)
+    monkeypatch.setattr("tasks.parts.sample_videos.write_video", full)
     with pytest.raises(ValueError, match=r"no room for step-000006-0\.mp4.*step-00000004, is intact"):
         trained("base", tmp_path / "job", every=6)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import tracking
+from tasks.runner import track as tracking
 
 
 def test_rows_after_a_step_are_cut(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import tasks.__main__ as cf
 from cf_model.data import video
-from tasks import strip
+from tasks.commands.video import memory_strip
 from tests.folders import SIZE, pipeline
 from tests.small import spec
 from tests.test_pipeline_class import TIMELINE, WORDS
@@ -124,7 +124,7 @@ def test_the_trace_is_the_timeline_and_the_picture_a_picture(model: Path, tmp_pa
     assert [row["second"] for row in rows[:3]] == [0, 9 / 16, round(21 / 16, 4)]
     picture = Image.open(tmp_path / "a.memory.png").convert("RGB")
     seen = {tuple(colour) for _, colour in picture.getcolors(1 << 20) or []}
-    assert picture.width > 1000 and {rgb(colour) for colour in strip.COLOURS.values()} <= seen
+    assert picture.width > 1000 and {rgb(colour) for colour in memory_strip.COLOURS.values()} <= seen
 
 
 def rgb(colour: str) -> tuple[int, ...]:
@@ -135,18 +135,18 @@ def test_the_burnt_strip_shows_what_is_held(model: Path, tmp_path: Path) -> None
     chunk = dict(zip(("sink", "slow", "fast"), TIMELINE[4], strict=True)) | {"now": [12, 13, 14]}
     row = chunk | {"chunk": 4, "second": 2.8125, "promoted": [6], "real": False}
     picture = np.zeros((12, SIZE, SIZE, 3), np.uint8)
-    shown = strip.burnt(picture, row, spec(), 10.0)
+    shown = memory_strip.burnt(picture, row, spec(), 10.0)
     assert shown.shape[0] == 12 and shown.shape[2] % SIZE == 0 and shown.shape[1] > shown.shape[2]
     below = shown[0, shown.shape[2] :]  # frames are square
 
     def area(colour: str) -> int:
         return int((below == rgb(colour)).all(-1).sum())
 
-    full = {part: area(colour) for part, colour in strip.COLOURS.items()}
+    full = {part: area(colour) for part, colour in memory_strip.COLOURS.items()}
     assert full["fast"] > 800 and full["sink"] > 800 and full["now"] > 800
-    empty = strip.burnt(picture, row | {"slow": [], "promoted": []}, spec(), 10.0)[0, shown.shape[2] :]
-    assert int((empty == rgb(strip.COLOURS["slow"])).all(-1).sum()) < full["slow"] - 250
-    assert area(strip.FRESH) > 50  # the border of what was just promoted
+    empty = memory_strip.burnt(picture, row | {"slow": [], "promoted": []}, spec(), 10.0)[0, shown.shape[2] :]
+    assert int((empty == rgb(memory_strip.COLOURS["slow"])).all(-1).sum()) < full["slow"] - 250
+    assert area(memory_strip.FRESH) > 50  # the border of what was just promoted
     generate(model, "--out", tmp_path / "a.mp4", "--memory-strip", "burn")
     found = video.probe(tmp_path / "a.mp4")
     assert names(tmp_path) == {"a.mp4"} and (found.height, found.width) == shown.shape[1:3] and found.frames == 24

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from cf_model.codec.linear import load_codec
+from cf_model.codec.wan_codec import load_wan
 from cf_model.data import worlds
 from cf_model.data.latents import Latents
 from cf_model.data.video import read_video, write_video
-from cf_model.model.codec import load_codec
-from cf_model.model.umt5 import UMT5Encoder
-from cf_model.model.wan_codec import load_wan
-from tasks import codec, encode, weights
-from tasks.params import CodecParams, Encode, Text, Video
+from cf_model.text.umt5 import UMT5Encoder
+from tasks import codec, encode
+from tasks.params.schema import CodecParams, Encode, Text, Video
+from tasks.parts import hub
 from tests import pretrained
 
 CAPTIONS = ["a red disc.", "a blue square turns slowly", "a red disc."]
@@ -116,7 +117,7 @@ def test_what_is_downloaded_is_said_before(monkeypatch: pytest.MonkeyPatch, caps
         return [SimpleNamespace(file_size=507_000_000 + n, will_download=n > 0) for n in range(2)] if dry_run else str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert weights.local("codec.weights", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers@0fad780", ["vae"]) == tmp_path
+    assert hub.local("codec.weights", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers@0fad780", ["vae"]) == tmp_path
     files = {"revision": "0fad780", "allow_patterns": ["vae/*.json", "vae/*.safetensors"], "name": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
     assert asked == [files | {"dry_run": True}, files | {"dry_run": False}]
 
@@ -126,5 +127,5 @@ def test_without_a_network_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"text\.weights is some/thing, no folder here, and the Hub did not give it .*; name a folder"):
-        weights.local("text.weights", "some/thing", ["text_encoder"])
-    assert weights.local("text.weights", str(tmp_path), ["text_encoder"]) == tmp_path
+        hub.local("text.weights", "some/thing", ["text_encoder"])
+    assert hub.local("text.weights", str(tmp_path), ["text_encoder"]) == tmp_path

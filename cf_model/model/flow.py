@@ -96,7 +96,7 @@ class Shared(torch.Generator):
 
     A process that has only a part of the batch draws all of it and keeps its own rows, so however many of them there are,
     each sample gets the same numbers, and all go on from the same state. `device` is where the numbers are used. A process
-    that takes its share in several groups, one after the other (cf_model/train/ranks.py), draws once: the first group keeps
+    that takes its share in several groups, one after the other (cf_model/train/trainer/ranks.py), draws once: the first group keeps
     what is the later ones' on the tape.
     """
 

@@ -369,7 +369,7 @@ def split(frames: Frames, keep: int) -> tuple[Frames, Frames]:
 
 class Tape:
     """Mean keys of a batch's first video, in the order they were asked for: a batch that is computed in several groups, one
-    after the other, decides by those of the first (cf_model/train/ranks.py)."""
+    after the other, decides by those of the first (cf_model/train/trainer/ranks.py)."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
@@ -404,7 +404,7 @@ def mean_key(chunk: Frames) -> Tensor:
         return _tape.keys[_tape.read - 1]
     layers = range(len(chunk[0].keys))
     mean = torch.stack([torch.stack([f.keys[layer][0] for f in chunk]).float().mean(dim=(0, 1)).flatten() for layer in layers]).detach()
-    if dist.is_initialized():  # several ranks share the batch, whose first video is the first rank's (cf_model/train/ranks.py)
+    if dist.is_initialized():  # several ranks share the batch, whose first video is the first rank's (cf_model/train/trainer/ranks.py)
         dist.broadcast(mean, 0)
     if _tape:
         _tape.keys.append(mean)

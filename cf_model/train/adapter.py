@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from cf_model.model.denoiser import Denoiser
-
-from .loop import at_least
+from cf_model.train.trainer.loop import at_least
 
 
 @dataclass(frozen=True)

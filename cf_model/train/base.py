@@ -10,9 +10,20 @@ from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, add_noise, gaussian
-
-from .loop import PLAIN, Average, Clips, EngineSpec, OptimizerSpec, Random, at_least, batches, drop_prompts, mean, optimizer
-from .observe import Clock
+from cf_model.train.trainer.loop import (
+    PLAIN,
+    Average,
+    Clips,
+    EngineSpec,
+    OptimizerSpec,
+    Random,
+    at_least,
+    batches,
+    drop_prompts,
+    mean,
+    optimizer,
+)
+from cf_model.train.trainer.observe import Clock
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,21 @@ from torch import Tensor
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, add_noise, gaussian
 from cf_model.model.memory import Compared, Memory, MemorySpec, compared, empty
-
-from .loop import PLAIN, Average, Clips, EngineSpec, OptimizerSpec, Random, at_least, batches, drop_prompts, mean, optimizer
-from .observe import Clock, remembered
-from .ode import OdeSpec, Trajectories
+from cf_model.train.trainer.loop import (
+    PLAIN,
+    Average,
+    Clips,
+    EngineSpec,
+    OptimizerSpec,
+    Random,
+    at_least,
+    batches,
+    drop_prompts,
+    mean,
+    optimizer,
+)
+from cf_model.train.trainer.observe import Clock, remembered
+from cf_model.train.trainer.ode import OdeSpec, Trajectories
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from cf_model.model.flow import Flow, add_noise, gaussian, share
 from cf_model.model.view import Score, TeacherView
-
-from .ranks import from_all
+from cf_model.train.trainer.ranks import from_all
 
 
 @dataclass(frozen=True)

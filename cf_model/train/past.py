@@ -10,8 +10,7 @@ from torch import Tensor
 
 from cf_model.model.memory import MemorySpec, dump, restore
 from cf_model.model.rollout import Rollout
-
-from .ranks import Random, of_all_ranks
+from cf_model.train.trainer.ranks import Random, of_all_ranks
 
 
 class Kept:

@@ -15,10 +15,10 @@ from cf_model.model.flow import Flow
 from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import Passes, TeacherView
+from cf_model.train.trainer.loop import PLAIN, Average, EngineSpec, OptimizerSpec, Random, at_least, batches, mean, optimizer
+from cf_model.train.trainer.observe import Clock, remembered, student_loss
 
 from .distill import critic_loss, generator_gradient, replay
-from .loop import PLAIN, Average, EngineSpec, OptimizerSpec, Random, at_least, batches, mean, optimizer
-from .observe import Clock, remembered, student_loss
 from .past import Kept, Streams
 
 

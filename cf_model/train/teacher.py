@@ -12,11 +12,23 @@ from torch import Tensor
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow, share
 from cf_model.model.view import TeacherView
+from cf_model.train.trainer.loop import (
+    PLAIN,
+    Average,
+    Clips,
+    EngineSpec,
+    OptimizerSpec,
+    Random,
+    at_least,
+    batches,
+    drop_prompts,
+    mean,
+    optimizer,
+)
+from cf_model.train.trainer.observe import Clock
 
 from .adapter import LoraSpec, attach
 from .erft import ErrorBank, ErrorSpec, Mistakes, erft_loss
-from .loop import PLAIN, Average, Clips, EngineSpec, OptimizerSpec, Random, at_least, batches, drop_prompts, mean, optimizer
-from .observe import Clock
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from cf_model.data.latents import Latents, write_latents
-from cf_model.model.text import WordEncoder
+from cf_model.text.encoder import WordEncoder
 
 CAPTIONS = ["a red disc", "a blue square", "a red disc", "fog", "a blue square"]
 LENGTHS = [9, 5, 9, 7, 21]

@@ -13,7 +13,7 @@ import numpy as np
 
 from cf_model.model.memory import MemorySpec
 from cf_model.model.view import TeacherView
-from tasks import params as types
+from tasks.params import schema as types
 
 ROOT = Path(__file__).parents[2]
 FPS = 16

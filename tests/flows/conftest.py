@@ -1,12 +1,12 @@
-"""A flow that ended stops everything that its process still runs (flows/supervise.py). Tests share a process."""
+"""A flow that ended stops everything that its process still runs (flows/supervise/command.py). Tests share a process."""
 
 from __future__ import annotations
 
 import pytest
 
-from flows import supervise
+from flows.supervise import command
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_stopped() -> None:
-    supervise.start()
+    command.start()

@@ -22,7 +22,7 @@ from prefect.client.schemas.filters import (
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.pipeline import pipeline
-from flows.run_config import RunConfig
+from flows.run.config import RunConfig
 from tests.flows import project
 
 ALL = dict.fromkeys(project.STAGES, "Completed")

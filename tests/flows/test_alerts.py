@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flows import alerts, nightly
+from flows import nightly
+from flows.machine import alerts
 from tests.flows import project
 from tests.week.machine import Receiver
 
@@ -108,7 +109,7 @@ def test_the_watch_looks_again_and_survives_a_params_file_that_is_being_edited(r
     params.write_text("nightly: {absent_hours: ")
     (tmp_path / ".runs").mkdir()
     (tmp_path / alerts.LAST).write_text(json.dumps({"since": time.time() - 100 * 3600}))
-    command = [sys.executable, "-m", "flows.alerts", "--every", "0.05"]
+    command = [sys.executable, "-m", "flows.machine.alerts", "--every", "0.05"]
     env = project.environment(PYTHONPATH=str(project.ROOT), CF_ALERT_URL=receiver.url)
     with log.open("w") as file, subprocess.Popen(command, cwd=tmp_path, env=env, stderr=file) as watch:
         try:

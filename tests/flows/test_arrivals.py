@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.arrivals import VIDEOS, take
+from flows.night.inbox import VIDEOS, take
 from tasks.clips import SUFFIXES
 
 
@@ -132,7 +132,7 @@ def test_a_time_that_is_still_to_come_keeps_no_clip_out(inbox: Path, tmp_path: P
 
 def test_a_full_disk_fails_the_night_and_leaves_nothing_half_copied(inbox: Path, tmp_path: Path) -> None:
     (inbox / "a.mp4").write_bytes(b"x" * 500_000)
-    code = "import sys; from pathlib import Path; from flows.arrivals import take; take(*map(Path, sys.argv[1:]), settle=0)"
+    code = "import sys; from pathlib import Path; from flows.night.inbox import take; take(*map(Path, sys.argv[1:]), settle=0)"
 
     def small() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

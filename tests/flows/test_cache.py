@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import cache, worktree
+from flows.project import dvc_config, worktree
 from tests.flows import project
 
 LOCAL = """[core]
@@ -63,6 +63,6 @@ def test_folders_have_odd_names(name: str, tmp_path: Path) -> None:
 
 def test_what_is_a_secret() -> None:
     known = "password access_key_id secret_access_key session_token sas_token account_key connection_string client_secret oss_key_secret"
-    assert all(cache.secret(key) for key in known.split())
+    assert all(dvc_config.secret(key) for key in known.split())
     others = "url keyfile verify profile configpath gdrive_service_account_json_file_path"
-    assert not any(cache.secret(key) for key in others.split())
+    assert not any(dvc_config.secret(key) for key in others.split())

@@ -16,7 +16,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from flows import deploy
+from flows.machine import deploy
 from tests.flows import project
 from tests.flows.served import server as server
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flows import evaluate, stages, worktree
+from flows import evaluate
 from flows.evaluate import Checkpoint
+from flows.project import dvc_graph, worktree
 from tests.flows import project
 
 
@@ -78,7 +79,7 @@ def test_what_is_refused(made: Path, root: Path) -> None:
 
 
 def test_nothing_is_measured_that_comes_from_another_model(made: Path) -> None:
-    known = stages.stages(made)
+    known = dvc_graph.stages(made)
     assert evaluate.needed(known, ["last"], "slow") == ["prepare", "stubborn"]
     with pytest.raises(ValueError, match=r"slow is made from prepare; add slow, stubborn to what is measured, or name stubborn as"):
         evaluate.needed(known, ["last"], "prepare")

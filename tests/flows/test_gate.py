@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from flows import gate
-from flows.gate import Judged, Rule, Verdict, judge, number
-from tasks import params_nightly
+from flows.night import gate
+from flows.night.gate import Judged, Rule, Verdict, judge, number
+from tasks.params import nightly
 
 SHOWN = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
 RULES = [
@@ -93,7 +93,7 @@ def test_paths_find_numbers_and_nothing_else() -> None:
 
 
 def test_the_rules_are_those_of_params_yaml() -> None:
-    assert Rule.model_fields.keys() == params_nightly.Rule.model_fields.keys()
+    assert Rule.model_fields.keys() == nightly.Rule.model_fields.keys()
 
 
 def test_a_lower_metric_has_a_bound_from_above() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import gpus, supervise
+from flows.supervise import command, gpus
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -30,7 +30,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CF_GPU_LOCKS", str(tmp_path / "locks"))
     monkeypatch.setenv("CF_GPUS", "2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    supervise.start()
+    command.start()
 
 
 def holder(count: int) -> subprocess.Popen[str]:
@@ -131,13 +131,13 @@ def test_who_waits_for_a_gpu_can_be_stopped(tmp_path: Path) -> None:
 
     def run() -> None:
         with pytest.raises(InterruptedError, match="stopped while waiting"):
-            supervise.run([sys.executable, "-c", ""], cwd=tmp_path, line=lambda text: waits.set(), gpus=1)
+            command.run([sys.executable, "-c", ""], cwd=tmp_path, line=lambda text: waits.set(), gpus=1)
 
     with gpus.hold(2, print):
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         assert waits.wait(10)
-        supervise.stop()
+        command.stop()
         thread.join(2)
         assert not thread.is_alive()
 
@@ -189,8 +189,8 @@ def test_a_command_sees_its_own_gpus_only(tmp_path: Path) -> None:
     one = holder(1)
     assert said(one) == "0"
     lines: list[str] = []
-    assert supervise.run(script, cwd=tmp_path, line=lines.append, gpus=1) == 0
-    assert supervise.run(script, cwd=tmp_path, line=lines.append) == 0
+    assert command.run(script, cwd=tmp_path, line=lines.append, gpus=1) == 0
+    assert command.run(script, cwd=tmp_path, line=lines.append) == 0
     end(one)
     assert lines == ["GPUs 1", "sees 1", "sees "]
 

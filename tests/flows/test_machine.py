@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import guardian, machine, processes, reconcile, settings
+from flows.machine import processes, reconcile, settings, up
+from flows.supervise import guardian
 from tests.flows import project
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
@@ -77,22 +78,22 @@ def test_what_has_the_mark_is_found_and_ended(checkout: Path, stubborn: subproce
 
 
 def test_down_without_a_server_ends_what_is_left(checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "GRACE", 0.3)
-    assert machine.stop(settings.here()).startswith("stopped: 1 processes")
+    monkeypatch.setattr(up, "GRACE", 0.3)
+    assert up.stop(settings.here()).startswith("stopped: 1 processes")
     assert stubborn.wait(10) == -signal.SIGKILL
-    assert machine.stop(settings.here()) == "nothing of this checkout is up"
+    assert up.stop(settings.here()) == "nothing of this checkout is up"
 
 
 def test_down_goes_on_when_the_server_refuses_to_hear_of_runs(
     checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     processes.note(checkout / ".machine/server.pid", stubborn.pid)
-    monkeypatch.setattr(machine, "healthy", lambda machine: True)
-    monkeypatch.setattr(machine, "GRACE", 0.3)
+    monkeypatch.setattr(up, "healthy", lambda machine: True)
+    monkeypatch.setattr(up, "GRACE", 0.3)
     done = subprocess.CompletedProcess([], 1, "run a: it is Crashed now\n", "Traceback\nPrefectHTTPStatusError: 401\n")
     with monkeypatch.context() as patched:
-        patched.setattr(machine.subprocess, "run", lambda *_, **__: done)
-        assert machine.stop(settings.here()).startswith("stopped: 1 processes")
+        patched.setattr(up.subprocess, "run", lambda *_, **__: done)
+        assert up.stop(settings.here()).startswith("stopped: 1 processes")
     assert stubborn.wait(10) == -signal.SIGKILL
     assert capsys.readouterr().out == (
         "run a: it is Crashed now\nwarning: runs that died could not all be closed: PrefectHTTPStatusError: 401\n"
@@ -116,14 +117,14 @@ def test_the_worker_sleeps_while_runs_are_ended(
 
     monkeypatch.setattr(processes, "end", end)
     with pytest.raises(KeyboardInterrupt if interrupted else ValueError):  # these survived
-        machine.stop(settings.here())
+        up.stop(settings.here())
     assert seen[0] and worker.status() != psutil.STATUS_STOPPED
     processes.note(checkout / ".machine/worker.pid", worker.pid)
     worker.suspend()
     assert project.sleeps(worker)
-    assert machine.start_worker(settings.here()).startswith("the worker was stopped")
+    assert up.start_worker(settings.here()).startswith("the worker was stopped")
     assert worker.status() != psutil.STATUS_STOPPED
-    assert machine.start_worker(settings.here()).startswith("the worker is up already")
+    assert up.start_worker(settings.here()).startswith("the worker is up already")
 
 
 def test_a_worker_is_started(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +145,11 @@ def test_a_worker_is_started(checkout: Path, monkeypatch: pytest.MonkeyPatch) ->
         ready.append(is_ready())
 
     for name, value in {"reconcile": lambda machine: None, "launch": launch, "wait": wait}.items():
-        monkeypatch.setattr(machine, name, value)
-    machine.start_worker(settings.here())
+        monkeypatch.setattr(up, name, value)
+    up.start_worker(settings.here())
     assert ready == [False, True] and told["PREFECT_CLIENT_MAX_RETRIES"] == "8"
-    monkeypatch.setattr(machine, "LOG", 100)
-    assert machine.log_of(settings.here(), "worker") == log and not log.exists()
+    monkeypatch.setattr(up, "LOG", 100)
+    assert up.log_of(settings.here(), "worker") == log and not log.exists()
     assert (checkout / ".machine/worker.log.1").read_text().count("started!") == 10
 
 
@@ -159,7 +160,7 @@ def test_who_has_a_port(checkout: Path) -> None:
         port = one.getsockname()[1]
         assert f"process {os.getpid()} (" in (processes.holder(port) or "")
         with pytest.raises(ValueError, match=rf"port {port} is taken by process .*CF_PORT={port + 1} make up"):
-            machine.start_server(settings.Machine(checkout, "127.0.0.1", port, 1))
+            up.start_server(settings.Machine(checkout, "127.0.0.1", port, 1))
     assert processes.holder(port) is None
 
 
@@ -188,7 +189,7 @@ def test_the_port_of_the_last_time(checkout: Path, monkeypatch: pytest.MonkeyPat
     (checkout / ".machine/host").write_text("0.0.0.0")
     assert settings.here().host == "0.0.0.0", "`cf down` has no need of the password"
     with pytest.raises(ValueError, match="which others can reach"):
-        machine.start_server(settings.here())
+        up.start_server(settings.here())
     monkeypatch.setenv("CF_HOST", "::1")
     assert settings.here().url == "http://[::1]:4322"
     monkeypatch.chdir(checkout.parent)

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from flows import handover, judged, night, nightly, nights, overrides, registry, work
-from flows.gate import Judged, Rule, judge
+from flows import nightly
+from flows.night import handover, records, state, steps
+from flows.night import judge as judged
+from flows.night.gate import Judged, Rule, judge
+from flows.project import overrides, registry
 from tests.flows.test_nightly import file, record
 from tests.week import project
 
@@ -23,22 +26,22 @@ def repo(tmp_path: Path) -> Path:
     return project.make(tmp_path / "project")
 
 
-def at_work(repo: Path, lines: list[str], **changed: Any) -> work.Work:
+def at_work(repo: Path, lines: list[str], **changed: Any) -> state.Work:
     stated = overrides.read((repo / "params.yaml").read_text())
     base = project.git(repo, "rev-parse", "main").strip()
     root = repo / ".runs/night"
     project.git(repo, "worktree", "add", "-q", "--detach", str(root))
     given = {"past": [], "before": registry.promoted(repo), "date": "2026-01-07", "folder": None} | changed
-    return work.Work(
-        repo=repo, root=root, run="r", base=base, settings=work.settings(stated), of_a_folder=True, full=False, line=lines.append, **given
+    return state.Work(
+        repo=repo, root=root, run="r", base=base, settings=state.settings(stated), of_a_folder=True, full=False, line=lines.append, **given
     )
 
 
-def promoting(one: work.Work, md5: str) -> tuple[str, str, str | None]:
+def promoting(one: state.Work, md5: str) -> tuple[str, str, str | None]:
     (one.root / "dvc.lock").write_text(LOCK.format(md5))
     rules = [Rule(metric="a", better="higher", margin=0.0, bound=None)]
     verdict = judge(Judged(md5=md5, numbers={"a": 1.0}, shown=[("p", 0)]), None, rules)
-    return night.close(one, "promoted", "better", md5, verdict)
+    return steps.close(one, "promoted", "better", md5, verdict)
 
 
 def test_a_night_promotes_and_waits_to_be_handed_over(repo: Path) -> None:
@@ -58,28 +61,28 @@ def test_whoever_rolled_back_meanwhile_has_decided(repo: Path) -> None:
     now = registry.promoted(repo)
     assert now and now.name == "v0.0.1"
     assert '"promote": false' in project.git(repo, "show", "nightly/2026-01-07:nightly/gate.json")
-    assert [one.outcome for one in nights.nights(repo)] == ["refused"]
+    assert [one.outcome for one in records.nights(repo)] == ["refused"]
 
 
 def test_a_night_that_was_not_judged_has_no_numbers_of_another(repo: Path) -> None:
-    file(repo, "main", nights.GATE, "{}")
-    night.close(at_work(repo, []), "no good clips", "none", None)
-    assert nights.GATE not in project.git(repo, "ls-tree", "-r", "--name-only", "nightly/2026-01-07")
+    file(repo, "main", records.GATE, "{}")
+    steps.close(at_work(repo, []), "no good clips", "none", None)
+    assert records.GATE not in project.git(repo, "ls-tree", "-r", "--name-only", "nightly/2026-01-07")
 
 
 def test_the_prompts_of_a_folder_are_those_of_the_first_night_that_judged(repo: Path) -> None:
-    file(repo, "nightly/2026-01-05", nights.RECORD, record("2026-01-05", outcome="refused").text())
-    file(repo, "nightly/2026-01-05", nights.PROMPTS, "a car\na tree\n")
-    file(repo, "nightly/2026-01-06", nights.RECORD, record("2026-01-06", outcome="no good clips").text())
-    one = at_work(repo, [], past=nights.nights(repo))
-    kept = night.prompts(one)
+    file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05", outcome="refused").text())
+    file(repo, "nightly/2026-01-05", records.PROMPTS, "a car\na tree\n")
+    file(repo, "nightly/2026-01-06", records.RECORD, record("2026-01-06", outcome="no good clips").text())
+    one = at_work(repo, [], past=records.nights(repo))
+    kept = steps.prompts(one)
     assert kept and kept.is_absolute() and kept.read_text() == "a car\na tree\n"
     stated = overrides.read((repo / "params.yaml").read_text())
     assert judged.parameters(stated, kept)["generate"]["prompts_file"] == str(kept)
     one.settings.prompts = 5
-    assert night.prompts(one) is None and not kept.exists(), "others are asked for"
+    assert steps.prompts(one) is None and not kept.exists(), "others are asked for"
     one.settings.prompts_file = Path("mine.txt")
-    assert night.prompts(one) == one.root / "mine.txt"
+    assert steps.prompts(one) == one.root / "mine.txt"
 
 
 # ------------------------------------------------------------------------------------------------------------ origin
@@ -103,7 +106,7 @@ def test_a_name_that_is_taken_at_origin_is_told_and_keeps_no_other_night_back(re
     assert handover.send(repo, timeout=60, pauses=[], line=print) is None
     with pytest.raises(RuntimeError, match=r"origin has another student@v0\.0\.1; keep one: `git push origin :student@v0\.0\.1`"):
         handover.fetch(two)
-    assert nights.free(two, "2026-01-05") == "2026-01-05-2"
+    assert records.free(two, "2026-01-05") == "2026-01-05-2"
     project.git(two, "branch", "nightly/2026-01-06", "main")
     handover.add(two, "nightly/2026-01-06")
     late = handover.send(two, timeout=60, pauses=[], line=print)
@@ -113,7 +116,7 @@ def test_a_name_that_is_taken_at_origin_is_told_and_keeps_no_other_night_back(re
 
 def test_what_origin_took_meanwhile_is_known_at_the_end(repo: Path, two: Path) -> None:
     one = at_work(two, [])
-    file(repo, "nightly/2026-01-07", nights.RECORD, record("2026-01-07").text())
+    file(repo, "nightly/2026-01-07", records.RECORD, record("2026-01-07").text())
     project.git(repo, "push", "-q", "origin", "nightly/2026-01-07")
     promoting(one, "aa")
     assert (one.date, handover.waiting(two)) == ("2026-01-07-2", ["nightly/2026-01-07-2"])
@@ -136,17 +139,17 @@ def test_one_value_is_one_line_of_params_yaml(profile: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("named", "folder"), [("raw", "raw"), ("raw/", "raw"), ("./raw", "raw"), ("/data/raw", None)])
 def test_the_folder_by_its_plain_name(named: str, folder: str | None) -> None:
-    assert work.folder_of({"clips": {"source": "folder", "folder": named}}) == folder
+    assert state.folder_of({"clips": {"source": "folder", "folder": named}}) == folder
 
 
 def test_what_a_night_refuses_before_it_trains(repo: Path) -> None:
     with pytest.raises(ValueError, match=r"clips\.folder is a/b; a night needs one right below"):
-        work.folder_of({"clips": {"source": "folder", "folder": "a/b"}})
+        state.folder_of({"clips": {"source": "folder", "folder": "a/b"}})
     stated = overrides.read((repo / "params.yaml").read_text())
-    work.checked(stated)
+    state.checked(stated)
     stated["nightly"]["rules"][0]["metric"] = "prompts.student.sprite_recall"
     with pytest.raises(ValueError, match=r"nightly\.rules asks for prompts\.student\.sprite_recall"):
-        work.checked(stated)
+        state.checked(stated)
     with pytest.raises(ValueError, match="2026-02-30 is no day of the calendar"):
         nightly.checked_date("2026-02-30")
 

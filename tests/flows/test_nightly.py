@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import clips, handover, judged, night, nightly, nights, overrides, warm
-from flows.arrivals import Arrivals
-from flows.registry import Version
+from flows import nightly
+from flows.night import clips, handover, judge, records, steps, warm_start
+from flows.night.inbox import Arrivals
+from flows.project import overrides
+from flows.project.registry import Version
 from tests.week import project
 
 ROOT = project.ROOT
@@ -38,31 +40,31 @@ def file(repo: Path, branch: str, name: str, text: str, base: str | None = None)
     return commit
 
 
-def record(date: str, **changed: Any) -> nights.Night:
+def record(date: str, **changed: Any) -> records.Night:
     stated: dict[str, Any] = {
         "date": date, "kind": "warm", "base": "b", "clips": "c", "data": {}, "arrived": [], "turned_away": {}, "rejected": {},
         "outcome": "promoted", "why": "because", "candidate": "m", "before": None, "run": "r",
     }  # fmt: skip
-    return nights.Night(**stated | changed)
+    return records.Night(**stated | changed)
 
 
 # ------------------------------------------------------------------------------------------------------ what was before
 
 
 def test_a_night_is_a_branch_with_a_record_of_its_own_date(repo: Path) -> None:
-    file(repo, "nightly/2026-01-05", nights.RECORD, record("2026-01-05").text())
-    file(repo, "nightly/2026-01-06", nights.RECORD, record("2026-01-05").text())  # began at the one before, and never ended
-    file(repo, "nightly/2026-01-07", nights.RECORD, "{")
-    file(repo, "nightly/rubbish", nights.RECORD, record("rubbish").text())
-    file(repo, "nightly/2026-01-05-2", nights.RECORD, record("2026-01-05-2").text())
-    assert [one.date for one in nights.nights(repo)] == ["2026-01-05", "2026-01-05-2"]
-    assert (nights.free(repo, "2026-01-05"), nights.free(repo, "2026-01-06")) == ("2026-01-05-3", "2026-01-06-2"), "whatever is in it"
+    file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").text())
+    file(repo, "nightly/2026-01-06", records.RECORD, record("2026-01-05").text())  # began at the one before, and never ended
+    file(repo, "nightly/2026-01-07", records.RECORD, "{")
+    file(repo, "nightly/rubbish", records.RECORD, record("rubbish").text())
+    file(repo, "nightly/2026-01-05-2", records.RECORD, record("2026-01-05-2").text())
+    assert [one.date for one in records.nights(repo)] == ["2026-01-05", "2026-01-05-2"]
+    assert (records.free(repo, "2026-01-05"), records.free(repo, "2026-01-06")) == ("2026-01-05-3", "2026-01-06-2"), "whatever is in it"
 
 
 def test_nights_of_another_machine_count(repo: Path, tmp_path: Path) -> None:
-    file(repo, "nightly/2026-01-05", nights.RECORD, record("2026-01-05").text())
+    file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").text())
     project.git(tmp_path, "clone", "-q", str(repo), "clone")
-    assert [one.date for one in nights.nights(tmp_path / "clone")] == ["2026-01-05"]
+    assert [one.date for one in records.nights(tmp_path / "clone")] == ["2026-01-05"]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +85,8 @@ def test_whose_clips_go_in(repo: Path, mine: str | None, theirs: str | None, tak
     if theirs is not None:
         if theirs != "old":
             file(repo, "nightly/2026-01-05", "raw.dvc", theirs)
-        file(repo, "nightly/2026-01-05", nights.RECORD, record("2026-01-05").text())
-        last = nights.nights(repo)
+        file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").text())
+        last = records.nights(repo)
     if mine == "more":
         file(repo, "main", "raw.dvc", "more")
     work: Any = SimpleNamespace(repo=repo, base="main", past=last or [])
@@ -105,9 +107,9 @@ def test_whose_clips_go_in(repo: Path, mine: str | None, theirs: str | None, tak
         (True, None, "b", [], False),
     ],
 )
-def test_what_is_news(full: bool, clips: str | None, base: str, past: list[nights.Night], new: bool) -> None:
+def test_what_is_news(full: bool, clips: str | None, base: str, past: list[records.Night], new: bool) -> None:
     work: Any = SimpleNamespace(full=full, folder="raw", clips=clips, base=base, past=past, arrived=Arrivals())
-    assert night.anything_new(work) == new
+    assert steps.anything_new(work) == new
 
 
 def test_the_tracked_branch_is_the_one_that_is_ahead(repo: Path, tmp_path: Path) -> None:
@@ -142,15 +144,15 @@ def test_one_night_at_a_time(repo: Path) -> None:
 def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: Path) -> None:
     """Of the real dvc.yaml: every option that the stages have, with absolute paths, and only the given ones changed."""
     stated = overrides.read((ROOT / f"profiles/{profile}.yaml").read_text())
-    words = judged.command(ROOT, stated, "generate", {"stage2": tmp_path / "s", "codec": tmp_path / "c", "out": tmp_path / "o"})
+    words = judge.command(ROOT, stated, "generate", {"stage2": tmp_path / "s", "codec": tmp_path / "c", "out": tmp_path / "o"})
     options = dict(zip(words[4::2], words[5::2], strict=True))
     assert words[1:4] == ["-m", "tasks", "generate"] and options["--stage2"] == str(tmp_path / "s")
     assert options["--teacher"] == str(ROOT / "models/teacher") and options["--out"] == str(tmp_path / "o")
-    changed = judged.parameters(stated, None)
+    changed = judge.parameters(stated, None)
     ours = changed["generate"]
     assert ours["systems"] == {"student": stated["generate"]["systems"]["stage2"]} and ours["continuations"] == {}
     assert (ours["seeds"], ours["prompts"]) == (stated["nightly"]["seeds"], stated["nightly"]["prompts"])
-    judged.write(tmp_path / "params.yaml", changed)
+    judge.write(tmp_path / "params.yaml", changed)
     assert overrides.read((tmp_path / "params.yaml").read_text()) == changed
     done = subprocess.run(
         [sys.executable, "-m", "tasks", "validate", "--params", str(tmp_path / "params.yaml"), "--out", str(tmp_path / "out.json")],
@@ -165,8 +167,8 @@ def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: P
 def test_a_stage_that_is_new_makes_the_night_a_full_one(repo: Path) -> None:
     file(repo, "main", "dvc.lock", "stages: {codec: {outs: []}}")
     version = Version("v0.0.1", project.git(repo, "rev-parse", "main").strip(), 0, {})
-    assert warm.can_be_kept(repo, repo, version, ["codec"]) is None
-    assert warm.can_be_kept(repo, repo, version, ["codec", "stage1"]) == "stage1 was not there when v0.0.1 was made"
+    assert warm_start.can_be_kept(repo, repo, version, ["codec"]) is None
+    assert warm_start.can_be_kept(repo, repo, version, ["codec", "stage1"]) == "stage1 was not there when v0.0.1 was made"
 
 
 def test_what_waits_is_known_after_a_crash_and_gone_when_it_is_sent(repo: Path, tmp_path: Path) -> None:
@@ -236,9 +238,9 @@ def test_nights_in_a_row(repo: Path, tmp_path: Path) -> None:
     assert ended["outcome"] == "Promoted" and ended["good"] == ended["ended"]
     assert "nightly/2026-01-11 could not be handed over" in " ".join(told[4])
     assert handover.waiting(repo) == [] and "nightly/2026-01-11" in project.git(repo, "ls-remote", "origin")
-    sunday = nights.nights(repo)[-1]
+    sunday = records.nights(repo)[-1]
     frozen = "frozen: true" in project.git(repo, "show", f"{sunday.ref}:dvc.yaml")
     assert (sunday.kind, frozen) == ("full", False), "and it took the freezing back"
-    prompts = [project.git(repo, "show", f"nightly/2026-01-{day}:{nights.PROMPTS}") for day in ("05", "07", "11")]
+    prompts = [project.git(repo, "show", f"nightly/2026-01-{day}:{records.PROMPTS}") for day in ("05", "07", "11")]
     assert len(set(prompts)) == 1 and prompts[0].count("prompt ") == 4
-    assert "promoted" in json.loads(project.git(repo, "show", f"{sunday.ref}:{nights.GATE}"))["numbers"], "both were judged"
+    assert "promoted" in json.loads(project.git(repo, "show", f"{sunday.ref}:{records.GATE}"))["numbers"], "both were judged"

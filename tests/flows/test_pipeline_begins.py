@@ -13,9 +13,12 @@ from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 from prefect.states import AwaitingRetry, Running
 
-from flows import exchange, stage_task, stages, supervise, worktree
+from flows import exchange
 from flows.pipeline import _waits as waits_for
 from flows.pipeline import pipeline
+from flows.project import dvc_graph, worktree
+from flows.run import stage_task
+from flows.supervise import command as supervise
 from tests.flows import project
 from tests.flows.served import go, root, server
 
@@ -31,7 +34,7 @@ def test_a_lock_that_a_killed_run_left_is_put_in_order(root: Path) -> None:
     for stage in ("prepare", "stubborn"):
         project.dvc(root, "repro", "-q", "-s", stage)
     assert go().is_completed()
-    assert stages.recorded((root / "dvc.lock").read_text()) == project.STAGES == stages.recorded(whole)
+    assert dvc_graph.recorded((root / "dvc.lock").read_text()) == project.STAGES == dvc_graph.recorded(whole)
 
 
 def test_a_run_that_waits_to_be_tried_again_is_left_alone(root: Path) -> None:
@@ -90,7 +93,7 @@ def plain(tmp_path: Path) -> Path:
 
 
 def test_a_stage_waits_for_the_nearest_of_those_that_run(plain: Path) -> None:
-    known = stages.stages(plain)
+    known = dvc_graph.stages(plain)
     last = next(stage for stage in known if stage.name == "last")
     assert waits_for(last, known, {"prepare", "last"}) == ("prepare",)
     assert waits_for(last, known, {"slow", "prepare", "last"}) == ("slow", "prepare")
@@ -102,13 +105,13 @@ def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(stage_task.supervise, "run", lambda words, **_: asked.append(words) or 0)
     run = stage_task.Run(plain, {}, set(), threading.Semaphore(1), pull=True)
     for pull in (True, False):
-        assert stage_task.repro("slow", stages.stages(plain)[1], run, print, pull=pull) == 0
+        assert stage_task.repro("slow", dvc_graph.stages(plain)[1], run, print, pull=pull) == 0
     common = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
     assert asked == [[*common, "--pull", "--single-item", "slow"], [*common, "--single-item", "slow"]]
     held = "import sys, time; from dvc.repo import Repo; Repo('.').lock.lock(); print('held', flush=True); time.sleep(5)"
     with subprocess.Popen([sys.executable, "-c", held], cwd=plain, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout and holder.stdout.readline() == "held\n"
-        assert stages.unchanged(plain) == set()
+        assert dvc_graph.unchanged(plain) == set()
 
 
 def test_a_place_is_not_waited_for_when_the_run_is_stopped() -> None:

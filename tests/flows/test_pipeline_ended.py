@@ -17,9 +17,9 @@ from prefect.flow_engine import run_flow_sync
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Running
 
-from flows import worktree
 from flows.pipeline import pipeline
-from flows.run_config import RunConfig
+from flows.project import worktree
+from flows.run.config import RunConfig
 from tests.flows import project
 from tests.flows.served import ALL, Seen, change, go, root, server
 

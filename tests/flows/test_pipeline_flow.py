@@ -10,8 +10,8 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from flows import cache, remote, worktree
-from flows.stage_task import environment
+from flows.project import dvc_config, dvc_remote, worktree
+from flows.run.stage_task import environment
 from tests.flows import project
 from tests.flows.served import ALL, change, go, root, seen, server
 from tests.flows.served import rows as shown_rows
@@ -168,7 +168,7 @@ def test_another_profile_runs_elsewhere_and_can_be_repeated_from_its_branch(root
     # and from the branch alone, anywhere
     clone = tmp_path / "clone"
     project.git(root, "worktree", "add", "-q", "--detach", str(clone), branch)
-    cache.share(root, clone)
+    dvc_config.share(root, clone)
     assert "Running stage" not in project.dvc(clone, "repro")
     assert project.git(clone, "status", "--porcelain") == ""
     runtime = [log.message for log in seen(state).logs if branch in log.message]
@@ -208,7 +208,7 @@ def test_a_push_that_fails_fails_the_run_and_no_stage(root: Path, monkeypatch: p
         pushed.append(at)
         return Failed(message="Task run encountered an exception Away: remote lab doesn't answer")
 
-    monkeypatch.setattr(remote, "pushed", push)
+    monkeypatch.setattr(dvc_remote, "pushed", push)
     state = go(to_stage="prepare", push=True)
     assert state.is_failed() and pushed == [root]
     assert (state.message or "").startswith("the stages are finished and not sent: remote lab doesn't answer; `cf remote push` in ")

@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Running
 
-from flows import alerts, reconcile
+from flows.machine import alerts, reconcile
 from tests.flows.served import server as server
 from tests.week.machine import Receiver
 

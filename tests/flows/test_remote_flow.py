@@ -13,9 +13,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import remote
 from flows.pipeline import pipeline
-from flows.run_config import RunConfig
+from flows.project import dvc_remote
+from flows.run.config import RunConfig
 from tests.flows.s3 import BUCKET, CREDENTIALS, FILES, Machine, Store, commit, source
 
 pytestmark = pytest.mark.slow
@@ -33,10 +33,10 @@ def machines(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setenv(key, value)
     for key in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy", "AWS_PROFILE"):
         monkeypatch.delenv(key, raising=False)
-    monkeypatch.setattr(remote, "pushed", remote.pushed.with_options(retry_delay_seconds=0))
+    monkeypatch.setattr(dvc_remote, "pushed", dvc_remote.pushed.with_options(retry_delay_seconds=0))
     with Store(tmp_path) as store:
         origin = source(tmp_path / "origin")
-        remote.add(origin, "lab", f"s3://{BUCKET}/cf", endpoint=store.url)
+        dvc_remote.add(origin, "lab", f"s3://{BUCKET}/cf", endpoint=store.url)
         commit(origin)
         yield store, Machine(origin, tmp_path / "one"), Machine(origin, tmp_path / "two")
 

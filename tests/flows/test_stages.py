@@ -1,4 +1,4 @@
-"""What flows/stages.py reads from DVC's insides, against what DVC itself says of the same project."""
+"""What flows/project/dvc_graph.py reads from DVC's insides, against what DVC itself says of the same project."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flows import stages
-from flows.stages import Stage, selected
+from flows.project import dvc_graph
+from flows.project.dvc_graph import Stage, selected
 from tests.flows import project
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_graph_is_dvcs(graph: Path) -> None:
-    found = stages.stages(graph)
+    found = dvc_graph.stages(graph)
     listed = project.dvc(graph, "stage", "list", "--all", "--name-only").split()
     assert {stage.name for stage in found} == {*listed, "raw.dvc"} >= {*NAMES, "sub/dvc.yaml:made", "report", "apart"}
     drawn = project.dvc(graph, "dag", "--dot")
@@ -72,7 +72,7 @@ def test_the_graph_is_dvcs(graph: Path) -> None:
 
 def test_what_comes_first_comes_first(graph: Path) -> None:
     before: set[str] = set()
-    for stage in stages.stages(graph):
+    for stage in dvc_graph.stages(graph):
         assert set(stage.upstream) <= before
         before.add(stage.name)
 
@@ -80,24 +80,24 @@ def test_what_comes_first_comes_first(graph: Path) -> None:
 def test_the_lock_is_put_in_dvcs_order(graph: Path) -> None:
     project.dvc(graph, "repro", "-q", "report")
     whole = (graph / "dvc.lock").read_text()
-    names = stages.recorded((graph / "dvc.lock").read_text())
-    assert "evaluate@short" in names and names == [stage.name for stage in stages.stages(graph) if stage.name in names]
+    names = dvc_graph.recorded((graph / "dvc.lock").read_text())
+    assert "evaluate@short" in names and names == [stage.name for stage in dvc_graph.stages(graph) if stage.name in names]
     head, blocks = whole.split("  filter:\n")[0], {}
     for name in names:
         blocks[name] = re.split(r"\n  (?=\S)", whole[whole.index(f"  {name}:\n") :])[0].rstrip("\n") + "\n"
     mixed = head + "".join(blocks[name] for name in reversed(names))
     (graph / "dvc.lock").write_text(mixed)
-    assert stages.recorded((graph / "dvc.lock").read_text()) == names[::-1]
-    stages.put_in_order(graph, names[-1:], stages.stages(graph))
-    assert stages.recorded((graph / "dvc.lock").read_text()) == [names[-1], *names[:-1]], "what was there before stays where it was"
-    stages.put_in_order(graph, [], stages.stages(graph))
+    assert dvc_graph.recorded((graph / "dvc.lock").read_text()) == names[::-1]
+    dvc_graph.put_in_order(graph, names[-1:], dvc_graph.stages(graph))
+    assert dvc_graph.recorded((graph / "dvc.lock").read_text()) == [names[-1], *names[:-1]], "what was there before stays where it was"
+    dvc_graph.put_in_order(graph, [], dvc_graph.stages(graph))
     assert (graph / "dvc.lock").read_text() == whole
     (graph / "dvc.lock").unlink()
-    stages.put_in_order(graph, [], stages.stages(graph))
+    dvc_graph.put_in_order(graph, [], dvc_graph.stages(graph))
 
 
 def test_what_a_stage_states(graph: Path) -> None:
-    found = {stage.name: stage for stage in stages.stages(graph)}
+    found = {stage.name: stage for stage in dvc_graph.stages(graph)}
     first = found["filter"]
     assert (first.desc, first.gpus, first.retries, first.timeout) == ("two lines that are one", "all", 2, 1.5)
     plain = found["evaluate@short"]
@@ -106,9 +106,9 @@ def test_what_a_stage_states(graph: Path) -> None:
 
 
 def test_names_do_not_depend_on_where_the_process_is(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = stages.stages(graph)
+    here = dvc_graph.stages(graph)
     monkeypatch.chdir(tmp_path)
-    assert stages.stages(graph) == here
+    assert dvc_graph.stages(graph) == here
 
 
 @pytest.mark.parametrize(
@@ -125,20 +125,20 @@ def test_a_meta_that_means_nothing_is_refused(graph: Path, meta: str, said: str)
     file.write_text(before.replace("gpus: all, retries: 2, timeout: 1.5", meta))
     try:
         with pytest.raises(ValueError, match=re.escape(said)):
-            stages.stages(graph)
+            dvc_graph.stages(graph)
     finally:
         file.write_text(before)
 
 
 def test_every_stage_of_the_graph_runs_by_its_name_and_is_then_unchanged(graph: Path) -> None:
-    assert "raw.dvc" in stages.unchanged(graph)
+    assert "raw.dvc" in dvc_graph.unchanged(graph)
     (graph / "apart.txt").write_text("1\n")  # what a frozen stage has made: DVC doesn't run it
-    for stage in stages.stages(graph):
+    for stage in dvc_graph.stages(graph):
         project.dvc(graph, "repro", "--single-item", stage.name)
-    assert stages.unchanged(graph) == {stage.name for stage in stages.stages(graph)}
+    assert dvc_graph.unchanged(graph) == {stage.name for stage in dvc_graph.stages(graph)}
     (graph / "raw/b.txt").write_text("b")
-    assert stages.unchanged(graph) == {stage.name for stage in stages.stages(graph)} - {"raw.dvc", "filter"}
-    assert "bench@m1-5" in stages.unchanged(graph), "it will change when filter has run: dvc status can't know, the flow must"
+    assert dvc_graph.unchanged(graph) == {stage.name for stage in dvc_graph.stages(graph)} - {"raw.dvc", "filter"}
+    assert "bench@m1-5" in dvc_graph.unchanged(graph), "it will change when filter has run: dvc status can't know, the flow must"
 
 
 def test_a_chosen_part() -> None:
@@ -165,6 +165,6 @@ def test_a_stage_that_is_not_there_is_one_sentence() -> None:
 
 
 def test_every_stage_of_this_project_says_what_it_needs() -> None:
-    for stage in stages.stages(ROOT):
+    for stage in dvc_graph.stages(ROOT):
         assert {"gpus", "retries"} <= set(stage.meta), f"{stage.name} in dvc.yaml states no meta.cf.gpus or retries"
         assert stage.timeout is None or not stage.retries, f"{stage.name}: training takes as long as it takes"

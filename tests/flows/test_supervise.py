@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import guardian, supervise
+from flows.supervise import command as supervise
+from flows.supervise import guardian
 
 ROOT = Path(__file__).parents[2]
 # a child in a session of its own whose parent is gone, and one that is still there; both ignore SIGTERM, and so does the command

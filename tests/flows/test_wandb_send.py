@@ -16,7 +16,7 @@ from typing import Any
 import offline
 import pytest
 
-from flows import wandb_sync
+from tasks.wandb_log import sync as wandb_sync
 
 SECRET = "5ec2e7" * 7
 

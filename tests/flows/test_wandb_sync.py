@@ -17,7 +17,7 @@ import offline
 import pytest
 from evaluate.project import write_mp4
 
-from flows import wandb_sync
+from tasks.wandb_log import sync
 from tests.flows import wandb_server
 
 SECRET = "5ec2e7" * 7
@@ -62,15 +62,15 @@ def test_a_killed_run_is_completed(here: Path) -> None:
 
     write_mp4(here / "given.mp4", np.zeros((3, 32, 32, 3), np.uint8))
     process = start(here)
-    (living,) = wandb_sync.runs(here)
+    (living,) = sync.runs(here)
     assert living.state == "runs" and "0 runs wait" in cf(here, "sync", "--complete").stdout
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (killed,) = wandb_sync.runs(here)
+    (killed,) = sync.runs(here)
     assert killed.state == "killed" and offline.history(killed.folder) == []
     done = cf(here, "sync", "--complete")
     assert done.returncode == 0 and f"completed  {killed.about['id']}: 3 rows of a run that was killed" in done.stdout, done.stderr
-    (run,) = wandb_sync.runs(here)
+    (run,) = sync.runs(here)
     assert run.state == "waits" and run.about["id"] == killed.about["id"] and run.folder != killed.folder
     rows = offline.history(run.folder)
     assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(10, 0.5), (20, 0.25)]
@@ -95,10 +95,10 @@ def test_one_that_was_online_is_completed_beside_what_the_server_has(here: Path)
         process = start(here, WANDB_MODE="online", WANDB_API_KEY=SECRET, WANDB_BASE_URL=server.url)
         process.kill()
         process.wait()
-    (killed,) = wandb_sync.runs(here)
+    (killed,) = sync.runs(here)
     (here / "data/latents/a").write_text("other latents")
     assert cf(here, "sync", "--complete").returncode == 0
-    (run,) = wandb_sync.runs(here)
+    (run,) = sync.runs(here)
     assert run.about["id"] == f"{killed.about['id']}-whole" and run.state == "waits"
     assert len(offline.history(run.folder)) == 2 and offline.records(run.folder, "artifact") == []
 
@@ -111,12 +111,12 @@ def test_the_rows_matter_more_than_the_rest(here: Path) -> None:
     process.kill()
     process.wait()
     Path("dvc.yaml").write_text("stages: {teacher: {cmd: '${start.new}', deps: [data/latents]}}")
-    (killed,) = wandb_sync.runs(here)
+    (killed,) = sync.runs(here)
     noted, home = (killed.journal / "run.json").read_text(), here / "runtime/wandb"
     for step in range(3):
         done = cf(here, "sync", "--complete")
         assert done.returncode == 0, done.stderr
-        (run,) = wandb_sync.runs(here)
+        (run,) = sync.runs(here)
         assert len(offline.history(run.folder)) == 3 and len(list(run.folder.rglob("*.mp4"))) == 1
         assert [folder for folder in home.glob("*run-*") if not folder.name.startswith("killed-")] == [run.folder]
         (run.journal / "run.json").write_text(noted)  # as if the completion had been killed before it was noted,
@@ -132,7 +132,7 @@ def test_the_next_attempt_says_what_it_resumes(here: Path) -> None:
     first, second = offline.journals(here)
     assert second["config"]["resume_of"] == first["id"] and second["config"]["attempt"] == 2
     cf(here, "sync", "--complete")
-    assert [run.state for run in wandb_sync.runs(here)] == ["waits", "waits"]
+    assert [run.state for run in sync.runs(here)] == ["waits", "waits"]
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -145,12 +145,12 @@ def test_a_run_that_wandb_stopped_following_is_completed(changed: bool, here: Pa
         return {"loss": 1.0}
     """
     assert offline.stage(here, "teacher", "models/teacher", body).returncode == 0
-    (lost,) = wandb_sync.runs(here)
+    (lost,) = sync.runs(here)
     assert lost.state == "lost"
     if changed:
         (here / "models/teacher/weights").write_text("of a later run")
     cf(here, "sync", "--complete")
-    (run,) = wandb_sync.runs(here)
+    (run,) = sync.runs(here)
     told = offline.summary(run.folder)
     assert run.state == "waits" and told["exit_code"] == 0 and told["summary"]["loss"] == 1
     assert [one["name"] for one in offline.records(run.folder, "artifact")] == ["latents", *([] if changed else ["teacher"])]
@@ -170,7 +170,7 @@ def test_what_wandbs_own_client_sends(here: Path) -> None:
         assert done.returncode == 0 and done.stdout.count("sent       ") == 2, done.stdout + done.stderr
         said = len(server.said)
         assert cf(here, "sync", **keyed).stdout == "0 runs wait to be sent\n" and len(server.said) == said
-    encode, teacher = (run.about["id"] for run in wandb_sync.runs(here))
+    encode, teacher = (run.about["id"] for run in sync.runs(here))
     started = {call["name"]: call for call in server.named("UpsertBucket") if call["groupName"]}
     assert {name: (call["groupName"], call["jobType"]) for name, call in started.items()} == {
         encode: ("nightly-7", "encode"),
@@ -225,7 +225,7 @@ def test_a_server_that_goes_away(here: Path) -> None:
             time.sleep(0.1)
     (here / "go").unlink()
     assert process.wait(timeout=120) == 0
-    (run,) = wandb_sync.runs(here)
+    (run,) = sync.runs(here)
     assert run.state == "waits" and not run.about.get("sent")
     with wandb_server.serving() as server:
         done = cf(here, "sync", "--timeout", "60", **keyed | {"WANDB_BASE_URL": server.url})

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from flows import overrides, stages, worktree
-from flows.run_config import RunConfig, parse
+from flows.project import dvc_graph, overrides, worktree
+from flows.run.config import RunConfig, parse
 from tests.flows import project
 
 RAN = ("Running stage", "ERROR")
@@ -215,7 +215,7 @@ def test_old_folders_go_and_their_branches_stay(tmp_path: Path) -> None:
     assert project.git(repo, "show", "run/run-2:params.yaml").count("seed: 4") == 1
     again = worktree.make(repo, "run-2", profile=None, overrides={"seed": 4})
     assert again.exists() and "seed: 4" in (again / "params.yaml").read_text()
-    command = [sys.executable, "-m", "flows.worktree", "list"]
+    command = [sys.executable, "-m", "flows.project.worktree", "list"]
     done = subprocess.run(command, cwd=repo, env=project.environment(), capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
 
@@ -245,4 +245,4 @@ def test_a_checkout_that_was_cut_off_is_made_whole(repo: Path) -> None:
 def test_the_worktrees_are_no_part_of_the_project_around_them(repo: Path) -> None:
     worktree.make(repo, "inner", profile=None, overrides={})
     assert project.git(repo, "status", "--porcelain", "--", ".runs") == ""
-    assert [stage.name for stage in stages.stages(repo)] == project.STAGES
+    assert [stage.name for stage in dvc_graph.stages(repo)] == project.STAGES

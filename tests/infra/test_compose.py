@@ -14,7 +14,7 @@ import compose_spec
 import pytest
 import yaml
 
-from flows import settings
+from flows.machine import settings
 from tests.flows import project
 from tests.flows.s3 import Store
 from tests.infra.composed import FILE, SECRETS, Missing, compose, filled

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from cf_model.codec.linear import CodecSpec, fit_codec, latent_frames, load_codec, save_codec, video_frames
 from cf_model.data import worlds
-from cf_model.model.codec import CodecSpec, fit_codec, latent_frames, load_codec, save_codec, video_frames
 
 
 @pytest.fixture(scope="module")

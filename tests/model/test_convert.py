@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cf_model.model import convert, foreign
+from cf_model.foreign import convert, importing
 from cf_model.model.denoiser import ModelSpec
 from cf_model.model.weights import check
-from tasks import params_file
+from tasks.params import yaml_file
 from tests.small import denoiser
 
 ROOT = Path(__file__).parents[2]
-SPEC = ModelSpec(**params_file.read(ROOT / "profiles/wan-1.3b.yaml")["model"])
+SPEC = ModelSpec(**yaml_file.read(ROOT / "profiles/wan-1.3b.yaml")["model"])
 GOLDEN = ROOT / "tests/golden/wan-causal"
 
 
@@ -132,7 +132,7 @@ def test_the_golden_sample_and_its_key_map() -> None:
     assert convert.to_diffusers({name: name for name in stated}) == {new: old for old, new in stated.items()}
     assert convert.to_self_forcing({name: name for name in stated.values()}) == stated
     sizes = json.loads((GOLDEN / "meta_selfforcing.json").read_text())["config"]
-    weights = foreign.read_weights(GOLDEN / "weights_selfforcing_keys.safetensors", heads=sizes["num_heads"])
+    weights = importing.read_weights(GOLDEN / "weights_selfforcing_keys.safetensors", heads=sizes["num_heads"])
     assert set(weights.state) == set(stated.values())
     for key, name in {"num_layers": "num_layers", "ffn_dim": "ffn_dim", "text_dim": "text_dim", "in_channels": "in_dim"}.items():
         assert weights.config[key] == sizes[name]

@@ -10,11 +10,11 @@ import torch
 from cf_model.model import wan
 from cf_model.model.denoiser import ModelSpec
 from cf_model.model.memory import empty
-from tasks import params_file
+from tasks.params import yaml_file
 from tests.small import normal, spec
 
 ROOT = Path(__file__).parents[2]
-SPEC = ModelSpec(**params_file.read(ROOT / "profiles/wan-1.3b.yaml")["model"])
+SPEC = ModelSpec(**yaml_file.read(ROOT / "profiles/wan-1.3b.yaml")["model"])
 
 
 def available() -> float:

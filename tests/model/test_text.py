@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cf_model.model.text import WordEncoder
+from cf_model.text.encoder import WordEncoder
 
 ENCODER = WordEncoder(8, 64)
 
@@ -51,6 +51,6 @@ def test_different_words_are_nearly_orthogonal() -> None:
 
 def test_another_process_has_the_same_vectors() -> None:
     """Python's own hash differs between processes."""
-    code = "from cf_model.model.text import WordEncoder; print(WordEncoder(8, 64).encode(['a red disc']).double().sum().item())"
+    code = "from cf_model.text.encoder import WordEncoder; print(WordEncoder(8, 64).encode(['a red disc']).double().sum().item())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(out) == ENCODER.encode(["a red disc"]).double().sum().item()

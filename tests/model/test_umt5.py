@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cf_model.model.text import WordEncoder, load_text, save_text, text_encoder
-from cf_model.model.umt5 import UMT5Encoder, clean
+from cf_model.text.encoder import WordEncoder, load_text, save_text, text_encoder
+from cf_model.text.umt5 import UMT5Encoder, clean
 from tests import pretrained
 
 PROMPTS = ["a red disc.", "A  blue\tsquare turns slowly &amp;amp; fades", "", "a sea"]

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cf_model.model import wan_codec
-from cf_model.model.codec import load_codec, save_codec
-from cf_model.model.wan_codec import WEIGHTS, WanCodec, load_wan
+from cf_model.codec import wan_codec
+from cf_model.codec.linear import load_codec, save_codec
+from cf_model.codec.wan_codec import WEIGHTS, WanCodec, load_wan
 from tests import pretrained
 
 # Wan2.2's VAE is built in another way, folds 2 x 2 pixels into channels, and so covers 16 pixels with a latent

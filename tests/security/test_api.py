@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import settings
+from flows.machine import settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ def test_up_starts_nothing_then(tmp_path: Path) -> None:
 
 def test_the_password_reaches_the_server_and_clients_and_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage has no business with the API; only the server has any with the database."""
-    from flows import stage_task
+    from flows.run import stage_task
 
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "cf:secret")
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "cf:secret")

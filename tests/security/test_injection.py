@@ -15,9 +15,10 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.testing.utilities import prefect_test_harness
 from pydantic import ValidationError
 
-from flows import evaluate, nightly, pipeline, registry, worktree
+from flows import evaluate, nightly, pipeline
 from flows.evaluate import Checkpoint
-from flows.run_config import RunConfig
+from flows.project import registry, worktree
+from flows.run.config import RunConfig
 from tests.flows import project
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +135,7 @@ def test_a_parameter_that_stands_in_a_command_is_one_word(attack: str, tmp_path:
     """`cf validate`, the first thing a run does, refuses it; so does the first stage."""
     from ruamel.yaml import YAML
 
-    from tasks import params
+    from tasks.params import schema
 
     yaml = YAML()
     for name in interpolated():
@@ -149,7 +150,7 @@ def test_a_parameter_that_stands_in_a_command_is_one_word(attack: str, tmp_path:
         if attack in HARMLESS and name == "start.stage2":
             continue
         with pytest.raises(Exception, match=name.replace(".", r"\.")):
-            params.load(tmp_path / "params.yaml")
+            schema.load(tmp_path / "params.yaml")
 
 
 # ------------------------------------------------------------------------------------------------- a server's own checks

@@ -25,7 +25,7 @@ def served(tmp_path: Path) -> Iterator[int]:
     (tmp_path / ".runs/a-run-12345678/reports/report.html").write_text("<p>of a run</p>")
     (tmp_path / ".runs/a-run-12345678/params.yaml").write_text("seed: 1")
     (tmp_path / "report.html").write_text("outside")
-    command = [sys.executable, "-m", "flows.reports", str(port)]
+    command = [sys.executable, "-m", "flows.machine.reports", str(port)]
     process = subprocess.Popen(command, cwd=tmp_path, env=project.environment())
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:

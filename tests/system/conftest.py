@@ -20,7 +20,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     try:
         machine.up()
         machine.deployed = time.time()
-        machine.command("flows.deploy")
+        machine.command("flows.machine.deploy")
         yield machine
     finally:
         machine.down()

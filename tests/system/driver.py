@@ -19,7 +19,8 @@ from typing import Any
 
 import psutil
 
-from flows import guardian, processes
+from flows.machine import processes
+from flows.supervise import guardian
 from tests.flows import project
 from tests.week.machine import Receiver
 
@@ -77,10 +78,10 @@ class Machine:
         return done.stdout + done.stderr
 
     def up(self) -> str:
-        return self.command("flows.machine", "up")
+        return self.command("flows.machine.up", "up")
 
     def down(self) -> str:
-        return self.command("flows.machine", "down")
+        return self.command("flows.machine.up", "down")
 
     def process(self, name: str) -> psutil.Process:
         found = processes.noted(self.root / f".machine/{name}.pid")

@@ -30,7 +30,7 @@ def test_up_again_changes_nothing(machine: Machine) -> None:
     said = machine.up()
     assert said.count("is up already") == 3 and "reports are up already" in said
     assert [machine.process(name).pid for name in ("server", "worker", "watch", "reports")] == before
-    assert "CF_PORT is 1; `cf down` first" in machine.command("flows.machine", "up", code=1, CF_PORT="1")
+    assert "CF_PORT is 1; `cf down` first" in machine.command("flows.machine.up", "up", code=1, CF_PORT="1")
 
 
 def test_a_port_that_another_has(machine: Machine) -> None:
@@ -40,15 +40,15 @@ def test_a_port_that_another_has(machine: Machine) -> None:
         for name in ("flows", "infra"):
             (other / name).symlink_to(machine.root / name)
     neighbour = Machine(other)
-    said = neighbour.command("flows.machine", "up", code=1, CF_PORT=str(machine.port))
+    said = neighbour.command("flows.machine.up", "up", code=1, CF_PORT=str(machine.port))
     assert f"port {machine.port} is taken by process {machine.process('server').pid} (" in said
     assert f"CF_PORT={machine.port + 1} make up" in said
     assert not neighbour.marked()
-    assert "no Prefect server answers" in neighbour.command("flows.deploy", code=1)
+    assert "no Prefect server answers" in neighbour.command("flows.machine.deploy", code=1)
 
 
 def test_the_doctor_of_a_machine_that_is_well(machine: Machine) -> None:
-    said = machine.command("flows.doctor", "--json", CF_GPUS="0")
+    said = machine.command("flows.doctor.command", "--json", CF_GPUS="0")
     found = json.loads(said[: said.rindex("]") + 1])
     assert not [line for line in found if line["level"] == "fail"]
     levels = {(line["name"], line["said"].split(":")[0]): line["level"] for line in found}

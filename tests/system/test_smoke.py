@@ -22,7 +22,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     machine = Machine(root, CF_GPUS="0")
     try:
         machine.up()
-        machine.command("flows.deploy")
+        machine.command("flows.machine.deploy")
         yield machine
     finally:
         machine.down()

@@ -15,24 +15,24 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.model.codec import LinearCodec, save_codec
+from cf_model.codec.linear import LinearCodec, save_codec
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView
 from cf_model.train.adapter import LoraSpec
 from cf_model.train.base import Base, BaseSpec
 from cf_model.train.causal_init import CausalInit, CausalInitSpec
-from cf_model.train.engine import EngineSpec, OptimizerSpec
 from cf_model.train.erft import ErrorBank, ErrorSpec
-from cf_model.train.loop import fit
-from cf_model.train.ode import OdeSpec
-from cf_model.train.ranks import is_first, rank
-from cf_model.train.samples import ContinuedSpec, SampleSpec, WindowSpec, continued, from_noise, streamed
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
 from cf_model.train.teacher import Teacher, TeacherSpec
-from tasks import ranks
-from tasks.samples import Make, Samples
-from tasks.tracking import Track
+from cf_model.train.trainer.engine import EngineSpec, OptimizerSpec
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.ode import OdeSpec
+from cf_model.train.trainer.ranks import is_first, rank
+from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec, WindowSpec, continued, from_noise, streamed
+from tasks.parts.sample_videos import Make, Samples
+from tasks.runner import ranks
+from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
 
 BATCH, STEPS = 4, 20

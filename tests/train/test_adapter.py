@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from cf_model.data.latents import write_latents
-from cf_model.model import foreign, wan
+from cf_model.foreign import importing
+from cf_model.model import wan
 from cf_model.train.adapter import LoraSpec, attach
-from tasks import params, teacher
-from tasks.tracking import Track
+from tasks import teacher
+from tasks.params import schema
+from tasks.runner.track import Track
 from tests.small import SHAPE, denoiser, normal
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +52,7 @@ def test_the_seed_alone_decides_how_it_starts():
 def project(tmp_path_factory):
     """Latents and a base model of the smoke profile's sizes."""
     root = tmp_path_factory.mktemp("lora")
-    stated = params.load(ROOT / "profiles/smoke.yaml")
+    stated = schema.load(ROOT / "profiles/smoke.yaml")
     clips = [({"id": f"c{n}", "caption": "a disc", "split": "train"}, normal(46, 8, 4, 4, seed=n)) for n in range(2)]
 
     def text(captions):
@@ -89,7 +91,7 @@ def test_merged_and_beside_its_base_it_is_the_same_model(project, tmp_path):
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert len(changed) == 2 * (4 + 4 + 2) and all(any(t in name for t in TARGETS) for name in changed)
     (tmp_path / "again").mkdir()
-    facts = foreign.import_transformer(out / "adapter", tmp_path / "again", base=project[0] / "base")
+    facts = importing.import_transformer(out / "adapter", tmp_path / "again", base=project[0] / "base")
     assert facts["lora"]["rank"] == 2 and facts["lora"]["alpha"] == 4.0
     assert torch.equal(seen(tmp_path / "again"), seen(out))
     assert not torch.equal(seen(project[0] / "base"), seen(out))

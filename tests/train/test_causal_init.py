@@ -8,9 +8,9 @@ import torch
 from cf_model.model.memory import empty
 from cf_model.model.view import TeacherView, sample
 from cf_model.train.causal_init import CausalInit, CausalInitSpec
-from cf_model.train.loop import OptimizerSpec, fit
-from cf_model.train.ode import OdeSpec, Trajectories, trajectory
-from tasks.tracking import Track
+from cf_model.train.trainer.loop import OptimizerSpec, fit
+from cf_model.train.trainer.ode import OdeSpec, Trajectories, trajectory
+from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, spec
 
 NULL = normal(5, 8, seed=7)

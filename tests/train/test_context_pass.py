@@ -16,9 +16,9 @@ from cf_model.model.memory import empty
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import Passes, TeacherView, sample
 from cf_model.train.distill import critic_loss, generator_gradient
-from cf_model.train.engine import OptimizerSpec
 from cf_model.train.erft import ErrorBank, ErrorSpec, erft_loss
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
+from cf_model.train.trainer.engine import OptimizerSpec
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
 JOINT = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")

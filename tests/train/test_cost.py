@@ -15,9 +15,10 @@ from cf_model.model import wan
 from cf_model.model.denoiser import Compute, Denoiser, ModelSpec
 from cf_model.model.memory import empty
 from cf_model.model.rollout import HorizonSpec
-from cf_model.train import need, passes
-from cf_model.train.cost import Costs
-from tasks import forecast, params
+from cf_model.plan import need, passes
+from cf_model.plan.cost import Costs
+from tasks.commands.plan import forecast
+from tasks.params import schema
 from tests.small import normal, spec
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def inputs(costs: Costs, frames: int, batch: int = 1, levels: int = 1) -> tuple[
 
 @pytest.fixture(scope="module")
 def wan_costs() -> Costs:
-    return forecast.costs(params.load(ROOT / "profiles/wan-1.3b.yaml"))
+    return forecast.costs(schema.load(ROOT / "profiles/wan-1.3b.yaml"))
 
 
 # -------------------------------------------------------------------------------------- against what PyTorch counts
@@ -52,7 +53,7 @@ def wan_costs() -> Costs:
 
 @pytest.mark.parametrize("profile", ["tiny", "smoke"])
 def test_parameters_are_those_of_the_model(profile: str) -> None:
-    costs = forecast.costs(params.load(ROOT / f"profiles/{profile}.yaml"))
+    costs = forecast.costs(schema.load(ROOT / f"profiles/{profile}.yaml"))
     made = model(costs)
     assert costs.parameters == sum(p.numel() for p in made.parameters())
     assert costs.matrices == sum(p.numel() for name, p in made.named_parameters() if ".blocks." in name and p.ndim == 2)
@@ -161,7 +162,7 @@ def test_the_steps_of_stage_2_cost_what_is_published(wan_costs: Costs) -> None:
 
 
 def test_our_stage_2_is_that_with_one_rollout_for_both_updates(wan_costs: Costs) -> None:
-    p = params.load(ROOT / "profiles/wan-1.3b.yaml")
+    p = schema.load(ROOT / "profiles/wan-1.3b.yaml")
     at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"))
     ours = need.of_student(at_105, wan_costs, p.teacher.view).operations / TERA
     chunk, score = law(wan_costs, 3, 18), law(wan_costs, 42)
@@ -171,7 +172,7 @@ def test_our_stage_2_is_that_with_one_rollout_for_both_updates(wan_costs: Costs)
 
 
 def test_training_states_take_what_is_published(wan_costs: Costs) -> None:
-    p = params.load(ROOT / "profiles/wan-1.3b.yaml")
+    p = schema.load(ROOT / "profiles/wan-1.3b.yaml")
     exact = replace(wan_costs, compute=Compute("native", "float32", False))
     states = need.of_base(p.base, exact).states()
     assert (sum(states.values()) - states["average"]) / 1e9 == pytest.approx(22.7, abs=0.05), "16 bytes a parameter"

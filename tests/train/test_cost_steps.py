@@ -12,12 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cf_model.model.rollout import HorizonSpec
-from cf_model.train import need
+from cf_model.plan import need
+from cf_model.plan.cost import Costs
 from cf_model.train.base import Base
-from cf_model.train.cost import Costs
 from cf_model.train.student import Distillation
 from cf_model.train.teacher import Teacher
-from tasks import forecast, params
+from tasks.commands.plan import forecast
+from tasks.params import schema
 from tests.allocations import Allocations
 from tests.small import normal
 from tests.train.test_cost import model
@@ -43,7 +44,7 @@ class Clips:
         return self.empty_text.expand(len(rows), -1, -1)
 
 
-def job_of_tiny(stage: str, p: params.Params, costs: Costs) -> tuple[Any, need.Need]:
+def job_of_tiny(stage: str, p: schema.Params, costs: Costs) -> tuple[Any, need.Need]:
     """A stage of tiny whose steps are all alike: of the longest past, or of one rollout's length."""
     models = [model(costs).train() for _ in range(3 if stage == "stage2" else 1)]
     alike: Any = {"latents": Clips(), "flow": p.flow, "seed": 0}
@@ -61,8 +62,8 @@ def job_of_tiny(stage: str, p: params.Params, costs: Costs) -> tuple[Any, need.N
     return Distillation(own, **named, **text, shape=(12, 4, 4), seed=0), need.of_student(own, costs, p.teacher.view)  # type: ignore[arg-type]
 
 
-def tiny(context_pass: str, checkpointing: bool = False) -> tuple[params.Params, Costs]:
-    p = params.load(ROOT / "profiles/tiny.yaml")
+def tiny(context_pass: str, checkpointing: bool = False) -> tuple[schema.Params, Costs]:
+    p = schema.load(ROOT / "profiles/tiny.yaml")
     view = replace(p.teacher.view, context_pass=context_pass)  # type: ignore[arg-type]
     compute = replace(p.compute, checkpointing=checkpointing)
     p = p.model_copy(update={"compute": compute, "teacher": replace(p.teacher, view=view)})
@@ -94,7 +95,7 @@ def test_a_step_of_tiny_takes_the_operations_that_are_planned(stage: str, contex
 
 
 def test_an_own_context_costs_less_and_is_read_once_for_both_updates() -> None:
-    p = params.load(ROOT / "profiles/wan-1.3b.yaml")
+    p = schema.load(ROOT / "profiles/wan-1.3b.yaml")
     wan_costs = forecast.costs(p)
     own = replace(p.teacher.view, context_sigma="zero", context_pass="own")
     at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"), critic_updates=1)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from cf_model.data.video import read_video
 from cf_model.model.flow import Shared, gaussian, uniform
-from cf_model.train import engine
-from cf_model.train.engine import PLAIN, EngineSpec, OptimizerSpec
+from cf_model.train.trainer import engine
+from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec
 from tests.train import ranked
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from cf_model.model import checkpoint
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView
-from cf_model.train.loop import Average, Optimizer, OptimizerSpec, Random, drop_prompts, fit
 from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
-from tasks.tracking import Track
+from cf_model.train.trainer.loop import Average, Optimizer, OptimizerSpec, Random, drop_prompts, fit
+from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, restored, rolling, spec
 
 

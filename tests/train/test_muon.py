@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cf_model.model.weights import choose_precision
-from cf_model.train.muon import Muon, orthogonalize
+from cf_model.train.trainer.muon import Muon, orthogonalize
 
 SHAPES = [(16, 16), (16, 16), (16, 48), (48, 16)]
 
@@ -23,7 +23,7 @@ def train_matrices(optimizer: type[torch.optim.Optimizer], steps: int) -> list[t
 
 
 def test_in_bfloat16_it_takes_the_steps_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cf_model.train.muon.choose_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr("cf_model.train.trainer.muon.choose_precision", lambda device: torch.bfloat16)
     for ours, theirs in zip(train_matrices(Muon, 3), train_matrices(torch.optim.Muon, 3), strict=True):
         # both round to bfloat16 in another order of operations, so a step of 0.02 x sqrt(rows / columns) may differ in its third digit
         assert (ours - theirs).abs().max() < 1e-3

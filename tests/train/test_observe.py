@@ -9,9 +9,9 @@ import torch
 from cf_model.model.memory import ContextMemory, empty
 from cf_model.model.rollout import rollout
 from cf_model.train.distill import replay
-from cf_model.train.loop import Average
-from cf_model.train.observe import QUANTILES, Clock, remembered, shown, student_loss
-from tasks.tracking import Track
+from cf_model.train.trainer.loop import Average
+from cf_model.train.trainer.observe import QUANTILES, Clock, remembered, shown, student_loss
+from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 from tests.train.test_loop import Job, distillation, fit
 from tests.train.test_loop import make as new_folder

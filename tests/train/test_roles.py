@@ -19,10 +19,11 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
 from cf_model.model.view import TeacherView, guided
 from cf_model.train.adapter import LoraSpec
-from cf_model.train.loop import Average
 from cf_model.train.teacher import Teacher
-from tasks import base, causal_init, params, stage1, teacher
-from tasks.tracking import Track
+from cf_model.train.trainer.loop import Average
+from tasks import base, causal_init, stage1, teacher
+from tasks.params import schema
+from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, restored, rng
 from tests.train import ranked
 
@@ -84,10 +85,10 @@ def test_rollouts_and_scores_use_the_raw_weights() -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, params.Params]:
+def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Params]:
     """Latents and a base model of the smoke profile's sizes."""
     root = tmp_path_factory.mktemp("roles")
-    stated = params.load(ROOT / "profiles/smoke.yaml")
+    stated = schema.load(ROOT / "profiles/smoke.yaml")
     clips = [({"id": f"c{n}", "caption": "a disc", "split": "train"}, normal(46, 8, 4, 4, seed=n)) for n in range(2)]
 
     def text(captions: list[str]) -> Tensor:
@@ -103,7 +104,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, params.Para
 
 @pytest.mark.parametrize("stage", ["base", "teacher", "lora", "causal_init", "stage1"])
 def test_what_is_generated_with_is_the_average(
-    stage: str, project: tuple[Path, params.Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, project: tuple[Path, schema.Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every stage's outcome has the mark that is put on the averaged weights alone."""
     root, stated = project

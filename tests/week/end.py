@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def promoted(week: Week) -> str:
-    return week.machine.command("flows.promotion", "promoted").split()[0]
+    return week.machine.command("flows.night.promotion", "promoted").split()[0]
 
 
 def lock(week: Week, ref: str) -> Any:
@@ -34,7 +34,7 @@ def at_origin(week: Week, version: str) -> bool:
 
 def at_the_end(week: Week) -> None:
     week.say("--- at the end")
-    history = week.machine.command("flows.promotion", "history")
+    history = week.machine.command("flows.night.promotion", "history")
     for line in history.splitlines():
         week.say(f"    {line}")
     nights = week.git("for-each-ref", "--format=%(refname:short)", "refs/heads/nightly").splitlines()
@@ -50,7 +50,7 @@ def at_the_end(week: Week) -> None:
     elsewhere(week, nights, best)
     back_and_forth(week)
     week.machine.down()
-    said = week.machine.command("flows.alerts", "--hours", "0.0001", code=1)
+    said = week.machine.command("flows.machine.alerts", "--hours", "0.0001", code=1)
     week.holds("with everything stopped, `cf nightly-check` still tells of the absence", bool(week.told("absent")) and "no nightly" in said)
     secret = week.alerts.url.rpartition("/")[2]
     files = [file for name in (".machine", ".runs", ".git") for file in (week.root / name).rglob("*") if file.is_file()]
@@ -75,7 +75,7 @@ def elsewhere(week: Week, nights: list[str], best: str) -> None:
     project.dvc(clone, "fetch", "--all-branches", "--all-tags")
     week.holds("a fresh clone gets the data of all nights from the remote: nothing is lost", True)
     shutil.rmtree(clone / ".dvc/cache")
-    command = [sys.executable, "-m", "flows.promotion", "promoted", "--out", "got"]
+    command = [sys.executable, "-m", "flows.night.promotion", "promoted", "--out", "got"]
     done = subprocess.run(command, cwd=clone, env=project.environment(), capture_output=True, text=True)
     weights = (clone / "got/weights.json").read_text() if done.returncode == 0 else done.stderr
     week.holds(f"and the promoted weights by their tag: {weights.strip()}", weights == project_weights(week, best))
@@ -86,7 +86,7 @@ def elsewhere(week: Week, nights: list[str], best: str) -> None:
     week.holds(f"all {len(arrived)} clips that ever arrived are in its folder", names == arrived)
     again = project.dvc(clone, "repro", "--dry", "stage2")
     week.holds("at the best night's commit `dvc repro` has nothing to do", "Running stage" not in again)
-    said = project.ran(clone, sys.executable, "-m", "flows.locked", "stage2", "promoted.dvc", "raw.dvc")
+    said = project.ran(clone, sys.executable, "-m", "flows.project.dvc_lock", "stage2", "promoted.dvc", "raw.dvc")
     week.holds(f"`cf verify`: {said.strip()}", "are what dvc.lock says" in said)
 
 
@@ -97,8 +97,8 @@ def project_weights(week: Week, night: str) -> str:
 
 def back_and_forth(week: Week) -> None:
     now, past = promoted(week), "v0.0.2"
-    week.machine.command("flows.promotion", "rollback", past, "--why", "a drill")
+    week.machine.command("flows.night.promotion", "rollback", past, "--why", "a drill")
     shown = project.ran(week.root, "gto", "show")
     week.holds("`cf rollback v0.0.2` promotes it again, for gto too", promoted(week) == past and f" {past} " in shown)
-    week.machine.command("flows.promotion", "promote", now, "--why", "the drill is over")
+    week.machine.command("flows.night.promotion", "promote", now, "--why", "the drill is over")
     week.holds(f"`cf promote {now}` brings the best one back", promoted(week) == now)

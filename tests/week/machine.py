@@ -21,7 +21,7 @@ from typing import Any
 import boto3
 import psutil
 
-from flows import processes
+from flows.machine import processes
 from tests.week import project
 
 
@@ -55,10 +55,10 @@ class Machine:
         return done.stdout + done.stderr
 
     def up(self) -> str:
-        return self.command("flows.machine", "up").strip()
+        return self.command("flows.machine.up", "up").strip()
 
     def down(self) -> None:
-        self.command("flows.machine", "down")
+        self.command("flows.machine.up", "down")
 
     def server(self) -> psutil.Process:
         found = processes.noted(self.root / ".machine/server.pid")

@@ -49,14 +49,14 @@ class Week:
         print(line, flush=True)
 
     def set_up(self) -> None:
-        add = "import sys; from flows.remote import main; main(sys.argv[1:])"
+        add = "import sys; from flows.project.dvc_remote import main; main(sys.argv[1:])"
         project.ran(self.root, sys.executable, "-c", add, "add", "store", "s3://week/project", "--endpoint", self.door.url)
         origin = self.folder / "origin.git"
         project.git(self.folder, "init", "-q", "--bare", "-b", "main", str(origin))
         project.git(self.root, "remote", "add", "origin", str(origin))
         self.commit("the remote")
         self.say(self.machine.up())
-        self.machine.command("flows.deploy")
+        self.machine.command("flows.machine.deploy")
 
     def commit(self, message: str, **changed: str) -> None:
         """On the tracked branch, as a person does it: values of params.yaml replaced, committed, pushed."""

@@ -1,0 +1,250 @@
+"""Video frames to latents and back: 1 + 4k frames <-> 1 + k latents, 8x in space."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cf_model.model.weights import fill
+
+TIME, SPACE = 4, 8  # frames and pixels that one latent covers
+PIXELS = TIME * SPACE * SPACE * 3  # numbers in a patch
+
+
+def latent_frames(frames: int) -> int:
+    """Whole latents in a clip: 1 + (frames - 1) // 4."""
+    return 1 + (frames - 1) // TIME
+
+
+def video_frames(latents: int) -> int:
+    return 1 + TIME * (latents - 1)
+
+
+class Codec(Protocol):
+    """What the stages know of a codec. It takes tensors of any device; latents come back on its own, video on the CPU.
+
+    The two streams give what `encode` and `decode` give, a piece at a time, and need no more memory for a longer video.
+    Several may be read in turns.
+    """
+
+    channels: int
+    time: int  # frames that one latent covers
+    space: int  # pixels, each way
+
+    def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]: ...
+
+    def decode(self, latents: Float[Tensor, "B F C H W"]) -> UInt8[Tensor, "B V Y X 3"]: ...
+
+    def encode_stream(self, pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]]) -> Iterator[Float[Tensor, "B _ C H W"]]: ...
+
+    def decode_stream(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]: ...
+
+    def to(self, device: Any) -> Codec: ...
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """How the linear codec is fitted, and its decoder trained."""
+
+    channels: int
+    ridge: float  # of the decoder's least squares
+    width: int  # channels of the decoder's network at 1/4 of the picture's size
+    steps: int  # of the network; 0: the linear decoder alone
+    batch: int
+    lr: float
+
+
+class LinearCodec(nn.Module):
+    """Principal components of patches of 4 x 8 x 8 pixels, read back with their neighbours and a small network.
+
+    The encoder is an orthogonal projection. The decoder is the least-squares map from a latent and its eight
+    neighbours to the patch, which has no block edges to speak of, plus what a small convolutional network adds to it.
+    The first frame is encoded as four equal frames, and decoded as the last of its four, so any run of latents can be
+    decoded alone, and chunk after chunk gives the same frames as all at once.
+    """
+
+    time, space = TIME, SPACE
+    mean: Tensor  # [PIXELS]
+    encoder: Tensor  # [PIXELS, C]
+    decoder: Tensor  # [K, PIXELS]
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.channels, self.width = channels, width
+        self.register_buffer("mean", torch.zeros(PIXELS))
+        self.register_buffer("encoder", torch.zeros(PIXELS, channels))
+        self.register_buffer("decoder", torch.zeros(9 * channels + 1, PIXELS))
+        stages: list[nn.Module] = [nn.Conv2d(channels, 2 * width, 3, padding=1)]
+        for wide, narrow in ((2 * width, width), (width, width // 2), (width // 2, width // 2)):
+            stages += [nn.SiLU(), nn.Conv2d(wide, 4 * narrow, 3, padding=1), nn.PixelShuffle(2)]
+        last = nn.Conv2d(width // 2, TIME * 3, 3, padding=1)
+        nn.init.zeros_(last.weight)  # the network starts as nothing beside the linear decoder
+        self.refine = nn.Sequential(*stages, nn.SiLU(), last)
+
+    @torch.no_grad()
+    def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]:
+        return ((patches(video.to(self.mean.device)) - self.mean) @ self.encoder).permute(0, 1, 4, 2, 3)
+
+    def encode_stream(self, pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]]) -> Iterator[Float[Tensor, "B _ C H W"]]:
+        for i, run in enumerate(whole_latents(pieces, TIME)):
+            # a frame in front stands for the latent before
+            yield self.encode(torch.cat([run[:, :1], run], dim=1))[:, 1:] if i else self.encode(run)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B F C H W"]) -> UInt8[Tensor, "B V Y X 3"]:
+        b, f, _, h, w = latents.shape
+        check_latents(latents, self.channels)
+        parts = [as_bytes(self.pixels(part)) for part in latents.to(self.mean.device).flatten(0, 1).split(128)]
+        video = torch.cat(parts).view(b, f * TIME, 3, h * SPACE, w * SPACE).permute(0, 1, 3, 4, 2)
+        return video[:, TIME - 1 :].contiguous()
+
+    def decode_stream(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:
+        for i, chunk in enumerate(chunks):
+            # a latent in front gives the chunk's first one its four frames
+            yield self.decode(torch.cat([chunk[:, :1], chunk], dim=1))[:, 1:] if i else self.decode(chunk)
+
+    def pixels(self, latents: Float[Tensor, "M C H W"]) -> Float[Tensor, "M 12 Y X"]:
+        """Four RGB frames of each latent, in -1..1 but for overshoot."""
+        m, _, h, w = latents.shape
+        flat = (neighbourhoods(latents) @ self.decoder).view(m, h, w, TIME, SPACE, SPACE, 3)
+        return flat.permute(0, 3, 6, 1, 4, 2, 5).reshape(m, TIME * 3, h * SPACE, w * SPACE) + self.refine(latents)
+
+
+def fit_codec(
+    clips: Sequence[UInt8[Tensor, "V Y X 3"]], spec: CodecSpec, seed: int, tell: Callable[[int, float], None] = lambda step, loss: None
+) -> LinearCodec:
+    """Components and linear decoder in closed form, then the network by squared error. `tell(step, loss)` hears of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        codec = LinearCodec(spec.channels, spec.width)
+    _fit_encoder(codec, clips)
+    _fit_decoder(codec, clips, spec.ridge)
+    rng = torch.Generator().manual_seed(seed)
+    latents = [codec.encode(clip[None])[0] for clip in clips]
+    optimizer = torch.optim.AdamW(codec.refine.parameters(), spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(spec.steps):
+        which = torch.randint(len(clips), (spec.batch,), generator=rng).tolist()
+        at = [1 + int(torch.randint(len(latents[i]) - 1, (), generator=rng)) for i in which]
+        truth = torch.stack([clips[i][TIME * (k - 1) + 1 : TIME * k + 1] for i, k in zip(which, at, strict=True)])
+        truth = truth.permute(0, 1, 4, 2, 3).flatten(1, 2).float().div(127.5).sub(1)
+        for group in optimizer.param_groups:
+            group["lr"] = spec.lr * min(1, (step + 1) / 30, 2 * (1 - step / spec.steps))
+        loss = F.mse_loss(codec.pixels(torch.stack([latents[i][k] for i, k in zip(which, at, strict=True)])), truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        tell(step + 1, loss.item())
+    return codec.eval()
+
+
+def _fit_encoder(codec: LinearCodec, clips: Sequence[Tensor]) -> None:
+    count, total, square = 0, torch.zeros(PIXELS, dtype=torch.float64), torch.zeros(PIXELS, PIXELS, dtype=torch.float64)
+    for clip in clips:
+        p = patches(clip[None]).flatten(0, 3).double()
+        count, total, square = count + len(p), total + p.sum(0), square + p.T @ p
+    mean = total / count
+    variance, basis = torch.linalg.eigh(square / count - torch.outer(mean, mean))
+    basis = basis.flip(1)[:, : codec.channels]
+    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # eigenvectors have no sign of their own
+    spread = variance.flip(0)[: codec.channels].clamp_min(1e-12).sqrt()
+    # Choice: a channel keeps the root of its spread, at unit variance over all of them. Whitening would give the last
+    # components, mostly noise, the same weight in the loss as the first.
+    scale = spread.sqrt() * spread.mean().sqrt()
+    codec.mean.copy_(mean)
+    codec.encoder.copy_(basis / scale)
+
+
+def _fit_decoder(codec: LinearCodec, clips: Sequence[Tensor], ridge: float) -> None:
+    size = len(codec.decoder)
+    count, gram, cross = 0, torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, PIXELS, dtype=torch.float64)
+    for clip in clips:
+        x = neighbourhoods(codec.encode(clip[None])[0]).flatten(0, 2).double()
+        y = patches(clip[None]).flatten(0, 3).double()
+        count, gram, cross = count + len(x), gram + x.T @ x, cross + x.T @ y
+    codec.decoder.copy_(torch.linalg.solve(gram + ridge * count * torch.eye(size, dtype=torch.float64), cross))
+
+
+def save_codec(codec: Codec, folder: Path) -> None:
+    """codec.json says which of the two it is; Wan's is a diffusers folder beside that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about: dict[str, Any] = {"kind": "wan", "channels": codec.channels}
+    if isinstance(codec, LinearCodec):
+        save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, folder / "codec.safetensors")
+        about = {"kind": "linear", "channels": codec.channels, "width": codec.width}
+    else:
+        from .wan_codec import WanCodec, save_wan
+
+        assert isinstance(codec, WanCodec)
+        save_wan(codec, folder)
+    (folder / "codec.json").write_text(json.dumps(about) + "\n")
+
+
+def load_codec(folder: Path) -> Codec:
+    file = folder / "codec.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no codec.json; run the stage codec first")
+    about = json.loads(file.read_text())
+    if about.get("kind") not in ("linear", "wan"):
+        raise ValueError(f"{file} names the kind {about.get('kind')!r}; known are linear and wan")
+    if about["kind"] == "wan":
+        from .wan_codec import load_wan  # diffusers takes seconds, which the small profiles need not wait
+
+        return load_wan(folder)
+    codec = LinearCodec(about["channels"], about["width"])
+    fill(codec, folder / "codec.safetensors")
+    return codec.eval()
+
+
+def whole_latents(pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]], time: int) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:
+    """The same frames in runs that fill latents: first 1 + k `time` of them, then multiples of `time`."""
+    held: Tensor | None = None
+    seen, first = 0, 1
+    for piece in pieces:
+        held = piece if held is None else torch.cat([held, piece], dim=1)
+        seen += piece.shape[1]
+        length = (held.shape[1] - first) // time * time + first
+        if length > 0:
+            yield held[:, :length]
+            held, first = held[:, length:], 0
+    if held is not None:
+        check_video(seen, held.shape[2], held.shape[3], time, 1)
+
+
+def check_video(frames: int, height: int, width: int, time: int, space: int) -> None:
+    if frames < 1 or (frames - 1) % time or height % space or width % space:
+        raise ValueError(f"a video of {frames} frames of {width} x {height} is not 1 + {time}k frames of a multiple of {space} pixels")
+
+
+def check_latents(latents: Float[Tensor, "B F C H W"], channels: int) -> None:
+    if latents.shape[2] != channels:
+        raise ValueError(f"the latents have {latents.shape[2]} channels, the codec's {channels}; use the codec that they were made with")
+
+
+def as_bytes(pixels: Tensor) -> UInt8[Tensor, "..."]:
+    """-1..1, and what lies beyond, to 0..255 on the CPU."""
+    return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+
+
+def patches(video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F H W P"]:
+    """Patches of 4 x 8 x 8 pixels in -1..1, the first frame four times."""
+    b, v, y, x, _ = video.shape
+    check_video(v, y, x, TIME, SPACE)
+    video = torch.cat([video[:, :1].expand(-1, TIME - 1, -1, -1, -1), video], dim=1).float().div(127.5).sub(1)
+    video = video.view(b, -1, TIME, y // SPACE, SPACE, x // SPACE, SPACE, 3)
+    return video.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+
+
+def neighbourhoods(latents: Float[Tensor, "M C H W"]) -> Float[Tensor, "M H W K"]:
+    """Each latent with its eight neighbours in its frame (edges repeated), and a 1 for the bias: K = 9 C + 1."""
+    m, c, h, w = latents.shape
+    near = F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), kernel_size=3).view(m, 9 * c, h, w).permute(0, 2, 3, 1)
+    return torch.cat([near, near.new_ones(m, h, w, 1)], dim=-1)

@@ -1,0 +1,163 @@
+"""Names and shapes of Wan's weights: the original's (Self-Forcing's too) and diffusers', by rule, for any number of layers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from cf_model.model.denoiser import ModelSpec
+from cf_model.model.weights import some
+
+Value = TypeVar("Value")
+
+# original -> diffusers, without `.weight` and `.bias`
+OUTSIDE = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+BLOCK = {
+    **{f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")) for a, b in ATTENTION.items()},
+    "norm3": "norm2",  # the affine one before the cross-attention; the two norms without weights are numbered the other way too
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
+TO_DIFFUSERS = (OUTSIDE, BLOCK)
+TO_ORIGINAL = tuple({value: key for key, value in part.items()} for part in TO_DIFFUSERS)
+NAME = re.compile(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?")
+ONLY_DIFFUSERS = re.compile(r"condition_embedder|\.attn[12]\.|\.ffn\.net\.|^proj_out|scale_shift_table")
+
+HEAD_DIM = 128  # of every published Wan
+
+
+def to_diffusers(state: Mapping[str, Value]) -> dict[str, Value]:
+    """From the names of original Wan and Self-Forcing, wrappers already stripped. The values are handed through."""
+    return _renamed(state, TO_DIFFUSERS, "original Wan")
+
+
+def to_self_forcing(state: Mapping[str, Value]) -> dict[str, Value]:
+    """The other way round; Self-Forcing's files put `model.` before each name."""
+    return _renamed(state, TO_ORIGINAL, "diffusers")
+
+
+def in_diffusers(state: Mapping[str, Value]) -> dict[str, Value]:
+    """Under diffusers' names, whichever of the two it came with."""
+    return dict(state) if is_diffusers(state) else to_diffusers(state)
+
+
+def is_diffusers(names: Iterable[str]) -> bool:
+    return any(ONLY_DIFFUSERS.search(name) for name in names)
+
+
+def _renamed(state: Mapping[str, Value], rules: tuple[dict[str, str], ...], of: str) -> dict[str, Value]:
+    renamed, unknown = {}, []
+    for name, value in state.items():
+        match = NAME.fullmatch(name)
+        block, stem, kind = match.groups() if match else (None, "", None)
+        new = rules[bool(block)].get(stem)
+        if new is None:
+            unknown.append(name)
+        else:
+            renamed[f"{block or ''}{new}{kind or ''}"] = value
+    if unknown:
+        raise ValueError(f"{some(unknown)} is no weight that {of}'s text-to-video transformer has; use a checkpoint of its architecture")
+    return renamed
+
+
+# ----------------------------------------------------------------------------------------------------------- shapes
+
+
+SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "freq_dim", "text_dim", "in_channels", "out_channels")
+
+
+def config(spec: ModelSpec, *, channels: int, text_channels: int) -> dict[str, Any]:
+    """Our sizes as diffusers' config.json states them."""
+    return {
+        "num_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "attention_head_dim": spec.head_dim,
+        "ffn_dim": spec.ffn,
+        "freq_dim": spec.freq,
+        "rope_max_seq_len": spec.positions,
+        "text_dim": text_channels,
+        "in_channels": channels,
+        "out_channels": channels,
+    }
+
+
+def original_config(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' words for the config.json of original Wan."""
+    dim, heads = stated.get("dim"), stated.get("num_heads")
+    per_head = dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads else None
+    return {
+        "num_layers": stated.get("num_layers"),
+        "num_attention_heads": heads,
+        "attention_head_dim": per_head,
+        "ffn_dim": stated.get("ffn_dim"),
+        "freq_dim": stated.get("freq_dim", 256),
+        "text_dim": stated.get("text_dim", 4096),
+        "in_channels": stated.get("in_dim"),
+        "out_channels": stated.get("out_dim"),
+        "eps": stated.get("eps", 1e-6),
+    }
+
+
+def inferred(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+    """Sizes read off the tensors, under diffusers' names. The number of heads leaves no trace in them."""
+    wanted = {
+        "patch_embedding.weight": 5,
+        "proj_out.weight": 2,
+        "blocks.0.ffn.net.0.proj.weight": 2,
+        "condition_embedder.time_embedder.linear_1.weight": 2,
+        "condition_embedder.text_embedder.linear_1.weight": 2,
+    }
+    odd = [name for name, rank in wanted.items() if name not in state or state[name].ndim != rank]
+    if odd:
+        raise ValueError(f"{some(odd)} is missing or of another rank, so the sizes of the transformer can't be read off its weights")
+    patch, head, ffn, time, text = (state[name].shape for name in wanted)
+    dim = patch[0]
+    heads = heads or (dim // HEAD_DIM if dim % HEAD_DIM == 0 else None)
+    if not heads or dim % heads:
+        stated = f"{heads} heads do" if heads else f"heads of {HEAD_DIM} do"
+        raise ValueError(f"the weights are {dim} wide, which {stated} not divide; state their number with --heads")
+    return {
+        "patch_size": tuple(patch[2:]),
+        "num_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "ffn_dim": ffn[0],
+        "freq_dim": time[1],
+        "text_dim": text[1],
+        "in_channels": patch[1],
+        "out_channels": head[0] // math.prod(patch[2:]),
+    }
+
+
+def architecture(sizes: Mapping[str, Any]) -> Any:
+    """diffusers' WanTransformer3DModel of these sizes, without memory for its weights."""
+    wrong = [f"{key} is {sizes.get(key)!r}" for key in SIZES if not isinstance(sizes.get(key), int) or sizes[key] < 1]
+    if wrong:
+        raise ValueError(f"the config states no usable sizes: {wrong[0]}; it must be a whole number above 0")
+    if sizes["in_channels"] != sizes["out_channels"] or sizes.get("image_dim") or sizes.get("added_kv_proj_dim"):
+        stated = f"it takes {sizes['in_channels']} channels and gives {sizes['out_channels']}"
+        raise ValueError(f"this is an image-to-video transformer ({stated}, image_dim {sizes.get('image_dim')}); use a text-to-video one")
+    with torch.device("meta"):
+        return WanTransformer3DModel.from_config(dict(sizes))
+
+
+def expected(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every weight that diffusers' transformer of these sizes has, and its shape."""
+    return {name: tuple(weight.shape) for name, weight in architecture(sizes).state_dict().items()}

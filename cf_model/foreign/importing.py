@@ -1,0 +1,142 @@
+"""Checkpoints of Wan's text-to-video transformer as others publish them, read into diffusers' layout.
+
+What decides is in the file: the container key of a `.pt`, the wrappers around the names, the names, the shapes. So CausVid,
+Self-Forcing, Rolling Forcing, LongLive's base and the hosts of Infinity-RoPE are one case, and SVI's and Context Forcing's
+LoRA and merged files another. Nothing is loaded in part: a weight that is missing, unknown or misshapen is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cf_model.model.weights import WEIGHTS, check, some
+
+from . import lora
+from .container import Branch, Source, open_source
+from .convert import architecture, expected, in_diffusers, inferred
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole transformer under diffusers' names, and what was found on the way."""
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]  # of diffusers
+    facts: dict[str, Any]
+
+
+def import_transformer(
+    src: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    branch: Branch | None = None,
+    dtype: torch.dtype | None = None,
+    heads: int | None = None,
+    lora_alpha: float | None = None,
+) -> dict[str, Any]:
+    """Writes a diffusers folder that `wan.load` opens, with import.json beside the weights; returns what that says."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there and not empty; name a new folder")
+    weights = read_weights(src, base=base, branch=branch, dtype=dtype, heads=heads, lora_alpha=lora_alpha)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
+    partial.chmod(0o755)  # mkdtemp's is its owner's alone
+    try:
+        architecture(weights.config).save_config(partial)
+        save_file({name: tensor.contiguous() for name, tensor in weights.state.items()}, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / "import.json").write_text(json.dumps(weights.facts, indent=2) + "\n")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return weights.facts
+
+
+def read_weights(
+    src: Path,
+    *,
+    base: Path | None = None,
+    branch: Branch | None = None,
+    dtype: torch.dtype | None = None,
+    heads: int | None = None,
+    lora_alpha: float | None = None,
+) -> Weights:
+    """Detects the layout, unwraps, renames, adds a LoRA to its base, and checks every name and shape.
+
+    Without `branch`: generator_ema where there is one, else generator. Without `dtype`: as stored. `heads` is needed only
+    where no config says it and heads aren't 128 wide.
+    """
+    source = open_source(src, branch)
+    pairs, rest = lora.split(source.state)
+    if not pairs:
+        for name, value in (("--base", base), ("--lora-alpha", lora_alpha)):
+            if value is not None:
+                raise ValueError(f"{name} is {value}, but {src} holds no LoRA; leave the option out")
+        state, config = _whole(source, rest, heads)
+        facts: dict[str, Any] = {}
+    else:
+        below = _base(source, base, rest, heads)
+        scale = lora.Scale(lora_alpha, source.adapter, rank={"pipe", "dit"} <= set(source.stripped))
+        try:
+            state, found = lora.merge(below.state, pairs, scale, dtype)
+        except ValueError as error:
+            raise ValueError(f"{src}: {error}") from None
+        config, facts = below.config, {"layout": "LoRA", "lora": found, "base": below.facts}
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in sorted(state.items())}
+    return Weights(state, config, source.facts() | facts | _measured(state, config))
+
+
+def _whole(source: Source, found: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checked transformer under diffusers' names, and its config."""
+    try:
+        state = in_diffusers(found)
+        config = source.config or inferred(state, heads)
+        check(state, expected(config))
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from None
+    if heads not in (None, config["num_attention_heads"]):
+        raise ValueError(f"--heads is {heads}, but {source.path}'s config says {config['num_attention_heads']}; leave the option out")
+    return state, config
+
+
+def _base(source: Source, base: Path | None, rest: Mapping[str, Tensor], heads: int | None) -> Weights:
+    """What a LoRA is added to: another checkpoint, or the whole transformer in the same file."""
+    whole = "patch_embedding.weight" in rest
+    if rest and not whole:
+        raise ValueError(f"{source.path} holds {some(rest)} beside LoRA matrices, but no whole transformer; use a plain LoRA")
+    if whole == (base is not None):
+        way = "holds its own base; leave --base out" if whole else "is a LoRA; state with --base what it was trained on"
+        raise ValueError(f"{source.path} {way}")
+    if base is not None:
+        return read_weights(base, heads=heads)
+    return Weights(*_whole(source, rest, heads), {"source": "the same file"})
+
+
+def _measured(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    model = {
+        "layers": config["num_layers"],
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        "ffn": config["ffn_dim"],
+        "freq": config["freq_dim"],
+        "positions": config.get("rope_max_seq_len", 1024),
+    }
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+    return {
+        "tensors": len(state),
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
+        "model": model,
+        "channels": config["in_channels"],
+        "text_channels": config["text_dim"],
+    }

@@ -1,0 +1,125 @@
+"""UMT5, the text encoder of Wan: transformers' UMT5EncoderModel, fed as Wan's own code feeds it."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from cf_model.model.weights import check_whole, choose_precision, some
+
+
+class UMT5Encoder:
+    """Reads the folder of a diffusers pipeline: text_encoder/ and tokenizer/. Its weights are loaded when a text is first encoded.
+
+    Choice: on a GPU in bfloat16, as Wan's own code runs it (11 GB); on a CPU in float32 (23 GB). `load_dtype` overrides that.
+
+    Wan pads every text to 512 tokens, masks the padding, and sets its rows to zero. Here each text is encoded alone at
+    its own length: the same numbers, since UMT5 knows only distances between tokens, for a fraction of the arithmetic.
+    """
+
+    def __init__(self, folder: Path, tokens: int, channels: int, *, load_dtype: torch.dtype | None = None) -> None:
+        self.folder, self.tokens, self.channels, self.load_dtype = folder, tokens, channels, load_dtype
+        self.device = torch.device("cpu")
+        # Choice: the file itself, not a tokenizer class of transformers, which may rebuild it by its own rules.
+        self.tokenizer = opened(folder / "tokenizer" / "tokenizer.json")
+        home = folder / "text_encoder"
+        if not (home / "config.json").is_file():
+            raise ValueError(f"{home} holds no config.json; text.weights must name a folder with text_encoder/ and tokenizer/ inside")
+        width = UMT5Config.from_pretrained(home, local_files_only=True).d_model
+        if width != channels:
+            raise ValueError(f"text.channels is {channels}, but {home} gives vectors of {width}; use {width}")
+        for file in weight_files(home):
+            check_whole(file)
+
+    @cached_property
+    def model(self) -> UMT5EncoderModel:
+        home = self.folder / "text_encoder"
+        model, found = UMT5EncoderModel.from_pretrained(
+            home,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=self.load_dtype or choose_precision(self.device),
+            ignore_mismatched_sizes=True,  # said below, as every misfit is
+            output_loading_info=True,
+        )
+        wrong = [f"has no {name}" for name in sorted(found["missing_keys"])]
+        wrong += [f"has {name}, which a UMT5 encoder has not" for name in sorted(found["unexpected_keys"])]
+        wrong += [f"has {name} of {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])]
+        if wrong:
+            raise ValueError(f"{home} {some(wrong)}; it belongs to other settings than those in the config.json beside it")
+        return model.eval().requires_grad_(False)
+
+    def to(self, device: Any) -> UMT5Encoder:
+        self.device = torch.device(device)
+        if "model" in self.__dict__:  # it is loaded
+            self.model.to(self.device)
+        return self
+
+    def ids(self, text: str) -> list[int]:
+        """Of the whole text; the last one ends it."""
+        return list(self.tokenizer.encode(clean(text)).ids)
+
+    def length(self, text: str) -> int:
+        return len(self.ids(text))
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]:
+        """float32, on the CPU. The empty text is the one token that ends a text, not zeros."""
+        out = torch.zeros(len(texts), self.tokens, self.channels)
+        model = self.model.to(self.device)
+        for row, text in zip(out, texts, strict=True):
+            ids = self.ids(text)
+            if len(ids) > self.tokens:  # a longer text is cut, and still ends with the token that ends a text
+                ids = [*ids[: self.tokens - 1], ids[-1]]
+            row[: len(ids)] = model(torch.tensor([ids], device=self.device)).last_hidden_state[0].float().cpu()
+        return out
+
+
+def clean(text: str) -> str:
+    """As diffusers' WanPipeline, and Wan's own code, clean a prompt: broken characters, HTML entities, runs of spaces."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def opened(file: Path) -> Tokenizer:
+    if not file.is_file():
+        raise ValueError(f"{file} isn't there; text.weights must name a folder with text_encoder/ and tokenizer/tokenizer.json inside")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{file} is no tokenizer ({error}); copy it again") from None
+    tokenizer.no_truncation()  # both may be stored in the file
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def weight_files(home: Path) -> list[Path]:
+    index = home / "model.safetensors.index.json"
+    if not index.is_file():
+        return [home / "model.safetensors"]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {outside[0]}, which is no file beside it; copy the folder again")
+    return [home / name for name in names]
+
+
+def save_umt5(encoder: UMT5Encoder, folder: Path) -> None:
+    """Copy the encoder's files as they are, so that no precision is lost and nothing has to be loaded."""
+    home = encoder.folder / "text_encoder"
+    index = home / "model.safetensors.index.json"
+    files = [home / "config.json", *weight_files(home), *([index] if index.is_file() else [])]
+    for file in [*files, encoder.folder / "tokenizer" / "tokenizer.json"]:
+        copy = folder / file.relative_to(encoder.folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)

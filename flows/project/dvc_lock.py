@@ -1,0 +1,118 @@
+"""What dvc.lock and *.dvc files say, against what lies in the workspace.
+
+DVC trusts its state database: a damaged file that has kept its time and size is "up to date" to it (treeverse/dvc #5978, #9641).
+`cf verify` hashes everything again, before a model is judged and before one is promoted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.project.worktree import git
+
+Out = Mapping[str, Any]  # path, md5, and size or nfiles, as DVC writes them
+
+
+def stages(text: str) -> dict[str, list[Out]]:
+    """Stage -> its outs, of a dvc.lock's text."""
+    tree = yaml.safe_load(text) or {}
+    return {name: stage.get("outs", []) for name, stage in tree.get("stages", {}).items()}
+
+
+def here(root: Path) -> dict[str, list[Out]]:
+    """Of the workspace, data that `dvc add` tracks among them (raw.dvc)."""
+    lock = root / "dvc.lock"
+    found = stages(lock.read_text()) if lock.is_file() else {}
+    for file in sorted(root.glob("*.dvc")):
+        if file.is_file():
+            found[file.name] = (yaml.safe_load(file.read_text()) or {}).get("outs", [])
+    return found
+
+
+def at(repo: Path, commit: str) -> dict[str, list[Out]]:
+    """Of a commit."""
+    try:
+        return stages(git(repo, "show", "--end-of-options", f"{commit}:dvc.lock"))
+    except RuntimeError:
+        raise ValueError(f"{commit[:12]} has no dvc.lock, so it says nothing about what its stages made") from None
+
+
+def entry(repo: Path, commit: str, path: str) -> Out:
+    for outs in at(repo, commit).values():
+        for out in outs:
+            if out["path"] == path:
+                return out
+    raise ValueError(f"the dvc.lock of {commit[:12]} has no {path}; run the pipeline and commit dvc.lock first")
+
+
+def problems(root: Path, names: list[str] | None = None) -> list[str]:
+    """One sentence for every out that is not what dvc.lock says; of these stages, or of all."""
+    known = here(root)
+    if unknown := [name for name in names or [] if name not in known]:
+        raise ValueError(f"dvc.lock has no stage {unknown[0]}; it has {', '.join(known) or 'none'}")
+    found = ((name, out) for name, outs in known.items() if not names or name in names for out in outs)
+    return [f"{name}: {said}" for name, out in found if (said := wrong(root / out["path"], out))]
+
+
+def wrong(path: Path, out: Out) -> str | None:
+    """What is not as stated."""
+    stated = str(out.get("md5", ""))
+    if not path.exists():
+        return f"{path.name} is not there; `dvc checkout` brings it"
+    if stated.endswith(".dir") != path.is_dir():
+        return f"{path.name} is {'a folder' if path.is_dir() else 'no folder'}, which dvc.lock says it is not"
+    found = md5(path)
+    return None if found == stated else f"{path.name} has the md5 {found}, not {stated}; delete it, and `dvc checkout` brings the right one"
+
+
+def md5(path: Path) -> str:
+    """As DVC 3 makes it: of a file's bytes; of a folder, over the list of what is in it."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
+    listing = json.dumps([{"md5": md5(file), "relpath": name} for name, file in files], sort_keys=True)
+    return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def in_a_sentence(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """A command: what it refuses is one line, and no traceback."""
+
+    @wraps(main)
+    def told(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (ValueError, RuntimeError) as error:
+            sys.exit(f"cf: {' '.join(str(error).split())}")
+
+    return told
+
+
+@in_a_sentence
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("cf verify", description="Hashes the workspace's outs again and compares them with dvc.lock.")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
+    names, root = parser.parse_args(argv).stages, Path.cwd()
+    if found := problems(root, names):
+        print("\n".join(found))
+        sys.exit(1)
+    print(f"{sum(1 for _ in _outs(root, names))} outs are what dvc.lock says")
+
+
+def _outs(root: Path, names: list[str]) -> Iterator[Out]:
+    for name, outs in here(root).items():
+        if not names or name in names:
+            yield from outs
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,219 @@
+"""A checkout of its own for every run: .runs/<name>, on branch run/<name>, with the parameters that the run was asked for.
+
+All of them share the DVC cache of the checkout they come from, else nothing would ever be restored. The branch stays and the run
+can be repeated from it by `dvc repro`; the folder goes when it is old (`python -m flows.project.worktree prune`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from flows.project import dvc_config
+from flows.project import overrides as laid
+
+FOLDER = ".runs"
+LOCK = ".dvc/tmp/cf-run.lock"
+KEEP = 5
+NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
+# a run's branch is nobody's to sign, and the project's hooks are for people: `dvc install` puts one there that checks everything out
+PLAIN = ["git", "-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false"]
+EXAMPLES = """examples:
+  python -m flows.project.worktree list
+  python -m flows.project.worktree prune --keep 5     every finished run's folder but the five youngest; branches stay"""
+
+
+class Busy(RuntimeError):
+    """Another run has the checkout."""
+
+
+def checked(name: str) -> str:
+    """A name that is one folder, one git branch and one word to a shell, or ValueError."""
+    if not NAME.fullmatch(name) or ".." in name or name.endswith(".lock"):
+        rule = "lower-case letters, digits, and . _ - between them, at most 100, without .. and not ending in .lock"
+        raise ValueError(f"{name!r} can't be the name of a run; use {rule}")
+    return name
+
+
+def make(
+    repo: Path, name: str, *, base: str = "HEAD", profile: str | None, overrides: Mapping[str, Any], branch: str | None = None
+) -> Path:
+    """The folder, with its parameters committed. One that is already there is taken as it is: a run that is retried finds its
+    working files, and its training goes on from the last checkpoint."""
+    repo, name = repo.resolve(), checked(name)
+    branch, folder = branch or f"run/{name}", repo / FOLDER / name
+    if not (folder / ".git").is_file():  # absent, or half made: there git would speak of the checkout around it
+        shutil.rmtree(folder, ignore_errors=True)
+        git(repo, "worktree", "prune")
+        start = git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip()
+        known = git(repo, "branch", "--list", branch).strip()
+        git(repo, "worktree", "add", "--quiet", *([] if known else ["-b", branch]), str(folder), branch if known else start)
+    # a kill in the middle of the checkout leaves files away; DVC takes metrics away itself, before it runs their stage
+    elif away := [file for file in git(folder, "ls-files", "-z", "--deleted").split("\0") if file and not file.startswith("metrics/")]:
+        git(folder, "checkout", "--quiet", "--", *away)
+    os.utime(folder)
+    dvc_config.share(repo, folder)
+    try:
+        if profile and profile != "params.yaml":
+            _cf(folder, "profile", "use", profile)
+        if overrides:
+            laid.lay(folder / "params.yaml", overrides)
+    except (RuntimeError, ValueError):
+        git(folder, "checkout", "--quiet", "--", "params.yaml")
+        raise
+    said = [f"profile {profile or 'params.yaml'}", *(f"{key}={value}" for key, value in overrides.items())]
+    commit(folder, ["params.yaml"], f"run {name}: {', '.join(said)}")
+    return folder
+
+
+def commit(folder: Path, paths: list[str], message: str) -> str:
+    """Only these, if they differ from what is committed; the commit that then is the run's."""
+    git(folder, "add", "--", *[path for path in paths if (folder / path).exists()])
+    if git(folder, "diff", "--cached", "--name-only").strip():
+        who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
+        stated = [word for key, value in who.items() if not _asked(folder, key) for word in ("-c", f"{key}={value}")]
+        git(folder, *stated, "commit", "--quiet", "--no-verify", "--message", message)
+    return git(folder, "rev-parse", "HEAD").strip()
+
+
+def committed(folder: Path, path: str) -> str:
+    """A file's text at the last commit; empty where it isn't in it."""
+    try:
+        return git(folder, "show", f"HEAD:{path}")
+    except RuntimeError:
+        return ""
+
+
+def git(folder: Path, *words: str) -> str:
+    """Git's answer, or its complaint in one sentence. Never asks for a password."""
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    done = subprocess.run([*PLAIN, *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`git {' '.join(words[:3])}` failed in {folder}: {' '.join(done.stderr.split()) or 'without a word'}")
+    return done.stdout
+
+
+def _asked(folder: Path, key: str) -> bool:
+    return subprocess.run(["git", "config", key], cwd=folder, capture_output=True).returncode == 0
+
+
+def _cf(folder: Path, *words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "tasks", *words], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or f"`cf {' '.join(words)}` failed").splitlines()[-1])
+
+
+# --------------------------------------------------------------------------------------------------- whose turn it is
+
+
+@contextmanager
+def alone(root: Path, run: str = "") -> Iterator[None]:
+    """One run a checkout: DVC refuses a stage that is started twice, hours into the first. The kernel frees the lock, and then the
+    name of the run is still in it: that one died."""
+    path = root / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().split(" ")[0] or "unknown"
+            raise Busy(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
+        _write(file, f"{os.getpid()} {run}")
+        try:
+            yield
+        except Exception:  # it ends by itself, and says so
+            _write(file, "")
+            raise
+        _write(file, "")
+
+
+def _write(file: IO[str], text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+
+
+def in_use(root: Path) -> bool:
+    return _owner(root) is None
+
+
+def died(root: Path) -> str:
+    """The run that had this checkout and didn't leave it, if nobody has it now."""
+    return (_owner(root) or " ").split(" ")[1]
+
+
+def _owner(root: Path) -> str | None:
+    """What a free lock says; None of one that is held."""
+    if not (root / LOCK).exists():
+        return " "
+    with (root / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        return file.read() or " "
+
+
+# ---------------------------------------------------------------------------------------------------------- old ones
+
+
+def found(repo: Path) -> list[Path]:
+    """Folders of runs, youngest first."""
+    known = {path: path.stat().st_mtime for path in (repo / FOLDER).glob("*") if (path / ".git").is_file()}
+    return sorted(known, key=lambda path: -known[path])
+
+
+def prune(repo: Path, keep: int = KEEP, line: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """Removes the folders of all runs but the `keep` youngest, never one in use. What a run that died had finished is committed
+    first: the branch must be enough to repeat it. What git can't remove stays, and doesn't end the run that tidies up."""
+    gone = []
+    for folder in found(repo)[keep:]:
+        if in_use(folder):
+            continue
+        try:
+            git(folder, "add", "--update")
+            commit(folder, ["dvc.lock", "metrics"], f"run {folder.name}: what it had finished")
+            git(repo, "worktree", "remove", "--force", str(folder))
+            gone.append(folder)
+        except RuntimeError as error:
+            line(f"{folder.name} was not removed: {error}")
+    return gone
+
+
+def main(argv: list[str]) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m flows.project.worktree", description=__doc__, epilog=EXAMPLES, formatter_class=form)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="runs that have a folder, youngest first")
+    verbs.add_parser("prune", help="remove old folders").add_argument("--keep", type=int, default=KEEP)
+    args = parser.parse_args(argv)
+    repo = Path.cwd()
+    if args.verb == "list":
+        if not found(repo):
+            print(f"no run has a folder in {FOLDER}/")
+        for folder in found(repo):
+            print(f"{folder.name:<40} {'running' if in_use(folder) else 'finished':<9} {_last(folder)}")
+        return
+    for folder in prune(repo, args.keep, print):
+        print(f"removed {folder}; its branch run/{folder.name} stays")
+
+
+def _last(folder: Path) -> str:
+    try:
+        return git(folder, "log", "-1", "--format=%h %s").strip()
+    except RuntimeError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,143 @@
+"""`cf compare A B`: two runs on one page that needs no other file: what differs, numbers with intervals, curves, videos."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from tasks.params import yaml_file
+from tasks.runner.track import replace
+
+from . import results, revision
+
+COLOURS = {"A": "#3f83c9", "B": "#e0813a"}
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs, and what is known of it without looking at what it made."""
+
+    letter: str
+    name: str
+    root: Path
+    params: Mapping[str, Any]
+    lock: Mapping[str, Any]
+    commit: str
+    subject: str
+    date: str
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("cf compare", description=__doc__)
+    parser.add_argument("a", help="a folder (the root of a run; . is this one), a Git revision, or an experiment of DVC")
+    parser.add_argument("b", help="the same; differences are B minus A")
+    parser.add_argument("--out", type=Path, default=Path("compare.html"), help="default: compare.html")
+    given = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="cf-compare-") as scratch:
+        a, b = (side(letter, name, Path(scratch)) for letter, name in (("A", given.a), ("B", given.b)))
+        html = render(page(a, b))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    replace(given.out, html)
+    print(f"{given.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
+
+
+def side(letter: str, name: str, scratch: Path) -> Side:
+    root = revision.folder(name, scratch / letter)
+    lock = root / "dvc.lock"
+    told = revision.git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
+    commit, subject, date = told if len(told) == 3 else ("", "", "")
+    label = root.resolve().name if Path(name).is_dir() else name
+    stages = yaml_file.read(lock).get("stages", {}) if lock.exists() else {}
+    return Side(letter, label, root, yaml_file.read(root / "params.yaml"), stages, commit, subject, date)
+
+
+def page(a: Side, b: Side) -> dict[str, Any]:
+    rules = a.params.get("evaluate") or {}
+    resamples, seed = int(rules.get("resamples", 1000)), int(a.params.get("seed", 0))
+    found = [results.results(one.root, resamples, seed) for one in (a, b)]
+    suites = results.suites(*found)
+    size = a.params.get("video") or {}
+    return {
+        "sides": [a, b],
+        "colours": COLOURS,
+        "params": params_diff(a.params, b.params),
+        "stages": stages_diff(a.lock, b.lock),
+        "suites": suites,
+        "tally": results.tally(suites),
+        "curves": results.over_time(a.root, b.root, COLOURS),
+        "training": results.training(a.root, b.root, COLOURS),
+        "videos": results.videos(a.root, b.root, suites, int(size.get("fps", 16))),
+        "shape": (size.get("width", 1), size.get("height", 1)),
+        "numbers": numbers(a.root, b.root),
+        "resamples": resamples,
+    }
+
+
+def params_diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Every value that differs, by its dotted key; where a run is tracked changes no result."""
+    one, other = (dict(flat({key: value for key, value in params.items() if key != "tracking"})) for params in (a, b))
+    keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+    return [(key, one.get(key, ABSENT), other.get(key, ABSENT)) for key in keys]
+
+
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from flat(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, json.dumps(value, ensure_ascii=False)
+
+
+def stages_diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By dvc.lock: which stages made the same bytes, and of the others, which of their inputs differ."""
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys([*a, *b]):
+        one, other = a.get(name), b.get(name)
+        if one is None or other is None:
+            rows.append({"stage": name, "same": None, "absent": "A" if one is None else "B", "code": [], "data": [], "params": []})
+            continue
+        deps = differing(one, other, "deps")
+        params = [dict(flat({k: v for file in entry.get("params", {}).values() for k, v in file.items()})) for entry in (one, other)]
+        keys = sorted(key for key in {*params[0], *params[1]} if params[0].get(key) != params[1].get(key) and "tracking" not in key)
+        code = [path for path in deps if path.startswith(("cf_model/", "tasks/"))]
+        same = not differing(one, other, "outs")
+        rows.append({"stage": name, "same": same, "code": code, "data": [path for path in deps if path not in code], "params": keys})
+    return rows
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any], kind: str) -> list[str]:
+    first, second = ({entry["path"]: entry.get("md5") for entry in lock.get(kind, [])} for lock in (one, other))
+    return sorted(path for path in {*first, *second} if first.get(path) != second.get(path))
+
+
+def numbers(a: Path, b: Path) -> list[dict[str, Any]]:
+    """metrics/<stage>.json of both, where a number differs; evaluate's have tables of their own."""
+    rows = []
+    names = dict.fromkeys(path.stem for root in (a, b) for path in sorted((root / "metrics").glob("*.json")))
+    for name in names:
+        if name in ("evaluate", "report"):
+            continue
+        files = [root / "metrics" / f"{name}.json" for root in (a, b)]
+        one, other = map(results.metrics, files)
+        for key in dict.fromkeys([*one, *other]):
+            x, y = one.get(key), other.get(key)
+            if x != y:
+                change = y - x if isinstance(x, int | float) and isinstance(y, int | float) else None
+                rows.append({"stage": name, "key": key.replace("_", " "), "a": x, "b": y, "change": change})
+    return rows
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """Everything in the page is escaped but the figures made here."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = results.number
+    return environment.get_template("compare.html.j2").render(values)

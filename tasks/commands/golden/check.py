@@ -1,0 +1,220 @@
+"""`cf check-golden`: our model, memory, schedule, losses and rollouts against what Self-Forcing and LongLive computed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from cf_model.foreign.convert import to_diffusers
+from cf_model.model.denoiser import Denoiser, rotate
+from cf_model.model.memory import Memory, empty
+from cf_model.model.rollout import stream
+
+from . import schedule
+from .vectors import Golden, peer
+
+EXAMPLE = """example:
+  cf check-golden tests/golden/wan-causal
+
+Every case prints its largest difference; the exit code is 1 when one is beyond its tolerance, 2 when the folder is broken."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|ours - theirs| <= absolute + relative * |theirs|"""
+
+    absolute: float
+    relative: float
+
+    def __str__(self) -> str:
+        parts = [f"{self.absolute:g}"] if self.absolute or not self.relative else []
+        return " + ".join([*parts, f"{self.relative:g}|x|"] if self.relative else parts)
+
+
+# what the README of the vectors recommends
+EXACT = Tolerance(0, 0)
+OUTPUT = Tolerance(2e-5, 1e-4)
+ROLLOUT = Tolerance(1e-4, 0)
+# Choice: beside its rtol 1e-6 an absolute part, for numbers near 0 that are differences: the weights of the losses are a
+# float32 bell minus its minimum, times five, which is right to 1e-6 at best
+SCHEDULE = Tolerance(2e-6, 1e-6)
+GRADIENT = Tolerance(1e-5, 1e-5)
+LOSS = Tolerance(0, 1e-5)
+
+Made = Iterator[tuple[str, Tensor]]  # the name of a stored array, and what we make of the inputs
+Compared = Iterator[tuple[str, Tensor, Tensor]]  # what it is, ours, theirs
+FAMILIES = ("text", "bi", "selfforcing", "diffusers", "causal", "mask", "sched", "dmd", "roll", "ll_abs", "ll_rel")
+
+
+def main(argv: list[str]) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("cf check-golden", description=__doc__.split(": ", 1)[1], epilog=EXAMPLE, formatter_class=form)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="golden vectors in the format of tests/golden/wan-causal/README.md")
+    check(parser.parse_args(argv).folder)
+
+
+@torch.no_grad()
+def check(folder: Path) -> None:
+    """One line for every case of the folder. Refuses a broken folder; raises when a case is beyond its tolerance."""
+    golden = Golden(folder)
+    model = golden.model()
+    print(f"{'case':<28}{'arrays':>7}  {'largest difference':<20}{'tolerance':<18}")
+    failed = [case for case, tolerance, compared in cases(golden, model) if not line(case, tolerance, compared)]
+    if absent := [family for family in FAMILIES if not golden.names(rf"{family}[._].*")]:
+        print(f"not in {folder}, so not checked: {', '.join(absent)}")
+    if unread := golden.unread():
+        print(f"in {folder}, but no case reads it: {', '.join(unread)}")
+    if failed:
+        raise ValueError(f"{len(failed)} of {folder}'s cases differ by more than their tolerance: {', '.join(failed)}")
+
+
+def line(case: str, tolerance: Tolerance, compared: Compared) -> bool:
+    """Prints one case; the array that is furthest beyond the tolerance is named."""
+    arrays, largest, worst, culprit = 0, 0.0, 0.0, ""
+    for name, ours, theirs in compared:
+        ours, theirs = ours.double(), theirs.double()
+        gap = (ours - theirs).abs().nan_to_num(nan=torch.inf)
+        beyond = float((gap - tolerance.absolute - tolerance.relative * theirs.abs()).nan_to_num(nan=torch.inf).max())
+        arrays, largest = arrays + 1, max(largest, float(gap.max()))
+        if beyond > worst:
+            worst, culprit = beyond, name
+    print(f"{case:<28}{arrays:>7}  {largest:<20.2g}{tolerance!s:<18}{f'FAIL at {culprit}' if culprit else 'ok'}", flush=True)
+    return not culprit
+
+
+def cases(golden: Golden, model: Denoiser) -> Iterator[tuple[str, Tolerance, Compared]]:
+    """In the order of the README; each is computed as it is compared."""
+
+    def stored(made: Made) -> Compared:
+        return ((name, ours, golden.array(name, *ours.shape)) for name, ours in made)
+
+    yield "keymap", EXACT, keymap(golden)
+    if golden.names(r"text\..*"):
+        yield "text", EXACT, stored(padding(golden))
+    if golden.names(r"bi\..*"):
+        yield "bi", OUTPUT, stored(bidirectional(golden, model, ["bi.out"]))
+        yield "bi, plain diffusers", EXACT, plain(golden, model)
+    for family in ("selfforcing", "diffusers"):
+        if names := golden.names(rf"{family}\.bi\d*\.out"):
+            yield family, OUTPUT, stored(bidirectional(golden, model, names))
+    for case in dict.fromkeys(name.split(".")[0] for name in golden.names(r"(causal|ll)_.*")):
+        yield case, OUTPUT, stored(causal(golden, model, case))
+    if golden.names(r"mask\..*"):
+        yield "mask", OUTPUT, stored(masks(golden, model))
+    if golden.names(r"sched\..*"):
+        yield "sched", SCHEDULE, stored(schedule.schedule(golden))
+    if golden.names(r"dmd\..*"):
+        yield "dmd levels", SCHEDULE, stored(schedule.levels(golden))
+        yield "dmd gradients", GRADIENT, schedule.gradients(golden)
+        yield "dmd losses", LOSS, stored(schedule.losses(golden))
+    for name in golden.names(r"roll_.*"):
+        yield name.split(".")[0], ROLLOUT, stored(rolled(golden, model, name))
+
+
+# ------------------------------------------------------------------------------------------------- weights and text
+
+
+def keymap(golden: Golden) -> Compared:
+    """The converter's names against the folder's: 1 is a name that differs."""
+    ours, theirs = {old: new for new, old in to_diffusers({name: name for name in golden.weights()}).items()}, golden.keymap()
+    for name in sorted(ours.keys() | theirs.keys()):
+        yield name, torch.tensor(float(ours.get(name) != theirs.get(name))), torch.tensor(0.0)
+
+
+def padding(golden: Golden) -> Made:
+    """Rows past a prompt's end are zero."""
+    text = golden.array("text.padded", None, None, None)
+    yield "text.padded", text * (torch.arange(text.shape[1]) < golden.array("text.lens", len(text))[:, None])[..., None]
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def bidirectional(golden: Golden, model: Denoiser, names: list[str]) -> Made:
+    """`bi500` is the same at t = 500 for every video."""
+    x = golden.video("bi.x", None)
+    t = golden.array("bi.t", len(x))
+    for name in names:
+        stated = re.search(r"bi(\d+)", name)
+        sigma = (torch.full_like(t, float(stated[1])) if stated else t) / 1000
+        yield name, model.velocity(x, sigma, golden.text(len(x))).transpose(1, 2)
+
+
+def plain(golden: Golden, model: Denoiser) -> Compared:
+    """Without a memory it is diffusers' own WanTransformer3DModel to the bit."""
+    x, ours = golden.video("bi.x", None), model.transformer
+    t, text = golden.array("bi.t", len(x)), golden.text(len(x))
+    untouched = type(ours).from_config(ours.config).eval()
+    untouched.load_state_dict(ours.state_dict(), strict=True)
+    theirs = untouched(x.transpose(1, 2), 1000 * (t / 1000), text, return_dict=False)[0]
+    yield "the same weights in diffusers", model.velocity(x, t / 1000, text), theirs.transpose(1, 2)
+
+
+def causal(golden: Golden, model: Denoiser, case: str) -> Made:
+    """Chunk after chunk: a noisy pass and a clean one over the same memory, and what is cached after the last."""
+    chunk, chunks = golden.chunk, max(golden.count(rf"{case}\.chunk(\d+)\..*"), 1)
+    level = f"{case}.t_noisy"
+    if case.startswith("ll_"):  # LongLive's passes are at Self-Forcing's level
+        level = next(iter(golden.names(r"causal_(global|w\d+_s\d+)\.t_noisy")), "causal_global.t_noisy")
+    spec, text = peer(case, chunk * chunks), golden.text(1)
+    sigma = golden.array(level, 1, chunk) / 1000
+    memory = before = empty(spec)
+    for k in range(chunks):
+        noisy, clean = (golden.video(f"causal.{kind}{k}", 1, chunk) for kind in ("noisy", "clean"))
+        yield f"{case}.chunk{k}.noisy_out", model.velocity(noisy, sigma, text, memory).transpose(1, 2)
+        yield f"{case}.chunk{k}.clean_out", model.velocity(clean, torch.zeros(1), text, memory).transpose(1, 2)
+        before, memory = memory, model.remember(clean, text, memory)
+    if cached := golden.names(rf"{case}\.cache\.layer\d+\.(v|k_roped|k_unroped)"):
+        # a fast part that has room for the last chunk beside its past holds what the peers' caches do: the whole window
+        window = model.remember(clean, text, replace(before, spec=replace(spec, fast=spec.fast + chunk)))
+        yield from caches(golden, model, window, clean, cached)
+
+
+def caches(golden: Golden, model: Denoiser, window: Memory, x: Tensor, names: list[str]) -> Made:
+    """Keys before rotation, as we keep them, or at their absolute positions; a place that was never filled is zero."""
+    frames = [index for part in window.held().values() for index in part]
+    positions = model.transformer.rope.rotations(frames, x.transpose(1, 2))
+    for name in names:
+        _, _, layer, kind = name.split(".")
+        keys, values = (torch.cat(part, dim=1) for part in window.past(int(layer.removeprefix("layer"))))
+        ours = {"v": values, "k_unroped": keys, "k_roped": rotate(keys, positions)}[kind]
+        places = golden.array(name, 1, None, *ours.shape[2:]).shape[1]
+        yield name, functional.pad(ours, (0, 0, 0, 0, 0, max(places - ours.shape[1], 0)))
+
+
+def masks(golden: Golden, model: Denoiser) -> Made:
+    """The peers' training masks without a mask: a chunk sees what was noisy before it, or the clean frames of teacher forcing."""
+    noisy = golden.video("mask.noisy", 1)
+    clean, t = golden.video("mask.clean", 1, noisy.shape[1]), golden.array("mask.t", 1, noisy.shape[1])
+    text, chunk, sigma = golden.text(1), golden.chunk, t / 1000
+    for name, past, level in (("blockwise_causal_out", noisy, sigma), ("teacher_forcing_out", clean, torch.zeros_like(sigma))):
+        memory, made = empty(peer("causal_global", noisy.shape[1])), []
+        for x, s, seen, at in zip(*(whole.split(chunk, dim=1) for whole in (noisy, sigma, past, level)), strict=True):
+            made.append(model.velocity(x, s, text, memory))
+            memory = model.remember(seen, text, memory, sigma=at)
+        yield f"mask.{name}", torch.cat(made, dim=1).transpose(1, 2)
+
+
+def rolled(golden: Golden, model: Denoiser, name: str) -> Made:
+    """The rollout of inference, fed with the noise that the peer drew."""
+    noise = golden.array("roll.noise", 1, None, golden.size("in_dim"), None, None)
+    sigmas = (golden.array("roll.denoising_steps", None) / 1000).tolist()
+    (frames, *shape), chunk, again = noise.shape[1:], golden.chunk, len(sigmas) - 1
+
+    def drawn() -> Iterator[Tensor]:
+        for k, start in enumerate(noise.split(chunk, dim=1)):
+            yield start
+            for step in range(again):
+                yield golden.array(f"roll.renoise{k * again + step}", chunk, *shape)[None]
+
+    memory = empty(peer(name.split(".")[0], frames))
+    chunks = stream(model, golden.text(1), (shape[0], shape[1], shape[2]), sigmas=sigmas, chunk=chunk, memory=memory, rng=drawn())
+    yield name, torch.cat(list(islice(chunks, frames // chunk)), dim=1)

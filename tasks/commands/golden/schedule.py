@@ -1,0 +1,206 @@
+"""Cases of `cf check-golden` that need no transformer: the schedule, and distribution matching between stub scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cf_model.model.flow import Flow, add_noise, expand, to_velocity, to_x0
+from cf_model.model.memory import empty
+from cf_model.model.rollout import Rollout, Target
+from cf_model.model.view import TeacherView, sample
+from cf_model.train.distill import generator_gradient, replay
+from tasks.params.yaml_file import Refused
+
+from .vectors import Golden, peer
+
+SHIFT, LOWEST, HIGHEST = 5.0, 0.02, 0.98  # Self-Forcing's; another table says another shift
+GUIDANCE = 4.0  # the vectors' 3.0, which counts from the conditional score
+ALONE = TeacherView("none", 0, 0, 0, 1, "shared", "joint")
+
+
+def flow_of(golden: Golden) -> Flow:
+    """With the shift that the stored table was made with."""
+    if "sched.sigmas" not in golden.files:
+        return Flow(SHIFT, LOWEST, HIGHEST)
+    table = golden.array("sched.sigmas", None)
+    u, sigma = 1 - (len(table) // 2) / len(table), float(table[len(table) // 2])
+    shift = sigma * (1 - u) / (u * (1 - sigma))
+    if not shift > 0.999:
+        raise Refused(f"array sched.sigmas of {golden.folder} has {sigma} in its middle, which no shift of 1 or more gives; copy it again")
+    return Flow(round(shift, 3), LOWEST, HIGHEST)
+
+
+def rows(golden: Golden, t: Tensor) -> Tensor:
+    """The peers look σ up in a table of 1000 timesteps, nearest first; ours is exact."""
+    if "sched.timesteps" in golden.files:
+        table = golden.array("sched.timesteps", None)
+    else:
+        table = 1000 * torch.tensor(flow_of(golden).levels(1000)[:-1])
+    return (table - t.reshape(-1, 1)).abs().argmin(dim=1)
+
+
+# -------------------------------------------------------------------------------------------------------- schedule
+
+
+@dataclass(frozen=True)
+class Between(Flow):
+    """A sampler's one step between two given levels."""
+
+    ends: tuple[float, ...]
+
+    def levels(self, steps: int) -> list[float]:
+        return list(self.ends)
+
+
+@dataclass(frozen=True, eq=False)
+class Always:
+    """A model that always says the same."""
+
+    said: Tensor
+
+    def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        return self.said
+
+
+def schedule(golden: Golden) -> Iterator[tuple[str, Tensor]]:
+    flow = flow_of(golden)
+    levels = flow.levels(len(golden.array("sched.sigmas", None)))  # 0 is the last
+    table = torch.tensor(levels[:-1], dtype=torch.float64)
+    yield "sched.sigmas", table
+    yield "sched.timesteps", 1000 * table
+    yield "sched.train_weights", flow.weight(table)
+    nominal = golden.array("sched.nominal_steps", None) / 1000
+    yield "sched.warped_steps", 1000 * flow.warp(nominal)
+    for name in golden.names(r"sched\.shift[\d.]+\.warped_steps"):
+        shift = float(name.removeprefix("sched.shift").removesuffix(".warped_steps"))
+        yield name, 1000 * Flow(shift, LOWEST, HIGHEST).warp(nominal)
+    t = golden.array("sched.t", None)
+    shape = golden.array("sched.x0", len(t), None, None, None).shape
+    x_0, noise, x_t, velocity = (golden.array(f"sched.{name}", *shape) for name in ("x0", "noise", "xt", "flow"))
+    sigma = table[rows(golden, t)].float()
+    yield "sched.xt", add_noise(x_0, noise, sigma)
+    yield "sched.x0_from_flow", to_x0(x_t, velocity, sigma)
+    yield "sched.training_weight", flow.weight(sigma)
+    sigma = table[rows(golden, golden.array("sched.flow_from_x0.t", len(t)))].float()
+    yield "sched.flow_from_x0", to_velocity(x_t, x_0, sigma)
+    stepped = []
+    for row, x, said in zip(rows(golden, golden.array("sched.euler_step.t", len(t))).tolist(), x_t, velocity, strict=True):
+        x, said, none = x[None, None], said[None, None], torch.zeros(1, 1, 1)
+        step = Between(flow.shift, LOWEST, HIGHEST, tuple(levels[row : row + 2]))
+        given = {"context": x[:, :0], "shape": tuple(x.shape[1:]), "view": ALONE, "null": none[0], "rng": iter([x])}
+        stepped.append(sample(Always(said), none, flow=step, steps=1, guidance=1, guidance_passes="apart", **given)[0])
+    yield "sched.euler_step", torch.cat(stepped)
+
+
+# ------------------------------------------------------------------------------------------- distribution matching
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A score whose x_0 is `x` x_t + `t` t / 1000 + `text` mean(text) + `more`."""
+
+    x: float
+    t: float
+    text: float
+    more: float = 0.0
+
+    def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        return to_velocity(x_t, self.x * x_t + expand(self.t * sigma, x_t) + self.text * text.mean() + self.more, sigma)
+
+
+FAKE, REAL = Stub(0.70, -0.05, 0.10), Stub(0.60, 0.08, 0.30)
+
+
+def latent(golden: Golden) -> Tensor:
+    return golden.array("dmd.latent", None, None, None, None, None)
+
+
+def texts(golden: Golden) -> tuple[Tensor, Tensor]:
+    cond = golden.array("dmd.cond", len(latent(golden)), None, golden.size("text_dim"))
+    return cond, golden.array("dmd.uncond", *cond.shape)
+
+
+def of_a_video(golden: Golden, name: str) -> Tensor:
+    """One number a video, which the vectors repeat for every frame."""
+    value = golden.array(name, *latent(golden).shape[:2])
+    if not (value == value[:, :1]).all():
+        raise Refused(f"array {name} of {golden.folder} differs between frames of one video; our losses draw one level a video")
+    return value[:, 0]
+
+
+def score(golden: Golden, x_t: Tensor, sigma: Tensor, fake: Stub = FAKE) -> tuple[Tensor, Tensor, Tensor]:
+    """Our gradient at given noisy frames: normalised, raw, and the mean size that is logged.
+
+    The stubs look at the mean of all texts, so that every video is scored alone with that mean.
+    """
+    flow, x = replace(flow_of(golden), sigma_min=0.0, sigma_max=1.0), latent(golden)  # these levels are clamped already
+    text, null = (words.mean(dim=0) for words in texts(golden))
+    noise = (x_t - (1 - expand(sigma, x)) * x) / expand(sigma, x)
+    draws = zip(sigma / (flow.shift - (flow.shift - 1) * sigma), noise, strict=True)  # the level before its shift
+    found = [
+        generator_gradient(
+            one[None], text[None], real=REAL, fake=fake, context=one[None, :0], view=ALONE, flow=flow,
+            rng=iter([u[None], epsilon[None]]), guidance=GUIDANCE, guidance_passes="apart", null=null,
+        )
+        for one, (u, epsilon) in zip(x, draws, strict=True)
+    ]
+    gradient = torch.cat([one for one, _ in found])
+    normaliser, size = (torch.tensor([values[name] for _, values in found]) for name in ("normaliser", "dm_gradient"))
+    return gradient, gradient * expand(normaliser, gradient), size.mean()[None]
+
+
+def losses_of(golden: Golden) -> list[str]:
+    return list(dict.fromkeys(name.split(".")[1] for name in golden.names(r"dmd\.loss_\w+\..*")))
+
+
+def levels(golden: Golden) -> Iterator[tuple[str, Tensor]]:
+    """The levels of the losses: drawn, shifted, clamped."""
+    for loss in losses_of(golden):
+        index = of_a_video(golden, f"dmd.{loss}.t_index")
+        sigma = flow_of(golden).sample_score_sigma(len(index), iter([index / 1000]))
+        yield f"dmd.{loss}.t_used", 1000 * sigma[:, None].expand(latent(golden).shape[:2])
+
+
+def gradients(golden: Golden) -> Iterator[tuple[str, Tensor, Tensor]]:
+    x_t, sigma = golden.array("dmd.noisy", *latent(golden).shape), of_a_video(golden, "dmd.t") / 1000
+    gradient, raw, size = score(golden, x_t, sigma)
+    made = {"grad_normalized": gradient, "grad_raw": raw, "grad_norm_log": size}
+    for name in golden.names(r"dmd\.grad_fakecfg[\d.]+"):
+        # our critic is never guided, so this one guides itself
+        cond, uncond = (words.mean() for words in texts(golden))
+        guided = replace(FAKE, more=FAKE.text * float(name.split("fakecfg")[1]) * float(cond - uncond))
+        made[name.removeprefix("dmd.")] = score(golden, x_t, sigma, guided)[0]
+    for name, ours in made.items():
+        yield f"dmd.{name}", ours, golden.array(f"dmd.{name}", *ours.shape)
+    for loss in losses_of(golden):
+        name, (carried, _, ours) = f"dmd.{loss}.latent_grad", back_propagated(golden, loss)
+        # Choice: times the numbers that the loss is a mean of, or a gradient of 1e-5 were within any tolerance
+        yield name, carried * ours, carried * golden.array(name, *ours.shape)
+
+
+def losses(golden: Golden) -> Iterator[tuple[str, Tensor]]:
+    for loss in losses_of(golden):
+        carried, gradient, _ = back_propagated(golden, loss)
+        yield f"dmd.{loss}.value", 0.5 * (gradient.double().square().sum() / carried)[None]
+
+
+def back_propagated(golden: Golden, loss: str) -> tuple[int, Tensor, Tensor]:
+    """A loss through the student's own replay, for a student that says what it is given: numbers in the mean, score, gradient."""
+    x, chunk = latent(golden), golden.chunk
+    sigma = of_a_video(golden, f"dmd.{loss}.t_used") / 1000
+    looked_up = torch.tensor(flow_of(golden).levels(1000))[rows(golden, 1000 * sigma)]
+    gradient, _, _ = score(golden, add_noise(x, golden.array(f"dmd.{loss}.noise", *x.shape), looked_up), sigma)
+    first = chunk if loss == "loss_b" else 0  # the frame from which on there is a loss
+    gradient[:, :first] = 0
+    with torch.enable_grad():
+        x.requires_grad_()
+        spec = peer("causal_global", x.shape[1])
+        targets = [Target(at, x[:, at : at + chunk], 1.0, empty(spec), at >= first) for at in range(0, x.shape[1], chunk)]
+        made = Rollout(x.detach(), slice(0, x.shape[1]), tuple(targets), (), empty(spec), ())
+        replay(lambda x_t, *_: x_t, made, gradient, torch.zeros(len(x), 1, 1))
+    assert x.grad is not None
+    return x[:, first:].numel(), gradient, x.grad

@@ -1,0 +1,136 @@
+"""What the training stages of a params.yaml will take, as numbers; and the refusal of one that can't fit here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cf_model.codec.linear import SPACE, latent_frames
+from cf_model.model.checkpoint import KEEP
+from cf_model.plan import need
+from cf_model.plan.cost import Costs
+from cf_model.plan.need import ZERO, Need
+from tasks.params.schema import Params
+
+from . import limits
+from .limits import GIB
+
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
+CHANNELS = 16  # of Wan's codec
+
+
+@dataclass(frozen=True)
+class Hardware:
+    ranks: int
+    memory: float  # bytes of one rank
+    tflops: float  # that one rank reaches
+    unit: str  # GPU or CPU
+    said: str
+
+
+def costs(p: Params) -> Costs:
+    channels = CHANNELS if p.codec.kind == "wan" else p.codec.linear.channels
+    size = {"height": p.video.height // SPACE, "width": p.video.width // SPACE}
+    text = {"text_channels": p.text.channels, "text_tokens": p.text.tokens}
+    return Costs(p.model, channels=channels, **text, **size, compute=p.compute)
+
+
+def needs(p: Params) -> dict[str, Need]:
+    """Of every stage that trains."""
+    one, made = costs(p), {}
+    if p.base.init == "scratch":
+        made["base"] = need.of_base(p.base, one)
+    made["teacher"] = need.of_teacher(p.teacher, one)
+    made["causal_init"] = need.of_causal_init(p.causal_init, one)
+    made["stage1"] = need.of_student(p.stage1, one, p.teacher.view)
+    made["stage2"] = need.of_student(p.stage2, one, p.teacher.view)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------ disk
+
+
+def disk(p: Params, stage: str) -> dict[str, float]:
+    """Bytes that a training stage writes: its out, and beside it checkpoints, the newest `KEEP` and the one being written."""
+    one, saves = needs(p)[stage], int(getattr(p, stage).save_every) < getattr(p, stage).steps
+    return {"out": 4.0 * costs(p).parameters, "checkpoints": (KEEP + 1.0) * one.checkpoint if saves else 0.0}
+
+
+def clip(p: Params) -> float:
+    """Bytes of one whole clip's latents; its caption's embedding comes to it, which is as long as the caption."""
+    one, number = costs(p), 4 if p.encode.dtype == "float32" else 2
+    return number * latent_frames(p.clips.frames) * one.channels * one.height * one.width
+
+
+def clips(p: Params) -> int:
+    """That can be kept: rendered, or lying in the user's folder."""
+    if p.clips.source == "worlds":
+        return p.clips.count
+    folder = p.clips.folder
+    return sum(1 for file in folder.rglob("*") if file.suffix.lower() in VIDEOS) if folder else 0
+
+
+# ------------------------------------------------------------------------------------------------------------ what fits
+
+
+def parts(batch: int, ranks: int) -> list[int]:
+    """Samples that a rank may compute at once: its share of the batch in equal parts, the largest first."""
+    share = max(1, batch // ranks)
+    return [share // n for n in range(1, share + 1) if share % n == 0]
+
+
+def fitting(one: Need, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
+    """The stated number of samples at once, or the largest that fits; 0 if it doesn't, or not even one does."""
+    return next((n for n in ([stated] if stated else parts(one.batch, ranks)) if one.peak(n, zero, ranks) <= memory), 0)
+
+
+def hours(one: Need, machine: Hardware) -> float:
+    return one.total / (machine.ranks * machine.tflops * 1e12) / 3600
+
+
+def rows(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
+    for stage, one in needs(p).items():
+        states: dict[str, dict[str, float]] = {}
+        for zero in ZERO:
+            at_once = fitting(one, machine.memory, zero, machine.ranks, p.engine.micro_batch)
+            parts_of = {name: held / GIB for name, held in one.states(zero, machine.ranks).items()}
+            peak = one.peak(max(1, at_once), zero, machine.ranks) / GIB
+            states[str(zero)] = parts_of | {"at_once": at_once, "peak": peak}
+        yield {
+            "stage": stage,
+            "parameters": one.trained + one.frozen + one.averaged,
+            "trained": one.trained,
+            "steps": one.steps,
+            "batch": one.batch,
+            "gib": states,
+            "gib_of_a_sample": {"keys_values": one.memory / GIB, "activations": one.activations / GIB, "latents": one.latents / GIB},
+            "gib_shared": one.shared / GIB,
+            "tflop_per_step": one.operations * one.batch / 1e12,
+            "tflop_per_sample": one.operations / 1e12,
+            "hours": hours(one, machine),
+            "disk_gib": {name: written / GIB for name, written in disk(p, stage).items()},
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------ refusal
+
+
+def checkpointed(p: Params, stage: str) -> Need | None:
+    """The same with checkpointing, where that is off."""
+    leaner = p.model_copy(update={"compute": replace(p.compute, checkpointing=True)})
+    return None if p.compute.checkpointing else needs(leaner)[stage]
+
+
+def refuse(p: Params, stage: str, out: Path, work: Path) -> None:
+    """One sentence before a training stage begins that can't end here. `CF_IGNORE_PLAN=1` is the way round it."""
+    if os.environ.get("CF_IGNORE_PLAN") == "1" or (one := needs(p).get(stage)) is None:
+        return
+    ranks = int(os.environ["CF_RANKS"]) if "CF_RANK" in os.environ else 1
+    free = limits.memory() / (1 if limits.gpus() else ranks)  # ranks on the CPU have one machine's memory
+    where = "GPU" if limits.gpus() else "machine" if ranks == 1 else "rank's share of the machine"
+    split = limits.Split.of(p.engine, one.batch, ranks, gpu=limits.gpus() > 0)
+    limits.refuse_memory(stage, one, checkpointed(p, stage), free, where, split)
+    limits.refuse_disk(stage, disk(p, stage), out, work)

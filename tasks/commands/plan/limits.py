@@ -1,0 +1,118 @@
+"""How much memory and disk there is for a stage, and the sentence that refuses one that can't fit."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cf_model.plan.need import Need
+from cf_model.train.trainer.engine import EngineSpec
+from tasks.params.yaml_file import Refused
+
+GIB, MIB = 2**30, 2**20
+# Choice: what the plan expects may be a third too much before a stage is refused; it was within a quarter wherever it was
+# measured (benchmarks/plan_memory.py), and a stage that would have fitted must never be refused.
+MEMORY_MARGIN = 1.5
+DISK_MARGIN = 1.1
+CGROUPS = (  # limit and use, version 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def memory() -> float:
+    """Bytes of the device that a stage computes on: all of a GPU, or what is free of the CPU's. Infinite where nobody says."""
+    if gpus():
+        import torch
+
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    info, found = Path("/proc/meminfo"), [float("inf")]
+    if info.is_file():
+        found += [int(line.split()[1]) * 1024.0 for line in info.read_text().splitlines() if line.startswith("MemAvailable")]
+    for limit, used in CGROUPS:
+        try:
+            found.append(float(Path(limit).read_text()) - float(Path(used).read_text()))
+        except (OSError, ValueError):  # not there, or `max`
+            continue
+    return min(found)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a stage is spread: what each rank computes at once, and what DeepSpeed splits among them."""
+
+    at_once: int
+    zero: int
+    ranks: int
+    offload: bool = False  # of the optimiser, from a GPU into the machine's memory
+
+    @classmethod
+    def of(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> Split:
+        zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
+        return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
+
+    def peak(self, one: Need, at_once: int | None = None) -> float:
+        return one.peak(self.at_once if at_once is None else at_once, self.zero, self.ranks, offload=self.offload)
+
+
+def refuse_memory(stage: str, one: Need, leaner: Need | None, free: float, where: str, split: Split) -> None:
+    """`free`: bytes that one rank has. `leaner`: the same with checkpointing, where that is off."""
+    expected = split.peak(one)
+    if expected <= MEMORY_MARGIN * free:
+        return
+    fixed, each = number(split.peak(one, 0) / GIB), number(one.sample() / GIB)
+    parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {split.at_once} samples at once"
+    rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
+    said = f"{rank} needs about {number(expected / GIB)} GiB ({parts}), but this {where} has {number(free / GIB)}"
+    raise Refused(f"{said}; {way(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
+
+
+def way(one: Need, leaner: Need | None, free: float, split: Split) -> str:
+    """The setting that would make it fit, as far as one would."""
+    share = max(1, one.batch // split.ranks)
+    fitting = [n for n in range(1, share + 1) if share % n == 0 and split.peak(one, n) <= free]
+    ways = [f"engine.micro_batch: {fitting[-1]}"] if fitting else []
+    if leaner and split.peak(leaner) <= free:
+        ways.append("compute.checkpointing: true")
+    if split.zero and not split.offload and replace(split, offload=True).peak(one) <= free:
+        ways.append("engine.offload: optimizer")
+    if ways:
+        return f"use {', or '.join(ways)}"
+    if leaner and split.peak(leaner, 1) <= free:
+        return "use compute.checkpointing: true and engine.micro_batch: 1"
+    for ranks in (2, 4, 8, 16, 32, 64):
+        for zero in (2, 3):
+            if ranks >= split.ranks and one.peak(1, zero, ranks) <= free:
+                return f"{ranks} such ranks with engine.zero: {zero} and engine.micro_batch: 1 would hold it"
+    alone = f"one sample alone takes {number(one.peak(1) / GIB)}"
+    return f"{alone}: use a larger device, or a smaller model, video or memory (`cf plan` shows what takes most)"
+
+
+def refuse_disk(stage: str, written: dict[str, float], out: Path, work: Path) -> None:
+    """Out and checkpoints may lie on two disks, or on one that must hold both. Checkpoints that are there already make room."""
+    wanted: dict[int, tuple[Path, float]] = {}
+    there = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
+    for path, size in ((out, written["out"]), (work, max(0.0, written["checkpoints"] - there))):
+        home = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+        device = home.stat().st_dev
+        wanted[device] = (home, wanted.get(device, (home, 0.0))[1] + size)
+    for home, size in wanted.values():
+        free = shutil.disk_usage(home).free
+        if size > free * DISK_MARGIN:
+            said = f"{stage} writes up to {number(size / GIB)} GiB, but the disk of {home} has {number(free / GIB)} free"
+            raise Refused(f"{said}; free some, or put the project on a larger disk; CF_IGNORE_PLAN=1 starts it all the same")
+
+
+def number(value: float) -> str:
+    """Three digits, and no exponent."""
+    if value >= 100 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value >= 1e-4 else f"{value:.0e}"

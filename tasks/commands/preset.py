@@ -1,0 +1,101 @@
+"""Published methods as settings: presets/NAME.yaml, laid over the active params.yaml by `cf preset use NAME`.
+
+A preset states what its method decides (memory, rollouts, scores); sizes, steps and learning rates stay those of the profile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from tasks.params import yaml_file
+from tasks.params.yaml_file import Refused
+
+FOLDER = Path("presets")
+STUDENTS = ("causal_init", "stage1", "stage2")
+EXAMPLES = """examples:
+  cf preset list
+  cf profile use tiny && cf preset use self_forcing_pp && dvc repro
+  cf preset use cf_paper --params other.yaml"""
+
+
+def main(argv: list[str]) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("cf preset", description=__doc__, epilog=EXAMPLES, formatter_class=form)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="their names, and what each says it is")
+    use = verbs.add_parser("use", help="write a preset's values into params.yaml")
+    use.add_argument("name")
+    use.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
+    args = parser.parse_args(argv)
+    if args.verb == "list":
+        for name, file in found().items():
+            print(f"{name:<22} {file.read_text().splitlines()[0].lstrip('# ')}")
+        return
+    write(args.params, args.name)
+    print(f"{args.params} now holds preset {args.name}; `git diff {args.params}` shows what it changed")
+
+
+def found() -> dict[str, Path]:
+    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+
+
+def read(name: str) -> dict[str, Any]:
+    """The preset, complete: one that begins with `from` states only what it does otherwise."""
+    files = found()
+    if name not in files:
+        raise Refused(f"preset {name} isn't in {FOLDER}/; known are {', '.join(files) or 'none'}")
+    stated = yaml_file.read(files[name])
+    parent = stated.pop("from", None)
+    return merged(read(parent), stated) if parent else stated
+
+
+def write(path: Path, name: str) -> None:
+    """Lays the preset over the file, whose comments stay."""
+    from tasks.params.schema import Params  # here, so that `cf preset list` needs no torch
+
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 140, True
+    yaml_file.read(path)  # refuses what is no YAML, in one sentence
+    stated = applied(yaml.load(path.read_text()), name)
+    text = io.StringIO()
+    yaml.dump(stated, text)
+    try:
+        Params.model_validate(YAML(typ="safe", pure=True).load(text.getvalue()))
+    except ValidationError as error:
+        raise Refused(f"preset {name} doesn't fit {yaml_file.explain(error, Params, path)}; start from another profile") from None
+    partial = path.with_suffix(".partial")
+    partial.write_text(text.getvalue())
+    partial.replace(path)
+
+
+def applied(stated: Any, name: str) -> Any:
+    """The parameters with the preset's values: its memory for every student, and a system of its own name."""
+    preset = read(name)
+    out = copy.deepcopy(stated)
+    for stage in STUDENTS:
+        out[stage]["memory"] = merged(out[stage]["memory"], preset["memory"])
+    for section in ("teacher", "stage1", "stage2"):
+        out[section] = merged(out[section], preset[section])
+    memory = {**preset["memory"], **preset["generation"]} if preset["generation"] else None
+    for suite in ("systems", "continuations"):
+        frames = out["generate"][suite]["stage2"]["frames"]
+        out["generate"][suite][name] = {"weights": preset["student"], "memory": memory, "view": None, "frames": frames}
+    return out
+
+
+def merged(under: Any, over: Any) -> Any:
+    """`over` on `under`, key by key; the mapping's own type stays, and with it its comments."""
+    if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
+        return over
+    out = copy.deepcopy(under)
+    for key, value in over.items():
+        out[key] = merged(under[key], value) if key in under else value  # type: ignore[index]
+    return out

@@ -1,0 +1,204 @@
+"""`cf generate --model DIR`: a prompt in, a video file out, with a model folder and nothing of the pipeline around it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import numpy as np
+
+from cf_model.data.apart import Unreadable, apart
+from cf_model.data.prompts import prompts
+from cf_model.data.video import Probe, grow_video, growing, probe, read_video
+from tasks.params.yaml_file import Refused
+
+if TYPE_CHECKING:
+    from cf_model.folder import Recipe
+    from cf_model.pipeline import Chunk, ContextForcingPipeline
+
+TIMEOUT = 600.0  # seconds for reading the clip that is continued
+SWITCH = """what a new prompt does to the memory. recache: the newest frames are passed again with it (LongLive); flush: all
+but the sink and two frames go (Infinity-RoPE); keep: nothing. default: recache"""
+STRIP = "show what is held of the past: under every frame, or in FILE.memory.png and FILE.memory.jsonl; default: none"
+EXAMPLES = """examples:
+  cf export --to diffusers --model models/stage2 --out out/student     after dvc repro: the model folder
+  cf generate --model out/student --prompt "a red disc over hills" --seconds 60 --out video.mp4
+  cf generate --model out/student --prompt "a red disc" --at 12.5 "a blue disc" --at 20 "fog" --switch flush --out video.mp4
+  cf generate --model out/student --prompt "a red disc" --continue-from clip.mp4 --memory-strip burn --out longer.mp4
+  cf generate --model out/student --prompts-file prompts.txt --seconds 30 --out videos     one video a line; can be resumed
+  cf generate --model out/student --prompt "a red disc" --memory promote=uniform interval=4 --memory-strip beside --out video.mp4
+
+The video grows as video.partial.mp4, which plays at any moment, and gets its name when it is whole. The same seed and threads
+give the same bytes on the same machine. Without --model, `cf generate` is the stage of dvc.yaml."""
+
+
+def parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("cf generate", description="Videos from a model folder.", epilog=EXAMPLES, formatter_class=form)
+    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder that `cf export --to diffusers` wrote")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT")
+    what.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line; --out is then a folder, one video a line")
+    p.add_argument("--seconds", type=float, default=60, help="of new video; default: 60")
+    p.add_argument("--seed", type=int, default=0, help="default: 0; a line of a file gets the same video as its prompt alone")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
+    p.add_argument("--at", nargs=2, action="append", default=[], metavar=("SECONDS", "TEXT"), help="another prompt from then on; repeat it")
+    p.add_argument("--switch", choices=("recache", "flush", "keep"), default="recache", help=SWITCH)
+    p.add_argument("--new-sink", action="store_true", help="recache makes the sink anew too")
+    p.add_argument("--continue-from", type=Path, metavar="CLIP", help="a video that comes first and is gone on from")
+    p.add_argument("--resize", action="store_true", help="bring CLIP to the model's size: cover it, cut the middle out")
+    p.add_argument("--memory-strip", choices=("burn", "beside", "none"), default="none", help=STRIP)
+    p.add_argument("--memory", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the memory to change")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products; default: float32")
+    p.add_argument("--attention", choices=("native", "cudnn", "flash2", "flash3"), default="native", help="default: native")
+    p.add_argument("--crf", type=int, default=16, choices=range(52), metavar="0-51", help="of H.264, lower is better; default: 16")
+    p.add_argument("--threads", type=int, default=1, help="of the CPU; default: 1, which is fastest for small models")
+    return p
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    possible(args)
+
+    import torch
+
+    torch.set_num_threads(args.threads)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    pipe = loaded(args)
+    clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
+    if args.prompts_file:
+        from .many import several
+
+        several(pipe, args, lambda words, out: one(pipe, [(0.0, words)], clip, out, args))
+    else:
+        one(pipe, [(0.0, args.prompt), *args.at], clip, args.out, args)
+
+
+def possible(args: argparse.Namespace) -> None:
+    """What can be refused before a model is loaded."""
+    if args.threads < 1:
+        raise Refused(f"--threads is {args.threads}; use 1 or more")
+    if args.prompts_file:
+        if args.at:
+            raise Refused("--at goes with --prompt; a line of --prompts-file is the one prompt of its video")
+        for _ in prompts(args.prompts_file):  # to its end: a bad line is said now, not after a night
+            pass
+    else:
+        if args.out.suffix != ".mp4":
+            raise Refused(f"--out is {args.out}; name a file that ends in .mp4")
+        if args.out.exists():
+            raise Refused(f"{args.out} is already there; name another file, or remove it")
+    try:
+        args.at = [(float(second), words) for second, words in args.at]
+    except ValueError:
+        raise Refused(f"--at {' '.join(args.at[0])} does not begin with a time; write --at SECONDS TEXT") from None
+
+
+def loaded(args: argparse.Namespace) -> ContextForcingPipeline:
+    from cf_model.pipeline import ContextForcingPipeline
+    from tasks.parts.device import device
+
+    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
+    if args.memory:
+        recipe = replace(pipe.recipe, memory=changed(pipe.recipe.memory, args.memory))
+        pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
+    return pipe.to(device())
+
+
+def changed(spec: Any, settings: list[str]) -> Any:
+    """The memory's spec with some values replaced by what KEY=VALUE says."""
+    from cf_model.folder import typed
+
+    hints, values = get_type_hints(type(spec)), asdict(spec)
+    for setting in settings:
+        name, is_there, value = setting.partition("=")
+        if not is_there:
+            raise Refused(f"--memory {setting} has no =; write KEY=VALUE, such as interval=4")
+        kind = hints.get(name, str)
+        try:
+            values[name] = value if get_args(kind) else kind(value)
+        except ValueError:
+            number = "whole number" if kind is int else "number"
+            raise Refused(f"--memory {setting} is no {number}; write {name}={values[name]} or the like") from None
+    return typed(type(spec), values, "--memory ")
+
+
+def read_clip(path: Path, recipe: Recipe, *, resize: bool) -> np.ndarray:
+    """Read in a child process: the file is whatever a person has."""
+    if not path.is_file():
+        raise Refused(f"--continue-from {path} is not there; name a video file")
+    found = in_a_child(probe, path)
+    if isinstance(found, Probe) and (found.height, found.width) != (recipe.height, recipe.width) and not resize:
+        stated = f"--continue-from {path} is {found.width} x {found.height}, but the model makes {recipe.width} x {recipe.height}"
+        raise Refused(f"{stated}; add --resize to cover that size and cut the middle out")
+    return in_a_child(partial(read_video, height=recipe.height, width=recipe.width, fps=recipe.fps), path)
+
+
+def in_a_child(task: Any, path: Path) -> Any:
+    [(_, answer)] = apart(task, [path], workers=1, timeout=TIMEOUT)
+    if isinstance(answer, Unreadable):
+        raise Refused(f"--continue-from {path}: {answer.sentence}")
+    return answer
+
+
+# ---------------------------------------------------------------------------------------------------------- one video
+
+
+def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace) -> None:
+    """A video, and beside it what the strip is to show. Nothing is written before the first chunk is there."""
+    from cf_model.request import usable
+
+    from . import memory_strip
+
+    fps = pipe.recipe.fps
+    made = pipe.chunks(timed, seconds=args.seconds, seed=args.seed, switch=args.switch, keep_sink=not args.new_sink, continue_from=clip)
+    new, used = round(args.seconds * fps), usable(pipe.recipe, clip)
+    if clip is not None:
+        print(f"goes on from the last {used} of the clip's {len(clip)} frames")
+    seconds, rows = (used + new) / fps, []
+    trace = out.with_name(f"{out.stem}.memory.partial.jsonl")
+
+    def frames() -> Iterator[np.ndarray]:
+        shown = 0
+        for number, chunk in enumerate(watched(made, new, fps, out)):
+            rows.append(memory_strip.row(chunk, number, shown / fps))
+            shown += len(chunk.frames)
+            if args.memory_strip == "beside":
+                with trace.open("a" if number else "w", encoding="utf-8") as file:
+                    file.write(memory_strip.line(rows[-1]))
+            yield from memory_strip.burnt(chunk.frames, rows[-1], pipe.recipe.memory, seconds) if args.memory_strip == "burn" else chunk.frames
+
+    pictures = frames()
+    first = next(pictures)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        grow_video(out, chain([first], pictures), fps=fps, crf=args.crf)
+    except BaseException:
+        print(f"stopped early; what was made is in {growing(out)}", file=sys.stderr)
+        raise
+    if args.memory_strip == "beside":
+        memory_strip.picture(rows, out.with_name(f"{out.stem}.memory.png"), seconds)
+        trace.replace(out.with_name(f"{out.stem}.memory.jsonl"))
+
+
+def watched(made: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
+    """The chunks, with a bar: frames of new video, and how many seconds of it are made in a second."""
+    from tasks.runner.track import Progress
+
+    bar, began, done = Progress(out.name, frames, "frame", 0), time.monotonic(), 0
+    for chunk in made:
+        yield chunk
+        if chunk.real:
+            began = time.monotonic()
+            continue
+        done += len(chunk.frames)
+        bar.update(len(chunk.frames), **{"seconds of video a second": done / fps / (time.monotonic() - began)})
+    bar.close()

@@ -1,0 +1,100 @@
+"""What the stages `stage1` and `stage2` share: one distillation with other parameters (secs. 3.1, 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from cf_model.codec.linear import load_codec
+from cf_model.data.latents import Latents
+from cf_model.model import wan
+from cf_model.model.denoiser import Compute
+from cf_model.model.flow import Flow
+from cf_model.model.view import TeacherView
+from cf_model.train.student import Distillation, StudentSpec
+from cf_model.train.trainer.engine import EngineSpec
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.samples import SampleSpec, streamed
+from tasks.runner.track import Track, tail
+
+from .device import device
+from .sample_videos import Samples
+
+
+@dataclass(frozen=True)
+class Job:
+    """A distillation as params.yaml states it."""
+
+    spec: StudentSpec
+    view: TeacherView
+    flow: Flow
+    compute: Compute
+    samples: SampleSpec
+    engine: EngineSpec
+    seed: int
+
+
+class Captions:
+    """The training clips' captions, each once, in the order of the clips."""
+
+    def __init__(self, clips: Latents) -> None:
+        rows = clips.rows("train")
+        self.clips, self.rows = clips, list({caption: row for caption, row in zip(clips.captions(rows), rows, strict=True)}.values())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: list[int]) -> Tensor:
+        return self.clips.text([self.rows[i] for i in at])
+
+
+def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
+    """Trains the student in `student` on the prompts of the training clips; real score and critic start from `teacher`."""
+    clips, spec = Latents(latents), job.spec
+    distillation = Distillation(
+        spec,
+        student=wan.load(student, job.compute).to(device()),
+        teacher=wan.load(teacher, job.compute).to(device()),
+        critic=wan.load(teacher, job.compute).to(device()),
+        view=job.view,
+        flow=job.flow,
+        prompts=Captions(clips),
+        null=clips.null_text,
+        shape=clips.shape,
+        seed=job.seed,
+        engine=job.engine,
+        reencode=reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
+    )
+    levels, chunk = spec.rollout.levels, spec.rollout.chunk
+    make = partial(
+        streamed, distillation.average.model, spec=job.samples, levels=levels, chunk=chunk, memory=spec.memory, flow=job.flow
+    )
+    fit(
+        distillation.step,
+        steps=spec.steps,
+        state=distillation.state,
+        log=track,
+        save_every=spec.save_every,
+        seen=distillation.seen,
+        clock=distillation.clock,
+        sample=Samples(job.samples, track, clips, codec, make),
+    )
+    wan.save(distillation.average.model, out)
+    track.save(out)
+    names = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")
+    return {name: value for name in names if (value := tail(out, name)) is not None}
+
+
+def reencoder(folder: Path) -> Callable[[Tensor], Tensor]:
+    """The last video frame of some latents, encoded as a video of its own: one latent, that of a picture."""
+    codec = load_codec(folder).to(device())
+
+    def picture(latents: Tensor) -> Tensor:
+        *_, last = codec.decode_stream(latents.split(3, dim=1))  # a few at a time: all that came before must be decoded for one frame
+        return codec.encode(last[:, -1:]).to(latents)
+
+    return picture
