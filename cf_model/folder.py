@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import diffusers
 
-from cf_model.codec.linear import Codec, LinearCodec, load_codec, save_codec
+from cf_model.codec.codec_file import load_codec, save_codec
+from cf_model.codec.linear import Codec, LinearCodec
 from cf_model.text.encoder import TextEncoder, load_text, save_text
 
 from .model import wan

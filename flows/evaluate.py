@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 
 from flows.machine import reconcile
 from flows.pipeline import check, framed, keep, name, repro
-from flows.project import dvc_graph, worktree
+from flows.project import dvc_graph, git, run_lock, worktree
 from flows.project.dvc_graph import Stage
 from flows.run.config import Override, Profile, StageName, parse
 
@@ -62,7 +62,7 @@ def evaluate(config: Checkpoint) -> dict[str, str] | State[Any]:
 def _whole(config: Checkpoint) -> dict[str, str]:
     repo, run = Path.cwd().resolve(), name()
     root = worktree.make(repo, run, profile=config.profile, overrides=parse(config.overrides))
-    with worktree.alone(root, str(runtime.flow_run.id)):
+    with run_lock.alone(root, str(runtime.flow_run.id)):
         check(root)
         known = dvc_graph.stages(root)
         chosen = dvc_graph.selected(known, config.measured)
@@ -102,7 +102,7 @@ def put(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]
     # numbers of another training would be taken for those of this one
     for file in outs(known[stage], "metrics"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(worktree.git(repo, "show", f"{rev}:{file}") if rev else "{}\n")
+        (root / file).write_text(git.git(repo, "show", f"{rev}:{file}") if rev else "{}\n")
     dvc_graph.freeze(root, [stage])
     dvc(root, "commit", "--force", "--no-relink", stage)
     files = [file for file in place.rglob("*") if file.is_file()]
@@ -136,7 +136,7 @@ def fetch(repo: Path, checkpoint: str, out: str, into: Path) -> tuple[Path, str 
             raise ValueError(f"{folder} is empty; name the folder that holds the model's files, such as models/stage2")
         return folder, None
     try:
-        rev = worktree.git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{checkpoint}^{{commit}}").strip()
+        rev = git.git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{checkpoint}^{{commit}}").strip()
     except RuntimeError:
         raise ValueError(f"{checkpoint} is neither a folder in {repo} nor a version, tag or commit; `cf history` lists versions") from None
     dvc(repo, "get", ".", out, "--rev", rev, "--out", str(into))

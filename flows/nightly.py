@@ -30,7 +30,7 @@ from flows.night.clips import take_clips
 from flows.night.records import Night, free, nights
 from flows.night.state import Work, checked, folder_of, settings
 from flows.night.steps import anything_new, begin, candidate
-from flows.project import overrides, registry, worktree
+from flows.project import git, overrides, registry, run_lock, worktree
 from flows.supervise import command
 
 LOCK = Path(".runs/nightly.lock")
@@ -67,11 +67,11 @@ def _whole(date: str | None, full: bool) -> State[None]:
 def night(work: Work, *, asked: bool) -> tuple[str, str]:
     """Its outcome and one sentence."""
     repo = work.repo
-    with worktree.alone(work.root, str(runtime.flow_run.id)):
+    with run_lock.alone(work.root, str(runtime.flow_run.id)):
         take_clips(work)
         if (work.folder and not work.clips) or not (asked or anything_new(work)):
-            worktree.git(repo, "worktree", "remove", "--force", str(work.root))
-            worktree.git(repo, "branch", "--quiet", "-D", f"run/{work.root.name}")
+            git.git(repo, "worktree", "remove", "--force", str(work.root))
+            git.git(repo, "branch", "--quiet", "-D", f"run/{work.root.name}")
             away = f"; {len(work.arrived.turned_away)} were turned away" if work.arrived.turned_away else ""
             return "NoNewData", (f"no new clips since {work.past[-1].date}" if work.past else "no clips yet") + away
         begin(work)
@@ -89,7 +89,7 @@ def prepare(repo: Path, date: str | None, full: bool, line: Callable[[str], None
     tip = tracked(repo, branch)
     date = date or datetime.now(ZoneInfo(settings(_stated(repo, tip)).timezone)).date().isoformat()
     root = worktree.make(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
-    base = worktree.git(root, "merge-base", "HEAD", tip).strip()
+    base = git.git(root, "merge-base", "HEAD", tip).strip()
     pipeline.check(root)
     stated = _stated(repo, base)
     ours, folder, past, before = checked(stated), folder_of(stated), nights(repo), registry.promoted(repo)
@@ -143,16 +143,16 @@ def _safely(do: Callable[[], str | None], line: Callable[[str], None]) -> str | 
 
 def tidy(repo: Path, line: Callable[[str], None]) -> None:
     """Folders of nights that failed, but for the last one, to look at: each holds a copy of the clips. All they made is in the cache."""
-    folders = [folder for folder in worktree.found(repo) if folder.name.startswith("nightly-") and not worktree.in_use(folder)]
+    folders = [folder for folder in worktree.found(repo) if folder.name.startswith("nightly-") and not run_lock.in_use(folder)]
     failed = [folder for folder in folders if _changed(folder)]
     for folder in failed[1:]:
-        worktree.git(repo, "worktree", "remove", "--force", str(folder))
+        git.git(repo, "worktree", "remove", "--force", str(folder))
         line(f"removed {folder.name}, whose night failed")
 
 
 def _changed(folder: Path) -> bool:
     try:
-        return bool(worktree.git(folder, "status", "--porcelain", "--untracked-files=no").strip())
+        return bool(git.git(folder, "status", "--porcelain", "--untracked-files=no").strip())
     except RuntimeError:  # not git's any more: the checkout was moved
         return False
 
@@ -182,19 +182,19 @@ def checked_date(date: str | None) -> None:
 
 
 def _stated(repo: Path, commit: str) -> dict[str, Any]:
-    return overrides.read(worktree.git(repo, "show", f"{commit}:params.yaml"))
+    return overrides.read(git.git(repo, "show", f"{commit}:params.yaml"))
 
 
 def tracked(repo: Path, branch: str) -> str:
     """Of the branch here and at origin, the one that has the other's commits; the one here where they have parted."""
     found = []
     for ref in (f"refs/heads/{branch}", f"refs/remotes/origin/{branch}"):
-        if worktree.git(repo, "for-each-ref", ref).strip():
-            found.append(worktree.git(repo, "rev-parse", "--verify", ref).strip())
+        if git.git(repo, "for-each-ref", ref).strip():
+            found.append(git.git(repo, "rev-parse", "--verify", ref).strip())
     if not found:
         raise ValueError(f"nightly.branch is {branch}, which is neither here nor at origin; name a branch that is")
     here, there = found[0], found[-1]
-    return there if worktree.git(repo, "merge-base", here, there).strip() == here else here
+    return there if git.git(repo, "merge-base", here, there).strip() == here else here
 
 
 def main(argv: list[str]) -> None:

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from flows import exchange
 from flows.machine import reconcile
-from flows.project import dvc_graph, worktree
+from flows.project import dvc_graph, dvc_lock, git, run_lock, worktree
 from flows.project.dvc_graph import Stage
 from flows.run import artifacts, logs
 from flows.run.config import RunConfig, parse
@@ -72,14 +72,14 @@ def _whole(config: RunConfig) -> dict[str, str]:
     apart = runtime.deployment.id is not None or config.overrides or config.profile != "params.yaml"
     run = name() if apart else str(runtime.flow_run.name)
     root = worktree.make(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
-    with worktree.alone(root, str(runtime.flow_run.id)):
+    with run_lock.alone(root, str(runtime.flow_run.id)):
         check(root)
         chosen = dvc_graph.selected(dvc_graph.stages(root), config.stages, config.from_stage, config.to_stage)
         if config.dry_run:
             planned = plan(root, chosen)
             if apart:
-                worktree.git(repo, "worktree", "remove", "--force", str(root))
-                worktree.git(repo, "branch", "--quiet", "-D", f"run/{run}")
+                git.git(repo, "worktree", "remove", "--force", str(root))
+                git.git(repo, "branch", "--quiet", "-D", f"run/{run}")
             return planned
         pull = config.pull and exchange.there(root)
         failed: RuntimeError | None = None
@@ -132,7 +132,7 @@ def repro(
     known = dvc_graph.stages(root)
     chosen = dvc_graph.selected(known, only or ())
     shared = Run(root, environment(run, root, repo or root), _unchanged(root), threading.Semaphore(at_once), pull)
-    before, futures = dvc_graph.recorded(worktree.committed(root, "dvc.lock")), dict[str, Any]()
+    before, futures = dvc_lock.recorded(git.committed(root, "dvc.lock")), dict[str, Any]()
     for stage in chosen:
         waits = _waits(stage, known, {stage.name for stage in chosen})
         options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
@@ -146,7 +146,7 @@ def repro(
     except BaseException:  # SIGTERM is an exception of Prefect's here
         command.stop()
         raise
-    dvc_graph.put_in_order(root, before, known)
+    dvc_lock.put_in_order(root, before, known)
     states = {stage.name: shared.outcome.get(stage.name, "Failed") for stage in chosen}
     artifacts.results(root, run, states, logger.warning)
     failed = [stage for stage, state in states.items() if state == "Failed"]
@@ -191,8 +191,8 @@ def _unchanged(root: Path) -> set[str]:
 
 def keep(repo: Path, root: Path, run: str, what: str = "results") -> None:
     """dvc.lock and metrics on the run's branch: at that commit `dvc repro` has nothing to do. Then old folders go."""
-    worktree.git(root, "add", "--update")
-    found = worktree.commit(root, ["dvc.lock", "metrics"], f"run {run}: {what}")
+    git.git(root, "add", "--update")
+    found = git.commit(root, ["dvc.lock", "metrics"], f"run {run}: {what}")
     logger = get_run_logger()
     logger.info(f"{root} is branch run/{run} at {found[:12]}; `dvc repro` at that commit repeats it")
     for folder in worktree.prune(repo, line=logger.warning):

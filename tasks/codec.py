@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cf_model.codec.linear import Codec, fit_codec, save_codec
+from cf_model.codec.codec_file import save_codec
+from cf_model.codec.linear import Codec, fit_codec
 from tasks.params.schema import Params
 from tasks.parts.codec_frames import frames
 from tasks.parts.device import device

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cf_model.codec.linear import load_codec
+from cf_model.codec.codec_file import load_codec
 from cf_model.data.latents import ended, write_latents
 from cf_model.text.encoder import TextEncoder
 from tasks.params.schema import Params, Text, Video

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cf_model.codec.linear import SPACE, load_codec, video_frames
+from cf_model.codec.codec_file import load_codec
+from cf_model.codec.linear import SPACE, video_frames
 from cf_model.data.latents import Latents
 from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from cf_model.codec.linear import LinearCodec, save_codec
+from cf_model.codec.codec_file import save_codec
+from cf_model.codec.linear import LinearCodec
 from cf_model.data import worlds
 from cf_model.data.latents import Latents
 from cf_model.data.video import read_video, write_video

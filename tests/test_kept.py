@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from cf_model.codec.linear import LinearCodec, save_codec
+from cf_model.codec.codec_file import save_codec
+from cf_model.codec.linear import LinearCodec
 from cf_model.data import worlds
 from cf_model.data.video import write_video
 from tasks import clips, encode

@@ -23,10 +23,7 @@ from cf_model.model.rollout import rollout, stream  # noqa: E402
 from cf_model.train.student import Distillation  # noqa: E402
 from tasks.commands import preset  # noqa: E402
 from tasks.params.schema import Params  # noqa: E402
-from tasks.params.yaml_file import (
-    Refused,
-    read,  # noqa: E402
-)
+from tasks.params.yaml_file import Refused, read  # noqa: E402
 from tests.small import FLOW, SHAPE, denoiser, normal  # noqa: E402
 
 TABLE = ROOT / "tests/golden/presets.json"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import tasks.__main__ as cf
-from cf_model.codec.linear import LinearCodec, save_codec
+from cf_model.codec.codec_file import save_codec
+from cf_model.codec.linear import LinearCodec
 from cf_model.data import video
 from cf_model.model import wan
 from cf_model.pipeline import ContextForcingPipeline

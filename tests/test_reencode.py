@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from cf_model.codec.linear import CodecSpec, fit_codec, save_codec
+from cf_model.codec.codec_file import save_codec
+from cf_model.codec.linear import CodecSpec, fit_codec
 from tasks.parts.distillation import reencoder
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cf_model.codec.linear import load_codec
+from cf_model.codec.codec_file import load_codec
 from cf_model.data.video import write_video
 from cf_model.model import checkpoint
 from cf_model.model.view import TeacherView

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cf_model.codec.linear import load_codec
+from cf_model.codec.codec_file import load_codec
 from cf_model.codec.wan_codec import load_wan
 from cf_model.data import worlds
 from cf_model.data.latents import Latents

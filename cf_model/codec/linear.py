@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors.torch import save_file
 from torch import Tensor, nn
-
-from cf_model.model.weights import fill
 
 TIME, SPACE = 4, 8  # frames and pixels that one latent covers
 PIXELS = TIME * SPACE * SPACE * 3  # numbers in a patch
@@ -171,37 +166,6 @@ def _fit_decoder(codec: LinearCodec, clips: Sequence[Tensor], ridge: float) -> N
         y = patches(clip[None]).flatten(0, 3).double()
         count, gram, cross = count + len(x), gram + x.T @ x, cross + x.T @ y
     codec.decoder.copy_(torch.linalg.solve(gram + ridge * count * torch.eye(size, dtype=torch.float64), cross))
-
-
-def save_codec(codec: Codec, folder: Path) -> None:
-    """codec.json says which of the two it is; Wan's is a diffusers folder beside that."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about: dict[str, Any] = {"kind": "wan", "channels": codec.channels}
-    if isinstance(codec, LinearCodec):
-        save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, folder / "codec.safetensors")
-        about = {"kind": "linear", "channels": codec.channels, "width": codec.width}
-    else:
-        from .wan_codec import WanCodec, save_wan
-
-        assert isinstance(codec, WanCodec)
-        save_wan(codec, folder)
-    (folder / "codec.json").write_text(json.dumps(about) + "\n")
-
-
-def load_codec(folder: Path) -> Codec:
-    file = folder / "codec.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no codec.json; run the stage codec first")
-    about = json.loads(file.read_text())
-    if about.get("kind") not in ("linear", "wan"):
-        raise ValueError(f"{file} names the kind {about.get('kind')!r}; known are linear and wan")
-    if about["kind"] == "wan":
-        from .wan_codec import load_wan  # diffusers takes seconds, which the small profiles need not wait
-
-        return load_wan(folder)
-    codec = LinearCodec(about["channels"], about["width"])
-    fill(codec, folder / "codec.safetensors")
-    return codec.eval()
 
 
 def whole_latents(pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]], time: int) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:

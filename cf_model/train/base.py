@@ -19,9 +19,9 @@ from cf_model.train.trainer.loop import (
     Random,
     at_least,
     batches,
+    build_optimizer,
     drop_prompts,
     mean,
-    optimizer,
 )
 from cf_model.train.trainer.observe import Clock
 
@@ -51,7 +51,7 @@ class Base:
         self.device = next(model.parameters()).device
         self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
         self.average = Average(model, spec.ema)
-        self.optimizer = optimizer(model, spec.optimizer, spec.steps, engine)
+        self.optimizer = build_optimizer(model, spec.optimizer, spec.steps, engine)
         self.clock = Clock(self.device)
         self.seen: dict[str, Tensor] = {}
 

@@ -21,9 +21,9 @@ from cf_model.train.trainer.loop import (
     Random,
     at_least,
     batches,
+    build_optimizer,
     drop_prompts,
     mean,
-    optimizer,
 )
 from cf_model.train.trainer.observe import Clock, remembered
 from cf_model.train.trainer.ode import OdeSpec, Trajectories
@@ -70,7 +70,7 @@ class CausalInit:
         self.device = next(model.parameters()).device
         self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
         self.average = Average(model, spec.ema)
-        self.optimizer = optimizer(model, spec.optimizer, spec.steps, engine)
+        self.optimizer = build_optimizer(model, spec.optimizer, spec.steps, engine)
         self.clock, self.compared = Clock(self.device), list[Compared]()
         self.seen: dict[str, Tensor] = {}
         self.rows = [] if trajectories else latents.rows("train", at_least=spec.longest + spec.frames)

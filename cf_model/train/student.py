@@ -15,7 +15,7 @@ from cf_model.model.flow import Flow
 from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import Passes, TeacherView
-from cf_model.train.trainer.loop import PLAIN, Average, EngineSpec, OptimizerSpec, Random, at_least, batches, mean, optimizer
+from cf_model.train.trainer.loop import PLAIN, Average, EngineSpec, OptimizerSpec, Random, at_least, batches, build_optimizer, mean
 from cf_model.train.trainer.observe import Clock, remembered, student_loss
 
 from .distill import critic_loss, generator_gradient, replay
@@ -110,8 +110,8 @@ class Distillation:
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
         self.random = Random(seed, device, groups=engine.groups(spec.batch))
         self.average = Average(student, spec.ema, spec.ema_start)
-        self.student_optimizer = optimizer(student, spec.student_optimizer, spec.steps // spec.critic_updates, engine)
-        self.critic_optimizer = optimizer(critic, spec.critic_optimizer, spec.steps, engine)
+        self.student_optimizer = build_optimizer(student, spec.student_optimizer, spec.steps // spec.critic_updates, engine)
+        self.critic_optimizer = build_optimizer(critic, spec.critic_optimizer, spec.steps, engine)
         self.streams = Streams(spec.memory, self.random, device)
         self.kept = Kept()
         self.clock = Clock(device)

@@ -21,9 +21,9 @@ from cf_model.train.trainer.loop import (
     Random,
     at_least,
     batches,
+    build_optimizer,
     drop_prompts,
     mean,
-    optimizer,
 )
 from cf_model.train.trainer.observe import Clock
 
@@ -66,7 +66,7 @@ class Teacher:
         self.device = next(model.parameters()).device
         self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
         self.average = Average(model, spec.ema)
-        self.optimizer = optimizer(model, spec.optimizer, spec.steps, engine)
+        self.optimizer = build_optimizer(model, spec.optimizer, spec.steps, engine)
         self.clock = Clock(self.device)
         self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
         self.seen: dict[str, Tensor] = {}

@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +21,10 @@ import psutil
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
+from flows.doctor.finding import Check, Line
 from flows.machine import processes
 from flows.machine.settings import Machine, environment, here
-from flows.project import overrides, worktree
+from flows.project import overrides, run_lock, worktree
 from flows.supervise import gpus
 
 # outside these, something breaks that nothing else will tell you; pyproject.toml has the same (a test compares)
@@ -32,19 +33,6 @@ BREAKS = {
     "sqlalchemy>=2.0,<2.1": "with 2.1 the server's scheduler fails every minute, and no nightly ever runs",
     "prefect>=3.8.8,<3.9": "flows/ is tested with this one",
 }
-
-
-@dataclass(frozen=True)
-class Line:
-    """One answer. `todo` is empty where there is nothing to do."""
-
-    name: str
-    level: Literal["ok", "warn", "fail"]
-    said: str
-    todo: str = ""
-
-
-Check = Callable[[Machine, bool], Iterator[Line]]
 
 
 def main(argv: list[str]) -> None:
@@ -182,7 +170,7 @@ def locks(machine: Machine, fix: bool) -> Iterator[Line]:
 
 def worktrees(machine: Machine, fix: bool) -> Iterator[Line]:
     runs = worktree.found(machine.root)
-    idle = [run for run in runs if not worktree.in_use(run)]
+    idle = [run for run in runs if not run_lock.in_use(run)]
     many = len(idle) > 2 * worktree.KEEP
     said = f"{len(runs)} worktrees of runs, {len(runs) - len(idle)} at work"
     yield Line("runs", "warn" if many else "ok", said, "`cf runs prune` removes old ones; branches stay" if many else "")

@@ -25,7 +25,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
-from flows.doctor.command import Line
+from flows.doctor.finding import Line
 from flows.machine import alerts, processes, reconcile
 from flows.machine.settings import Machine, healthy
 from flows.machine.up import POOL, since
@@ -34,7 +34,7 @@ SOON = timedelta(seconds=120)  # the scheduler looks every minute
 DAY = timedelta(hours=26)
 
 if TYPE_CHECKING:
-    from flows.doctor.command import Check
+    from flows.doctor.finding import Check
 
 
 def server(machine: Machine, fix: bool) -> Iterator[Line]:

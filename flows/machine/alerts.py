@@ -22,9 +22,9 @@ from typing import Any
 
 from ruamel.yaml.error import YAMLError
 
+from flows.cli import in_a_sentence
 from flows.machine import settings
 from flows.project import overrides
-from flows.project.dvc_lock import in_a_sentence
 
 URL = "CF_ALERT_URL"
 TRIES, PAUSE, LIMIT = 3, 2.0, 10.0

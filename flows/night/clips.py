@@ -11,7 +11,7 @@ from flows.night import inbox as arrivals
 from flows.night import warm_start
 from flows.night.inbox import Arrivals
 from flows.night.state import Work
-from flows.project import dvc_lock, worktree
+from flows.project import dvc_lock, git
 
 
 @task(name="new clips", cache_policy=NO_CACHE)
@@ -29,7 +29,7 @@ def take_clips(work: Work) -> None:
         return
     root, pointer = work.root, f"{work.folder}.dvc"
     for ref in carried(work, pointer):
-        worktree.git(root, "checkout", "--quiet", ref, "--", pointer)
+        git.git(root, "checkout", "--quiet", ref, "--", pointer)
         had = {file.relative_to(root / work.folder): file for file in (root / work.folder).rglob("*") if file.is_file()}
         aside = root / "work/clips"
         for name, file in had.items():
@@ -53,7 +53,7 @@ def carried(work: Work, pointer: str) -> list[str]:
     theirs = file_at(repo, last, pointer) if last else None
     if last is None or theirs is None or theirs == mine:
         return [work.base] if mine else []
-    parted = worktree.git(repo, "merge-base", work.base, last).strip()
+    parted = git.git(repo, "merge-base", work.base, last).strip()
     before = file_at(repo, parted, pointer)
     if mine in (None, before):
         return [last]
@@ -62,6 +62,6 @@ def carried(work: Work, pointer: str) -> list[str]:
 
 def file_at(repo: Path, ref: str, path: str) -> str | None:
     try:
-        return worktree.git(repo, "show", "--end-of-options", f"{ref}:{path}")
+        return git.git(repo, "show", "--end-of-options", f"{ref}:{path}")
     except RuntimeError:
         return None

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from flows.project import dvc_config, dvc_remote, worktree
-from flows.project.worktree import git
+from flows.project import git as project_git
+from flows.project.git import git
 from flows.run.stage_task import environment
 from flows.supervise import command
 
@@ -115,7 +116,7 @@ def _origin(repo: Path, words: list[str], timeout: float) -> None:
     said: list[str] = []
     surroundings = {**environment("nightly", repo, repo), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     try:
-        code = command.run([*worktree.PLAIN, *words], cwd=repo, env=surroundings, line=said.append, timeout=timeout)
+        code = command.run([*project_git.PLAIN, *words], cwd=repo, env=surroundings, line=said.append, timeout=timeout)
     except TimeoutError as error:
         raise RuntimeError(f"`git {words[0]}` {error}") from None
     if code:

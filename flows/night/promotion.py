@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.cli import in_a_sentence
 from flows.night.records import nights
-from flows.project.dvc_lock import in_a_sentence
 from flows.project.registry import VERSION, alone, assign, assignments, fetch, named, promoted, register, rollback, versions
 
 FETCHED = "the DVC cache has them, or the remote that the repository names"

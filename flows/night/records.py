@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flows.project.worktree import git
+from flows.project.git import git
 
 RECORD, GATE, PROMPTS = "nightly/record.json", "nightly/gate.json", "nightly/prompts.txt"
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}(-\d{1,3})?")

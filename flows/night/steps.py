@@ -15,7 +15,7 @@ from flows.night import judge as judged
 from flows.night.clips import file_at
 from flows.night.records import GATE, PROMPTS, RECORD, Night, free
 from flows.night.state import Work
-from flows.project import dvc_graph, dvc_lock, overrides, registry, worktree
+from flows.project import dvc_graph, dvc_lock, git, overrides, registry
 from flows.run import artifacts
 
 STUDENT = "stage2"
@@ -126,7 +126,7 @@ def close(work: Work, outcome: str, why: str, md5: str | None, verdict: gate.Ver
             about = {"by": "nightly", "date": work.date, "run": work.run, "metrics": numbers, "why": why}
             version = registry.register(work.repo, commit, about)
             registry.assign(work.repo, version, {"by": "nightly", "date": work.date, "run": work.run, "why": why})
-    worktree.git(work.repo, "branch", f"nightly/{work.date}", commit)
+    git.git(work.repo, "branch", f"nightly/{work.date}", commit)
     work.line(f"nightly/{work.date} is {commit[:12]}: {outcome}, {why}")
     return outcome, why, version.name if version else None
 
@@ -152,9 +152,9 @@ def _committed(work: Work, outcome: str, why: str, md5: str | None, *, judged: b
     if not judged:
         for stale in (GATE, PROMPTS):
             (work.root / stale).unlink(missing_ok=True)
-    worktree.git(work.root, "add", "--update")
+    git.git(work.root, "add", "--update")
     pointers = [f"{work.folder}.dvc"] if work.folder else []
-    return worktree.commit(work.root, [*COMMITTED, *pointers], f"nightly {work.date}: {outcome}")
+    return git.commit(work.root, [*COMMITTED, *pointers], f"nightly {work.date}: {outcome}")
 
 
 def _counts(root: Path) -> dict[str, int]:

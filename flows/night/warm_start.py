@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from flows.project import dvc_graph, dvc_lock, dvc_remote, overrides
+from flows.project.git import git
 from flows.project.registry import WEIGHTS, Version
-from flows.project.worktree import git
 from flows.run.stage_task import environment
 
 CODEC = "models/codec"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -93,33 +92,6 @@ def unchanged(root: Path) -> set[str]:
         raise RuntimeError(f"`dvc status` failed: {said[-1]}")
     changed = set(json.loads(done.stdout[done.stdout.index("{") :]))
     return {stage.name for stage in stages(root)} - changed
-
-
-def recorded(text: str) -> list[str]:
-    """The stages that a dvc.lock has, in its order."""
-    return list(_blocks(text)[1])
-
-
-def put_in_order(root: Path, before: list[str], known: Iterable[Stage]) -> None:
-    """dvc.lock as `dvc repro` would have written it. DVC adds a stage at the end when it first ends, and those that run at the same
-    time end in any order. `before`: what is committed; what a killed run left is in no order. Not while DVC runs."""
-    lock = root / "dvc.lock"
-    if not lock.exists():
-        return
-    text = lock.read_text()
-    head, blocks = _blocks(text)
-    order = dict.fromkeys([*before, *(stage.name for stage in known), *blocks])
-    ordered = head + "".join(blocks[name] for name in order if name in blocks)
-    if ordered != text:
-        partial = lock.with_suffix(".partial")
-        partial.write_text(ordered)
-        partial.replace(lock)
-
-
-def _blocks(text: str) -> tuple[str, dict[str, str]]:
-    """What comes before the stages, and each stage's lines."""
-    head, *parts = re.split(r"^(?=  [^ ].*:\n)", text, flags=re.MULTILINE)
-    return head, {part.split(":\n", 1)[0].strip(" '\""): part for part in parts}
 
 
 def selected(known: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:

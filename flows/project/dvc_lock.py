@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flows.project.worktree import git
+from flows.cli import in_a_sentence
+from flows.project.dvc_graph import Stage
+from flows.project.git import git
 
 Out = Mapping[str, Any]  # path, md5, and size or nfiles, as DVC writes them
 
@@ -84,19 +86,6 @@ def md5(path: Path) -> str:
     return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-def in_a_sentence(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """A command: what it refuses is one line, and no traceback."""
-
-    @wraps(main)
-    def told(argv: list[str]) -> None:
-        try:
-            main(argv)
-        except (ValueError, RuntimeError) as error:
-            sys.exit(f"cf: {' '.join(str(error).split())}")
-
-    return told
-
-
 @in_a_sentence
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf verify", description="Hashes the workspace's outs again and compares them with dvc.lock.")
@@ -116,3 +105,30 @@ def _outs(root: Path, names: list[str]) -> Iterator[Out]:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+def recorded(text: str) -> list[str]:
+    """The stages that a dvc.lock has, in its order."""
+    return list(_blocks(text)[1])
+
+
+def put_in_order(root: Path, before: list[str], known: Iterable[Stage]) -> None:
+    """dvc.lock as `dvc repro` would have written it. DVC adds a stage at the end when it first ends, and those that run at the same
+    time end in any order. `before`: what is committed; what a killed run left is in no order. Not while DVC runs."""
+    lock = root / "dvc.lock"
+    if not lock.exists():
+        return
+    text = lock.read_text()
+    head, blocks = _blocks(text)
+    order = dict.fromkeys([*before, *(stage.name for stage in known), *blocks])
+    ordered = head + "".join(blocks[name] for name in order if name in blocks)
+    if ordered != text:
+        partial = lock.with_suffix(".partial")
+        partial.write_text(ordered)
+        partial.replace(lock)
+
+
+def _blocks(text: str) -> tuple[str, dict[str, str]]:
+    """What comes before the stages, and each stage's lines."""
+    head, *parts = re.split(r"^(?=  [^ ].*:\n)", text, flags=re.MULTILINE)
+    return head, {part.split(":\n", 1)[0].strip(" '\""): part for part in parts}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.project.dvc_lock import entry, wrong
-from flows.project.worktree import git
+from flows.project.git import git, identity
 
 ARTIFACT, STAGE, WEIGHTS = "student", "promoted", "models/stage2"
 VERSION = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
@@ -184,13 +184,6 @@ def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
     done = subprocess.run(words, cwd=repo, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the tag {name} could not be made: {' '.join(done.stderr.split())}")
-
-
-def identity(repo: Path) -> list[str]:
-    """Options for git where nobody has said who they are."""
-    who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
-    asked = {key: subprocess.run(["git", "config", key], cwd=repo, capture_output=True).returncode for key in who}
-    return [word for key, value in who.items() if asked[key] for word in ("-c", f"{key}={value}")]
 
 
 def fetch(repo: Path, version: Version, out: Path) -> None:

@@ -7,33 +7,26 @@ can be repeated from it by `dvc repro`; the folder goes when it is old (`python 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flows.project import dvc_config
 from flows.project import overrides as laid
+from flows.project.git import commit, git
+from flows.project.run_lock import in_use
 
 FOLDER = ".runs"
-LOCK = ".dvc/tmp/cf-run.lock"
 KEEP = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
-# a run's branch is nobody's to sign, and the project's hooks are for people: `dvc install` puts one there that checks everything out
-PLAIN = ["git", "-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false"]
 EXAMPLES = """examples:
   python -m flows.project.worktree list
   python -m flows.project.worktree prune --keep 5     every finished run's folder but the five youngest; branches stay"""
-
-
-class Busy(RuntimeError):
-    """Another run has the checkout."""
 
 
 def checked(name: str) -> str:
@@ -75,37 +68,6 @@ def make(
     return folder
 
 
-def commit(folder: Path, paths: list[str], message: str) -> str:
-    """Only these, if they differ from what is committed; the commit that then is the run's."""
-    git(folder, "add", "--", *[path for path in paths if (folder / path).exists()])
-    if git(folder, "diff", "--cached", "--name-only").strip():
-        who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
-        stated = [word for key, value in who.items() if not _asked(folder, key) for word in ("-c", f"{key}={value}")]
-        git(folder, *stated, "commit", "--quiet", "--no-verify", "--message", message)
-    return git(folder, "rev-parse", "HEAD").strip()
-
-
-def committed(folder: Path, path: str) -> str:
-    """A file's text at the last commit; empty where it isn't in it."""
-    try:
-        return git(folder, "show", f"HEAD:{path}")
-    except RuntimeError:
-        return ""
-
-
-def git(folder: Path, *words: str) -> str:
-    """Git's answer, or its complaint in one sentence. Never asks for a password."""
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    done = subprocess.run([*PLAIN, *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"`git {' '.join(words[:3])}` failed in {folder}: {' '.join(done.stderr.split()) or 'without a word'}")
-    return done.stdout
-
-
-def _asked(folder: Path, key: str) -> bool:
-    return subprocess.run(["git", "config", key], cwd=folder, capture_output=True).returncode == 0
-
-
 def _cf(folder: Path, *words: str) -> None:
     done = subprocess.run([sys.executable, "-m", "tasks", *words], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
@@ -113,55 +75,6 @@ def _cf(folder: Path, *words: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- whose turn it is
-
-
-@contextmanager
-def alone(root: Path, run: str = "") -> Iterator[None]:
-    """One run a checkout: DVC refuses a stage that is started twice, hours into the first. The kernel frees the lock, and then the
-    name of the run is still in it: that one died."""
-    path = root / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().split(" ")[0] or "unknown"
-            raise Busy(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
-        _write(file, f"{os.getpid()} {run}")
-        try:
-            yield
-        except Exception:  # it ends by itself, and says so
-            _write(file, "")
-            raise
-        _write(file, "")
-
-
-def _write(file: IO[str], text: str) -> None:
-    file.truncate(0)
-    file.write(text)
-    file.flush()
-
-
-def in_use(root: Path) -> bool:
-    return _owner(root) is None
-
-
-def died(root: Path) -> str:
-    """The run that had this checkout and didn't leave it, if nobody has it now."""
-    return (_owner(root) or " ").split(" ")[1]
-
-
-def _owner(root: Path) -> str | None:
-    """What a free lock says; None of one that is held."""
-    if not (root / LOCK).exists():
-        return " "
-    with (root / LOCK).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return file.read() or " "
 
 
 # ---------------------------------------------------------------------------------------------------------- old ones

@@ -11,7 +11,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from flows.machine import reconcile
-from flows.project import worktree
+from flows.project import run_lock, worktree
 from flows.supervise import command
 
 
@@ -22,7 +22,7 @@ def tidy(repo: Path) -> None:
         logger.warning(f"ended processes that a killed run had left: {', '.join(map(str, left))}")
     try:
         with get_client(sync_client=True) as client:
-            for run in {worktree.died(root) for root in [repo, *worktree.found(repo)]} - {"", str(runtime.flow_run.id)}:
+            for run in {run_lock.died(root) for root in [repo, *worktree.found(repo)]} - {"", str(runtime.flow_run.id)}:
                 _close(client, UUID(run))  # this one too may have died before, and is being tried again
             for said in reconcile.tasks_of_the_dead(client):
                 logger.info(said)

@@ -71,7 +71,7 @@ def origin(model: Path, system: str, params: Params) -> tuple[str, str]:
 
 def read_codec(folder: Path) -> Any:
     """What `save_codec` wrote, or Wan's own VAE as it is published."""
-    from cf_model.codec.linear import load_codec
+    from cf_model.codec.codec_file import load_codec
 
     if (folder / "codec.json").is_file():
         return load_codec(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cf_model.codec.linear import load_codec
+from cf_model.codec.codec_file import load_codec
 from cf_model.data.latents import Latents
 from cf_model.model import wan
 from cf_model.model.denoiser import Compute

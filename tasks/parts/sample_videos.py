@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cf_model.codec.linear import Codec, load_codec
+from cf_model.codec.codec_file import load_codec
+from cf_model.codec.linear import Codec
 from cf_model.data.latents import Latents
 from cf_model.data.video import write_video
 from cf_model.model import checkpoint

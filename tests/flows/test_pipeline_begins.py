@@ -16,7 +16,7 @@ from prefect.states import AwaitingRetry, Running
 from flows import exchange
 from flows.pipeline import _waits as waits_for
 from flows.pipeline import pipeline
-from flows.project import dvc_graph, worktree
+from flows.project import dvc_graph, dvc_lock, run_lock, worktree
 from flows.run import stage_task
 from flows.supervise import command as supervise
 from tests.flows import project
@@ -34,7 +34,7 @@ def test_a_lock_that_a_killed_run_left_is_put_in_order(root: Path) -> None:
     for stage in ("prepare", "stubborn"):
         project.dvc(root, "repro", "-q", "-s", stage)
     assert go().is_completed()
-    assert dvc_graph.recorded((root / "dvc.lock").read_text()) == project.STAGES == dvc_graph.recorded(whole)
+    assert dvc_lock.recorded((root / "dvc.lock").read_text()) == project.STAGES == dvc_lock.recorded(whole)
 
 
 def test_a_run_that_waits_to_be_tried_again_is_left_alone(root: Path) -> None:
@@ -42,8 +42,8 @@ def test_a_run_that_waits_to_be_tried_again_is_left_alone(root: Path) -> None:
         waits, died = (client.create_flow_run(pipeline, state=state) for state in (AwaitingRetry(), Running()))
         for run, name in ((waits, "a"), (died, "b")):
             folder = worktree.make(root, name, profile=None, overrides={})
-            (folder / worktree.LOCK).parent.mkdir(exist_ok=True, parents=True)
-            (folder / worktree.LOCK).write_text(f"1 {run.id}")
+            (folder / run_lock.LOCK).parent.mkdir(exist_ok=True, parents=True)
+            (folder / run_lock.LOCK).write_text(f"1 {run.id}")
         assert go(dry_run=True).is_completed()
         states = [client.read_flow_run(run.id).state for run in (waits, died)]
     assert [state and state.name for state in states] == ["AwaitingRetry", "Crashed"]

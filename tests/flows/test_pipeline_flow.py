@@ -10,7 +10,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from flows.project import dvc_config, dvc_remote, worktree
+from flows.project import dvc_config, dvc_remote, run_lock, worktree
 from flows.run.stage_task import environment
 from tests.flows import project
 from tests.flows.served import ALL, change, go, root, seen, server
@@ -182,7 +182,7 @@ def test_a_value_that_is_no_parameter_fails_before_anything_runs(root: Path) -> 
 
 
 def test_one_run_a_checkout(root: Path) -> None:
-    with worktree.alone(root):
+    with run_lock.alone(root):
         state = go()
     assert state.is_failed() and "is in use by another run" in state.message
 

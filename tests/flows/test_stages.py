@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.project import dvc_graph
+from flows.project import dvc_graph, dvc_lock
 from flows.project.dvc_graph import Stage, selected
 from tests.flows import project
 
@@ -80,20 +80,20 @@ def test_what_comes_first_comes_first(graph: Path) -> None:
 def test_the_lock_is_put_in_dvcs_order(graph: Path) -> None:
     project.dvc(graph, "repro", "-q", "report")
     whole = (graph / "dvc.lock").read_text()
-    names = dvc_graph.recorded((graph / "dvc.lock").read_text())
+    names = dvc_lock.recorded((graph / "dvc.lock").read_text())
     assert "evaluate@short" in names and names == [stage.name for stage in dvc_graph.stages(graph) if stage.name in names]
     head, blocks = whole.split("  filter:\n")[0], {}
     for name in names:
         blocks[name] = re.split(r"\n  (?=\S)", whole[whole.index(f"  {name}:\n") :])[0].rstrip("\n") + "\n"
     mixed = head + "".join(blocks[name] for name in reversed(names))
     (graph / "dvc.lock").write_text(mixed)
-    assert dvc_graph.recorded((graph / "dvc.lock").read_text()) == names[::-1]
-    dvc_graph.put_in_order(graph, names[-1:], dvc_graph.stages(graph))
-    assert dvc_graph.recorded((graph / "dvc.lock").read_text()) == [names[-1], *names[:-1]], "what was there before stays where it was"
-    dvc_graph.put_in_order(graph, [], dvc_graph.stages(graph))
+    assert dvc_lock.recorded((graph / "dvc.lock").read_text()) == names[::-1]
+    dvc_lock.put_in_order(graph, names[-1:], dvc_graph.stages(graph))
+    assert dvc_lock.recorded((graph / "dvc.lock").read_text()) == [names[-1], *names[:-1]], "what was there before stays where it was"
+    dvc_lock.put_in_order(graph, [], dvc_graph.stages(graph))
     assert (graph / "dvc.lock").read_text() == whole
     (graph / "dvc.lock").unlink()
-    dvc_graph.put_in_order(graph, [], dvc_graph.stages(graph))
+    dvc_lock.put_in_order(graph, [], dvc_graph.stages(graph))
 
 
 def test_what_a_stage_states(graph: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from flows.project import dvc_graph, overrides, worktree
+from flows.project import dvc_graph, git, overrides, run_lock, worktree
 from flows.run.config import RunConfig, parse
 from tests.flows import project
 
@@ -185,18 +185,18 @@ def test_numbers_stay_numbers_for_every_reader(tmp_path: Path) -> None:
 
 def test_one_run_a_checkout(repo: Path) -> None:
     folder = worktree.make(repo, "busy", profile=None, overrides={})
-    assert not worktree.in_use(folder)
-    with worktree.alone(folder, "an-id"):
-        assert worktree.in_use(folder) and worktree.died(folder) == ""
-        with pytest.raises(worktree.Busy, match=r"is in use by another run, process \d+; wait for it"), worktree.alone(folder):
+    assert not run_lock.in_use(folder)
+    with run_lock.alone(folder, "an-id"):
+        assert run_lock.in_use(folder) and run_lock.died(folder) == ""
+        with pytest.raises(run_lock.Busy, match=r"is in use by another run, process \d+; wait for it"), run_lock.alone(folder):
             pass
-    assert not worktree.in_use(folder) and worktree.died(folder) == ""
-    with pytest.raises(ValueError), worktree.alone(folder, "an-id"):
+    assert not run_lock.in_use(folder) and run_lock.died(folder) == ""
+    with pytest.raises(ValueError), run_lock.alone(folder, "an-id"):
         raise ValueError
-    assert worktree.died(folder) == "", "it ended by itself"
-    with pytest.raises(KeyboardInterrupt), worktree.alone(folder, "an-id"):
+    assert run_lock.died(folder) == "", "it ended by itself"
+    with pytest.raises(KeyboardInterrupt), run_lock.alone(folder, "an-id"):
         raise KeyboardInterrupt
-    assert worktree.died(folder) == "an-id"
+    assert run_lock.died(folder) == "an-id"
 
 
 def test_old_folders_go_and_their_branches_stay(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_old_folders_go_and_their_branches_stay(tmp_path: Path) -> None:
     os.utime(folders[0], (0, 0))
     (folders[1] / ".git").write_text("gitdir: /nowhere\n")  # as when the checkout was moved
     said: list[str] = []
-    with worktree.alone(folders[2]):
+    with run_lock.alone(folders[2]):
         assert worktree.prune(repo, keep=1, line=said.append) == [folders[3], folders[0]]
     assert [folder.exists() for folder in folders] == [False, True, True, False, True]
     assert len(said) == 1 and said[0].startswith("run-1 was not removed: `git add")
@@ -231,7 +231,7 @@ def test_what_git_is_told_for_people_does_not_end_a_run(tmp_path: Path) -> None:
         hook.chmod(0o755)
     folder = worktree.make(repo, "plain", profile="smoke", overrides={})
     assert "profile: smoke" in project.git(folder, "show", "HEAD:params.yaml")
-    worktree.git(repo, "tag", "--annotate", "--message", "a version", "student@v0.0.1")
+    git.git(repo, "tag", "--annotate", "--message", "a version", "student@v0.0.1")
 
 
 def test_a_checkout_that_was_cut_off_is_made_whole(repo: Path) -> None:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from cf_model.codec.linear import CodecSpec, fit_codec, latent_frames, load_codec, save_codec, video_frames
+from cf_model.codec.codec_file import load_codec, save_codec
+from cf_model.codec.linear import CodecSpec, fit_codec, latent_frames, video_frames
 from cf_model.data import worlds
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cf_model.codec import wan_codec
-from cf_model.codec.linear import load_codec, save_codec
+from cf_model.codec.codec_file import load_codec, save_codec
 from cf_model.codec.wan_codec import WEIGHTS, WanCodec, load_wan
 from tests import pretrained
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.codec.linear import LinearCodec, save_codec
+from cf_model.codec.codec_file import save_codec
+from cf_model.codec.linear import LinearCodec
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from cf_model.data.video import read_video
 from cf_model.model.flow import Shared, gaussian, uniform
-from cf_model.train.trainer import engine
+from cf_model.train.trainer import engine, loop
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec
 from tests.train import ranked
 
@@ -221,14 +221,14 @@ def test_an_engine_that_makes_no_sense_is_refused(stated: dict[str, Any], said: 
 def test_muon_is_refused_where_matrices_are_split() -> None:
     spec = OptimizerSpec(1e-3, 0.02, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0)
     with pytest.raises(ValueError, match=r"muon_lr is 0.02, and engine.zero 2: Muon needs whole matrices.* use engine.zero: 0, or muon_lr"):
-        engine.optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 2, "none", None))
+        loop.build_optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 2, "none", None))
 
 
 def test_without_deepspeed_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     spec = OptimizerSpec(1e-3, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0)
     with pytest.raises(ValueError, match=r"can't be imported .*; `make deepspeed` installs it; or use engine.use: torch"):
-        engine.optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 0, "none", None))
+        loop.build_optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 0, "none", None))
 
 
 def test_plain_training_never_imports_deepspeed() -> None:

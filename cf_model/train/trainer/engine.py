@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -147,24 +146,3 @@ class Optimizer:
         self.done = state["done"]
         for (optimizer, _), saved in zip(self.parts, state["parts"], strict=True):
             optimizer.load_state_dict(saved)
-
-
-def optimizer(model: nn.Module, spec: OptimizerSpec, steps: int, engine: EngineSpec) -> Optimizer:
-    """Of plain torch, or of DeepSpeed, which is imported only here. Copies of the model are made before: it may be split."""
-    if not engine.is_deepspeed:
-        return Optimizer(model, spec, steps)
-    from .zero import make
-
-    return make(model, spec, steps, engine)
-
-
-def whole(model: nn.Module) -> Iterator[Tensor]:
-    """A model's weights, one after the other, each gathered from the ranks where ZeRO 3 has split it."""
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_id"):
-            from .zero import gathered
-
-            with gathered(parameter):
-                yield parameter
-        else:
-            yield parameter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from cf_model.model import checkpoint
 from cf_model.model.flow import uniform
 
-from . import engine, ranks
+from . import ranks
 from .engine import PLAIN as PLAIN
 from .engine import EngineSpec as EngineSpec
 from .engine import Optimizer as Optimizer
 from .engine import OptimizerSpec as OptimizerSpec
-from .engine import optimizer as optimizer
 from .observe import Clock, peak_memory, shown
 from .ranks import Random as Random
 
@@ -58,7 +57,7 @@ class Average(Generic[M]):
         # Choice: a rising decay in the first updates, so that a short run's average is not its starting point.
         decay = min(self.decay, (1 + self.done) / (10 + self.done)) if self.done >= self.start else 0.0
         norms = []
-        for mean, raw in zip(self.model.parameters(), engine.whole(self.source), strict=True):
+        for mean, raw in zip(self.model.parameters(), gather_weights(self.source), strict=True):
             mean.lerp_(raw, 1 - decay)
             if raw.requires_grad:
                 norms.append(torch.stack([(mean - raw).norm(), raw.norm()]).float())
@@ -208,3 +207,24 @@ def drop_prompts(text: Float[Tensor, "B T E"], empty: Float[Tensor, "T E"], shar
     """The empty prompt in place of a share of the prompts: what guidance needs."""
     keep = uniform((len(text),), rng.rng) >= share
     return torch.where(keep[:, None, None], text, empty.to(text))
+
+
+def build_optimizer(model: nn.Module, spec: OptimizerSpec, steps: int, engine: EngineSpec) -> Optimizer:
+    """Of plain torch, or of DeepSpeed, which is imported only here. Copies of the model are made before: it may be split."""
+    if not engine.is_deepspeed:
+        return Optimizer(model, spec, steps)
+    from .zero import make
+
+    return make(model, spec, steps, engine)
+
+
+def gather_weights(model: nn.Module) -> Iterator[Tensor]:
+    """A model's weights, one after the other, each gathered from the ranks where ZeRO 3 has split it."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            from .zero import gathered
+
+            with gathered(parameter):
+                yield parameter
+        else:
+            yield parameter

@@ -140,4 +140,4 @@ def render(values: Mapping[str, Any]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = results.number
-    return environment.get_template("compare.html.j2").render(values)
+    return environment.get_template("page.html.j2").render(values)
