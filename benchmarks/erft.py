@@ -33,11 +33,11 @@ from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import add_noise, to_x0
 from cf_model.train.erft import ErrorBank
-from cf_model.train.teacher import Teacher
+from cf_model.train.teacher import TeacherTrainer
 from cf_model.train.trainer.loop import fit
-from tasks.params import schema
+from tasks.files.step_rows import replace as write
+from tasks.params import load, schema
 from tasks.runner.track import Track
-from tasks.runner.track import replace as write
 
 GRADES = (0.0, 0.3, 0.5, 0.7, 0.9)  # level that the base model names the context's newest frames from; 0: no mistakes
 LEVELS = (0.5, 0.75, 0.95)  # of the target
@@ -58,15 +58,15 @@ def trained(p: schema.Params, base: Path, clips: Latents, seed: int, recycle: bo
     folder, out = work / name, work / f"{name}-made"
     if not (out / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        teacher = Teacher(spec, model=wan.load(base), latents=clips, flow=p.flow, seed=seed)
+        teacher = TeacherTrainer(spec, model=wan.load_transformer(base), latents=clips, flow=p.flow, seed=seed)
         if not recycle:
             teacher.bank = Harmless(spec.errors, (spec.target, *clips.shape))
         fit(teacher.step, steps=spec.steps, state=teacher.state, log=Track(name, folder), save_every=spec.save_every)
         partial = work / f"{name}-partial"
         partial.mkdir(exist_ok=True)
-        wan.save(teacher.average.model, partial)
+        wan.save_transformer(teacher.average.model, partial)
         partial.rename(out)
-    return wan.load(out).eval()
+    return wan.load_transformer(out).eval()
 
 
 @torch.no_grad()
@@ -81,11 +81,11 @@ def wrong(p: schema.Params, models: dict[str, Denoiser], base: Denoiser, clips: 
         past = clip[:, start - p.base.window : start]
         drawn = torch.randn(past.shape, generator=rng)
         for grade in GRADES:
-            context, sigma = clip[:, view.frames(start)].clone(), torch.full((len(rows),), grade)
+            context, sigma = clip[:, view.context_frames(start)].clone(), torch.full((len(rows),), grade)
             if grade:
                 named = base(add_noise(past, drawn, sigma), sigma, text)
                 context[:, -view.fast :] += (named - past)[:, -view.fast :]
-            mistake = (context - clip[:, view.frames(start)])[:, -view.fast :].square().mean(dim=(1, 2, 3, 4)).sqrt()
+            mistake = (context - clip[:, view.context_frames(start)])[:, -view.fast :].square().mean(dim=(1, 2, 3, 4)).sqrt()
             for level in LEVELS:
                 s = torch.full((len(rows),), level)
                 x_t = add_noise(x, noise, s)
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results/erft.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    p, clips, done = schema.load(HERE.parent / "profiles/tiny.yaml"), Latents(given.latents), []
+    p, clips, done = load.load_params(HERE.parent / "profiles/tiny.yaml"), Latents(given.latents), []
     about = {
         "what": "mean squared error of the first chunk after the context, in one pass; gain = without - with, harm = with these mistakes "
         "- with none; 95 % intervals over clips, which say nothing of other training runs: see the seeds",
@@ -158,7 +158,7 @@ def main() -> None:
     }
     for seed in range(p.seed, p.seed + given.seeds):
         models = {name: trained(p, given.base, clips, seed, name == "with", given.work) for name in ("with", "without")}
-        done.append(wrong(p, models, wan.load(given.base).eval(), clips))
+        done.append(wrong(p, models, wan.load_transformer(given.base).eval(), clips))
         rows = table(done)
         write(given.out, json.dumps(about | {"seeds": len(done), "rows": rows}, indent=1) + "\n")
         print(json.dumps(rows[-2:], indent=1), flush=True)

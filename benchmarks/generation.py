@@ -34,12 +34,12 @@ def model() -> Any:
     from cf_model.model import wan
     from cf_model.pipeline import ContextForcingPipeline
     from cf_model.text.encoder import WordEncoder
-    from tasks.params import schema
+    from tasks.params import load
 
     torch.set_num_threads(1)
-    p = schema.load(HERE.parent / "profiles/tiny.yaml")
+    p = load.load_params(HERE.parent / "profiles/tiny.yaml")
     rng = torch.Generator().manual_seed(0)
-    denoiser = wan.build(p.model, channels=p.codec.linear.channels, text_channels=p.text.channels, seed=0)
+    denoiser = wan.build_transformer(p.model, channels=p.codec.linear.channels, text_channels=p.text.channels, seed=0)
     torch.nn.init.normal_(denoiser.transformer.proj_out.weight, std=0.1, generator=rng)
     codec = LinearCodec(p.codec.linear.channels, p.codec.linear.width).eval()
     codec.decoder.normal_(0, 0.02, generator=rng)
@@ -59,7 +59,7 @@ def measure(seconds: float, out: Path) -> dict[str, Any]:
         nonlocal shown, full
         for number, chunk in enumerate(pipe.chunks("a red disc over hills", seconds=seconds)):
             promoted.extend([round(shown / pipe.recipe.fps, 2)] * len(chunk.promoted))
-            if full is None and len(chunk.held["slow"]) == pipe.recipe.memory.slow:
+            if full is None and len(chunk.context["slow"]) == pipe.recipe.memory.slow:
                 full = round(shown / pipe.recipe.fps, 2)
             yield from chunk.frames
             shown += len(chunk.frames)

@@ -50,32 +50,32 @@ def measure(stage: str, checkpointing: bool) -> dict[str, Any]:
     from cf_model.model import wan
     from cf_model.train import base, causal_init, student, teacher
     from tasks.commands.plan import forecast
-    from tasks.params import schema
+    from tasks.params import load
     from tests.allocations import Allocations
 
     torch.set_num_threads(1)
-    p = schema.load(HERE.parent / "profiles/tiny.yaml")
+    p = load.load_params(HERE.parent / "profiles/tiny.yaml")
     p = p.model_copy(update={"compute": replace(p.compute, checkpointing=checkpointing)})
     costs = forecast.costs(p)
     shape = (costs.channels, costs.height, costs.width)
-    models = [wan.build(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=p.compute) for i in range(3)]
+    models = [wan.build_transformer(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=p.compute) for i in range(3)]
     clips = Noise(shape, p.text.tokens, p.text.channels)
     common: dict[str, Any] = {"model": models[0], "latents": clips, "flow": p.flow, "seed": 0}
     job: Any
     if stage == "base":
-        job = base.Base(p.base, **common)
+        job = base.BaseTrainer(p.base, **common)
     elif stage == "teacher":  # every step with the longest context
         spec = replace(p.teacher, no_context=0.0, fast_only=0.0, shortest=p.teacher.longest)
-        job = teacher.Teacher(spec, **common)
+        job = teacher.TeacherTrainer(spec, **common)
     elif stage == "causal_init":
-        job = causal_init.CausalInit(replace(p.causal_init, begin=1.0), **common)
+        job = causal_init.CausalInitTrainer(replace(p.causal_init, begin=1.0), **common)
     else:  # every rollout the longest, the student updated at every step
         long = replace(p.stage2.horizon, shortest=p.stage2.horizon.longest, mode="const")
         spec2 = replace(p.stage2, horizon=long, critic_updates=1)
         named = {"student": models[0], "teacher": models[1], "critic": models[2]}
         prompts = torch.randn(8, p.text.tokens, p.text.channels)
         made: dict[str, Any] = {"view": p.teacher.view, "flow": p.flow, "prompts": prompts, "null": clips.empty_text, "shape": shape}
-        job = student.Distillation(spec2, **named, **made, seed=0)
+        job = student.DistillationTrainer(spec2, **named, **made, seed=0)
     with Allocations() as held:
         for number in range(2):
             job.step(number)

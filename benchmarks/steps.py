@@ -28,9 +28,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from cf_model.model import wan
 from cf_model.model.rollout import HorizonSpec
-from cf_model.train.student import Distillation
+from cf_model.train.student import DistillationTrainer
 from cf_model.train.trainer.engine import EngineSpec
-from tasks.params import schema
+from tasks.params import load
 from tests.allocations import Allocations
 
 FRAMES = 84
@@ -87,17 +87,17 @@ SETTINGS: dict[str, Callable[[Plan], Plan]] = {
 }
 
 
-def job(change: Callable[[Plan], Plan]) -> Distillation:
-    p = schema.load(HERE.parent / "profiles/tiny.yaml")
+def job(change: Callable[[Plan], Plan]) -> DistillationTrainer:
+    p = load.load_params(HERE.parent / "profiles/tiny.yaml")
     first = replace(p.stage2, horizon=HorizonSpec(FRAMES, FRAMES, 0, "const"))
     plan = change({"spec": first, "view": p.teacher.view, "compute": p.compute, "engine": EngineSpec("torch", 0, "none", None)})
     shape = (p.codec.linear.channels, p.video.height // 8, p.video.width // 8)
     built = {"channels": shape[0], "text_channels": p.text.channels, "compute": plan["compute"]}
-    models = [wan.build(p.model, **built, seed=i) for i in range(3)]
+    models = [wan.build_transformer(p.model, **built, seed=i) for i in range(3)]
     for model in models:  # as built, nothing comes out
         torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.05, generator=torch.Generator().manual_seed(0))
     text = torch.randn(8, p.text.tokens, p.text.channels, generator=torch.Generator().manual_seed(1))
-    return Distillation(
+    return DistillationTrainer(
         plan["spec"],
         student=models[0],
         teacher=models[1],

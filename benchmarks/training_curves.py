@@ -24,7 +24,7 @@ matplotlib.use("agg")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from matplotlib import pyplot
 
-from tasks.params.yaml_file import read
+from tasks.params.yaml_file import read_yaml
 
 FLOW, STUDENTS = ("base", "teacher", "causal_init"), ("stage1", "stage2")
 QUANTILES = ("q05", "q25", "q50", "q75", "q95")
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
     rows = {stage: curves(args.project / "models" / stage / "metrics.csv") for stage in (*FLOW, *STUDENTS)}
-    stated = read(args.project / "params.yaml")
+    stated = read_yaml(args.project / "params.yaml")
     grid(rows, FLOW, ("loss", "gradient", "ema_distance", "bank_fill", "bank_rms"), args.out / "training-flow.png")
     names = ("critic_loss", "critic_gradient", "score_distance", "normaliser", "student_loss", "student_gradient", "ema_distance")
     grid(rows, STUDENTS, (*names, "frames", "exit"), args.out / "training-students.png")

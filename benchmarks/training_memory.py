@@ -28,17 +28,17 @@ def measure(frames: int, checkpointing: bool) -> dict[str, float]:
 
     from cf_model.model import wan
     from cf_model.model.rollout import HorizonSpec
-    from cf_model.train.student import Distillation
-    from tasks.params import schema
+    from cf_model.train.student import DistillationTrainer
+    from tasks.params import load
 
     torch.set_num_threads(1)
-    p = schema.load(HERE.parent / "profiles/tiny.yaml")
+    p = load.load_params(HERE.parent / "profiles/tiny.yaml")
     shape = (p.codec.linear.channels, p.video.height // 8, p.video.width // 8)
     spec = replace(p.stage2, horizon=HorizonSpec(frames, frames, 0, "const"), critic_updates=1, ema_start=0)
     compute = replace(p.compute, checkpointing=checkpointing)
-    models = [wan.build(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=compute) for i in range(3)]
+    models = [wan.build_transformer(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=compute) for i in range(3)]
     prompts = torch.randn(8, p.text.tokens, p.text.channels)
-    job = Distillation(
+    job = DistillationTrainer(
         spec,
         student=models[0],
         teacher=models[1],

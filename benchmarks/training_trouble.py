@@ -23,7 +23,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 from benchmarks.training_curves import curves, draw, save
-from tasks.params.yaml_file import read
+from tasks.params.yaml_file import read_yaml
 
 RUNS: dict[str, dict[str, Any]] = {
     "as committed": {},
@@ -58,7 +58,7 @@ def made(name: str, steps: int) -> Path:
     folder = Path("work/trouble") / name.replace(" ", "-").replace("'", "")
     if folder.exists():
         return folder
-    stated = read(Path("params.yaml"))
+    stated = read_yaml(Path("params.yaml"))
     stage = stated["stage1"]
     stage["steps"], stage["save_every"], stated["samples"]["stage1"]["every"] = steps, steps, 0
     for key, value in RUNS[name].items():

@@ -21,19 +21,20 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import diffusers
 
 from cf_model.codec.codec_file import load_codec, save_codec
-from cf_model.codec.linear import Codec, LinearCodec
-from cf_model.text.encoder import TextEncoder, load_text, save_text
+from cf_model.codec.interface import Codec
+from cf_model.codec.linear import LinearCodec
+from cf_model.text.encoder import TextEncoder, load_text_encoder, save_text_encoder
 
 from .model import wan
 from .model.denoiser import Compute, Denoiser
-from .model.flow import Flow, falling
+from .model.flow import Flow, check_levels_fall
 from .model.memory import MemorySpec
-from .model.weights import check_whole
+from .model.weights import check_safetensors_header
 
 T = TypeVar("T")
-CLASS = "ContextForcingPipeline"
-RECIPE = "context_forcing.json"
-EXPORT = "`cf export --to diffusers --model {} --out DIR` makes one"
+PIPELINE_CLASS = "ContextForcingPipeline"
+RECIPE_FILE = "context_forcing.json"
+EXPORT_HINT = "`cf export --to diffusers --model {} --out DIR` makes one"
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class Recipe:
         if self.height % 16 or self.width % 16 or min(self.height, self.width, self.fps, self.chunk) < 1:
             stated = f"height, width, fps and chunk are {self.height}, {self.width}, {self.fps}, {self.chunk}"
             raise ValueError(f"{stated}; the first two are multiples of 16, all are above 0")
-        self.memory.hold(self.chunk)
-        falling(self.levels)
+        self.memory.check_chunk(self.chunk)
+        check_levels_fall(self.levels)
 
-def save(path: Path, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
+def save_folder(path: Path, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
     """Under a temporary name first: a folder that has its name is whole."""
     if path.exists():
         raise ValueError(f"{path} is already there; name another folder, or remove it")
@@ -65,65 +66,65 @@ def save(path: Path, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe
     part = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
     part.chmod(0o755)  # mkdtemp's is its owner's alone
     try:
-        fill(part, path.name, denoiser, codec, text, recipe)
+        write_parts(part, path.name, denoiser, codec, text, recipe)
         part.rename(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def fill(path: Path, name: str, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
-    wan.save(denoiser, path / "transformer")
+def write_parts(path: Path, name: str, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
+    wan.save_transformer(denoiser, path / "transformer")
     home = "codec" if isinstance(codec, LinearCodec) else "vae"
     save_codec(codec, path / home)
-    save_text(text, path)
-    index: dict[str, Any] = {"_class_name": CLASS, "_diffusers_version": diffusers.__version__}
+    save_text_encoder(text, path)
+    index: dict[str, Any] = {"_class_name": PIPELINE_CLASS, "_diffusers_version": diffusers.__version__}
     index["transformer"] = ["diffusers", "WanTransformer3DModel"]
     index[home] = ["cf_model.codec.linear", "LinearCodec"] if home == "codec" else ["diffusers", "AutoencoderKLWan"]
     if (path / "text_encoder").is_dir():
         index |= {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
-    write(path / "model_index.json", index)
-    write(path / RECIPE, asdict(recipe))
-    (path / "README.md").write_text(card(name, denoiser, recipe), encoding="utf-8")
+    write_json(path / "model_index.json", index)
+    write_json(path / RECIPE_FILE, asdict(recipe))
+    (path / "README.md").write_text(write_card(name, denoiser, recipe), encoding="utf-8")
 
 
-def write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def load(path: Path, compute: Compute) -> tuple[Denoiser, Codec, TextEncoder, Recipe]:
-    recognised(path)
+def load_folder(path: Path, compute: Compute) -> tuple[Denoiser, Codec, TextEncoder, Recipe]:
+    check_layout(path)
     for file in sorted(path.rglob("*.safetensors")):
-        check_whole(file)
-    recipe = typed(Recipe, read(path / RECIPE), f"{path / RECIPE}: ")
+        check_safetensors_header(file)
+    recipe = build_typed(Recipe, read_json(path / RECIPE_FILE), f"{path / RECIPE_FILE}: ")
     home = path / "vae" if (path / "vae").is_dir() else path / "codec"
-    return wan.load(path / "transformer", compute), load_codec(home), load_text(path), recipe
+    return wan.load_transformer(path / "transformer", compute), load_codec(home), load_text_encoder(path), recipe
 
 
-def recognised(path: Path) -> None:
+def check_layout(path: Path) -> None:
     """Refuses any other layout by its name, with the command that makes this one of it."""
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder; {EXPORT.format('models/stage2')}")
-    index = read(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+        raise ValueError(f"{path} is no folder; {EXPORT_HINT.format('models/stage2')}")
+    index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
     kind = index.get("_class_name")
-    if kind == CLASS:
-        missing = [name for name in (RECIPE, "transformer/config.json") if not (path / name).is_file()]
+    if kind == PIPELINE_CLASS:
+        missing = [name for name in (RECIPE_FILE, "transformer/config.json") if not (path / name).is_file()]
         if missing:
-            raise ValueError(f"{path} lacks {missing[0]}; copy the folder again, or {EXPORT.format('models/stage2')}")
+            raise ValueError(f"{path} lacks {missing[0]}; copy the folder again, or {EXPORT_HINT.format('models/stage2')}")
         return
-    imported = f"`cf import-weights {path} --out WEIGHTS`, then {EXPORT.format('WEIGHTS')}"
+    imported = f"`cf import-weights {path} --out WEIGHTS`, then {EXPORT_HINT.format('WEIGHTS')}"
     if kind:
         raise ValueError(f"{path} is a diffusers {kind} and has no memory or rollout settings; {imported}")
     if (path / "config.json").is_file():
-        raise ValueError(f"{path} is a transformer alone, as the stages write it; {EXPORT.format(path)}")
+        raise ValueError(f"{path} is a transformer alone, as the stages write it; {EXPORT_HINT.format(path)}")
     if (path / "codec.json").is_file():
-        raise ValueError(f"{path} is a codec alone; {EXPORT.format('models/stage2')}")
+        raise ValueError(f"{path} is a codec alone; {EXPORT_HINT.format('models/stage2')}")
     foreign = next((file for end in ("pt", "pth", "ckpt", "bin", "safetensors") for file in sorted(path.glob(f"*.{end}"))), None)
     if foreign:
         raise ValueError(f"{path} holds {foreign.name}, weights in a layout of Self-Forcing or original Wan; {imported}")
-    raise ValueError(f"{path} holds no model_index.json, so it is no model folder; {EXPORT.format('models/stage2')}")
+    raise ValueError(f"{path} holds no model_index.json, so it is no model folder; {EXPORT_HINT.format('models/stage2')}")
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -133,7 +134,7 @@ def read(file: Path) -> dict[str, Any]:
     return values
 
 
-def typed(kind: type[T], values: Any, where: str) -> T:
+def build_typed(kind: type[T], values: Any, where: str) -> T:
     """A dataclass from what a person or a file states: every key, no other, each of its type. `where` begins the refusal."""
     hints = get_type_hints(kind)
     if not isinstance(values, Mapping):
@@ -143,16 +144,16 @@ def typed(kind: type[T], values: Any, where: str) -> T:
             raise ValueError(f"{where}{name} is not a setting; known are {', '.join(hints)}")
         if name not in values:
             raise ValueError(f"{where}{name} is missing; every value is stated")
-    made = {name: _value(hint, values[name], f"{where}{name}") for name, hint in hints.items()}
+    made = {name: _convert_value(hint, values[name], f"{where}{name}") for name, hint in hints.items()}
     try:
         return kind(**made)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _convert_value(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
-        return typed(hint, value, f"{where}.")  # type: ignore[arg-type]
+        return build_typed(hint, value, f"{where}.")  # type: ignore[arg-type]
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ValueError(f"{where} is {value!r}; it must be {', '.join(get_args(hint))}")
@@ -160,14 +161,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} is {value!r}; it must be a list of numbers")
-        return tuple(_value(get_args(hint)[0], one, where) for one in value)
+        return tuple(_convert_value(get_args(hint)[0], one, where) for one in value)
     kinds = (int, float) if hint is float else (hint,)
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f"{where} is {value!r}; it must be {' or '.join(kind.__name__ for kind in kinds)}")
     return hint(value)
 
 
-def card(name: str, denoiser: Denoiser, recipe: Recipe) -> str:
+def write_card(name: str, denoiser: Denoiser, recipe: Recipe) -> str:
     """README.md with the head that model hubs read."""
     memory, config = recipe.memory, denoiser.transformer.config
     settings = "\n".join(f"| memory.{f.name} | {getattr(memory, f.name)} |" for f in fields(memory))
@@ -207,6 +208,6 @@ for frame in pipe.stream("...", seconds=600): ...  # as they are made; memory us
 | noise levels | {", ".join(f"{level:g}" for level in recipe.levels)}, shift {recipe.flow.shift:g} |
 {settings}
 
-The transformer runs in any diffusers pipeline that takes a WanTransformer3DModel, but without its memory: {RECIPE} is what
+The transformer runs in any diffusers pipeline that takes a WanTransformer3DModel, but without its memory: {RECIPE_FILE} is what
 makes the difference, and only this project's pipeline reads it.
 """

@@ -13,17 +13,17 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cf_model.codec.linear import Codec
+from cf_model.codec.interface import Codec
 from cf_model.text.encoder import TextEncoder
 
 from . import folder
 from .folder import Recipe
 from .model.denoiser import Attention, Compute, Denoiser, Precision
-from .model.memory import LayerMemories, Memory, empty
-from .model.rollout import denoise
-from .request import Plan, Prompts, Switch, planned
+from .model.memory import LayerMemories, Memory, empty_memory
+from .model.rollout import denoise_chunk
+from .request import Prompts, RequestPlan, Switch, plan_request
 
-FLUSHED = 2  # newest latent frames that Infinity-RoPE's flush leaves beside the sink
+FLUSH_FRAMES = 2  # newest latent frames that Infinity-RoPE's flush leaves beside the sink
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Chunk:
     first: int  # latent frame, counted from the beginning of the clip that is continued
     latents: int
     frames: UInt8[np.ndarray, "V Y X 3"]
-    held: dict[str, list[int]]  # latent frames in sink, slow and fast; this chunk's own are not among them
+    context: dict[str, list[int]]  # latent frames in sink, slow and fast; this chunk's own are not among them
     promoted: tuple[int, ...]  # of the slow ones, those that were not there a chunk before
     similarity: float | None  # of the chunk before to the one before it (eq. 7), the mean over layers
     prompt: str
@@ -78,11 +78,11 @@ class ContextForcingPipeline:
     @classmethod
     def from_pretrained(cls, path: str | Path, attention: Attention = "native", dtype: Precision = "float32") -> ContextForcingPipeline:
         """A folder that `save_pretrained` or `cf export --to diffusers` wrote; nothing is ever downloaded."""
-        return cls(*folder.load(Path(path), Compute(attention, dtype, checkpointing=False)))
+        return cls(*folder.load_folder(Path(path), Compute(attention, dtype, checkpointing=False)))
 
     def save_pretrained(self, path: str | Path) -> None:
         """diffusers' layout in a new folder, which appears under its name when it is whole."""
-        folder.save(Path(path), self.denoiser, self.codec, self.text, self.recipe)
+        folder.save_folder(Path(path), self.denoiser, self.codec, self.text, self.recipe)
 
     def to(self, device: str | torch.device) -> ContextForcingPipeline:
         self.device = torch.device(device)
@@ -121,7 +121,7 @@ class ContextForcingPipeline:
         first, and its chunks come first, as they are, marked `real`.
         """
         positions = self.denoiser.transformer.config.rope_max_seq_len
-        plan = planned(self.recipe, self.text, positions, prompt, seconds, seed, switch, continue_from)
+        plan = plan_request(self.recipe, self.text, positions, prompt, seconds, seed, switch, continue_from)
         text = {at: self.text.encode([words]).to(self.device) for at, words in plan.prompts.items()}
         clip = None if continue_from is None else continue_from[len(continue_from) - plan.real :]
         return self._decoded(self._made(plan, text, clip, seed, switch, keep_sink), plan, clip)
@@ -129,13 +129,13 @@ class ContextForcingPipeline:
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def _made(
-        self, plan: Plan, text: dict[int, Tensor], clip: np.ndarray | None, seed: int, switch: Switch, keep_sink: bool
+        self, plan: RequestPlan, text: dict[int, Tensor], clip: np.ndarray | None, seed: int, switch: Switch, keep_sink: bool
     ) -> Iterator[tuple[Chunk, Float[Tensor, "B F C H W"]]]:
         """Latents of the clip's chunks and then of new ones; the frames are still missing."""
         recipe, rng = self.recipe, torch.Generator(self.device).manual_seed(seed)
-        sigmas, space = recipe.flow.sigmas(recipe.levels), self.codec.space
+        sigmas, space = recipe.flow.shift_levels(recipe.levels), self.codec.space
         shape = self.codec.channels, recipe.height // space, recipe.width // space
-        memory, now = empty(recipe.memory), text[0]
+        memory, now = empty_memory(recipe.memory), text[0]
         kept: tuple[int, ...] = ()
         recent: deque[Tensor] = deque(maxlen=max(1, recipe.memory.size // recipe.chunk))  # what a recache passes again
         real = self._encoded(clip).split(recipe.chunk, dim=1) if clip is not None else ()
@@ -143,13 +143,13 @@ class ContextForcingPipeline:
             if number > 0 and number in text:
                 now = text[number]
                 memory = self._switched(memory, torch.cat(list(recent), dim=1), now, switch, keep_sink)
-            before, kept = kept, promotions(memory)
+            before, kept = kept, promoted_indices(memory)
             at = max(key for key in plan.prompts if key <= max(number, 0))
             chunk = Chunk(
                 first=(number + len(real)) * recipe.chunk,
                 latents=recipe.chunk,
                 frames=np.zeros((0, recipe.height, recipe.width, 3), np.uint8),
-                held=memory.held(),
+                context=memory.frame_indices(),
                 promoted=tuple(index for index in kept if index not in before),
                 similarity=sum(memory.similarity) / len(memory.similarity) if memory.similarity else None,
                 prompt=plan.prompts[at],
@@ -159,7 +159,7 @@ class ContextForcingPipeline:
                 if number < 0:
                     x_0 = real[number]
                 else:
-                    x_0, _, memory = denoise(self.denoiser, now, shape, sigmas, recipe.chunk, memory, rng)
+                    x_0, _, memory = denoise_chunk(self.denoiser, now, shape, sigmas, recipe.chunk, memory, rng)
                 memory = self.denoiser.remember(x_0, now, memory)
             recent.append(x_0)
             yield chunk, x_0
@@ -168,8 +168,8 @@ class ContextForcingPipeline:
         if switch == "keep":
             return memory
         if switch == "flush":
-            return memory.flushed(FLUSHED)
-        last, held = memory.seen, len(memory.held()["sink"]) if keep_sink else 0
+            return memory.flushed(FLUSH_FRAMES)
+        last, held = memory.frame_count, len(memory.frame_indices()["sink"]) if keep_sink else 0
         first = max(last - recent.shape[1], held)  # those in the sink are not passed again
         memory = memory.restarted(first, keep_sink)
         while first < last:
@@ -182,7 +182,7 @@ class ContextForcingPipeline:
         pieces = torch.from_numpy(np.ascontiguousarray(clip))[None].split(64, dim=1)
         return torch.cat(list(self.codec.encode_stream(pieces)), dim=1)
 
-    def _decoded(self, made: Iterator[tuple[Chunk, Tensor]], plan: Plan, clip: np.ndarray | None) -> Iterator[Chunk]:
+    def _decoded(self, made: Iterator[tuple[Chunk, Tensor]], plan: RequestPlan, clip: np.ndarray | None) -> Iterator[Chunk]:
         """Frames for every chunk; the codec's stream gives one piece for each that it is handed."""
         waiting: deque[Chunk] = deque()
 
@@ -201,7 +201,7 @@ class ContextForcingPipeline:
             yield replace(chunk, frames=frames)
 
 
-def promotions(memory: Memory) -> tuple[int, ...]:
+def promoted_indices(memory: Memory) -> tuple[int, ...]:
     """Latent frames in the slow part by promotion, of the first layer where layers differ."""
-    one = memory.at(0) if isinstance(memory, LayerMemories) else memory
-    return tuple(frame.index for frame in one.kept)
+    first = memory.layer_memory(0) if isinstance(memory, LayerMemories) else memory
+    return tuple(frame.index for frame in first.promoted_frames)

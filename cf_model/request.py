@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cf_model.codec.linear import TIME, latent_frames, video_frames
+from cf_model.codec.interface import TIME, latent_frames, video_frames
 from cf_model.text.encoder import TextEncoder
 
 from .folder import Recipe
@@ -20,16 +20,16 @@ Prompts = str | Sequence[tuple[float, str]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RequestPlan:
     frames: int  # of new video
     chunks: int  # new ones
     prompts: dict[int, str]  # number of the new chunk from which on a prompt is in force -> prompt
     real: int  # frames at the end of the clip that is continued
 
 
-def planned(
+def plan_request(
     recipe: Recipe, text: TextEncoder, positions: int, prompt: Prompts, seconds: float, seed: int, switch: str, clip: np.ndarray | None
-) -> Plan:
+) -> RequestPlan:
     """`positions` is the length of the transformer's RoPE table."""
     if not (math.isfinite(seconds) and seconds > 0 and round(seconds * recipe.fps)):
         raise ValueError(f"seconds is {seconds:g}, which is no length of a video; use {1 / recipe.fps:g} (one frame) or more")
@@ -39,8 +39,8 @@ def planned(
         raise ValueError(f"switch is {switch!r}; use {', '.join(get_args(Switch))}")
     timed = [(0.0, prompt)] if isinstance(prompt, str) else [(float(at), words) for at, words in prompt]
     for _, words in timed:
-        readable(words, text)
-    real, frames = usable(recipe, clip), round(seconds * recipe.fps)
+        check_prompt(words, text)
+    real, frames = usable_frames(recipe, clip), round(seconds * recipe.fps)
     chunks = -(-(-(-frames // TIME) if real else latent_frames(frames + TIME - 1)) // recipe.chunk)
     total = chunks * recipe.chunk + (latent_frames(real) if real else 0)
     if recipe.memory.positions == "absolute" and total > positions:
@@ -48,10 +48,10 @@ def planned(
         raise ValueError(f"{stated}; use at most {video_frames(positions) // recipe.fps} s in all, or bounded positions (anchored)")
     lead = 0 if real else TIME - 1  # the first latent frame of a video is one frame, not four
     starts = [max(0, chunk * recipe.chunk * TIME - lead) / recipe.fps for chunk in range(chunks)]
-    return Plan(frames, chunks, placed(timed, starts, seconds), real)
+    return RequestPlan(frames, chunks, place_prompts(timed, starts, seconds), real)
 
 
-def placed(timed: list[tuple[float, str]], starts: list[float], seconds: float) -> dict[int, str]:
+def place_prompts(timed: list[tuple[float, str]], starts: list[float], seconds: float) -> dict[int, str]:
     """Each prompt at the first chunk that begins at its time or later."""
     if not timed or timed[0][0] != 0:
         raise ValueError(f"the first prompt's time is {f'{timed[0][0]:g} s' if timed else 'missing'}; the video begins with it, so give 0")
@@ -70,7 +70,7 @@ def placed(timed: list[tuple[float, str]], starts: list[float], seconds: float) 
     return found
 
 
-def readable(words: str, text: TextEncoder) -> None:
+def check_prompt(words: str, text: TextEncoder) -> None:
     """A training caption may be cut; what a person asks for is not."""
     if not words.strip():
         raise ValueError("a prompt is empty; describe the video")
@@ -81,7 +81,7 @@ def readable(words: str, text: TextEncoder) -> None:
         raise ValueError(f"{stated}, but the text encoder reads {text.tokens}; shorten it")
 
 
-def usable(recipe: Recipe, clip: np.ndarray | None) -> int:
+def usable_frames(recipe: Recipe, clip: np.ndarray | None) -> int:
     """Frames at the clip's end that are whole chunks, when its first latent frame is one of them."""
     if clip is None:
         return 0

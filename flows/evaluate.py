@@ -20,13 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from ruamel.yaml import YAML
 
 from flows.machine import reconcile
-from flows.pipeline import check, framed, keep, name, repro
 from flows.project import dvc_graph, git, run_lock, worktree
 from flows.project.dvc_graph import Stage
-from flows.run.config import Override, Profile, StageName, parse
+from flows.run.config import Override, Profile, StageName, parse_overrides
+from flows.run.frame import commit_results, name_run, run_framed
+from flows.run.repro import check_parameters, repro_stages
 
 # letters that git takes in a tag and a folder's name has: no option, no shell
-PLACE = r"^[A-Za-z0-9_./~][A-Za-z0-9_./@#~+-]{0,300}$"
+PLACE_PATTERN = r"^[A-Za-z0-9_./~][A-Za-z0-9_./@#~+-]{0,300}$"
 
 
 class Checkpoint(BaseModel):
@@ -34,7 +35,7 @@ class Checkpoint(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    checkpoint: Annotated[str, StringConstraints(pattern=PLACE)] = Field(
+    checkpoint: Annotated[str, StringConstraints(pattern=PLACE_PATTERN)] = Field(
         description="A folder of the worker's machine, such as models/stage2 elsewhere, or a version, tag or commit: student@v0.0.1."
     )
     stage: StageName = Field("stage2", description="The stage whose model it takes the place of.")
@@ -49,33 +50,33 @@ class Checkpoint(BaseModel):
     @field_validator("overrides")
     @classmethod
     def _readable(cls, stated: list[str]) -> list[str]:
-        parse(stated)
+        parse_overrides(stated)
         return stated
 
 
 @flow(name="evaluate", on_crashed=[reconcile.close_tasks], on_cancellation=[reconcile.close_tasks])
 def evaluate(config: Checkpoint) -> dict[str, str] | State[Any]:
     """The checkpoint's videos and numbers, beside those of the other systems, which come from the cache where they are there."""
-    return framed(lambda: _whole(config))
+    return run_framed(lambda: _measure_checkpoint(config))
 
 
-def _whole(config: Checkpoint) -> dict[str, str]:
-    repo, run = Path.cwd().resolve(), name()
-    root = worktree.make(repo, run, profile=config.profile, overrides=parse(config.overrides))
+def _measure_checkpoint(config: Checkpoint) -> dict[str, str]:
+    repo, run = Path.cwd().resolve(), name_run()
+    root = worktree.make(repo, run, profile=config.profile, overrides=parse_overrides(config.overrides))
     with run_lock.alone(root, str(runtime.flow_run.id)):
-        check(root)
+        check_parameters(root)
         known = dvc_graph.stages(root)
         chosen = dvc_graph.selected(known, config.measured)
-        before = needed(known, [stage.name for stage in chosen], config.stage)
-        states = repro(root, only=before, run=run, repo=repo) if before else {}
-        put(repo, root, config.checkpoint, config.stage, [stage.name for stage in chosen])
-        states |= repro(root, only=[stage.name for stage in chosen], run=run, repo=repo)
-        keep(repo, root, run, f"{config.checkpoint} as {config.stage}, measured")
+        before = stages_before(known, [stage.name for stage in chosen], config.stage)
+        states = repro_stages(root, only=before, run=run, repo=repo) if before else {}
+        place_checkpoint(repo, root, config.checkpoint, config.stage, [stage.name for stage in chosen])
+        states |= repro_stages(root, only=[stage.name for stage in chosen], run=run, repo=repo)
+        commit_results(repo, root, run, f"{config.checkpoint} as {config.stage}, measured")
         get_run_logger().info(f"its report is {root}/reports/report.html")
         return states
 
 
-def needed(known: list[Stage], measured: list[str], given: str) -> list[str]:
+def stages_before(known: list[Stage], measured: list[str], given: str) -> list[str]:
     """Stages that must be there first. None may be made from the model whose place is taken: it would be of another model."""
     before = {stage.name for last in measured for stage in dvc_graph.selected(known, (), None, last)} - {*measured, given}
     if from_it := [stage.name for stage in dvc_graph.selected(known, (), given) if stage.name in before]:
@@ -85,13 +86,13 @@ def needed(known: list[Stage], measured: list[str], given: str) -> list[str]:
 
 
 @task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)
-def put(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]) -> None:
+def place_checkpoint(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]) -> None:
     """Its files are now what dvc.lock says that the stage made, and the stage is frozen."""
     known = YAML(typ="safe", pure=True).load(root / "dvc.yaml")["stages"]
-    out = model_of(known, stage)
+    out = find_model_folder(known, stage)
     (root / ".dvc/tmp").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root / ".dvc/tmp") as temporary:
-        found, rev = fetch(repo, checkpoint, out, Path(temporary) / "model")
+        found, rev = fetch_checkpoint(repo, checkpoint, out, Path(temporary) / "model")
         place = root / out
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,7 @@ def put(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]
         if not (root / dep).exists():
             raise ValueError(f"{checkpoint} has no {Path(dep).relative_to(out)}, which {', '.join(measured)} read; measure fewer stages")
     # numbers of another training would be taken for those of this one
-    for file in outs(known[stage], "metrics"):
+    for file in _out_paths(known[stage], "metrics"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(git.git(repo, "show", f"{rev}:{file}") if rev else "{}\n")
     dvc_graph.freeze(root, [stage])
@@ -109,22 +110,22 @@ def put(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]
     get_run_logger().info(f"{out} is {checkpoint}: {len(files)} files, {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")
 
 
-def outs(stage: dict[str, Any], kind: str) -> list[str]:
+def _out_paths(stage: dict[str, Any], kind: str) -> list[str]:
     return [out if isinstance(out, str) else next(iter(out)) for out in stage.get(kind, [])]
 
 
-def model_of(known: dict[str, Any], stage: str) -> str:
+def find_model_folder(known: dict[str, Any], stage: str) -> str:
     """The one folder that a stage makes and the cache holds."""
     if stage not in known:
         raise ValueError(f"{stage} is no stage; known are {', '.join(known)}")
-    names = outs(known[stage], "outs")
+    names = _out_paths(known[stage], "outs")
     models = [out for out in names if Path(out).parts[0] == "models"]
     if len(models) != 1:
         raise ValueError(f"{stage} makes {', '.join(names) or 'nothing'}, and no single folder in models/; name a stage that makes a model")
     return models[0]
 
 
-def fetch(repo: Path, checkpoint: str, out: str, into: Path) -> tuple[Path, str | None]:
+def fetch_checkpoint(repo: Path, checkpoint: str, out: str, into: Path) -> tuple[Path, str | None]:
     """The folder as it is, or out of the cache what a commit's dvc.lock names; without a cached copy, from the remote; and that commit."""
     folder = Path(checkpoint).expanduser()
     folder = folder if folder.is_absolute() else repo / folder

@@ -1,8 +1,9 @@
-"""Every night: new clips in, a student trained from the promoted one, both judged, the better one promoted, all of it handed over.
+"""Every night: new clips in, a student trained from the promoted one, both measured, the better one promoted, all of it handed over.
 
 A night works in a worktree of its own at the tracked branch, and leaves a branch nightly/DATE with dvc.lock, nightly/gate.json and
-nightly/record.json. What it may decide stands in params.yaml's section `nightly`. It ends as one of: Promoted, Refused, NoNewData,
-NoGoodClips, TheSameAgain; NotPushed, when that could not be handed over; StillRunning, when the last one is; or it fails.
+nightly/record.json. What it may decide stands in params.yaml's section `nightly`. It ends as Promoted, Refused, NoNewData,
+NoGoodClips or TheSameAgain; as NotPushed, when that could not be handed over; as StillRunning, when the night before is at work; or
+it fails.
 """
 
 from __future__ import annotations
@@ -23,19 +24,27 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import pipeline
 from flows.machine import alerts, reconcile
 from flows.night import handover, warm_start
-from flows.night.clips import take_clips
-from flows.night.records import Night, free, nights
-from flows.night.state import Work, checked, folder_of, settings
-from flows.night.steps import anything_new, begin, candidate
+from flows.night.clips import gather_clips
+from flows.night.records import NightRecord, read_nights
+from flows.night.state import NightEnd, NightPlan, NightState, check_settings, read_settings, tracked_clips_folder
+from flows.night.steps import has_news, prepare_start, train_candidate
 from flows.project import git, overrides, registry, run_lock, worktree
+from flows.run.frame import discard_worktree, run_framed
+from flows.run.repro import check_parameters
 from flows.supervise import command
 
 LOCK = Path(".runs/nightly.lock")
-NAMES = {"promoted": "Promoted", "refused": "Refused", "no good clips": "NoGoodClips", "the same again": "TheSameAgain"}
-
+NOTHING_NEW = "nothing new"
+STATE_NAMES = {  # outcome of a night -> Prefect's name of the flow run's state
+    "promoted": "Promoted",
+    "refused": "Refused",
+    "no good clips": "NoGoodClips",
+    "the same again": "TheSameAgain",
+    NOTHING_NEW: "NoNewData",
+}
+Log = Callable[[str], None]
 Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the night; default: today, in nightly.timezone.")]
 
 
@@ -47,122 +56,112 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the 
 )
 def nightly(date: Date | None = None, full: bool = False) -> State[None]:
     """One night. `full`: everything anew, whatever day it is."""
-    return pipeline.framed(lambda: _whole(date, full))
+    return run_framed(lambda: _run_night(date, full))
 
 
-def _whole(date: str | None, full: bool) -> State[None]:
-    repo, line = Path.cwd().resolve(), get_run_logger().info
-    with alone(repo) as ours:
-        if not ours:
+def _run_night(date: str | None, full: bool) -> State[None]:
+    repo, log = Path.cwd().resolve(), get_run_logger().info
+    with hold_night_lock(repo) as acquired:
+        if not acquired:
             return Completed(name="StillRunning", message="the night before is still at work; this one leaves it alone")
-        work = prepare(repo, date, full, line)
-        name, said = night(work, asked=full)
-        # the night has ended, perhaps with a promotion: what goes wrong from here on does not make it one that failed
-        _safely(lambda: tell(work, name, said), line)
-        late = _safely(lambda: send(work), line)
-        _safely(lambda: end(work, name, late), line)
-        return Completed(name="NotPushed", message=f"{name}: {said}. {late}") if late else Completed(name=name, message=said)
+        plan = plan_night(repo, date, full, log)
+        end = _work_through(plan, asked=full)
+        # The night has ended, perhaps with a promotion: what goes wrong from here on is told and does not make it a failed night.
+        name, settings = STATE_NAMES[end.outcome], plan.settings
+        _try_to(lambda: alert_outcome(end, log), log)
+        late = _try_to(
+            lambda: handover.send_waiting(repo, timeout=settings.push_timeout, pauses=settings.push_again_after, log=log), log
+        )
+        _try_to(lambda: _tidy_up(repo, end, late, log), log)
+        return Completed(name="NotPushed", message=f"{name}: {end.why}. {late}") if late else Completed(name=name, message=end.why)
 
 
-def night(work: Work, *, asked: bool) -> tuple[str, str]:
-    """Its outcome and one sentence."""
-    repo = work.repo
-    with run_lock.alone(work.root, str(runtime.flow_run.id)):
-        take_clips(work)
-        if (work.folder and not work.clips) or not (asked or anything_new(work)):
-            git.git(repo, "worktree", "remove", "--force", str(work.root))
-            git.git(repo, "branch", "--quiet", "-D", f"run/{work.root.name}")
-            away = f"; {len(work.arrived.turned_away)} were turned away" if work.arrived.turned_away else ""
-            return "NoNewData", (f"no new clips since {work.past[-1].date}" if work.past else "no clips yet") + away
-        begin(work)
-        outcome, said, work.made = candidate(work)
-    return NAMES[outcome], said
+def plan_night(repo: Path, date: str | None, full: bool, log: Log) -> NightPlan:
+    """Create tonight's worktree and decide whether it is a full or a warm night. Raises ValueError for settings that can't be met.
 
-
-def prepare(repo: Path, date: str | None, full: bool, line: Callable[[str], None]) -> Work:
-    """Whose turn it is: tracked branch, kind of night, and a worktree. A flow run that is retried finds the one it had, with what it
-    began from. All but the branch's name is stated by that branch; the checkout, which somebody may be editing, decides nothing."""
-    checked_date(date)
-    handover.catch_up(repo, line)
-    tidy(repo, line)
-    branch = str(_stated(repo, "HEAD")["nightly"]["branch"])
-    tip = tracked(repo, branch)
-    date = date or datetime.now(ZoneInfo(settings(_stated(repo, tip)).timezone)).date().isoformat()
+    Settings come from the tracked branch, and never from the working copy; the name of that branch comes from the checkout's last
+    commit. A flow run that is tried again has the worktree, and the commit that it began from, of its first attempt.
+    """
+    check_date(date)
+    handover.try_fetch(repo, log)
+    remove_failed_worktrees(repo, log)
+    branch = str(_read_parameters(repo, "HEAD")["nightly"]["branch"])
+    tip = tracked_commit(repo, branch)
+    date = date or datetime.now(ZoneInfo(read_settings(_read_parameters(repo, tip)).timezone)).date().isoformat()
     root = worktree.make(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
     base = git.git(root, "merge-base", "HEAD", tip).strip()
-    pipeline.check(root)
-    stated = _stated(repo, base)
-    ours, folder, past, before = checked(stated), folder_of(stated), nights(repo), registry.promoted(repo)
-    why = "it was asked for" if full else weekly(date, ours.weekly, past)
-    why = why or ("nothing is promoted yet" if before is None else warm_start.can_be_kept(repo, root, before, ours.keep))
-    kind = f"a full night, because {why}" if why else f"a warm night, from {before and before.name}"
-    line(f"{date}: {kind}; {branch} is {base[:12]}")
-    of_a_folder = stated["clips"]["source"] == "folder"
-    run = str(runtime.flow_run.name)
-    return Work(repo, root, free(repo, date), run, base, ours, of_a_folder, folder, bool(why), before, past, line)
+    check_parameters(root)
+    params = _read_parameters(repo, base)
+    settings, past, promoted = check_settings(params), read_nights(repo), registry.promoted(repo)
+    why = "it was asked for" if full else reason_for_full(date, settings.weekly, past)
+    if promoted is None:
+        why = why or "nothing is promoted yet"
+    else:
+        why = why or warm_start.reason_against_warm(repo, root, promoted, settings.keep)
+    kind = f"a full night, because {why}" if why else f"a warm night, from {promoted and promoted.name}"
+    log(f"{date}: {kind}; {branch} is {base[:12]}")
+    return NightPlan(
+        repo=repo,
+        root=root,
+        date=date,
+        run=str(runtime.flow_run.name),
+        base=base,
+        settings=settings,
+        from_folder=params["clips"]["source"] == "folder",
+        clips_folder=tracked_clips_folder(params),
+        full=bool(why),
+        promoted=promoted,
+        past=past,
+        log=log,
+    )
 
 
-def weekly(date: str, day: str, past: list[Night]) -> str | None:
-    """Why a night is the week's full one. One that failed on its day is made up for."""
-    today = calendar.fromisoformat(date)
-    if today.strftime("%A").lower() == day:
-        return f"{day} is the day"
-    last = next((night.date for night in reversed(past) if night.kind == "full"), None)
-    if last and (today - calendar.fromisoformat(last[:10])).days > 7:
-        return f"the last full one was {last}"
-    return None
+def _work_through(plan: NightPlan, *, asked: bool) -> NightEnd:
+    """Take clips in, and train and judge a candidate if there is anything new or the night was `asked` for."""
+    night = NightState(plan)
+    with run_lock.alone(plan.root, str(runtime.flow_run.id)):
+        gather_clips(night)
+        if (plan.clips_folder and not night.clips) or not (asked or has_news(night)):
+            discard_worktree(plan.repo, plan.root)
+            away = len(night.arrivals.turned_away)
+            why = f"no new clips since {plan.past[-1].date}" if plan.past else "no clips yet"
+            return NightEnd(NOTHING_NEW, why + (f"; {away} were turned away" if away else ""), plan.date)
+        prepare_start(night)
+        return train_candidate(night)
 
 
-def send(work: Work) -> str | None:
-    ours = work.settings
-    return handover.send(work.repo, timeout=ours.push_timeout, pauses=ours.push_again_after, line=work.line)
+def alert_outcome(end: NightEnd, log: Log) -> None:
+    """Send an alert with the night's outcome, unless there was nothing to do."""
+    if end.outcome != NOTHING_NEW:
+        text = f"nightly {end.date} {end.outcome}: {end.why}"
+        alerts.send_alert(end.outcome, text, log, date=end.date, version=end.version)
 
 
-def tell(work: Work, name: str, said: str) -> None:
-    if name != "NoNewData":
-        outcome = next(outcome for outcome, state in NAMES.items() if state == name)
-        alerts.send(outcome, f"nightly {work.date} {outcome}: {said}", work.line, date=work.date, version=work.made)
-
-
-def end(work: Work, name: str, late: str | None) -> None:
-    alerts.ended(work.repo, name, good=True)
+def _tidy_up(repo: Path, end: NightEnd, late: str | None, log: Log) -> None:
+    """Write down that a night took place, alert if it could not be handed over, and remove old worktrees."""
+    alerts.record_end(repo, STATE_NAMES[end.outcome], good=True)
     if late:
-        alerts.send("not pushed", late, work.line, date=work.date)
-    for folder in worktree.prune(work.repo, line=work.line):
-        work.line(f"removed the worktree {folder}; its branch stays")
+        alerts.send_alert("not pushed", late, log, date=end.date)
+    for folder in worktree.prune(repo, line=log):
+        log(f"removed the worktree {folder}; its branch stays")
 
 
-def _safely(do: Callable[[], str | None], line: Callable[[str], None]) -> str | None:
+def _try_to(step: Callable[[], str | None], log: Log) -> str | None:
+    """Return the step's result; log an exception and return it as a sentence."""
     try:
-        return do()
+        return step()
     except Exception as error:
-        said = f"after the night's end {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        line(said)
-        return said
+        message = f"after the night's end {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        log(message)
+        return message
 
 
-def tidy(repo: Path, line: Callable[[str], None]) -> None:
-    """Folders of nights that failed, but for the last one, to look at: each holds a copy of the clips. All they made is in the cache."""
-    folders = [folder for folder in worktree.found(repo) if folder.name.startswith("nightly-") and not run_lock.in_use(folder)]
-    failed = [folder for folder in folders if _changed(folder)]
-    for folder in failed[1:]:
-        git.git(repo, "worktree", "remove", "--force", str(folder))
-        line(f"removed {folder.name}, whose night failed")
-
-
-def _changed(folder: Path) -> bool:
-    try:
-        return bool(git.git(folder, "status", "--porcelain", "--untracked-files=no").strip())
-    except RuntimeError:  # not git's any more: the checkout was moved
-        return False
-
-
-# ------------------------------------------------------------------------------------------------------------ facts
+# What a night is planned by.
 
 
 @contextmanager
-def alone(repo: Path) -> Iterator[bool]:
-    """Whether this is the only night of the checkout. Freed by the kernel."""
+def hold_night_lock(repo: Path) -> Iterator[bool]:
+    """Hold the lock that lets one night of a checkout work at a time; yield whether it was free. The kernel frees it on any death."""
     (repo / LOCK).parent.mkdir(exist_ok=True)
     with (repo / LOCK).open("a") as file:
         try:
@@ -173,40 +172,69 @@ def alone(repo: Path) -> Iterator[bool]:
         yield True
 
 
-def checked_date(date: str | None) -> None:
-    """The form's pattern lets the 30th of February through."""
+def check_date(date: str | None) -> None:
+    """Raise ValueError for a date that is not in the calendar: the form's pattern lets the 30th of February through."""
     try:
         calendar.fromisoformat(date or "2026-01-01")
     except ValueError:
         raise ValueError(f"{date} is no day of the calendar; write one as 2026-01-31") from None
 
 
-def _stated(repo: Path, commit: str) -> dict[str, Any]:
+def reason_for_full(date: str, day: str, past: list[NightRecord]) -> str | None:
+    """Return why the calendar makes a night the week's full one, or None. A full night that failed on its day is made up for."""
+    today = calendar.fromisoformat(date)
+    if today.strftime("%A").lower() == day:
+        return f"{day} is the day"
+    last = next((record.date for record in reversed(past) if record.kind == "full"), None)
+    if last and (today - calendar.fromisoformat(last[:10])).days > 7:
+        return f"the last full one was {last}"
+    return None
+
+
+def tracked_commit(repo: Path, branch: str) -> str:
+    """Return the tip of the tracked branch: here or at origin, whichever has the other's commits; here where they have parted."""
+    refs = [f"refs/heads/{branch}", f"refs/remotes/origin/{branch}"]
+    tips = [git.git(repo, "rev-parse", "--verify", ref).strip() for ref in refs if git.git(repo, "for-each-ref", ref).strip()]
+    if not tips:
+        raise ValueError(f"nightly.branch is {branch}, which is neither here nor at origin; name a branch that is")
+    here, at_origin = tips[0], tips[-1]
+    return at_origin if git.git(repo, "merge-base", here, at_origin).strip() == here else here
+
+
+def _read_parameters(repo: Path, commit: str) -> dict[str, Any]:
     return overrides.read(git.git(repo, "show", f"{commit}:params.yaml"))
 
 
-def tracked(repo: Path, branch: str) -> str:
-    """Of the branch here and at origin, the one that has the other's commits; the one here where they have parted."""
-    found = []
-    for ref in (f"refs/heads/{branch}", f"refs/remotes/origin/{branch}"):
-        if git.git(repo, "for-each-ref", ref).strip():
-            found.append(git.git(repo, "rev-parse", "--verify", ref).strip())
-    if not found:
-        raise ValueError(f"nightly.branch is {branch}, which is neither here nor at origin; name a branch that is")
-    here, there = found[0], found[-1]
-    return there if git.git(repo, "merge-base", here, there).strip() == here else here
+def remove_failed_worktrees(repo: Path, log: Log) -> None:
+    """Remove the worktrees of failed nights but the last one, which is there to look at: each holds a copy of the clips.
+
+    A failed night's worktree has uncommitted changes. What its stages made is in DVC's cache.
+    """
+    folders = [folder for folder in worktree.found(repo) if folder.name.startswith("nightly-") and not run_lock.in_use(folder)]
+    failed = [folder for folder in folders if _has_changes(folder)]
+    for folder in failed[1:]:
+        git.git(repo, "worktree", "remove", "--force", str(folder))
+        log(f"removed {folder.name}, whose night failed")
+
+
+def _has_changes(folder: Path) -> bool:
+    try:
+        return bool(git.git(folder, "status", "--porcelain", "--untracked-files=no").strip())
+    except RuntimeError:  # the checkout was moved, so the folder is no worktree of git's any more
+        return False
 
 
 def main(argv: list[str]) -> None:
+    """Run one night; print its state, or exit with one sentence when it fails."""
     about = "A night of this checkout, without a server. Its state is the last line; exit code 1, and one sentence, when it failed."
     parser = argparse.ArgumentParser("python -m flows.nightly", description=about)
     parser.add_argument("--date", help="YYYY-MM-DD; default: today, in nightly.timezone")
     parser.add_argument("--full", action="store_true", help="everything anew, whatever day it is")
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     command.mark()
     try:
-        checked_date(asked.date)
-        state = nightly(date=asked.date, full=asked.full, return_state=True)
+        check_date(args.date)
+        state = nightly(date=args.date, full=args.full, return_state=True)
     except ValueError as error:
         sys.exit(f"nightly: {' '.join(str(error).split())}")
     if not state.is_completed():

@@ -7,28 +7,28 @@ from functools import partial
 from pathlib import Path
 
 from cf_model.data.latents import Latents
-from cf_model.foreign import importing
+from cf_model.foreign import import_checkpoint
 from cf_model.model import wan
-from cf_model.train.base import Base
+from cf_model.train.base import BaseTrainer
 from cf_model.train.trainer.loop import fit
-from cf_model.train.trainer.samples import from_noise
+from cf_model.train.trainer.samples import sample_from_noise
 from tasks.params.schema import Params
-from tasks.parts.device import device
-from tasks.parts.hub import local
-from tasks.parts.sample_videos import Samples
-from tasks.runner.track import Track, tail
+from tasks.parts.device import choose_device
+from tasks.parts.hub import resolve_weights
+from tasks.parts.sample_videos import SampleWriter
+from tasks.runner.track import Track, mean_of_tail
 
 
 def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) -> dict[str, float | None]:
     """Trains a small diffusers WanTransformer3DModel on windows of the clips, or imports a large one that has learned already."""
     spec, clips = params.base, Latents(latents)
     if spec.init == "wan":
-        return imported(params, clips, out, track)
+        return _import_base(params, clips, out, track)
     sizes = {"channels": clips.shape[0], "text_channels": params.text.channels}
-    model = wan.build(params.model, **sizes, seed=params.seed, compute=params.compute).to(device())
-    base = Base(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
+    model = wan.build_transformer(params.model, **sizes, seed=params.seed, compute=params.compute).to(choose_device())
+    base = BaseTrainer(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
     plan = params.samples.base
-    make = partial(from_noise, base.average.model, spec=plan, flow=params.flow, null=clips.null_text)
+    make = partial(sample_from_noise, base.average.model, spec=plan, flow=params.flow, null=clips.null_text)
     fit(
         base.step,
         steps=spec.steps,
@@ -37,16 +37,16 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) 
         save_every=spec.save_every,
         seen=base.seen,
         clock=base.clock,
-        sample=Samples(plan, track, clips, codec, make),
+        sample=SampleWriter(plan, track, clips, codec, make),
     )
-    wan.save(base.average.model, out)
+    wan.save_transformer(base.average.model, out)
     track.save(out)
-    return {"loss": tail(out, "loss"), "parameters": float(sum(p.numel() for p in base.average.model.parameters()))}
+    return {"loss": mean_of_tail(out, "loss"), "parameters": float(sum(p.numel() for p in base.average.model.parameters()))}
 
 
-def imported(params: Params, clips: Latents, out: Path, track: Track) -> dict[str, float | None]:
+def _import_base(params: Params, clips: Latents, out: Path, track: Track) -> dict[str, float | None]:
     """Anything that `cf import-weights` reads; it must be of the sizes that params.yaml states and the latents have."""
-    facts = importing.import_transformer(local("base.weights", params.base.weights, ["transformer"]), out)
+    facts = import_checkpoint.import_transformer(resolve_weights("base.weights", params.base.weights, ["transformer"]), out)
     stated = asdict(params.model) | {"channels": clips.shape[0], "text_channels": params.text.channels}
     found = facts["model"] | {name: facts[name] for name in ("channels", "text_channels")}
     for name, value in found.items():

@@ -10,25 +10,25 @@ import torch
 from cf_model.data.latents import Latents
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
-from cf_model.train.causal_init import CausalInit
+from cf_model.train.causal_init import CausalInitTrainer
 from cf_model.train.trainer.loop import fit
-from cf_model.train.trainer.ode import Trajectories
-from cf_model.train.trainer.samples import streamed
+from cf_model.train.trainer.samples import sample_stream
+from cf_model.train.trajectories import OdeTrajectories
 from tasks.params.schema import Params
-from tasks.parts.device import device
-from tasks.parts.sample_videos import Samples
-from tasks.runner.track import Track, tail
+from tasks.parts.device import choose_device
+from tasks.parts.sample_videos import SampleWriter
+from tasks.runner.track import Track, mean_of_tail
 
 
 def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, out: Path) -> dict[str, float | None]:
     """Teaches the base model to denoise a chunk after those before it, through the student's memory."""
     spec, clips = params.causal_init, Latents(latents)
-    model = wan.load(base, params.compute).to(device())
-    ways = trajectories(params, model, clips, track) if spec.method == "ode" else None
+    model = wan.load_transformer(base, params.compute).to(choose_device())
+    ways = _make_trajectories(params, model, clips, track) if spec.method == "ode" else None
     engine = params.engine
-    init = CausalInit(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways, engine=engine)
+    init = CausalInitTrainer(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways, engine=engine)
     plan, student = params.samples.causal_init, init.average.model
-    make = partial(streamed, student, spec=plan, levels=plan.levels, chunk=spec.chunk, memory=spec.memory, flow=params.flow)
+    make = partial(sample_stream, student, spec=plan, levels=plan.levels, chunk=spec.chunk, memory=spec.memory, flow=params.flow)
     fit(
         init.step,
         steps=spec.steps,
@@ -37,18 +37,18 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path,
         save_every=spec.save_every,
         seen=init.seen,
         clock=init.clock,
-        sample=Samples(plan, track, clips, codec, make),
+        sample=SampleWriter(plan, track, clips, codec, make),
     )
-    wan.save(init.average.model, out)
+    wan.save_transformer(init.average.model, out)
     track.save(out)
-    return {"loss": tail(out, "loss")}
+    return {"loss": mean_of_tail(out, "loss")}
 
 
-def trajectories(params: Params, model: Denoiser, clips: Latents, track: Track) -> Trajectories:
+def _make_trajectories(params: Params, model: Denoiser, clips: Latents, track: Track) -> OdeTrajectories:
     """The base model's, in the stage's working folder: what a killed run has made is there when it starts again."""
     spec, frames = params.causal_init.ode, params.causal_init.frames
     dtype = getattr(torch, params.compute.dtype)  # no finer than what they were made in
     folder = track.work / "trajectories"
-    made = Trajectories(folder, spec, latents=clips, frames=frames, flow=params.flow, dtype=dtype, seed=params.seed + 1)
+    made = OdeTrajectories(folder, spec, latents=clips, frames=frames, flow=params.flow, dtype=dtype, seed=params.seed + 1)
     made.make(model, clips.null_text, track)
     return made

@@ -13,6 +13,7 @@ import numpy as np
 
 from cf_model.data import worlds
 from cf_model.data.video import UNREADABLE_WIDTHS, read_video, write_video
+from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.params.schema import Params
 from tasks.runner.track import Track
 
@@ -30,39 +31,37 @@ SHORT_SECONDS = 6
 WRONG_FPS = 8
 OVEREXPOSED = 0.4  # quantile of the picture that an overexposure makes white, with all that is brighter
 WORSE_CRF = 6  # added for the second encoding of a duplicate
-SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
-
 Row = dict[str, Any]
 
 
 def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
     """Makes data/clips: video files and clips.jsonl, which has id, file, caption and, for rendered ones, the truth of each."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = list((taken if params.clips.source == "folder" else rendered)(params, track, out))
+    rows = list((copy_folder if params.clips.source == "folder" else render_worlds)(params, track, out))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (out / "clips.jsonl").write_text("".join(lines), encoding="utf-8")
     return {"clips": len(rows), "planted": sum(row["planted"] is not None for row in rows)}
 
 
-def rendered(params: Params, track: Track, out: Path) -> Iterator[Row]:
+def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
     """Worlds as clips. A clip's kind is drawn, so neither its number nor its neighbours tell of it."""
     fps, size, clips = params.video.fps, (params.video.height, params.video.width), params.clips
-    checked(params)
+    check_size(params)
     rng = np.random.default_rng(params.seed)
-    kinds = planned(clips.count, clips.bad, rng)
+    kinds = draw_kinds(clips.count, clips.bad, rng)
     progress = track.progress(len(kinds), unit="clip")
     good: list[Row] = []
     for i, kind in enumerate(kinds):
         # Two worlds a clip, which no other clip has and no other seed of a pipeline below a million of them.
-        world, other = (worlds.draw(params.seed * 1_000_000 + 2 * i + j) for j in range(2))
-        row = described(i, ".mp4", world.caption, planted=kind)
+        world, other = (worlds.draw_world(params.seed * 1_000_000 + 2 * i + j) for j in range(2))
+        row = make_row(i, ".mp4", world.caption, planted=kind)
         path, crf = out / row["file"], clips.crf
         if kind == "duplicate":
             twin = good[rng.integers(len(good))]
             row["caption"], crf = twin["caption"], min(51, crf + WORSE_CRF)
             video = read_video(out / twin["file"], height=size[0], width=size[1], fps=fps)
         else:
-            video = spoilt(kind, world, other, clips.frames, size, fps, rng)
+            video = render_kind(kind, world, other, clips.frames, size, fps, rng)
         write_video(path, video, fps=WRONG_FPS if kind == "wrong_fps" else fps, crf=crf)
         if kind == "truncated":
             whole = path.read_bytes()
@@ -74,7 +73,7 @@ def rendered(params: Params, track: Track, out: Path) -> Iterator[Row]:
         yield row
 
 
-def checked(params: Params) -> None:
+def check_size(params: Params) -> None:
     """Sizes that a world or decord can't have."""
     height, width = params.video.height, params.video.width
     if height % 32 or width % 2 or width in UNREADABLE_WIDTHS:
@@ -86,7 +85,7 @@ def checked(params: Params) -> None:
         raise ValueError(f"clips.bad is {params.clips.bad} and clips.count 0; a duplicate needs a good clip: set clips.count to 1 or more")
 
 
-def planned(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:
+def draw_kinds(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:
     """The kind of every clip, shuffled. The first is good, so that a duplicate has something before it to repeat."""
     kinds: list[str | None] = [None] * count + [kind for kind in PLANTED for _ in range(bad)]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
@@ -96,13 +95,13 @@ def planned(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:
     return kinds
 
 
-def spoilt(
+def render_kind(
     kind: str | None, world: worlds.World, other: worlds.World, frames: int, size: tuple[int, int], fps: int, rng: np.random.Generator
 ) -> np.ndarray:
     """The pictures of a clip of some kind; what is wrong with the file rather than the pictures comes later."""
 
     def pictures(of: worlds.World, frames: int, fps: int = fps) -> np.ndarray:
-        return worlds.render(of, frames, height=size[0], width=size[1], fps=fps)
+        return worlds.render_clip(of, frames, height=size[0], width=size[1], fps=fps)
 
     if kind == "too_short":
         return pictures(world, SHORT_SECONDS * fps)
@@ -120,30 +119,30 @@ def spoilt(
     return video
 
 
-def taken(params: Params, track: Track, out: Path) -> Iterator[Row]:
+def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
     """Any folder's videos, subfolders included, in the order of their names."""
     folder = params.clips.folder
     if folder is None or not folder.is_dir():
         raise ValueError(f"clips.folder is {folder}, which is no folder; name one with videos, or set clips.source to worlds")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file())
     if not files:
-        raise ValueError(f"clips.folder is {folder}, which has no video ({' '.join(SUFFIXES)}); put some there, or name another")
+        raise ValueError(f"clips.folder is {folder}, which has no video ({' '.join(VIDEO_SUFFIXES)}); put some there, or name another")
     progress = track.progress(len(files), unit="clip")
     for file in files:
         source = file.relative_to(folder).as_posix()
-        row = described(named(source), file.suffix.lower(), caption(file), source=source)
+        row = make_row(hash_name(source), file.suffix.lower(), read_caption(file), source=source)
         # Choice: copied, not linked. DVC write-protects what it caches, and a link would be the user's own file.
         shutil.copyfile(file, out / row["file"])
         progress.update()
         yield row
 
 
-def named(source: str) -> str:
+def hash_name(source: str) -> str:
     """From the name alone: a new file changes no other clip's id, and so neither its split nor its place among the held-out."""
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
-def caption(file: Path) -> str:
+def read_caption(file: Path) -> str:
     """FILE.txt beside FILE.mp4, or else the file's own name as words."""
     beside = file.with_suffix(".txt")
     if not beside.is_file():
@@ -154,6 +153,6 @@ def caption(file: Path) -> str:
     return " ".join(words)
 
 
-def described(number: int | str, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:
+def make_row(number: int | str, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:
     name = f"clip-{number:05d}" if isinstance(number, int) else f"clip-{number}"
     return {"id": name, "file": name + suffix, "caption": caption, "source": source, "planted": planted, "truth": None}

@@ -12,13 +12,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.data.latents import ended, write_latents
+from cf_model.data.latents import trim_padding, write_latents
 from cf_model.text.encoder import TextEncoder
 from tasks.params.schema import Params, Text, Video
-from tasks.parts.clip_cache import Kept, digest
-from tasks.parts.codec_frames import frames
-from tasks.parts.device import device
-from tasks.parts.text_encoder import text_encoder
+from tasks.parts.clip_cache import ClipCache, digest
+from tasks.parts.codec_frames import read_frames
+from tasks.parts.device import choose_device
+from tasks.parts.text_encoder import open_text_encoder
 from tasks.runner.track import Track
 
 
@@ -26,7 +26,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     """Writes data/latents: safetensors shards of whole clips and of their captions' embeddings, and index.json."""
     rows = [row for row in map(json.loads, manifest.read_text(encoding="utf-8").splitlines()) if row["kept"]]
     dtype: torch.dtype = getattr(torch, params.encode.dtype)
-    text, pictures = Captions(params.text), Pictures(codec, params.video, dtype)
+    text, pictures = CaptionEncoder(params.text), ClipEncoder(codec, params.video, dtype)
     progress = track.progress(len(rows), unit="clip")
     total, square, count = 0.0, 0.0, 0
 
@@ -53,14 +53,14 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     }
 
 
-class Pictures:
+class ClipEncoder:
     """Clips as latents; one that was encoded before is read back."""
 
     def __init__(self, codec: Path, video: Video, dtype: torch.dtype) -> None:
-        self.codec, self.video, self.dtype = load_codec(codec).to(device()), video, dtype
-        about = {"codec": digest(codec), "video": video.model_dump(), "dtype": str(dtype), "device": device().type}
+        self.codec, self.video, self.dtype = load_codec(codec).to(choose_device()), video, dtype
+        about = {"codec": digest(codec), "video": video.model_dump(), "dtype": str(dtype), "device": choose_device().type}
         modules = ("cf_model.data.video", "cf_model.codec.linear", type(self.codec).__module__, "tasks.encode", "tasks.parts.codec_frames")
-        self.kept = Kept("latents", about, modules=modules, libraries=("decord", "diffusers", "torch"))
+        self.kept = ClipCache("latents", about, modules=modules, libraries=("decord", "diffusers", "torch"))
 
     def encode(self, file: Path) -> tuple[Tensor, Tensor]:
         """The clip's latents as they are stored, and the sums of the exact ones and of their squares."""
@@ -68,22 +68,22 @@ class Pictures:
         if payload := self.kept.get(content):
             found = load(payload)
             return found["latents"], found["sums"]
-        exact = torch.cat([part[0].cpu() for part in self.codec.encode_stream(frames(file, self.video))])
+        exact = torch.cat([part[0].cpu() for part in self.codec.encode_stream(read_frames(file, self.video))])
         wide = exact.double()
         found = {"latents": exact.to(self.dtype).contiguous(), "sums": torch.stack([wide.sum(), wide.square().sum()])}
         self.kept.put(content, save(found))
         return found["latents"], found["sums"]
 
 
-class Captions:
+class CaptionEncoder:
     """Texts as embeddings, one by one, so that the same text gives the same numbers whatever stands beside it."""
 
     def __init__(self, spec: Text) -> None:
-        self.encoder: TextEncoder = text_encoder(spec).to(device())
-        files = list(listed(getattr(self.encoder, "folder", None)))
-        stated = spec.model_dump(exclude={"negative"}) | {"files": files, "device": device().type}
+        self.encoder: TextEncoder = open_text_encoder(spec).to(choose_device())
+        files = list(list_encoder_files(getattr(self.encoder, "folder", None)))
+        stated = spec.model_dump(exclude={"negative"}) | {"files": files, "device": choose_device().type}
         modules = (type(self.encoder).__module__, "tasks.encode", "tasks.parts.text_encoder")
-        self.kept = Kept("text", stated, modules=modules, libraries=("torch", "transformers"))
+        self.kept = ClipCache("text", stated, modules=modules, libraries=("torch", "transformers"))
 
     def encode(self, texts: list[str]) -> Tensor:
         return torch.stack([self.one(text) for text in texts])
@@ -92,14 +92,14 @@ class Captions:
         if payload := self.kept.get(text):
             there = load(payload)["text"]
         else:
-            there = ended(self.encoder.encode([text])[0])
+            there = trim_padding(self.encoder.encode([text])[0])
             self.kept.put(text, save({"text": there}))
         whole = there.new_zeros(self.encoder.tokens, there.shape[1])
         whole[: len(there)] = there
         return whole
 
 
-def listed(folder: Path | None) -> Iterator[tuple[str, int, int]]:
+def list_encoder_files(folder: Path | None) -> Iterator[tuple[str, int, int]]:
     """The encoder's files, to see that they have changed. # Choice: not their bytes, of which UMT5 has 11 GB."""
     for part in ("text_encoder", "tokenizer") if folder else ():
         for file in sorted((folder or Path()).joinpath(part).iterdir()):

@@ -14,7 +14,7 @@ from cf_model.evaluate import oracle
 from cf_model.evaluate.statistics import bootstrap, paired
 from tasks.params.schema import Params
 from tasks.parts import manifest as lines
-from tasks.runner.track import Track, rounded
+from tasks.runner.track import Track, round_value
 
 Curves = dict[tuple[str, str, str, float], dict[str, list[float]]]  # suite, system, metric, second -> prompt -> values
 WINDOW = 2  # seconds of one point of a curve
@@ -30,8 +30,8 @@ CURVES = ("sprite_recall", "sky_error", "sharpness", "motion", "compass_coherenc
 
 def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) -> dict[str, Any]:
     """Scores each video, then each system: results/cells.jsonl is the truth, everything else is derived from it."""
-    truths = {row["id"]: row["truth"] for row in lines.rows(clips / "clips.jsonl")}
-    videos = lines.rows(samples / "index.jsonl")
+    truths = {row["id"]: row["truth"] for row in lines.read_rows(clips / "clips.jsonl")}
+    videos = lines.read_rows(samples / "index.jsonl")
     size = {"height": params.video.height, "width": params.video.width, "fps": params.video.fps}
     bar = track.progress(len(videos), "video")
     cells: list[dict[str, Any]] = []
@@ -41,24 +41,24 @@ def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) 
         video = read_video(samples / row["file"], **size)
         truth = truths.get(row["clip"])
         key = {name: row[name] for name in ("suite", "system", "prompt", "clip", "seed", "file")}
-        for name, value in score(params, video, truth, row["prefix_frames"]).items():
-            cells.append(key | {"metric": name, "value": rounded(value)})
+        for name, value in score_video(params, video, truth, row["prefix_frames"]).items():
+            cells.append(key | {"metric": name, "value": round_value(value)})
         if truth:
             made = video[row["prefix_frames"] :]
-            seen = {"map": oracle.map_of(made), "sky": truth["sky"], "heading": oracle.heading(made)[0]}
+            seen = {"map": oracle.build_map(made), "sky": truth["sky"], "heading": oracle.read_heading(made)[0]}
             shown[row["suite"], row["system"]].append(seen)
-            for second, values in windows(video, truth, params.video.fps):
+            for second, values in score_windows(video, truth, params.video.fps):
                 for name in CURVES:
                     curves[row["suite"], row["system"], name, second][row["prompt"]].append(values[name])
         bar.update()
     bar.close()
     out.mkdir(parents=True, exist_ok=True)
-    lines.write(out / "cells.jsonl", cells)
+    lines.write_rows(out / "cells.jsonl", cells)
     write_curves(out / "curves.csv", curves, params)
-    return summary(cells, shown) | {"compared": compared(cells, params)}
+    return summarise_systems(cells, shown) | {"compared": compare_systems(cells, params)}
 
 
-def compared(cells: list[dict[str, Any]], params: Params) -> dict[str, Any]:
+def compare_systems(cells: list[dict[str, Any]], params: Params) -> dict[str, Any]:
     """Pairs of systems, video by video: a system can't win by not having the videos that are hard."""
     values: dict[tuple[str, str, str], dict[tuple[str, int], float]] = defaultdict(dict)
     for cell in cells:
@@ -74,7 +74,7 @@ def compared(cells: list[dict[str, Any]], params: Params) -> dict[str, Any]:
     return out
 
 
-def score(params: Params, video: np.ndarray, truth: dict[str, Any] | None, prefix: int) -> dict[str, float]:
+def score_video(params: Params, video: np.ndarray, truth: dict[str, Any] | None, prefix: int) -> dict[str, float]:
     """All that applies to one video; what a real prefix shows is not the system's doing and is left out."""
     fps, gap = params.video.fps, params.evaluate.gap
     made = video[prefix:]
@@ -86,7 +86,7 @@ def score(params: Params, video: np.ndarray, truth: dict[str, Any] | None, prefi
     return values
 
 
-def windows(video: np.ndarray, truth: dict[str, Any], fps: int) -> list[tuple[float, dict[str, float]]]:
+def score_windows(video: np.ndarray, truth: dict[str, Any], fps: int) -> list[tuple[float, dict[str, float]]]:
     step = WINDOW * fps
     starts = range(0, len(video) - step + 1, step)
     return [(first / fps, oracle.prompt_metrics(video[first : first + step], truth, fps)) for first in starts]
@@ -98,29 +98,29 @@ def write_curves(path: Path, curves: Curves, params: Params) -> None:
         table.writerow(["suite", "system", "metric", "second", "mean", "low", "high"])
         for key, values in curves.items():
             found = bootstrap(values, resamples=params.evaluate.resamples, seed=params.seed)
-            table.writerow([*key, *("" if value is None else rounded(value) for value in (found.mean, found.low, found.high))])
+            table.writerow([*key, *("" if value is None else round_value(value) for value in (found.mean, found.low, found.high))])
 
 
-def summary(cells: list[dict[str, Any]], shown: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
+def summarise_systems(cells: list[dict[str, Any]], shown: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
     """Means over videos, and what only the videos of a system together can tell."""
     values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for cell in cells:
         values[cell["suite"]][cell["system"]][cell["metric"]].append(cell["value"])
     out: dict[str, Any] = {
-        suite: {system: means(metrics) for system, metrics in systems.items()}
+        suite: {system: mean_metrics(metrics) for system, metrics in systems.items()}
         for suite, systems in values.items()
     }
     for (suite, system), videos in shown.items():
         more = {
             "videos": float(len(videos)),
-            "diversity": oracle.diversity([v["map"] for v in videos], [v["sky"] for v in videos]),
+            "diversity": oracle.measure_diversity([v["map"] for v in videos], [v["sky"] for v in videos]),
             "heading_perplexity": oracle.heading_perplexity([v["heading"] for v in videos]),
         }
         out[suite][system] |= {name: value for name, value in more.items() if value is not None}
     return out
 
 
-def means(metrics: dict[str, list[float]]) -> dict[str, float]:
+def mean_metrics(metrics: dict[str, list[float]]) -> dict[str, float]:
     """Each metric's mean; where not every video has it, also of how many."""
     most = max(map(len, metrics.values()))
     fewer = {f"{name}_videos": float(len(v)) for name, v in metrics.items() if len(v) < most}

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from cf_model.data.apart import Unreadable, apart
-from cf_model.data.filter import REASONS, Measured, Rejection, judge, measure
+from cf_model.data.filter import REASONS, ClipMeasures, Rejection, find_broken_rule, measure_clip
+from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
 from tasks.params.schema import Params
-from tasks.parts.clip_cache import Kept, digest
+from tasks.parts.clip_cache import ClipCache, digest
 from tasks.runner.track import Track
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     # only these keys: `planted` says what a clip is, and would make the filter's success worthless
     about = [{key: row[key] for key in ("id", "file", "caption", "source") if row.get(key) is not None} for row in stated]
     rules, progress = params.filter, track.progress(len(about), unit="clip")
-    found = measured([clips / row["file"] for row in about], rules.workers, rules.timeout, track, progress.update)
+    found = measure_files([clips / row["file"] for row in about], rules.workers, rules.timeout, track, progress.update)
     signatures: dict[str, np.ndarray] = {}
     rows = []
     for i, row in enumerate(about):
@@ -37,52 +37,52 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
         if isinstance(clip, Unreadable):
             rejection: Rejection | None = Rejection("unreadable", None, clip.sentence)
         else:
-            rejection = judge(clip, signatures, rules)
+            rejection = find_broken_rule(clip, signatures, rules)
             if rejection is None:
                 signatures[row["id"]] = clip.signature
-        rows.append(entry(row, clip, rejection))
-    check(rows, clips, rules.heldout)
-    split(rows, rules.heldout)
+        rows.append(manifest_row(row, clip, rejection))
+    check_accepted(rows, clips, rules.heldout)
+    split_heldout(rows, rules.heldout)
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return counted(rows)
+    return count_reasons(rows)
 
 
-def measured(
+def measure_files(
     files: list[Path], workers: int, timeout: float, track: Track, tell: Callable[[], object]
-) -> list[Measured | Unreadable]:
+) -> list[ClipMeasures | Unreadable]:
     """Of every file; only those are read that no run has read before.
 
     # Choice: what couldn't be read is tried again each time. It may have been too slow for a busy machine.
     """
-    kept = Kept("measures", {}, modules=("cf_model.data.filter", "cf_model.data.video"), libraries=("av", "decord", "numpy"))
+    kept = ClipCache("measures", {}, modules=("cf_model.data.filter", "cf_model.data.video"), libraries=("av", "decord", "numpy"))
     contents = [digest(file) for file in files]
-    found: dict[int, Measured | Unreadable] = {}
+    found: dict[int, ClipMeasures | Unreadable] = {}
     for i, content in enumerate(contents):
         if payload := kept.get(content):
-            found[i] = recalled(payload)
+            found[i] = load_measures(payload)
             tell()
     new = [i for i in range(len(files)) if i not in found]
-    for j, result in apart(measure, [files[i] for i in new], workers=workers, timeout=timeout):
+    for j, result in read_in_subprocess(measure_clip, [files[i] for i in new], workers=workers, timeout=timeout):
         found[new[j]] = result
-        if isinstance(result, Measured):
-            kept.put(contents[new[j]], remembered(result))
+        if isinstance(result, ClipMeasures):
+            kept.put(contents[new[j]], dump_measures(result))
         tell()
     kept.sweep()
     track.facts["measured"] = len(new)
     return [found[i] for i in range(len(files))]
 
 
-def remembered(clip: Measured) -> bytes:
+def dump_measures(clip: ClipMeasures) -> bytes:
     values = vars(clip) | {"signature": clip.signature.tolist()}
     return json.dumps(values, sort_keys=True).encode()
 
 
-def recalled(payload: bytes) -> Measured:
+def load_measures(payload: bytes) -> ClipMeasures:
     values = json.loads(payload)
-    return Measured(**values | {"signature": np.asarray(values["signature"], np.uint8)})
+    return ClipMeasures(**values | {"signature": np.asarray(values["signature"], np.uint8)})
 
 
-def entry(about: Row, clip: Measured | Unreadable, rejection: Rejection | None) -> Row:
+def manifest_row(about: Row, clip: ClipMeasures | Unreadable, rejection: Rejection | None) -> Row:
     known = ("fps", "frames", "width", "height", "seconds")
     facts = {key: None if isinstance(clip, Unreadable) else round(getattr(clip, key), 4) for key in known}
     value = None if rejection is None or rejection.value is None else round(rejection.value, 4)
@@ -90,7 +90,7 @@ def entry(about: Row, clip: Measured | Unreadable, rejection: Rejection | None) 
     return about | facts | {"kept": rejection is None, "reason": reason, "value": value, "rule": rule, "split": None}
 
 
-def check(rows: list[Row], clips: Path, heldout: int) -> None:
+def check_accepted(rows: list[Row], clips: Path, heldout: int) -> None:
     rejected = [row for row in rows if not row["kept"]]
     kept = len(rows) - len(rejected)
     counts = ", ".join(f"{number} {reason}" for reason, number in Counter(row["reason"] for row in rejected).most_common())
@@ -102,7 +102,7 @@ def check(rows: list[Row], clips: Path, heldout: int) -> None:
         raise ValueError(f"filter.heldout is {heldout}, but only {kept} of {clips} pass the filter ({why}); hold out fewer, or add clips")
 
 
-def split(rows: list[Row], heldout: int) -> None:
+def split_heldout(rows: list[Row], heldout: int) -> None:
     """Sets `split` of the kept clips.
 
     # Choice: by a hash of the id, so that adding clips moves few between the sets, and different captions first, so that
@@ -116,7 +116,7 @@ def split(rows: list[Row], heldout: int) -> None:
         row["split"] = "heldout" if row["id"] in chosen else "train"
 
 
-def counted(rows: list[Row]) -> dict[str, float]:
+def count_reasons(rows: list[Row]) -> dict[str, float]:
     reasons = Counter(row["reason"] for row in rows if not row["kept"])
     kept = [row for row in rows if row["kept"]]
     return {

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.codec.linear import SPACE, video_frames
+from cf_model.codec.interface import SPACE, video_frames
 from cf_model.data.latents import Latents
 from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.memory import empty
+from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import stream
-from cf_model.model.view import sample
+from cf_model.model.view import sample_window
 from tasks.params.schema import Params, System
 from tasks.parts import manifest
-from tasks.parts.device import device
+from tasks.parts.device import choose_device
 from tasks.parts.systems import as_trained
-from tasks.parts.text_encoder import text_encoder
+from tasks.parts.text_encoder import open_text_encoder
 from tasks.runner.track import Track
 
 
@@ -62,7 +62,7 @@ def run(
 ) -> dict[str, float]:
     """Text to video for every system, from the held-out captions or a file of prompts, and what follows a real prefix."""
     weights = {"base": base, "teacher": teacher, "causal_init": causal_init, "stage1": stage1, "stage2": stage2}
-    clips, pictures, text = Latents(latents), load_codec(codec).to(device()), text_encoder(params.text).to(device())
+    clips, pictures, text = Latents(latents), load_codec(codec).to(choose_device()), open_text_encoder(params.text).to(choose_device())
     todo = list(jobs(params, clips))
     made = track.work / "samples"  # a killed run goes on with the videos it lacks
     bar = track.progress(len(todo), "video")
@@ -71,15 +71,15 @@ def run(
         path = made / job.file
         if not path.exists():
             if job.system and job.system.weights not in models:
-                models = {job.system.weights: wan.load(weights[job.system.weights], params.compute).to(device())}
+                models = {job.system.weights: wan.load_transformer(weights[job.system.weights], params.compute).to(choose_device())}
             path.parent.mkdir(parents=True, exist_ok=True)
-            chunks = make(params, job, models, text.encode([job.prompt]).to(device()), clips.null_text.to(device()))
+            chunks = make(params, job, models, text.encode([job.prompt]).to(choose_device()), clips.null_text.to(choose_device()))
             frames = (frame for part in pictures.decode_stream(chunks) for frame in part[0].numpy())
             write_video(path, frames, fps=params.video.fps, crf=params.generate.crf)
         bar.update()
     bar.close()
     shutil.copytree(made, out, dirs_exist_ok=True)
-    manifest.write(out / "index.jsonl", [line(params, job) for job in todo])
+    manifest.write_rows(out / "index.jsonl", [line(params, job) for job in todo])
     return {"videos": float(len(todo))}
 
 
@@ -131,9 +131,9 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, nu
     if spec := system.memory:
         # causal_init has no levels of its own: it is trained at all of them
         rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
-        memory = empty(spec) if real is None else model.watch(real, text, spec, chunk=rollout.chunk)
-        chunks = stream(model, text, size, sigmas=params.flow.sigmas(rollout.levels), chunk=rollout.chunk, memory=memory, rng=rng)
-        for _ in range((system.frames - memory.seen) // rollout.chunk):
+        memory = empty_memory(spec) if real is None else model.remember_clip(real, text, spec, chunk=rollout.chunk)
+        chunks = stream(model, text, size, sigmas=params.flow.shift_levels(rollout.levels), chunk=rollout.chunk, memory=memory, rng=rng)
+        for _ in range((system.frames - memory.frame_count) // rollout.chunk):
             yield next(chunks)
         return
     view = system.view
@@ -142,10 +142,10 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, nu
     past = text.new_zeros(1, 0, *size) if real is None else real
     while past.shape[1] < system.frames:
         start = past.shape[1]
-        window = sample(
+        window = sample_window(
             model,
             text,
-            past[:, view.frames(start)],
+            past[:, view.context_frames(start)],
             (min(length, system.frames - start), *size),
             view=view,
             flow=params.flow,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cf_model.evaluate.figures import EVERY, GREY, PALETTE, Line, chart, gallery, guesses, item
-from cf_model.evaluate.report import Results, comparison, goals, recalls, render, tables, word
+from cf_model.evaluate.figures import GREY, PALETTE, STRIP_SECONDS, Line, build_gallery, build_guesses, draw_chart, item_key
+from cf_model.evaluate.report import Results, build_tables, check_goals, compare_memories, compare_stages, describe_metric, render_page
 from tasks.params.schema import Params, System
 from tasks.parts.systems import as_trained
 from tasks.runner.track import Track
@@ -40,11 +40,11 @@ STAGES = {
 }
 
 
-def lines(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
 
 
-def windows(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+def draw_curves(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     """Charts of results/curves.csv by suite: a metric against time, one line a system."""
     series: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
     if path.exists():
@@ -55,15 +55,15 @@ def windows(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[str, 
     charts: dict[str, list[dict[str, Any]]] = {}
     for (suite, metric), systems in series.items():
         drawn = [Line(colours.get(name, GREY), *np.array(sorted(rows)).T.tolist()) for name, rows in systems.items()]
-        charts.setdefault(suite, []).append({"word": word(metric), "svg": chart(drawn, x="seconds")})
+        charts.setdefault(suite, []).append({"word": describe_metric(metric), "svg": draw_chart(drawn, x="seconds")})
     return charts
 
 
-def training(models: Path) -> list[dict[str, Any]]:
+def draw_training(models: Path) -> list[dict[str, Any]]:
     """Charts of every value in models/<stage>/metrics.jsonl: faint as logged, and its running mean over a twentieth of the rows."""
     found = []
     for path in sorted(models.glob("*/metrics.jsonl"), key=lambda path: stage_order(path.parent.name)):
-        rows, charts = lines(path), []
+        rows, charts = read_rows(path), []
         for name in dict.fromkeys(key for row in rows for key in row if key != "step"):
             pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
             if len(pairs) < 2:
@@ -73,7 +73,7 @@ def training(models: Path) -> list[dict[str, Any]]:
             mean = np.convolve(y, np.ones(width) / width, "valid")
             log = bool((y > 0).all() and y.max() > 50 * y.min())
             both = [Line(PALETTE[0], x.tolist(), y.tolist(), faint=True), Line(PALETTE[0], x[width - 1 :].tolist(), mean.tolist())]
-            charts.append({"name": name.replace("_", " "), "last": float(mean[-1]), "svg": chart(both, x="step", log=log)})
+            charts.append({"name": name.replace("_", " "), "last": float(mean[-1]), "svg": draw_chart(both, x="step", log=log)})
         found.append({"stage": path.parent.name, "charts": charts, "steps": rows[-1]["step"] if rows else 0})
     return found
 
@@ -82,7 +82,7 @@ def stage_order(name: str) -> tuple[int, str]:
     return (list(STAGES).index(name) if name in STAGES else len(STAGES), name)
 
 
-def pipeline(metrics: Path) -> list[dict[str, Any]]:
+def list_stages(metrics: Path) -> list[dict[str, Any]]:
     """metrics/*.json by stage. This stage's own file is left out: it would be the one of the run before."""
     names = sorted((path.stem for path in metrics.glob("*.json") if path.stem != "report"), key=stage_order)
     rows = []
@@ -95,9 +95,9 @@ def pipeline(metrics: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def selection(manifest: Sequence[Row], clips: Path | None) -> dict[str, Any]:
+def summarise_filter(manifest: Sequence[Row], clips: Path | None) -> dict[str, Any]:
     """What the filter rejected and, where the clips were planted, whether it was right."""
-    known = {row["id"]: row["planted"] for row in lines(clips / "clips.jsonl")} if clips else {}
+    known = {row["id"]: row["planted"] for row in read_rows(clips / "clips.jsonl")} if clips else {}
     rejected = [row | {"planted": known.get(row["id"])} for row in manifest if not row["kept"]]
     return {
         "clips": len(manifest),
@@ -112,7 +112,7 @@ def selection(manifest: Sequence[Row], clips: Path | None) -> dict[str, Any]:
     }
 
 
-def recipe(system: System) -> str:
+def describe_system(system: System) -> str:
     """Weights and what they see of the past, in words."""
     if memory := system.memory:
         never = memory.promote == "none" or (memory.promote == "similarity" and memory.tau <= -1)
@@ -125,7 +125,7 @@ def recipe(system: System) -> str:
     return system.weights
 
 
-def kind(system: System) -> str:
+def name_memory(system: System) -> str:
     """What a teacher sees of the past, in a word: `goals` compares two of them."""
     past = system.memory or system.view
     if past is None or (system.view and system.view.context == "none"):
@@ -146,16 +146,16 @@ def by_weights(systems: Mapping[str, System], present: Iterable[str]) -> dict[st
 
 def read_results(params: Params, results: Path, metrics: Path) -> Results:
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
-    for row in lines(results / "cells.jsonl"):
+    for row in read_rows(results / "cells.jsonl"):
         if row["value"] is not None:
-            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item(row), row["seed"]] = row["value"]
+            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item_key(row), row["seed"]] = row["value"]
     file = metrics / "evaluate.json"
     means = json.loads(file.read_text()) if file.exists() else {}
     suites = {suite: systems for suite, systems in means.items() if isinstance(systems, dict)}
     return Results(cells, suites, resamples=params.evaluate.resamples, seed=params.seed)
 
 
-def facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], shown: Sequence[Row]) -> list[tuple[str, str]]:
+def list_facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], shown: Sequence[Row]) -> list[tuple[str, str]]:
     prompts = [row for row in index if row["suite"] == "prompts" and row["system"] != "real"]
     prefixes = [row for row in index if row["suite"] == "continuations"]
     context, trained = params.stage2.teacher.context, params.teacher.view.context
@@ -163,10 +163,10 @@ def facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], shown: 
     mismatch = [("context shown to the teacher", meant)] if context not in ("none", trained) else []
     return [
         ("profile", params.profile),
-        ("prompts", str(len({item(row) for row in prompts}))),
+        ("prompts", str(len({item_key(row) for row in prompts}))),
         ("seeds a prompt", str(len({row["seed"] for row in prompts}))),
         ("longest video", f"{max((tile['seconds'] or 0 for row in shown for tile in row['tiles']), default=0):.1f} s"),
-        ("real prefixes continued", str(len({item(row) for row in prefixes}))),
+        ("real prefixes continued", str(len({item_key(row) for row in prefixes}))),
         ("videos in all", str(len(index))),
         ("clips kept to train on", str(sum(row["split"] == "train" for row in manifest))),
         ("size and rate", f"{params.video.width} × {params.video.height}, {params.video.fps} fps"),
@@ -198,7 +198,7 @@ def run(
     `data` is the manifest; `clips`, if given, says which bad clips were planted. Times and hardware are not in the page
     itself: it loads ../runtime/runtime.js where there is one.
     """
-    index, found = lines(samples / "index.jsonl"), read_results(params, results, metrics)
+    index, found = read_rows(samples / "index.jsonl"), read_results(params, results, metrics)
     stated = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
     recipes = {suite: {name: as_trained(params, system) for name, system in systems.items()} for suite, systems in stated.items()}
     present = {suite: systems_of(suite, systems, index, found) for suite, systems in recipes.items()}
@@ -207,36 +207,36 @@ def run(
     roles = {suite: by_weights(systems, present[suite]) for suite, systems in recipes.items()}
     stages = {weights: {suite: role[weights] for suite, role in roles.items() if weights in role} for weights in ("stage1", "stage2")}
     student = next((roles["prompts"][w] for w in ("stage2", "stage1", "causal_init", "base") if w in roles["prompts"]), None)
-    galleries = {suite: gallery(suite, index, present[suite], samples, params.video.fps) for suite in SUITES}
-    charts = windows(results / "curves.csv", colours)
+    galleries = {suite: build_gallery(suite, index, present[suite], samples, params.video.fps) for suite in SUITES}
+    charts = draw_curves(results / "curves.csv", colours)
     teachers = [name for name in present["continuations"] if (s := recipes["continuations"].get(name)) and s.weights == "teacher"]
-    kinds = {kind(recipes["continuations"][name]): name for name in reversed(teachers)}
-    manifest = lines(data)
+    kinds = {name_memory(recipes["continuations"][name]): name for name in reversed(teachers)}
+    manifest = read_rows(data)
     page = {
         "params": params,
-        "facts": facts(params, index, manifest, [row for one in galleries.values() for row in one["rows"]]),
+        "facts": list_facts(params, index, manifest, [row for one in galleries.values() for row in one["rows"]]),
         "colours": colours,
-        "recipes": {suite: {name: recipe(system) for name, system in systems.items()} for suite, systems in recipes.items()},
-        "goals": goals(found, roles["prompts"], kinds),
+        "recipes": {suite: {name: describe_system(system) for name, system in systems.items()} for suite, systems in recipes.items()},
+        "goals": check_goals(found, roles["prompts"], kinds),
         "student": student,
-        "guesses": guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),
+        "guesses": build_guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),
         "machine": {key: value for key, value in found.means.get("prompts", {}).get(student or "", {}).items() if "guess" in key},
         "galleries": galleries,
         "suites": [
-            {"title": title, "systems": present[suite], "tables": tables(found, suite, present[suite]), "charts": charts.get(suite, [])}
+            {"title": title, "systems": present[suite], "tables": build_tables(found, suite, present[suite]), "charts": charts.get(suite, [])}
             for suite, title in SUITES.items()
         ],
-        "compared": comparison(found, stages["stage1"], stages["stage2"]),
+        "compared": compare_stages(found, stages["stage1"], stages["stage2"]),
         "pairs": {suite: (name, stages["stage2"][suite]) for suite, name in stages["stage1"].items() if suite in stages["stage2"]},
-        "every": EVERY,
-        "teachers": recalls(found, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
-        "training": training(models),
-        "pipeline": pipeline(metrics),
-        "filter": selection(manifest, clips),
+        "every": STRIP_SECONDS,
+        "teachers": compare_memories(found, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
+        "training": draw_training(models),
+        "pipeline": list_stages(metrics),
+        "filter": summarise_filter(manifest, clips),
         # Where a run is tracked changes no result, so it must not change the page.
         "yaml": yaml.safe_dump(params.model_dump(mode="json", exclude={"tracking", "nightly"}), sort_keys=False, allow_unicode=True),
     }
-    html = render(page)
+    html = render_page(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
     return {"videos": html.count("data:video/mp4"), "strips": html.count("data:image/png"), "bytes": len(html.encode())}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tasks.params.schema import Params
-from tasks.parts.distillation import Job, distil
+from tasks.parts.distillation import DistillationJob, train_student
 from tasks.runner.track import Track
 
 
@@ -17,5 +17,5 @@ def run(
     # Choice: the base model is the real score here, not the context teacher without a context: it is the better
     # model of one window, and stage 1 then doesn't wait for the teacher.
     view = replace(params.teacher.view, context=params.stage1.teacher.context)
-    job = Job(params.stage1, view, params.flow, params.compute, params.samples.stage1, params.engine, params.seed)
-    return distil(job, track, latents=latents, codec=codec, teacher=base, student=causal_init, out=out)
+    job = DistillationJob(params.stage1, view, params.flow, params.compute, params.samples.stage1, params.engine, params.seed)
+    return train_student(job, track, latents=latents, codec=codec, teacher=base, student=causal_init, out=out)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cf_model.train.layout import Layout, agreed
+from cf_model.train.layout import TeacherLayout, read_agreed_view
 from tasks.params.schema import Params
-from tasks.parts.distillation import Job, distil
+from tasks.parts.distillation import DistillationJob, train_student
 from tasks.runner.track import Track
 
 
@@ -18,7 +18,7 @@ def run(
     stage 1's, or what start.stage2 names."""
     spec = params.stage2
     context, window = spec.teacher.context, spec.rollout.window
-    shown = Layout(replace(params.teacher.view, context=context), window, spec.horizon.longest - window)
-    view = agreed(teacher, shown, accept=spec.teacher.mismatch == "accept")
-    job = Job(spec, view, params.flow, params.compute, params.samples.stage2, params.engine, params.seed + 1)
-    return distil(job, track, latents=latents, codec=codec, teacher=teacher, student=student, out=out)
+    shown = TeacherLayout(replace(params.teacher.view, context=context), window, spec.horizon.longest - window)
+    view = read_agreed_view(teacher, shown, accept=spec.teacher.mismatch == "accept")
+    job = DistillationJob(spec, view, params.flow, params.compute, params.samples.stage2, params.engine, params.seed + 1)
+    return train_student(job, track, latents=latents, codec=codec, teacher=teacher, student=student, out=out)

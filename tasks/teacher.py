@@ -13,23 +13,23 @@ from cf_model.foreign import lora
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.train.adapter import LoraSpec
-from cf_model.train.layout import Layout
-from cf_model.train.teacher import Teacher
+from cf_model.train.layout import TeacherLayout
+from cf_model.train.teacher import TeacherTrainer
 from cf_model.train.trainer.loop import fit
-from cf_model.train.trainer.samples import continued
+from cf_model.train.trainer.samples import sample_continuation
 from tasks.params.schema import Params
-from tasks.parts.device import device
-from tasks.parts.sample_videos import Samples
-from tasks.runner.track import Track, tail
+from tasks.parts.device import choose_device
+from tasks.parts.sample_videos import SampleWriter
+from tasks.runner.track import Track, mean_of_tail
 
 
 def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, out: Path) -> dict[str, float | None]:
     """Error-recycling fine-tuning of the base model into the context teacher; its mistakes and its layout go with it."""
     spec, clips = params.teacher, Latents(latents)
-    model = wan.load(base, params.compute).to(device())
-    teacher = Teacher(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
+    model = wan.load_transformer(base, params.compute).to(choose_device())
+    teacher = TeacherTrainer(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
     plan = params.samples.teacher
-    make = partial(continued, teacher.average.model, spec=plan, view=spec.view, flow=params.flow, null=clips.null_text)
+    make = partial(sample_continuation, teacher.average.model, spec=plan, view=spec.view, flow=params.flow, null=clips.null_text)
     fit(
         teacher.step,
         steps=spec.steps,
@@ -38,25 +38,25 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path,
         save_every=spec.save_every,
         seen=teacher.seen,
         clock=teacher.clock,
-        sample=Samples(plan, track, clips, codec, make),
+        sample=SampleWriter(plan, track, clips, codec, make),
     )
     if spec.lora.rank:
         save_adapter(teacher.average.model, spec.lora, base, out)
     else:
-        wan.save(teacher.average.model, out)
+        wan.save_transformer(teacher.average.model, out)
     teacher.bank.save(out)
-    Layout(spec.view, spec.target, spec.longest).save(out)
+    TeacherLayout(spec.view, spec.target, spec.longest).save(out)
     track.save(out)
-    return {"loss": tail(out, "loss"), **teacher.bank.statistics()}
+    return {"loss": mean_of_tail(out, "loss"), **teacher.bank.statistics()}
 
 
 def save_adapter(model: Denoiser, spec: LoraSpec, base: Path, out: Path) -> None:
     """The merged model, as any other stage's, and adapter/ as peft writes one: `cf import-weights` adds it to its base."""
     pairs, rest = lora.split(model.transformer.state_dict())
     merged, _ = lora.merge(rest, pairs, lora.Scale(spec.alpha, None, False), None)
-    whole = wan.load(base)
+    whole = wan.load_transformer(base)
     whole.transformer.load_state_dict(merged)
-    wan.save(whole, out)
+    wan.save_transformer(whole, out)
     folder = out / "adapter"
     folder.mkdir()
     named = {f"base_model.model.{name.replace('.default.', '.')}": tensor.contiguous() for name, tensor in pairs.items()}

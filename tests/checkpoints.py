@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tasks.__main__ as cf
-from cf_model.foreign import convert
+from cf_model.foreign import weight_names
 from cf_model.model import wan
 from tests.small import denoiser
 
@@ -20,7 +20,7 @@ FILE = "diffusion_pytorch_model.safetensors"
 HEADS = ["--heads", "2"]  # small heads are 12 wide, Wan's 128
 MODEL = denoiser()
 OURS: State = dict(MODEL.transformer.state_dict())
-WAN: State = convert.to_self_forcing(OURS)
+WAN: State = weight_names.to_self_forcing(OURS)
 OTHER: State = {name: tensor + 1 for name, tensor in WAN.items()}
 ORIGINAL = {
     "_class_name": "WanModel",
@@ -67,7 +67,7 @@ def folder(at: Path, state: State, config: dict[str, Any], shards: int = 1) -> P
 
 
 def diffusers(at: Path) -> Path:
-    wan.save(MODEL, at / "wan")
+    wan.save_transformer(MODEL, at / "wan")
     return at / "wan"
 
 
@@ -76,7 +76,7 @@ def sharded(at: Path) -> Path:
 
 
 def pipeline(at: Path) -> Path:
-    wan.save(MODEL, at / "wan" / "transformer")
+    wan.save_transformer(MODEL, at / "wan" / "transformer")
     (at / "wan" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     return at / "wan"
 

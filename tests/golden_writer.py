@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.foreign.convert import to_diffusers
+from cf_model.foreign.weight_names import to_diffusers
 from tests.wan_reference import Wan, weights
 
 CONFIG = {

@@ -34,7 +34,7 @@ def rolling(**changes: object) -> RolloutSpec:
 def denoiser(seed: int = 0, layers: int = 2, positions: int = 256) -> Denoiser:
     """A head that is not 0, so that something comes out."""
     sizes = ModelSpec(layers=layers, heads=2, head_dim=12, ffn=32, freq=16, positions=positions)
-    model = wan.build(sizes, channels=SHAPE[0], text_channels=8, seed=seed)
+    model = wan.build_transformer(sizes, channels=SHAPE[0], text_channels=8, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.3, generator=rng)
     return model.eval()
@@ -50,7 +50,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 def restored(folder: Path, state: Mapping[str, Any]) -> int:
     """As a training loop begins: the newest whole checkpoint is read; its step, or 0."""
-    path, step = checkpoint.newest(folder)
+    path, step = checkpoint.find_newest_checkpoint(folder)
     if path:
-        checkpoint.load(path, state)
+        checkpoint.load_checkpoint(path, state)
     return step

@@ -92,10 +92,10 @@ def test_names_do_not_tell_and_the_filter_does_not_ask(made: Path, tmp_path: Pat
 def test_truth_is_what_was_rendered(made: Path) -> None:
     row = next(row for row in rows(made / "clips" / "clips.jsonl") if not row["planted"])
     number = int(row["id"].removeprefix("clip-"))
-    world = worlds.draw(3 * 1_000_000 + 2 * number)
+    world = worlds.draw_world(3 * 1_000_000 + 2 * number)
     assert row["caption"] == world.caption and row["truth"]["heading"] == world.truth(182, 16)["heading"]
     seen = read_video(made / "clips" / row["file"], height=32, width=32, fps=16)
-    assert np.abs(seen - worlds.render(world, 182, height=32, width=32, fps=16).astype(int)).mean() < 6
+    assert np.abs(seen - worlds.render_clip(world, 182, height=32, width=32, fps=16).astype(int)).mean() < 6
 
 
 def test_same_seed_same_bytes_and_another_seed_other_worlds(made: Path, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_folder_of_anything(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "more").mkdir(parents=True)
     for seed, name in enumerate(("a_red-disc.mp4", "more/second.MP4")):
-        write_video(source / name, worlds.render(worlds.draw(seed), 200, height=64, width=96, fps=20), fps=20, crf=12)
+        write_video(source / name, worlds.render_clip(worlds.draw_world(seed), 200, height=64, width=96, fps=20), fps=20, crf=12)
     (source / "more" / "second.txt").write_text(" a caption\nof two lines \n")
     (source / "fake.mp4").write_text("not a video")
     (source / "notes.md").write_text("no video either")

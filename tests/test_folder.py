@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cf_model.codec.wan_codec import load_wan
+from cf_model.codec.wan_codec import load_wan_codec
 from cf_model.model import wan
 from cf_model.model.denoiser import ModelSpec
 from cf_model.model.rollout import stream
 from cf_model.pipeline import ContextForcingPipeline
-from cf_model.text.encoder import text_encoder
+from cf_model.text.encoder import build_text_encoder
 from tests import pretrained
 from tests.folders import pipeline, recipe
 
@@ -47,7 +47,7 @@ def test_a_saved_model_makes_the_same_video_and_diffusers_reads_its_transformer(
 
 def test_a_failed_save_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline()
-    monkeypatch.setattr("cf_model.folder.card", lambda *_: 1 / 0)
+    monkeypatch.setattr("cf_model.folder.write_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pipe.save_pretrained(tmp_path / "m")
     assert not list(tmp_path.iterdir())
@@ -114,9 +114,9 @@ def test_a_model_of_wans_parts_is_a_diffusers_pipeline_with_a_recipe(tmp_path: P
     """AutoencoderKLWan and UMT5 in small: the folders are those of a WanPipeline, and a loaded one makes the same video."""
     wans = pretrained.save(tmp_path / "wan")
     sizes = ModelSpec(layers=1, heads=2, head_dim=12, ffn=32, freq=16, positions=64)
-    student = wan.build(sizes, channels=4, text_channels=pretrained.WIDTH, seed=0)
+    student = wan.build_transformer(sizes, channels=4, text_channels=pretrained.WIDTH, seed=0)
     torch.nn.init.normal_(student.transformer.proj_out.weight, std=0.3, generator=torch.Generator().manual_seed(0))
-    pipe = ContextForcingPipeline(student, load_wan(wans), text_encoder("umt5", wans, 12, pretrained.WIDTH), recipe(promote="uniform"))
+    pipe = ContextForcingPipeline(student, load_wan_codec(wans), build_text_encoder("umt5", wans, 12, pretrained.WIDTH), recipe(promote="uniform"))
     pipe.save_pretrained(tmp_path / "m")
     index = json.loads((tmp_path / "m/model_index.json").read_text())
     theirs = {"transformer", "vae", "text_encoder", "tokenizer"}
@@ -128,9 +128,9 @@ def test_a_model_of_wans_parts_is_a_diffusers_pipeline_with_a_recipe(tmp_path: P
     clip = made[:21]
     encoded = pipe.codec.encode(torch.from_numpy(clip)[None])
     text = pipe.text.encode(["a red disc"])
-    memory = student.watch(encoded, text, pipe.recipe.memory, chunk=3)
+    memory = student.remember_clip(encoded, text, pipe.recipe.memory, chunk=3)
     rng, shape = torch.Generator().manual_seed(0), (4, 4, 4)
-    new = next(stream(student, text, shape, sigmas=pipe.recipe.flow.sigmas(pipe.recipe.levels), chunk=3, memory=memory, rng=rng))
+    new = next(stream(student, text, shape, sigmas=pipe.recipe.flow.shift_levels(pipe.recipe.levels), chunk=3, memory=memory, rng=rng))
     whole = pipe.codec.decode(torch.cat([encoded, new], dim=1))[0, 21:].numpy()
     assert (pipe("a red disc", seconds=12 / 16, continue_from=clip) == whole).all()
     with pytest.raises(ValueError, match="has 30 words, which are 31 tokens, but the text encoder reads 12"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tasks import generate
-from tasks.params import schema
+from tasks.params import load, schema
 from tests.small import denoiser
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def stated() -> schema.Params:
-    p = schema.load(ROOT / "profiles/smoke.yaml")
+    p = load.load_params(ROOT / "profiles/smoke.yaml")
     linear = replace(p.codec.linear, channels=4)
     return p.model_copy(update={"codec": p.codec.model_copy(update={"linear": linear})})
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tasks.__main__ as cf
-from cf_model.foreign import convert
+from cf_model.foreign import weight_names
 from tests.checkpoints import HEADS, WAN, State, before, flat, imported, pt, same
 from tests.small import normal
 
@@ -34,7 +34,7 @@ PAIRS = pairs()
 
 def merged(scale: float) -> State:
     changed = {f"{name}.weight": WAN[f"{name}.weight"] + scale * (b @ a) for name, (a, b) in PAIRS.items()}
-    return convert.to_diffusers(WAN | changed)
+    return weight_names.to_diffusers(WAN | changed)
 
 
 def halves(prefix: str, a: str, b: str, of: Callable[[str], str] = str) -> State:
@@ -42,7 +42,7 @@ def halves(prefix: str, a: str, b: str, of: Callable[[str], str] = str) -> State
 
 
 def to_diffusers_layer(name: str) -> str:
-    return next(iter(convert.to_diffusers({f"{name}.weight": 0}))).removesuffix(".weight")
+    return next(iter(weight_names.to_diffusers({f"{name}.weight": 0}))).removesuffix(".weight")
 
 
 PEFT = halves("base_model.model.", "lora_A.default.weight", "lora_B.default.weight")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import tasks.__main__ as cf
 from cf_model.model import wan
-from cf_model.model.memory import empty
+from cf_model.model.memory import empty_memory
 from tests.checkpoints import (
     FILE,
     HEADS,
@@ -90,11 +90,11 @@ def test_what_was_imported_loads_strictly_and_computes_the_same(tmp_path: Path, 
     _, facts = imported(src, *HEADS)
     said = capsys.readouterr().out
     assert "branch ema (generator_ema; there: ema)" in said and f"{len(OURS)} tensors" in said and said.count("\n") == 1
-    again = wan.load(tmp_path / "imported").eval()
+    again = wan.load_transformer(tmp_path / "imported").eval()
     x, sigma, text = normal(2, 3, *SHAPE), torch.tensor([0.3, 0.7]), normal(2, 5, 8, seed=3)
     with torch.no_grad():
         assert torch.equal(again(x, sigma, text), MODEL(x, sigma, text))
-        remembered = [model.remember(x, text, empty(spec())) for model in (again, MODEL)]
+        remembered = [model.remember(x, text, empty_memory(spec())) for model in (again, MODEL)]
         assert torch.equal(again(x, sigma, text, remembered[0]), MODEL(x, sigma, text, remembered[1]))
     assert facts["files"] == [{"name": "model.pt", "bytes": src.stat().st_size, "sha256": hashlib.sha256(src.read_bytes()).hexdigest()}]
     assert not list(tmp_path.glob("*.partial"))

@@ -33,7 +33,7 @@ def source(tmp_path: Path) -> Path:
 
 def film(path: Path, seed: int) -> None:
     path.parent.mkdir(exist_ok=True)
-    write_video(path, worlds.render(worlds.draw(seed), 177, height=32, width=32, fps=16), fps=16, crf=20)
+    write_video(path, worlds.render_clip(worlds.draw_world(seed), 177, height=32, width=32, fps=16), fps=16, crf=20)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_damaged_entry_is_made_again(source: Path, codec: Path, tmp_path: Path
 
 def test_what_nothing_asks_for_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CF_KEPT", str(tmp_path))
-    shelf = clip_cache.Kept("any", {}, modules=("tasks.parts.clip_cache",), libraries=())
+    shelf = clip_cache.ClipCache("any", {}, modules=("tasks.parts.clip_cache",), libraries=())
     for name in ("old", "new", "used"):
         shelf.put(name, name.encode())
     for name in ("old", "used"):

@@ -45,7 +45,7 @@ def test_the_md5_that_dvc_writes(tmp_path: Path) -> None:
         file.write_text(name)
     for words in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], [sys.executable, "-m", "dvc", "add", "-q", "folder"]):
         subprocess.run(words, cwd=tmp_path, check=True)
-    (out,) = yaml_file.read(tmp_path / "folder.dvc")["outs"]
+    (out,) = yaml_file.read_yaml(tmp_path / "folder.dvc")["outs"]
     assert dvc_md5(tmp_path / "folder") == out["md5"]
 
 

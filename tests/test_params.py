@@ -12,12 +12,12 @@ import pytest
 from pydantic import ValidationError
 
 from flows.run import config
-from tasks.params import schema, yaml_file
+from tasks.params import explain, load, schema, yaml_file
 from tasks.params.yaml_file import Refused
 
 ROOT = Path(__file__).parent.parent
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
-ODE = yaml_file.read(ROOT / "profiles/tiny.yaml")["causal_init"] | {"method": "ode"}
+ODE = yaml_file.read_yaml(ROOT / "profiles/tiny.yaml")["causal_init"] | {"method": "ode"}
 FREE = ("generate.systems", "generate.continuations")  # the user names what is in them
 
 
@@ -39,7 +39,7 @@ def without(tree: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def changed(key: str, value: Any) -> dict[str, Any]:
-    tree = json.loads(json.dumps(yaml_file.read(ROOT / "profiles/tiny.yaml")))
+    tree = json.loads(json.dumps(yaml_file.read_yaml(ROOT / "profiles/tiny.yaml")))
     inner = tree
     *parents, last = key.split(".")
     for part in parents:
@@ -52,7 +52,7 @@ def refusal(tree: dict[str, Any], folder: Path) -> str:
     file = folder / "params.yaml"
     file.write_text(json.dumps(tree))  # JSON is YAML
     with pytest.raises(Refused) as caught:
-        schema.load(file)
+        load.load_params(file)
     said = str(caught.value)
     assert said.startswith(f"{file}: ") and "\n" not in said
     return said.removeprefix(f"{file}: ")
@@ -68,13 +68,13 @@ def test_the_run_form_offers_all_profiles_and_no_other() -> None:
 
 @pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
 def test_a_profile_states_every_value(file: Path) -> None:
-    stated = yaml_file.read(file)
-    assert schema.load(file).profile == file.stem
+    stated = yaml_file.read_yaml(file)
+    assert load.load_params(file).profile == file.stem
     for key in leaves(stated):
         if key.rpartition(".")[0] not in FREE:
             with pytest.raises(ValidationError) as caught:
                 schema.Params.model_validate(without(stated, key))
-            assert f"{key} is missing; every value is stated" in yaml_file.explain(caught.value, schema.Params, file)
+            assert f"{key} is missing; every value is stated" in explain.explain_first_error(caught.value, schema.Params, file)
 
 
 @pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
@@ -86,14 +86,14 @@ def test_no_section_is_an_alias_of_another(file: Path) -> None:
 @pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)
 def test_profiles_have_the_same_keys(file: Path) -> None:
     def names(file: Path) -> list[str]:
-        return [key for key in leaves(yaml_file.read(file)) if not key.startswith(FREE)]
+        return [key for key in leaves(yaml_file.read_yaml(file)) if not key.startswith(FREE)]
 
     assert names(file) == names(PROFILES[0])
 
 
 def test_the_committed_params_are_a_profile() -> None:
-    stated = yaml_file.read(ROOT / "params.yaml")
-    assert stated == yaml_file.read(ROOT / "profiles" / f"{stated['profile']}.yaml")
+    stated = yaml_file.read_yaml(ROOT / "params.yaml")
+    assert stated == yaml_file.read_yaml(ROOT / "profiles" / f"{stated['profile']}.yaml")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_dvc_is_told_where_clips_come_from(tmp_path: Path) -> None:
     assert "but clips.source is worlds; set start.clips to cf_model" in refusal(changed("start.clips", "raw"), tmp_path)
     tree["start"]["clips"] = "raw"
     (tmp_path / "params.yaml").write_text(json.dumps(tree))
-    assert schema.load(tmp_path / "params.yaml").start.clips == Path("raw")
+    assert load.load_params(tmp_path / "params.yaml").start.clips == Path("raw")
 
 
 def test_several_errors_are_one_sentence(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_numbers_and_words_are_what_dvc_reads(tmp_path: Path) -> None:
     """PyYAML would make text of 2e-6 and False of off; DVC, which writes `dvc exp run -S` values, does neither."""
     file = tmp_path / "some.yaml"
     file.write_text("a: 2e-6\nb: 2.0e-06\nc: off\nd: 1e3\n")
-    assert yaml_file.read(file) == {"a": 2e-6, "b": 2e-6, "c": "off", "d": 1000.0}
+    assert yaml_file.read_yaml(file) == {"a": 2e-6, "b": 2e-6, "c": "off", "d": 1000.0}
 
 
 @pytest.mark.parametrize(
@@ -217,10 +217,10 @@ def test_a_file_that_is_not_parameters(text: str, words: str, tmp_path: Path) ->
     file = tmp_path / "params.yaml"
     file.write_text(text)
     with pytest.raises(Refused) as caught:
-        yaml_file.read(file)
+        yaml_file.read_yaml(file)
     assert words in str(caught.value)
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="cf profile use tiny"):
-        yaml_file.read(tmp_path / "params.yaml")
+        yaml_file.read_yaml(tmp_path / "params.yaml")

@@ -19,9 +19,9 @@ from ruamel.yaml import YAML
 
 from cf_model.data.latents import Latents
 from cf_model.model import wan
-from cf_model.train.trainer.samples import continued, from_noise, streamed
-from tasks.params import schema
-from tasks.parts.sample_videos import Samples
+from cf_model.train.trainer.samples import sample_continuation, sample_from_noise, sample_stream
+from tasks.params import load
+from tasks.parts.sample_videos import SampleWriter
 from tasks.runner.track import Track
 
 ROOT = Path(__file__).parent.parent
@@ -73,22 +73,22 @@ def test_everything_is_there(project: Path) -> None:
 
 def test_the_last_samples_are_by_the_weights_that_were_saved(project: Path, tmp_path: Path) -> None:
     """Made again from every training stage's out, which is the averaged model: the same files."""
-    p, clips = schema.load(project / "params.yaml"), Latents(project / "data/latents")
+    p, clips = load.load_params(project / "params.yaml"), Latents(project / "data/latents")
     null, flow = clips.null_text, p.flow
     makes: dict[str, Any] = {
-        "base": partial(from_noise, spec=p.samples.base, flow=flow, null=null),
-        "teacher": partial(continued, spec=p.samples.teacher, view=p.teacher.view, flow=flow, null=null),
+        "base": partial(sample_from_noise, spec=p.samples.base, flow=flow, null=null),
+        "teacher": partial(sample_continuation, spec=p.samples.teacher, view=p.teacher.view, flow=flow, null=null),
     }
     for stage, chunk in (("causal_init", p.causal_init.chunk), ("stage1", p.stage1.rollout.chunk), ("stage2", p.stage2.rollout.chunk)):
         plan, memory = getattr(p.samples, stage), getattr(p, stage).memory
-        makes[stage] = partial(streamed, spec=plan, levels=p.stage1.rollout.levels, chunk=chunk, memory=memory, flow=flow)
+        makes[stage] = partial(sample_stream, spec=plan, levels=p.stage1.rollout.levels, chunk=chunk, memory=memory, flow=flow)
     for stage, make in makes.items():
         plan, steps = getattr(p.samples, stage), getattr(p, stage).steps
         names = [f"step-{n:06d}-0.mp4" for n in range(plan.every, steps + 1, plan.every)]
         assert steps % plan.every == 0 and sorted(file.name for file in (project / f"models/{stage}/samples").iterdir()) == names
         (tmp_path / stage).mkdir()
-        model = wan.load(project / "models" / stage, p.compute)
-        Samples(plan, Track(stage, tmp_path / stage), clips, project / "models/codec", partial(make, model))(steps)
+        model = wan.load_transformer(project / "models" / stage, p.compute)
+        SampleWriter(plan, Track(stage, tmp_path / stage), clips, project / "models/codec", partial(make, model))(steps)
         made, kept = tmp_path / stage / "samples" / names[-1], project / f"models/{stage}/samples/{names[-1]}"
         assert made.read_bytes() == kept.read_bytes()
         rows = (project / f"runtime/{stage}.timing.jsonl").read_text().splitlines()

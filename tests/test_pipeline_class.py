@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cf_model.codec.linear import video_frames
-from cf_model.model.memory import empty
+from cf_model.codec.interface import video_frames
+from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import stream
 from cf_model.pipeline import Chunk, ContextForcingPipeline
-from cf_model.request import Switch, planned
+from cf_model.request import Switch, plan_request
 from tests.folders import SIZE, pipeline
 from tests.model.test_memory import TIMELINE
 from tests.small import SHAPE
@@ -31,15 +31,15 @@ def clip(frames: int, seed: int = 0) -> np.ndarray:
 
 
 def held(chunk: Chunk) -> tuple[list[int], list[int], list[int]]:
-    return chunk.held["sink"], chunk.held["slow"], chunk.held["fast"]
+    return chunk.context["sink"], chunk.context["slow"], chunk.context["fast"]
 
 
 def latents(pipe: ContextForcingPipeline, chunks: int, memory: object = None) -> torch.Tensor:
     """The same video by the rollout that the stages use."""
     recipe, rng = pipe.recipe, torch.Generator().manual_seed(5)
-    start = empty(recipe.memory) if memory is None else memory
+    start = empty_memory(recipe.memory) if memory is None else memory
     text = pipe.text.encode([WORDS])
-    made = stream(pipe.denoiser, text, SHAPE, sigmas=recipe.flow.sigmas(recipe.levels), chunk=recipe.chunk, memory=start, rng=rng)  # type: ignore[arg-type]
+    made = stream(pipe.denoiser, text, SHAPE, sigmas=recipe.flow.shift_levels(recipe.levels), chunk=recipe.chunk, memory=start, rng=rng)  # type: ignore[arg-type]
     return torch.cat(list(islice(made, chunks)), dim=1)
 
 
@@ -88,12 +88,12 @@ def test_what_is_held_does_not_grow_and_promotions_go_on(scope: str) -> None:
     pipe = pipeline(scope=scope)
     size, counts, late = pipe.recipe.memory.size, [], 0
     for n, chunk in enumerate(pipe.chunks(WORDS, seconds=48)):
-        assert sum(len(part) for part in chunk.held.values()) <= size - 3
+        assert sum(len(part) for part in chunk.context.values()) <= size - 3
         late += n >= 45 and bool(chunk.promoted)
         if n % 10 == 9:
             gc.collect()
             counts.append(sum(item.numel() for item in gc.get_objects() if type(item) is torch.Tensor))
-    assert len(chunk.held["slow"]) == 12 and late >= 9
+    assert len(chunk.context["slow"]) == 12 and late >= 9
     assert len(counts) == 6 and len(set(counts[3:])) == 1, counts
 
 
@@ -115,7 +115,7 @@ def test_a_new_prompt_changes_what_comes_after_it_and_nothing_before(pipe: Conte
 
 def test_after_a_recache_nothing_is_left_of_the_old_prompt_but_the_sink(pipe: ContextForcingPipeline) -> None:
     video, text = latents(pipe, 9), {words: pipe.text.encode([words]) for words in ("one", "two", "new")}
-    before = [pipe.denoiser.watch(video, text[words], pipe.recipe.memory, chunk=3) for words in ("one", "two")]
+    before = [pipe.denoiser.remember_clip(video, text[words], pipe.recipe.memory, chunk=3) for words in ("one", "two")]
     for keep_sink in (False, True):
         after = [pipe._switched(memory, video[:, -21:], text["new"], "recache", keep_sink) for memory in before]
         assert [frame.index for frame in after[0].frames] == [frame.index for frame in after[1].frames]  # type: ignore[union-attr]
@@ -143,7 +143,7 @@ def test_a_clip_is_remembered_and_comes_first_as_it_is(pipe: ContextForcingPipel
     assert (np.concatenate([chunk.frames for chunk in chunks if chunk.real]) == real[5:]).all()
     assert {n: held(chunk) for n, chunk in enumerate(chunks)} == {n: TIMELINE[n] for n in range(5)}
     encoded = pipe.codec.encode(torch.from_numpy(real[5:])[None])
-    memory = pipe.denoiser.watch(encoded, pipe.text.encode([WORDS]), pipe.recipe.memory, chunk=3)
+    memory = pipe.denoiser.remember_clip(encoded, pipe.text.encode([WORDS]), pipe.recipe.memory, chunk=3)
     whole = pipe.codec.decode(torch.cat([encoded, latents(pipe, 3, memory)], dim=1))[0].numpy()
     made = pipe(WORDS, seconds=2, seed=5, continue_from=real)
     assert made.shape[0] == 32 and (made == whole[21:][:32]).all()
@@ -183,7 +183,7 @@ def test_what_can_not_be_made_is_refused_before_anything_runs(pipe: ContextForci
 
 def test_an_unknown_switch_is_refused(pipe: ContextForcingPipeline) -> None:
     with pytest.raises(ValueError, match="switch is 'forget'; use recache, flush, keep"):
-        planned(pipe.recipe, pipe.text, 256, WORDS, 5, 0, "forget", None)
+        plan_request(pipe.recipe, pipe.text, 256, WORDS, 5, 0, "forget", None)
 
 
 def test_absolute_positions_end_with_their_table() -> None:

@@ -14,8 +14,9 @@ import tasks.__main__ as cf
 from cf_model.plan.need import Need
 from tasks.commands import preset
 from tasks.commands.plan import forecast, limits, table
-from tasks.params import schema, yaml_file
+from tasks.params import load, schema, yaml_file
 from tasks.params.yaml_file import Refused
+from tasks.runner.ranks import TRAINING_STAGES
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -24,12 +25,12 @@ TINY, WAN = (ROOT / f"profiles/{name}.yaml" for name in ("tiny", "wan-1.3b"))
 
 @pytest.fixture(scope="module")
 def tiny() -> schema.Params:
-    return schema.load(TINY)
+    return load.load_params(TINY)
 
 
 @pytest.fixture(scope="module")
 def wan() -> schema.Params:
-    return schema.load(WAN)
+    return load.load_params(WAN)
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -42,7 +43,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_the_table_has_a_row_for_each_stage_that_trains(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, "--params", str(TINY), "--gpus", "0").splitlines()
-    for stage in cf.TRAINING:
+    for stage in TRAINING_STAGES:
         assert sum(line.startswith(f"{stage} ") for line in lines) == 2, "time and disk; memory"
     assert "1,231,024 parameters" in lines[0] and "CPU" in lines[2]
     assert all(len(line) <= 140 for line in lines)
@@ -71,8 +72,8 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> N
 
 
 def test_every_preset_can_be_planned() -> None:
-    stated = yaml_file.read(WAN)
-    made = {name: forecast.needs(schema.Params.model_validate(preset.applied(stated, name)))["stage2"] for name in preset.found()}
+    stated = yaml_file.read_yaml(WAN)
+    made = {name: forecast.needs(load.validate_params(preset.applied(stated, name), WAN))["stage2"] for name in preset.found()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"
     assert made["cf_memoryless_teacher"].operations < made["cf_default"].operations, "scores without a context are cheaper"
@@ -111,18 +112,19 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path) -> None:
     """Of a model of tiny's kind: the file that two steps of `base` leave."""
     from cf_model.model import checkpoint, wan
-    from cf_model.train.trainer.loop import Average, Optimizer
+    from cf_model.train.trainer.ema import EMA
+    from cf_model.train.trainer.engine import Optimizer
 
     one = forecast.needs(tiny)["base"]
-    made = wan.build(tiny.model, channels=12, text_channels=64, seed=0)
+    made = wan.build_transformer(tiny.model, channels=12, text_channels=64, seed=0)
     optimizer = Optimizer(made, tiny.base.optimizer, 10)
     for parameter in made.parameters():
         parameter.grad = parameter.detach().clone()
     optimizer.step()
-    parts = {"model": made, "average": Average(made, 0.9), "optimizer": optimizer}
-    folder = checkpoint.save(tmp_path, 1, {name: part.state_dict() for name, part in parts.items()})
+    parts = {"model": made, "average": EMA(made, 0.9), "optimizer": optimizer}
+    folder = checkpoint.save_checkpoint(tmp_path, 1, {name: part.state_dict() for name, part in parts.items()})
     assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(one.checkpoint, rel=0.01)
-    wan.save(made, tmp_path / "out")
+    wan.save_transformer(made, tmp_path / "out")
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) == pytest.approx(forecast.disk(tiny, "base")["out"], rel=0.01)
 
 
@@ -221,5 +223,5 @@ def test_memory_is_the_machines_or_the_containers(monkeypatch: pytest.MonkeyPatc
 def test_only_stages_that_train_are_asked(tiny: schema.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "memory", lambda: 1.0)
     forecast.refuse(tiny, "evaluate", tmp_path, tmp_path)
-    assert set(forecast.needs(tiny)) == set(cf.TRAINING)
+    assert set(forecast.needs(tiny)) == set(TRAINING_STAGES)
     assert all(isinstance(one, Need) for one in forecast.needs(tiny).values())

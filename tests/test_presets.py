@@ -18,12 +18,13 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from cf_model.model.denoiser import Denoiser  # noqa: E402
-from cf_model.model.memory import empty  # noqa: E402
+from cf_model.model.memory import empty_memory  # noqa: E402
 from cf_model.model.rollout import rollout, stream  # noqa: E402
-from cf_model.train.student import Distillation  # noqa: E402
+from cf_model.train.student import DistillationTrainer  # noqa: E402
 from tasks.commands import preset  # noqa: E402
+from tasks.params.load import validate_params  # noqa: E402
 from tasks.params.schema import Params  # noqa: E402
-from tasks.params.yaml_file import Refused, read  # noqa: E402
+from tasks.params.yaml_file import Refused, read_yaml  # noqa: E402
 from tests.small import FLOW, SHAPE, denoiser, normal  # noqa: E402
 
 TABLE = ROOT / "tests/golden/presets.json"
@@ -63,7 +64,7 @@ class Tracer:
 def seen(one: dict[str, Any]) -> str:
     """What a student's pass attends to, and where: "sink | slow | fast @ their positions, itself @ its own"."""
     memory, frames = one["memory"], one["x"].shape[1]
-    parts = " | ".join(ranges(part) for part in memory.held().values())
+    parts = " | ".join(ranges(part) for part in memory.frame_indices().values())
     return f"{parts} @ {ranges(memory.key_positions(frames))}, self @ {ranges(memory.query_positions(frames))}"
 
 
@@ -98,7 +99,7 @@ def train(name: str, tracer: Tracer) -> dict[str, Any]:
     spec = getattr(params, stage)
     spec = type(spec)(**{**vars(spec), "batch": 1, "critic_updates": 1, "steps": 9, "ema_start": 0})
     view = type(params.teacher.view)(**{**vars(params.teacher.view), "context": spec.teacher.context})
-    job = Distillation(
+    job = DistillationTrainer(
         spec,
         student=denoiser(0, positions=1024),
         teacher=denoiser(1, positions=1024),
@@ -123,7 +124,7 @@ def train(name: str, tracer: Tracer) -> dict[str, Any]:
     }
 
 
-def step(job: Distillation, number: int, tracer: Tracer, view: Any) -> dict[str, Any]:
+def step(job: DistillationTrainer, number: int, tracer: Tracer, view: Any) -> dict[str, Any]:
     values = job.step(number)
     passes = tracer.take()
     mine = [one for one in passes if one["model"] == id(job.student)]
@@ -132,10 +133,10 @@ def step(job: Distillation, number: int, tracer: Tracer, view: Any) -> dict[str,
     # the frames that a pass works on follow those that its memory has seen; a clean pass may be shown less of it
     chunks: dict[int, list[dict[str, Any]]] = {}
     for one in mine:
-        chunks.setdefault(one["memory"].seen, []).append(one)
+        chunks.setdefault(one["memory"].frame_count, []).append(one)
     teacher = [one for one in passes if one["model"] == id(job.teacher)]
     critic = [one for one in passes if one["model"] == id(job.critic)]
-    context = view.frames(start)
+    context = view.context_frames(start)
     learns = [first for first, rows in chunks.items() if any(one["grad"] for one in rows)]
     return {
         "rollout": f"{frames} frames, of which {3 * len(chunks)} are new; window {start}-{start + length - 1}",
@@ -167,7 +168,7 @@ def generate(name: str, tracer: Tracer) -> list[str]:
     memory = system.memory or getattr(params, system.weights).memory
     student = denoiser(0, positions=1024)
     chunks = stream(
-        student, normal(1, 5, 8), SHAPE, sigmas=[1.0, 0.5], chunk=3, memory=empty(memory), rng=torch.Generator().manual_seed(1)
+        student, normal(1, 5, 8), SHAPE, sigmas=[1.0, 0.5], chunk=3, memory=empty_memory(memory), rng=torch.Generator().manual_seed(1)
     )
     lines = []
     for _ in range(13):
@@ -179,8 +180,8 @@ def generate(name: str, tracer: Tracer) -> list[str]:
 
 def parameters(name: str) -> Params:
     """wan-1.3b's, whose horizons are the papers'; with a threshold that small random models pass now and then."""
-    stated = preset.applied(read(ROOT / "profiles/wan-1.3b.yaml"), name)
-    params = Params.model_validate(stated)
+    stated = preset.applied(read_yaml(ROOT / "profiles/wan-1.3b.yaml"), name)
+    params = validate_params(stated, Path("params.yaml"))
     for stage in (params.causal_init, params.stage1, params.stage2):
         object.__setattr__(stage.memory, "tau", 0.88 if stage.memory.promote == "similarity" else stage.memory.tau)
     memory = params.generate.systems[name].memory
@@ -205,21 +206,21 @@ def test_a_preset_is_laid_over_the_file_whose_comments_stay(tmp_path: Path, monk
     file = tmp_path / "params.yaml"
     file.write_text((ROOT / "profiles/tiny.yaml").read_text())
     preset.write(file, "infinity_rope")
-    stated = read(file)
-    steps = read(ROOT / "profiles/tiny.yaml")["stage1"]["steps"]
+    stated = read_yaml(file)
+    steps = read_yaml(ROOT / "profiles/tiny.yaml")["stage1"]["steps"]
     assert "# of each of seven kinds" in file.read_text() and stated["stage1"]["steps"] == steps
     assert stated["stage1"]["memory"]["fast"] == 21
-    system = Params.model_validate(stated).generate.systems["infinity_rope"]
+    system = validate_params(stated, Path("params.yaml")).generate.systems["infinity_rope"]
     assert system.weights == "stage1" and system.memory and (system.memory.sink, system.memory.fast) == (1, 5)
     preset.write(file, "cf_default")  # back again: a preset states all that its method decides
-    assert Params.model_validate(read(file)).stage2.memory.slow == 12
+    assert validate_params(read_yaml(file), Path("params.yaml")).stage2.memory.slow == 12
 
 
 @pytest.mark.parametrize("profile", ["tiny", "wan-1.3b"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    Params.model_validate(preset.applied(read(ROOT / f"profiles/{profile}.yaml"), name))
+    validate_params(preset.applied(read_yaml(ROOT / f"profiles/{profile}.yaml"), name), Path("params.yaml"))
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from cf_model.codec.linear import LinearCodec
 from cf_model.data import video
 from cf_model.model import wan
 from cf_model.pipeline import ContextForcingPipeline
-from tasks.params import schema
+from tasks.params import load
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,8 +23,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What profile smoke leaves of stage2 and codec, with weights that nobody trained."""
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes((ROOT / "profiles/smoke.yaml").read_bytes())
-    p = schema.load()
-    wan.save(wan.build(p.model, channels=p.codec.linear.channels, text_channels=p.text.channels, seed=0), Path("models/stage2"))
+    p = load.load_params()
+    wan.save_transformer(wan.build_transformer(p.model, channels=p.codec.linear.channels, text_channels=p.text.channels, seed=0), Path("models/stage2"))
     save_codec(LinearCodec(p.codec.linear.channels, p.codec.linear.width), Path("models/codec"))
     return tmp_path
 
@@ -36,12 +36,12 @@ def export(*words: str) -> None:
 def test_export_then_generate(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export("--model", "models/stage2", "--out", "out/student")
     assert "memory and rollout of stage2 in params.yaml; now `cf generate --model out/student" in capsys.readouterr().out
-    p, recipe = schema.load(), ContextForcingPipeline.from_pretrained("out/student").recipe
+    p, recipe = load.load_params(), ContextForcingPipeline.from_pretrained("out/student").recipe
     assert recipe.memory == p.stage2.memory and recipe.levels == p.stage2.rollout.levels and recipe.flow == p.flow
     assert (recipe.chunk, recipe.fps, recipe.height, recipe.width) == (3, p.video.fps, p.video.height, p.video.width)
     assert "stage `stage2`" in Path("out/student/README.md").read_text() and recipe.licence == "Apache-2.0"
     cf.main(["generate", "--model", "out/student", "--prompt", "a red disc", "--seconds", "1", "--out", "a.mp4"])
-    assert video.probe(Path("a.mp4")).frames == p.video.fps
+    assert video.probe_video(Path("a.mp4")).frames == p.video.fps
 
 
 def test_imported_weights_run_with_a_system_of_a_params_file(project: Path) -> None:
@@ -53,7 +53,7 @@ def test_imported_weights_run_with_a_system_of_a_params_file(project: Path) -> N
         export("--model", "models/theirs", "--params", "other.yaml", "--out", "out")
     export("--model", "models/theirs", "--system", "stage2_without_slow", "--params", "other.yaml", "--out", "out")
     recipe = ContextForcingPipeline.from_pretrained("out").recipe
-    assert recipe.memory == schema.load(Path("other.yaml")).generate.systems["stage2_without_slow"].memory
+    assert recipe.memory == load.load_params(Path("other.yaml")).generate.systems["stage2_without_slow"].memory
     assert "imported from theirs.pt (Self-Forcing)" in recipe.made and recipe.licence == "other"
 
 

@@ -18,38 +18,44 @@ from tasks.runner import ranks
 ROOT = Path(__file__).parent.parent
 STEPS = 60
 STAGE = f"""
-import errno, os, resource, sys, time
+import os, resource, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
-from tasks import ranks
-if ranks.rank() is None and int(os.environ.get("CF_RANKS", "1")) > 1:
+from tasks import __main__ as cf
+from tasks.params.project import Project
+from tasks.runner import ranks
+from tasks.runner.execute import execute
+if ranks.get_rank() is None and int(os.environ.get("CF_RANKS", "1")) > 1:
     sys.exit(ranks.launch("toy", int(os.environ["CF_RANKS"])))
 import torch
 from safetensors.torch import save_file
+from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import Optimizer, OptimizerSpec
-from cf_model.train.trainer.loop import Average, Random, fit
-from cf_model.train.trainer.ranks import rank
-from cf_model.model.flow import gaussian
-from tasks import __main__ as cf, runner
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.observe import StepTimer
+from cf_model.train.trainer.ranks import BatchRandom, get_rank
+from cf_model.model.flow import draw_gaussian
 
 class Job:
+    steps, save_every, newest_batch = {STEPS}, 5, {{}}
+
     def __init__(self):
         torch.manual_seed(0)
-        self.model, self.random = torch.nn.Linear(64, 64), Random(1)
+        self.model, self.random, self.timer = torch.nn.Linear(64, 64), BatchRandom(1), StepTimer()
         self.optimizer = Optimizer(self.model, OptimizerSpec(1e-3, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0), {STEPS})
-        self.average = Average(self.model, 0.9)
+        self.average = EMA(self.model, 0.9)
         self.state = dict(model=self.model, random=self.random, optimizer=self.optimizer, average=self.average)
 
     def step(self, number):
         if os.environ.get("FULL") == str(number):  # files may not grow beyond a few KB any more
             resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
-        if os.environ.get("RAISE") == str(number) and rank() == 1:
+        if os.environ.get("RAISE") == str(number) and get_rank() == 1:
             raise KeyError("a bug in rank 1")
         if os.environ.get("SLOW"):
-            print("step", number, rank(), os.getpid(), flush=True)
+            print("step", number, get_rank(), os.getpid(), flush=True)
             time.sleep(0.05)
-        x = gaussian((len(self.random.mine(range(4))), 64), self.random.rng)
+        x = draw_gaussian((len(self.random.take_own(range(4))), 64), self.random.rng)
         loss = self.model(x).square().mean()
         loss.backward()
         values = dict(loss=loss.item(), gradient=self.optimizer.step())
@@ -58,21 +64,21 @@ class Job:
 
 def run(params, track, *, out):
     job = Job()
-    fit(job.step, steps={STEPS}, state=job.state, log=track, save_every=5)
+    fit(job, track)
     out.mkdir()
     save_file(job.average.model.state_dict(), out / "model.safetensors")
     track.save(out)
     return {{}}
 
 def main(argv):
-    params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
-    paths = dict(out=Path("made"))
-    if ranks.rank() is not None:
-        ranks.join()
-    if ranks.rank():
-        ranks.follow("toy", run, paths, params)
+    project, paths = Project(), dict(out=Path("made"))
+    project.tree = {{"seed": 0}}
+    project.params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
+    store = None if ranks.get_rank() is None else ranks.join_ranks()
+    if ranks.get_rank():
+        ranks.follow("toy", run, paths, project.params, store)
     else:
-        runner.execute("toy", run, paths, params, {{"seed": 0}}, began=time.time(), announce=ranks.announce)
+        execute("toy", run, paths, project, began=time.time(), announce=store and (lambda work: store.set("work", str(work))))
 
 cf.main, sys.argv = main, ["cf", "toy"]
 cf.cli()
@@ -128,7 +134,7 @@ def test_one_process_stopped_in_every_way_ends_as_never_stopped(tmp_path: Path) 
     (work,) = (folder / "work/toy").iterdir()
     assert f"cf toy: work/toy/{work.name} has no room for step-00000010 (File too large" in said
     assert "the last checkpoint, step-00000005, is intact: make room and start again" in said and "Traceback" not in said
-    assert not list(work.glob("*.partial")) and checkpoint.verified(work / "step-00000005")["step"] == 5
+    assert not list(work.glob("*.partial")) and checkpoint.verify_checkpoint(work / "step-00000005")["step"] == 5
 
     killed = start(folder, SLOW="1")
     until(killed, 17)
@@ -171,15 +177,15 @@ def test_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("CF_RANKS", raising=False)
     scratch = {"base": {"init": "scratch"}}
-    assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [1, 1, 1]
+    assert [ranks.count_ranks(stage, scratch) for stage in ("base", "stage2", "teacher")] == [1, 1, 1]
     monkeypatch.setenv("CF_RANKS", "4")
-    assert [ranks.wanted(stage, scratch) for stage in ("base", "stage2", "teacher")] == [4, 4, 4]
-    assert ranks.wanted("base", {"base": {"init": "wan"}}) == 1, "an import is no training"
+    assert [ranks.count_ranks(stage, scratch) for stage in ("base", "stage2", "teacher")] == [4, 4, 4]
+    assert ranks.count_ranks("base", {"base": {"init": "wan"}}) == 1, "an import is no training"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(Refused, match="CF_RANKS is 4, but there are 2 GPUs"):
-        ranks.wanted("stage2", scratch)
+        ranks.count_ranks("stage2", scratch)
     monkeypatch.delenv("CF_RANKS")
-    assert ranks.wanted("stage2", scratch) == 2
+    assert ranks.count_ranks("stage2", scratch) == 2
     monkeypatch.setenv("CF_RANKS", "two")
     with pytest.raises(Refused, match="CF_RANKS is two; use a whole number from 1 on"):
-        ranks.wanted("stage2", scratch)
+        ranks.count_ranks("stage2", scratch)

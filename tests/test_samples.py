@@ -16,7 +16,7 @@ from cf_model.data.video import write_video
 from cf_model.model import checkpoint
 from cf_model.model.view import TeacherView
 from cf_model.train.trainer import loop
-from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec, continued
+from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec, sample_continuation
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal
 from tests.train import ranked
@@ -84,13 +84,13 @@ def test_killed_and_resumed_has_the_samples_of_a_run_never_stopped(die_at: int, 
 
 def test_a_checkpoint_means_that_the_steps_samples_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while step 4 is saved: had its videos come after, a run that goes on from 4 would never make them."""
-    real, there = checkpoint.save, []
+    real, there = checkpoint.save_checkpoint, []
 
     def save(*given: Any) -> Any:
         there.append(sorted(digests(tmp_path / "job")))
         return real(*given)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     trained("base", tmp_path / "job")
     assert [names[-1] for names in there] == ["step-000004-1.mp4", "step-000008-1.mp4"]
 
@@ -106,7 +106,7 @@ def test_samples_are_of_the_averaged_weights_with_the_prompts_own_noise(tmp_path
         spec = {"spec": plan, "levels": (1.0, 0.5), "chunk": 3, "memory": job.spec.memory, "flow": FLOW}
         clips = ranked.Clips()
         text, real, rng = clips.text([1]), clips.window([1], [0], 0), plan.rng(1, torch.device("cpu"))
-        parts = list(ranked.streamed(model, text, real, rng, **spec))
+        parts = list(ranked.sample_stream(model, text, real, rng, **spec))
         assert sum(part.shape[1] for part in parts) == 12
         frames = (frame for part in codec.decode_stream(parts) for frame in part[0].numpy())
         write_video(tmp_path / "again.mp4", frames, fps=16, crf=16)
@@ -123,7 +123,7 @@ def test_the_teacher_goes_on_from_a_real_beginning() -> None:
 
     def window(real: torch.Tensor) -> torch.Tensor:
         rng = plan.rng(0, torch.device("cpu"))
-        first, then = continued(denoiser(), text, real, rng, spec=plan, view=view, flow=FLOW, null=null)
+        first, then = sample_continuation(denoiser(), text, real, rng, spec=plan, view=view, flow=FLOW, null=null)
         assert torch.equal(first, real) and then.shape[1] == 4
         return then
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.runner import progress
 from tasks.runner import track as tracking
 
 
@@ -38,7 +39,7 @@ def test_resumed_runs_log_again_what_came_after_the_checkpoint(tmp_path: Path, c
 
 
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.02)
     bar = tracking.Track("toy", tmp_path).progress(10, "clip", start=4)
     for _ in range(3):
         time.sleep(0.03)
@@ -56,5 +57,5 @@ def test_the_end_of_a_curve(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     track.save(out)
-    assert tracking.tail(out, "loss") == 38.5 and tracking.tail(out, "rare") == 7 and tracking.tail(out, "none") is None
+    assert tracking.mean_of_tail(out, "loss") == 38.5 and tracking.mean_of_tail(out, "rare") == 7 and tracking.mean_of_tail(out, "none") is None
     assert (out / "metrics.csv").read_text().splitlines()[:4] == ["step,loss,rare", "1,1,", "2,2,", "3,3,7.0"]

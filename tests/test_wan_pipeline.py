@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from cf_model.data.video import probe
+from cf_model.data.video import probe_video
 from cf_model.pipeline import ContextForcingPipeline
 from tests import pretrained
 from tests.test_pipeline import ENVIRONMENT, STAGES, dvc, lay_out, ran
@@ -57,5 +57,5 @@ def test_from_wans_folders_to_a_video(tmp_path: Path) -> None:
     pipe = ContextForcingPipeline.from_pretrained(project / "out/student")
     assert type(pipe.codec).__name__ == "WanCodec" and type(pipe.text).__name__ == "UMT5Encoder"
     cf(project, "generate", "--model", "out/student", "--prompt", "a red disc", "--seconds", "2", "--out", "video.mp4")
-    found = probe(project / "video.mp4")
+    found = probe_video(project / "video.mp4")
     assert (found.width, found.height) == (32, 32) and found.frames == 32

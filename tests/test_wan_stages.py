@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.codec.wan_codec import load_wan
+from cf_model.codec.wan_codec import load_wan_codec
 from cf_model.data import worlds
 from cf_model.data.latents import Latents
 from cf_model.data.video import read_video, write_video
@@ -49,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for number, caption in enumerate(CAPTIONS):
         file = f"clip-{number:05d}.mp4"
-        write_video(root / "clips" / file, worlds.render(worlds.draw(number), 71, height=32, width=64, fps=16), fps=16, crf=12)
+        write_video(root / "clips" / file, worlds.render_clip(worlds.draw_world(number), 71, height=32, width=64, fps=16), fps=16, crf=12)
         split = "heldout" if number == 2 else "train"
         rows.append({"id": file.removesuffix(".mp4"), "file": file, "caption": caption, "kept": True, "split": split})
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -72,7 +72,7 @@ def clip(root: Path, number: int) -> torch.Tensor:
 
 
 def test_the_codec_is_brought_and_measured(root: Path, made: dict[str, dict[str, float]]) -> None:
-    theirs = load_wan(root / "weights")
+    theirs = load_wan_codec(root / "weights")
     ours = load_codec(root / "codec")
     assert torch.equal(ours.encode(clip(root, 2)), theirs.encode(clip(root, 2)))
     error = (theirs.decode(theirs.encode(clip(root, 2))).double() - clip(root, 2).double()).square().mean()
@@ -83,7 +83,7 @@ def test_the_codec_is_brought_and_measured(root: Path, made: dict[str, dict[str,
 def test_clips_and_captions_are_encoded(root: Path, made: dict[str, dict[str, float]]) -> None:
     store = Latents(root / "latents")
     assert made["encode"]["frames"] == 3 * 18 and made["encode"]["captions"] == 2 and store.shape == (4, 4, 8)
-    vae = load_wan(root / "weights")
+    vae = load_wan_codec(root / "weights")
     for row in range(3):
         assert torch.equal(store.window([row], [0], 18), vae.encode(clip(root, row)).bfloat16().float())
     text = UMT5Encoder(root / "weights", TOKENS, pretrained.WIDTH, load_dtype=torch.bfloat16)
@@ -117,7 +117,7 @@ def test_what_is_downloaded_is_said_before(monkeypatch: pytest.MonkeyPatch, caps
         return [SimpleNamespace(file_size=507_000_000 + n, will_download=n > 0) for n in range(2)] if dry_run else str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert hub.local("codec.weights", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers@0fad780", ["vae"]) == tmp_path
+    assert hub.resolve_weights("codec.weights", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers@0fad780", ["vae"]) == tmp_path
     files = {"revision": "0fad780", "allow_patterns": ["vae/*.json", "vae/*.safetensors"], "name": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
     assert asked == [files | {"dry_run": True}, files | {"dry_run": False}]
 
@@ -127,5 +127,5 @@ def test_without_a_network_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"text\.weights is some/thing, no folder here, and the Hub did not give it .*; name a folder"):
-        hub.local("text.weights", "some/thing", ["text_encoder"])
-    assert hub.local("text.weights", str(tmp_path), ["text_encoder"]) == tmp_path
+        hub.resolve_weights("text.weights", "some/thing", ["text_encoder"])
+    assert hub.resolve_weights("text.weights", str(tmp_path), ["text_encoder"]) == tmp_path

@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from cf_model.codec.linear import Codec, LinearCodec
-from cf_model.model.weights import fill
+from cf_model.codec.interface import Codec
+from cf_model.codec.linear import LinearCodec
+from cf_model.model.weights import fill_weights
 
 
 def save_codec(codec: Codec, folder: Path) -> None:
@@ -20,10 +21,10 @@ def save_codec(codec: Codec, folder: Path) -> None:
         save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, folder / "codec.safetensors")
         about = {"kind": "linear", "channels": codec.channels, "width": codec.width}
     else:
-        from .wan_codec import WanCodec, save_wan
+        from .wan_codec import WanCodec, save_wan_codec
 
         assert isinstance(codec, WanCodec)
-        save_wan(codec, folder)
+        save_wan_codec(codec, folder)
     (folder / "codec.json").write_text(json.dumps(about) + "\n")
 
 
@@ -35,9 +36,9 @@ def load_codec(folder: Path) -> Codec:
     if about.get("kind") not in ("linear", "wan"):
         raise ValueError(f"{file} names the kind {about.get('kind')!r}; known are linear and wan")
     if about["kind"] == "wan":
-        from .wan_codec import load_wan  # diffusers takes seconds, which the small profiles need not wait
+        from .wan_codec import load_wan_codec  # diffusers takes seconds, which the small profiles need not wait
 
-        return load_wan(folder)
+        return load_wan_codec(folder)
     codec = LinearCodec(about["channels"], about["width"])
-    fill(codec, folder / "codec.safetensors")
+    fill_weights(codec, folder / "codec.safetensors")
     return codec.eval()

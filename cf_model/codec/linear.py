@@ -4,46 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-TIME, SPACE = 4, 8  # frames and pixels that one latent covers
-PIXELS = TIME * SPACE * SPACE * 3  # numbers in a patch
+from cf_model.codec.interface import SPACE, TIME, check_latent_channels, check_video_shape, group_by_latent, to_uint8
 
-
-def latent_frames(frames: int) -> int:
-    """Whole latents in a clip: 1 + (frames - 1) // 4."""
-    return 1 + (frames - 1) // TIME
-
-
-def video_frames(latents: int) -> int:
-    return 1 + TIME * (latents - 1)
-
-
-class Codec(Protocol):
-    """What the stages know of a codec. It takes tensors of any device; latents come back on its own, video on the CPU.
-
-    The two streams give what `encode` and `decode` give, a piece at a time, and need no more memory for a longer video.
-    Several may be read in turns.
-    """
-
-    channels: int
-    time: int  # frames that one latent covers
-    space: int  # pixels, each way
-
-    def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]: ...
-
-    def decode(self, latents: Float[Tensor, "B F C H W"]) -> UInt8[Tensor, "B V Y X 3"]: ...
-
-    def encode_stream(self, pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]]) -> Iterator[Float[Tensor, "B _ C H W"]]: ...
-
-    def decode_stream(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]: ...
-
-    def to(self, device: Any) -> Codec: ...
+PATCH_VALUES = TIME * SPACE * SPACE * 3  # numbers in a patch
 
 
 @dataclass(frozen=True)
@@ -75,9 +44,9 @@ class LinearCodec(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.channels, self.width = channels, width
-        self.register_buffer("mean", torch.zeros(PIXELS))
-        self.register_buffer("encoder", torch.zeros(PIXELS, channels))
-        self.register_buffer("decoder", torch.zeros(9 * channels + 1, PIXELS))
+        self.register_buffer("mean", torch.zeros(PATCH_VALUES))
+        self.register_buffer("encoder", torch.zeros(PATCH_VALUES, channels))
+        self.register_buffer("decoder", torch.zeros(9 * channels + 1, PATCH_VALUES))
         stages: list[nn.Module] = [nn.Conv2d(channels, 2 * width, 3, padding=1)]
         for wide, narrow in ((2 * width, width), (width, width // 2), (width // 2, width // 2)):
             stages += [nn.SiLU(), nn.Conv2d(wide, 4 * narrow, 3, padding=1), nn.PixelShuffle(2)]
@@ -87,18 +56,18 @@ class LinearCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]:
-        return ((patches(video.to(self.mean.device)) - self.mean) @ self.encoder).permute(0, 1, 4, 2, 3)
+        return ((extract_patches(video.to(self.mean.device)) - self.mean) @ self.encoder).permute(0, 1, 4, 2, 3)
 
     def encode_stream(self, pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]]) -> Iterator[Float[Tensor, "B _ C H W"]]:
-        for i, run in enumerate(whole_latents(pieces, TIME)):
+        for i, run in enumerate(group_by_latent(pieces, TIME)):
             # a frame in front stands for the latent before
             yield self.encode(torch.cat([run[:, :1], run], dim=1))[:, 1:] if i else self.encode(run)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B F C H W"]) -> UInt8[Tensor, "B V Y X 3"]:
         b, f, _, h, w = latents.shape
-        check_latents(latents, self.channels)
-        parts = [as_bytes(self.pixels(part)) for part in latents.to(self.mean.device).flatten(0, 1).split(128)]
+        check_latent_channels(latents, self.channels)
+        parts = [to_uint8(self.pixels(part)) for part in latents.to(self.mean.device).flatten(0, 1).split(128)]
         video = torch.cat(parts).view(b, f * TIME, 3, h * SPACE, w * SPACE).permute(0, 1, 3, 4, 2)
         return video[:, TIME - 1 :].contiguous()
 
@@ -110,7 +79,7 @@ class LinearCodec(nn.Module):
     def pixels(self, latents: Float[Tensor, "M C H W"]) -> Float[Tensor, "M 12 Y X"]:
         """Four RGB frames of each latent, in -1..1 but for overshoot."""
         m, _, h, w = latents.shape
-        flat = (neighbourhoods(latents) @ self.decoder).view(m, h, w, TIME, SPACE, SPACE, 3)
+        flat = (gather_neighbours(latents) @ self.decoder).view(m, h, w, TIME, SPACE, SPACE, 3)
         return flat.permute(0, 3, 6, 1, 4, 2, 5).reshape(m, TIME * 3, h * SPACE, w * SPACE) + self.refine(latents)
 
 
@@ -142,9 +111,9 @@ def fit_codec(
 
 
 def _fit_encoder(codec: LinearCodec, clips: Sequence[Tensor]) -> None:
-    count, total, square = 0, torch.zeros(PIXELS, dtype=torch.float64), torch.zeros(PIXELS, PIXELS, dtype=torch.float64)
+    count, total, square = 0, torch.zeros(PATCH_VALUES, dtype=torch.float64), torch.zeros(PATCH_VALUES, PATCH_VALUES, dtype=torch.float64)
     for clip in clips:
-        p = patches(clip[None]).flatten(0, 3).double()
+        p = extract_patches(clip[None]).flatten(0, 3).double()
         count, total, square = count + len(p), total + p.sum(0), square + p.T @ p
     mean = total / count
     variance, basis = torch.linalg.eigh(square / count - torch.outer(mean, mean))
@@ -160,54 +129,24 @@ def _fit_encoder(codec: LinearCodec, clips: Sequence[Tensor]) -> None:
 
 def _fit_decoder(codec: LinearCodec, clips: Sequence[Tensor], ridge: float) -> None:
     size = len(codec.decoder)
-    count, gram, cross = 0, torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, PIXELS, dtype=torch.float64)
+    count, gram, cross = 0, torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, PATCH_VALUES, dtype=torch.float64)
     for clip in clips:
-        x = neighbourhoods(codec.encode(clip[None])[0]).flatten(0, 2).double()
-        y = patches(clip[None]).flatten(0, 3).double()
+        x = gather_neighbours(codec.encode(clip[None])[0]).flatten(0, 2).double()
+        y = extract_patches(clip[None]).flatten(0, 3).double()
         count, gram, cross = count + len(x), gram + x.T @ x, cross + x.T @ y
     codec.decoder.copy_(torch.linalg.solve(gram + ridge * count * torch.eye(size, dtype=torch.float64), cross))
 
 
-def whole_latents(pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]], time: int) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:
-    """The same frames in runs that fill latents: first 1 + k `time` of them, then multiples of `time`."""
-    held: Tensor | None = None
-    seen, first = 0, 1
-    for piece in pieces:
-        held = piece if held is None else torch.cat([held, piece], dim=1)
-        seen += piece.shape[1]
-        length = (held.shape[1] - first) // time * time + first
-        if length > 0:
-            yield held[:, :length]
-            held, first = held[:, length:], 0
-    if held is not None:
-        check_video(seen, held.shape[2], held.shape[3], time, 1)
-
-
-def check_video(frames: int, height: int, width: int, time: int, space: int) -> None:
-    if frames < 1 or (frames - 1) % time or height % space or width % space:
-        raise ValueError(f"a video of {frames} frames of {width} x {height} is not 1 + {time}k frames of a multiple of {space} pixels")
-
-
-def check_latents(latents: Float[Tensor, "B F C H W"], channels: int) -> None:
-    if latents.shape[2] != channels:
-        raise ValueError(f"the latents have {latents.shape[2]} channels, the codec's {channels}; use the codec that they were made with")
-
-
-def as_bytes(pixels: Tensor) -> UInt8[Tensor, "..."]:
-    """-1..1, and what lies beyond, to 0..255 on the CPU."""
-    return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
-
-
-def patches(video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F H W P"]:
+def extract_patches(video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F H W P"]:
     """Patches of 4 x 8 x 8 pixels in -1..1, the first frame four times."""
     b, v, y, x, _ = video.shape
-    check_video(v, y, x, TIME, SPACE)
+    check_video_shape(v, y, x, TIME, SPACE)
     video = torch.cat([video[:, :1].expand(-1, TIME - 1, -1, -1, -1), video], dim=1).float().div(127.5).sub(1)
     video = video.view(b, -1, TIME, y // SPACE, SPACE, x // SPACE, SPACE, 3)
     return video.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
 
-def neighbourhoods(latents: Float[Tensor, "M C H W"]) -> Float[Tensor, "M H W K"]:
+def gather_neighbours(latents: Float[Tensor, "M C H W"]) -> Float[Tensor, "M H W K"]:
     """Each latent with its eight neighbours in its frame (edges repeated), and a 1 for the bias: K = 9 C + 1."""
     m, c, h, w = latents.shape
     near = F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), kernel_size=3).view(m, 9 * c, h, w).permute(0, 2, 3, 1)

@@ -12,9 +12,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, pa
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cf_model.model.weights import fill
+from cf_model.model.weights import fill_weights
 
-from .linear import as_bytes, check_latents, check_video, whole_latents
+from .interface import check_latent_channels, check_video_shape, group_by_latent, to_uint8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -43,7 +43,7 @@ class WanCodec(nn.Module):
 
     def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]:
         _, frames, height, width, _ = video.shape
-        check_video(frames, height, width, self.time, self.space)
+        check_video_shape(frames, height, width, self.time, self.space)
         return torch.cat(list(self.encode_stream([video])), dim=1)
 
     def decode(self, latents: Float[Tensor, "B F C H W"]) -> UInt8[Tensor, "B V Y X 3"]:
@@ -51,9 +51,9 @@ class WanCodec(nn.Module):
 
     @torch.no_grad()
     def encode_stream(self, pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]]) -> Iterator[Float[Tensor, "B _ C H W"]]:
-        features = none_yet(self.vae.encoder)
-        for run in whole_latents(pieces, self.time):
-            check_video(1, run.shape[2], run.shape[3], self.time, self.space)
+        features = new_feature_cache(self.vae.encoder)
+        for run in group_by_latent(pieces, self.time):
+            check_video_shape(1, run.shape[2], run.shape[3], self.time, self.space)
             count = run.shape[1]  # 1 + 4k in the first run, 4k in all others
             sizes = [1] * (count % self.time) + [self.time] * (count // self.time)
             yield torch.cat([self._encoded(part, features) for part in run.split(sizes, dim=1)], dim=2).transpose(1, 2)
@@ -65,14 +65,14 @@ class WanCodec(nn.Module):
 
     def decode_stream(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:
         for pixels in self.pixels(chunks):
-            yield as_bytes(pixels)
+            yield to_uint8(pixels)
 
     @torch.no_grad()
     def pixels(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[Float[Tensor, "B _ Y X 3"]]:
         """The frames of `decode_stream` in -1..1, before they are rounded."""
-        features, first = none_yet(self.vae.decoder), True
+        features, first = new_feature_cache(self.vae.decoder), True
         for chunk in chunks:
-            check_latents(chunk, self.channels)
+            check_latent_channels(chunk, self.channels)
             parts = []
             for latent in chunk.to(self.mean.device, torch.float32).transpose(1, 2).split(1, dim=2):
                 z = self.vae.post_quant_conv(latent * self.std + self.mean)
@@ -81,17 +81,17 @@ class WanCodec(nn.Module):
             yield unpatchify(torch.cat(parts, dim=2), self.patch).clamp(-1, 1).permute(0, 2, 3, 4, 1)
 
 
-def none_yet(part: nn.Module) -> list[Any]:
+def new_feature_cache(part: nn.Module) -> list[Any]:
     """The cache at the start of a stream: a place for each causal convolution, filled by diffusers as frames come."""
     return [None] * sum(isinstance(module, WanCausalConv3d) for module in part.modules())
 
 
-def save_wan(codec: WanCodec, folder: Path) -> None:
+def save_wan_codec(codec: WanCodec, folder: Path) -> None:
     """A diffusers folder."""
     codec.vae.save_pretrained(folder, safe_serialization=True)
 
 
-def load_wan(folder: Path) -> WanCodec:
+def load_wan_codec(folder: Path) -> WanCodec:
     """From a diffusers folder of the VAE, or the folder of a whole pipeline that has it under vae/. Strict."""
     home = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (home / "config.json").is_file():
@@ -100,5 +100,5 @@ def load_wan(folder: Path) -> WanCodec:
     if (kind := settings.get("_class_name")) != AutoencoderKLWan.__name__:
         raise ValueError(f"{home / 'config.json'} is of {kind}, not of {AutoencoderKLWan.__name__}; name a folder of that")
     vae = AutoencoderKLWan.from_config(settings)
-    fill(vae, home / WEIGHTS)
+    fill_weights(vae, home / WEIGHTS)
     return WanCodec(vae)

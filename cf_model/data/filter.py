@@ -15,17 +15,17 @@ from jaxtyping import Float, UInt8
 
 from . import video
 
-SIDE = 32  # of the pictures that are judged
-COARSE = 8  # of the pictures that are compared with each other: so coarse that a pan hardly changes them
-MOMENTS = 8  # of a clip that its signature remembers
-FLOOR = 2.0  # grey levels added to the usual change, so that in a still scene the noise is no cut
-FLASH = 3  # frames; a change that is undone by then is no cut
+PICTURE_SIDE = 32  # of the pictures that are judged
+BLOCKS_PER_SIDE = 8  # of the pictures that are compared with each other: so coarse that a pan hardly changes them
+SIGNATURE_FRAMES = 8  # of a clip that its signature remembers
+CUT_FLOOR = 2.0  # grey levels added to the usual change, so that in a still scene the noise is no cut
+FLASH_FRAMES = 3  # frames; a change that is undone by then is no cut
 BLACK, WHITE = 5, 250
 
 REASONS = ("unreadable", "too_short", "wrong_fps", "clipped", "frozen", "hard_cut", "duplicate")  # in the order they are looked for
 
 
-class Rules(Protocol):
+class FilterRules(Protocol):
     """The thresholds: params.filter."""
 
     @property
@@ -43,7 +43,7 @@ class Rules(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class ClipMeasures:
     """What is known of a clip that could be read."""
 
     frames: int
@@ -67,23 +67,23 @@ class Rejection:
     rule: str
 
 
-def measure(path: Path) -> Measured:
+def measure_clip(path: Path) -> ClipMeasures:
     """Read a file, every frame of it, and measure it. A ValueError says in one sentence why it can't be read."""
-    probe, frames = video.sample(path, side=SIDE)
-    small = coarse(frames)
-    return Measured(
+    probe, frames = video.read_squeezed(path, side=PICTURE_SIDE)
+    small = average_blocks(frames)
+    return ClipMeasures(
         frames=probe.frames,
         fps=probe.fps,
         width=probe.width,
         height=probe.height,
-        clipped=clipped(frames),
-        motion=motion(frames, probe.fps),
-        cut=cut(small, probe.fps),
-        signature=signature(small),
+        clipped=clipped_share(frames),
+        motion=motion_per_second(frames, probe.fps),
+        cut=strongest_cut(small, probe.fps),
+        signature=draw_signature(small),
     )
 
 
-def judge(clip: Measured, kept: dict[str, UInt8[np.ndarray, "M y x 3"]], rules: Rules) -> Rejection | None:
+def find_broken_rule(clip: ClipMeasures, kept: dict[str, UInt8[np.ndarray, "M y x 3"]], rules: FilterRules) -> Rejection | None:
     """The first rule that a clip breaks; `kept` are the signatures of the clips kept before it, by id."""
     if not clip.seconds > rules.min_seconds:
         return Rejection("too_short", clip.seconds, f"seconds > {rules.min_seconds}")
@@ -96,27 +96,27 @@ def judge(clip: Measured, kept: dict[str, UInt8[np.ndarray, "M y x 3"]], rules: 
     if clip.cut > rules.max_cut:
         return Rejection("hard_cut", clip.cut, f"cut <= {rules.max_cut}")
     if kept:
-        twin, away = closest(clip.signature, kept)
+        twin, away = find_closest(clip.signature, kept)
         if away < rules.min_distance:
             return Rejection("duplicate", away, f"distance >= {rules.min_distance} (from {twin})")
     return None
 
 
-def coarse(frames: UInt8[np.ndarray, "V Y X 3"]) -> Float[np.ndarray, "V y x 3"]:
+def average_blocks(frames: UInt8[np.ndarray, "V Y X 3"]) -> Float[np.ndarray, "V y x 3"]:
     """Means of blocks, COARSE of them along each side."""
-    block = SIDE // COARSE
-    rows = frames.reshape(len(frames), COARSE, block, SIDE, 3).sum(2, dtype=np.uint16)
-    return rows.reshape(len(frames), COARSE, COARSE, block, 3).sum(3, dtype=np.uint16).astype(np.float32) / block**2
+    block = PICTURE_SIDE // BLOCKS_PER_SIDE
+    rows = frames.reshape(len(frames), BLOCKS_PER_SIDE, block, PICTURE_SIDE, 3).sum(2, dtype=np.uint16)
+    return rows.reshape(len(frames), BLOCKS_PER_SIDE, BLOCKS_PER_SIDE, block, 3).sum(3, dtype=np.uint16).astype(np.float32) / block**2
 
 
-def clipped(frames: UInt8[np.ndarray, "V Y X 3"]) -> float:
+def clipped_share(frames: UInt8[np.ndarray, "V Y X 3"]) -> float:
     """Share of pixels that are black or white in all three channels, over the whole clip."""
     red, green, blue = (frames[..., channel] for channel in range(3))
     darkest, brightest = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
     return float(((darkest >= WHITE) | (brightest <= BLACK)).mean())
 
 
-def motion(frames: UInt8[np.ndarray, "V Y X 3"], fps: float) -> float:
+def motion_per_second(frames: UInt8[np.ndarray, "V Y X 3"], fps: float) -> float:
     """How much a picture differs from that of a second before (mean over pixels, 0..255), in the middle of all seconds.
 
     The median, so that a clip that stands still for most of its time is not saved by one jerk. A camera on a tripod
@@ -129,7 +129,7 @@ def motion(frames: UInt8[np.ndarray, "V Y X 3"], fps: float) -> float:
     return float(np.median(apart))
 
 
-def cut(small: Float[np.ndarray, "V y x 3"], fps: float) -> float:
+def strongest_cut(small: Float[np.ndarray, "V y x 3"], fps: float) -> float:
     """The largest change from one frame to the next, over what is usual around it (half a second each way).
 
     Block means hardly change in a pan; where everything moves fast (a whip pan, an arm before the lens), the usual
@@ -137,28 +137,28 @@ def cut(small: Float[np.ndarray, "V y x 3"], fps: float) -> float:
     24 fps shown as 30) don't halve it. What is undone within FLASH frames is a flash. Dissolves go unseen.
     """
     change = np.abs(np.diff(small, axis=0)).mean((1, 2, 3), dtype=np.float64)
-    if len(change) <= FLASH:
+    if len(change) <= FLASH_FRAMES:
         return 0.0
-    far = np.abs(small[FLASH:] - small[:-FLASH]).mean((1, 2, 3), dtype=np.float64)
-    since, until = np.concatenate([far, change[len(far) :]]), np.concatenate([change[: FLASH - 1], far])
+    far = np.abs(small[FLASH_FRAMES:] - small[:-FLASH_FRAMES]).mean((1, 2, 3), dtype=np.float64)
+    since, until = np.concatenate([far, change[len(far) :]]), np.concatenate([change[: FLASH_FRAMES - 1], far])
     lasting = np.minimum(change, np.minimum(since, until))  # neither a flash's beginning nor its end
     reach = max(2, round(fps / 2))
     padded = np.pad(change, reach, mode="reflect" if len(change) > reach else "edge")
     around = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
     usual = np.quantile(np.delete(around, reach, axis=1), 0.75, axis=1)
-    return float((lasting / (FLOOR + usual)).max())
+    return float((lasting / (CUT_FLOOR + usual)).max())
 
 
-def signature(small: Float[np.ndarray, "V y x 3"]) -> UInt8[np.ndarray, "M y x 3"]:
+def draw_signature(small: Float[np.ndarray, "V y x 3"]) -> UInt8[np.ndarray, "M y x 3"]:
     """A few moments, evenly over the clip: the same for a copy of another quality, size or frame rate.
 
     Choice: a part of a clip, or its mirror image, is not recognised as a duplicate.
     """
-    moments = np.linspace(0, len(small) - 1, MOMENTS).round().astype(int)
+    moments = np.linspace(0, len(small) - 1, SIGNATURE_FRAMES).round().astype(int)
     return np.rint(small[moments]).astype(np.uint8)
 
 
-def closest(signature: UInt8[np.ndarray, "M y x 3"], kept: dict[str, UInt8[np.ndarray, "M y x 3"]]) -> tuple[str, float]:
+def find_closest(signature: UInt8[np.ndarray, "M y x 3"], kept: dict[str, UInt8[np.ndarray, "M y x 3"]]) -> tuple[str, float]:
     """The most similar of the clips kept before and its mean absolute difference, 0..255."""
     mine = signature.astype(np.int16)
     away = {name: float(np.abs(mine - other).mean(dtype=np.float64)) for name, other in kept.items()}

@@ -50,7 +50,7 @@ def write_latents(
         if held:
             number, texts = entries[-1]["shard"], encode_text([entry["caption"] for entry in entries[-len(held) :]])
             save_file(held, folder / shard_name(number))
-            save_file({name: ended(rows).to(dtype) for name, rows in zip(held, texts, strict=True)}, folder / text_name(number))
+            save_file({name: trim_padding(rows).to(dtype) for name, rows in zip(held, texts, strict=True)}, folder / text_name(number))
             held.clear()
 
     for about, latents in clips:
@@ -69,7 +69,7 @@ def write_latents(
     return entries
 
 
-def ended(rows: Float[Tensor, "T E"]) -> Float[Tensor, "T_ E"]:
+def trim_padding(rows: Float[Tensor, "T E"]) -> Float[Tensor, "T_ E"]:
     """Without the zeros past the end: at Wan's size they would be most of the file."""
     there = rows.any(dim=1).nonzero()
     return rows[: int(there.max()) + 1 if len(there) else 0].contiguous()

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-LONGEST = 20_000  # bytes of a line; a file without line ends is not read into memory
+LONGEST_LINE = 20_000  # bytes of a line; a file without line ends is not read into memory
 
 
 def read_prompts(path: Path, count: int | None = None) -> list[str]:
     """The first `count` prompts of a file, or all of them."""
-    return [prompt for _, prompt in islice(prompts(path), count)]
+    return [prompt for _, prompt in islice(iterate_prompts(path), count)]
 
 
-def prompts(path: Path) -> Iterator[tuple[int, str]]:
+def iterate_prompts(path: Path) -> Iterator[tuple[int, str]]:
     """One prompt a line, with the line's number from 1 on, read as they are asked for.
 
     Blank lines are skipped, inner white space is made one space. A line that is no text is refused by its number.
@@ -23,9 +23,9 @@ def prompts(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path} is not there; name a file with one prompt a line")
     number, found = 0, False
     with path.open("rb") as file:
-        while line := file.readline(LONGEST + 1):
+        while line := file.readline(LONGEST_LINE + 1):
             number += 1
-            prompt = " ".join(text(line, number, path).split())
+            prompt = " ".join(decode_line(line, number, path).split())
             if prompt:
                 found = True
                 yield number, prompt
@@ -33,9 +33,9 @@ def prompts(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path} has no prompt in it; write one prompt a line")
 
 
-def text(line: bytes, number: int, path: Path) -> str:
-    if len(line) > LONGEST:
-        raise ValueError(f"{path} line {number} has more than {LONGEST:,} bytes; write one prompt a line")
+def decode_line(line: bytes, number: int, path: Path) -> str:
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"{path} line {number} has more than {LONGEST_LINE:,} bytes; write one prompt a line")
     try:
         words = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:

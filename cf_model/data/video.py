@@ -24,15 +24,15 @@ from jaxtyping import UInt8
 UNREADABLE_WIDTHS = frozenset({8, 12, 16, 24, 48, 72})  # decord 0.6 returns the wrong shape or raises
 # Choice: without macroblock trees, which read memory that was never written when frames are small: with them every
 # hundredth clip of 32 x 32 came out with other bytes (x264 165, AVX), without them none of four thousand.
-ENCODER = {"preset": "veryfast", "mbtree": "0"}
-WHOLE = {"movflags": "faststart"}
+X264_OPTIONS = {"preset": "veryfast", "mbtree": "0"}
+WHOLE_FILE_OPTIONS = {"movflags": "faststart"}
 # a piece of the file for every half second of video, each playable as soon as it is there
-FRAGMENTS = {"movflags": "empty_moov+default_base_moof", "frag_duration": "500000", "flush_packets": "1"}
-TROUBLE = (DECORDError, RuntimeError, AssertionError, IndexError)  # what decord raises on files it can't read
+FRAGMENT_OPTIONS = {"movflags": "empty_moov+default_base_moof", "frag_duration": "500000", "flush_packets": "1"}
+DECORD_ERRORS = (DECORDError, RuntimeError, AssertionError, IndexError)  # what decord raises on files it can't read
 
 
 @dataclass(frozen=True)
-class Probe:
+class VideoFacts:
     """What a file says of its best video stream; `frames` is the number of frames that are really in it."""
 
     frames: int
@@ -52,7 +52,7 @@ def write_video(path: Path, frames: Iterable[UInt8[np.ndarray, "Y X 3"]], *, fps
     """
     part = path.with_name(f".{path.name}.partial")
     try:
-        count = encode(part, frames, path.name, fps=fps, crf=crf, options=WHOLE)
+        count = encode_frames(part, frames, path.name, fps=fps, crf=crf, options=WHOLE_FILE_OPTIONS)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -61,11 +61,11 @@ def write_video(path: Path, frames: Iterable[UInt8[np.ndarray, "Y X 3"]], *, fps
 
 def grow_video(path: Path, frames: Iterable[UInt8[np.ndarray, "Y X 3"]], *, fps: float, crf: int) -> int:
     """As `write_video`, into NAME.partial.mp4, which plays at any moment and stays when the run is killed."""
-    part = growing(path)
-    count = encode(part, frames, path.name, fps=fps, crf=crf, options=FRAGMENTS)
+    part = growing_path(path)
+    count = encode_frames(part, frames, path.name, fps=fps, crf=crf, options=FRAGMENT_OPTIONS)
     whole = path.with_name(f".{path.name}.partial")
     try:
-        with av.open(str(part)) as source, av.open(str(whole), "w", format="mp4", options=WHOLE) as container:
+        with av.open(str(part)) as source, av.open(str(whole), "w", format="mp4", options=WHOLE_FILE_OPTIONS) as container:
             stream = container.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):
                 if packet.dts is not None:
@@ -78,16 +78,16 @@ def grow_video(path: Path, frames: Iterable[UInt8[np.ndarray, "Y X 3"]], *, fps:
     return count
 
 
-def growing(path: Path) -> Path:
+def growing_path(path: Path) -> Path:
     """The name that a video has until it is whole."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
-def encode(part: Path, frames: Iterable[np.ndarray], name: str, *, fps: float, crf: int, options: dict[str, str]) -> int:
+def encode_frames(part: Path, frames: Iterable[np.ndarray], name: str, *, fps: float, crf: int, options: dict[str, str]) -> int:
     count, size = 0, None
     with av.open(str(part), "w", format="mp4", options=options) as container:
         # Choice: one thread, because x264's rate control depends on the number of threads.
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=ENCODER | {"crf": str(crf)})
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=X264_OPTIONS | {"crf": str(crf)})
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
@@ -107,17 +107,17 @@ def encode(part: Path, frames: Iterable[np.ndarray], name: str, *, fps: float, c
     return count
 
 
-def probe(path: Path) -> Probe:
+def probe_video(path: Path) -> VideoFacts:
     """Open a file and count its frames without decoding them. One sentence when it is damaged or no video."""
-    reader = opened(path)
-    return described(reader, path)
+    reader = open_reader(path)
+    return describe_video(reader, path)
 
 
-def sample(path: Path, *, side: int) -> tuple[Probe, UInt8[np.ndarray, "V Y X 3"]]:
+def read_squeezed(path: Path, *, side: int) -> tuple[VideoFacts, UInt8[np.ndarray, "V Y X 3"]]:
     """Every frame of a file, squeezed to side x side: decoding all of them is the only proof that a file is whole."""
-    found = probe(path)
-    frames = grabbed(opened(path, height=side, width=side), np.arange(found.frames), path)
-    return found, shaped(frames, found.frames, side, side, path)
+    found = probe_video(path)
+    frames = decode_frames(open_reader(path, height=side, width=side), np.arange(found.frames), path)
+    return found, check_frame_shape(frames, found.frames, side, side, path)
 
 
 def read_video(path: Path, *, height: int, width: int, fps: float, frames: int | None = None) -> UInt8[np.ndarray, "V Y X 3"]:
@@ -143,24 +143,24 @@ def read_pieces(
     """
     if width in UNREADABLE_WIDTHS:
         raise ValueError(f"video.width is {width}, which decord reads wrongly (as {sorted(UNREADABLE_WIDTHS)}); use 32, 64 or wider")
-    reader = opened(path)
-    found = described(reader, path)
+    reader = open_reader(path)
+    found = describe_video(reader, path)
     times = reader.get_frame_timestamp(np.arange(found.frames))[:, 0].astype(np.float64)
-    wanted = nearest(times - times[0], found, fps)
+    wanted = select_nearest_frames(times - times[0], found, fps)
     wanted = wanted[: cut(len(wanted))]
-    tall, wide = covering(found, height, width)
+    tall, wide = covering_size(found, height, width)
     if (tall, wide) != (found.height, found.width):
         # Choice: decord scales while it decodes (bilinear over the whole footprint of a pixel, so without aliasing):
         # a minute of full HD never lies in memory at its own size.
-        reader = opened(path, height=tall, width=wide)
+        reader = open_reader(path, height=tall, width=wide)
     top, left = (tall - height) // 2, (wide - width) // 2
     for first in range(0, len(wanted), size or len(wanted)):
         some = wanted[first : first + (size or len(wanted))]
-        video = shaped(grabbed(reader, some, path), len(some), tall, wide, path)
+        video = check_frame_shape(decode_frames(reader, some, path), len(some), tall, wide, path)
         yield np.ascontiguousarray(video[:, top : top + height, left : left + width])
 
 
-def nearest(times: np.ndarray, found: Probe, fps: float) -> np.ndarray:
+def select_nearest_frames(times: np.ndarray, found: VideoFacts, fps: float) -> np.ndarray:
     """Indices of the frames nearest to multiples of 1/fps; all of them when the file has this rate already."""
     steady = np.abs(times - np.arange(len(times)) / fps).max() < 0.5 / fps
     if steady and abs(found.fps - fps) < 1e-3 * fps:
@@ -170,7 +170,7 @@ def nearest(times: np.ndarray, found: Probe, fps: float) -> np.ndarray:
     return np.searchsorted(middles, np.arange(max(1, int(end * fps + 1e-3))) / fps)
 
 
-def covering(found: Probe, height: int, width: int) -> tuple[int, int]:
+def covering_size(found: VideoFacts, height: int, width: int) -> tuple[int, int]:
     """The smallest size with the file's proportions that covers height x width and that decord can deliver."""
     wide = max(width, round(found.width * height / found.height))
     while wide in UNREADABLE_WIDTHS:
@@ -178,28 +178,28 @@ def covering(found: Probe, height: int, width: int) -> tuple[int, int]:
     return max(height, round(found.height * wide / found.width)), wide
 
 
-def opened(path: Path, *, height: int = -1, width: int = -1) -> Any:
+def open_reader(path: Path, *, height: int = -1, width: int = -1) -> Any:
     try:
         return decord.VideoReader(str(path), num_threads=1, height=height, width=width)
-    except TROUBLE as error:
-        raise ValueError(complaint(path, str(error))) from None
+    except DECORD_ERRORS as error:
+        raise ValueError(explain_failure(path, str(error))) from None
 
 
-def described(reader: Any, path: Path) -> Probe:
+def describe_video(reader: Any, path: Path) -> VideoFacts:
     """Number, rate and size of the frames, checked against what the container promises."""
-    shape = grabbed(reader, np.zeros(1, np.int64), path).shape
+    shape = decode_frames(reader, np.zeros(1, np.int64), path).shape
     fps = float(reader.get_avg_fps())
     if len(shape) != 4 or shape[3] != 3 or not 0 < fps < 1000:
-        raise ValueError(complaint(path, ""))
-    found = Probe(frames=len(reader), fps=fps, width=shape[2], height=shape[1])
-    promised = promise(path, fps)
+        raise ValueError(explain_failure(path, ""))
+    found = VideoFacts(frames=len(reader), fps=fps, width=shape[2], height=shape[1])
+    promised = promised_frames(path, fps)
     # Choice: a count is exact; a duration may include sound that goes on a little longer than the picture.
     if promised is not None and found.frames < promised:
         raise ValueError(f"{path.name} is cut off: its header promises {promised} frames, {found.frames} are there")
     return found
 
 
-def promise(path: Path, fps: float) -> int | None:
+def promised_frames(path: Path, fps: float) -> int | None:
     """Frames that the container's header promises: its count, or, without one, its duration less a tolerance."""
     try:
         with av.open(str(path)) as container:
@@ -216,21 +216,21 @@ def promise(path: Path, fps: float) -> int | None:
         return None
 
 
-def grabbed(reader: Any, indices: np.ndarray, path: Path) -> np.ndarray:
+def decode_frames(reader: Any, indices: np.ndarray, path: Path) -> np.ndarray:
     try:
         return reader.get_batch(indices).asnumpy()
-    except TROUBLE as error:
-        raise ValueError(complaint(path, str(error))) from None
+    except DECORD_ERRORS as error:
+        raise ValueError(explain_failure(path, str(error))) from None
 
 
-def shaped(video: np.ndarray, frames: int, height: int, width: int, path: Path) -> np.ndarray:
+def check_frame_shape(video: np.ndarray, frames: int, height: int, width: int, path: Path) -> np.ndarray:
     if video.shape != (frames, height, width, 3) or video.dtype != np.uint8:
         wanted = [frames, height, width, 3]
         raise ValueError(f"{path.name} came back as {video.dtype} {list(video.shape)}, not uint8 {wanted}; convert it to H.264")
     return video
 
 
-def complaint(path: Path, error: str) -> str:
+def explain_failure(path: Path, error: str) -> str:
     """One sentence on a file that decord refused. decord's own message holds the time and memory addresses."""
     if not path.is_file():
         return f"{path.name} is not there; check its name"

@@ -74,7 +74,7 @@ class World:
         }
 
 
-def draw(seed: int) -> World:
+def draw_world(seed: int) -> World:
     """The world of a seed."""
     rng = np.random.default_rng(seed)
 
@@ -96,7 +96,7 @@ def draw(seed: int) -> World:
     )
 
 
-def panorama(landmarks: tuple[str, ...], sky: str, unit: int) -> np.ndarray:
+def paint_panorama(landmarks: tuple[str, ...], sky: str, unit: int) -> np.ndarray:
     """The scene all around, [SCENE * unit, PANORAMA * unit, 3] float in 0..255, without sprite and compass."""
     top, bottom = (np.array(c, float) for c in SKIES[sky])
     rows = (np.arange(SCENE * unit) + 0.5) / unit
@@ -111,16 +111,16 @@ def panorama(landmarks: tuple[str, ...], sky: str, unit: int) -> np.ndarray:
     return image
 
 
-def compass(unit: int) -> np.ndarray:
+def paint_compass(unit: int) -> np.ndarray:
     """The strip under the panorama: its hue is the heading. [(32 - SCENE) * unit, PANORAMA * unit, 3]"""
     hues = np.array([colorsys.hsv_to_rgb((i + 0.5) / (PANORAMA * unit), 0.9, 0.9) for i in range(PANORAMA * unit)])
     return np.repeat(255 * hues[None], (32 - SCENE) * unit, axis=0)
 
 
-def render(world: World, frames: int, *, height: int, width: int, fps: float) -> np.ndarray:
+def render_clip(world: World, frames: int, *, height: int, width: int, fps: float) -> np.ndarray:
     """The clip, uint8 [frames, height, width, 3]. `height` must be a multiple of 32."""
     unit = height // 32
-    around = np.concatenate([panorama(world.landmarks, world.sky, unit), compass(unit)])
+    around = np.concatenate([paint_panorama(world.landmarks, world.sky, unit), paint_compass(unit)])
     seconds = np.arange(frames) / fps
     left = world.heading(seconds) * unit
     columns = left[:, None] + np.arange(width)

@@ -23,12 +23,12 @@ Row = Mapping[str, Any]  # of samples/index.jsonl
 
 PALETTE = ("#3f83c9", "#e0813a", "#37a06c", "#c9527f", "#8d72d6", "#b8922e", "#3fa5b5", "#a5694f", "#6f9a35", "#d0655c")
 GREY = "#8a8f98"
-SHOWN = {"prompts": 8, "continuations": 4}  # rows of a gallery, the first in the order of the index
-GUESSED = 8  # videos in the blind guess, the ones after those
-STRIPS = 4  # of the prompts shown
-EVERY = 2.5  # seconds between the frames of a strip
-TALL = 64  # pixels of a strip's frames in the file; the page shows them larger
-BUDGET = {"prompts": 4_000_000, "guess": 900_000, "continuations": 1_600_000}  # bytes of mp4: keeps the page below 12 MB
+GALLERY_ROWS = {"prompts": 8, "continuations": 4}  # rows of a gallery, the first in the order of the index
+GUESS_VIDEOS = 8  # videos in the blind guess, the ones after those
+STRIP_ROWS = 4  # of the prompts shown
+STRIP_SECONDS = 2.5  # seconds between the frames of a strip
+STRIP_HEIGHT = 64  # pixels of a strip's frames in the file; the page shows them larger
+BYTE_BUDGET = {"prompts": 4_000_000, "guess": 900_000, "continuations": 1_600_000}  # bytes of mp4: keeps the page below 12 MB
 
 
 class Line(NamedTuple):
@@ -43,7 +43,7 @@ class Line(NamedTuple):
 INK = "#010203"  # becomes currentColor, so that a figure follows the page's theme
 
 
-def chart(lines: Sequence[Line], *, x: str, log: bool = False) -> str:
+def draw_chart(lines: Sequence[Line], *, x: str, log: bool = False) -> str:
     """A small figure as inline SVG."""
     style: Any = {"svg.hashsalt": "context-forcing", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
@@ -69,7 +69,7 @@ def chart(lines: Sequence[Line], *, x: str, log: bool = False) -> str:
     return re.sub(r'^<svg [^>]*?(viewBox="[^"]+")[^>]*>', r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1>', svg)
 
 
-def strip(frames: UInt8[np.ndarray, "V Y X 3"], height: int) -> str:
+def draw_strip(frames: UInt8[np.ndarray, "V Y X 3"], height: int) -> str:
     """Frames side by side as one PNG (a data address), each brought to `height` by bicubic interpolation."""
     width = round(frames.shape[2] * height / frames.shape[1])
     large = [np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)) for frame in frames]
@@ -82,26 +82,26 @@ def data_address(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def number_of(row: Row) -> str:
+def prompt_number(row: Row) -> str:
     match = re.fullmatch(r"(.+)-s\d+", Path(row["file"]).stem)
     return match[1] if match else str(row["clip"])
 
 
-def item(row: Row) -> str:
+def item_key(row: Row) -> str:
     """What videos of different systems have in common: two clips may share a caption, two prompt files a number."""
-    return f"{number_of(row)} {row['prompt']}"
+    return f"{prompt_number(row)} {row['prompt']}"
 
 
-def by_item(index: Iterable[Row], suite: str) -> dict[str, dict[str, Row]]:
+def group_by_item(index: Iterable[Row], suite: str) -> dict[str, dict[str, Row]]:
     """item -> system -> video, of the first seed each item has, in the order of the index. Real clips alone are no item."""
     found: dict[str, dict[str, Row]] = {}
     for row in index:
         if row["suite"] == suite:
-            found.setdefault(item(row), {}).setdefault(row["system"], row)
+            found.setdefault(item_key(row), {}).setdefault(row["system"], row)
     return {key: videos for key, videos in found.items() if set(videos) != {"real"}}
 
 
-def within(items: Mapping[str, Mapping[str, Row]], most: int, budget: int, samples: Path) -> list[str]:
+def fit_budget(items: Mapping[str, Mapping[str, Row]], most: int, budget: int, samples: Path) -> list[str]:
     """The first items, as many as fit: the rule the page states, so that nothing is picked by hand."""
     chosen: list[str] = []
     for key in list(items)[:most]:
@@ -112,11 +112,11 @@ def within(items: Mapping[str, Mapping[str, Row]], most: int, budget: int, sampl
     return chosen
 
 
-def video(path: Path) -> str | None:
+def embed_video(path: Path) -> str | None:
     return data_address("video/mp4", path.read_bytes()) if path.exists() else None
 
 
-def seconds(path: Path) -> float | None:
+def video_seconds(path: Path) -> float | None:
     if not path.exists():
         return None
     with av.open(str(path)) as file:
@@ -124,25 +124,25 @@ def seconds(path: Path) -> float | None:
         return float(stream.duration * stream.time_base)
 
 
-def frames_every(path: Path, fps: int) -> np.ndarray | None:
+def read_strip_frames(path: Path, fps: int) -> np.ndarray | None:
     """One frame every EVERY seconds, [V, Y, X, 3]."""
     if not path.exists():
         return None
-    step = round(EVERY * fps)
+    step = round(STRIP_SECONDS * fps)
     with av.open(str(path)) as file:
         taken = [frame.to_ndarray(format="rgb24") for k, frame in enumerate(file.decode(video=0)) if k % step == 0]
     return np.stack(taken) if taken else None
 
 
-def gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samples: Path, fps: int) -> dict[str, Any]:
+def build_gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samples: Path, fps: int) -> dict[str, Any]:
     """Videos of all systems for the same prompt and seed, and strips of the first of them."""
     real = {row["clip"]: row for row in index if row["system"] == "real" and row["clip"] is not None}
-    items = by_item(index, suite)
+    items = group_by_item(index, suite)
     for key, videos in items.items():  # a real clip is written once, and shown wherever it is what a system should have shown
         clip = next(iter(videos.values()))["clip"]
         items[key] = {"real": real[clip]} | videos if clip in real else videos
     systems = [*(name for name in systems if name != "real"), "real"]
-    chosen = within(items, SHOWN[suite], BUDGET[suite], samples)
+    chosen = fit_budget(items, GALLERY_ROWS[suite], BYTE_BUDGET[suite], samples)
     known = {name for videos in items.values() for name in videos}  # real clips need not have been written as samples
     rows = []
     for place, key in enumerate(chosen):
@@ -152,33 +152,33 @@ def gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samples: P
         strips: list[dict[str, Any]] = []
         for name in [name for name in systems if name in videos]:
             row = videos[name]
-            tiles.append({"system": name, "source": video(samples / row["file"]), "seconds": seconds(samples / row["file"])})
-            if place < STRIPS and (frames := frames_every(samples / row["file"], fps)) is not None:
-                strips.append({"system": name, "source": strip(frames, TALL), "frames": len(frames)})
+            tiles.append({"system": name, "source": embed_video(samples / row["file"]), "seconds": video_seconds(samples / row["file"])})
+            if place < STRIP_ROWS and (frames := read_strip_frames(samples / row["file"], fps)) is not None:
+                strips.append({"system": name, "source": draw_strip(frames, STRIP_HEIGHT), "frames": len(frames)})
         absent = [name for name in systems if name not in videos and (name in known or name != "real")]
-        times = [EVERY * k for k in range(max((s["frames"] for s in strips), default=0))]
+        times = [STRIP_SECONDS * k for k in range(max((s["frames"] for s in strips), default=0))]
         prefix = max(row["prefix_frames"] for row in videos.values()) / fps
-        about = {"number": number_of(first), "prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "times": times}
+        about = {"number": prompt_number(first), "prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "times": times}
         rows.append(about | {"tiles": tiles, "strips": strips, "absent": absent})
-    return {"rows": rows, "of": len(items), "most": SHOWN[suite], "real": "real" in known}
+    return {"rows": rows, "of": len(items), "most": GALLERY_ROWS[suite], "real": "real" in known}
 
 
-def guesses(index: Sequence[Row], student: str | None, samples: Path, *, choices: int, seed: int) -> list[dict[str, Any]]:
+def build_guesses(index: Sequence[Row], student: str | None, samples: Path, *, choices: int, seed: int) -> list[dict[str, Any]]:
     """Videos whose caption is to be found among others: those after the gallery's, so that no answer was seen before.
 
     The wrong captions are drawn from those of the other prompts, whether they differ in one word or in all.
     """
-    items = {key: {student: row[student]} for key, row in by_item(index, "prompts").items() if student and student in row}
-    order = list(items)[SHOWN["prompts"] :] + list(items)[: SHOWN["prompts"]]
+    items = {key: {student: row[student]} for key, row in group_by_item(index, "prompts").items() if student and student in row}
+    order = list(items)[GALLERY_ROWS["prompts"] :] + list(items)[: GALLERY_ROWS["prompts"]]
     captions = sorted({row["prompt"] for videos in items.values() for row in videos.values()})
     asked: list[dict[str, Any]] = []
-    for key in within({key: items[key] for key in order}, GUESSED, BUDGET["guess"], samples):
+    for key in fit_budget({key: items[key] for key in order}, GUESS_VIDEOS, BYTE_BUDGET["guess"], samples):
         row = next(iter(items[key].values()))
         rng = np.random.default_rng([seed, len(asked)])
         others = [caption for caption in captions if caption != row["prompt"]]
         offered = [row["prompt"], *(others[k] for k in rng.permutation(len(others))[: choices - 1])]
         places = rng.permutation(len(offered)).tolist()
-        source = video(samples / row["file"])
+        source = embed_video(samples / row["file"])
         if source and len(offered) > 1:
             asked.append({"source": source, "choices": [offered[k] for k in places], "answer": places.index(0)})
     return asked

@@ -24,14 +24,14 @@ _PALETTE = np.array(list(worlds.COLOURS.values()), float)
 _NAMES = list(worlds.COLOURS)
 
 
-def rows(video: Video, which: slice) -> np.ndarray:
+def crop_rows(video: Video, which: slice) -> np.ndarray:
     unit = video.shape[1] // 32
     return video[:, which.start * unit : which.stop * unit].astype(float)
 
 
-def heading(video: Video) -> tuple[Float[np.ndarray, " V"], Float[np.ndarray, " V"]]:
+def read_heading(video: Video) -> tuple[Float[np.ndarray, " V"], Float[np.ndarray, " V"]]:
     """Heading of the left edge in units, and how well the columns of the strip agree on it (0..1)."""
-    strip = rows(video, worlds.COMPASS_ROWS).mean(axis=1) / 255
+    strip = crop_rows(video, worlds.COMPASS_ROWS).mean(axis=1) / 255
     top, low = strip.max(axis=-1), strip.min(axis=-1)
     spread = np.maximum(top - low, 1e-6)
     red, green, blue = np.moveaxis(strip, -1, 0)
@@ -42,8 +42,8 @@ def heading(video: Video) -> tuple[Float[np.ndarray, " V"], Float[np.ndarray, " 
     return np.angle(turn) / (2 * np.pi) * worlds.PANORAMA % worlds.PANORAMA, np.abs(turn)
 
 
-def sky(video: Video) -> Float[np.ndarray, "V 3"]:
-    return np.median(rows(video, worlds.SKY_ROWS), axis=(1, 2))
+def read_sky(video: Video) -> Float[np.ndarray, "V 3"]:
+    return np.median(crop_rows(video, worlds.SKY_ROWS), axis=(1, 2))
 
 
 def _sky_colours() -> np.ndarray:
@@ -60,9 +60,9 @@ class Sprite:
     high: Float[np.ndarray, " V"]
 
 
-def sprite(video: Video) -> Sprite:
+def find_sprite(video: Video) -> Sprite:
     unit = video.shape[1] // 32
-    region = rows(video, worlds.SPRITE_ROWS)
+    region = crop_rows(video, worlds.SPRITE_ROWS)
     # the median of the row is the sky: no sprite is half as wide as the picture
     away = np.abs(region - np.median(region, axis=2, keepdims=True)).sum(axis=-1)
     vivid = region.max(axis=-1) - region.min(axis=-1) > 60
@@ -84,7 +84,7 @@ def sprite(video: Video) -> Sprite:
 
 def plain_metrics(video: Video) -> dict[str, float]:
     """What can be said of any video."""
-    scene = rows(video, slice(0, worlds.SCENE))
+    scene = crop_rows(video, slice(0, worlds.SCENE))
     return {
         "sharpness": float(np.abs(np.diff(scene, axis=2)).mean() * (video.shape[1] // 32)),
         "motion": float(np.abs(np.diff(video.astype(float), axis=0)).mean()),
@@ -93,10 +93,10 @@ def plain_metrics(video: Video) -> dict[str, float]:
 
 def prompt_metrics(video: Video, truth: Mapping[str, Any], fps: float) -> dict[str, float]:
     """How much of the caption a video shows, and how it moves."""
-    turn, coherence = heading(video)
-    top = sky(video)
+    turn, coherence = read_heading(video)
+    top = read_sky(video)
     colours, wanted = _sky_colours(), list(worlds.SKIES).index(truth["sky"])
-    seen = sprite(video)
+    seen = find_sprite(video)
     own = seen.counts[:, _NAMES.index(truth["colour"])]
     step = (np.diff(turn) + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
     out = plain_metrics(video) | {
@@ -124,11 +124,11 @@ class Visit:
     colour: Float[np.ndarray, "rows 3"]  # median over the visit
 
 
-def visits(video: Video) -> list[Visit]:
+def find_visits(video: Video) -> list[Visit]:
     """In the order of their beginnings."""
     unit = video.shape[1] // 32
-    turn, _ = heading(video)
-    band = rows(video, worlds.LANDMARK_ROWS)
+    turn, _ = read_heading(video)
+    band = crop_rows(video, worlds.LANDMARK_ROWS)
     width = video.shape[2] / unit
     out = []
     for b in range(BINS):
@@ -150,7 +150,7 @@ def memory_metrics(video: Video, fps: float, gap: float) -> dict[str, float]:
     memory_ratio: same heading over other headings; 0 remembers everything, 1 nothing. It says nothing without the
     diversity of the videos: a world of one colour would have a low distance everywhere.
     """
-    found = visits(video)
+    found = find_visits(video)
     same, other = [], []
     for i, a in enumerate(found):
         for b in found[i + 1 :]:
@@ -177,8 +177,8 @@ def map_metrics(video: Video, truth: Mapping[str, Any], *, prefix: int, fps: flo
     """
     unit = video.shape[1] // 32
     band = slice(worlds.LANDMARK_ROWS.start * unit, worlds.LANDMARK_ROWS.stop * unit)
-    true = worlds.panorama(tuple(truth["landmarks"]), truth["sky"], unit)[band]
-    found = visits(video)
+    true = worlds.paint_panorama(tuple(truth["landmarks"]), truth["sky"], unit)[band]
+    found = find_visits(video)
     errors: dict[str, list[float]] = {"map_error": [], "map_error_recent": []}
     for i, visit in enumerate(found):
         before = [v for v in found[:i] if v.bin == visit.bin]
@@ -192,15 +192,15 @@ def map_metrics(video: Video, truth: Mapping[str, Any], *, prefix: int, fps: flo
     return {name: float(np.mean(values)) for name, values in errors.items() if values}
 
 
-def map_of(video: Video) -> dict[int, np.ndarray]:
+def build_map(video: Video) -> dict[int, np.ndarray]:
     """Mean landmark colours at each heading the video shows."""
     out: dict[int, list[np.ndarray]] = {}
-    for visit in visits(video):
+    for visit in find_visits(video):
         out.setdefault(visit.bin, []).append(visit.colour)
     return {b: np.mean(colours, axis=0) for b, colours in out.items()}
 
 
-def diversity(maps: list[dict[int, np.ndarray]], skies: list[str]) -> float | None:
+def measure_diversity(maps: list[dict[int, np.ndarray]], skies: list[str]) -> float | None:
     """Mean landmark distance between videos of one sky at equal headings; None when no two can be compared."""
     distances = [
         float(np.abs(maps[i][b] - maps[j][b]).mean())

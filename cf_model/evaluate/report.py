@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from cf_model.evaluate.statistics import Difference, Interval, bootstrap, paired, point
+from cf_model.evaluate.statistics import Difference, Interval, bootstrap, paired, without_interval
 
-GUARD = 0.9  # stage 2 below this share of stage 1 on a guard: its win may be hollow
+GUARD_SHARE = 0.9  # stage 2 below this share of stage 1 on a guard: its win may be hollow
 ARROWS = {"up": "↑", "down": "↓", "real": "≈", "": ""}
 
 
-class Word(NamedTuple):
+class MetricDescription(NamedTuple):
     """A metric for people. `better`: up, down, real (as near to the real clips as possible) or nothing."""
 
     group: str
@@ -29,26 +29,26 @@ class Word(NamedTuple):
 
 
 OBEYS, LOOKS, MOVES, RECALLS = "Does it show what was asked?", "Does it look right?", "Does it move?", "Does it remember?"
-WORDS = {
-    "compass_coherence": Word(OBEYS, "up", "how clearly one heading can be read off the strip at the bottom; 1 is a clean strip"),
-    "sky_accuracy": Word(OBEYS, "up", "share of frames whose sky is nearest to the caption's"),
-    "sprite_recall": Word(OBEYS, "up", "share of frames with a patch of the caption's colour in the sky"),
-    "sprite_precision": Word(OBEYS, "up", "of all that stands out of the sky, the share in the caption's colour"),
-    "shape_accuracy": Word(OBEYS, "up", "share of frames whose sprite has the caption's shape; chance is 1/3"),
-    "sharpness": Word(LOOKS, "real", "mean difference of neighbouring pixels; below the real clips is blur, above is noise"),
-    "sky_error": Word(LOOKS, "down", "distance of the sky's colours from the caption's sky, 0..255"),
-    "jitter": Word(LOOKS, "down", "how unevenly the camera turns from frame to frame, units a second"),
-    "speed": Word(MOVES, "real", "of the camera, units a second; captions ask for slow or fast"),
-    "motion": Word(MOVES, "real", "mean difference of neighbouring frames, 0..255; near zero is a frozen video"),
-    "headings_covered": Word(MOVES, "real", "share of the circle that the camera sees"),
-    "heading_perplexity": Word(MOVES, "real", "how many of twelve headings all videos together use evenly"),
-    "memory_ratio": Word(RECALLS, "down", "same heading over other headings, see there; 0 is perfect memory, 1 is none"),
-    "same_heading": Word(RECALLS, "down", "colour distance between visits to a heading with an absence (evaluate.absence) between them"),
-    "other_heading": Word(RECALLS, "real", "colour distance between different headings of a video; a dull world makes it small"),
-    "map_error": Word(RECALLS, "down", "after a real prefix: distance from the true landmarks, last seen over evaluate.gap seconds ago"),
-    "map_error_recent": Word(RECALLS, "down", "the same on content seen more recently"),
-    "diversity": Word(RECALLS, "real", "landmark distance between videos; a fall means that the worlds become alike"),
-    "videos": Word("How many?", "", "videos measured"),
+DESCRIPTIONS = {
+    "compass_coherence": MetricDescription(OBEYS, "up", "how clearly one heading can be read off the strip at the bottom; 1 is a clean strip"),
+    "sky_accuracy": MetricDescription(OBEYS, "up", "share of frames whose sky is nearest to the caption's"),
+    "sprite_recall": MetricDescription(OBEYS, "up", "share of frames with a patch of the caption's colour in the sky"),
+    "sprite_precision": MetricDescription(OBEYS, "up", "of all that stands out of the sky, the share in the caption's colour"),
+    "shape_accuracy": MetricDescription(OBEYS, "up", "share of frames whose sprite has the caption's shape; chance is 1/3"),
+    "sharpness": MetricDescription(LOOKS, "real", "mean difference of neighbouring pixels; below the real clips is blur, above is noise"),
+    "sky_error": MetricDescription(LOOKS, "down", "distance of the sky's colours from the caption's sky, 0..255"),
+    "jitter": MetricDescription(LOOKS, "down", "how unevenly the camera turns from frame to frame, units a second"),
+    "speed": MetricDescription(MOVES, "real", "of the camera, units a second; captions ask for slow or fast"),
+    "motion": MetricDescription(MOVES, "real", "mean difference of neighbouring frames, 0..255; near zero is a frozen video"),
+    "headings_covered": MetricDescription(MOVES, "real", "share of the circle that the camera sees"),
+    "heading_perplexity": MetricDescription(MOVES, "real", "how many of twelve headings all videos together use evenly"),
+    "memory_ratio": MetricDescription(RECALLS, "down", "same heading over other headings, see there; 0 is perfect memory, 1 is none"),
+    "same_heading": MetricDescription(RECALLS, "down", "colour distance between visits to a heading with an absence (evaluate.absence) between them"),
+    "other_heading": MetricDescription(RECALLS, "real", "colour distance between different headings of a video; a dull world makes it small"),
+    "map_error": MetricDescription(RECALLS, "down", "after a real prefix: distance from the true landmarks, last seen over evaluate.gap seconds ago"),
+    "map_error_recent": MetricDescription(RECALLS, "down", "the same on content seen more recently"),
+    "diversity": MetricDescription(RECALLS, "real", "landmark distance between videos; a fall means that the worlds become alike"),
+    "videos": MetricDescription("How many?", "", "videos measured"),
 }
 GUARDS = ("diversity", "heading_perplexity", "headings_covered", "motion")
 COMPARED = (
@@ -58,8 +58,8 @@ COMPARED = (
 )
 
 
-def word(metric: str) -> Word:
-    return WORDS.get(metric, Word("Other", "", "no description is known to this page"))._replace(title=metric.replace("_", " "))
+def describe_metric(metric: str) -> MetricDescription:
+    return DESCRIPTIONS.get(metric, MetricDescription("Other", "", "no description is known to this page"))._replace(title=metric.replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -78,22 +78,22 @@ class Results:
                 prompts.setdefault(item, []).append(value)
             return bootstrap(prompts, resamples=self.resamples, seed=self.seed)
         mean = self.means.get(suite, {}).get(system, {}).get(metric)
-        return None if mean is None else point(mean)
+        return None if mean is None else without_interval(mean)
 
     def difference(self, suite: str, first: str, second: str, metric: str) -> Difference | None:
         a, b = (self.cells.get((suite, system, metric), {}) for system in (first, second))
         if both := paired(a, b, resamples=self.resamples, seed=self.seed):
             return both
         x, y = (self.interval(suite, system, metric) for system in (first, second))
-        return Difference(x.mean, y.mean, point(y.mean - x.mean), float("nan")) if x and y else None
+        return Difference(x.mean, y.mean, without_interval(y.mean - x.mean), float("nan")) if x and y else None
 
     def metrics(self, suite: str) -> list[str]:
         names = {metric for s, _, metric in self.cells if s == suite}
         names |= {metric for values in self.means.get(suite, {}).values() for metric in values}
-        return sorted(names, key=lambda name: (list(WORDS).index(name) if name in WORDS else len(WORDS), name))
+        return sorted(names, key=lambda name: (list(DESCRIPTIONS).index(name) if name in DESCRIPTIONS else len(DESCRIPTIONS), name))
 
 
-def number(value: float | int | None) -> str:
+def format_number(value: float | int | None) -> str:
     """About three digits; a missing value is a dash."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
@@ -105,11 +105,11 @@ def number(value: float | int | None) -> str:
     return text.replace("-", "−")
 
 
-def ends(interval: Interval) -> tuple[float, float]:
+def interval_ends(interval: Interval) -> tuple[float, float]:
     return interval[1:] if interval.known else (interval.mean, interval.mean)
 
 
-def tables(results: Results, suite: str, systems: Sequence[str]) -> list[dict[str, Any]]:
+def build_tables(results: Results, suite: str, systems: Sequence[str]) -> list[dict[str, Any]]:
     """One table a group of metrics; in each cell the mean, its interval and where it lies on the column's scale (per cent)."""
     groups: dict[str, dict[str, Any]] = {}
     for metric in results.metrics(suite):
@@ -117,17 +117,17 @@ def tables(results: Results, suite: str, systems: Sequence[str]) -> list[dict[st
         shown = [i for i in found.values() if i]
         if not shown:
             continue
-        low, high = min(ends(i)[0] for i in shown), max(ends(i)[1] for i in shown)
-        table = groups.setdefault(word(metric).group, {"title": word(metric).group, "columns": [], "rows": {name: [] for name in systems}})
-        table["columns"].append({"word": word(metric), "arrow": ARROWS[word(metric).better]})
+        low, high = min(interval_ends(i)[0] for i in shown), max(interval_ends(i)[1] for i in shown)
+        table = groups.setdefault(describe_metric(metric).group, {"title": describe_metric(metric).group, "columns": [], "rows": {name: [] for name in systems}})
+        table["columns"].append({"word": describe_metric(metric), "arrow": ARROWS[describe_metric(metric).better]})
         for name, i in found.items():
-            places = [50.0 if high == low else 100 * (value - low) / (high - low) for value in (i.mean, *ends(i))] if i else None
+            places = [50.0 if high == low else 100 * (value - low) / (high - low) for value in (i.mean, *interval_ends(i))] if i else None
             bar = places and {"interval": i, "dot": places[0], "left": places[1], "width": places[2] - places[1]}
             table["rows"][name].append(bar)
     return list(groups.values())
 
 
-def verdict(change: Interval, better: str) -> str:
+def state_verdict(change: Interval, better: str) -> str:
     """What a paired difference says by itself; differences without an interval or a direction say nothing."""
     if not change.known:
         return "no interval"
@@ -138,7 +138,7 @@ def verdict(change: Interval, better: str) -> str:
     return "better" if (change.mean > 0) == (better == "up") else "worse"
 
 
-def comparison(results: Results, first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, Any]:
+def compare_stages(results: Results, first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, Any]:
     """Stage 2 against stage 1 (system names by suite) with everything that keeps a win from being hollow."""
     rows, fell, ratio = [], [], "absent"
     for suite, metric in COMPARED:
@@ -147,19 +147,19 @@ def comparison(results: Results, first: Mapping[str, str], second: Mapping[str, 
         found = results.difference(suite, first[suite], second[suite], metric)
         if found is None:
             continue
-        about = word(metric)
-        says = verdict(found.change, about.better)
+        about = describe_metric(metric)
+        says = state_verdict(found.change, about.better)
         if metric == "memory_ratio":
             ratio = says
-        if metric in GUARDS and found.second < GUARD * found.first:
-            fell.append(f"{about.title} ({number(found.first)} to {number(found.second)})")
+        if metric in GUARDS and found.second < GUARD_SHARE * found.first:
+            fell.append(f"{about.title} ({format_number(found.first)} to {format_number(found.second)})")
         real = results.interval(suite, "real", metric)
         rows.append({"suite": suite, "word": about, "arrow": ARROWS[about.better], "found": found, "says": says, "real": real})
-    missing = [word(m).title for m in GUARDS if not any(row["word"] == word(m) for row in rows)]
+    missing = [describe_metric(m).title for m in GUARDS if not any(row["word"] == describe_metric(m) for row in rows)]
     return {"rows": rows, "fell": fell, "ratio": ratio, "missing": missing}
 
 
-def recalls(results: Results, systems: Sequence[str]) -> list[dict[str, Any]]:
+def compare_memories(results: Results, systems: Sequence[str]) -> list[dict[str, Any]]:
     """Map errors of one model with several memories; each but the first also against the first, video by video."""
     rows: list[dict[str, Any]] = []
     for name in systems:
@@ -169,7 +169,7 @@ def recalls(results: Results, systems: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def goals(results: Results, prompts: Mapping[str, str], memories: Mapping[str, str]) -> list[dict[str, Any]]:
+def check_goals(results: Results, prompts: Mapping[str, str], memories: Mapping[str, str]) -> list[dict[str, Any]]:
     """What the tiny profile set out to learn, and what came out. `prompts`: weights -> system; `memories`: teacher's memory -> system."""
 
     def mean(suite: str, system: str | None, metric: str) -> float | None:
@@ -180,12 +180,12 @@ def goals(results: Results, prompts: Mapping[str, str], memories: Mapping[str, s
         known = [value for value in values if value is not None]
         if len(known) < len(values):
             return {"goal": goal, "reached": "absent", "held": None}
-        return {"goal": goal, "reached": reached.format(*map(number, known)), "held": bool(test(*known))}
+        return {"goal": goal, "reached": reached.format(*map(format_number, known)), "held": bool(test(*known))}
 
     rows = []
     for metric, least in (("compass_coherence", 0.9), ("sky_accuracy", 0.95), ("sprite_recall", 0.8)):
         values = [mean("prompts", system, metric) for system in (prompts.get("base"), "real")]
-        rows.append(row(f"base: {word(metric).title} above {least}", values, "{0}, real {1}", lambda v, _, least=least: v > least))
+        rows.append(row(f"base: {describe_metric(metric).title} above {least}", values, "{0}, real {1}", lambda v, _, least=least: v > least))
     recall = [mean("prompts", prompts.get(weights), "sprite_recall") for weights in ("causal_init", "stage1")]
     goal = "stage 1: sprite recall at least 0.25 above the causal start's, or at least 0.95"
     rows.append(row(goal, recall, "{1}, from {0}", lambda before, after: after >= min(before + 0.25, 0.95)))
@@ -199,9 +199,9 @@ def goals(results: Results, prompts: Mapping[str, str], memories: Mapping[str, s
     return [*rows, row(goal, errors, "{0}, fast only {1}", lambda slow, fast: slow <= 0.8 * fast)]
 
 
-def render(page: Mapping[str, Any]) -> str:
+def render_page(page: Mapping[str, Any]) -> str:
     """The page; everything in it is escaped but the figures made here."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = number
+    environment.filters["number"] = format_number
     return environment.get_template("report.html.j2").render(page)

@@ -26,7 +26,7 @@ class Interval(NamedTuple):
         return not np.isnan(self.low)
 
 
-def point(mean: float) -> Interval:
+def without_interval(mean: float) -> Interval:
     return Interval(mean, float("nan"), float("nan"))
 
 
@@ -49,7 +49,7 @@ def bootstrap(values: Mapping[str, Sequence[float]] | Sequence[float], *, resamp
     counts = np.array([len(group) for group in groups], float)
     mean = float(totals.sum() / counts.sum())
     if len(groups) < 2:
-        return point(mean)
+        return without_interval(mean)
     drawn = np.random.default_rng(seed).integers(len(groups), size=(resamples, len(groups)))
     means = totals[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cf_model.model.weights import some
+from cf_model.model.weights import list_first_names
 
-from .convert import in_diffusers
+from .weight_names import ensure_diffusers_names
 
 # peft writes the adapter's name before `.weight` where a whole model was saved, and leaves it out in an adapter of its own
 HALF = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.weight")
@@ -65,7 +65,7 @@ def merge(
     halves, alphas = _pairs(lora)
     odd = [name for name, pair in halves.items() if not _fits(base.get(name), pair)]
     if odd:
-        raise ValueError(f"the LoRA changes {some(odd)}, which the base lacks or has in another shape; give the base it was trained on")
+        raise ValueError(f"the LoRA changes {list_first_names(odd)}, which the base lacks or has in another shape; give the base it was trained on")
     merged, found = dict(base), set()
     for name, (down, up) in halves.items():
         own = alphas.pop(name, None)
@@ -74,7 +74,7 @@ def merge(
         merged[name] = weight.to(dtype or base[name].dtype)
         found.add((len(down), alpha, origin))
     if alphas:
-        raise ValueError(f"the LoRA states alpha for {some(alphas)} without a pair of matrices; the file is incomplete")
+        raise ValueError(f"the LoRA states alpha for {list_first_names(alphas)} without a pair of matrices; the file is incomplete")
     ranks, values, origins = (sorted(set(column)) for column in zip(*found, strict=True))
     facts = {"pairs": len(halves), "rank": ranks, "alpha": values, "alpha_from": origins}
     return merged, {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in facts.items()}
@@ -91,8 +91,8 @@ def _pairs(lora: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]]
             raise ValueError(f"{weight} has two LoRA pairs in one file; keep one adapter")
         parts[side][weight] = tensor
     if alone := parts["A"].keys() ^ parts["B"].keys():
-        raise ValueError(f"the LoRA has only one of two matrices for {some(alone)}; the file is incomplete")
-    down, up, alpha = (in_diffusers(part) for part in parts.values())
+        raise ValueError(f"the LoRA has only one of two matrices for {list_first_names(alone)}; the file is incomplete")
+    down, up, alpha = (ensure_diffusers_names(part) for part in parts.values())
     return {name: (down[name], up[name]) for name in down}, alpha
 
 

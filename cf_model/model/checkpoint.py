@@ -22,22 +22,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-KEEP = 2  # the newest, and the one before in case the newest is damaged
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHECKPOINTS_TO_KEEP = 2  # the newest, and the one before in case the newest is damaged
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """Writes `step-XXXXXXXX` (the parts' state_dicts) under a temporary name, then renames it. Older ones beyond `KEEP` go."""
     path = folder / f"step-{step:08d}"
-    with room(folder, path.name):
-        write(path, step, state)
-    for old in sorted(folder.glob("step-????????"))[:-KEEP]:
+    with refuse_full_disk(folder, path.name):
+        write_checkpoint(path, step, state)
+    for old in sorted(folder.glob("step-????????"))[:-CHECKPOINTS_TO_KEEP]:
         gone = old.rename(old.with_name(old.name + ".partial"))  # a kill now must not leave what looks like a damaged checkpoint
         shutil.rmtree(gone)
     return path
 
 
-def write(path: Path, step: int, state: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, step: int, state: Mapping[str, Any]) -> None:
     """One folder; what is in it is on the disk before it has its name."""
     for rest in path.parent.glob("*.partial"):
         if rest.is_dir():  # of a save that was killed
@@ -48,39 +48,39 @@ def write(path: Path, step: int, state: Mapping[str, Any]) -> None:
     skeleton: dict[str, Any] = {}
     for name, part in state.items():
         tensors: dict[str, torch.Tensor] = {}
-        skeleton[name] = _flatten(part, name, tensors)
+        skeleton[name] = _flatten_state(part, name, tensors)
         if tensors:
             file = partial / f"{name}.safetensors"
             save_file(tensors, file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            _sync(file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": _hash_file(file)}
+            _sync_to_disk(file)
     manifest = partial / "manifest.json"
     manifest.write_text(json.dumps({"step": step, "files": files, "state": skeleton}) + "\n")
-    _sync(manifest)
+    _sync_to_disk(manifest)
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)
-    _sync(path.parent)
+    _sync_to_disk(path.parent)
 
 
-def newest(folder: Path) -> tuple[Path | None, int]:
+def find_newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """The newest checkpoint that is whole, and its step; None and 0 when there is none."""
     for path in sorted(folder.glob("step-????????"), reverse=True):
         try:
-            return path, int(verified(path)["step"])
+            return path, int(verify_checkpoint(path)["step"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"{path.name} can't be used ({error}); trying the checkpoint before it", stacklevel=2)
     return None, 0
 
 
-def load(path: Path, state: Mapping[str, Any]) -> None:
+def load_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Each part's state from a checkpoint that is whole."""
     stated = json.loads((path / "manifest.json").read_text())["state"]
     for name, part in state.items():
-        part.load_state_dict(_unflatten(stated[name], _tensors(path / f"{name}.safetensors")))
+        part.load_state_dict(_unflatten_state(stated[name], _read_tensors(path / f"{name}.safetensors")))
 
 
-def verified(path: Path) -> dict[str, Any]:
+def verify_checkpoint(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all there and as they were written."""
     manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
     for name, stated in manifest["files"].items():
@@ -89,20 +89,20 @@ def verified(path: Path) -> dict[str, Any]:
             raise ValueError(f"{name} is missing")
         if (size := file.stat().st_size) != stated["bytes"]:
             raise ValueError(f"{name} has {size} bytes, the manifest says {stated['bytes']}")
-        if _sha256(file) != stated["sha256"]:
+        if _hash_file(file) != stated["sha256"]:
             raise ValueError(f"{name} is not what was written: its SHA-256 differs from the manifest's")
     return manifest
 
 
 @contextmanager
-def room(folder: Path, what: str) -> Iterator[None]:
+def refuse_full_disk(folder: Path, what: str) -> Iterator[None]:
     """A disk that is full while `what` is written ends in one sentence, and leaves the checkpoints before as they were."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors has no error number of its own, only the system's words
         code = error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
-        if code not in FULL:
+        if code not in DISK_FULL_ERRORS:
             raise
         for rest in folder.glob("*.partial"):
             shutil.rmtree(rest, ignore_errors=True)
@@ -112,12 +112,12 @@ def room(folder: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{stated}; the last checkpoint, {last}, is intact: make room and start again") from None
 
 
-def _sha256(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _sync_to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -125,31 +125,31 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         return {}
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _flatten(value: Any, at: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _flatten_state(value: Any, at: str, tensors: dict[str, torch.Tensor]) -> Any:
     """The value with each tensor moved to `tensors` and its name left in place; dictionary keys keep their type."""
     if isinstance(value, torch.Tensor):
         tensors[at] = value.detach().cpu().contiguous().clone()
         return {"tensor": at}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _flatten(item, f"{at}/{key}", tensors)] for key, item in value.items()]}
+        return {"dict": [[key, _flatten_state(item, f"{at}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
-        return {"list": [_flatten(item, f"{at}/{i}", tensors) for i, item in enumerate(value)]}
+        return {"list": [_flatten_state(item, f"{at}/{i}", tensors) for i, item in enumerate(value)]}
     return {"value": value}
 
 
-def _unflatten(value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+def _unflatten_state(value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
     kind, content = next(iter(value.items()))
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {key: _unflatten(item, tensors) for key, item in content}
+        return {key: _unflatten_state(item, tensors) for key, item in content}
     if kind == "list":
-        return [_unflatten(item, tensors) for item in content]
+        return [_unflatten_state(item, tensors) for item in content]
     return content

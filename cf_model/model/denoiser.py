@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .flow import to_x0
-from .memory import Frame, LayerMemories, Memory, MemorySpec, empty, whole
+from .key_values import KeyValues
+from .memory import LayerMemories, Memory, MemorySpec, ShareKey, empty_memory, fixed_memory
 
 Rotation = tuple[Tensor, Tensor]
-Taken = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values
+LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values
 Attention = Literal["native", "cudnn", "flash2", "flash3"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -51,31 +52,31 @@ EXACT = Compute(attention="native", dtype="float32", checkpointing=False)
 
 
 @dataclass(eq=False)
-class View:
+class PassView:
     """What the self-attentions of one pass see, instead of a table of rotations."""
 
     memory: Memory | None
     rotations: list[tuple[Rotation, Rotation]]  # of queries and of keys; one pair a layer, or one for all
-    taken: Taken | None  # where this pass's keys and values go, if anybody wants them
+    taken: LayerKeyValues | None  # where this pass's keys and values go, if anybody wants them
 
     def at(self, layer: int) -> tuple[Rotation, Rotation]:
         return self.rotations[layer if len(self.rotations) > 1 else 0]
 
 
-class ViewRope(nn.Module):
+class MemoryRope(nn.Module):
     """Stands in for diffusers' rope: it knows which frames a pass looks at, and where time places them."""
 
     def __init__(self, table: Any) -> None:
         super().__init__()
         self.table: Any = table  # diffusers' WanRotaryPosEmbed
         self.memory: Memory | None = None
-        self.taken: Taken | None = None
+        self.taken: LayerKeyValues | None = None
 
-    def forward(self, x: Float[Tensor, "B C F H W"]) -> View:
+    def forward(self, x: Float[Tensor, "B C F H W"]) -> PassView:
         frames = x.shape[2]
         if self.memory is None:
             rotation = self.rotations(range(frames), x)
-            return View(None, [(rotation, rotation)], self.taken)
+            return PassView(None, [(rotation, rotation)], self.taken)
         layers = len(self.memory.layers) if isinstance(self.memory, LayerMemories) else 1
         made: dict[tuple[int, ...], Rotation] = {}
         pairs = []
@@ -86,7 +87,7 @@ class ViewRope(nn.Module):
                 if positions not in made:
                     made[positions] = self.rotations(positions, x)
             pairs.append((made[current], made[seen]))
-        return View(self.memory, pairs, self.taken)
+        return PassView(self.memory, pairs, self.taken)
 
     def rotations(self, positions: Sequence[int], x: Tensor) -> Rotation:
         """cos and sin for whole frames at the given temporal positions, each [1, len(positions) * S, 1, D]."""
@@ -113,7 +114,7 @@ class MemoryAttention:
     def __init__(self, layer: int, backend: str) -> None:
         self.layer, self.backend = layer, backend
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: View | None = None):  # type: ignore[no-untyped-def]
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: PassView | None = None):  # type: ignore[no-untyped-def]
         from diffusers.models.attention_dispatch import dispatch_attention_fn  # here, so that reading params needs no diffusers
 
         assert rotary_emb is not None
@@ -127,11 +128,11 @@ class MemoryAttention:
         if rotary_emb.memory is not None:
             past_k, past_v = rotary_emb.memory.past(self.layer)
             k, v = torch.cat([*past_k, k], dim=1), torch.cat([*past_v, v], dim=1)
-        out = dispatch_attention_fn(rotate(q, queries).to(v.dtype), rotate(k, keys), v, backend=self.backend)
+        out = dispatch_attention_fn(apply_rope(q, queries).to(v.dtype), apply_rope(k, keys), v, backend=self.backend)
         return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))
 
 
-def rotate(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor, "B L N D"]:
+def apply_rope(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor, "B L N D"]:
     """RoPE on interleaved pairs, as Wan stores them."""
     cos, sin = rotation[0][..., 0::2], rotation[1][..., 1::2]
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -165,7 +166,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"attention is {compute.attention}, but the package {package} is not installed; install it, or use native")
         if compute.attention != "native" and not torch.cuda.is_available():
             raise ValueError(f"attention is {compute.attention}, which needs a GPU, and there is none; use native")
-        transformer.rope = ViewRope(transformer.rope)
+        transformer.rope = MemoryRope(transformer.rope)
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
         for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
@@ -205,33 +206,41 @@ class Denoiser(nn.Module):
     ) -> Memory:
         """One pass over a chunk for its keys and values only: clean, or at a level `sigma` (Self-Forcing's context noise)."""
         frames, level = x_0.shape[1], x_0.new_zeros(len(x_0)) if sigma is None else sigma
-        taken: Taken = {}
+        taken: LayerKeyValues = {}
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            self._pass(x_0, level, text, memory.committing(frames), taken)
-        return memory.remember(cut(taken, memory.seen, frames))
+            self._pass(x_0, level, text, memory.commit_context(frames), taken)
+        return memory.remember(split_frames(taken, memory.frame_count, frames))
 
-    def read(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"]) -> Memory:
+    def read_context(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"]) -> Memory:
         """One clean pass over some frames, which see each other and nothing else: all that is remembered, with its graph."""
-        taken: Taken = {}
+        taken: LayerKeyValues = {}
         self._pass(x_0, x_0.new_zeros(len(x_0)), text, None, taken)
-        return whole(cut(taken, 0, x_0.shape[1]))
+        return fixed_memory(split_frames(taken, 0, x_0.shape[1]))
 
     def offer(
         self, x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Float[Tensor, "B T E"], memory: Memory
     ) -> tuple[Float[Tensor, "B F C H W"], Memory]:
         """`forward`, and the memory after it was offered this pass's keys (timing first_call)."""
-        taken: Taken = {}
+        taken: LayerKeyValues = {}
         velocity = self._pass(x_t, sigma, text, memory, taken)
-        return to_x0(x_t, velocity, sigma), memory.offer(cut(taken, memory.seen, x_t.shape[1]))
+        return to_x0(x_t, velocity, sigma), memory.offer(split_frames(taken, memory.frame_count, x_t.shape[1]))
 
-    def watch(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], spec: MemorySpec, *, chunk: int) -> Memory:
+    def watch(
+        self,
+        x_0: Float[Tensor, "B F C H W"],
+        text: Float[Tensor, "B T E"],
+        spec: MemorySpec,
+        *,
+        chunk: int,
+        share_key: ShareKey | None = None,
+    ) -> Memory:
         """What is remembered after a whole clip, chunk by chunk."""
-        memory = empty(spec)
+        memory = empty_memory(spec, share_key)
         for part in x_0.split(chunk, dim=1):
             memory = self.remember(part, text, memory)
         return memory
 
-    def _pass(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, taken: Taken | None) -> Tensor:
+    def _pass(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, taken: LayerKeyValues | None) -> Tensor:
         """The velocity. Keys and values go to `taken` where they are wanted: a checkpointed pass would keep them all."""
         rope = self.transformer.rope
         rope.memory, rope.taken = memory, taken
@@ -251,7 +260,7 @@ class Denoiser(nn.Module):
         return (x.shape[3] // rows) * (x.shape[4] // columns)
 
 
-def cut(taken: Taken, first: int, frames: int) -> tuple[Frame, ...]:
+def split_frames(taken: LayerKeyValues, first: int, frames: int) -> tuple[KeyValues, ...]:
     """A pass's keys and values, one frame after the other, the first of them numbered `first`."""
     layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for _, (k, v) in sorted(taken.items())]
-    return tuple(Frame(first + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))
+    return tuple(KeyValues(first + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))

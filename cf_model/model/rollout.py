@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .flow import Flow, Noise, add_noise, falling, gaussian
-from .memory import Compared, Memory, MemorySpec, compared, empty
+from .flow import Flow, Noise, add_noise, check_levels_fall, draw_gaussian
+from .memory import ChunkComparison, Memory, MemorySpec, ShareKey, compare_newest_chunk, empty_memory
 
 
-class Causal(Protocol):
+class CausalStudent(Protocol):
     """What a rollout asks of a model (`Denoiser`)."""
 
     def __call__(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None = None) -> Tensor: ...
@@ -42,7 +42,7 @@ class RolloutSpec:
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.window % self.chunk:
             raise ValueError(f"window is {self.window}, not whole chunks of {self.chunk} latent frames")
-        falling(self.levels)
+        check_levels_fall(self.levels)
         if not 0 <= self.skip_first <= self.full_first < self.window // self.chunk:
             stated = f"skip_first is {self.skip_first}, full_first {self.full_first}, of {self.window // self.chunk} chunks in the window"
             raise ValueError(f"{stated}; use 0 <= skip_first <= full_first, and leave one chunk that exits early")
@@ -67,7 +67,7 @@ class HorizonSpec:
             stated = f"shortest is {self.shortest}, longest {self.longest}, decay {self.decay}"
             raise ValueError(f"{stated}; use 1 <= shortest <= longest and 0 <= decay")
 
-    def sample(self, step: int, chunk: int, rng: torch.Generator) -> int:
+    def sample_length(self, step: int, chunk: int, rng: torch.Generator) -> int:
         if self.mode == "const":
             return self.longest
         # Choice: min(1, ·), or the length would grow without bound; both ends included; whole chunks.
@@ -80,7 +80,7 @@ class HorizonSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class TargetChunk:
     """One scored chunk of a rollout: its pass can be replayed, with gradient, from what is here."""
 
     first: int  # latent frame
@@ -94,14 +94,14 @@ class Target:
 class Rollout:
     video: Float[Tensor, "B F C H W"]  # what was made, and what came before
     window: slice
-    targets: tuple[Target, ...]
+    targets: tuple[TargetChunk, ...]
     exits: tuple[int, ...]  # of the target's chunks
     memory: Memory
-    compared: tuple[Compared, ...]  # each chunk that was made, with the chunk before
+    comparisons: tuple[ChunkComparison, ...]  # each chunk that was made, with the chunk before
 
 
 def stream(
-    student: Causal,
+    student: CausalStudent,
     text: Float[Tensor, "B T E"],
     shape: tuple[int, int, int],
     *,
@@ -113,13 +113,13 @@ def stream(
     """Chunks without end, every one fully denoised. `memory` may already hold a real prefix."""
     while True:
         with torch.no_grad():
-            x_0, _, memory = denoise(student, text, shape, sigmas, chunk, memory, rng)
+            x_0, _, memory = denoise_chunk(student, text, shape, sigmas, chunk, memory, rng)
             memory = student.remember(x_0, text, memory)
         yield x_0
 
 
-def denoise(
-    student: Causal,
+def denoise_chunk(
+    student: CausalStudent,
     text: Tensor,
     shape: tuple[int, int, int],
     sigmas: list[float],
@@ -128,11 +128,11 @@ def denoise(
     rng: Noise,
 ) -> tuple[Tensor, tuple[Tensor, Memory], Memory]:
     """One chunk from noise down the given levels: its x_0, the x_t and memory that the last level saw, the memory after it."""
-    x_t = gaussian((len(text), chunk, *shape), rng)
+    x_t = draw_gaussian((len(text), chunk, *shape), rng)
     x_0, seen = x_t, memory
     for step, sigma in enumerate(sigmas):
         if step:
-            x_t = add_noise(x_0, gaussian(x_0.shape, rng), x_t.new_full((len(x_t),), sigma))
+            x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_t.new_full((len(x_t),), sigma))
         seen, level = memory, x_t.new_full((len(x_t),), sigma)
         if memory.spec.timing == "first_call":
             x_0, memory = student.offer(x_t, level, text, memory)
@@ -143,7 +143,7 @@ def denoise(
 
 @torch.no_grad()
 def rollout(
-    student: Causal,
+    student: CausalStudent,
     text: Float[Tensor, "B T E"],
     frames: int,
     shape: tuple[int, int, int],
@@ -153,6 +153,7 @@ def rollout(
     flow: Flow,
     rng: torch.Generator,
     past: Rollout | None = None,
+    share_key: ShareKey | None = None,
 ) -> Rollout:
     """A video of the student's own making, without a graph; its `targets` are replayed by the loss.
 
@@ -160,12 +161,12 @@ def rollout(
     (Self Forcing, alg. 1). A chunk is remembered as the student left it, by a pass at σ = 0. Nothing after the window is
     made. With `past` the video goes on where that one ended, and its last frames begin the window.
     """
-    sigmas = flow.sigmas(spec.levels)
-    start = place(frames, spec, rng)
+    sigmas = flow.shift_levels(spec.levels)
+    start = place_window(frames, spec, rng)
     window = slice(start, start + spec.window)
     shared = int(torch.randint(len(sigmas), (), generator=rng))
-    state = past.memory if past else empty(memory)
-    video, targets, exits, found = [past.video] if past else [], [], [], list[Compared]()
+    state = past.memory if past else empty_memory(memory, share_key)
+    video, targets, exits, found = [past.video] if past else [], [], [], list[ChunkComparison]()
     for first in range(past.video.shape[1] if past else 0, window.stop, spec.chunk):
         scored = first >= start
         into = (first - start) // spec.chunk  # the window
@@ -176,20 +177,20 @@ def rollout(
             leave = {"shared": shared, "last": leave, "per_chunk": -1}[spec.exit]
             leave = int(torch.randint(len(sigmas), (), generator=rng)) if leave < 0 else leave
         before = state
-        x_0, (x_t, seen), state = denoise(student, text, shape, sigmas[: leave + 1], spec.chunk, state, rng)
+        x_0, (x_t, seen), state = denoise_chunk(student, text, shape, sigmas[: leave + 1], spec.chunk, state, rng)
         state = student.remember(x_0, text, state)
         if scored:
             exits.append(leave)
             if spec.renoise == "own":
-                x_0, x_t, leave = again(student, text, x_0, sigmas, before, rng)
+                x_0, x_t, leave = renoise_chunk(student, text, x_0, sigmas, before, rng)
                 seen = before
-            targets.append(Target(first, x_t, sigmas[leave], seen, into >= spec.skip_first))
+            targets.append(TargetChunk(first, x_t, sigmas[leave], seen, into >= spec.skip_first))
         video.append(x_0)
-        found += compared(state)
+        found += compare_newest_chunk(state)
     return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(found))
 
 
-def place(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
+def place_window(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
     """The window's first frame, on the grid of chunks."""
     last = (frames - spec.window) // spec.chunk
     if spec.place == "last" or not last:
@@ -200,10 +201,10 @@ def place(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
     return spec.chunk * min(int(u * (last + 1)), last)
 
 
-def again(
-    student: Causal, text: Tensor, x_0: Tensor, sigmas: list[float], memory: Memory, rng: torch.Generator
+def renoise_chunk(
+    student: CausalStudent, text: Tensor, x_0: Tensor, sigmas: list[float], memory: Memory, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
     """Self-Forcing++'s backward noise initialisation: the chunk noised to one of the student's levels, and made from there."""
     level = int(torch.randint(len(sigmas), (), generator=rng))
-    x_t = add_noise(x_0, gaussian(x_0.shape, rng), x_0.new_full((len(x_0),), sigmas[level]))
+    x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_0.new_full((len(x_0),), sigmas[level]))
     return student(x_t, x_t.new_full((len(x_t),), sigmas[level]), text, memory), x_t, level

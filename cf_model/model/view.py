@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .flow import Flow, Noise, gaussian
+from .flow import Flow, Noise, draw_gaussian
 from .memory import Memory
 
-Passes = Literal["apart", "together"]  # with guidance: of the prompt and of the null prompt, or one of twice the batch
+GuidancePasses = Literal["apart", "together"]  # with guidance: of the prompt and of the null prompt, or one of twice the batch
 
 
 class Score(Protocol):
@@ -24,12 +24,12 @@ class Score(Protocol):
 
 
 @runtime_checkable
-class Reader(Protocol):
+class ContextReader(Protocol):
     """And what it asks for where the context has a pass of its own."""
 
     def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None = None, /) -> Tensor: ...
 
-    def read(self, x_0: Tensor, text: Tensor, /) -> Memory: ...
+    def read_context(self, x_0: Tensor, text: Tensor, /) -> Memory: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TeacherView:
             stated = f"context_pass is own, which reads the context at level 0, but context_sigma is {self.context_sigma}"
             raise ValueError(f"{stated}; use context_sigma: zero, or context_pass: joint")
 
-    def frames(self, start: int) -> list[int]:
+    def context_frames(self, start: int) -> list[int]:
         """Indices of the context for a target that begins at latent frame `start`."""
         if self.context == "none" or start == 0:
             return []
@@ -69,12 +69,12 @@ class TeacherView:
         slow = range(first, start - self.fast, self.stride)[-self.slow :] if self.slow else range(0)
         return [*range(min(self.sink, start)), *slow, *motion]
 
-    def read(self, model: Score, text: Float[Tensor, "B T E"], context: Float[Tensor, "B K C H W"]) -> Memory | None:
+    def read_context(self, model: Score, text: Float[Tensor, "B T E"], context: Float[Tensor, "B K C H W"]) -> Memory | None:
         """The context's keys and values, for passes at any noise level; None where those bring it along, or there is none."""
         if self.context_pass == "joint" or not context.shape[1]:
             return None
-        assert isinstance(model, Reader)
-        return model.read(context, text)
+        assert isinstance(model, ContextReader)
+        return model.read_context(context, text)
 
     def velocity(
         self,
@@ -94,15 +94,15 @@ class TeacherView:
         if not seen:
             return model.velocity(x_t, sigma, text)
         if self.context_pass == "own":
-            assert isinstance(model, Reader)
-            return model.velocity(x_t, sigma, text, self.read(model, text, context) if past is None else past)
+            assert isinstance(model, ContextReader)
+            return model.velocity(x_t, sigma, text, self.read_context(model, text, context) if past is None else past)
         levels: Tensor = sigma
         if self.context_sigma == "zero":
             levels = torch.cat([sigma.new_zeros(len(sigma), seen), sigma[:, None].expand(-1, x_t.shape[1])], dim=1)
         return model.velocity(torch.cat([context, x_t], dim=1), levels, text)[:, seen:]
 
 
-def guided(
+def guide_velocity(
     model: Score,
     text: Float[Tensor, "B T E"],
     context: Float[Tensor, "B K C H W"],
@@ -110,7 +110,7 @@ def guided(
     view: TeacherView,
     guidance: float,
     null: Float[Tensor, "T E"],
-    passes: Passes,
+    passes: GuidancePasses,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """null + guidance (cond - null) as a function of x_t and σ; a context with a pass of its own is read here, once a prompt."""
     prompts = [text] if guidance == 1 else [text, null.expand_as(text)]
@@ -118,7 +118,7 @@ def guided(
         prompts = [torch.cat(prompts)]
     times = len(prompts[0]) // len(text)
     shown = torch.cat([context] * times)
-    pasts = [view.read(model, prompt, shown) for prompt in prompts]
+    pasts = [view.read_context(model, prompt, shown) for prompt in prompts]
 
     def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
         x_t, sigma = torch.cat([x_t] * times), torch.cat([sigma] * times)
@@ -132,7 +132,7 @@ def guided(
 
 
 @torch.no_grad()
-def sample(
+def sample_window(
     model: Score,
     text: Float[Tensor, "B T E"],
     context: Float[Tensor, "B K C H W"],
@@ -142,13 +142,13 @@ def sample(
     flow: Flow,
     steps: int,
     guidance: float,
-    guidance_passes: Passes,
+    guidance_passes: GuidancePasses,
     rng: Noise,
     null: Float[Tensor, "T E"],
 ) -> Float[Tensor, "B F C H W"]:
     """Euler steps from noise to the frames after `context`; shape is F, C, H, W."""
-    x = gaussian((len(text), *shape), rng)
-    velocity = guided(model, text, context, view=view, guidance=guidance, null=null, passes=guidance_passes)
-    for high, low in pairwise(flow.levels(steps)):
+    x = draw_gaussian((len(text), *shape), rng)
+    velocity = guide_velocity(model, text, context, view=view, guidance=guidance, null=null, passes=guidance_passes)
+    for high, low in pairwise(flow.sampler_sigmas(steps)):
         x = x + (low - high) * velocity(x, x.new_full((len(x),), high))
     return x

@@ -8,10 +8,10 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from .denoiser import EXACT, Compute, Denoiser, ModelSpec
-from .weights import WEIGHTS, fill
+from .weights import WEIGHTS, fill_weights
 
 
-def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, compute: Compute = EXACT) -> Denoiser:
+def build_transformer(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, compute: Compute = EXACT) -> Denoiser:
     """A new transformer. Its head starts at 0, so that the first loss is the spread of the velocities."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -32,7 +32,7 @@ def build(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, comp
     return Denoiser(transformer, compute)
 
 
-def save(model: Denoiser, folder: Path) -> None:
+def save_transformer(model: Denoiser, folder: Path) -> None:
     """A diffusers folder: config.json and diffusion_pytorch_model.safetensors."""
     rope, model.transformer.rope = model.transformer.rope, model.transformer.rope.table
     try:
@@ -41,11 +41,11 @@ def save(model: Denoiser, folder: Path) -> None:
         model.transformer.rope = rope
 
 
-def load(folder: Path, compute: Compute = EXACT) -> Denoiser:
+def load_transformer(folder: Path, compute: Compute = EXACT) -> Denoiser:
     """Strict: a weight that is missing, unknown or of another shape is refused by name."""
     if not (folder / "config.json").is_file():
         way = "run the stage that makes it, or `cf import-weights`"
         raise ValueError(f"{folder} holds no config.json, so it is no transformer of diffusers; {way}")
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder, local_files_only=True))
-    fill(transformer, folder / WEIGHTS)
+    fill_weights(transformer, folder / WEIGHTS)
     return Denoiser(transformer, compute)

@@ -19,18 +19,18 @@ def choose_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
-def fill(module: nn.Module, file: Path) -> None:
+def fill_weights(module: nn.Module, file: Path) -> None:
     """Every weight by its name and shape, in the module's own precision; what doesn't fit is named."""
-    check_whole(file)
+    check_safetensors_header(file)
     state = load_file(file)
     try:
-        check(state, {name: tuple(weight.shape) for name, weight in module.state_dict().items()})
+        check_weights(state, {name: tuple(weight.shape) for name, weight in module.state_dict().items()})
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     module.load_state_dict(state)
 
 
-def check_whole(file: Path) -> None:
+def check_safetensors_header(file: Path) -> None:
     """Reads only the header, which says how long the file must be."""
     if not file.is_file():
         raise ValueError(f"{file} isn't there, so the folder is not whole; copy it again")
@@ -41,23 +41,23 @@ def check_whole(file: Path) -> None:
         raise ValueError(f"{file} is cut off or no safetensors file ({error}); copy it again") from None
 
 
-def check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_weights(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Exactly these names and shapes, in floating point, or a sentence that names what is wrong."""
     said = []
     if missing := shapes.keys() - state.keys():
-        said.append(f"lacks {some(missing)}")
+        said.append(f"lacks {list_first_names(missing)}")
     if unknown := state.keys() - shapes.keys():
-        said.append(f"holds {some(unknown)}, which it should not")
+        said.append(f"holds {list_first_names(unknown)}, which it should not")
     both = [name for name in shapes if name in state]
     if misshapen := [f"{name} as {list(state[name].shape)} for {list(shapes[name])}" for name in both if state[name].shape != shapes[name]]:
-        said.append(f"has the wrong shape for {some(misshapen)}")
+        said.append(f"has the wrong shape for {list_first_names(misshapen)}")
     if other := [f"{name} as {str(t.dtype)[6:]}" for name, t in state.items() if t.dtype not in FLOATS]:
-        said.append(f"stores {some(other)}, which is quantised")
+        said.append(f"stores {list_first_names(other)}, which is quantised")
     if said:
         raise ValueError(f"it {', and '.join(said)}; it must hold exactly the weights that its config names")
 
 
-def some(names: Iterable[str]) -> str:
+def list_first_names(names: Iterable[str]) -> str:
     """The first three, and how many there are."""
     first = sorted(names)
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more ({len(first)} in all)" if len(first) > 3 else "")

@@ -13,7 +13,7 @@ from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec
 from cf_model.train.student import StudentSpec
 from cf_model.train.teacher import TeacherSpec
-from cf_model.train.trainer.loop import OptimizerSpec
+from cf_model.train.trainer.engine import OptimizerSpec
 
 from .cost import Costs
 from .passes import Tally, lengths, remembered, rolling, scored, starts
@@ -109,7 +109,7 @@ def of_teacher(spec: TeacherSpec, costs: Costs) -> Need:
     contexts = Tally({0: spec.no_context})
     for view, part in ((spec.view, 1 - spec.fast_only), (replace(spec.view, sink=0, slow=0), spec.fast_only)):
         for start in pasts:
-            contexts.add(len(view.frames(start)), share * part)
+            contexts.add(len(view.context_frames(start)), share * part)
     passes = {seen: scored(costs, spec.view, spec.target, seen) for seen in contexts.shares}
     return replace(
         of_base(BaseSpec("scratch", None, spec.steps, spec.batch, 1, spec.dropout, spec.optimizer, spec.ema, spec.save_every), costs),
@@ -165,7 +165,7 @@ def of_student(spec: StudentSpec, costs: Costs, view: TeacherView) -> Need:
     longest = max(windows.shares) + roll.window
     seen = [one for one, _ in zip(remembered(spec.memory, roll.chunk), range(longest // roll.chunk), strict=False)]
     student = {start: rolling(spec, costs, seen, start) for start in windows.shares}
-    passes = {start: scored(costs, view, roll.window, len(view.frames(start))) for start in windows.shares}
+    passes = {start: scored(costs, view, roll.window, len(view.context_frames(start))) for start in windows.shares}
     operations, prompts = 0.0, 1 if spec.teacher.guidance == 1 else 2
     for start, often in windows.shares.items():
         score = passes[start]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cf_model.model.memory import ContextMemory, Frame, MemorySpec
+from cf_model.model.key_values import KeyValues
+from cf_model.model.memory import ContextMemory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, RolloutSpec
 from cf_model.model.view import TeacherView
 from cf_model.train.student import StudentSpec
@@ -83,7 +84,7 @@ class Seen:
 
     denoising: int
     committing: int
-    alive: frozenset[Frame]
+    alive: frozenset[KeyValues]
 
 
 def remembered(spec: MemorySpec, chunk: int) -> Iterator[Seen]:
@@ -92,10 +93,10 @@ def remembered(spec: MemorySpec, chunk: int) -> Iterator[Seen]:
     memory = ContextMemory(replace(spec, promote=promote, scope="global"))
     nothing, first = (torch.zeros(1, 1, 1, 1),), 0
     while True:
-        made = tuple(Frame(first + frame, nothing, nothing) for frame in range(chunk))
+        made = tuple(KeyValues(first + frame, nothing, nothing) for frame in range(chunk))
         memory = memory.offer(made)
         past = memory.frames
-        yield Seen(len(past), len(memory.committing(chunk).frames), frozenset((*past, *made)))
+        yield Seen(len(past), len(memory.commit_context(chunk).frames), frozenset((*past, *made)))
         memory, first = memory.remember(made), first + chunk
 
 
@@ -157,4 +158,4 @@ def rolling(spec: StudentSpec, costs: Costs, seen: list[Seen], start: int) -> Ro
             + costs.forward(chunk, seen[number].committing).total
             for number in range(first + count - new, first + count)
         )
-    return Rolling(rollout, replay, len(frozenset[Frame]().union(*(one.alive for one in seen[first : first + count]))))
+    return Rolling(rollout, replay, len(frozenset[KeyValues]().union(*(one.alive for one in seen[first : first + count]))))

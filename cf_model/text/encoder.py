@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 WORD = re.compile(r"\w+|[^\w\s]")
-PLACE = 0.5  # weight of a position's vector beside a word's
+POSITION_WEIGHT = 0.5  # weight of a position's vector beside a word's
 
 TextKind = Literal["words", "umt5"]
 
@@ -53,7 +53,7 @@ class WordEncoder:
         for row, text in zip(out, texts, strict=True):
             # Choice: a longer text is cut, as Wan's tokenizer cuts at 512 tokens.
             for i, word in enumerate(WORD.findall(text.lower())[: self.tokens]):
-                row[i] = vector(f"word {word}", self.channels) + PLACE * vector(f"place {i}", self.channels)
+                row[i] = draw_word_vector(f"word {word}", self.channels) + POSITION_WEIGHT * draw_word_vector(f"place {i}", self.channels)
         return torch.from_numpy(out)
 
     def length(self, text: str) -> int:
@@ -64,7 +64,7 @@ class WordEncoder:
 
 
 @lru_cache(maxsize=10_000)
-def vector(name: str, channels: int) -> np.ndarray:
+def draw_word_vector(name: str, channels: int) -> np.ndarray:
     """Normal numbers seeded by a name: the same in every process and on every machine."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
     values: np.ndarray = np.random.default_rng(seed).standard_normal(channels, np.float32)
@@ -72,7 +72,7 @@ def vector(name: str, channels: int) -> np.ndarray:
     return values
 
 
-def text_encoder(kind: TextKind, folder: Path | None, tokens: int, channels: int, *, load_dtype: torch.dtype | None = None) -> TextEncoder:
+def build_text_encoder(kind: TextKind, folder: Path | None, tokens: int, channels: int, *, load_dtype: torch.dtype | None = None) -> TextEncoder:
     """The one place that chooses. `folder` and `load_dtype` are of UMT5's weights; `channels` must be what they give."""
     if kind == "words":
         return WordEncoder(tokens, channels)
@@ -83,7 +83,7 @@ def text_encoder(kind: TextKind, folder: Path | None, tokens: int, channels: int
     return UMT5Encoder(folder, tokens, channels, load_dtype=load_dtype)
 
 
-def save_text(encoder: TextEncoder, folder: Path) -> None:
+def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
     """text.json says which of the two it is; UMT5's weights and tokenizer lie beside it, as in a diffusers pipeline."""
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"kind": "umt5", "tokens": encoder.tokens, "channels": encoder.channels}
@@ -97,11 +97,11 @@ def save_text(encoder: TextEncoder, folder: Path) -> None:
     (folder / "text.json").write_text(json.dumps(about) + "\n")
 
 
-def load_text(folder: Path, *, load_dtype: torch.dtype | None = None) -> TextEncoder:
+def load_text_encoder(folder: Path, *, load_dtype: torch.dtype | None = None) -> TextEncoder:
     """What `save_text` wrote."""
     if not (folder / "text.json").is_file():
         raise ValueError(f"{folder} holds no text.json, so it names no text encoder; name a folder that has one")
     about = json.loads((folder / "text.json").read_text())
     if about.get("kind") not in ("words", "umt5"):
         raise ValueError(f"{folder / 'text.json'} names the kind {about.get('kind')!r}; known are words and umt5")
-    return text_encoder(about["kind"], folder, about["tokens"], about["channels"], load_dtype=load_dtype)
+    return build_text_encoder(about["kind"], folder, about["tokens"], about["channels"], load_dtype=load_dtype)

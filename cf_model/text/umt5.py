@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from cf_model.model.weights import check_whole, choose_precision, some
+from cf_model.model.weights import check_safetensors_header, choose_precision, list_first_names
 
 
 class UMT5Encoder:
@@ -33,15 +33,15 @@ class UMT5Encoder:
         self.folder, self.tokens, self.channels, self.load_dtype = folder, tokens, channels, load_dtype
         self.device = torch.device("cpu")
         # Choice: the file itself, not a tokenizer class of transformers, which may rebuild it by its own rules.
-        self.tokenizer = opened(folder / "tokenizer" / "tokenizer.json")
+        self.tokenizer = open_tokenizer(folder / "tokenizer" / "tokenizer.json")
         home = folder / "text_encoder"
         if not (home / "config.json").is_file():
             raise ValueError(f"{home} holds no config.json; text.weights must name a folder with text_encoder/ and tokenizer/ inside")
         width = UMT5Config.from_pretrained(home, local_files_only=True).d_model
         if width != channels:
             raise ValueError(f"text.channels is {channels}, but {home} gives vectors of {width}; use {width}")
-        for file in weight_files(home):
-            check_whole(file)
+        for file in list_weight_files(home):
+            check_safetensors_header(file)
 
     @cached_property
     def model(self) -> UMT5EncoderModel:
@@ -58,7 +58,7 @@ class UMT5Encoder:
         wrong += [f"has {name}, which a UMT5 encoder has not" for name in sorted(found["unexpected_keys"])]
         wrong += [f"has {name} of {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])]
         if wrong:
-            raise ValueError(f"{home} {some(wrong)}; it belongs to other settings than those in the config.json beside it")
+            raise ValueError(f"{home} {list_first_names(wrong)}; it belongs to other settings than those in the config.json beside it")
         return model.eval().requires_grad_(False)
 
     def to(self, device: Any) -> UMT5Encoder:
@@ -69,7 +69,7 @@ class UMT5Encoder:
 
     def ids(self, text: str) -> list[int]:
         """Of the whole text; the last one ends it."""
-        return list(self.tokenizer.encode(clean(text)).ids)
+        return list(self.tokenizer.encode(clean_prompt(text)).ids)
 
     def length(self, text: str) -> int:
         return len(self.ids(text))
@@ -87,12 +87,12 @@ class UMT5Encoder:
         return out
 
 
-def clean(text: str) -> str:
+def clean_prompt(text: str) -> str:
     """As diffusers' WanPipeline, and Wan's own code, clean a prompt: broken characters, HTML entities, runs of spaces."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
-def opened(file: Path) -> Tokenizer:
+def open_tokenizer(file: Path) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"{file} isn't there; text.weights must name a folder with text_encoder/ and tokenizer/tokenizer.json inside")
     try:
@@ -104,7 +104,7 @@ def opened(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def weight_files(home: Path) -> list[Path]:
+def list_weight_files(home: Path) -> list[Path]:
     index = home / "model.safetensors.index.json"
     if not index.is_file():
         return [home / "model.safetensors"]
@@ -118,7 +118,7 @@ def save_umt5(encoder: UMT5Encoder, folder: Path) -> None:
     """Copy the encoder's files as they are, so that no precision is lost and nothing has to be loaded."""
     home = encoder.folder / "text_encoder"
     index = home / "model.safetensors.index.json"
-    files = [home / "config.json", *weight_files(home), *([index] if index.is_file() else [])]
+    files = [home / "config.json", *list_weight_files(home), *([index] if index.is_file() else [])]
     for file in [*files, encoder.folder / "tokenizer" / "tokenizer.json"]:
         copy = folder / file.relative_to(encoder.folder)
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cf_model.model.denoiser import Denoiser
-from cf_model.train.trainer.loop import at_least
+from cf_model.train.trainer.engine import require_at_least
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class LoraSpec:
             stated = f"rank is {self.rank}, alpha {self.alpha}, targets {self.targets and list(self.targets)}"
             raise ValueError(f"{stated}; state all three, or none to train every weight")
         if self.rank is not None:
-            at_least(1, rank=self.rank)
+            require_at_least(1, rank=self.rank)
         if self.targets == ():
             raise ValueError("targets is [], so nothing would learn; name linear layers, or set rank, alpha and targets to null")
 
 
-def attach(model: Denoiser, spec: LoraSpec, seed: int) -> None:
+def attach_lora(model: Denoiser, spec: LoraSpec, seed: int) -> None:
     """Puts the adapters in and freezes the rest, in place. B starts at 0: the model's answers don't change yet."""
     try:
         from peft import LoraConfig, inject_adapter_in_model  # here: only a run that asks for LoRA needs it

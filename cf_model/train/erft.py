@@ -13,9 +13,9 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.model.flow import Flow, add_noise, gaussian, share
+from cf_model.model.flow import Flow, add_noise, draw_gaussian, own_rows
 from cf_model.model.view import Score, TeacherView
-from cf_model.train.trainer.ranks import from_all
+from cf_model.train.trainer.ranks import gather_by_row
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class ErrorBank:
             self.count[grid] += 1
         self.stored["latent"][grid, slot], self.stored["noise"][grid, slot] = latent, noise
 
-    def collect(self, *parts: Mistakes) -> None:
+    def collect(self, *parts: BatchResiduals) -> None:
         """Takes the mistakes of one batch: of all ranks, and of all its parts where it was gone through in several.
 
         In the order of the batch's rows, whoever had them: every rank has the same bank afterwards.
         """
         levels, wrong = parts[0].levels, {row: found for part in parts for row, found in part.wrong.items()}
-        for level, one in zip(levels.values(), from_all(wrong, list(levels), parts[0].like), strict=True):
+        for level, one in zip(levels.values(), gather_by_row(wrong, list(levels), parts[0].like), strict=True):
             self.add(level, -level * one, (1 - level) * one)
 
     def draw(self, kind: Literal["latent", "noise"], rng: torch.Generator, sigma: float | None = None) -> Tensor | None:
@@ -131,7 +131,7 @@ class ErrorBank:
 
 
 @dataclass(frozen=True)
-class Mistakes:
+class BatchResiduals:
     """What the bank is to learn of one batch: which of its rows, and what each process found of its own."""
 
     levels: dict[int, float]  # row of the whole batch -> its noise level, in the batch's order
@@ -139,7 +139,7 @@ class Mistakes:
     like: Tensor  # of the size of one
 
 
-def erft_loss(
+def compute_erft_loss(
     model: Score,
     x: Float[Tensor, "B F C H W"],
     text: Float[Tensor, "B T E"],
@@ -152,19 +152,19 @@ def erft_loss(
     weight: Literal["uniform", "bell"],
     step: int,
     rng: torch.Generator,
-) -> tuple[Float[Tensor, ""], Mistakes]:
+) -> tuple[Float[Tensor, ""], BatchResiduals]:
     """Flow matching whose input carries old mistakes and whose target does not, w(σ) |v - v*|² (sec. 3.4; SVI, train_svi.py).
 
     `levels` are those of the whole batch, of which x, text and context are this process's rows: which mistakes are added
     where is drawn for all of them, the same in every process. The bank stays as it is; it takes what is returned.
     """
-    noise = gaussian(x.shape, rng)
-    spec, sigma, dirty = bank.spec, share(levels, rng).to(x), torch.rand(len(levels), 4, generator=rng)
+    noise = draw_gaussian(x.shape, rng)
+    spec, sigma, dirty = bank.spec, own_rows(levels, rng).to(x), torch.rand(len(levels), 4, generator=rng)
     clean = dirty[:, 0] < spec.clean if step >= spec.warmup else torch.ones(len(levels), dtype=torch.bool)
-    here = {row: i for i, row in enumerate(share(torch.arange(len(levels)), rng).tolist())}
+    here = {row: i for i, row in enumerate(own_rows(torch.arange(len(levels)), rng).tolist())}
     bad_x, bad_noise, bad_context = x.clone(), noise.clone(), context.clone()
     for row in (~clean).nonzero().flatten().tolist():
-        latent, of_noise, of_context = drawn(bank, dirty[row, 1:], float(levels[row]), rng)
+        latent, of_noise, of_context = _draw_errors(bank, dirty[row, 1:], float(levels[row]), rng)
         if (i := here.get(row)) is None:
             continue
         if latent is not None:
@@ -172,18 +172,18 @@ def erft_loss(
         if of_noise is not None:
             bad_noise[i] += of_noise.to(x)
         if of_context is not None:
-            add_to_context(bad_context[i], of_context.to(x), view, spec.segments)
+            _add_to_context(bad_context[i], of_context.to(x), view, spec.segments)
     target = bad_noise - x  # undoes the latent mistake, not the one in the noise
     velocity = view.velocity(model, add_noise(bad_x, bad_noise, sigma), sigma, text, bad_context)
     wrong = (velocity - target).detach()
     enter = ~clean | (torch.rand(len(levels), generator=rng) < spec.clean_update) | (step < spec.warmup)
     entering = {row: float(levels[row]) for row in enter.nonzero().flatten().tolist()}
-    found = Mistakes(entering, {row: wrong[here[row]] for row in entering if row in here}, wrong[0])
+    found = BatchResiduals(entering, {row: wrong[here[row]] for row in entering if row in here}, wrong[0])
     error = (velocity - target).square()
-    return (error.mean(dim=(1, 2, 3, 4)) * flow.weight(sigma) if weight == "bell" else error).mean(), found
+    return (error.mean(dim=(1, 2, 3, 4)) * flow.loss_weight(sigma) if weight == "bell" else error).mean(), found
 
 
-def drawn(bank: ErrorBank, chances: Tensor, level: float, rng: torch.Generator) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _draw_errors(bank: ErrorBank, chances: Tensor, level: float, rng: torch.Generator) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The mistakes that one sample's target, its noise and its context get; the context's may be of any level."""
     spec = bank.spec
     latent = bank.draw("latent", rng, level) if chances[0] < spec.latent else None
@@ -191,7 +191,7 @@ def drawn(bank: ErrorBank, chances: Tensor, level: float, rng: torch.Generator) 
     return latent, noise, bank.draw("latent", rng) if chances[2] < spec.context else None
 
 
-def add_to_context(context: Float[Tensor, "K C H W"], error: Float[Tensor, "F C H W"], view: TeacherView, segments: str) -> None:
+def _add_to_context(context: Float[Tensor, "K C H W"], error: Float[Tensor, "F C H W"], view: TeacherView, segments: str) -> None:
     """Adds the last frames of a mistake to the chosen segments of one context, in place."""
     skip = {"all": 0, "slow_fast": view.sink, "fast": len(context) - view.fast}[segments] if view.context == "sparse" else 0
     skip = max(skip, len(context) - len(error), 0)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from cf_model.model.view import TeacherView
 
-SEGMENTS = ("sink", "slow", "fast", "stride", "context_sigma", "context_pass")
+VIEW_FIELDS = ("sink", "slow", "fast", "stride", "context_sigma", "context_pass")
 
 
 @dataclass(frozen=True)
-class Layout:
+class TeacherLayout:
     view: TeacherView  # its segments, the level that context is announced with, and the pass that reads it
     target: int  # latent frames that are scored
     longest: int  # latent frames before them, at most
@@ -20,7 +20,7 @@ class Layout:
     def save(self, folder: Path) -> None:
         (folder / "layout.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
-    def check(self, shown: Layout, *, accept: bool) -> None:
+    def check(self, shown: TeacherLayout, *, accept: bool) -> None:
         """Refuses by name what a teacher of this layout wasn't trained for. No context is what every model knows.
 
         `accept`: another kind of context is meant, as in the released code, which trains on sparse and shows contiguous.
@@ -31,7 +31,7 @@ class Layout:
         if theirs.context != ours.context and not accept:
             stated = f"stage2.teacher.context is {theirs.context}, but the teacher was trained on {ours.context}"
             raise ValueError(f"{stated}; use that, or none, or say that it is meant with stage2.teacher.mismatch: accept")
-        for name in SEGMENTS:
+        for name in VIEW_FIELDS:
             if getattr(theirs, name) != getattr(ours, name):
                 stated = f"teacher.view.{name} is {getattr(theirs, name)}, but the teacher was trained with {getattr(ours, name)}"
                 raise ValueError(f"{stated}; use that, train it again, or use stage2.teacher.context: none")
@@ -43,7 +43,7 @@ class Layout:
             raise ValueError(f"{stated}; use less, or stage2.teacher.context: none")
 
 
-def agreed(teacher: Path, shown: Layout, *, accept: bool) -> TeacherView:
+def read_agreed_view(teacher: Path, shown: TeacherLayout, *, accept: bool) -> TeacherView:
     """The view to score with, after what the stage teacher wrote was compared with it."""
     file = teacher / "layout.json"
     if shown.view.context != "none":
@@ -52,7 +52,7 @@ def agreed(teacher: Path, shown: Layout, *, accept: bool) -> TeacherView:
             raise ValueError(f"{teacher} has no layout.json, which says what context it was trained on; {way}")
         try:
             stated = json.loads(file.read_text())
-            trained = Layout(TeacherView(**stated["view"]), stated["target"], stated["longest"])
+            trained = TeacherLayout(TeacherView(**stated["view"]), stated["target"], stated["longest"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is no layout of a teacher ({error}); run the stage teacher again") from None
         trained.check(shown, accept=accept)

@@ -1,4 +1,4 @@
-"""Rollouts that outlive a step: those that the critic's updates share, and videos that go on from step to step."""
+"""Rollouts that outlive a step: those that the critic's updates share, and videos that are continued from step to step."""
 
 from __future__ import annotations
 
@@ -8,75 +8,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cf_model.model.memory import MemorySpec, dump, restore
+from cf_model.model.memory import MemorySpec
+from cf_model.model.memory_state import dump_memory, restore_memory
 from cf_model.model.rollout import Rollout
-from cf_model.train.trainer.ranks import Random, of_all_ranks
+from cf_model.train.trainer.ranks import BatchRandom, gather_rows
 
 
-class Kept:
-    """The rollouts that the critic's updates share. A checkpoint holds the random state before them: the student has not
-    changed since, so they can be made again."""
+class SharedRollouts:
+    """The rollouts, by group of the batch, that all updates of the critic use until the student's next update.
+
+    A checkpoint holds the random state before them instead: the student has not changed since, so they can be computed again.
+    """
 
     def __init__(self) -> None:
-        self.made: dict[int, tuple[Rollout, Tensor]] = {}  # by group of the batch
-        self.before = torch.empty(0)
+        self.rollouts: dict[int, tuple[Rollout, Tensor]] = {}  # group -> rollout, and prompts [B, T, E]
+        self.random_before = torch.empty(0)
 
     def clear(self) -> None:
-        self.made, self.before = {}, torch.empty(0)
+        """Drop the rollouts, because the student has changed."""
+        self.rollouts, self.random_before = {}, torch.empty(0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before} if len(self.before) else {}
+        return {"before": self.random_before} if len(self.random_before) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.made, self.before = {}, state.get("before", torch.empty(0))
+        self.rollouts, self.random_before = {}, state.get("before", torch.empty(0))
 
 
-class Stream:
-    """The video that one group of the batch goes on with."""
+class RolloutStream:
+    """The video that one group of the batch continues: its final length in latent frames, its prompt, and its newest part."""
 
     def __init__(self) -> None:
         self.frames, self.text = 0, torch.empty(0)
-        self.made: Rollout | None = None
+        self.newest: Rollout | None = None
 
 
-class Streams:
-    """The videos that `persist: stream` goes on with; a checkpoint holds those of the whole batch, from all ranks."""
+class RolloutStreams:
+    """The videos that `persist: stream` continues, one of each group. A checkpoint holds those of the whole batch, from all ranks."""
 
-    def __init__(self, spec: MemorySpec, random: Random, device: torch.device) -> None:
+    def __init__(self, spec: MemorySpec, random: BatchRandom, device: torch.device) -> None:
         self.spec, self.random, self.device = spec, random, device
-        self.groups = [Stream() for _ in range(random.count)]
+        self.groups = [RolloutStream() for _ in range(random.count)]
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.groups[0].made:
+        """Return the videos of the whole batch. Every rank must call, because the rows are gathered."""
+        if not self.groups[0].newest:
             return {}
-        parts = [{"text": one.text, "video": one.made.video, "memory": dump(one.made.memory)} for one in self.groups if one.made]
-        return {"frames": self.groups[0].frames, **each(lambda *rows: torch.cat([of_all_ranks(one) for one in rows]), *parts)}
+        parts = [
+            {"text": stream.text, "video": stream.newest.video, "memory": dump_memory(stream.newest.memory)}
+            for stream in self.groups
+            if stream.newest
+        ]
+        batch = _map_batch_tensors(lambda *groups: torch.cat([gather_rows(group) for group in groups]), *parts)
+        return {"frames": self.groups[0].frames, **batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.groups = [Stream() for _ in self.groups]
+        """Give each group its rows of the batch, whatever the number of ranks and groups that wrote them."""
+        self.groups = [RolloutStream() for _ in self.groups]
         if not state:
             return
         for group in self.random.groups():
-            part, one = each(lambda rows: self.random.rng.rows(rows).contiguous(), state), self.groups[group]
-            one.frames, one.text = part["frames"], part["text"]
-            one.made = Rollout(part["video"], slice(0), (), (), restore(self.spec, moved(part["memory"], self.device)), ())
+            part, stream = _map_batch_tensors(lambda rows: self.random.rng.own_rows(rows).contiguous(), state), self.groups[group]
+            memory = restore_memory(self.spec, _move_to_device(part["memory"], self.device), self.random.share_key)
+            stream.frames, stream.text = part["frames"], part["text"]
+            stream.newest = Rollout(part["video"], slice(0), (), (), memory, ())
 
 
-def each(change: Callable[..., Tensor], *values: Any) -> Any:
-    """Nested dictionaries and lists of one shape with `change` on what belongs to the batch's videos: tensors of three
-    dimensions or more. What is said of the batch as a whole is the same in all."""
+def _map_batch_tensors(change: Callable[..., Tensor], *values: Any) -> Any:
+    """Apply `change` to the batch's tensors in nested dictionaries and lists, `values`, which all have the same keys.
+
+    A tensor of three dimensions or more has a row for each video of the batch; anything else is the same in all and is copied.
+    """
     first = values[0]
     if isinstance(first, Mapping):
-        return {key: each(change, *(value[key] for value in values)) for key in first}
+        return {key: _map_batch_tensors(change, *(value[key] for value in values)) for key in first}
     if isinstance(first, list | tuple):
-        return [each(change, *items) for items in zip(*values, strict=True)]
+        return [_map_batch_tensors(change, *items) for items in zip(*values, strict=True)]
     return change(*values) if isinstance(first, Tensor) and first.ndim > 2 else first
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Nested dictionaries and lists with their tensors on a device."""
+def _move_to_device(value: Any, device: torch.device) -> Any:
+    """Copy nested dictionaries and lists with their tensors moved to a device."""
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: _move_to_device(item, device) for key, item in value.items()}
     if isinstance(value, list):
-        return [moved(item, device) for item in value]
+        return [_move_to_device(item, device) for item in value]
     return value.to(device) if isinstance(value, Tensor) else value

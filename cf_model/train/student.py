@@ -14,12 +14,17 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
 from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
-from cf_model.model.view import Passes, TeacherView
-from cf_model.train.trainer.loop import PLAIN, Average, EngineSpec, OptimizerSpec, Random, at_least, batches, build_optimizer, mean
-from cf_model.train.trainer.observe import Clock, remembered, student_loss
+from cf_model.model.view import GuidancePasses, TeacherView
+from cf_model.train.distill import measure_student_loss
+from cf_model.train.trainer.batch import average_groups, draw_rows
+from cf_model.train.trainer.ema import EMA
+from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec, require_at_least
+from cf_model.train.trainer.observe import StepTimer, measure_promotion
+from cf_model.train.trainer.ranks import BatchRandom
+from cf_model.train.trainer.zero import build_optimizer
 
-from .distill import critic_loss, generator_gradient, replay
-from .past import Kept, Streams
+from .distill import compute_critic_loss, compute_generator_gradient, replay_window
+from .past import RolloutStreams, SharedRollouts
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,12 @@ class ScoreSpec:
 
     context: Literal["none", "sparse", "contiguous"]
     guidance: float  # null + guidance (cond - null); Self-Forcing's 3.0 is our 4.0
-    guidance_passes: Passes  # the teacher's two, one after the other or as one batch
+    guidance_passes: GuidancePasses  # the teacher's two, one after the other or as one batch
     mismatch: Literal["refuse", "accept"]  # a context in another layout than the teacher was trained on
     first_latent: Literal["as_is", "reencode"]  # the first frame that they see, where it isn't the video's: as a picture of its own
 
     def __post_init__(self) -> None:
-        at_least(1, guidance=self.guidance)
+        require_at_least(1, guidance=self.guidance)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class StudentSpec:
     save_every: int
 
     def __post_init__(self) -> None:
-        at_least(1, steps=self.steps, critic_updates=self.critic_updates, batch=self.batch, save_every=self.save_every)
+        require_at_least(1, steps=self.steps, critic_updates=self.critic_updates, batch=self.batch, save_every=self.save_every)
         if self.steps < self.critic_updates:
             raise ValueError(f"steps is {self.steps}, less than critic_updates {self.critic_updates}: the student would never change")
         chunk = self.rollout.chunk
@@ -71,12 +76,12 @@ class StudentSpec:
         if self.rollouts == "shared" and self.rollout.persist == "stream":
             stated = "rollouts is shared, but rollout.persist is stream, where every step makes the next part of a video"
             raise ValueError(f"{stated}; use rollouts: each, or rollout.persist: fresh")
-        self.memory.hold(chunk)
+        self.memory.check_chunk(chunk)
         if self.horizon.shortest < self.rollout.window:
             raise ValueError(f"horizon.shortest is {self.horizon.shortest}, below rollout.window {self.rollout.window}; use at least that")
 
 
-class Prompts(Protocol):
+class PromptSet(Protocol):
     """Embedded prompts, read as they are drawn: a training set's do not fit into memory. A tensor [P, T, E] is one, too."""
 
     def __len__(self) -> int: ...
@@ -84,7 +89,7 @@ class Prompts(Protocol):
     def __getitem__(self, at: list[int], /) -> Tensor: ...
 
 
-class Distillation:
+class DistillationTrainer:
     """The moving parts of one distillation: the critic learns at every step, the student at every `critic_updates`-th."""
 
     def __init__(
@@ -96,7 +101,7 @@ class Distillation:
         critic: Denoiser,
         view: TeacherView,
         flow: Flow,
-        prompts: Prompts,
+        prompts: PromptSet,
         null: Float[Tensor, "T E"],
         shape: tuple[int, int, int],
         seed: int,
@@ -108,13 +113,13 @@ class Distillation:
         self.null, self.prompts, self.reencode = null.to(device), prompts, reencode
         self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
-        self.random = Random(seed, device, groups=engine.groups(spec.batch))
-        self.average = Average(student, spec.ema, spec.ema_start)
+        self.random = BatchRandom(seed, device, groups=engine.groups(spec.batch))
+        self.average = EMA(student, spec.ema, spec.ema_start)
         self.student_optimizer = build_optimizer(student, spec.student_optimizer, spec.steps // spec.critic_updates, engine)
         self.critic_optimizer = build_optimizer(critic, spec.critic_optimizer, spec.steps, engine)
-        self.streams = Streams(spec.memory, self.random, device)
-        self.kept = Kept()
-        self.clock = Clock(device)
+        self.streams = RolloutStreams(spec.memory, self.random, device)
+        self.kept = SharedRollouts()
+        self.clock = StepTimer(device)
         self.seen: dict[str, Tensor] = {}
 
     @property
@@ -134,7 +139,7 @@ class Distillation:
         """One update of the critic; every `critic_updates`-th time one of the student too, on the same rollout."""
         last = (number + 1) % self.spec.critic_updates == 0
         groups = [self._group(number, group, last) for group in self.random.groups()]
-        values = {name: mean([one[name] for one in groups]) for name in groups[0]}
+        values = {name: average_groups([one[name] for one in groups]) for name in groups[0]}
         if last:
             values["student_gradient"] = self.student_optimizer.step()
             values["ema_distance"] = self.average.update()
@@ -151,9 +156,9 @@ class Distillation:
         context, target = self.shown(made)
         self.clock.lap("data")
         self.seen |= self.random.label(target=target, context=context, text=text)
-        past = self.view.read(self.critic, text, context)  # for both updates: the student's doesn't change the critic
+        past = self.view.read_context(self.critic, text, context)  # for both updates: the student's doesn't change the critic
         values = self._student_gradient(made, target, context, text, past) if last else {}
-        loss = critic_loss(
+        loss = compute_critic_loss(
             target,
             text,
             fake=self.critic,
@@ -168,8 +173,8 @@ class Distillation:
         self.clock.lap("critic")
         values |= {"critic_loss": loss.item(), "frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
         values |= {"context_frames": float(context.shape[1]), "window": float(made.window.start)}
-        if made.compared:
-            values |= remembered(spec.memory, made.compared) | {"slow_frames": float(len(made.memory.held()["slow"]))}
+        if made.comparisons:
+            values |= measure_promotion(spec.memory, made.comparisons) | {"slow_frames": float(len(made.memory.frame_indices()["slow"]))}
         return values
 
     def _made(self, number: int, group: int) -> tuple[Rollout, Tensor]:
@@ -194,9 +199,9 @@ class Distillation:
         if before and before.video.shape[1] + new <= stream.frames:
             frames, text = before.video.shape[1] + new, stream.text
         else:
-            drawn = self.random.mine(batches(range(len(self.prompts)), spec.batch, self.random))
+            drawn = self.random.mine(draw_rows(range(len(self.prompts)), spec.batch, self.random))
             before, text = None, self.prompts[drawn].to(self.null)
-            frames = spec.horizon.sample(number, spec.rollout.chunk, rng)
+            frames = spec.horizon.sample_length(number, spec.rollout.chunk, rng)
             if spec.rollout.persist == "stream":
                 stream.frames, stream.text, frames = frames, text, spec.rollout.window
         made = rollout(
@@ -208,7 +213,7 @@ class Distillation:
 
     def shown(self, made: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
         """Context and target as the scores see them."""
-        seen = self.view.frames(made.window.start)
+        seen = self.view.context_frames(made.window.start)
         both = torch.cat([made.video[:, seen], made.video[:, made.window]], dim=1)
         first = [*seen, made.window.start][0]
         if self.spec.teacher.first_latent == "reencode" and first:
@@ -218,7 +223,7 @@ class Distillation:
         return both[:, : len(seen)], both[:, len(seen) :]
 
     def _student_gradient(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None) -> dict[str, float]:
-        gradient, values = generator_gradient(
+        gradient, values = compute_generator_gradient(
             target,
             text,
             real=self.teacher,
@@ -233,6 +238,6 @@ class Distillation:
             null=self.null,
         )
         self.clock.lap("scores")
-        replay(self.student, made, gradient, text, backward=lambda loss: self.student_optimizer.backward(loss / self.random.count))
+        replay_window(self.student, made, gradient, text, backward=lambda loss: self.student_optimizer.backward(loss / self.random.count))
         self.clock.lap("replay")
-        return values | {"student_loss": student_loss(made, gradient)}
+        return values | {"student_loss": measure_student_loss(made, gradient)}

@@ -1,4 +1,4 @@
-"""The context teacher: the base model learns to go on from a long past, by error-recycling fine-tuning (sec. 3.4)."""
+"""The context teacher: the base model learns to continue a long past, by error-recycling fine-tuning (ERFT, sec. 3.4)."""
 
 from __future__ import annotations
 
@@ -10,99 +10,104 @@ import torch
 from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.flow import Flow, share
+from cf_model.model.flow import Flow, own_rows
 from cf_model.model.view import TeacherView
-from cf_model.train.trainer.loop import (
-    PLAIN,
-    Average,
-    Clips,
-    EngineSpec,
-    OptimizerSpec,
-    Random,
-    at_least,
-    batches,
-    build_optimizer,
-    drop_prompts,
-    mean,
-)
-from cf_model.train.trainer.observe import Clock
+from cf_model.train.trainer.batch import EncodedClips, average_groups, draw_rows, drop_prompts
+from cf_model.train.trainer.ema import EMA
+from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec, require_at_least
+from cf_model.train.trainer.observe import StepTimer
+from cf_model.train.trainer.ranks import BatchRandom
+from cf_model.train.trainer.zero import build_optimizer
 
-from .adapter import LoraSpec, attach
-from .erft import ErrorBank, ErrorSpec, Mistakes, erft_loss
+from .adapter import LoraSpec, attach_lora
+from .erft import BatchResiduals, ErrorBank, ErrorSpec, compute_erft_loss
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
+    """Settings of the stage `teacher`. The paper: 8,000 steps, batch 8 (sec. 4)."""
+
     steps: int
     batch: int
-    target: int  # latent frames the teacher goes on for
+    target: int  # latent frames that the teacher generates
     shortest: int  # latent frames from the clip's beginning to the target, at least
     longest: int  # and at most
     no_context: float  # share of the steps without a past, so that it can also begin a video
-    fast_only: float  # share with the fast frames alone, so that leaving the others out can be compared fairly
+    fast_only: float  # share of the steps that see the fast frames alone, so that an ablation without sink and slow frames is fair
     dropout: float
     view: TeacherView
     errors: ErrorSpec
-    weight: Literal["uniform", "bell"]  # of noise levels in the loss: none, or as Wan was trained
+    weight: Literal["uniform", "bell"]  # of noise levels in the loss: equal, or the bell that Wan was trained with
     lora: LoraSpec
     optimizer: OptimizerSpec
     ema: float
     save_every: int
 
     def __post_init__(self) -> None:
-        at_least(1, steps=self.steps, batch=self.batch, target=self.target, shortest=self.shortest, save_every=self.save_every)
+        require_at_least(1, steps=self.steps, batch=self.batch, target=self.target, shortest=self.shortest, save_every=self.save_every)
         if self.longest < self.shortest:
             raise ValueError(f"longest is {self.longest}, less than shortest {self.shortest}; use at least that")
 
 
-class Teacher:
+class TeacherTrainer:
+    """Error-recycling fine-tuning of the base model on continuations of real clips."""
+
     def __init__(
-        self, spec: TeacherSpec, *, model: Denoiser, latents: Clips, flow: Flow, seed: int, engine: EngineSpec = PLAIN
+        self, spec: TeacherSpec, *, model: Denoiser, latents: EncodedClips, flow: Flow, seed: int, engine: EngineSpec = PLAIN
     ) -> None:
         self.spec, self.model, self.latents, self.flow = spec, model, latents, flow
+        self.steps, self.save_every = spec.steps, spec.save_every
         if spec.lora.rank:
-            attach(model, spec.lora, seed)
+            attach_lora(model, spec.lora, seed)
         self.rows = latents.rows("train", at_least=spec.shortest + spec.target)
         self.device = next(model.parameters()).device
-        self.random = Random(seed, self.device, groups=engine.groups(spec.batch))
-        self.average = Average(model, spec.ema)
+        self.random = BatchRandom(seed, self.device, groups=engine.count_groups(spec.batch))
+        self.ema = EMA(model, spec.ema)  # before build_optimizer, which may split the model over the ranks
         self.optimizer = build_optimizer(model, spec.optimizer, spec.steps, engine)
-        self.clock = Clock(self.device)
+        self.timer = StepTimer(self.device)
         self.bank = ErrorBank(spec.errors, (spec.target, *latents.shape))
-        self.seen: dict[str, Tensor] = {}
+        self.newest_batch: dict[str, Tensor] = {}
 
     @property
     def state(self) -> Mapping[str, Any]:
-        parts = {"model": self.optimizer.weights, "average": self.average, "optimizer": self.optimizer}
+        """Everything that a step changes, by its name in a checkpoint."""
+        parts = {"model": self.optimizer.weights, "average": self.ema, "optimizer": self.optimizer}
         return {**parts, "bank": self.bank, "random": self.random}
 
     def step(self, number: int) -> dict[str, float]:
-        made = [self._loss(number) for _ in self.random.groups()]
-        self.bank.collect(*(found for _, found in made))
+        """Take one step on a batch, and let the error bank collect the batch's residuals."""
+        groups = [self._accumulate_group(number) for _ in self.random.groups()]
+        # The bank changes after the whole batch only, so that every group draws from the same bank.
+        self.bank.collect(*(residuals for _, residuals in groups))
         norm = self.optimizer.step()
-        distance = self.average.update()
-        self.clock.lap("update")
-        values = {name: mean([one[name] for one, _ in made]) for name in made[0][0]}
+        distance = self.ema.update()
+        self.timer.lap("update")
+        values = {name: average_groups([group[name] for group, _ in groups]) for name in groups[0][0]}
         return {**values, "gradient": norm, **self.bank.statistics(), "ema_distance": distance}
 
-    def _loss(self, number: int) -> tuple[dict[str, float], Mistakes]:
-        """Of one group of the batch, whose gradient is added; and its mistakes."""
+    def _accumulate_group(self, number: int) -> tuple[dict[str, float], BatchResiduals]:
+        """Add the gradient of one group of the batch; return the group's values and residuals."""
         spec, rng = self.spec, self.random.rng
-        rows = batches(self.rows, spec.batch, self.random)
+        # Draw how many latent frames of the past there are: none, or uniform in shortest..longest; the paper: 5 to 20 seconds (sec. 4).
+        rows = draw_rows(self.rows, spec.batch, self.random)
         longest = min(spec.longest, *(self.latents.frames(row) - spec.target for row in rows))
         start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, longest, 1)[0]
+        # Draw what the teacher sees of that past: the slow-fast view (Fig. 3), or its fast frames alone.
         view = replace(spec.view, sink=0, slow=0) if self.random.coin(spec.fast_only) else spec.view
         starts = [self.random.integers(0, self.latents.frames(row) - start - spec.target, 1)[0] for row in rows]
-        rows, starts = self.random.mine(rows), self.random.mine(starts)
-        clip = self.latents.window(rows, starts, start + spec.target).to(self.device)
-        x, context = clip[:, start:], clip[:, view.frames(start)]
+        rows, starts = self.random.take_own(rows), self.random.take_own(starts)
+        clip = self.latents.window(rows, starts, start + spec.target).to(self.device)  # [B, start + target, C, H, W]
+        # The target X_{k+1:N}, [B, F, C, H, W], and the context X_{1:k} as the view cuts it, [B, K, C, H, W].
+        x, context = clip[:, start:], clip[:, view.context_frames(start)]
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
-        levels = self.flow.warp(torch.rand(spec.batch, generator=rng))  # of the whole batch: each rank draws everyone's mistakes
-        self.seen |= self.random.label(x=x, context=context, text=text, sigma=share(levels, rng))
-        self.clock.lap("data")
-        loss, found = erft_loss(
+        # Noise levels of the whole batch, [batch]: each rank draws the errors of all rows.
+        levels = self.flow.warp(torch.rand(spec.batch, generator=rng))
+        self.newest_batch |= self.random.label(x=x, context=context, text=text, sigma=own_rows(levels, rng))
+        self.timer.lap("data")
+        # Sec. 3.4: perturb the context by errors from the bank, and learn to recover the correct velocity.
+        loss, residuals = compute_erft_loss(
             self.model, x, text, context, levels, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
         )
         self.optimizer.backward(loss / self.random.count)
-        self.clock.lap("loss")
-        return {"loss" if start else "loss_without_context": loss.item(), "context_frames": float(context.shape[1])}, found
+        self.timer.lap("loss")
+        return {"loss" if start else "loss_without_context": loss.item(), "context_frames": float(context.shape[1])}, residuals

@@ -27,7 +27,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 
 from flows.doctor.finding import Line
 from flows.machine import alerts, processes, reconcile
-from flows.machine.settings import Machine, healthy
+from flows.machine.settings import Machine, is_healthy
 from flows.machine.up import POOL, since
 
 SOON = timedelta(seconds=120)  # the scheduler looks every minute
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from flows.doctor.finding import Check
 
 
-def server(machine: Machine, fix: bool) -> Iterator[Line]:
+def check_server(machine: Machine, fix: bool) -> Iterator[Line]:
     """All of it, or one line that there is no server: a checkout needs none for `make repro`."""
-    if not healthy(machine):
+    if not is_healthy(machine):
         died = machine.file("server.pid").exists()
         said = f"no server answers at {machine.url}"
         yield Line("server", "fail" if died else "warn", said, "`make up` starts it" + ("; it had died" if died else ""))
@@ -53,28 +53,28 @@ def server(machine: Machine, fix: bool) -> Iterator[Line]:
             f"{machine.url}, Prefect {version}",
             "" if same else f"here is {prefect.__version__}: `make down up`",
         )
-        yield from complaints(machine.file("server.log"))
-        yield from worker(client, machine)
-        yield from schedules(client)
-        yield from stuck(client, machine, fix)
+        yield from check_server_log(machine.file("server.log"))
+        yield from check_worker(client, machine)
+        yield from check_schedules(client)
+        yield from check_stuck_runs(client, machine, fix)
 
 
-def alarms(machine: Machine, fix: bool) -> Iterator[Line]:
+def check_alerts(machine: Machine, fix: bool) -> Iterator[Line]:
     """Who is told is in the environment that `cf up` was given, so that is what counts."""
     for name, of in (("worker", "a night that fails"), ("watch", "a night that doesn't happen")):
         process = processes.noted(machine.file(f"{name}.pid"))
-        if process and alerts.URL not in process.environ():
-            yield Line("alerts", "warn", f"nobody is told of {of}", f"{alerts.URL}=https://... make down up")
+        if process and alerts.ALERT_URL not in process.environ():
+            yield Line("alerts", "warn", f"nobody is told of {of}", f"{alerts.ALERT_URL}=https://... make down up")
         elif process:
             yield Line("alerts", "ok", f"someone is told of {of}")
         elif name == "watch" and processes.noted(machine.file("worker.pid")):
             yield Line("alerts", "fail", f"nobody looks for {of}", "`make up` starts the watch")
 
 
-CHECKS: list[Check] = [server, alarms]
+CHECKS: list[Check] = [check_server, check_alerts]
 
 
-def complaints(log: Path) -> Iterator[Line]:
+def check_server_log(log: Path) -> Iterator[Line]:
     """The scheduler's failures are to be seen nowhere else."""
     text = since(log) if log.exists() else ""
     text = text.rpartition("Check out the dashboard")[2]  # since it was started last
@@ -83,7 +83,7 @@ def complaints(log: Path) -> Iterator[Line]:
         yield Line("server", "warn", f"{len(lines)} errors in its log, the last: {lines[-1][:160]}", f"see {log}")
 
 
-def worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Line]:
+def check_worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Line]:
     pool = next((pool for pool in client.read_work_pools() if pool.name == POOL), None)
     if pool is None:
         yield Line("worker", "fail", f"the server has no work pool {POOL}", "`make up` starts a worker, which makes it")
@@ -105,7 +105,7 @@ def worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Line]:
         yield Line("worker", "ok", f"process {own.pid}, pool {POOL}")
 
 
-def schedules(client: SyncPrefectClient) -> Iterator[Line]:
+def check_schedules(client: SyncPrefectClient) -> Iterator[Line]:
     """A deployment with a cron and without one run ahead of it is the failure that nobody sees until a month is gone."""
     deployments = client.read_deployments()
     if not deployments:
@@ -116,10 +116,10 @@ def schedules(client: SyncPrefectClient) -> Iterator[Line]:
             paused = Line("deployments", "warn", f"{one.name} has a schedule that is paused", "resume it in the UI")
             yield paused if one.schedules else Line("deployments", "ok", f"{one.name}: on demand")
             continue
-        yield from scheduled(client, one)
+        yield from check_schedule(client, one)
 
 
-def scheduled(client: SyncPrefectClient, one: DeploymentResponse) -> Iterator[Line]:
+def check_schedule(client: SyncPrefectClient, one: DeploymentResponse) -> Iterator[Line]:
     runs = client.read_flow_runs(
         deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[one.id])),
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED]))),
@@ -142,13 +142,13 @@ def scheduled(client: SyncPrefectClient, one: DeploymentResponse) -> Iterator[Li
         yield Line("deployments", "warn", f"{one.name} has not completed since {latest:%Y-%m-%d %H:%M} UTC", "see its runs in the UI")
 
 
-def stuck(client: SyncPrefectClient, machine: Machine, fix: bool) -> Iterator[Line]:
+def check_stuck_runs(client: SyncPrefectClient, machine: Machine, fix: bool) -> Iterator[Line]:
     """Runs that say Running and have no process here, and slots that nobody holds."""
     states = FlowRunFilterState(type=FlowRunFilterStateType(any_=reconcile.OPEN))
     open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=states))
-    dead = [run.name for run in reconcile.dead(client, machine.root, SOON)]
+    dead = [run.name for run in reconcile.find_dead_runs(client, machine.root, SOON)]
     if dead and fix:
-        for said in reconcile.flow_runs(client, machine.root, SOON):
+        for said in reconcile.close_dead_runs(client, machine.root, SOON):
             yield Line("stuck", "ok", said)
     elif dead:
         yield Line("stuck", "warn", f"said to be at work, and dead: {', '.join(dead)}", "`cf doctor --fix` closes them")

@@ -1,8 +1,11 @@
-"""Someone is told: when a night fails, crashes, is refused, or does not happen at all.
+"""Alerts when a night fails, crashes, is refused, or does not happen at all.
 
-A message is a POST of JSON to the URL in CF_ALERT_URL, whose `text` Slack, Mattermost and others show as it is. The URL is a secret:
-it comes from the environment only, and no log line holds it. A night writes down how it ended; who looks there whether the last good
-end is too long ago needs neither worker nor flow, nor the server: the watch that `cf up` starts, or `cf nightly-check` from cron.
+An alert is a POST of JSON to the URL in CF_ALERT_URL, whose `text` Slack, Mattermost and others show as it is. CF_HEARTBEAT_URL is
+asked for once when a night has ended well, for services that raise the alarm when nothing is heard from a machine. Both are secrets:
+they come from the environment only, and no log line holds them.
+
+A night writes down how it ended. Whether the last good end is too long ago is looked up without worker, flow or server, by the watch
+that `cf up` starts or by `cf nightly-check` from cron.
 """
 
 from __future__ import annotations
@@ -19,113 +22,130 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-from ruamel.yaml.error import YAMLError
+from urllib.parse import urlsplit
 
 from flows.cli import in_a_sentence
 from flows.machine import settings
-from flows.project import overrides
+from tasks.params import yaml_file
 
-URL = "CF_ALERT_URL"
+ALERT_URL, HEARTBEAT_URL = "CF_ALERT_URL", "CF_HEARTBEAT_URL"
 TRIES, PAUSE, LIMIT = 3, 2.0, 10.0
-LAST = Path(".runs/nightly.json")  # in the checkout that nights are started in
-GOOD = ("Promoted", "Refused", "NoNewData", "NoGoodClips", "TheSameAgain", "NotPushed")  # a night that took place
+STATE_FILE = Path(".runs/nightly.json")  # in the checkout that nights are started in
+GOOD_OUTCOMES = ("Promoted", "Refused", "NoNewData", "NoGoodClips", "TheSameAgain", "NotPushed")  # of a night that took place
+NO_URL = f"{ALERT_URL} isn't set, so it can tell nobody"
 AGAIN = 24 * 3600.0  # Choice: seconds until an absence that goes on is told again
 
 
-def send(event: str, text: str, line: Callable[[str], None], **facts: Any) -> bool:
-    """Whether it was delivered. It never raises: an alert must not be what ends a night."""
-    url = os.environ.get(URL)
+def send_alert(event: str, text: str, line: Callable[[str], None], **facts: Any) -> bool:
+    """Send an alert and return whether it was delivered. No exception leaves, because an alert must not be what ends a night."""
+    url = os.environ.get(ALERT_URL)
     if not url:
-        line(f"nobody is told ({event}): {URL} is not set")
+        line(f"nobody is told ({event}): {ALERT_URL} is not set")
         return False
     body = json.dumps({"text": f"context-forcing: {text}", "event": event, "time": int(time.time()), **facts}).encode()
-    why = ""
     for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE)
-        try:
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
-            if not url.startswith(("http://", "https://")):
-                raise ValueError
-            with urllib.request.urlopen(request, timeout=LIMIT):
-                line(f"someone was told: {event}")
-                return True
-        except urllib.error.HTTPError as error:
-            why = f"HTTP {error.code}"
-        except (OSError, ValueError, http.client.HTTPException) as error:  # its text may hold the URL
-            why = type(error).__name__
-    line(f"nobody could be told ({event}): {why}; see {URL} in the worker's environment")
+        time.sleep(PAUSE if attempt else 0)
+        failure = _request(url, body)
+        if failure is None:
+            line(f"someone was told: {event}")
+            return True
+    line(f"nobody could be told ({event}): {failure}; see {ALERT_URL} in the worker's environment")
     return False
 
 
+def send_heartbeat(line: Callable[[str], None]) -> None:
+    """Ask for CF_HEARTBEAT_URL once, if it is set. A failure is only a line of the log, because the night itself was good."""
+    if url := os.environ.get(HEARTBEAT_URL):
+        failure = _request(url)
+        line(f"warning: no heartbeat was sent: {failure}; see {HEARTBEAT_URL}" if failure else "a heartbeat was sent")
+
+
+def _request(url: str, body: bytes | None = None) -> str | None:
+    """POST a body of JSON, or GET without one: over https, or to this machine. Return what failed, in words without the URL."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme != "https" and (parts.scheme != "http" or (body is None and parts.hostname not in settings.LOOPBACK)):
+            return "its address is neither https nor on this machine"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=LIMIT):
+            return None
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}"
+    except (OSError, ValueError, http.client.HTTPException) as error:  # the error's text may hold the URL
+        return type(error).__name__
+
+
 def on_failure(flow: Any, flow_run: Any, state: Any) -> None:
-    """Prefect calls these; after a kill -9 of the flow it is the worker that does."""
-    _of_a_run("failed", flow_run, state)
+    """Alert that a night failed; Prefect calls this hook in the flow's process."""
+    _report_run("failed", flow_run, state)
 
 
 def on_crashed(flow: Any, flow_run: Any, state: Any) -> None:
-    _of_a_run("crashed", flow_run, state)
+    """Alert that a night crashed; after a kill -9 of the flow it is the worker that calls this hook."""
+    _report_run("crashed", flow_run, state)
 
 
-def _of_a_run(event: str, run: Any, state: Any) -> None:
-    """In the checkout that nights are started in."""
-    said = " ".join(str(state.message or "").split())[:500]
-    send(event, f"nightly {run.name} {event}: {said}", _print, run=str(run.id), name=run.name)
-    ended(Path.cwd(), event, good=False)
+def _report_run(event: str, run: Any, state: Any) -> None:
+    """Send the alert, and write the end down in the working folder: the checkout that nights are started in."""
+    message = " ".join(str(state.message or "").split())[:500]
+    send_alert(event, f"nightly {run.name} {event}: {message}", _print, run=str(run.id), name=run.name)
+    record_end(Path.cwd(), event, good=False)
 
 
-def ended(repo: Path, outcome: str, *, good: bool) -> None:
-    """Writes down how a night ended. Where it can't (a full disk), the night has ended all the same."""
+def record_end(repo: Path, outcome: str, *, good: bool) -> None:
+    """Write down how a night ended. A full disk doesn't change that the night has ended, so it is only a line of the log."""
     now = time.time()
-    state = _last(repo) | {"outcome": outcome, "ended": now} | ({"good": now} if good else {})
+    state = _read_state(repo) | {"outcome": outcome, "ended": now} | ({"good": now} if good else {})
     try:
-        _write(repo, state)
+        _write_state(repo, state)
     except OSError as error:
-        _print(f"{LAST} could not be written: {error.strerror}")
+        _print(f"{STATE_FILE} could not be written: {error.strerror}")
 
 
-def absent(repo: Path, hours: float, line: Callable[[str], None] = lambda _: None) -> str | None:
-    """What is wrong, if no night has ended well for so long; it was then told. Time begins with the first time anyone asks, and anew
-    where a clock that was ahead wrote down what is still to come."""
-    now, state = time.time(), _last(repo)
+def report_absence(repo: Path, hours: float, line: Callable[[str], None] = lambda _: None) -> str | None:
+    """Return a sentence if no night has ended well for so many hours, and alert once a day while that lasts.
+
+    The hours count from the first call where no night has ended yet, and anew where a clock that was ahead wrote a time to come.
+    """
+    now, state = time.time(), _read_state(repo)
     past = [state[name] for name in ("good", "since") if name in state and state[name] <= now]
     if not past:
         state["since"] = now
-        _write(repo, state)
-    there = elsewhere()
-    since = max([*(past or [now]), there if there <= now else 0.0])
+        _write_state(repo, state)
+    elsewhere = last_good_end_elsewhere()
+    since = max([*(past or [now]), elsewhere if elsewhere <= now else 0.0])
     if now - since <= hours * 3600:
         return None
     last = f"the last to end was {state['outcome']}" if "outcome" in state else "none has ever ended"
-    said = f"no nightly has ended well for {(now - since) / 3600:.1f} hours ({last}); `cf doctor` on its machine says more"
-    if abs(now - state.get("told", 0)) > AGAIN and send("absent", said, line, hours=round((now - since) / 3600, 2)):
-        _write(repo, state | {"told": now})
-    return said
+    sentence = f"no nightly has ended well for {(now - since) / 3600:.1f} hours ({last}); `cf doctor` on its machine says more"
+    due = abs(now - state.get("told", 0)) > AGAIN
+    if due and send_alert("absent", sentence, line, hours=round((now - since) / 3600, 2)):
+        _write_state(repo, state | {"told": now})
+    return sentence
 
 
-def elsewhere() -> float:
-    """When a night last ended well on any machine, by the Prefect server in PREFECT_API_URL; 0 where it doesn't say."""
+def last_good_end_elsewhere() -> float:
+    """Ask the Prefect server in PREFECT_API_URL when a night last ended well on any machine; 0 where there is no answer."""
     if not os.environ.get("PREFECT_API_URL"):
         return 0.0
-    nights = {"flows": {"name": {"any_": ["nightly"]}}, "flow_runs": {"state": {"name": {"any_": GOOD}}}}
+    nights = {"flows": {"name": {"any_": ["nightly"]}}, "flow_runs": {"state": {"name": {"any_": GOOD_OUTCOMES}}}}
     try:
-        found = settings.ask(os.environ, "/flow_runs/filter", {**nights, "sort": "END_TIME_DESC", "limit": 1}, LIMIT)
-        return max((datetime.fromisoformat(run["end_time"]).timestamp() for run in found), default=0.0)
+        runs = settings.post_json(os.environ, "/flow_runs/filter", {**nights, "sort": "END_TIME_DESC", "limit": 1}, LIMIT)
+        return max((datetime.fromisoformat(run["end_time"]).timestamp() for run in runs), default=0.0)
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
 
 
-def _last(repo: Path) -> dict[str, Any]:
+def _read_state(repo: Path) -> dict[str, Any]:
     try:
-        found = json.loads((repo / LAST).read_text())
+        state = json.loads((repo / STATE_FILE).read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return state if isinstance(state, dict) else {}
 
 
-def _write(repo: Path, state: dict[str, Any]) -> None:
-    path = repo / LAST
+def _write_state(repo: Path, state: dict[str, Any]) -> None:
+    path = repo / STATE_FILE
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(state, sort_keys=True) + "\n")
@@ -136,17 +156,17 @@ def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def hours_of(repo: Path) -> float:
-    return float(overrides.read((repo / "params.yaml").read_text())["nightly"]["absent_hours"])
+def read_absent_hours(repo: Path) -> float:
+    return float(yaml_file.read_yaml(repo / "params.yaml")["nightly"]["absent_hours"])
 
 
-def watch(repo: Path, every: float, hours: float | None) -> None:
-    """For ever. A params.yaml that is being edited doesn't end it."""
+def watch_nights(repo: Path, every: float, hours: float | None) -> None:
+    """Look for missing nights for ever; a params.yaml that is being edited doesn't end the watch."""
     while True:
         try:
-            if said := absent(repo, hours or hours_of(repo), _print):
-                _print(said)
-        except (OSError, ValueError, KeyError, TypeError, YAMLError) as error:
+            if sentence := report_absence(repo, hours or read_absent_hours(repo), _print):
+                _print(sentence)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             _print(f"not looked for missing nights: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         time.sleep(every)
 
@@ -157,11 +177,11 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf nightly-check", description=about)
     parser.add_argument("--hours", type=float, help="default: nightly.absent_hours in params.yaml")
     parser.add_argument("--every", type=float, metavar="SECONDS", help="look again and again, as `cf up` does; without it once, for cron")
-    repo, asked = Path.cwd(), parser.parse_args(argv)
-    if asked.every is not None:
-        watch(repo, asked.every, asked.hours)
-    if said := absent(repo, hours_of(repo) if asked.hours is None else asked.hours, _print):
-        sys.exit(said)
+    repo, options = Path.cwd(), parser.parse_args(argv)
+    if options.every is not None:
+        watch_nights(repo, options.every, options.hours)
+    if sentence := report_absence(repo, read_absent_hours(repo) if options.hours is None else options.hours, _print):
+        sys.exit(sentence)
 
 
 if __name__ == "__main__":

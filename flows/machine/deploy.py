@@ -21,11 +21,11 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from flows.machine import settings
-from flows.machine.settings import environment, here
+from flows.machine.settings import process_environment, read_machine
 from flows.machine.up import POOL
 from flows.project import overrides
 
-DEPLOYMENTS = Path(__file__).parent.parent / "infra/prefect.yaml"
+DEPLOYMENTS = Path(__file__).parents[2] / "infra/prefect.yaml"
 WIDE = {"COLUMNS": "1000"}  # Prefect folds what it says at 80 columns
 EMPTY = ("For further information visit", "An exception occurred.")  # beginnings of its last lines that say nothing
 
@@ -33,24 +33,24 @@ EMPTY = ("For further information visit", "An exception occurred.")  # beginning
 def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser("cf deploy", description=__doc__, formatter_class=form).parse_args(argv)
-    machine = here()
-    env = environment(machine) | WIDE | places(machine.root, os.environ)
+    machine = read_machine()
+    env = process_environment(machine) | WIDE | read_places(machine.root, os.environ)
     env["PREFECT_API_URL"] = os.environ.get("PREFECT_API_URL", env["PREFECT_API_URL"]).rstrip("/")
     whole = YAML(typ="safe", pure=True).load(DEPLOYMENTS)
-    there(whole["deployments"], machine.root, env)
-    validate(machine.root, env)
-    env |= nightly(machine.root)
+    refuse_incomplete(whole["deployments"], machine.root, env)
+    validate_params(machine.root, env)
+    env |= read_schedule(machine.root)
     paused = keep_paused(whole["deployments"], env)
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "prefect.yaml").write_text(json.dumps(whole))  # JSON is YAML
-        run(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)], machine.root, env, "prefect deploy")
+        run_module(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)], machine.root, env, "prefect deploy")
     at = f"{env['PREFECT_API_URL'].removesuffix('/api')}/deployments"
     print(f"deployed {', '.join(one['name'] for one in whole['deployments'])} to work pool {env['CF_POOL']}: {at}")
     if paused:
         print(f"still paused, as before: {', '.join(paused)}; resume it at {at}")
 
 
-def places(root: Path, given: Mapping[str, str]) -> dict[str, str]:
+def read_places(root: Path, given: Mapping[str, str]) -> dict[str, str]:
     pool, folder = given.get("CF_POOL", POOL), given.get("CF_ROOT", str(root))
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", pool):
         raise ValueError(f"CF_POOL is {pool!r}; name a work pool, in letters, digits and . _ -")
@@ -59,7 +59,7 @@ def places(root: Path, given: Mapping[str, str]) -> dict[str, str]:
     return {"CF_POOL": pool, "CF_ROOT": folder}
 
 
-def nightly(root: Path) -> dict[str, str]:
+def read_schedule(root: Path) -> dict[str, str]:
     stated = overrides.read((root / "params.yaml").read_text()).get("nightly")
     if not isinstance(stated, dict) or not {"cron", "timezone"} <= stated.keys():
         raise ValueError("params.yaml states no nightly.cron and nightly.timezone; `cf profile use tiny` writes a file that does")
@@ -69,28 +69,28 @@ def nightly(root: Path) -> dict[str, str]:
 # --------------------------------------------------------------------- before: Prefect deploys one after the other, and stops midway
 
 
-def there(deployments: list[dict[str, Any]], root: Path, env: dict[str, str]) -> None:
+def refuse_incomplete(deployments: list[dict[str, Any]], root: Path, env: dict[str, str]) -> None:
     """The server, the work pool, and the flows."""
     for one in deployments:
         if not (root / (file := one["entrypoint"].partition(":")[0])).is_file():
             raise ValueError(f"{root} has no {file}; run cf deploy at the root of a whole checkout")
-    pools = [pool["name"] for pool in ask(env, "/work_pools/filter", {})]
+    pools = [pool["name"] for pool in ask_server(env, "/work_pools/filter", {})]
     if env["CF_POOL"] not in pools:
         way = "`make up` makes it" if env["CF_POOL"] == POOL else "infra/README.md says how to make one"
         raise ValueError(f"{env['PREFECT_API_URL']} has no work pool {env['CF_POOL']}; {way} (there: {', '.join(pools) or 'none'})")
 
 
-def validate(root: Path, env: dict[str, str]) -> None:
+def validate_params(root: Path, env: dict[str, str]) -> None:
     """As the flow does it (flows/pipeline.py); a project without it has nothing to check."""
     if (root / "tasks/validate.py").exists():
         with tempfile.TemporaryDirectory() as folder:  # not where the stage of that name writes
-            run(["tasks", "validate", "--out", f"{folder}/params.json"], root, env, "cf validate")
+            run_module(["tasks", "validate", "--out", f"{folder}/params.json"], root, env, "cf validate")
 
 
 def keep_paused(deployments: list[dict[str, Any]], env: dict[str, str]) -> list[str]:
     """States in them what is paused at the server, so that it is at no moment resumed; the names of those."""
     wanted = {"deployments": {"name": {"any_": [one["name"] for one in deployments]}}}
-    at_server = {(one["name"], one["entrypoint"]): one for one in ask(env, "/deployments/filter", wanted)}
+    at_server = {(one["name"], one["entrypoint"]): one for one in ask_server(env, "/deployments/filter", wanted)}
     paused = []
     for one in deployments:
         known = at_server.get((one["name"], one["entrypoint"]), {})
@@ -103,11 +103,11 @@ def keep_paused(deployments: list[dict[str, Any]], env: dict[str, str]) -> list[
     return paused
 
 
-def ask(env: dict[str, str], path: str, body: dict[str, Any]) -> Any:
+def ask_server(env: dict[str, str], path: str, body: dict[str, Any]) -> Any:
     """The API, or in one sentence why not."""
     url = env["PREFECT_API_URL"]
     try:
-        return settings.ask(env, path, body, timeout=30)
+        return settings.post_json(env, path, body, timeout=30)
     except urllib.error.HTTPError as error:
         way = "state its USER:PASSWORD as PREFECT_API_AUTH_STRING" if error.code == 401 else "try again, and look at its log"
         raise ValueError(f"{url} answers {error.code} {error.reason}; {way}") from None
@@ -115,7 +115,7 @@ def ask(env: dict[str, str], path: str, body: dict[str, Any]) -> Any:
         raise ValueError(f"no Prefect server answers at {url}; `cf up` starts this machine's") from None
 
 
-def run(words: list[str], root: Path, env: dict[str, str], name: str) -> None:
+def run_module(words: list[str], root: Path, env: dict[str, str], name: str) -> None:
     command = [sys.executable, "-m", *words]
     done = subprocess.run(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:

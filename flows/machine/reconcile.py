@@ -33,22 +33,22 @@ DIED = [StateType.CRASHED, StateType.CANCELLED, StateType.FAILED]
 
 def main(root: Path) -> None:
     with get_client(sync_client=True) as client:
-        for said in [*flow_runs(client, root), *tasks_of_the_dead(client)]:
+        for said in [*close_dead_runs(client, root), *close_dead_tasks(client)]:
             print(said)
 
 
-def dead(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[FlowRun]:
+def find_dead_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[FlowRun]:
     """Open runs that this machine's worker took and that have no process here; not those whose state is younger than `silent`:
     beside a worker, a run that it has just taken has none yet."""
     found: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_of(OPEN)))
-    alive, mine, now = processes.runs_of(root), taken(root), datetime.now(UTC)
+    alive, mine, now = processes.find_run_processes(root), read_taken_runs(root), datetime.now(UTC)
     old = [run for run in found if run.state is None or now - run.state.timestamp >= silent]
     return [run for run in old if str(run.id) in mine and str(run.id) not in alive]
 
 
-def flow_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[str]:
+def close_dead_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[str]:
     said = []
-    for run in dead(client, root, silent):
+    for run in find_dead_runs(client, root, silent):
         asked = run.state_type == StateType.CANCELLING
         message = "Its processes were gone when the machine was started or stopped."
         state: State[Any] = Cancelled(message=message) if asked else Crashed(message=message)
@@ -59,7 +59,7 @@ def flow_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedel
     return said
 
 
-def taken(root: Path) -> set[str]:
+def read_taken_runs(root: Path) -> set[str]:
     """Ids of the runs that this machine's worker took, by its log: the server doesn't know which worker it was."""
     found: set[str] = set()
     for log in (root / ".machine").glob("worker.log*"):  # and worker.log.1, the older one
@@ -68,7 +68,7 @@ def taken(root: Path) -> set[str]:
     return found
 
 
-def tasks_of_the_dead(client: SyncPrefectClient, run: UUID | None = None) -> list[str]:
+def close_dead_tasks(client: SyncPrefectClient, run: UUID | None = None) -> list[str]:
     one = FlowRunFilterId(any_=[run]) if run else None
     tasks = client.read_task_runs(
         flow_run_filter=FlowRunFilter(id=one, state=_of(DIED) if run is None else None),
@@ -87,7 +87,7 @@ def tasks_of_the_dead(client: SyncPrefectClient, run: UUID | None = None) -> lis
 def close_tasks(flow: object, flow_run: FlowRun, state: State[Any]) -> None:
     """For @flow(on_crashed=[close_tasks], on_cancellation=[close_tasks]): the worker calls it when the flow's process is gone."""
     with get_client(sync_client=True) as client:
-        tasks_of_the_dead(client, flow_run.id)
+        close_dead_tasks(client, flow_run.id)
 
 
 def _of(types: list[StateType]) -> FlowRunFilterState:

@@ -7,60 +7,63 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.night import inbox as arrivals
-from flows.night import warm_start
-from flows.night.inbox import Arrivals
-from flows.night.state import Work
+from flows.night.inbox import Arrivals, copy_new_clips
+from flows.night.state import NightPlan, NightState
+from flows.night.warm_start import restore_outs
 from flows.project import dvc_lock, git
+from flows.run.stage_task import run_dvc
 
 
 @task(name="new clips", cache_policy=NO_CACHE)
-def _take(inbox: Path, folder: Path, settle: float) -> Arrivals:
-    found, logger = arrivals.take(inbox, folder, settle=settle), get_run_logger()
-    logger.info(f"{len(found.taken)} new, {found.known} known, {len(found.turned_away)} turned away")
-    for name, why in found.turned_away.items():
+def _copy_from_inbox(inbox: Path, folder: Path, settle: float) -> Arrivals:
+    arrivals, logger = copy_new_clips(inbox, folder, settle=settle), get_run_logger()
+    logger.info(f"{len(arrivals.taken)} new, {arrivals.known} known, {len(arrivals.turned_away)} turned away")
+    for name, why in arrivals.turned_away.items():
         logger.warning(f"{name} {why}")
-    return found
+    return arrivals
 
 
-def take_clips(work: Work) -> None:
-    """The folder as the last night left it, or as the tracked branch now has it, and what arrived since."""
-    if work.folder is None:
+def gather_clips(night: NightState) -> None:
+    """Fill the worktree's clips folder: from the last night, from the tracked branch, then from the inbox; track it by `dvc add`."""
+    plan = night.plan
+    if plan.clips_folder is None:
         return
-    root, pointer = work.root, f"{work.folder}.dvc"
-    for ref in carried(work, pointer):
-        git.git(root, "checkout", "--quiet", ref, "--", pointer)
-        had = {file.relative_to(root / work.folder): file for file in (root / work.folder).rglob("*") if file.is_file()}
-        aside = root / "work/clips"
-        for name, file in had.items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            file.replace(aside / name)
-        warm_start.restore(root, [pointer], work.line)
-        if had:
-            arrivals.take(aside, root / work.folder, settle=0.0)
-    if work.settings.inbox is not None:
-        inbox = work.repo / work.settings.inbox
-        work.arrived = _take(inbox, root / work.folder, work.settings.settle)
-    if any(file.is_file() for file in (root / work.folder).rglob("*")):
-        warm_start.dvc(root, "add", "--quiet", work.folder)
-        work.clips = next(out["md5"] for out in dvc_lock.here(root)[pointer])
+    folder, pointer = plan.root / plan.clips_folder, f"{plan.clips_folder}.dvc"
+    for ref in commits_with_clips(plan, pointer):
+        git.git(plan.root, "checkout", "--quiet", ref, "--", pointer)
+        # a second commit's clips replace those of the first in the folder, which are added again from aside
+        earlier = [file for file in folder.rglob("*") if file.is_file()]
+        aside = plan.root / "work/clips"
+        for file in earlier:
+            place = aside / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        restore_outs(plan.root, [pointer], plan.log)
+        if earlier:
+            copy_new_clips(aside, folder, settle=0.0)
+    if plan.settings.inbox is not None:
+        night.arrivals = _copy_from_inbox(plan.repo / plan.settings.inbox, folder, plan.settings.settle)
+    if any(file.is_file() for file in folder.rglob("*")):
+        run_dvc(plan.root, "add", "--quiet", plan.clips_folder)
+        night.clips = next(out["md5"] for out in dvc_lock.here(plan.root)[pointer])
 
 
-def carried(work: Work, pointer: str) -> list[str]:
-    """Commits whose clips go in: the tracked branch's; the last night's; both, where both changed since they parted."""
-    repo, last = work.repo, work.past[-1].ref if work.past else None
-    mine = file_at(repo, work.base, pointer)
-    theirs = file_at(repo, last, pointer) if last else None
-    if last is None or theirs is None or theirs == mine:
-        return [work.base] if mine else []
-    parted = git.git(repo, "merge-base", work.base, last).strip()
-    before = file_at(repo, parted, pointer)
-    if mine in (None, before):
+def commits_with_clips(plan: NightPlan, pointer: str) -> list[str]:
+    """Return the commits whose clips go in: the tracked branch's, the last night's, or both if both changed since they parted."""
+    last = plan.past[-1].ref if plan.past else None
+    of_branch = read_at_commit(plan.repo, plan.base, pointer)
+    of_night = read_at_commit(plan.repo, last, pointer) if last else None
+    if last is None or of_night is None or of_night == of_branch:
+        return [plan.base] if of_branch else []
+    parted = git.git(plan.repo, "merge-base", plan.base, last).strip()
+    before = read_at_commit(plan.repo, parted, pointer)
+    if of_branch in (None, before):
         return [last]
-    return [work.base] if theirs == before else [work.base, last]
+    return [plan.base] if of_night == before else [plan.base, last]
 
 
-def file_at(repo: Path, ref: str, path: str) -> str | None:
+def read_at_commit(repo: Path, ref: str, path: str) -> str | None:
+    """Return a file's text at a commit, or None if it is not there."""
     try:
         return git.git(repo, "show", "--end-of-options", f"{ref}:{path}")
     except RuntimeError:

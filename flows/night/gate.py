@@ -1,6 +1,6 @@
 """Whether a candidate may take the promoted student's place: rules of params.yaml's section `nightly`, and every number in gate.json.
 
-Both were judged on the same prompts and seeds. What was not measured, or is not a number, is never a reason to promote.
+Both students are measured on the same prompts and seeds. What was not measured, or is not a number, is never a reason to promote.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
+from tasks.files.step_rows import replace
+
 # metrics of tasks/evaluate.py that compare a video with what its clip was rendered from
 NEED_TRUTH = (
     *("compass_coherence", "diversity", "heading_perplexity", "headings_covered", "jitter", "map_error", "map_error_recent"),
     *("memory_ratio", "other_heading", "same_heading", "shape_accuracy", "sky_accuracy", "sky_error", "speed", "sprite_precision"),
     "sprite_recall",
 )
-Shown = Sequence[tuple[str, int]]  # prompt and seed of each video
 
 
 class Rule(BaseModel):
-    """As tasks/params/nightly.py has it, and says what each means."""
+    """One entry of nightly.rules; tasks/params/nightly.py explains each value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +35,7 @@ class Rule(BaseModel):
 
 
 class Finding(BaseModel):
-    """One rule, its numbers, and what it says."""
+    """One rule, both students' numbers, and whether the rule lets the candidate pass. Written to gate.json."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,83 +45,86 @@ class Finding(BaseModel):
     bound: float | None
     candidate: float | None
     promoted: float | None
-    gain: float | None  # of the candidate over the promoted; below 0 it is worse
+    gain: float | None  # of the candidate over the promoted student; below 0 the candidate is worse
     passed: bool
-    said: str
+    said: str  # one sentence
 
 
 class Verdict(BaseModel):
+    """What the gate decided, and all it decided by. Written to gate.json."""
+
     model_config = ConfigDict(frozen=True)
 
     promote: bool
-    why: str  # one sentence; of a refusal, the first metric that refused
+    why: str  # the sentences of the rules that refuse, or of all rules
     candidate: str  # md5
-    promoted: str | None
-    version: str | None  # of the promoted
+    promoted: str | None  # md5
+    version: str | None  # of the promoted student
     prompts: list[str]
     seeds: list[int]
     findings: list[Finding]
     numbers: dict[str, dict[str, Any]]  # candidate, promoted -> all that evaluate measured
 
     def write(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-        partial.replace(path)
+        replace(path, json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-class Judged(BaseModel):
-    """A model, and what was measured on its videos."""
+class Measured(BaseModel):
+    """A student, and what evaluate measured on its videos."""
 
     model_config = ConfigDict(frozen=True)
 
     md5: str
     numbers: dict[str, Any]
-    shown: list[tuple[str, int]]
+    videos: list[tuple[str, int]]  # prompt and seed of each
     version: str | None = None
 
 
-def judge(candidate: Judged, promoted: Judged | None, rules: Sequence[Rule]) -> Verdict:
-    """Without a promoted student only what is absolute can be asked: that all was measured, and the bounds."""
-    findings = [find(rule, candidate.numbers, promoted.numbers if promoted else None) for rule in rules]
-    refused = [finding.said for finding in findings if not finding.passed]
+def decide_promotion(candidate: Measured, promoted: Measured | None, rules: Sequence[Rule]) -> Verdict:
+    """Apply all rules. Without a promoted student only what is absolute is asked: that all was measured, and the bounds."""
+    findings = [check_rule(rule, candidate.numbers, promoted.numbers if promoted else None) for rule in rules]
+    reasons = [finding.said for finding in findings if not finding.passed]
     if not rules:
-        refused = ["there is no rule; nightly.rules in params.yaml states them"]
-    if not candidate.shown:
-        refused.insert(0, "the candidate has no videos")
-    elif promoted and list(promoted.shown) != list(candidate.shown):
-        refused.insert(0, "candidate and promoted student were not shown the same prompts and seeds, so their numbers can't be compared")
-    better = ", ".join(finding.said for finding in findings)
+        reasons = ["there is no rule; nightly.rules in params.yaml states them"]
+    if not candidate.videos:
+        reasons.insert(0, "the candidate has no videos")
+    elif promoted and promoted.videos != candidate.videos:
+        reasons.insert(0, "candidate and promoted student were not shown the same prompts and seeds, so their numbers can't be compared")
     return Verdict(
-        promote=not refused,
-        why="; ".join(refused) if refused else better,
+        promote=not reasons,
+        why="; ".join(reasons) or ", ".join(finding.said for finding in findings),
         candidate=candidate.md5,
         promoted=promoted.md5 if promoted else None,
         version=promoted.version if promoted else None,
-        prompts=list(dict.fromkeys(prompt for prompt, _ in candidate.shown)),
-        seeds=sorted({seed for _, seed in candidate.shown}),
+        prompts=list(dict.fromkeys(prompt for prompt, _ in candidate.videos)),
+        seeds=sorted({seed for _, seed in candidate.videos}),
         findings=findings,
         numbers={"candidate": candidate.numbers} | ({"promoted": promoted.numbers} if promoted else {}),
     )
 
 
-def find(rule: Rule, candidate: Mapping[str, Any], promoted: Mapping[str, Any] | None) -> Finding:
-    mine = number(candidate, rule.metric)
-    theirs = number(promoted, rule.metric) if promoted is not None else None
+def check_rule(rule: Rule, candidate: Mapping[str, Any], promoted: Mapping[str, Any] | None) -> Finding:
+    """Compare one metric of both students' numbers by one rule."""
+    mine = find_number(candidate, rule.metric)
+    theirs = None if promoted is None else find_number(promoted, rule.metric)
     sign = 1 if rule.better == "higher" else -1
     gain = None if mine is None or theirs is None else sign * (mine - theirs)
-    passed, said = _said(rule, mine, theirs, gain, sign, promoted is not None)
-    values = {"candidate": mine, "promoted": theirs, "gain": gain, "passed": passed, "said": f"{rule.metric} {said}"}
+    passed, sentence = _apply_rule(rule, mine, theirs, gain, compare=promoted is not None)
+    values = {"candidate": mine, "promoted": theirs, "gain": gain, "passed": passed, "said": f"{rule.metric} {sentence}"}
     return Finding(**rule.model_dump(), **values)
 
 
-def _said(rule: Rule, mine: float | None, theirs: float | None, gain: float | None, sign: int, compare: bool) -> tuple[bool, str]:
+def _apply_rule(rule: Rule, mine: float | None, theirs: float | None, gain: float | None, *, compare: bool) -> tuple[bool, str]:
+    """Return whether the rule lets the candidate pass, and the sentence that follows the metric's name."""
     if mine is None:
         return False, "was not measured for the candidate"
     if compare and theirs is None:
         return False, f"is {mine:g}, but was not measured for the promoted student"
-    if rule.bound is not None and sign * (mine - rule.bound) < 0:
-        return False, f"is {mine:g}, {'below' if sign > 0 else 'above'} its bound {rule.bound:g}"
+    above = rule.better == "lower"  # a bound of a metric that is to be low holds from above
+    if rule.bound is not None and (mine > rule.bound if above else mine < rule.bound):
+        return False, f"is {mine:g}, {'above' if above else 'below'} its bound {rule.bound:g}"
     if gain is None:
         return True, f"is {mine:g}"
     needed = f"{rule.margin:g} better" if rule.margin > 0 else f"no more than {-rule.margin:g} worse" if rule.margin < 0 else "no worse"
@@ -129,17 +133,16 @@ def _said(rule: Rule, mine: float | None, theirs: float | None, gain: float | No
     return True, f"{mine:g} after {theirs:g}"
 
 
-def number(tree: Mapping[str, Any] | None, path: str) -> float | None:
-    """By dotted path; a system's name may hold dots. None for what isn't there or is no finite number."""
+def find_number(tree: Mapping[str, Any], path: str) -> float | None:
+    """Return the finite number at a dotted path, or None. A name in the tree may hold dots itself: the longest that fits is taken."""
     node: Any = tree
-    rest = path
-    while rest:
+    while path:
         if not isinstance(node, Mapping):
             return None
-        name = next((name for name in sorted(map(str, node), key=len, reverse=True) if rest == name or rest.startswith(f"{name}.")), None)
-        if name is None:
+        fits = [str(name) for name in node if path == name or path.startswith(f"{name}.")]
+        if not fits:
             return None
-        node, rest = node[name], rest[len(name) + 1 :]
-    if isinstance(node, bool) or not isinstance(node, int | float) or not math.isfinite(node):
-        return None
-    return float(node)
+        name = max(fits, key=len)
+        node, path = node[name], path[len(name) + 1 :]
+    number = isinstance(node, int | float) and not isinstance(node, bool) and math.isfinite(node)
+    return float(node) if number else None

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from flows.project.git import git
 
 RECORD, GATE, PROMPTS = "nightly/record.json", "nightly/gate.json", "nightly/prompts.txt"
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}(-\d{1,3})?")
-OUTCOMES = ("promoted", "refused", "no good clips", "the same again")
+OF_THE_BRANCH = ("when", "ref")  # fields that the branch says and the file does not
 
 
 @dataclass(frozen=True)
-class Night:
-    """`clips` and `data` are md5s: of the tracked folder, and of what the data stages made of it."""
+class NightRecord:
+    """How one night ended, as nightly/record.json has it. `clips` is the md5 of the tracked folder, `data` has those of the data stages."""
 
-    date: str
-    kind: str  # full, or warm: from the promoted student
+    date: str  # the night's, and its branch's: 2026-01-05, or 2026-01-05-2 for a second night of the day
+    kind: str  # full, or warm: begun from the promoted student
     base: str  # commit of the tracked branch
     clips: str | None
     data: dict[str, str]
@@ -31,52 +29,46 @@ class Night:
     outcome: str
     why: str
     candidate: str | None  # md5
-    before: str | None  # version that was promoted before
+    before: str | None  # version that was promoted when the night began
     run: str
-    when: int = 0  # of its commit
+    when: int = 0  # Unix time of the branch's last commit
     ref: str = ""
 
-    def text(self) -> str:
-        said = {name: value for name, value in asdict(self).items() if name not in ("when", "ref")}
-        return json.dumps(said, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    def to_json(self) -> str:
+        """Return the text of nightly/record.json."""
+        values = {name: value for name, value in asdict(self).items() if name not in OF_THE_BRANCH}
+        return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def nights(repo: Path) -> list[Night]:
-    """Those that came to an end, oldest first: here, and those that origin has. By their dates: clocks are set anew."""
-    found: dict[str, Night] = {}
-    for date, ref, when in _branches(repo):
-        night = _read(repo, ref, when) if DATE.fullmatch(date) and date not in found else None
-        if night and night.date == date:
-            found[date] = night
-    return sorted(found.values(), key=lambda night: _order(night.date))
+def read_nights(repo: Path) -> list[NightRecord]:
+    """Return the nights that came to an end, here or at origin, oldest first by their dates, because a clock may be set back."""
+    records: dict[str, NightRecord] = {}
+    for date, ref, when in _night_branches(repo):
+        record = _read_record(repo, ref, when) if DATE.fullmatch(date) and date not in records else None
+        if record and record.date == date:
+            records[date] = record
+    return sorted(records.values(), key=lambda record: (record.date[:10], int(record.date[11:] or 0)))
 
 
-def _branches(repo: Path) -> list[tuple[str, str, int]]:
-    """Date, ref, and when it was committed."""
+def _night_branches(repo: Path) -> list[tuple[str, str, int]]:
+    """Return date, ref, and Unix time of the last commit of every night's branch."""
     listed = git(repo, "for-each-ref", "--format=%(refname) %(committerdate:unix)", "refs/heads/nightly", "refs/remotes/origin/nightly")
     rows = [row.rsplit(" ", 1) for row in listed.splitlines()]
     return [(ref.partition("nightly/")[2], ref, int(when)) for ref, when in rows]
 
 
-def _order(date: str) -> tuple[str, int]:
-    return date[:10], int(date[11:] or 0)
-
-
-def _read(repo: Path, ref: str, when: int) -> Night | None:
+def _read_record(repo: Path, ref: str, when: int) -> NightRecord | None:
+    """Return the record of a branch, ignoring keys that another version wrote; None for a branch that is no night's."""
+    names = {field.name for field in fields(NightRecord)}.difference(OF_THE_BRANCH)
     try:
-        stated = json.loads(git(repo, "show", f"{ref}:{RECORD}"))
-        return Night(**dict(_known(stated)), when=when, ref=ref)
-    except (RuntimeError, ValueError, TypeError):  # a branch that something else made
+        values = json.loads(git(repo, "show", f"{ref}:{RECORD}"))
+        return NightRecord(**{name: value for name, value in values.items() if name in names}, when=when, ref=ref)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
         return None
 
 
-def _known(stated: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    names = {one.name for one in fields(Night)} - {"when", "ref"}
-    return ((name, value) for name, value in stated.items() if name in names)
-
-
-def free(repo: Path, date: str) -> str:
-    """The date, or date-2, date-3 of one that has a branch already, here or at origin, whatever is in it."""
-    taken = {name for name, _, _ in _branches(repo)}
+def free_date(repo: Path, date: str) -> str:
+    """Return the date, or date-2, date-3 if a branch has that name, here or at origin, whatever is in the branch."""
+    taken = {name for name, _, _ in _night_branches(repo)}
     names = (date if number == 1 else f"{date}-{number}" for number in range(1, 1000))
     return next(name for name in names if name not in taken)

@@ -1,4 +1,4 @@
-"""A night in the making, and what it needs of params.yaml."""
+"""One night: what it is given, what it has found so far, how it ended, and what it needs of params.yaml."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import BaseModel
 
 from flows.night import gate
 from flows.night.inbox import Arrivals
-from flows.night.records import Night
+from flows.night.records import NightRecord
 from flows.project.registry import Version
 
 
-class Settings(BaseModel):
-    """What flows needs of params.yaml's section `nightly`; tasks/params/nightly.py says what each means, and checks them."""
+class NightSettings(BaseModel):
+    """What flows needs of params.yaml's section `nightly`; tasks/params/nightly.py explains and checks each value."""
 
     timezone: str
     branch: str
@@ -31,46 +31,67 @@ class Settings(BaseModel):
     push_again_after: list[float]
 
 
+@dataclass(frozen=True)
+class NightPlan:
+    """What a night is given before it begins; nothing of it changes while the night is at work."""
+
+    repo: Path  # the checkout that nights are started in
+    root: Path  # the night's worktree
+    date: str  # 2026-01-31
+    run: str  # name of the flow run
+    base: str  # commit of the tracked branch
+    settings: NightSettings
+    from_folder: bool  # clips.source is `folder`: clips are files, and not rendered
+    clips_folder: str | None  # clips.folder, if DVC tracks it
+    full: bool  # everything anew, and not from the promoted student
+    promoted: Version | None  # the promoted student when the night began
+    past: list[NightRecord]
+    log: Callable[[str], None]
+
+
 @dataclass
-class Work:
-    repo: Path
-    root: Path
+class NightState:
+    """What a night has found and made so far."""
+
+    plan: NightPlan
+    arrivals: Arrivals = field(default_factory=Arrivals)
+    clips: str | None = None  # md5 of the clips' folder
+    data: dict[str, str] = field(default_factory=dict)  # out of a data stage -> md5
+    candidate: str | None = None  # md5 of the trained student
+    verdict: gate.Verdict | None = None  # of the gate, if the candidate was measured
+
+
+@dataclass(frozen=True)
+class NightEnd:
+    """How a night ended: its outcome, one sentence why, the date its branch is named by, and the version that it promoted."""
+
+    outcome: str
+    why: str
     date: str
-    run: str
-    base: str
-    settings: Settings
-    of_a_folder: bool  # clips.source
-    folder: str | None  # clips.folder, if DVC tracks it
-    full: bool
-    before: Version | None  # the promoted student
-    past: list[Night]
-    line: Callable[[str], None]
-    arrived: Arrivals = field(default_factory=Arrivals)
-    clips: str | None = None  # md5 of `folder`
-    data: dict[str, str] = field(default_factory=dict)
-    made: str | None = None  # the version that the candidate became
+    version: str | None = None
 
 
-def settings(stated: dict[str, Any]) -> Settings:
-    return Settings.model_validate(stated["nightly"])
+def read_settings(params: dict[str, Any]) -> NightSettings:
+    """Return the section `nightly` of params.yaml's tree."""
+    return NightSettings.model_validate(params["nightly"])
 
 
-def folder_of(stated: dict[str, Any]) -> str | None:
-    """clips.folder, if DVC is to track it."""
-    if stated["clips"]["source"] != "folder" or Path(stated["clips"]["folder"]).is_absolute():
+def tracked_clips_folder(params: dict[str, Any]) -> str | None:
+    """Return clips.folder by its plain name, or None if DVC is not to track it. Raises ValueError for a folder inside another folder."""
+    if params["clips"]["source"] != "folder" or Path(params["clips"]["folder"]).is_absolute():
         return None
-    named = Path(stated["clips"]["folder"])
-    if len(named.parts) != 1 or named.name in ("", ".."):
-        raise ValueError(f"clips.folder is {named}; a night needs one right below the project's root, such as raw, for `dvc add`")
-    return named.name
+    folder = Path(params["clips"]["folder"])
+    if len(folder.parts) != 1 or folder.name in ("", ".."):
+        raise ValueError(f"clips.folder is {folder}; a night needs one right below the project's root, such as raw, for `dvc add`")
+    return folder.name
 
 
-def checked(stated: dict[str, Any]) -> Settings:
-    """Refuses what no training could satisfy."""
-    ours = settings(stated)
-    if stated["clips"]["source"] == "folder" or ours.prompts_file:
-        for rule in ours.rules:
+def check_settings(params: dict[str, Any]) -> NightSettings:
+    """Return the settings. Raises ValueError for a rule whose metric no clip of this night can be measured by."""
+    settings = read_settings(params)
+    if params["clips"]["source"] == "folder" or settings.prompts_file:
+        for rule in settings.rules:
             if rule.metric.rpartition(".")[2] in gate.NEED_TRUTH:
                 why = "is only known of clips that are rendered (clips.source: worlds), on their own captions"
                 raise ValueError(f"nightly.rules asks for {rule.metric}, which {why}; name sharpness or motion, or a metric of your own")
-    return ours
+    return settings

@@ -9,163 +9,188 @@ from typing import Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import pipeline
-from flows.night import gate, handover, warm_start
-from flows.night import judge as judged
-from flows.night.clips import file_at
-from flows.night.records import GATE, PROMPTS, RECORD, Night, free
-from flows.night.state import Work
+from flows.night import gate, handover, judge, warm_start
+from flows.night.clips import read_at_commit
+from flows.night.records import GATE, PROMPTS, RECORD, NightRecord, free_date
+from flows.night.state import NightEnd, NightState
 from flows.project import dvc_graph, dvc_lock, git, overrides, registry
-from flows.run import artifacts
+from flows.project.dvc_graph import Stage
+from flows.run.artifacts import show_table
+from flows.run.repro import repro_stages
 
 STUDENT = "stage2"
 COMMITTED = ["dvc.yaml", "dvc.lock", "params.yaml", "metrics", "nightly", warm_start.POINTER, ".gitignore"]
 
 
-def anything_new(work: Work) -> bool:
-    """A warm night needs new clips; a full one new clips or new code since the last full one; both, any clips at all."""
-    if work.folder and not work.clips:
+def has_news(night: NightState) -> bool:
+    """Say whether there is anything to train on: for a warm night new clips; for a full one new clips or new code since the last one."""
+    plan = night.plan
+    if plan.clips_folder and not night.clips:
         return False
-    since = [night for night in work.past if night.kind == "full" or not work.full]
+    since = [record for record in plan.past if record.kind == "full" or not plan.full]
     if not since:
         return True
-    return work.clips != since[-1].clips or (work.full and work.base != since[-1].base)
+    return night.clips != since[-1].clips or (plan.full and plan.base != since[-1].base)
 
 
-def begin(work: Work) -> None:
-    if work.full:
-        warm_start.fresh(work.root, work.settings.keep)
-        if work.before:
-            warm_start.bring(work.repo, work.root, work.before, work.line)
-    elif work.before:
-        warm_start.start(work.repo, work.root, work.before, work.settings.keep, work.line)
+def prepare_start(night: NightState) -> None:
+    """Restore what training begins from: the promoted student, if there is one, and on a warm night all before stage 2."""
+    plan = night.plan
+    if plan.full:
+        warm_start.start_full(plan.root)
+        if plan.promoted:
+            warm_start.restore_promoted(plan.repo, plan.root, plan.promoted, plan.log)
+    elif plan.promoted:
+        warm_start.start_warm(plan.repo, plan.root, plan.promoted, plan.settings.keep, plan.log)
 
 
-def candidate(work: Work) -> tuple[str, str, str | None]:
-    """Outcome, why, and the version that the candidate became."""
-    known = [stage for stage in dvc_graph.stages(work.root) if not stage.frozen]
-    first = [stage.name for stage in dvc_graph.selected(known, last=STUDENT) if stage.name != STUDENT]
-    pipeline.repro(work.root, only=first, run=work.run, repo=work.repo)
-    near = next(stage for stage in known if stage.name == STUDENT).upstream
-    made = dvc_lock.here(work.root)
-    work.data = {out["path"]: out["md5"] for name in near if name in first and not name.endswith(".dvc") for out in made.get(name, [])}
-    # of a full night more is written down: all that stage 2 needs was made then
-    if not work.full and work.past and work.data.items() <= work.past[-1].data.items():
-        return close(work, "no good clips", f"{len(work.arrived.taken)} new files, and the filter kept none of them{_rejected(work)}", None)
-    pipeline.repro(work.root, only=[stage.name for stage in known if stage.name not in first], run=work.run, repo=work.repo)
-    md5 = next(str(out["md5"]) for out in dvc_lock.here(work.root)[STUDENT] if out["path"] == registry.WEIGHTS)
-    if work.before and md5 == work.before.about.get("md5"):
-        return close(work, "the same again", f"the student is {work.before.name}, byte for byte", md5)
-    used = [name for name, outs in dvc_lock.here(work.root).items() if {registry.WEIGHTS, warm_start.CODEC} & {out["path"] for out in outs}]
-    if found := dvc_lock.problems(work.root, [*used, *([warm_start.POINTER] if work.before else [])]):
-        raise RuntimeError(f"not judged: {found[0]}")
-    verdict = judge(work)
-    return close(work, "promoted" if verdict.promote else "refused", verdict.why, md5, verdict)
+def train_candidate(night: NightState) -> NightEnd:
+    """Make the data, train a student from it, and let the gate decide. Raises RuntimeError when a stage fails or an out is damaged."""
+    plan, root = night.plan, night.plan.root
+    graph = dvc_graph.stages(root)
+    stages = [stage for stage in graph if not stage.frozen]
+    # 1. All that stage 2 needs. What the filter keeps of the new clips decides whether there is anything to train on.
+    before = [stage for stage in dvc_graph.selected(stages, last=STUDENT) if stage.name != STUDENT]
+    repro_stages(root, graph, before, run=plan.run, repo=plan.repo)
+    needed = next(stage for stage in stages if stage.name == STUDENT).upstream
+    outs = dvc_lock.here(root)
+    data_stages = [stage.name for stage in before if stage.name in needed and not stage.name.endswith(".dvc")]
+    night.data = {out["path"]: out["md5"] for name in data_stages for out in outs.get(name, [])}
+    # a full night's record also lists base and teacher, so compare as a subset
+    if not plan.full and plan.past and night.data.items() <= plan.past[-1].data.items():
+        new = len(night.arrivals.taken)
+        return close_night(night, "no good clips", f"{new} new files, and the filter kept none of them{_rejection_text(root)}")
+    # 2. The student, and what else the project makes of it.
+    repro_stages(root, graph, [stage for stage in stages if stage not in before], run=plan.run, repo=plan.repo)
+    outs = dvc_lock.here(root)
+    night.candidate = next(str(out["md5"]) for out in outs[STUDENT] if out["path"] == registry.WEIGHTS)
+    if plan.promoted and night.candidate == plan.promoted.about.get("md5"):
+        return close_night(night, "the same again", f"the student is {plan.promoted.name}, byte for byte")
+    # 3. The gate, for the bytes that dvc.lock names: a damaged model is not measured.
+    measured = [name for name, files in outs.items() if {registry.WEIGHTS, warm_start.CODEC} & {out["path"] for out in files}]
+    if problems := dvc_lock.problems(root, [*measured, *([warm_start.POINTER] if plan.promoted else [])]):
+        raise RuntimeError(f"not judged: {problems[0]}")
+    night.verdict = judge_candidate(night, graph)
+    return close_night(night, "promoted" if night.verdict.promote else "refused", night.verdict.why)
 
 
-def judge(work: Work) -> gate.Verdict:
-    """Candidate and promoted student, each a task, and then the gate."""
-    root, asked = work.root, prompts(work)
-    given = {"run": work.run, "repo": work.repo, "prompts": asked}
-    mine = _measure.with_options(task_run_name="judge candidate")(
-        root, "candidate", student=root / registry.WEIGHTS, codec=root / warm_start.CODEC, **given
+def judge_candidate(night: NightState, graph: list[Stage]) -> gate.Verdict:
+    """Measure candidate and promoted student, each in a task of its own, apply the rules, and write gate.json."""
+    plan, root, prompts = night.plan, night.plan.root, choose_prompts(night)
+    options = {"run": plan.run, "repo": plan.repo, "prompts": prompts}
+    mine = _measure_student.with_options(task_run_name="judge candidate")(
+        root, "candidate", graph, student=root / registry.WEIGHTS, codec=root / warm_start.CODEC, **options
     )
     theirs = None
-    if work.before:
-        theirs = _measure.with_options(task_run_name=f"judge {work.before.name}")(
-            root, "promoted", student=root / warm_start.STUDENT, codec=root / warm_start.ITS_CODEC, version=work.before.name, **given
+    if plan.promoted:
+        version = plan.promoted.name
+        theirs = _measure_student.with_options(task_run_name=f"judge {version}")(
+            root, "promoted", graph, student=root / warm_start.STUDENT, codec=root / warm_start.ITS_CODEC, version=version, **options
         )
-    verdict = gate.judge(mine, theirs, work.settings.rules)
+    verdict = gate.decide_promotion(mine, theirs, plan.settings.rules)
     verdict.write(root / GATE)
-    if work.of_a_folder and asked is None:
-        (root / PROMPTS).write_text("".join(f"{' '.join(prompt.split())}\n" for prompt, seed in mine.shown if seed == mine.shown[0][1]))
-    artifacts.table([finding.model_dump() for finding in verdict.findings], "gate", verdict.why, get_run_logger().warning)
+    if plan.from_folder and prompts is None:
+        seed = mine.videos[0][1] if mine.videos else None
+        captions = [prompt for prompt, its_seed in mine.videos if its_seed == seed]
+        (root / PROMPTS).write_text("".join(f"{' '.join(caption.split())}\n" for caption in captions))
+    show_table([finding.model_dump() for finding in verdict.findings], "gate", verdict.why, get_run_logger().warning)
     return verdict
 
 
-def prompts(work: Work) -> Path | None:
-    """Of a folder's clips the held-out ones change as clips arrive; their captions as the first night that judged found them are kept
-    and are asked for from then on, until params.yaml asks for others. None: the captions, which of rendered clips don't change."""
-    ours, kept = work.settings, work.root / PROMPTS
-    kept.unlink(missing_ok=True)
-    if ours.prompts_file or not work.of_a_folder:
-        return ours.prompts_file and work.root / ours.prompts_file
-    for night in reversed([night for night in work.past if night.outcome in ("promoted", "refused")]):
-        then = overrides.read(file_at(work.repo, night.ref, "params.yaml") or "{}").get("nightly", {})
-        text = file_at(work.repo, night.ref, PROMPTS)
-        if not text or (then.get("prompts"), then.get("prompts_file")) != (ours.prompts, None):
-            return None
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(text)
-        return kept
-    return None
+def choose_prompts(night: NightState) -> Path | None:
+    """Return the file of prompts that both students are shown, or None for the captions of held-out clips.
+
+    The held-out clips of a folder change as clips arrive, and numbers of different prompts can't be compared. So the first night that
+    measures writes their captions to nightly/prompts.txt on its branch, and later nights use that file, until params.yaml asks for
+    other prompts. The captions of rendered clips don't change.
+    """
+    plan, settings, file = night.plan, night.plan.settings, night.plan.root / PROMPTS
+    file.unlink(missing_ok=True)
+    if settings.prompts_file or not plan.from_folder:
+        return settings.prompts_file and plan.root / settings.prompts_file
+    last = next((record for record in reversed(plan.past) if record.outcome in ("promoted", "refused")), None)
+    if last is None:
+        return None
+    its_settings = overrides.read(read_at_commit(plan.repo, last.ref, "params.yaml") or "{}").get("nightly", {})
+    text = read_at_commit(plan.repo, last.ref, PROMPTS)
+    if not text or (its_settings.get("prompts"), its_settings.get("prompts_file")) != (settings.prompts, None):
+        return None
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    return file
 
 
 @task(name="judge", cache_policy=NO_CACHE)
-def _measure(root: Path, name: str, **given: Any) -> gate.Judged:
-    return judged.measure(root, name, line=get_run_logger().info, **given)
+def _measure_student(root: Path, name: str, graph: list[Stage], **options: Any) -> gate.Measured:
+    return judge.measure_student(root, name, graph, log=get_run_logger().info, **options)
 
 
-def close(work: Work, outcome: str, why: str, md5: str | None, verdict: gate.Verdict | None = None) -> tuple[str, str, str | None]:
-    """The night's commit; then, if it is to be, version and promotion; and its branch, which says that it has ended."""
-    handover.catch_up(work.repo, work.line)  # names and promotions that others took meanwhile
-    work.date = free(work.repo, work.date[:10])
-    with registry.alone(work.repo):
-        now = registry.promoted(work.repo)
-        if outcome == "promoted" and verdict and now != work.before:
-            outcome, then = "refused", f"{work.before.name if work.before else 'no student'} was promoted when this night began"
+def close_night(night: NightState, outcome: str, why: str) -> NightEnd:
+    """Commit the night; register and promote the candidate if its outcome says so; then make the branch, which says that it has ended.
+
+    A person who promotes or rolls back while the night is at work has decided: the candidate is refused, because it was compared with
+    the student that was promoted before.
+    """
+    plan, verdict = night.plan, night.verdict
+    handover.try_fetch(plan.repo, plan.log)  # dates and versions that other machines took meanwhile
+    date = free_date(plan.repo, plan.date)
+    with registry.alone(plan.repo):
+        now = registry.promoted(plan.repo)
+        if outcome == "promoted" and verdict and now != plan.promoted:
+            outcome, then = "refused", f"{plan.promoted.name if plan.promoted else 'no student'} was promoted when this night began"
             why = f"{then}, and {now.name if now else 'none'} is now: someone decided meanwhile, and with that one it was not compared"
-            verdict = verdict.model_copy(update={"promote": False, "why": why})
-            verdict.write(work.root / GATE)
-        commit = _committed(work, outcome, why, md5, judged=verdict is not None)
-        # what a crash leaves here: a candidate that is promoted, and whose night counts as not ended; the next one goes on from it
-        handover.add(work.repo, f"nightly/{work.date}")
+            verdict.model_copy(update={"promote": False, "why": why}).write(plan.root / GATE)
+        commit = _commit_night(night, date, outcome, why)
+        # A crash from here on leaves a promoted candidate and no branch: the night counts as not ended, and the next one goes on from it.
+        handover.add_waiting(plan.repo, f"nightly/{date}")
         version = None
         if outcome == "promoted" and verdict:
-            numbers = {finding.metric: finding.candidate for finding in verdict.findings}
-            about = {"by": "nightly", "date": work.date, "run": work.run, "metrics": numbers, "why": why}
-            version = registry.register(work.repo, commit, about)
-            registry.assign(work.repo, version, {"by": "nightly", "date": work.date, "run": work.run, "why": why})
-    git.git(work.repo, "branch", f"nightly/{work.date}", commit)
-    work.line(f"nightly/{work.date} is {commit[:12]}: {outcome}, {why}")
-    return outcome, why, version.name if version else None
+            about = {"by": "nightly", "date": date, "run": plan.run, "why": why}
+            metrics = {finding.metric: finding.candidate for finding in verdict.findings}
+            version = registry.register(plan.repo, commit, {**about, "metrics": metrics})
+            registry.assign(plan.repo, version, about)
+    git.git(plan.repo, "branch", f"nightly/{date}", commit)
+    plan.log(f"nightly/{date} is {commit[:12]}: {outcome}, {why}")
+    return NightEnd(outcome, why, date, version.name if version else None)
 
 
-def _committed(work: Work, outcome: str, why: str, md5: str | None, *, judged: bool) -> str:
-    record = Night(
-        date=work.date,
-        kind="full" if work.full else "warm",
-        base=work.base,
-        clips=work.clips,
-        data=work.data,
-        arrived=work.arrived.taken,
-        turned_away=work.arrived.turned_away,
-        rejected=_counts(work.root),
+def _commit_night(night: NightState, date: str, outcome: str, why: str) -> str:
+    """Write the night's record and commit it with all that repeats the night; return the commit."""
+    plan, root = night.plan, night.plan.root
+    record = NightRecord(
+        date=date,
+        kind="full" if plan.full else "warm",
+        base=plan.base,
+        clips=night.clips,
+        data=night.data,
+        arrived=night.arrivals.taken,
+        turned_away=night.arrivals.turned_away,
+        rejected=_rejection_counts(root),
         outcome=outcome,
         why=why,
-        candidate=md5,
-        before=work.before.name if work.before else None,
-        run=work.run,
+        candidate=night.candidate,
+        before=plan.promoted.name if plan.promoted else None,
+        run=plan.run,
     )
-    (work.root / RECORD).parent.mkdir(exist_ok=True)
-    (work.root / RECORD).write_text(record.text())
-    if not judged:
+    (root / RECORD).parent.mkdir(exist_ok=True)
+    (root / RECORD).write_text(record.to_json())
+    if night.verdict is None:  # files of the night that this one's base was merged from
         for stale in (GATE, PROMPTS):
-            (work.root / stale).unlink(missing_ok=True)
-    git.git(work.root, "add", "--update")
-    pointers = [f"{work.folder}.dvc"] if work.folder else []
-    return git.commit(work.root, [*COMMITTED, *pointers], f"nightly {work.date}: {outcome}")
+            (root / stale).unlink(missing_ok=True)
+    git.git(root, "add", "--update")
+    pointers = [f"{plan.clips_folder}.dvc"] if plan.clips_folder else []
+    return git.commit(root, [*COMMITTED, *pointers], f"nightly {date}: {outcome}")
 
 
-def _counts(root: Path) -> dict[str, int]:
-    """By the filter's metrics."""
+def _rejection_counts(root: Path) -> dict[str, int]:
+    """Return how many of all clips the filter rejects, by reason, from its metrics; nothing before the filter has run."""
     try:
-        found = json.loads((root / "metrics/filter.json").read_text())
+        metrics = json.loads((root / "metrics/filter.json").read_text())
     except (OSError, ValueError):
         return {}
-    return {name.removeprefix("rejected_"): int(value) for name, value in found.items() if name.startswith("rejected_") and value}
+    return {name.removeprefix("rejected_"): int(value) for name, value in metrics.items() if name.startswith("rejected_") and value}
 
 
-def _rejected(work: Work) -> str:
-    counts = ", ".join(f"{count} {reason}" for reason, count in _counts(work.root).items())
+def _rejection_text(root: Path) -> str:
+    counts = ", ".join(f"{count} {reason}" for reason, count in _rejection_counts(root).items())
     return f" (of all clips it rejects {counts})" if counts else ""

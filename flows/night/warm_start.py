@@ -1,9 +1,7 @@
-"""What a night begins with: the promoted student's weights as DVC data, and on warm nights all that was made for it before it."""
+"""What a night begins with: the promoted student's weights as DVC data and, on warm nights, all that was made before stage 2."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,83 +10,71 @@ import yaml
 from flows.project import dvc_graph, dvc_lock, dvc_remote, overrides
 from flows.project.git import git
 from flows.project.registry import WEIGHTS, Version
-from flows.run.stage_task import environment
+from flows.run.stage_task import run_dvc
+from tasks.params.yaml_file import read_yaml
 
 CODEC = "models/codec"
 POINTER = "promoted.dvc"
 STUDENT, ITS_CODEC = "promoted/student", "promoted/codec"
-START, FRESH = "start.stage2", "models/stage1"
-
-Line = Callable[[str], None]
+START_KEY, COLD_START = "start.stage2", "models/stage1"  # what stage 2 begins from, in params.yaml; on full nights stage 1's model
 
 
-def bring(repo: Path, root: Path, version: Version, line: Line) -> None:
-    """The promoted weights and their codec into promoted/, by a promoted.dvc that names them: out of the cache, or from the remote.
+def restore_promoted(repo: Path, root: Path, version: Version, log: Callable[[str], None]) -> None:
+    """Put the promoted weights and their codec into promoted/, out of the cache or from the remote, and name them in promoted.dvc.
 
-    Nothing is stored twice: the md5s are those of the version's own dvc.lock.
+    The md5s are those of the version's own dvc.lock, so nothing is stored twice.
     """
-    outs = [
-        {**{key: value for key, value in dvc_lock.entry(repo, version.commit, path).items() if key != "path"}, "path": place}
-        for path, place in ((WEIGHTS, STUDENT), (CODEC, ITS_CODEC))
-    ]
-    said = f"# {version.tag}, by flows/night/warm_start.py\n"
-    (root / POINTER).write_text(said + yaml.safe_dump({"outs": outs}, sort_keys=False))
-    restore(root, [POINTER], line)
+    outs = [{**dvc_lock.entry(repo, version.commit, path), "path": place} for path, place in ((WEIGHTS, STUDENT), (CODEC, ITS_CODEC))]
+    head = f"# {version.tag}, by flows/night/warm_start.py\n"
+    (root / POINTER).write_text(head + yaml.safe_dump({"outs": outs}, sort_keys=False))
+    restore_outs(root, [POINTER], log)
 
 
-def start(repo: Path, root: Path, version: Version, keep: list[str], line: Line) -> None:
-    """Stage 2 begins as the promoted student; the stages in `keep` stay as they were when it was made, and are frozen so that DVC
-    lets them be. All of it is in the worktree's dvc.yaml, params.yaml and dvc.lock: `dvc repro` at the night's commit repeats it."""
-    bring(repo, root, version, line)
+def start_warm(repo: Path, root: Path, version: Version, keep: list[str], log: Callable[[str], None]) -> None:
+    """Let stage 2 begin as the promoted student, with the stages in `keep` as they were when it was made.
+
+    Those stages are frozen, so that DVC does not run them. All of this is in the worktree's dvc.yaml, params.yaml and dvc.lock, so
+    `dvc repro` at the night's commit repeats it.
+    """
+    restore_promoted(repo, root, version, log)
     git(root, "checkout", "--quiet", version.commit, "--", "dvc.lock")
     outs = dvc_lock.here(root)
     paths = [out["path"] for stage in keep for out in outs.get(stage, [])]
-    in_git = git(root, "ls-tree", "-r", "--name-only", version.commit, "--", *paths).splitlines()
-    if in_git:  # metrics, which git holds instead of DVC
+    # metrics are in git and not in DVC's cache
+    if in_git := git(root, "ls-tree", "-r", "--name-only", version.commit, "--", *paths).splitlines():
         git(root, "checkout", "--quiet", version.commit, "--", *in_git)
-    restore(root, keep, line)
+    restore_outs(root, keep, log)
     dvc_graph.freeze(root, keep)
-    overrides.lay(root / "params.yaml", {START: STUDENT})
+    overrides.lay(root / "params.yaml", {START_KEY: STUDENT})
 
 
-def fresh(root: Path, keep: list[str]) -> None:
-    """A full night: also where a warm night's branch was merged into the tracked one."""
-    if frozen := [stage.name for stage in dvc_graph.stages(root) if stage.frozen]:
+def start_full(root: Path) -> None:
+    """Let all stages run, and stage 2 begin from stage 1, also where a warm night's branch was merged into the tracked branch."""
+    stages = read_yaml(root / "dvc.yaml")["stages"]
+    if frozen := [name for name, stage in stages.items() if stage.get("frozen")]:
         dvc_graph.freeze(root, frozen, False)
-    overrides.lay(root / "params.yaml", {START: FRESH})
+    overrides.lay(root / "params.yaml", {START_KEY: COLD_START})
 
 
-def can_be_kept(repo: Path, root: Path, version: Version, keep: list[str]) -> str | None:
-    """Why not, if not: then the night is a full one."""
-    made = dvc_lock.at(repo, version.commit)
-    stated = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+def reason_against_warm(repo: Path, root: Path, version: Version, keep: list[str]) -> str | None:
+    """Return why the stages in `keep` can't be restored from the promoted version, so that the night is a full one; None if they can."""
+    made, stages = dvc_lock.at(repo, version.commit), read_yaml(root / "dvc.yaml")["stages"]
     for stage in keep:
         if stage not in made:
             return f"{stage} was not there when {version.name} was made"
-        if stage not in stated:
+        if stage not in stages:
             return f"dvc.yaml has no {stage}, which nightly.keep names"
     return None
 
 
-def restore(root: Path, targets: list[str], line: Line) -> None:
-    """From the cache; what it lacks, from the remote."""
-    done = _ask(root, "checkout", "--force", *targets)
-    if done.returncode:
-        line(f"the cache lacks some of {', '.join(targets)}; asking the remote")
-        dvc_remote.pull(root, targets=targets, line=line)
-    if missing := [f"{name}: {out['path']}" for name, outs in dvc_lock.here(root).items() if name in targets for out in outs
-                   if not (root / out["path"]).exists()]:  # fmt: skip
-        raise RuntimeError(f"{missing[0]} is neither in the DVC cache nor at the remote, so the night can't begin with it")
-
-
-def dvc(root: Path, *words: str) -> None:
-    done = _ask(root, *words)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
-        raise RuntimeError(f"`dvc {' '.join(words[:2])}` failed: {said[-1]}")
-
-
-def _ask(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dvc", *words]
-    surroundings = environment("nightly", root, root)
-    return subprocess.run(command, cwd=root, env=surroundings, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+def restore_outs(root: Path, targets: list[str], log: Callable[[str], None]) -> None:
+    """Restore the outs of stages or .dvc files from the cache, else from the remote. Raises RuntimeError for an out that neither has."""
+    try:
+        run_dvc(root, "checkout", "--force", *targets)
+    except RuntimeError:
+        log(f"the cache lacks some of {', '.join(targets)}; asking the remote")
+        dvc_remote.pull(root, targets=targets, line=log)
+    for name, outs in dvc_lock.here(root).items():
+        for out in outs:
+            if name in targets and not (root / out["path"]).exists():
+                raise RuntimeError(f"{name}: {out['path']} is neither in the DVC cache nor at the remote, so the night can't begin with it")

@@ -1,6 +1,6 @@
-"""What a run shows in Prefect beside its states: metrics, links, and how far the current stage is. Artifacts, by Prefect's word.
+"""What a run shows in Prefect beside its states, as Prefect's artifacts: metrics, links, and how far the current stage is.
 
-None of it is worth a run: whatever goes wrong here is a line in the log.
+No artifact is worth a run: whatever fails here is a line in the log, written by `complain`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -25,123 +24,127 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-EVERY = 2.0  # seconds between two updates of a bar
+UPDATE_EVERY = 2.0  # seconds between two updates of a bar
 STEPS = re.compile(r"(?P<stage>[\w@./:-]+): (?P<done>\d+) of (?P<total>\d+) \w+")
 
+Complain = Callable[[str], object]
 
-def key(text: str) -> str:
-    """Prefect's keys are lower-case letters, digits and dashes."""
+
+def artifact_key(text: str) -> str:
+    """Return the text as a key that Prefect takes: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-class Progress:
-    """A bar from the lines that a stage says (`stage2: 30 of 150 steps, ...`). The server is told in a thread of its own: a stage
-    whose lines nobody reads would stand still."""
+class ProgressBar:
+    """Progress of one stage, read from its lines (`stage2: 30 of 150 steps, ...`).
 
-    def __init__(self, stage: str, complain: Callable[[str], object]) -> None:
+    The server is told in a thread, because a stage stands still while its output is not read.
+    """
+
+    def __init__(self, stage: str, complain: Complain) -> None:
         self.stage, self.complain = stage, complain
-        self.bar: UUID | None = None
-        self.said, self.last = 0.0, ""
-        self.told: Future[None] | None = None
-        self.teller = ThreadPoolExecutor(max_workers=1, thread_name_prefix="progress")
+        self.artifact: UUID | None = None
+        self.last_update, self.last_line = 0.0, ""
+        self.update: Future[None] | None = None
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="progress")
 
-    def line(self, said: str) -> None:
-        found = STEPS.match(said)
-        # foreach stages speak with the name of their task
-        if not found or found["stage"] not in (self.stage, self.stage.split("@")[0]) or not int(found["total"]):
+    def read_line(self, line: str) -> None:
+        """Move the bar if the line names a step of this stage; at most every two seconds, and always at the last step."""
+        step = STEPS.match(line)
+        # an item of a foreach, `evaluate@short`, prints the name of its task, `evaluate`
+        if not step or step["stage"] not in (self.stage, self.stage.split("@")[0]) or not int(step["total"]):
             return
-        self.last = said
-        whole = int(found["done"]) >= int(found["total"])
-        if (whole or time.monotonic() - self.said >= EVERY) and (self.told is None or self.told.done()):
-            self.said = time.monotonic()
-            self._tell(100 * min(1.0, int(found["done"]) / int(found["total"])), said)
+        self.last_line = line
+        share = min(1.0, int(step["done"]) / int(step["total"]))
+        due = share == 1.0 or time.monotonic() - self.last_update >= UPDATE_EVERY
+        if due and (self.update is None or self.update.done()):
+            self.last_update = time.monotonic()
+            self._submit(100 * share, line)
 
-    def close(self, well: bool) -> None:
-        """Full when the stage went well, also where the last line fell between two updates."""
-        if well and self.last:
-            self._tell(100.0, self.last)
-        self.teller.shutdown(wait=False)
+    def close(self, completed: bool) -> None:
+        """End the updates; fill the bar of a completed stage, whose last line may have come between two updates."""
+        if completed and self.last_line:
+            self._submit(100.0, self.last_line)
+        self.executor.shutdown(wait=False)
 
-    def _tell(self, percent: float, said: str) -> None:
-        self.told = self.teller.submit(contextvars.copy_context().run, self._send, percent, said)
+    def _submit(self, percent: float, line: str) -> None:
+        self.update = self.executor.submit(contextvars.copy_context().run, self._send, percent, line)
 
-    def _send(self, percent: float, said: str) -> None:
+    def _send(self, percent: float, line: str) -> None:
         try:
-            if self.bar is None:
-                self.bar = cast(UUID, create_progress_artifact(percent, key=f"progress-{key(self.stage)}", description=said))
+            if self.artifact is None:
+                self.artifact = cast(UUID, create_progress_artifact(percent, key=f"progress-{artifact_key(self.stage)}", description=line))
             else:
-                update_progress_artifact(self.bar, percent, description=said)
+                update_progress_artifact(self.artifact, percent, description=line)
         except Exception as error:
             self.complain(f"progress is not shown: {' '.join(str(error).split())[:200]}")
 
 
-def results(root: Path, run: str, states: Mapping[str, str], complain: Callable[[str], object]) -> None:
-    """After the stages: what each did, all metrics in one table, where the report and W&B's runs are."""
-    name = os.environ.get("CF_REPORTS", "").rstrip("/")
+def show_results(root: Path, run: str, states: Mapping[str, str], complain: Complain) -> None:
+    """Show what each stage did, all metrics in one table, and links to the report and to W&B's runs."""
+    places = wandb_places(root)
+    _show(complain, create_markdown_artifact, _summary_text(root, run, states, places), key="run", description=f"run {run}")
+    if rows := list(_metric_rows(root)):
+        show_table(rows, "metrics", f"metrics of run {run}", complain)
     report = root / "reports/report.html"
-    link = f"{name}/{root.name}/report.html" if name and root.parent.name == ".runs" else report.as_uri()
-    shown: list[Callable[[], object]] = [lambda: create_markdown_artifact(_summary(root, run, states), key="run", description=f"run {run}")]
-    if rows := list(_metrics(root)):
-        shown.append(lambda: create_table_artifact(rows, key="metrics", description=f"metrics of run {run}"))
     if report.exists():
-        shown.append(lambda: create_link_artifact(link, "report", key="report", description=f"the report of run {run}, {report}"))
-    for stage, where in trackers(root).items():
-        if where.startswith(("http://", "https://")):
-            words = f"{stage} of run {run} in W&B"
-            shown.append(partial(create_link_artifact, where, words, key=f"wandb-{key(stage)}"))
-    for show in shown:
-        try:
-            show()
-        except Exception as error:
-            complain(f"an artifact is not shown: {' '.join(str(error).split())[:200]}")
+        server = os.environ.get("CF_REPORTS", "").rstrip("/")
+        link = f"{server}/{root.name}/report.html" if server and root.parent.name == ".runs" else report.as_uri()
+        _show(complain, create_link_artifact, link, "report", key="report", description=f"the report of run {run}, {report}")
+    for stage, place in places.items():
+        if place.startswith(("http://", "https://")):
+            _show(complain, create_link_artifact, place, f"{stage} of run {run} in W&B", key=f"wandb-{artifact_key(stage)}")
 
 
-def table(rows: list[dict[str, Any]], what: str, description: str, complain: Callable[[str], object]) -> None:
+def show_table(rows: list[dict[str, Any]], key: str, description: str, complain: Complain) -> None:
+    """Show rows of equal keys as a table."""
+    _show(complain, create_table_artifact, rows, key=key, description=description)
+
+
+def _show(complain: Complain, create: Callable[..., object], *values: object, **options: object) -> None:
     try:
-        create_table_artifact(rows, key=what, description=description)
+        create(*values, **options)
     except Exception as error:
         complain(f"an artifact is not shown: {' '.join(str(error).split())[:200]}")
 
 
-def _summary(root: Path, run: str, states: Mapping[str, str]) -> str:
+def _summary_text(root: Path, run: str, states: Mapping[str, str], places: Mapping[str, str]) -> str:
     lines = [f"# Run {run}", "", f"In `{root}`; `git log -1 -p` there shows its parameters, `dvc repro` repeats it.", ""]
     lines += ["| stage | state | W&B |", "|---|---|---|"]
-    where = trackers(root)
     for stage, state in states.items():
-        place = where.get(stage, "")
+        place = places.get(stage, "")
         lines.append(f"| {stage} | {state} | {f'[run]({place})' if place.startswith('http') else f'`{place}`' if place else ''} |")
-    if any(place and not place.startswith("http") for place in where.values()):
+    if any(not place.startswith("http") for place in places.values()):
         lines += ["", "W&B's runs were kept on this machine; `cf wandb sync` sends them, `wandb leet` shows them here."]
     return "\n".join(lines)
 
 
-def trackers(root: Path) -> dict[str, str]:
-    """Stage -> its run in W&B, by URL where it was online and by folder where it was not."""
-    found = {}
-    for file in sorted((root / "runtime").glob("*.json")):
-        facts = _read(file)
-        if where := facts.get("wandb_url") or facts.get("wandb"):
-            found[file.stem] = str(where)
-    return found
+def wandb_places(root: Path) -> dict[str, str]:
+    """Return each stage's run in W&B: its URL if it was online, else its folder on this machine."""
+    facts = {file.stem: _read_json(file) for file in sorted((root / "runtime").glob("*.json"))}
+    places = {stage: values.get("wandb_url") or values.get("wandb") for stage, values in facts.items()}
+    return {stage: str(place) for stage, place in places.items() if place}
 
 
-def _metrics(root: Path) -> Iterator[dict[str, Any]]:
+def _metric_rows(root: Path) -> Iterator[dict[str, Any]]:
     for file in sorted((root / "metrics").glob("*.json")):
-        for name, value in _flat(_read(file)):
+        for name, value in _flatten(_read_json(file)):
             yield {"stage": file.stem, "metric": name, "value": value}
 
 
-def _flat(values: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
+def _flatten(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a tree by their dotted names."""
+    for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
+            yield from _flatten(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def _read_json(file: Path) -> Mapping[str, Any]:
+    """Return the object in a file; nothing of a file that is being written or holds something else."""
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):  # being written, or no file of ours
+        tree = json.loads(file.read_text())
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return tree if isinstance(tree, dict) else {}

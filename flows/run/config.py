@@ -5,31 +5,58 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-# Also what keeps a word of a form from being anything else to git, DVC or a shell.
+# The patterns also keep a word of the form from being an option or a command to git, DVC or a shell.
 STAGE = r"^[A-Za-z0-9_][A-Za-z0-9_./:@-]{0,100}$"
 OVERRIDE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*=[^\r\n]{1,1000}$"
-StageName = Annotated[str, StringConstraints(pattern=STAGE)]
-Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
+
+
+def parse_overrides(lines: list[str]) -> dict[str, Any]:
+    """Parse key=value lines by YAML 1.2, as params.yaml is read: 2e-6 is a number, none is a word, [1, 2] is a list.
+
+    Raises ValueError for the first line that is not key=value, has an anchor or an alias, repeats a key, or is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for line in lines:
+        key, sign, text = line.partition("=")
+        if not sign or not re.fullmatch(OVERRIDE, line):
+            raise ValueError(f"the override {line!r} is not key=value, with a dotted key of params.yaml: stage2.steps=300")
+        if re.search(r"(^|[\s\[{,:])[&*][A-Za-z0-9]", text):
+            raise ValueError(f"the override {key} has an anchor or an alias of YAML (& or *); write the value itself")
+        if key in values:
+            raise ValueError(f"the override {key} is stated twice; keep one of the two")
+        try:
+            values[key] = YAML(typ="safe", pure=True).load(text)
+        except YAMLError:
+            raise ValueError(f"the override {line!r} has a value that is not YAML; quote text that holds : or [") from None
+    return values
+
+
+def _refuse_unreadable(lines: list[str]) -> list[str]:
+    """Return the lines as they are; ValueError for what `parse_overrides` refuses, before there is a run."""
+    parse_overrides(lines)
+    return lines
+
 
 Profile = Literal["params.yaml", "tiny", "smoke", "wan-1.3b"]
+StageName = Annotated[str, StringConstraints(pattern=STAGE)]
+Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
+Overrides = Annotated[list[Override], Field(default_factory=list, max_length=50), AfterValidator(_refuse_unreadable)]
 
 
 class RunConfig(BaseModel):
-    """Which parameters, and which stages. Everything not stated is as committed."""
+    """Which parameters and which stages one run takes. Everything that is not stated is as committed."""
 
     model_config = ConfigDict(extra="forbid")
 
     profile: Profile = Field(
         "params.yaml", description="The parameters to start from: params.yaml as it is committed, or one of profiles/."
     )
-    overrides: list[Override] = Field(
-        default_factory=list,
-        max_length=50,
-        description="Values laid over them, one key=value each, for example stage2.steps=300 or stage2.teacher.context=none.",
+    overrides: Overrides = Field(
+        description="Values laid over them, one key=value each, for example stage2.steps=300 or stage2.teacher.context=none."
     )
     stages: list[StageName] = Field(
         default_factory=list,
@@ -43,29 +70,6 @@ class RunConfig(BaseModel):
     pull: bool = Field(False, description="Take a stage's result from the DVC remote, where another machine has made the same.")
     push: bool = Field(False, description="Afterwards send results and run cache to the DVC remote.")
 
-    @field_validator("overrides")
-    @classmethod
-    def _readable(cls, stated: list[str]) -> list[str]:
-        parse(stated)
-        return stated
-
     def changes(self) -> dict[str, Any]:
-        return parse(self.overrides)
-
-
-def parse(stated: list[str]) -> dict[str, Any]:
-    """key=value lines as values by YAML 1.2, which are params.yaml's rules: 2e-6 is a number, none is a word, [1, 2] is a list."""
-    found: dict[str, Any] = {}
-    for one in stated:
-        key, sign, text = one.partition("=")
-        if not sign or not re.fullmatch(OVERRIDE, one):
-            raise ValueError(f"the override {one!r} is not key=value, with a dotted key of params.yaml: stage2.steps=300")
-        if re.search(r"(^|[\s\[{,:])[&*][A-Za-z0-9]", text):
-            raise ValueError(f"the override {key} has an anchor or an alias of YAML (& or *); write the value itself")
-        if key in found:
-            raise ValueError(f"the override {key} is stated twice; keep one of the two")
-        try:
-            found[key] = YAML(typ="safe", pure=True).load(text)
-        except YAMLError:
-            raise ValueError(f"the override {one!r} has a value that is not YAML; quote text that holds : or [") from None
-    return found
+        """Return the overrides as values by their dotted keys."""
+        return parse_overrides(self.overrides)

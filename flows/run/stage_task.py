@@ -1,9 +1,10 @@
-"""One stage of dvc.yaml as a Prefect task: DVC in a process of its own, and what it says as a state."""
+"""One stage of dvc.yaml as a Prefect task: DVC in a process of its own, and the state that DVC's output means."""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from flows.project.dvc_graph import Stage
 from flows.run import artifacts
 from flows.supervise import command, gpus
 
-LAST = 20  # lines that a failure carries
+TAIL_LINES = 20  # lines of output that a failure carries
 SECRET = ("PREFECT_", "CF_ALERT_")  # of the environment, and none of a stage's business: there is a password in both
 DONE = ("Cached", "Restored", "Completed")
 CHATTER = (
@@ -36,16 +37,16 @@ CHATTER = (
 
 
 @dataclass
-class Run:
-    """What the stages of one run share. `outcome` is written by each stage for itself, before those that wait for it begin."""
+class SharedRun:
+    """What the stages of one run share. Each stage writes its own outcome and output, before the stages that wait for it begin."""
 
     root: Path
     environment: Mapping[str, str]
-    clean: set[str]  # by one `dvc status`: nothing to do unless something before them ran
+    unchanged: set[str]  # stages that one `dvc status` calls unchanged: nothing to do unless a stage before them ran
     slots: threading.Semaphore
     pull: bool = False
-    outcome: dict[str, str] = field(default_factory=dict)
-    said: dict[str, list[str]] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+    output: dict[str, list[str]] = field(default_factory=dict)
 
 
 def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
@@ -60,74 +61,77 @@ def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
     return {"CF_RUN": run, "AWS_MAX_ATTEMPTS": "3", **outlives, **kept, "PYTHONUNBUFFERED": "1", "PATH": path}
 
 
-def worth_another(one: object, run: object, state: State[Any]) -> bool:
-    """Not when the run is being stopped, and not when the stage refused what it was asked for: `cf` ends with 2 then."""
+def may_retry(task: object, run: object, state: State[Any]) -> bool:
+    """Say whether a failed stage is tried again: not while the run is being stopped, and not after a refusal, which is exit code 2."""
     return not command.stopping() and not re.search(r"exited with 2(?!\d)", state.message or "")
 
 
-@task(cache_policy=NO_CACHE, retry_condition_fn=worth_another)
-def one(stage: str, what: Stage, waits: tuple[str, ...], run: Run) -> State[None]:
-    """`dvc repro --single-item`, unless something it waits for failed, or there is nothing to do."""
-    logger = get_run_logger()
-    if missing := [name for name in waits if run.outcome.get(name) not in DONE]:
-        run.outcome[stage] = "Skipped"
+@task(cache_policy=NO_CACHE, retry_condition_fn=may_retry)
+def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[None]:
+    """Run a stage by `dvc repro --single-item`, unless a stage of `upstream` failed or nothing has changed.
+
+    Raises RuntimeError with the last lines of output when the stage fails or takes longer than its timeout.
+    """
+    logger, name = get_run_logger(), stage.name
+    if missing := [other for other in upstream if run.outcomes.get(other) not in DONE]:
+        run.outcomes[name] = "Skipped"
         return Cancelled(name="Skipped", message=f"{', '.join(missing)} did not complete")
-    if stage in run.clean and all(run.outcome[name] == "Cached" for name in waits):
-        logger.info(f"{stage} is as it was, by `dvc status`")
-        run.outcome[stage] = "Cached"
+    if name in run.unchanged and all(run.outcomes[other] == "Cached" for other in upstream):
+        logger.info(f"{name} is as it was, by `dvc status`")
+        run.outcomes[name] = "Cached"
         return Completed(name="Cached")
-    run.outcome[stage] = "Failed"  # until it is known better
-    said = run.said[stage] = []
-    progress = artifacts.Progress(stage, logger.warning)
+    run.outcomes[name] = "Failed"  # until the end of this function, which an exception does not reach
+    lines = run.output[name] = []
+    progress = artifacts.ProgressBar(name, logger.warning)
     state = "Failed"
 
-    def line(text: str) -> None:
-        if text.strip() and not text.startswith(CHATTER):
-            said.append(text.rstrip())
-            logger.info(said[-1])
-            progress.line(said[-1])
+    def log(line: str) -> None:
+        if line.strip() and not line.startswith(CHATTER):
+            lines.append(line.rstrip())
+            logger.info(lines[-1])
+            progress.read_line(lines[-1])
 
     try:
-        with _slot(run.slots):
-            code = repro(stage, what, run, line, pull=run.pull)
-            if code and run.pull and not any(text.startswith(f"Running stage '{stage}'") for text in said):
-                line(f"{stage} could not be taken from the remote, so it is made here")
-                code = repro(stage, what, run, line, pull=False)
+        with _Slot(run.slots):
+            code = repro_stage(stage, run, log, pull=run.pull)
+            if code and run.pull and not any(line.startswith(f"Running stage '{name}'") for line in lines):
+                log(f"{name} could not be taken from the remote, so it is made here")
+                code = repro_stage(stage, run, log, pull=False)
         if code:
-            raise RuntimeError("\n".join([f"{stage} failed", *said[-LAST:]]))
-        state = outcome(stage, said)
+            raise RuntimeError("\n".join([f"{name} failed", *lines[-TAIL_LINES:]]))
+        state = read_outcome(name, lines)
     except TimeoutError as error:
-        run.said[stage].append(f"{stage} {error}")
-        raise RuntimeError("\n".join([f"{stage} {error}; meta.cf.timeout in dvc.yaml states it", *said[-LAST:]])) from None
+        lines.append(f"{name} {error}")
+        raise RuntimeError("\n".join([f"{name} {error}; meta.cf.timeout in dvc.yaml states it", *lines[-TAIL_LINES - 1 : -1]])) from None
     finally:
         progress.close(state == "Completed")
-    run.outcome[stage] = state
+    run.outcomes[name] = state
     return Completed(name=state)
 
 
-def repro(stage: str, what: Stage, run: Run, line: Callable[[str], None], *, pull: bool) -> int:
-    """DVC's exit code."""
-    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--pull"] if pull else []), "--single-item", stage]
-    return command.run(words, cwd=run.root, env=run.environment, line=line, gpus=to_lock(what, line), timeout=what.timeout)
+def repro_stage(stage: Stage, run: SharedRun, log: Callable[[str], None], *, pull: bool) -> int:
+    """Run DVC on this stage alone; return its exit code. Without --wait-for-lock, results of parallel stages would be lost."""
+    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--pull"] if pull else []), "--single-item", stage.name]
+    return command.run(words, cwd=run.root, env=run.environment, line=log, gpus=count_gpus(stage, log), timeout=stage.timeout)
 
 
-def outcome(stage: str, said: list[str]) -> str:
-    """By what DVC said before anything of the stage itself could speak."""
+def read_outcome(stage: str, lines: list[str]) -> str:
+    """Return the state that DVC's lines mean. DVC names the stage before the stage itself can print anything."""
     state = "Completed"
-    for text in said:
-        if text.startswith(f"Running stage '{stage}'"):
+    for line in lines:
+        if line.startswith(f"Running stage '{stage}'"):
             return "Completed"
-        if text.startswith("Pulling data for stage:"):  # as dvc.lock names it, from the remote
+        if line.startswith("Pulling data for stage:"):  # the outs that dvc.lock names, from the remote
             state = "Restored"
-        if text in (f"Stage '{stage}' didn't change, skipping", f"'{stage}' didn't change, skipping"):
+        if line in (f"Stage '{stage}' didn't change, skipping", f"'{stage}' didn't change, skipping"):
             return "Cached"
-        if text.startswith(f"Stage '{stage}' is cached - skipping run"):
+        if line.startswith(f"Stage '{stage}' is cached - skipping run"):
             return "Restored"
     return state
 
 
-class _slot:
-    """One of the run's places, given up on when the run is stopped."""
+class _Slot:
+    """One of the places for stages that run at the same time; waiting for a place ends when the run is stopped."""
 
     def __init__(self, slots: threading.Semaphore) -> None:
         self.slots = slots
@@ -141,12 +145,37 @@ class _slot:
         self.slots.release()
 
 
-def to_lock(stage: Stage, line: Any) -> int:
-    """How many GPUs. Choice: a machine without any runs every stage on its CPU, as `make repro` does; `cf plan` and the stages
-    themselves refuse what such a machine can't do. One that has some, and fewer than asked for, is refused."""
-    there = len(gpus.available())
-    if stage.gpus == "all" or not there:
-        if not there and stage.gpus:
-            line(f"{stage.name} states gpus: {stage.gpus}; this machine has none, so it runs on the CPU")
-        return there
+def count_gpus(stage: Stage, log: Callable[[str], None]) -> int:
+    """Return how many GPUs a stage locks.
+
+    Choice: a machine without any GPU runs every stage on its CPU, as `make repro` does; `cf plan` and the stages themselves refuse
+    what such a machine can't do. A machine that has GPUs, and fewer than a stage asks for, is refused when the locks are taken.
+    """
+    available = len(gpus.available())
+    if stage.gpus == "all" or not available:
+        if not available and stage.gpus:
+            log(f"{stage.name} states gpus: {stage.gpus}; this machine has none, so it runs on the CPU")
+        return available
     return int(stage.gpus)
+
+
+def run_logged(words: list[str], *, log: Callable[[str], object], **options: Any) -> tuple[int, list[str]]:
+    """Run a command as `flows.supervise.command.run` does; return its exit code and its lines, each of which was logged as it came."""
+    lines: list[str] = []
+
+    def read_line(line: str) -> None:
+        if line.strip():
+            lines.append(line.rstrip())
+            log(lines[-1])
+
+    return command.run(words, line=read_line, **options), lines
+
+
+def run_dvc(root: Path, *words: str) -> None:
+    """Run a short command of DVC. Raises RuntimeError with what DVC complains of."""
+    variables = environment("dvc", root, root)
+    command_line = [sys.executable, "-m", "dvc", *words]
+    done = subprocess.run(command_line, cwd=root, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode:
+        complaint = " ".join((done.stderr or done.stdout).split()) or "it said nothing"
+        raise RuntimeError(f"`dvc {words[0]}` failed: {complaint[-500:]}")

@@ -49,10 +49,10 @@ def self_forcing(model: Path, out: Path) -> str:
     import torch  # after the options
     from safetensors.torch import save_file
 
-    from cf_model.foreign import convert, importing
+    from cf_model.foreign import import_checkpoint, weight_names
 
-    weights = importing.read_weights(model)
-    state = convert.to_self_forcing(weights.state)
+    weights = import_checkpoint.read_weights(model)
+    state = weight_names.to_self_forcing(weights.state)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     try:
@@ -65,6 +65,6 @@ def self_forcing(model: Path, out: Path) -> str:
     finally:
         partial.unlink(missing_ok=True)
     heads, head_dim = weights.config["num_attention_heads"], weights.config["attention_head_dim"]
-    odd = "" if head_dim == convert.HEAD_DIM else f"; it can't say that heads are {head_dim} wide: import it with --heads {heads}"
+    odd = "" if head_dim == weight_names.HEAD_DIM else f"; it can't say that heads are {head_dim} wide: import it with --heads {heads}"
     return f"{out}: {len(state)} tensors under Self-Forcing's names{odd}"
 

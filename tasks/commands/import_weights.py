@@ -37,10 +37,10 @@ def main(argv: list[str]) -> None:
 
     import torch  # after the options, so that --help is there at once
 
-    from cf_model.foreign import importing
+    from cf_model.foreign import import_checkpoint
 
     src, out, dtype = (stated.pop(name) for name in ("src", "out", "dtype"))
-    facts = importing.import_transformer(src, out, dtype=dtype and getattr(torch, dtype), **stated)
+    facts = import_checkpoint.import_transformer(src, out, dtype=dtype and getattr(torch, dtype), **stated)
     print(f"{out}: {summary(facts)}")
 
 

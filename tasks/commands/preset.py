@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from tasks.params import yaml_file
@@ -52,25 +51,25 @@ def read(name: str) -> dict[str, Any]:
     files = found()
     if name not in files:
         raise Refused(f"preset {name} isn't in {FOLDER}/; known are {', '.join(files) or 'none'}")
-    stated = yaml_file.read(files[name])
+    stated = yaml_file.read_yaml(files[name])
     parent = stated.pop("from", None)
     return merged(read(parent), stated) if parent else stated
 
 
 def write(path: Path, name: str) -> None:
     """Lays the preset over the file, whose comments stay."""
-    from tasks.params.schema import Params  # here, so that `cf preset list` needs no torch
+    from tasks.params.load import validate_params  # here, so that `cf preset list` needs no torch
 
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 140, True
-    yaml_file.read(path)  # refuses what is no YAML, in one sentence
+    yaml_file.read_yaml(path)  # refuses what is no YAML, in one sentence
     stated = applied(yaml.load(path.read_text()), name)
     text = io.StringIO()
     yaml.dump(stated, text)
     try:
-        Params.model_validate(YAML(typ="safe", pure=True).load(text.getvalue()))
-    except ValidationError as error:
-        raise Refused(f"preset {name} doesn't fit {yaml_file.explain(error, Params, path)}; start from another profile") from None
+        validate_params(YAML(typ="safe", pure=True).load(text.getvalue()), path)
+    except Refused as error:
+        raise Refused(f"preset {name} doesn't fit {error}; start from another profile") from None
     partial = path.with_suffix(".partial")
     partial.write_text(text.getvalue())
     partial.replace(path)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.params import schema as parameters
+from tasks.params import load
 from tasks.params.schema import CAUSAL, Params, System
 from tasks.params.yaml_file import Refused
 from tasks.parts.systems import as_trained
@@ -22,7 +22,7 @@ def to_diffusers(model: Path, out: Path, file: Path, system: str | None, codec: 
         raise Refused(f"--model is {model}, which holds no transformer; name one that a stage or cf import-weights wrote")
     if codec is None and not CODEC.is_dir():
         raise Refused(f"{CODEC} is not there; run the stage codec, or name a codec's folder with --codec")
-    params = parameters.load(file)
+    params = load.load_params(file)
 
     from cf_model.folder import Recipe  # after the options, as they import torch
     from cf_model.model import wan
@@ -43,7 +43,7 @@ def to_diffusers(model: Path, out: Path, file: Path, system: str | None, codec: 
         made=made,
         licence=licence or usual,
     )
-    pipe = ContextForcingPipeline(wan.load(model), read_codec(codec or CODEC), read_text(params, text), recipe)
+    pipe = ContextForcingPipeline(wan.load_transformer(model), read_codec(codec or CODEC), read_text(params, text), recipe)
     pipe.save_pretrained(out)
     said = f"{out}: {recipe.width} x {recipe.height}, memory and rollout of {system or model.name} in {file}"
     return f"{said}; now `cf generate --model {out} --prompt ... --out video.mp4`"
@@ -75,12 +75,12 @@ def read_codec(folder: Path) -> Any:
 
     if (folder / "codec.json").is_file():
         return load_codec(folder)
-    from cf_model.codec.wan_codec import load_wan
+    from cf_model.codec.wan_codec import load_wan_codec
 
-    return load_wan(folder)
+    return load_wan_codec(folder)
 
 
 def read_text(params: Params, folder: Path | None) -> Any:
-    from tasks.parts.text_encoder import text_encoder
+    from tasks.parts.text_encoder import open_text_encoder
 
-    return text_encoder(params.text if folder is None else params.text.model_copy(update={"kind": "umt5", "weights": str(folder)}))
+    return open_text_encoder(params.text if folder is None else params.text.model_copy(update={"kind": "umt5", "weights": str(folder)}))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # label -> where in metrics/ the number stands
-SHOWN = {
+METRICS = {
     "base, sprite recall": ("evaluate", "prompts", "base", "sprite_recall"),
     "stage1, sprite recall": ("evaluate", "prompts", "stage1", "sprite_recall"),
     "teacher, map error after 10 real seconds": ("evaluate", "continuations", "teacher_slow_fast", "map_error"),
@@ -16,7 +16,7 @@ SHOWN = {
 }
 
 
-def number(metrics: Path, stage: str, *keys: str) -> str:
+def read_metric(metrics: Path, stage: str, *keys: str) -> str:
     file = metrics / f"{stage}.json"
     value: Any = json.loads(file.read_text()) if file.exists() else None
     for key in keys:
@@ -24,12 +24,12 @@ def number(metrics: Path, stage: str, *keys: str) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else "not measured"
 
 
-def summary(root: Path) -> str:
+def summarize_run(root: Path) -> str:
     places = {"report": root / "reports/report.html", "videos": root / "samples"}
     lines = [f"{name:<42} {path}" for name, path in places.items() if path.exists()]
-    lines += [f"{label:<42} {number(root / 'metrics', *where)}" for label, where in SHOWN.items()]
+    lines += [f"{label:<42} {read_metric(root / 'metrics', *where)}" for label, where in METRICS.items()]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(summary(Path.cwd()))
+    print(summarize_run(Path.cwd()))

@@ -35,7 +35,8 @@ def dvc_md5(path: Path) -> str:
 
 def files(path: Path) -> Iterator[Path]:
     """Of a folder all files below, of a file itself."""
-    yield from sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    below = (file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)  # as .dvcignore says
+    yield from sorted(below) if path.is_dir() else [path]
 
 
 @cache

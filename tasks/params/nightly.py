@@ -1,11 +1,11 @@
-"""params.yaml's sections `start` and `nightly`: what stages begin from, and what every night does with new clips (flows/nightly.py)."""
+"""The sections `start` and `nightly` of params.yaml: what stages begin from, and how flows/nightly.py trains on new clips."""
 
 from __future__ import annotations
 
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
@@ -17,51 +17,55 @@ DAYS = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday
 
 
 class Section(BaseModel):
+    """A section of params.yaml: unknown keys are refused, values never change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
 class Start(Section):
-    """Files and folders that dvc.yaml names by ${start.NAME}, so that DVC sees when they change."""
+    """Files and folders that dvc.yaml names by ${start.NAME}, so that DVC tracks them as dependencies."""
 
     clips: Path  # clips.folder, or the code that renders them
-    stage2: Path  # what the student of stage 2 begins as: models/stage1, or a student that was promoted
+    stage2: Path  # weights that the student of stage 2 begins with: models/stage1, or a promoted student
 
     @model_validator(mode="after")
-    def _is_one_word(self) -> Self:
+    def _check_characters(self) -> Self:
         if not re.fullmatch(r"[\w@./]*[\w@][\w@./-]*", str(self.stage2), re.ASCII):
             raise ValueError(f"stage2 is {str(self.stage2)!r}, which dvc.yaml puts into a command; use letters, digits, and . _ / @ -")
         return self
 
 
 class Rule(Section):
-    """What the candidate must be beside the promoted model: better by `margin`, or, below 0, worse by no more than that."""
+    """A condition of promotion: the candidate beats the promoted student by `margin`; below 0, it may be worse by as much."""
 
     metric: str  # a path into metrics/evaluate.json; the judged system is called student
     better: Literal["higher", "lower"]
     margin: FiniteFloat
-    bound: FiniteFloat | None  # and what it must reach in any case, so that small losses don't add up
+    bound: FiniteFloat | None  # a value that the candidate must reach in any case, because small losses add up over nights
 
 
 class Nightly(Section):
+    """When a night trains, on which clips and stages, and by which rules its student is promoted."""
+
     cron: str
     timezone: str
-    branch: str  # of which a night takes code and parameters; what it makes goes to a branch nightly/DATE
-    inbox: Path | None  # a folder in which new clips arrive; they go into clips.folder, which `dvc add` tracks
-    settle: Annotated[float, Field(ge=0)]  # seconds that nobody may have written to a file in it: uploads take time
-    weekly: DAYS  # everything anew; other nights begin from the promoted student
-    keep: Annotated[list[str], Field(min_length=1)]  # stages that those other nights take as they were when the promoted student was made
-    prompts_file: Path | None  # on which candidate and promoted student are judged; null: captions of the held-out clips
+    branch: str  # from which a night takes code and parameters; its results go to a branch nightly/DATE
+    inbox: Path | None  # folder in which new clips arrive; a night moves them into clips.folder, which `dvc add` tracks
+    settle: Annotated[float, Field(ge=0)]  # seconds since the last write to a file of the inbox, after which its upload counts as complete
+    weekly: DAYS  # the night that trains all stages anew; the others begin from the promoted student
+    keep: Annotated[list[str], Field(min_length=1)]  # stages whose results the other nights reuse from the run of the promoted student
+    prompts_file: Path | None  # prompts that candidate and promoted student are judged on; null: captions of the held-out clips
     prompts: PositiveInt
     seeds: Annotated[list[int], Field(min_length=1)]
     rules: Annotated[list[Rule], Field(min_length=1)]
-    push_timeout: PositiveFloat  # seconds that one attempt to hand data over may take
-    push_again_after: list[PositiveFloat]  # seconds before the next attempt; after the last one the next night tries
-    absent_hours: PositiveFloat  # without a night that ended well, before someone is told
+    push_timeout: PositiveFloat  # seconds that an attempt to push data may take
+    push_again_after: list[PositiveFloat]  # seconds before each further attempt; after the last attempt the next night pushes
+    absent_hours: PositiveFloat  # hours without a successful night before an alert is sent
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> Self:
-        if wrong := _wrong_with(self.cron):
-            raise ValueError(f"cron is {self.cron!r}: {wrong}; write minute, hour, day, month and day of the week, as in 0 2 * * *")
+    def _check_schedule(self) -> Self:
+        if fault := _explain_cron_fault(self.cron):
+            raise ValueError(f"cron is {self.cron!r}: {fault}; write minute, hour, day, month and day of the week, as in 0 2 * * *")
         try:
             ZoneInfo(self.timezone)
         except (OSError, ValueError, KeyError):
@@ -71,13 +75,14 @@ class Nightly(Section):
         return self
 
     @model_validator(mode="after")
-    def _something_must_not_get_worse(self) -> Self:
+    def _check_margins(self) -> Self:
         if all(rule.margin < 0 for rule in self.rules):
             raise ValueError("rules has no margin of 0 or more, so that each night could promote a slightly worse student; raise one")
         return self
 
 
-def _wrong_with(cron: str) -> str | None:
+def _explain_cron_fault(cron: str) -> str | None:
+    """Say what is wrong with a cron expression; None if it is valid."""
     if not re.fullmatch(r"[\d*/,A-Za-z-]+( [\d*/,A-Za-z-]+){4}", cron):
         return "not five fields of digits, letters and * / , -"
     try:
@@ -85,14 +90,3 @@ def _wrong_with(cron: str) -> str | None:
     except CronSimError as error:
         return str(error).lower()
     return None
-
-
-def starts_are_what_is_used(p: Any) -> None:
-    """Called by Params."""
-    wanted = p.clips.folder if p.clips.source == "folder" else RENDERED
-    if p.start.clips != wanted:
-        said = f"clips.source is {p.clips.source}" + (f" and clips.folder {p.clips.folder}" if p.clips.source == "folder" else "")
-        raise ValueError(f"start.clips is {p.start.clips}, but {said}; set start.clips to {wanted}, so that DVC sees when it changes")
-    if p.nightly.inbox is not None and (p.clips.folder is None or p.clips.folder.is_absolute()):
-        said = f"nightly.inbox is {p.nightly.inbox}, but clips.folder is {p.clips.folder}"
-        raise ValueError(f"{said}; name a folder of the project that `dvc add` tracks, such as raw, for new clips to go into")

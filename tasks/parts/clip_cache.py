@@ -21,7 +21,7 @@ UNUSED_DAYS = 30  # what no run has asked for in that time goes: clips that were
 SIZE = 32  # bytes of the checksum in front
 
 
-class Kept:
+class ClipCache:
     """Bytes by file and by all else that they depend on: `on` (values), our code and the libraries that made them.
 
     CF_KEPT names the folder, and several checkouts may share one; `off` keeps nothing. Default: work/kept.

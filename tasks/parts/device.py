@@ -5,6 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def device() -> torch.device:
+def choose_device() -> torch.device:
     """The GPU, if there is one that CUDA_VISIBLE_DEVICES lets us see."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

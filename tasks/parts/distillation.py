@@ -15,18 +15,18 @@ from cf_model.model import wan
 from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
 from cf_model.model.view import TeacherView
-from cf_model.train.student import Distillation, StudentSpec
+from cf_model.train.student import DistillationTrainer, StudentSpec
 from cf_model.train.trainer.engine import EngineSpec
 from cf_model.train.trainer.loop import fit
-from cf_model.train.trainer.samples import SampleSpec, streamed
-from tasks.runner.track import Track, tail
+from cf_model.train.trainer.samples import SampleSpec, sample_stream
+from tasks.runner.track import Track, mean_of_tail
 
-from .device import device
-from .sample_videos import Samples
+from .device import choose_device
+from .sample_videos import SampleWriter
 
 
 @dataclass(frozen=True)
-class Job:
+class DistillationJob:
     """A distillation as params.yaml states it."""
 
     spec: StudentSpec
@@ -38,7 +38,7 @@ class Job:
     seed: int
 
 
-class Captions:
+class CaptionPrompts:
     """The training clips' captions, each once, in the order of the clips."""
 
     def __init__(self, clips: Latents) -> None:
@@ -52,26 +52,26 @@ class Captions:
         return self.clips.text([self.rows[i] for i in at])
 
 
-def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
+def train_student(job: DistillationJob, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
     """Trains the student in `student` on the prompts of the training clips; real score and critic start from `teacher`."""
     clips, spec = Latents(latents), job.spec
-    distillation = Distillation(
+    distillation = DistillationTrainer(
         spec,
-        student=wan.load(student, job.compute).to(device()),
-        teacher=wan.load(teacher, job.compute).to(device()),
-        critic=wan.load(teacher, job.compute).to(device()),
+        student=wan.load_transformer(student, job.compute).to(choose_device()),
+        teacher=wan.load_transformer(teacher, job.compute).to(choose_device()),
+        critic=wan.load_transformer(teacher, job.compute).to(choose_device()),
         view=job.view,
         flow=job.flow,
-        prompts=Captions(clips),
+        prompts=CaptionPrompts(clips),
         null=clips.null_text,
         shape=clips.shape,
         seed=job.seed,
         engine=job.engine,
-        reencode=reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
+        reencode=_build_reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
     )
     levels, chunk = spec.rollout.levels, spec.rollout.chunk
     make = partial(
-        streamed, distillation.average.model, spec=job.samples, levels=levels, chunk=chunk, memory=spec.memory, flow=job.flow
+        sample_stream, distillation.average.model, spec=job.samples, levels=levels, chunk=chunk, memory=spec.memory, flow=job.flow
     )
     fit(
         distillation.step,
@@ -81,17 +81,17 @@ def distil(job: Job, track: Track, *, latents: Path, codec: Path, teacher: Path,
         save_every=spec.save_every,
         seen=distillation.seen,
         clock=distillation.clock,
-        sample=Samples(job.samples, track, clips, codec, make),
+        sample=SampleWriter(job.samples, track, clips, codec, make),
     )
-    wan.save(distillation.average.model, out)
+    wan.save_transformer(distillation.average.model, out)
     track.save(out)
     names = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")
-    return {name: value for name in names if (value := tail(out, name)) is not None}
+    return {name: value for name in names if (value := mean_of_tail(out, name)) is not None}
 
 
-def reencoder(folder: Path) -> Callable[[Tensor], Tensor]:
+def _build_reencoder(folder: Path) -> Callable[[Tensor], Tensor]:
     """The last video frame of some latents, encoded as a video of its own: one latent, that of a picture."""
-    codec = load_codec(folder).to(device())
+    codec = load_codec(folder).to(choose_device())
 
     def picture(latents: Tensor) -> Tensor:
         *_, last = codec.decode_stream(latents.split(3, dim=1))  # a few at a time: all that came before must be decoded for one frame

@@ -12,7 +12,7 @@ from tasks.params.yaml_file import Refused
 REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # owner/name, or owner/name@revision
 
 
-def local(key: str, weights: str | None, parts: Sequence[str]) -> Path:
+def resolve_weights(key: str, weights: str | None, parts: Sequence[str]) -> Path:
     """The folder, with these parts of a diffusers pipeline inside. Says what it is about to download.
 
     The Hub's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN. An owner/name@revision stays the same for ever.

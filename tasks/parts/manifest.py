@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def kept(path: Path, split: str) -> list[dict[str, Any]]:
+def accepted_rows(path: Path, split: str) -> list[dict[str, Any]]:
     """The manifest's clips of a split, in its order."""
-    return [row for row in rows(path) if row["kept"] and row["split"] == split]
+    return [row for row in read_rows(path) if row["kept"] and row["split"] == split]
 
 
-def write(path: Path, lines: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

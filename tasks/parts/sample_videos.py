@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.codec.linear import Codec
+from cf_model.codec.interface import Codec
 from cf_model.data.latents import Latents
 from cf_model.data.video import write_video
 from cf_model.model import checkpoint
 from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec
 from tasks.runner.track import Track
 
-from .device import device
+from .device import choose_device
 
-Make = Callable[[Tensor, Tensor, torch.Generator], Iterator[Tensor]]  # of a prompt, a real beginning, noise: latents, part by part
+MakeSample = Callable[[Tensor, Tensor, torch.Generator], Iterator[Tensor]]  # of a prompt, a real beginning, noise: latents, part by part
 
 
-class Samples:
+class SampleWriter:
     """Called after every step, by every rank: the passes may communicate, and a rank that made none would leave the others waiting.
 
     Only the first rank decodes and writes. A step's videos are written before the checkpoint that says it is done, so a
     run that goes on from there has them, and one that repeats the step writes the same bytes again.
     """
 
-    def __init__(self, spec: SampleSpec, track: Track, clips: Latents, codec: Path, make: Make) -> None:
+    def __init__(self, spec: SampleSpec, track: Track, clips: Latents, codec: Path, make: MakeSample) -> None:
         self.spec, self.track, self.clips, self.folder, self.make = spec, track, clips, codec, make
         self.prefix = spec.prefix if isinstance(spec, ContinuedSpec) else 0
         self.rows = clips.rows("heldout", at_least=max(self.prefix, 1))[: spec.prompts] if spec.every else []
@@ -37,7 +37,7 @@ class Samples:
     @cached_property
     def codec(self) -> Codec:
         with torch.random.fork_rng(devices=[]):  # its networks are drawn before they are read
-            return load_codec(self.folder).to(device())
+            return load_codec(self.folder).to(choose_device())
 
     def __call__(self, step: int) -> None:
         if not self.spec.every or step % self.spec.every:
@@ -46,7 +46,7 @@ class Samples:
         for number, row in enumerate(self.rows):
             text, real = self.clips.text([row]), self.clips.window([row], [0], self.prefix)
             with torch.no_grad():
-                parts = list(self.make(text.to(device()), real.to(device()), self.spec.rng(number, device())))
+                parts = list(self.make(text.to(choose_device()), real.to(choose_device()), self.spec.rng(number, choose_device())))
             if self.track.first:
                 made[f"samples/{number}"] = self.write(self.track.work / "samples" / f"step-{step:06d}-{number}.mp4", parts)
         if made:
@@ -55,6 +55,6 @@ class Samples:
     def write(self, path: Path, parts: list[Tensor]) -> Path:
         path.parent.mkdir(exist_ok=True)
         frames = (frame for part in self.codec.decode_stream(parts) for frame in part[0].numpy())
-        with checkpoint.room(self.track.work, path.name):
+        with checkpoint.refuse_full_disk(self.track.work, path.name):
             write_video(path, frames, fps=self.clips.fps, crf=self.spec.crf)
         return path

@@ -6,10 +6,10 @@ from cf_model.text import encoder
 from cf_model.text.encoder import TextEncoder
 from tasks.params.schema import Text
 
-from .hub import local
+from .hub import resolve_weights
 
 
-def text_encoder(spec: Text) -> TextEncoder:
+def open_text_encoder(spec: Text) -> TextEncoder:
     """UMT5's 11 GB are not loaded before the first text is encoded; everything else is checked here."""
-    folder = None if spec.kind == "words" else local("text.weights", spec.weights, ("text_encoder", "tokenizer"))
-    return encoder.text_encoder(spec.kind, folder, spec.tokens, spec.channels)
+    folder = None if spec.kind == "words" else resolve_weights("text.weights", spec.weights, ("text_encoder", "tokenizer"))
+    return encoder.build_text_encoder(spec.kind, folder, spec.tokens, spec.channels)

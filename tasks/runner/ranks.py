@@ -1,149 +1,154 @@
-"""Several processes for one stage: one a GPU, or CF_RANKS of them. How many is no parameter and changes no result but rounding.
+"""Several processes for a training stage, started by torchrun: one for each GPU, or CF_RANKS of them on each machine.
 
-`cf stage2` starts them and only waits. Rank 0 is the stage as ever (tasks/runner/execute.py); the others compute their share of the
-batch and write nothing. When one dies the rest are ended, and what it died of is said once.
+`cf stage2` is then the launcher and waits. Rank 0 runs the stage as a single process would (tasks/runner/execute.py); the other
+ranks compute their share of each batch and write nothing. Their number is no parameter, because it changes results by rounding
+alone. Several machines meet by torchrun's own variables: PET_NNODES, PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT on each.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.params.yaml_file import Refused
+from tasks.wandb_log.lineage import pipeline_run
 
-from . import execute
-from . import track as tracking
+from .execute import seed_generators, stop_on_sigterm
+from .track import Track
+from .working_folder import WORK
 
-STAGES = ("base", "teacher", "causal_init", "stage1", "stage2")
-PATIENCE = 2.0  # seconds between asking the other ranks to end, asking again, and ending them
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+TRAINING_STAGES = ("base", "teacher", "causal_init", "stage1", "stage2")
+SAVING_SECONDS = 24 * 3600  # that ranks may take to end their step and save it after SIGTERM; torchrun's own limit is 30
 
 
-def wanted(stage: str, stated: Mapping[str, Any]) -> int:
-    """How many processes this stage should have, from the environment alone."""
-    gpus, given = _gpus(), os.environ.get("CF_RANKS", "")
-    if given and not (given.isdecimal() and int(given)):
-        raise Refused(f"CF_RANKS is {given}; use a whole number from 1 on")
-    if given and 1 <= gpus < int(given):
-        raise Refused(f"CF_RANKS is {given}, but there are {gpus} GPUs; use at most that, or the CPU by CUDA_VISIBLE_DEVICES=''")
-    if stage not in STAGES or (stage == "base" and stated.get("base", {}).get("init") == "wan"):
+def count_ranks(stage: str, tree: Mapping[str, Any]) -> int:
+    """Return how many processes this machine should have for the stage, by its GPUs and CF_RANKS; 1 for a stage that does not train."""
+    gpus, stated = _count_gpus(), os.environ.get("CF_RANKS", "")
+    if stated and not (stated.isdecimal() and int(stated)):
+        raise Refused(f"CF_RANKS is {stated}; use a whole number from 1 on")
+    if stated and 1 <= gpus < int(stated):
+        raise Refused(f"CF_RANKS is {stated}, but there are {gpus} GPUs; use at most that, or the CPU by CUDA_VISIBLE_DEVICES=''")
+    if stage not in TRAINING_STAGES or (stage == "base" and tree.get("base", {}).get("init") == "wan"):
         return 1
-    return int(given) if given else max(gpus, 1)
+    return int(stated) if stated else max(gpus, 1)
 
 
-def _gpus() -> int:
-    """Without torch, which takes seconds to import."""
+def _count_gpus() -> int:
+    """Count GPUs without torch, which takes seconds to import."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
 
 
-# --------------------------------------------------------------------------------------------------- the one that waits
+def count_nodes() -> int:
+    """Return how many machines share the stage, by torchrun's variable PET_NNODES (`2`, or `1:4`)."""
+    return int(os.environ.get("PET_NNODES", "1").split(":")[-1])
 
 
 def launch(stage: str, count: int) -> int:
-    """This command, in `count` processes; the exit code of the stage."""
+    """Run this command in `count` ranks on this machine; return the exit code of the stage, 143 after SIGTERM.
+
+    When a rank fails, torchrun ends the others, and the cause is printed as one sentence.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what happened is said in our own sentence
+    # Each rank has a process group of its own, by which pipeline_run() would name each stage's run in W&B anew.
+    os.environ.setdefault("CF_RUN", pipeline_run(WORK))
+    # DeepSpeed calls torch by deprecated names, which warn at every call.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     with tempfile.TemporaryDirectory(prefix="cf-ranks-") as folder:
-        workers = []
-        for rank in range(count):
-            own = {"CF_RANK": str(rank), "CF_RANKS": str(count), "CF_MEETING": folder}
-            # DeepSpeed calls torch by names that torch has new ones for, and says so at every call
-            local = {"PYTHONWARNINGS": "ignore::FutureWarning"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
-            command = [sys.executable, *sys.orig_argv[1:]]
-            with (Path(folder) / f"stderr-{rank}").open("w") as aside:  # what all of them say is said once
-                workers.append(subprocess.Popen(command, env={**local, **os.environ, **own}, stderr=aside if rank else None))
-        before = signal.signal(signal.SIGTERM, lambda *_: _tell(workers, signal.SIGTERM))
+        words = [*_torchrun_options(count, folder), "--no-python", sys.executable, *sys.orig_argv[1:]]
+        config, program, arguments = config_from_args(get_args_parser().parse_args(words))
         try:
-            failed = _wait(workers)
-            if not failed:
-                return max(worker.returncode for worker in workers)  # 143: asked to stop
-            cause = _cause(failed, Path(folder))
-            code = failed.get(cause, 1)
-            print(f"cf {stage}: rank {cause} of {count} {_story(cause, code, Path(folder))}", file=sys.stderr)
-            return code if code > 0 else 128 - code
-        except KeyboardInterrupt:  # the terminal has told the workers too
-            return 130
-        finally:
-            _end(workers)
-            signal.signal(signal.SIGTERM, before)
+            elastic_launch(config, program)(*arguments)
+        except SignalException as error:
+            reports = sorted(Path(folder).rglob("error.json"), key=lambda report: report.stat().st_mtime_ns)
+            if not reports:
+                return 128 + error.sigval
+            # A rank could not save: on a full disk, for example.
+            print(f"cf {stage}: {json.loads(reports[0].read_text())['message']}", file=sys.stderr)
+            return 1
+        except ChildFailedError as error:
+            rank, failure = _find_root_cause(error.failures)
+            if failure.exitcode != 143:  # the rank was asked to stop, and has saved
+                print(f"cf {stage}: rank {rank} of {count * count_nodes()} {_describe_end(failure, Path(folder))}", file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        return 0
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Until all have ended well, or were asked to stop (143): {}. Else the ranks that failed, and how, before any was ended."""
-    while True:
-        codes = {rank: worker.poll() for rank, worker in enumerate(workers)}
-        failed = {rank: code for rank, code in codes.items() if code is not None and code not in (0, 143)}
-        if failed:
-            return failed
-        if None not in codes.values():
-            return {}
-        time.sleep(0.05)
+def _torchrun_options(count: int, folder: str) -> list[str]:
+    options = {"nproc-per-node": count, "max-restarts": 0, "monitor-interval": 0.05, "shutdown-timeout": SAVING_SECONDS, "log-dir": folder}
+    options["redirects"] = ",".join(f"{rank}:2" for rank in range(1, count)) or "0"  # stderr of all ranks but the first goes to files
+    if count_nodes() == 1:  # the ranks meet on this machine's own address
+        options |= {"rdzv-backend": "c10d", "rdzv-endpoint": "localhost:0", "rdzv-id": uuid.uuid4().hex, "local-addr": "localhost"}
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
-def _cause(failed: dict[int, int], folder: Path) -> int:
-    """The rank that was the first to fail; the others fail because of it. A rank that was killed could not write why. Any other
-    writes before it goes, and is missed by the rest only when it has gone, so the oldest report is the cause."""
-    killed = [rank for rank, code in failed.items() if code < 0]
-    reports = sorted(folder.glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
-    return next(iter([*killed, *(int(report.name.split("-")[1]) for report in reports), *failed]))
+def _find_root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """Find the rank that failed first, because the others fail for want of it.
+
+    A rank that was killed leaves no report, and the others report within a second that it is gone. SIGTERM is torchrun's own
+    way to end the others. Among ranks that left a report the oldest is the cause.
+    """
+    reports = sorted((f for f in failures.values() if os.path.exists(f.error_file)), key=lambda f: os.stat(f.error_file).st_mtime_ns)
+    last = reports[0].timestamp + 1 if reports else time.time()
+    killed = [f for f in failures.values() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM and f.timestamp <= last]
+    cause = next(iter([*killed, *reports, *failures.values()]))
+    return next(rank for rank, failure in failures.items() if failure is cause), cause
 
 
-def _story(rank: int, code: int, folder: Path) -> str:
-    report = folder / f"error-{rank}"
-    heard = "".join(f"\n  {line}" for line in (folder / f"stderr-{rank}").read_text().splitlines()[-20:])
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (the machine may be out of memory)" if name == "SIGKILL" else ""
-        return f"was ended by {name}{hint}; the last checkpoint is intact, the same command goes on from there{heard}"
-    return f"stopped: {report.read_text().strip()}" if report.exists() else f"ended with code {code}{heard}"
+def _describe_end(failure: ProcessFailure, logs: Path) -> str:
+    """Say how a rank ended; without a report, with the last lines of its stderr."""
+    if os.path.exists(failure.error_file):
+        return f"stopped: {failure.message.strip()}"
+    lines = [line for file in logs.rglob(f"{failure.local_rank}/stderr.log") for line in file.read_text().splitlines()[-20:]]
+    output = "".join(f"\n  {line}" for line in lines)
+    if failure.exitcode > 0:
+        return f"ended with code {failure.exitcode}{output}"
+    name = signal.Signals(-failure.exitcode).name
+    hint = " (the machine may be out of memory)" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}; the last checkpoint is intact, the same command goes on from there{output}"
 
 
-def _end(workers: list[subprocess.Popen[bytes]]) -> None:
-    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-        _tell(workers, number)
-        until = time.monotonic() + PATIENCE
-        while any(worker.poll() is None for worker in workers) and time.monotonic() < until:
-            time.sleep(0.05)
+def get_rank() -> int | None:
+    """Return the rank of this process among all machines; None in a process that torchrun did not start."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
-def _tell(workers: list[subprocess.Popen[bytes]], number: int) -> None:
-    for worker in workers:
-        if worker.poll() is None:
-            worker.send_signal(number)
-
-
-# ----------------------------------------------------------------------------------------------------- the ones that work
-
-
-def rank() -> int | None:
-    """Of this process; None in one that no launcher started."""
-    given = os.environ.get("CF_RANK")
-    return None if given is None else int(given)
-
-
-def meeting() -> Path:
-    return Path(os.environ["CF_MEETING"])
-
-
-def join() -> None:
-    """Meets the other ranks. torch is there by now: the stage has imported it."""
+def join_ranks() -> Store:
+    """Meet the other ranks, and return the store in which they share words. Ends this process if the launcher dies."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     threading.Thread(target=_end_with_the_launcher, args=(os.getppid(),), daemon=True).start()
-    here, count = rank() or 0, int(os.environ["CF_RANKS"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(here)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(iter(rendezvous("env://")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{meeting() / 'store'}", rank=here, world_size=count)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return store
 
 
 def _end_with_the_launcher(parent: int) -> None:
@@ -152,40 +157,40 @@ def _end_with_the_launcher(parent: int) -> None:
     os._exit(1)
 
 
-def failed(said: str, code: int) -> None:
-    """Leaves what this rank died of to the launcher and goes at once: the others are waiting for it."""
-    partial = meeting() / f".error-{rank()}"
-    partial.write_text(said)
-    partial.rename(meeting() / f"error-{rank()}")
+def report_failure(message: str, code: int) -> None:
+    """Leave the cause of this rank's end to the launcher, and exit at once, because the other ranks wait for this one."""
+    report = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    partial = report.with_name("error.partial")
+    partial.write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    partial.rename(report)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def announce(work: Path) -> None:
-    """Rank 0 has the working folder; the others may read its checkpoints."""
-    if rank() == 0:
-        tracking.replace(meeting() / "work", str(work))
-
-
-def follow(stage: str, run: Callable[..., Any], paths: Mapping[str, Any], params: Any) -> None:
-    """The stage in a rank that is not the first: the same steps, nothing written."""
-    execute.seed(params)
-    while not (meeting() / "work").exists():
+def follow(stage: str, run: Callable[..., Any], paths: Mapping[str, Any], params: Any, store: Store) -> None:
+    """Run the stage in a rank other than the first: the same steps, nothing written. Rank 0 announces the working folder."""
+    seed_generators(params)
+    while not store.check(["work"]):
         time.sleep(0.05)
-    track = Follower(stage, Path((meeting() / "work").read_text()))
-    with execute.terminated_cleanly(track):
+    track = Follower(stage, Path(store.get("work").decode()))
+    with stop_on_sigterm(track):
         run(params, track, **paths)
 
 
 class Silent:
-    def update(self, n: int = 1, **shown: float) -> None: ...
+    """The progress of a follower."""
+
+    def update(self, n: int = 1, **values: float) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Follower(tracking.Track):
-    """Says nothing, and ends its process where the first rank begins to save the model."""
+class Follower(Track):
+    """The record of a rank other than the first: it writes nothing, and ends the process where rank 0 begins to save the model.
+
+    It ends with code 0 also when it was asked to stop, because torchrun ends rank 0, which still saves, after any other code.
+    """
 
     first = False
 
@@ -199,7 +204,7 @@ class Follower(tracking.Track):
         return Silent()
 
     def stopped(self, step: int) -> None:
-        raise SystemExit(143)
+        raise SystemExit(0)
 
     def finished(self) -> None:
         raise SystemExit(0)

@@ -119,7 +119,7 @@ def alias(group: str) -> str:
 
 
 def _stages(stated: Mapping[str, Any], pipeline: Path) -> dict[str, Any]:
-    return yaml_file.pipeline(pipeline, stated) if pipeline.exists() else {}
+    return yaml_file.read_stages(pipeline, stated) if pipeline.exists() else {}
 
 
 def _outs(entry: dict[str, Any]) -> Iterator[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cf_model.data.apart import Unreadable, apart
+from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
 
 PATHS = [Path(name) for name in ("good-1", "bad", "good-2", "good-3")]
 
@@ -47,7 +47,7 @@ def modules(path: Path) -> list[str]:
     [(killed, 60.0, "bad crashed its reader"), (hanging, 1.0, "bad was not read within 1 s"), (refusing, 60.0, "bad is bad; replace it")],
 )
 def test_a_bad_file_costs_only_itself(task: object, timeout: float, why: str, workers: int) -> None:
-    found = dict(apart(task, PATHS, workers=workers, timeout=timeout))  # type: ignore[arg-type]
+    found = dict(read_in_subprocess(task, PATHS, workers=workers, timeout=timeout))  # type: ignore[arg-type]
     bad = found.pop(1)
     assert isinstance(bad, Unreadable) and bad.sentence.startswith(why)
     assert found == {0: "GOOD-1", 2: "GOOD-2", 3: "GOOD-3"}
@@ -55,13 +55,13 @@ def test_a_bad_file_costs_only_itself(task: object, timeout: float, why: str, wo
 
 def test_a_fault_of_the_task_is_raised_and_not_blamed_on_the_file() -> None:
     with pytest.raises(KeyError):
-        list(apart(faulty, PATHS, workers=2, timeout=60.0))
+        list(read_in_subprocess(faulty, PATHS, workers=2, timeout=60.0))
 
 
 def test_no_files_no_children() -> None:
-    assert list(apart(killed, [], workers=2, timeout=60.0)) == []
+    assert list(read_in_subprocess(killed, [], workers=2, timeout=60.0)) == []
 
 
 def test_readers_start_without_torch() -> None:
     """A second and 200 MB for each of them."""
-    assert dict(apart(modules, PATHS[:1], workers=1, timeout=60.0)) == {0: []}
+    assert dict(read_in_subprocess(modules, PATHS[:1], workers=1, timeout=60.0)) == {0: []}

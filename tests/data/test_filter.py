@@ -15,25 +15,25 @@ LIMITS = SimpleNamespace(min_seconds=10.0, min_fps=15.0, max_clipped=0.4, min_mo
 
 
 def pan(seed: int, frames: int = 177) -> np.ndarray:
-    return worlds.render(worlds.draw(seed), frames, height=32, width=32, fps=16)
+    return worlds.render_clip(worlds.draw_world(seed), frames, height=32, width=32, fps=16)
 
 
-def measured(frames: np.ndarray, fps: float = 16.0) -> rules.Measured:
-    small = rules.coarse(frames)
-    return rules.Measured(
+def measured(frames: np.ndarray, fps: float = 16.0) -> rules.ClipMeasures:
+    small = rules.average_blocks(frames)
+    return rules.ClipMeasures(
         frames=len(frames),
         fps=fps,
         width=32,
         height=32,
-        clipped=rules.clipped(frames),
-        motion=rules.motion(frames, fps),
-        cut=rules.cut(small, fps),
-        signature=rules.signature(small),
+        clipped=rules.clipped_share(frames),
+        motion=rules.motion_per_second(frames, fps),
+        cut=rules.strongest_cut(small, fps),
+        signature=rules.draw_signature(small),
     )
 
 
 def reason(frames: np.ndarray, fps: float = 16.0) -> str | None:
-    rejection = rules.judge(measured(frames, fps), {}, LIMITS)
+    rejection = rules.find_broken_rule(measured(frames, fps), {}, LIMITS)
     return rejection.reason if rejection else None
 
 
@@ -93,31 +93,31 @@ def test_thresholds_are_what_the_rules_say() -> None:
         ({"motion": 0.4}, ("frozen", 0.4, "motion >= 0.5")),
         ({"cut": 2.6}, ("hard_cut", 2.6, "cut <= 2.5")),
     ):
-        rejection = rules.judge(rules.Measured(**(vars(clip) | changed)), {}, LIMITS)  # type: ignore[arg-type]
+        rejection = rules.find_broken_rule(rules.ClipMeasures(**(vars(clip) | changed)), {}, LIMITS)  # type: ignore[arg-type]
         assert rejection == rules.Rejection(*expected)  # type: ignore[arg-type]
-    assert rules.judge(rules.Measured(**(vars(clip) | {"frames": 161})), {}, LIMITS) is None
+    assert rules.find_broken_rule(rules.ClipMeasures(**(vars(clip) | {"frames": 161})), {}, LIMITS) is None
 
 
 def test_a_copy_is_recognised_by_its_twin_and_a_stranger_is_not() -> None:
     kept = {f"clip-{seed}": measured(pan(seed)).signature for seed in range(6)}
     for change in (grainy, lambda frames: frames[::2], lambda frames: np.clip(frames.astype(int) + 5, 0, 255).astype(np.uint8)):
-        rejection = rules.judge(measured(change(pan(4))), kept, SimpleNamespace(**(vars(LIMITS) | {"min_seconds": 1.0})))
+        rejection = rules.find_broken_rule(measured(change(pan(4))), kept, SimpleNamespace(**(vars(LIMITS) | {"min_seconds": 1.0})))
         assert rejection is not None and rejection.reason == "duplicate" and rejection.rule == "distance >= 8.0 (from clip-4)"
-    assert rules.judge(measured(pan(77)), kept, LIMITS) is None
+    assert rules.find_broken_rule(measured(pan(77)), kept, LIMITS) is None
 
 
 def test_black_and_white_are_clipped_and_colours_are_not() -> None:
     frames = np.zeros((4, 32, 32, 3), np.uint8)
     frames[:, :, :8] = 255
     frames[:, :, 8:16] = (255, 0, 0)
-    assert rules.clipped(frames) == 0.75
-    assert rules.clipped(np.full((4, 32, 32, 3), (255, 254, 249), np.uint8)) == 0
-    assert rules.clipped(np.full((4, 32, 32, 3), (251, 252, 255), np.uint8)) == 1
+    assert rules.clipped_share(frames) == 0.75
+    assert rules.clipped_share(np.full((4, 32, 32, 3), (255, 254, 249), np.uint8)) == 0
+    assert rules.clipped_share(np.full((4, 32, 32, 3), (251, 252, 255), np.uint8)) == 1
 
 
 def test_block_means() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    assert np.allclose(rules.coarse(frames)[1, 2, 5], frames[1, 8:12, 20:24].mean((0, 1)))
+    assert np.allclose(rules.average_blocks(frames)[1, 2, 5], frames[1, 8:12, 20:24].mean((0, 1)))
 
 
 def test_one_and_two_frames_are_measured_without_error() -> None:
@@ -138,13 +138,13 @@ class TestRealClips:
         ],
     )
     def test_reasons(self, name: str, expected: str | None) -> None:
-        rejection = rules.judge(rules.measure(CLIPS / name), {}, LIMITS)
+        rejection = rules.find_broken_rule(rules.measure_clip(CLIPS / name), {}, LIMITS)
         assert (rejection.reason if rejection else None) == expected
 
     def test_calm_and_handheld_scenes_have_no_cut_and_a_splice_has(self) -> None:
         names = ("mixkit-a-boat-sailing-in-the-bay-1941.mp4", "mixkit-a-couple-at-the-beach-at-sunset-1040.mp4", "flipping_a_pancake.mkv")
-        boat, couple, pancake = (video.sample(CLIPS / name, side=32)[1] for name in names)
+        boat, couple, pancake = (video.read_squeezed(CLIPS / name, side=32)[1] for name in names)
         for frames in (boat, couple, pancake):
-            assert rules.cut(rules.coarse(frames), 16) < 2.0 and rules.motion(frames, 16) > 1.0
+            assert rules.strongest_cut(rules.average_blocks(frames), 16) < 2.0 and rules.motion_per_second(frames, 16) > 1.0
         for one, other in ((boat, couple), (couple, pancake), (pancake, boat)):
-            assert rules.cut(rules.coarse(np.concatenate([one[:40], other[:40]])), 16) > 4.0
+            assert rules.strongest_cut(rules.average_blocks(np.concatenate([one[:40], other[:40]])), 16) > 4.0

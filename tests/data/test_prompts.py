@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cf_model.data.prompts import LONGEST, prompts, read_prompts
+from cf_model.data.prompts import LONGEST_LINE, iterate_prompts, read_prompts
 
 
 def test_one_prompt_a_line(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_files_without_prompts_are_named(tmp_path: Path, content: bytes) -> None
 
 @pytest.mark.parametrize(
     ("bad", "why"),
-    [(b"caf\xe9", r"is not UTF-8 text \(byte 4\)"), (b"a" * (LONGEST + 1), "has more than 20,000 bytes"), (b"a\0b", "holds a zero byte")],
+    [(b"caf\xe9", r"is not UTF-8 text \(byte 4\)"), (b"a" * (LONGEST_LINE + 1), "has more than 20,000 bytes"), (b"a\0b", "holds a zero byte")],
 )
 def test_one_bad_line_among_many_is_named_when_it_is_reached(tmp_path: Path, bad: bytes, why: str) -> None:
     file = tmp_path / "prompts.txt"
@@ -38,8 +38,8 @@ def test_one_bad_line_among_many_is_named_when_it_is_reached(tmp_path: Path, bad
 def test_a_file_is_read_as_it_is_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"first\n\nthird\n" + b"\xff\n")
-    lines = prompts(file)
+    lines = iterate_prompts(file)
     assert [next(lines), next(lines)] == [(1, "first"), (3, "third")]
     file.write_bytes(b"\xff\xfea\0")
     with pytest.raises(ValueError, match="line 1 is not UTF-8"):
-        next(prompts(file))
+        next(iterate_prompts(file))

@@ -17,7 +17,7 @@ CLIPS = Path(__file__).parents[3] / "shared" / "clips"
 
 
 def pan(frames: int, *, fps: int = 16, size: int = 32, seed: int = 0) -> np.ndarray:
-    return worlds.render(worlds.draw(seed), frames, height=size, width=size, fps=fps)
+    return worlds.render_clip(worlds.draw_world(seed), frames, height=size, width=size, fps=fps)
 
 
 def test_written_frames_come_back_in_order_and_number(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_written_frames_come_back_in_order_and_number(tmp_path: Path) -> None:
     assert back.shape == frames.shape and back.dtype == np.uint8
     away = np.abs(back[:, None].astype(np.int16) - frames[None]).mean((2, 3, 4))
     assert (away.argmin(1) == np.arange(97)).all() and away.diagonal().max() < 8  # 4:2:0 costs colour at 32 pixels
-    assert video.probe(tmp_path / "a.mp4") == video.Probe(frames=97, fps=16.0, width=32, height=32)
+    assert video.probe_video(tmp_path / "a.mp4") == video.VideoFacts(frames=97, fps=16.0, width=32, height=32)
 
 
 def test_same_size_and_rate_is_what_an_independent_decoder_sees(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_another_rate_takes_the_nearest_frames_in_time(tmp_path: Path) -> None:
 
 @given(frames=st.integers(1, 200), rate=st.floats(5, 60), fps=st.floats(5, 60))
 def test_resampled_times_are_nearest_and_cover_the_clip(frames: int, rate: float, fps: float) -> None:
-    found = video.Probe(frames=frames, fps=rate, width=32, height=32)
-    chosen = video.nearest(np.arange(frames) / rate, found, fps)
+    found = video.VideoFacts(frames=frames, fps=rate, width=32, height=32)
+    chosen = video.select_nearest_frames(np.arange(frames) / rate, found, fps)
     wanted = np.arange(len(chosen)) / fps
     assert (np.diff(chosen) >= 0).all() and chosen.min() >= 0 and chosen.max() < frames
     if len(chosen) != frames:  # otherwise the rates may be so near that the frames are taken as they are
@@ -103,8 +103,8 @@ def test_resampled_times_are_nearest_and_cover_the_clip(frames: int, rate: float
 
 @given(width=st.integers(8, 2000), height=st.integers(8, 2000), wide=st.sampled_from([32, 64, 832]), tall=st.sampled_from([32, 480]))
 def test_covering_keeps_proportions_and_avoids_decords_widths(width: int, height: int, wide: int, tall: int) -> None:
-    found = video.Probe(frames=1, fps=16.0, width=width, height=height)
-    y, x = video.covering(found, tall, wide)
+    found = video.VideoFacts(frames=1, fps=16.0, width=width, height=height)
+    y, x = video.covering_size(found, tall, wide)
     assert y >= tall and x >= wide and x not in video.UNREADABLE_WIDTHS
     assert abs(y - x * height / width) <= max(1, height / width)
 
@@ -144,7 +144,7 @@ def test_widths_that_decord_misreads_are_refused_in_a_sentence(tmp_path: Path, w
     """If decord ever reads them, this fails and the list can go."""
     video.write_video(tmp_path / "a.mp4", np.zeros((5, 32, width, 3), np.uint8), fps=16, crf=12)
     with pytest.raises(ValueError, match=f"a.mp4 is {width} pixels wide, which decord reads wrongly"):
-        video.probe(tmp_path / "a.mp4")
+        video.probe_video(tmp_path / "a.mp4")
     with pytest.raises(ValueError, match=f"video.width is {width}"):
         video.read_video(tmp_path / "a.mp4", height=32, width=width, fps=16)
 
@@ -165,37 +165,37 @@ def test_a_file_cut_anywhere_is_unreadable(tmp_path: Path, part: float, index: s
     whole = path.read_bytes()
     path.write_bytes(whole[: int(part * len(whole))])
     with pytest.raises(ValueError, match=r"^a\.mp4 [^\n]*$"):
-        video.sample(path, side=32)
+        video.read_squeezed(path, side=32)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video\n" * 500, bytes(10_000)])
 def test_other_files_are_no_videos(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.mp4").write_bytes(content)
-    for read in (video.probe, lambda path: video.read_video(path, height=32, width=32, fps=16)):
+    for read in (video.probe_video, lambda path: video.read_video(path, height=32, width=32, fps=16)):
         with pytest.raises(ValueError, match=r"a\.mp4 is not a video"):
             read(tmp_path / "a.mp4")
     with pytest.raises(ValueError, match=r"b\.mp4 is not there"):
-        video.probe(tmp_path / "b.mp4")
+        video.probe_video(tmp_path / "b.mp4")
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="needs ../shared/clips")
 class TestRealClips:
     def test_matroska_without_a_frame_count(self, tmp_path: Path) -> None:
         path = CLIPS / "flipping_a_pancake.mkv"
-        assert video.probe(path) == video.Probe(frames=310, fps=30.0, width=426, height=240)
+        assert video.probe_video(path) == video.VideoFacts(frames=310, fps=30.0, width=426, height=240)
         frames = video.read_video(path, height=32, width=56, fps=16)
         assert frames.shape == (165, 32, 56, 3) and frames.std() > 20
         cut = tmp_path / "cut.mkv"
         cut.write_bytes(path.read_bytes()[: path.stat().st_size * 8 // 10])
         with pytest.raises(ValueError, match=r"cut\.mkv is cut off: its header promises \d+ frames, \d+ are there"):
-            video.sample(cut, side=32)
+            video.read_squeezed(cut, side=32)
 
     def test_two_streams_and_a_broken_rate(self) -> None:
-        assert video.probe(CLIPS / "nasa_13013.mp4").width == 480
+        assert video.probe_video(CLIPS / "nasa_13013.mp4").width == 480
         assert video.read_video(CLIPS / "nasa_13013.mp4", height=64, width=64, fps=16).shape == (208, 64, 64, 3)
 
     def test_rotation_is_applied(self) -> None:
-        assert (video.probe(CLIPS / "rotated_0.mov").width, video.probe(CLIPS / "rotated_90.mov").width) == (568, 320)
+        assert (video.probe_video(CLIPS / "rotated_0.mov").width, video.probe_video(CLIPS / "rotated_90.mov").width) == (568, 320)
 
     @pytest.mark.parametrize(
         ("name", "why"),
@@ -203,9 +203,9 @@ class TestRealClips:
     )
     def test_unreadable(self, name: str, why: str) -> None:
         with pytest.raises(ValueError, match=why):
-            video.sample(CLIPS / name, side=32)
+            video.read_squeezed(CLIPS / name, side=32)
 
     @pytest.mark.parametrize("name", ["h264_10bits.mp4", "h265_10bits.mp4", "h265_video.mp4", "bt709_full_range.mp4", "pose.mp4"])
     def test_other_encodings(self, name: str) -> None:
-        found, frames = video.sample(CLIPS / name, side=32)
+        found, frames = video.read_squeezed(CLIPS / name, side=32)
         assert len(frames) == found.frames

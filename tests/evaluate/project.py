@@ -13,6 +13,7 @@ import numpy as np
 
 from cf_model.model.memory import MemorySpec
 from cf_model.model.view import TeacherView
+from tasks.params import load
 from tasks.params import schema as types
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def system(weights: Literal["base", "teacher", "causal_init", "stage1", "stage2"
 
 def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["sparse", "contiguous"] = "sparse") -> types.Params:
     """Only the sections the report reads: what else a profile holds is none of its business. `shown` to stage 2's teacher."""
-    tiny = types.load(ROOT / "profiles/tiny.yaml")
+    tiny = load.load_params(ROOT / "profiles/tiny.yaml")
     slow = MemorySpec(3, 12, 6, "similarity", 0.95, 2, 1, "first", "evict", "clean", "none", "global", "anchored", "all")
     systems = {"base": system("base", view("none", 0)), "causal_init": system("causal_init", slow)}
     systems |= {"stage1": system("stage1", slow), "stage2": system("stage2", slow)}

@@ -9,11 +9,11 @@ from cf_model.data import worlds
 from cf_model.evaluate import oracle
 
 FPS = 16
-WORLDS = [worlds.draw(seed) for seed in range(8)]
+WORLDS = [worlds.draw_world(seed) for seed in range(8)]
 
 
 def render(world, seconds=20):
-    return worlds.render(world, seconds * FPS + 1, height=32, width=32, fps=FPS)
+    return worlds.render_clip(world, seconds * FPS + 1, height=32, width=32, fps=FPS)
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +31,14 @@ def shown(videos, truths=WORLDS):
 
 def forgetful(world):
     """New landmarks every five seconds."""
-    parts = [replace(world, landmarks=worlds.draw(world.seed + 100 * (i + 1)).landmarks) for i in range(4)]
+    parts = [replace(world, landmarks=worlds.draw_world(world.seed + 100 * (i + 1)).landmarks) for i in range(4)]
     return np.concatenate([render(part)[i * 80 : (i + 1) * 80] for i, part in enumerate(parts)])
 
 
 def test_heading_is_read_to_a_fraction_of_a_pixel(videos):
     for video, world in zip(videos, WORLDS, strict=True):
         true = world.heading(np.arange(len(video)) / FPS)
-        off = (oracle.heading(video)[0] - true + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
+        off = (oracle.read_heading(video)[0] - true + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
         assert np.abs(off).mean() < 0.6
 
 
@@ -78,7 +78,7 @@ def test_map_error_counts_what_was_long_out_of_sight(videos):
 def test_map_error_is_of_the_long_absent_and_nothing_else(videos, monkeypatch):
     """Three bins: long away and wrong, briefly away and right, never in the prefix and wrong."""
     truth = WORLDS[0].truth(1, FPS)
-    band = worlds.panorama(tuple(truth["landmarks"]), truth["sky"], 1)[worlds.LANDMARK_ROWS]
+    band = worlds.paint_panorama(tuple(truth["landmarks"]), truth["sky"], 1)[worlds.LANDMARK_ROWS]
 
     def right(b):
         middle = b * oracle.BIN + oracle.BIN // 2
@@ -88,7 +88,7 @@ def test_map_error_is_of_the_long_absent_and_nothing_else(videos, monkeypatch):
         return oracle.Visit(b, first, last, right(b) + off)
 
     found = [seen(0, 0, 50), seen(1, 0, 150), seen(2, 170, 190, 90.0), seen(1, 180, 220), seen(0, 200, 240, 50.0), seen(2, 300, 320, 90.0)]
-    monkeypatch.setattr(oracle, "visits", lambda video: found)
+    monkeypatch.setattr(oracle, "find_visits", lambda video: found)
     errors = oracle.map_metrics(videos[0], truth, prefix=160, fps=FPS, gap=5.0)
     assert errors["map_error"] == pytest.approx(50) and errors["map_error_recent"] == pytest.approx(0)
 
@@ -101,7 +101,7 @@ def test_blur_freezing_and_one_world_for_all_are_seen(videos):
     same = [render(replace(w, landmarks=WORLDS[0].landmarks)) for w in WORLDS]
 
     def spread(many):
-        return oracle.diversity([oracle.map_of(v) for v in many], ["any"] * len(many))
+        return oracle.measure_diversity([oracle.build_map(v) for v in many], ["any"] * len(many))
 
     assert spread(same) < 0.5 * spread(videos)
     assert oracle.heading_perplexity([np.full(100, 3.0)]) == pytest.approx(1)
@@ -110,7 +110,7 @@ def test_blur_freezing_and_one_world_for_all_are_seen(videos):
 
 def test_sizes_do_not_change_what_is_measured():
     world = WORLDS[0]
-    small, large = (worlds.render(world, 81, height=h, width=h, fps=FPS) for h in (32, 64))
+    small, large = (worlds.render_clip(world, 81, height=h, width=h, fps=FPS) for h in (32, 64))
     a, b = (oracle.prompt_metrics(v, world.truth(1, FPS), FPS) for v in (small, large))
     for name in ("compass_coherence", "sky_accuracy", "sprite_recall", "speed", "shape_accuracy"):
         assert a[name] == pytest.approx(b[name], abs=0.1), name

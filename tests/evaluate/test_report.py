@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from evaluate.project import EVIL, jsonl, make_params, write_project
 
-from cf_model.evaluate.figures import Line, chart, strip
-from cf_model.evaluate.report import Results, comparison, goals, number, verdict
-from cf_model.evaluate.statistics import Interval, point
-from tasks.report import facts, run
+from cf_model.evaluate.figures import Line, draw_chart, draw_strip
+from cf_model.evaluate.report import Results, check_goals, compare_stages, format_number, state_verdict
+from cf_model.evaluate.statistics import Interval, without_interval
+from tasks.report import list_facts, run
 
 
 class Page(HTMLParser):
@@ -138,9 +138,9 @@ def test_half_a_project(tmp_path: Path) -> None:
 
 
 def test_a_context_that_the_teacher_was_not_trained_on_is_said(made: tuple[Any, str, Any]) -> None:
-    said = dict(facts(make_params(shown="contiguous"), [], [], []))
+    said = dict(list_facts(make_params(shown="contiguous"), [], [], []))
     assert said["context shown to the teacher"] == "contiguous, though it was trained on sparse (stage2.teacher.mismatch: accept)"
-    assert "context shown to the teacher" not in dict(facts(make_params(), [], [], [])) and "though it was trained on" not in made[1]
+    assert "context shown to the teacher" not in dict(list_facts(make_params(), [], [], [])) and "though it was trained on" not in made[1]
 
 
 def test_videos_too_large_for_a_page_are_left_out(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_goals_are_held_missed_or_absent() -> None:
         continuations__t__map_error=28.0,
         continuations__f__map_error=45.0,
     )
-    rows = goals(found, {name: name for name in ("base", "causal_init", "stage1")}, {"slow-fast": "t", "fast only": "f"})
+    rows = check_goals(found, {name: name for name in ("base", "causal_init", "stage1")}, {"slow-fast": "t", "fast only": "f"})
     assert [row["held"] for row in rows] == [True, False, None, True, None, True]
 
 
@@ -185,16 +185,16 @@ def test_a_hollow_win_is_named() -> None:
         prompts__a__motion=5.0,
         prompts__b__motion=5.0,
     )
-    made = comparison(found, {"prompts": "a"}, {"prompts": "b"})
+    made = compare_stages(found, {"prompts": "a"}, {"prompts": "b"})
     assert made["fell"] == ["diversity (47.0 to 20.0)"]
     assert set(made["missing"]) == {"heading perplexity", "headings covered"}
 
 
 def test_verdict_needs_an_interval_clear_of_zero() -> None:
-    assert verdict(Interval(-1, -2, -0.5), "down") == "better"
-    assert verdict(Interval(-1, -2, -0.5), "up") == "worse"
-    assert verdict(Interval(-1, -2, 0.5), "up") == "no clear difference"
-    assert verdict(point(-1), "up") == "no interval"
+    assert state_verdict(Interval(-1, -2, -0.5), "down") == "better"
+    assert state_verdict(Interval(-1, -2, -0.5), "up") == "worse"
+    assert state_verdict(Interval(-1, -2, 0.5), "up") == "no clear difference"
+    assert state_verdict(without_interval(-1), "up") == "no interval"
 
 
 @pytest.mark.parametrize(
@@ -202,16 +202,16 @@ def test_verdict_needs_an_interval_clear_of_zero() -> None:
     [(0.0, "0.000"), (1234, "1 234"), (-0.25, "−0.250"), (12.345, "12.3"), (1e-5, "1e−05"), (None, "–"), (float("nan"), "–")],
 )
 def test_numbers(value: float | None, text: str) -> None:
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_figures_are_fragments_that_follow_the_theme() -> None:
-    svg = chart([Line("#ff0000", [0, 1, 2], [1, 10, 100], [0.5, 5, 50], [2, 20, 200])], x="seconds", log=True)
+    svg = draw_chart([Line("#ff0000", [0, 1, 2], [1, 10, 100], [0.5, 5, 50], [2, 20, 200])], x="seconds", log=True)
     assert svg.startswith("<svg") and "currentColor" in svg and "<metadata" not in svg and "width=" not in svg.split(">")[0]
 
 
 def test_strip_is_a_png_of_frames_side_by_side() -> None:
-    address = strip(np.zeros((3, 32, 64, 3), np.uint8), 64)
+    address = draw_strip(np.zeros((3, 32, 64, 3), np.uint8), 64)
     content = base64.b64decode(address.removeprefix("data:image/png;base64,"))
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(content[16:20]), int.from_bytes(content[20:24])) == (3 * 128, 64)

@@ -23,7 +23,7 @@ from tests.week.machine import Receiver
 @pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     listening = Receiver()
-    monkeypatch.setenv(alerts.URL, listening.url)
+    monkeypatch.setenv(alerts.ALERT_URL, listening.url)
     monkeypatch.setattr(alerts, "PAUSE", 0.0)
     yield listening
     listening.stop()
@@ -31,7 +31,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
 
 def test_it_arrives_whole(receiver: Receiver) -> None:
     lines: list[str] = []
-    assert alerts.send("refused", "nightly of Monday: no", lines.append, date="2026-01-05")
+    assert alerts.send_alert("refused", "nightly of Monday: no", lines.append, date="2026-01-05")
     (heard,) = receiver.heard
     assert (heard["event"], heard["text"], heard["date"]) == ("refused", "context-forcing: nightly of Monday: no", "2026-01-05")
     assert lines == ["someone was told: refused"]
@@ -45,60 +45,60 @@ def test_it_arrives_whole(receiver: Receiver) -> None:
     ],
 )
 def test_who_can_not_be_told_ends_nothing_and_betrays_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(alerts.URL, url)
+    monkeypatch.setenv(alerts.ALERT_URL, url)
     monkeypatch.setattr(alerts, "PAUSE", 0.0)
     monkeypatch.setattr(alerts, "LIMIT", 2.0)
     lines: list[str] = []
-    assert not alerts.send("failed", "x", lines.append)
+    assert not alerts.send_alert("failed", "x", lines.append)
     assert "nobody could be told (failed)" in lines[0] and "secretword" not in "".join(lines)
 
 
 def test_without_a_url_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(alerts.URL, raising=False)
+    monkeypatch.delenv(alerts.ALERT_URL, raising=False)
     lines: list[str] = []
-    assert not alerts.send("failed", "x", lines.append) and "CF_ALERT_URL is not set" in lines[0]
+    assert not alerts.send_alert("failed", "x", lines.append) and "CF_ALERT_URL is not set" in lines[0]
 
 
 @pytest.mark.parametrize(("hook", "event"), [(alerts.on_failure, "failed"), (alerts.on_crashed, "crashed")])
 def test_hooks_tell_and_write_down(hook: object, event: str, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    alerts.ended(tmp_path, "Promoted", good=True)
-    good = json.loads((tmp_path / alerts.LAST).read_text())["good"]
+    alerts.record_end(tmp_path, "Promoted", good=True)
+    good = json.loads((tmp_path / alerts.STATE_FILE).read_text())["good"]
     assert callable(hook)
     hook(None, SimpleNamespace(id="1", name="a-run"), SimpleNamespace(message="two\nlines"))
     assert receiver.heard[0]["event"] == event and "a-run" in receiver.heard[0]["text"] and "two lines" in receiver.heard[0]["text"]
-    state = json.loads((tmp_path / alerts.LAST).read_text())
+    state = json.loads((tmp_path / alerts.STATE_FILE).read_text())
     assert state["outcome"] == event and state["good"] == good, "a failure is no good end"
 
 
 def test_absence_is_seen_without_any_night(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
-    assert alerts.absent(tmp_path, 26) is None, "time begins with the first question"
+    assert alerts.report_absence(tmp_path, 26) is None, "time begins with the first question"
     monkeypatch.setattr(alerts.time, "time", lambda: now + 25 * 3600)
-    assert alerts.absent(tmp_path, 26) is None and not receiver.heard
+    assert alerts.report_absence(tmp_path, 26) is None and not receiver.heard
     monkeypatch.setattr(alerts.time, "time", lambda: now + 27 * 3600)
-    assert "for 27.0 hours (none has ever ended)" in (alerts.absent(tmp_path, 26) or "")
+    assert "for 27.0 hours (none has ever ended)" in (alerts.report_absence(tmp_path, 26) or "")
     assert [one["event"] for one in receiver.heard] == ["absent"]
-    assert alerts.absent(tmp_path, 26) and len(receiver.heard) == 1, "told once a day, however often cron asks"
+    assert alerts.report_absence(tmp_path, 26) and len(receiver.heard) == 1, "told once a day, however often cron asks"
     monkeypatch.setattr(alerts.time, "time", lambda: now + 53 * 3600)
-    assert alerts.absent(tmp_path, 26) and len(receiver.heard) == 2
-    alerts.ended(tmp_path, "NoNewData", good=True)
-    assert alerts.absent(tmp_path, 26) is None
+    assert alerts.report_absence(tmp_path, 26) and len(receiver.heard) == 2
+    alerts.record_end(tmp_path, "NoNewData", good=True)
+    assert alerts.report_absence(tmp_path, 26) is None
 
 
 def test_failures_every_night_are_an_absence(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
-    alerts.ended(tmp_path, "Promoted", good=True)
+    alerts.record_end(tmp_path, "Promoted", good=True)
     monkeypatch.setattr(alerts.time, "time", lambda: now + 30 * 3600)
-    alerts.ended(tmp_path, "failed", good=False)
-    assert "the last to end was failed" in (alerts.absent(tmp_path, 26) or "")
+    alerts.record_end(tmp_path, "failed", good=False)
+    assert "the last to end was failed" in (alerts.report_absence(tmp_path, 26) or "")
 
 
 def test_the_command_is_for_cron(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text("nightly: {absent_hours: 26.0}\n")
     alerts.main([])
-    (tmp_path / alerts.LAST).write_text(json.dumps({"since": time.time() - 100 * 3600}))
+    (tmp_path / alerts.STATE_FILE).write_text(json.dumps({"since": time.time() - 100 * 3600}))
     with pytest.raises(SystemExit, match="no nightly has ended well for 100"):
         alerts.main([])
     assert receiver.heard
@@ -108,7 +108,7 @@ def test_the_watch_looks_again_and_survives_a_params_file_that_is_being_edited(r
     params, log = tmp_path / "params.yaml", tmp_path / "log"
     params.write_text("nightly: {absent_hours: ")
     (tmp_path / ".runs").mkdir()
-    (tmp_path / alerts.LAST).write_text(json.dumps({"since": time.time() - 100 * 3600}))
+    (tmp_path / alerts.STATE_FILE).write_text(json.dumps({"since": time.time() - 100 * 3600}))
     command = [sys.executable, "-m", "flows.machine.alerts", "--every", "0.05"]
     env = project.environment(PYTHONPATH=str(project.ROOT), CF_ALERT_URL=receiver.url)
     with log.open("w") as file, subprocess.Popen(command, cwd=tmp_path, env=env, stderr=file) as watch:
@@ -126,7 +126,7 @@ def test_the_watch_looks_again_and_survives_a_params_file_that_is_being_edited(r
 
 
 def test_every_good_end_of_a_night_is_known_by_its_name() -> None:
-    assert set(nightly.NAMES.values()) | {"NoNewData", "NotPushed"} == set(alerts.GOOD)
+    assert set(nightly.STATE_NAMES.values()) | {"NoNewData", "NotPushed"} == set(alerts.GOOD_OUTCOMES)
 
 
 def other(answers: list[bytes]) -> tuple[str, list[bytes]]:
@@ -147,21 +147,21 @@ def other(answers: list[bytes]) -> tuple[str, list[bytes]]:
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 500 secretword\r\nContent-Length: 0\r\n\r\n"])
 def test_a_receiver_that_refuses_or_speaks_something_else(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     url, heard = other([answer] * alerts.TRIES)
-    monkeypatch.setenv(alerts.URL, url)
+    monkeypatch.setenv(alerts.ALERT_URL, url)
     monkeypatch.setattr(alerts, "PAUSE", 0.0)
     lines: list[str] = []
-    assert not alerts.send("failed", "x", lines.append) and len(heard) == alerts.TRIES
+    assert not alerts.send_alert("failed", "x", lines.append) and len(heard) == alerts.TRIES
     assert "nobody could be told (failed)" in lines[0] and "secretword" not in "".join(lines)
     monkeypatch.setenv("PREFECT_API_URL", other([answer])[0])
-    assert alerts.elsewhere() == 0.0
+    assert alerts.last_good_end_elsewhere() == 0.0
 
 
 def test_it_is_told_again_when_it_was_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     good = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
     url, heard = other([b"HTTP/1.1 503 no\r\nContent-Length: 0\r\n\r\n", good])
-    monkeypatch.setenv(alerts.URL, url)
+    monkeypatch.setenv(alerts.ALERT_URL, url)
     monkeypatch.setattr(alerts, "PAUSE", 0.0)
-    assert alerts.send("failed", "x", lambda _: None) and len(heard) == 2
+    assert alerts.send_alert("failed", "x", lambda _: None) and len(heard) == 2
 
 
 def test_a_full_disk_is_told_all_the_same(receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,10 +173,10 @@ def test_a_full_disk_is_told_all_the_same(receiver: Receiver, tmp_path: Path, mo
 
 @pytest.mark.parametrize("name", ["good", "since"])
 def test_a_clock_that_was_ahead_silences_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(alerts.URL, raising=False)
+    monkeypatch.delenv(alerts.ALERT_URL, raising=False)
     now = time.time()
     (tmp_path / ".runs").mkdir()
-    (tmp_path / alerts.LAST).write_text(json.dumps({name: now + 1e8, "told": now + 1e8}))
-    assert alerts.absent(tmp_path, 26) is None
+    (tmp_path / alerts.STATE_FILE).write_text(json.dumps({name: now + 1e8, "told": now + 1e8}))
+    assert alerts.report_absence(tmp_path, 26) is None
     monkeypatch.setattr(alerts.time, "time", lambda: now + 27 * 3600)
-    assert "no nightly has ended well for 27.0 hours" in (alerts.absent(tmp_path, 26) or "")
+    assert "no nightly has ended well for 27.0 hours" in (alerts.report_absence(tmp_path, 26) or "")

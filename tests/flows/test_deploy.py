@@ -49,7 +49,7 @@ def api(server: None, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def call(url: str, path: str, body: Any = None) -> Any:
-    return deploy.ask({"PREFECT_API_URL": url}, path, body or {})
+    return deploy.ask_server({"PREFECT_API_URL": url}, path, body or {})
 
 
 def deployed(url: str) -> dict[str, Any]:
@@ -145,13 +145,13 @@ def test_the_password_goes_along_and_into_no_sentence() -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/api"
         with pytest.raises(ValueError, match="answers 401 Unauthorized; state its USER:PASSWORD as PREFECT_API_AUTH_STRING") as said:
-            deploy.ask({"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": "cf:planted"}, "/work_pools/filter", {})
+            deploy.ask_server({"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": "cf:planted"}, "/work_pools/filter", {})
         server.shutdown()
     assert seen == [f"Basic {b64encode(b'cf:planted').decode()}"] and "planted" not in str(said.value)
 
 
 def test_the_cron_is_that_of_params(checkout: Path) -> None:
-    assert deploy.nightly(checkout) == {"CF_NIGHTLY_CRON": CRON, "CF_NIGHTLY_TIMEZONE": "Europe/Berlin"}
+    assert deploy.read_schedule(checkout) == {"CF_NIGHTLY_CRON": CRON, "CF_NIGHTLY_TIMEZONE": "Europe/Berlin"}
     (checkout / "params.yaml").write_text("seed: 1\n")
     with pytest.raises(ValueError, match=r"states no nightly\.cron"):
-        deploy.nightly(checkout)
+        deploy.read_schedule(checkout)

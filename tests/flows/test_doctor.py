@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from flows.doctor import command, server
+from flows.doctor import command, server, this_machine
 from flows.machine import processes
-from flows.machine.settings import Machine, here
+from flows.machine.settings import Machine, read_machine
 from tests.flows import project
 
 
@@ -35,18 +35,18 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
             monkeypatch.delenv(name)
     monkeypatch.setenv("CF_PORT", "4999")
     monkeypatch.setenv("CF_GPUS", "0")
-    return here()
+    return read_machine()
 
 
 def test_the_ranges_are_those_of_the_project() -> None:
     stated = tomllib.loads((project.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert set(command.BREAKS) <= set(stated)
+    assert set(this_machine.BREAKING_VERSIONS) <= set(stated)
 
 
 def test_a_version_that_breaks_something_is_named_with_what_it_breaks(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     true = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.9" if name == "sqlalchemy" else true(name))
-    (bad,) = [line for line in command.versions(machine, False) if line.level == "fail"]
+    (bad,) = [line for line in this_machine.check_versions(machine, False) if line.level == "fail"]
     assert "sqlalchemy is 2.1.9" in bad.said and "no nightly ever runs" in bad.said
     assert bad.todo == "pip install 'sqlalchemy>=2.0,<2.1'"
 
@@ -55,7 +55,7 @@ def test_pins(machine: Machine) -> None:
     file = machine.root / "requirements/cpu.txt"
     file.parent.mkdir()
     file.write_text("psutil==0.0.1\nno-such-package==1\n# a comment\n")
-    (line,) = [line for line in command.versions(machine, False) if line.name == "pins"]
+    (line,) = [line for line in this_machine.check_versions(machine, False) if line.name == "pins"]
     assert line.level == "warn" and "no-such-package missing for 1" in line.said and re.search(r"psutil [\d.]+ for 0\.0\.1", line.said)
 
 
@@ -67,11 +67,11 @@ def test_leftovers_of_a_killed_copy(machine: Machine) -> None:
         (folder / f".{name}.tmp").write_text("half a file")
     (folder / "whole").write_text("a file")
     os.utime(folder / ".old.tmp", (0, time.time() - 7200))
-    (line,) = command.leftovers(machine, False)
+    (line,) = this_machine.check_leftovers(machine, False)
     assert line.level == "warn" and line.said.startswith("1 leftovers")
-    (line,) = command.leftovers(machine, True)
+    (line,) = this_machine.check_leftovers(machine, True)
     assert line.level == "ok" and sorted(file.name for file in folder.iterdir()) == [".new.tmp", "whole"]
-    assert [line.said for line in command.leftovers(machine, False)] == ["no leftovers of interrupted copies"]
+    assert [line.said for line in this_machine.check_leftovers(machine, False)] == ["no leftovers of interrupted copies"]
 
 
 def test_a_lock_whose_holder_is_dead(machine: Machine) -> None:
@@ -80,15 +80,15 @@ def test_a_lock_whose_holder_is_dead(machine: Machine) -> None:
     file = machine.root / ".dvc/tmp/rwlock"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
-    (line,) = command.locks(machine, False)
+    (line,) = this_machine.check_locks(machine, False)
     assert line.level == "warn" and str(dead.pid) in line.said
     file.write_text(json.dumps({"data": {"write": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
-    assert [line.level for line in command.locks(machine, True)] == ["ok"] and str(os.getpid()) in file.read_text()
+    assert [line.level for line in this_machine.check_locks(machine, True)] == ["ok"] and str(os.getpid()) in file.read_text()
     file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
-    assert [line.level for line in command.locks(machine, True)] == ["ok"] and file.read_text() == "{}"
+    assert [line.level for line in this_machine.check_locks(machine, True)] == ["ok"] and file.read_text() == "{}"
     both = json.dumps({"data": {"write": {"pid": dead.pid}}, "out": {"read": [{"pid": os.getpid()}]}})
     file.write_text(both)
-    assert [line.level for line in command.locks(machine, True)] == ["warn"] and file.read_text() == both
+    assert [line.level for line in this_machine.check_locks(machine, True)] == ["warn"] and file.read_text() == both
 
 
 def test_a_build_that_was_killed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,29 +97,29 @@ def test_a_build_that_was_killed(machine: Machine, monkeypatch: pytest.MonkeyPat
     (folder / "py311/cpu_adam/lock").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
     monkeypatch.setattr(command.psutil, "process_iter", lambda names: iter(()))
-    (line,) = command.extensions(machine, False)
+    (line,) = this_machine.check_extensions(machine, False)
     assert line.level == "warn" and line.todo == f"rm {folder}/py311/cpu_adam/lock"
-    list(command.extensions(machine, True))
-    assert list(command.extensions(machine, False)) == []
+    list(this_machine.check_extensions(machine, True))
+    assert list(this_machine.check_extensions(machine, False)) == []
 
 
 def test_a_full_disk(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command.shutil, "disk_usage", lambda root: Thing(free=2**28))
-    (line,) = command.disk(machine, False)
+    (line,) = this_machine.check_disk(machine, False)
     assert line.level == "fail" and line.said.startswith("0.2 GiB free")
     assert "--workspace" not in line.todo and "dvc gc --all-branches --all-tags" in line.todo
 
 
 def test_a_disk_too_small_for_a_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what dvc.lock says that it makes; the cache may be on another disk, and may not be there yet."""
-    assert [line.level for line in command.disk(machine, False)] == ["ok"]
+    assert [line.level for line in this_machine.check_disk(machine, False)] == ["ok"]
     (machine.root / "dvc.lock").write_text(f"stages: {{a: {{outs: [{{path: x, size: {2**40}}}]}}}}\n")
     monkeypatch.setattr(command.shutil, "disk_usage", lambda folder: Thing(free=2**36))
-    assert [line.level for line in command.disk(machine, False)] == ["fail"]
+    assert [line.level for line in this_machine.check_disk(machine, False)] == ["fail"]
     (machine.root / "dvc.lock").unlink()
-    monkeypatch.setattr(command, "cache", lambda machine: Path("/proc/not/there"))
+    monkeypatch.setattr(this_machine, "cache_folder", lambda machine: Path("/proc/not/there"))
     monkeypatch.setattr(command.shutil, "disk_usage", lambda folder: Thing(free=2**20 if folder == Path("/proc") else 2**40))
-    assert [(line.level, " at /proc;" in line.said) for line in command.disk(machine, False)] == [("fail", True), ("ok", False)]
+    assert [(line.level, " at /proc;" in line.said) for line in this_machine.check_disk(machine, False)] == [("fail", True), ("ok", False)]
 
 
 def test_a_gpu_whose_holder_is_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,35 +127,35 @@ def test_a_gpu_whose_holder_is_dead(machine: Machine, monkeypatch: pytest.Monkey
     dead.wait()
     monkeypatch.setenv("CF_GPUS", "3")
     monkeypatch.setattr(command.gpus, "holders", lambda: {0: None, 1: os.getpid(), 2: dead.pid})
-    lines = [line for line in command.graphics(machine, False) if "torch" not in line.said]
+    lines = [line for line in this_machine.check_gpus(machine, False) if "torch" not in line.said]
     assert [line.level for line in lines] == ["ok", "ok", "warn"] and "fuser -v" in lines[2].todo
 
 
 def test_online_without_a_key(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("HOME", str(machine.root))
-    assert [line.level for line in command.tracker(machine, False)] == ["fail"]
+    assert [line.level for line in this_machine.check_wandb(machine, False)] == ["fail"]
     monkeypatch.setenv("WANDB_API_KEY", "a key")
-    (line,) = command.tracker(machine, False)
+    (line,) = this_machine.check_wandb(machine, False)
     assert line.level == "ok" and "a key" not in str(line)
 
 
 def test_nobody_is_told(machine: Machine) -> None:
     """What counts is the environment of the processes that would tell."""
     machine.folder.mkdir()
-    assert list(server.alarms(machine, False)) == []
+    assert list(server.check_alerts(machine, False)) == []
     env = project.environment()
     deaf = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env)
     good = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env | {"CF_ALERT_URL": "http://hush"})
     try:
         processes.note(machine.file("worker.pid"), deaf.pid)
-        assert [(line.level, line.todo) for line in server.alarms(machine, False)] == [
+        assert [(line.level, line.todo) for line in server.check_alerts(machine, False)] == [
             ("warn", "CF_ALERT_URL=https://... make down up"),
             ("fail", "`make up` starts the watch"),
         ]
         processes.note(machine.file("watch.pid"), good.pid)
-        assert [line.level for line in server.alarms(machine, False)] == ["warn", "ok"]
-        assert "hush" not in str(list(server.alarms(machine, False)))
+        assert [line.level for line in server.check_alerts(machine, False)] == ["warn", "ok"]
+        assert "hush" not in str(list(server.check_alerts(machine, False)))
     finally:
         deaf.kill()
         good.kill()
@@ -167,9 +167,9 @@ def test_a_check_that_breaks_is_a_line(machine: Machine, monkeypatch: pytest.Mon
     def broken(machine: Machine, fix: bool) -> Any:
         raise OSError("no such thing")
 
-    monkeypatch.setattr(command, "disk", broken)
-    monkeypatch.setattr(command, "environment", lambda machine: {"PATH": os.environ["PATH"]})  # else it would be this process's for good
-    lines = command.examine(machine)
+    monkeypatch.setattr(this_machine, "check_disk", broken)
+    monkeypatch.setattr(command, "process_environment", lambda machine: {"PATH": os.environ["PATH"]})  # else it would be this process's for good
+    lines = command.examine_machine(machine)
     (line,) = [line for line in lines if line.name == "broken"]
     assert line.level == "warn" and "no such thing" in line.said and len(lines) > 8
 
@@ -213,14 +213,14 @@ def run(state: str, days: float) -> Any:
 
 
 def said(client: Any) -> list[tuple[str, str]]:
-    return [(line.level, line.said.split(":")[0]) for line in server.schedules(client)]
+    return [(line.level, line.said.split(":")[0]) for line in server.check_schedules(client)]
 
 
 def test_a_schedule_that_never_runs() -> None:
     good = [run("SCHEDULED", 0.5), run("COMPLETED", -0.5)]
     assert said(Client(good)) == [("ok", "nightly")]
     assert said(Client(good[1:]))[0][0] == "fail"
-    assert "it will never run" in next(server.schedules(Client(good[1:]))).said  # type: ignore[arg-type]
+    assert "it will never run" in next(server.check_schedules(Client(good[1:]))).said  # type: ignore[arg-type]
     assert said(Client(good[1:], updated=datetime.now(UTC)))[0][0] == "ok"
     assert [level for level, _ in said(Client(good[:1]))] == ["ok", "warn"]
     assert said(Client(good, paused=True)) == [("warn", "nightly has a schedule that is paused")]

@@ -41,7 +41,7 @@ def test_a_folder_and_the_commit_that_then_holds_it(made: Path, root: Path) -> N
     given = made / "elsewhere"
     given.mkdir()
     (given / "weights").write_text("another student")
-    evaluate.put.fn(made, root, "elsewhere", "slow", ["last"])
+    evaluate.place_checkpoint.fn(made, root, "elsewhere", "slow", ["last"])
     said = project.dvc(root, "repro")
     assert "Running stage 'last'" in said and "Running stage 'slow'" not in said
     assert (root / "models/slow/weights").read_text() == "another student"
@@ -50,13 +50,13 @@ def test_a_folder_and_the_commit_that_then_holds_it(made: Path, root: Path) -> N
     project.git(root, "commit", "-qm", "measured")
 
     again = fresh(made, "by-its-commit")
-    evaluate.put.fn(made, again, f"run/{root.name}", "slow", ["last"])
+    evaluate.place_checkpoint.fn(made, again, f"run/{root.name}", "slow", ["last"])
     assert (again / "models/slow/weights").read_text() == "another student"
     assert "Running stage" not in project.dvc(again, "repro"), "it is the same: all of it comes from the cache"
 
 
 def test_the_numbers_of_a_commit_come_with_its_model(made: Path, root: Path) -> None:
-    evaluate.put.fn(made, root, "main", "slow", ["last"])
+    evaluate.place_checkpoint.fn(made, root, "main", "slow", ["last"])
     assert (root / "metrics/slow.json").read_text() == (made / "metrics/slow.json").read_text()
 
 
@@ -74,16 +74,16 @@ def test_what_is_refused(made: Path, root: Path) -> None:
         ("empty", "nothing", "nothing is no stage; known are prepare"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            evaluate.put.fn(made, root, checkpoint, stage, ["last"])
+            evaluate.place_checkpoint.fn(made, root, checkpoint, stage, ["last"])
     assert (root / "dvc.yaml").read_text() == (made / "dvc.yaml").read_text()
 
 
 def test_nothing_is_measured_that_comes_from_another_model(made: Path) -> None:
     known = dvc_graph.stages(made)
-    assert evaluate.needed(known, ["last"], "slow") == ["prepare", "stubborn"]
+    assert evaluate.stages_before(known, ["last"], "slow") == ["prepare", "stubborn"]
     with pytest.raises(ValueError, match=r"slow is made from prepare; add slow, stubborn to what is measured, or name stubborn as"):
-        evaluate.needed(known, ["last"], "prepare")
-    assert evaluate.needed(known, ["slow", "stubborn", "last"], "prepare") == []
+        evaluate.stages_before(known, ["last"], "prepare")
+    assert evaluate.stages_before(known, ["slow", "stubborn", "last"], "prepare") == []
 
 
 @pytest.mark.parametrize("checkpoint", ["--upload-pack=x", "a b", "$(touch x)", "x;y", "", "a\nb", "`x`"])

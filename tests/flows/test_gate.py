@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows.night import gate
-from flows.night.gate import Judged, Rule, Verdict, judge, number
+from flows.night.gate import Measured, Rule, Verdict, decide_promotion, find_number
 from tasks.params import nightly
 
 SHOWN = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
@@ -20,13 +20,13 @@ RULES = [
 ]
 
 
-def judged(recall: Any = 0.8, jitter: Any = 1.0, shown: list[tuple[str, int]] = SHOWN, version: str | None = None) -> Judged:
+def judged(recall: Any = 0.8, jitter: Any = 1.0, shown: list[tuple[str, int]] = SHOWN, version: str | None = None) -> Measured:
     values = {name: value for name, value in (("recall", recall), ("jitter", jitter)) if value is not None}
-    return Judged(md5="m.dir", numbers={"prompts": {"student": values}}, shown=shown, version=version)
+    return Measured(md5="m.dir", numbers={"prompts": {"student": values}}, shown=shown, version=version)
 
 
-def verdict(candidate: Judged, promoted: Judged | None = None, rules: list[Rule] = RULES) -> Verdict:
-    return judge(candidate, promoted, rules)
+def verdict(candidate: Measured, promoted: Measured | None = None, rules: list[Rule] = RULES) -> Verdict:
+    return decide_promotion(candidate, promoted, rules)
 
 
 def test_better_is_promoted_and_so_is_no_worse_than_the_margin() -> None:
@@ -51,7 +51,7 @@ def test_better_is_promoted_and_so_is_no_worse_than_the_margin() -> None:
         (judged(0.9, shown=[]), "the candidate has no videos"),
     ],
 )
-def test_it_refuses_by_name(candidate: Judged, words: str) -> None:
+def test_it_refuses_by_name(candidate: Measured, words: str) -> None:
     found = verdict(candidate, judged())
     assert words in found.why and not found.promote
 
@@ -88,8 +88,8 @@ def test_the_file_has_every_number(tmp_path: Path) -> None:
 
 def test_paths_find_numbers_and_nothing_else() -> None:
     tree = {"compared": {"map: a to b.c": {"before": 1}}, "a": {"b": 2.5, "c": [1]}}
-    assert number(tree, "compared.map: a to b.c.before") == 1 and number(tree, "a.b") == 2.5
-    assert [number(tree, path) for path in ("a", "a.c", "a.x", "a.b.c", "", "compared.map")] == [None] * 6
+    assert find_number(tree, "compared.map: a to b.c.before") == 1 and find_number(tree, "a.b") == 2.5
+    assert [find_number(tree, path) for path in ("a", "a.c", "a.x", "a.b.c", "", "compared.map")] == [None] * 6
 
 
 def test_the_rules_are_those_of_params_yaml() -> None:

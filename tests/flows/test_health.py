@@ -44,30 +44,30 @@ def client(runs: list[Any] | None = None, slots: int = 0, paused: bool = False) 
 
 
 def test_slots_that_nobody_holds(machine: Machine) -> None:
-    assert [line.level for line in server.stuck(client(), machine, False)] == ["ok"]
-    (bad, _) = server.stuck(client(slots=1), machine, False)
+    assert [line.level for line in server.check_stuck_runs(client(), machine, False)] == ["ok"]
+    (bad, _) = server.check_stuck_runs(client(slots=1), machine, False)
     assert bad.level == "fail" and bad.todo == "prefect gcl update deployment:1 --active-slots 0"
-    assert [line.level for line in server.stuck(client([Thing(id=1, state=None)], slots=1), machine, False)] == ["ok"]
+    assert [line.level for line in server.check_stuck_runs(client([Thing(id=1, state=None)], slots=1), machine, False)] == ["ok"]
 
 
 def test_a_pool_that_is_paused(machine: Machine, own: psutil.Process) -> None:
-    assert [line.level for line in server.worker(client(), machine)] == ["ok"]
-    bad, _ = server.worker(client(paused=True), machine)
+    assert [line.level for line in server.check_worker(client(), machine)] == ["ok"]
+    bad, _ = server.check_worker(client(paused=True), machine)
     assert bad.level == "fail" and bad.todo == "prefect work-pool resume cf"
 
 
 def test_a_worker_that_is_stopped(machine: Machine, own: psutil.Process) -> None:
     own.suspend()
     assert project.sleeps(own)
-    (bad,) = server.worker(client(), machine)
+    (bad,) = server.check_worker(client(), machine)
     assert bad.level == "fail" and str(own.pid) in bad.said and bad.todo == "`make up` wakes it"
 
 
 def test_errors_in_the_log_since_the_last_start(tmp_path: Path) -> None:
     log = tmp_path / "server.log"
-    assert list(server.complaints(log)) == []
+    assert list(server.check_server_log(log)) == []
     log.write_text("old | ERROR | old\nCheck out the dashboard at http\n12 | INFO | fine\n")
-    assert list(server.complaints(log)) == []
+    assert list(server.check_server_log(log)) == []
     log.write_text(log.read_text() + "x" * 300_000 + f"\n13 | ERROR | scheduler {os.getpid()}\n")
-    (bad,) = server.complaints(log)
+    (bad,) = server.check_server_log(log)
     assert bad.level == "warn" and bad.said.startswith("1 errors") and f"scheduler {os.getpid()}" in bad.said

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from flows import pipeline
 from flows.night import judge, state, steps, warm_start
-from flows.night.gate import Judged
+from flows.night.gate import Measured
 from flows.project import dvc_lock, registry
+from flows.run import repro
 from tests.flows import project
 
 DVC = """stages:
@@ -41,32 +41,32 @@ def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (root / "models" / name / "weights").write_text(name)
     hashes = [dvc_lock.md5(root / "models" / name).removesuffix(".dir") for name in ("stage2", "codec")]
     (root / "dvc.lock").write_text(LOCK.format(*hashes))
-    monkeypatch.setattr(pipeline, "repro", lambda *_, **__: {})
+    monkeypatch.setattr(repro, "repro_stages", lambda *_, **__: {})
     monkeypatch.setattr(steps, "get_run_logger", lambda: logging.getLogger("test"))
     monkeypatch.setattr(steps.shown, "table", lambda *_: None)
     rules = SimpleNamespace(rules=[], prompts_file=None, prompts=1)
     given: dict[str, Any] = {"past": [], "before": None, "date": "2026-01-07", "folder": None, "line": lambda _: None, "full": True}
-    return state.Work(repo=root, root=root, run="r", base="main", settings=rules, of_a_folder=False, **given)  # type: ignore[arg-type]
+    return state.NightState(repo=root, root=root, run="r", base="main", settings=rules, of_a_folder=False, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["stage2", "codec"])
-def test_what_is_not_what_dvc_says_is_not_judged(one: state.Work, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "judge", lambda _: pytest.fail("it was judged"))
+def test_what_is_not_what_dvc_says_is_not_judged(one: state.NightState, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "judge_candidate", lambda _: pytest.fail("it was judged"))
     (one.root / "models" / name / "weights").write_text("x" * len(name))
     with pytest.raises(RuntimeError, match=f"not judged: stage2: {name} has the md5"):
-        steps.candidate(one)
+        steps.train_candidate(one)
 
 
-def test_each_has_its_own_codec(one: state.Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_has_its_own_codec(one: state.NightState, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, dict[str, Any]] = {}
 
-    def measure(root: Path, name: str, **given: Any) -> Judged:
+    def measure(root: Path, name: str, **given: Any) -> Measured:
         asked[name] = given
-        return Judged(md5=name, numbers={}, shown=[("p", 0)])
+        return Measured(md5=name, numbers={}, shown=[("p", 0)])
 
-    monkeypatch.setattr(steps, "_measure", SimpleNamespace(with_options=lambda **_: measure))
+    monkeypatch.setattr(steps, "_measure_student", SimpleNamespace(with_options=lambda **_: measure))
     one.before = registry.Version("v0.0.1", "main", 0, {"md5": "aa"})
-    steps.judge(one)
+    steps.judge_candidate(one)
     root = one.root
     paths = {name: (given["student"], given["codec"]) for name, given in asked.items()}
     assert paths == {
@@ -76,10 +76,10 @@ def test_each_has_its_own_codec(one: state.Work, monkeypatch: pytest.MonkeyPatch
     assert len({path for pair in paths.values() for path in pair}) == 4
 
 
-def test_judging_is_no_run_of_wandb_and_runs_this_nights_code(one: state.Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judging_is_no_run_of_wandb_and_runs_this_nights_code(one: state.NightState, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(judge.supervise, "run", lambda words, **given: seen.update(given) or 1)
     with pytest.raises(RuntimeError, match="stage2 of judged failed"):
-        judge._run(one.root, one.root / "judged", "stage2", ["true"], run="r", repo=one.root, line=print)
+        judge._run_stage_command(one.root, one.root / "judged", "stage2", ["true"], run="r", repo=one.root, line=print)
     assert seen["env"]["WANDB_MODE"] == "disabled" and seen["env"]["PYTHONPATH"] == str(one.root)

@@ -12,7 +12,7 @@ import pytest
 from flows import nightly
 from flows.night import handover, records, state, steps
 from flows.night import judge as judged
-from flows.night.gate import Judged, Rule, judge
+from flows.night.gate import Measured, Rule, decide_promotion
 from flows.project import overrides, registry
 from tests.flows.test_nightly import file, record
 from tests.week import project
@@ -26,29 +26,29 @@ def repo(tmp_path: Path) -> Path:
     return project.make(tmp_path / "project")
 
 
-def at_work(repo: Path, lines: list[str], **changed: Any) -> state.Work:
+def at_work(repo: Path, lines: list[str], **changed: Any) -> state.NightState:
     stated = overrides.read((repo / "params.yaml").read_text())
     base = project.git(repo, "rev-parse", "main").strip()
     root = repo / ".runs/night"
     project.git(repo, "worktree", "add", "-q", "--detach", str(root))
     given = {"past": [], "before": registry.promoted(repo), "date": "2026-01-07", "folder": None} | changed
-    return state.Work(
-        repo=repo, root=root, run="r", base=base, settings=state.settings(stated), of_a_folder=True, full=False, line=lines.append, **given
+    return state.NightState(
+        repo=repo, root=root, run="r", base=base, settings=state.read_settings(stated), of_a_folder=True, full=False, line=lines.append, **given
     )
 
 
-def promoting(one: state.Work, md5: str) -> tuple[str, str, str | None]:
+def promoting(one: state.NightState, md5: str) -> tuple[str, str, str | None]:
     (one.root / "dvc.lock").write_text(LOCK.format(md5))
     rules = [Rule(metric="a", better="higher", margin=0.0, bound=None)]
-    verdict = judge(Judged(md5=md5, numbers={"a": 1.0}, shown=[("p", 0)]), None, rules)
-    return steps.close(one, "promoted", "better", md5, verdict)
+    verdict = decide_promotion(Measured(md5=md5, numbers={"a": 1.0}, shown=[("p", 0)]), None, rules)
+    return steps.close_night(one, "promoted", "better", md5, verdict)
 
 
 def test_a_night_promotes_and_waits_to_be_handed_over(repo: Path) -> None:
     one = at_work(repo, [])
     assert promoting(one, "aa") == ("promoted", "better", "v0.0.1")
     now = registry.promoted(repo)
-    assert now and now.name == "v0.0.1" and handover.waiting(repo) == ["nightly/2026-01-07"]
+    assert now and now.name == "v0.0.1" and handover.waiting_branches(repo) == ["nightly/2026-01-07"]
 
 
 def test_whoever_rolled_back_meanwhile_has_decided(repo: Path) -> None:
@@ -61,12 +61,12 @@ def test_whoever_rolled_back_meanwhile_has_decided(repo: Path) -> None:
     now = registry.promoted(repo)
     assert now and now.name == "v0.0.1"
     assert '"promote": false' in project.git(repo, "show", "nightly/2026-01-07:nightly/gate.json")
-    assert [one.outcome for one in records.nights(repo)] == ["refused"]
+    assert [one.outcome for one in records.read_nights(repo)] == ["refused"]
 
 
 def test_a_night_that_was_not_judged_has_no_numbers_of_another(repo: Path) -> None:
     file(repo, "main", records.GATE, "{}")
-    steps.close(at_work(repo, []), "no good clips", "none", None)
+    steps.close_night(at_work(repo, []), "no good clips", "none", None)
     assert records.GATE not in project.git(repo, "ls-tree", "-r", "--name-only", "nightly/2026-01-07")
 
 
@@ -74,15 +74,15 @@ def test_the_prompts_of_a_folder_are_those_of_the_first_night_that_judged(repo: 
     file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05", outcome="refused").text())
     file(repo, "nightly/2026-01-05", records.PROMPTS, "a car\na tree\n")
     file(repo, "nightly/2026-01-06", records.RECORD, record("2026-01-06", outcome="no good clips").text())
-    one = at_work(repo, [], past=records.nights(repo))
-    kept = steps.prompts(one)
+    one = at_work(repo, [], past=records.read_nights(repo))
+    kept = steps.choose_prompts(one)
     assert kept and kept.is_absolute() and kept.read_text() == "a car\na tree\n"
     stated = overrides.read((repo / "params.yaml").read_text())
-    assert judged.parameters(stated, kept)["generate"]["prompts_file"] == str(kept)
+    assert judged.nightly_parameters(stated, kept)["generate"]["prompts_file"] == str(kept)
     one.settings.prompts = 5
-    assert steps.prompts(one) is None and not kept.exists(), "others are asked for"
+    assert steps.choose_prompts(one) is None and not kept.exists(), "others are asked for"
     one.settings.prompts_file = Path("mine.txt")
-    assert steps.prompts(one) == one.root / "mine.txt"
+    assert steps.choose_prompts(one) == one.root / "mine.txt"
 
 
 # ------------------------------------------------------------------------------------------------------------ origin
@@ -102,14 +102,14 @@ def test_a_name_that_is_taken_at_origin_is_told_and_keeps_no_other_night_back(re
     for one in (repo, two):
         file(one, "nightly/2026-01-05", "x", one.name)
         project.git(one, "tag", "-a", "-m", one.name, "student@v0.0.1")
-        handover.add(one, "nightly/2026-01-05")
-    assert handover.send(repo, timeout=60, pauses=[], line=print) is None
+        handover.add_waiting(one, "nightly/2026-01-05")
+    assert handover.send_waiting(repo, timeout=60, pauses=[], line=print) is None
     with pytest.raises(RuntimeError, match=r"origin has another student@v0\.0\.1; keep one: `git push origin :student@v0\.0\.1`"):
-        handover.fetch(two)
-    assert records.free(two, "2026-01-05") == "2026-01-05-2"
+        handover.fetch_origin(two)
+    assert records.free_date(two, "2026-01-05") == "2026-01-05-2"
     project.git(two, "branch", "nightly/2026-01-06", "main")
-    handover.add(two, "nightly/2026-01-06")
-    late = handover.send(two, timeout=60, pauses=[], line=print)
+    handover.add_waiting(two, "nightly/2026-01-06")
+    late = handover.send_waiting(two, timeout=60, pauses=[], line=print)
     assert late and "origin has another nightly/2026-01-05" in late and "student@v0.0.1" in late
     assert "refs/heads/nightly/2026-01-06" in project.git(two, "ls-remote", "origin")
 
@@ -119,8 +119,8 @@ def test_what_origin_took_meanwhile_is_known_at_the_end(repo: Path, two: Path) -
     file(repo, "nightly/2026-01-07", records.RECORD, record("2026-01-07").text())
     project.git(repo, "push", "-q", "origin", "nightly/2026-01-07")
     promoting(one, "aa")
-    assert (one.date, handover.waiting(two)) == ("2026-01-07-2", ["nightly/2026-01-07-2"])
-    assert handover.send(two, timeout=60, pauses=[], line=print) is None
+    assert (one.date, handover.waiting_branches(two)) == ("2026-01-07-2", ["nightly/2026-01-07-2"])
+    assert handover.send_waiting(two, timeout=60, pauses=[], line=print) is None
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -139,19 +139,19 @@ def test_one_value_is_one_line_of_params_yaml(profile: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("named", "folder"), [("raw", "raw"), ("raw/", "raw"), ("./raw", "raw"), ("/data/raw", None)])
 def test_the_folder_by_its_plain_name(named: str, folder: str | None) -> None:
-    assert state.folder_of({"clips": {"source": "folder", "folder": named}}) == folder
+    assert state.tracked_clips_folder({"clips": {"source": "folder", "folder": named}}) == folder
 
 
 def test_what_a_night_refuses_before_it_trains(repo: Path) -> None:
     with pytest.raises(ValueError, match=r"clips\.folder is a/b; a night needs one right below"):
-        state.folder_of({"clips": {"source": "folder", "folder": "a/b"}})
+        state.tracked_clips_folder({"clips": {"source": "folder", "folder": "a/b"}})
     stated = overrides.read((repo / "params.yaml").read_text())
-    state.checked(stated)
+    state.check_settings(stated)
     stated["nightly"]["rules"][0]["metric"] = "prompts.student.sprite_recall"
     with pytest.raises(ValueError, match=r"nightly\.rules asks for prompts\.student\.sprite_recall"):
-        state.checked(stated)
+        state.check_settings(stated)
     with pytest.raises(ValueError, match="2026-02-30 is no day of the calendar"):
-        nightly.checked_date("2026-02-30")
+        nightly.check_date("2026-02-30")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_what_a_night_refuses_before_it_trains(repo: Path) -> None:
 )
 def test_a_full_night_that_failed_does_not_wait_a_week(date: str, last: str | None, full: bool) -> None:
     past = [record(last, kind="full"), record("2026-01-10")] if last else []
-    assert (nightly.weekly(date, "sunday", past) is not None) == full
+    assert (nightly.reason_for_full(date, "sunday", past) is not None) == full
 
 
 def test_of_nights_that_failed_one_folder_stays(repo: Path) -> None:
@@ -174,5 +174,5 @@ def test_of_nights_that_failed_one_folder_stays(repo: Path) -> None:
     moved.mkdir()
     (moved / ".git").write_text("gitdir: /nowhere")
     os.utime(moved, (0, 2000))
-    nightly.tidy(repo, lambda _: None)
+    nightly.remove_failed_worktrees(repo, lambda _: None)
     assert sorted(folder.name for folder in (repo / ".runs").iterdir()) == ["another-run", "nightly-2026-01-02", "nightly-2026-01-09"]

@@ -40,12 +40,12 @@ def file(repo: Path, branch: str, name: str, text: str, base: str | None = None)
     return commit
 
 
-def record(date: str, **changed: Any) -> records.Night:
+def record(date: str, **changed: Any) -> records.NightRecord:
     stated: dict[str, Any] = {
         "date": date, "kind": "warm", "base": "b", "clips": "c", "data": {}, "arrived": [], "turned_away": {}, "rejected": {},
         "outcome": "promoted", "why": "because", "candidate": "m", "before": None, "run": "r",
     }  # fmt: skip
-    return records.Night(**stated | changed)
+    return records.NightRecord(**stated | changed)
 
 
 # ------------------------------------------------------------------------------------------------------ what was before
@@ -57,14 +57,14 @@ def test_a_night_is_a_branch_with_a_record_of_its_own_date(repo: Path) -> None:
     file(repo, "nightly/2026-01-07", records.RECORD, "{")
     file(repo, "nightly/rubbish", records.RECORD, record("rubbish").text())
     file(repo, "nightly/2026-01-05-2", records.RECORD, record("2026-01-05-2").text())
-    assert [one.date for one in records.nights(repo)] == ["2026-01-05", "2026-01-05-2"]
-    assert (records.free(repo, "2026-01-05"), records.free(repo, "2026-01-06")) == ("2026-01-05-3", "2026-01-06-2"), "whatever is in it"
+    assert [one.date for one in records.read_nights(repo)] == ["2026-01-05", "2026-01-05-2"]
+    assert (records.free_date(repo, "2026-01-05"), records.free_date(repo, "2026-01-06")) == ("2026-01-05-3", "2026-01-06-2"), "whatever is in it"
 
 
 def test_nights_of_another_machine_count(repo: Path, tmp_path: Path) -> None:
     file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").text())
     project.git(tmp_path, "clone", "-q", str(repo), "clone")
-    assert [one.date for one in records.nights(tmp_path / "clone")] == ["2026-01-05"]
+    assert [one.date for one in records.read_nights(tmp_path / "clone")] == ["2026-01-05"]
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_whose_clips_go_in(repo: Path, mine: str | None, theirs: str | None, tak
         if theirs != "old":
             file(repo, "nightly/2026-01-05", "raw.dvc", theirs)
         file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").text())
-        last = records.nights(repo)
+        last = records.read_nights(repo)
     if mine == "more":
         file(repo, "main", "raw.dvc", "more")
     work: Any = SimpleNamespace(repo=repo, base="main", past=last or [])
-    assert [ref.removeprefix("refs/heads/").partition("/")[0] for ref in clips.carried(work, "raw.dvc")] == taken
+    assert [ref.removeprefix("refs/heads/").partition("/")[0] for ref in clips.commits_with_clips(work, "raw.dvc")] == taken
 
 
 @pytest.mark.parametrize(
@@ -107,27 +107,27 @@ def test_whose_clips_go_in(repo: Path, mine: str | None, theirs: str | None, tak
         (True, None, "b", [], False),
     ],
 )
-def test_what_is_news(full: bool, clips: str | None, base: str, past: list[records.Night], new: bool) -> None:
+def test_what_is_news(full: bool, clips: str | None, base: str, past: list[records.NightRecord], new: bool) -> None:
     work: Any = SimpleNamespace(full=full, folder="raw", clips=clips, base=base, past=past, arrived=Arrivals())
-    assert steps.anything_new(work) == new
+    assert steps.has_news(work) == new
 
 
 def test_the_tracked_branch_is_the_one_that_is_ahead(repo: Path, tmp_path: Path) -> None:
     project.git(tmp_path, "clone", "-q", str(repo), "clone")
     clone = tmp_path / "clone"
     newer = file(repo, "main", "a", "a")
-    assert nightly.tracked(clone, "main") != newer
+    assert nightly.tracked_commit(clone, "main") != newer
     project.git(repo, "tag", "-a", "-m", "{}", "student@v0.0.1")
-    handover.fetch(clone, 60)
+    handover.fetch_origin(clone, 60)
     assert project.git(clone, "tag").split() == ["student@v0.0.1"]
-    assert nightly.tracked(clone, "main") == newer, "origin's, after the fetch"
+    assert nightly.tracked_commit(clone, "main") == newer, "origin's, after the fetch"
     ours = file(clone, "main", "b", "b")
-    assert nightly.tracked(clone, "main") == ours, "parted: the one here"
+    assert nightly.tracked_commit(clone, "main") == ours, "parted: the one here"
     project.git(clone, "remote", "set-url", "origin", str(tmp_path / "gone"))
     with pytest.raises(RuntimeError, match="`git fetch` with origin failed"):
-        handover.fetch(clone, 60)
+        handover.fetch_origin(clone, 60)
     with pytest.raises(ValueError, match=r"nightly\.branch is absent, which is neither here nor at origin"):
-        nightly.tracked(clone, "absent")
+        nightly.tracked_commit(clone, "absent")
 
 
 def test_one_night_at_a_time(repo: Path) -> None:
@@ -144,15 +144,15 @@ def test_one_night_at_a_time(repo: Path) -> None:
 def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: Path) -> None:
     """Of the real dvc.yaml: every option that the stages have, with absolute paths, and only the given ones changed."""
     stated = overrides.read((ROOT / f"profiles/{profile}.yaml").read_text())
-    words = judge.command(ROOT, stated, "generate", {"stage2": tmp_path / "s", "codec": tmp_path / "c", "out": tmp_path / "o"})
+    words = judge.stage_command(ROOT, stated, "generate", {"stage2": tmp_path / "s", "codec": tmp_path / "c", "out": tmp_path / "o"})
     options = dict(zip(words[4::2], words[5::2], strict=True))
     assert words[1:4] == ["-m", "tasks", "generate"] and options["--stage2"] == str(tmp_path / "s")
     assert options["--teacher"] == str(ROOT / "models/teacher") and options["--out"] == str(tmp_path / "o")
-    changed = judge.parameters(stated, None)
+    changed = judge.nightly_parameters(stated, None)
     ours = changed["generate"]
     assert ours["systems"] == {"student": stated["generate"]["systems"]["stage2"]} and ours["continuations"] == {}
     assert (ours["seeds"], ours["prompts"]) == (stated["nightly"]["seeds"], stated["nightly"]["prompts"])
-    judge.write(tmp_path / "params.yaml", changed)
+    judge.write_parameters(tmp_path / "params.yaml", changed)
     assert overrides.read((tmp_path / "params.yaml").read_text()) == changed
     done = subprocess.run(
         [sys.executable, "-m", "tasks", "validate", "--params", str(tmp_path / "params.yaml"), "--out", str(tmp_path / "out.json")],
@@ -167,24 +167,24 @@ def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: P
 def test_a_stage_that_is_new_makes_the_night_a_full_one(repo: Path) -> None:
     file(repo, "main", "dvc.lock", "stages: {codec: {outs: []}}")
     version = Version("v0.0.1", project.git(repo, "rev-parse", "main").strip(), 0, {})
-    assert warm_start.can_be_kept(repo, repo, version, ["codec"]) is None
-    assert warm_start.can_be_kept(repo, repo, version, ["codec", "stage1"]) == "stage1 was not there when v0.0.1 was made"
+    assert warm_start.reason_against_warm(repo, repo, version, ["codec"]) is None
+    assert warm_start.reason_against_warm(repo, repo, version, ["codec", "stage1"]) == "stage1 was not there when v0.0.1 was made"
 
 
 def test_what_waits_is_known_after_a_crash_and_gone_when_it_is_sent(repo: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    assert handover.send(repo, timeout=60, pauses=[], line=said.append) is None
+    assert handover.send_waiting(repo, timeout=60, pauses=[], line=said.append) is None
     project.git(repo, "branch", "nightly/2026-01-05")
     project.git(repo, "branch", "nightly/2026-01-06")
     for day in (5, 6, 5, 4):  # the 4th died before it had a branch
-        handover.add(repo, f"nightly/2026-01-0{day}")
+        handover.add_waiting(repo, f"nightly/2026-01-0{day}")
     project.git(repo, "remote", "add", "origin", str(tmp_path / "absent.git"))
-    late = handover.send(repo, timeout=60, pauses=[], line=said.append)
+    late = handover.send_waiting(repo, timeout=60, pauses=[], line=said.append)
     assert late and "`git push` with origin failed" in late
     assert late.startswith("nightly/2026-01-05, nightly/2026-01-06 could not be handed over")
     project.git(tmp_path, "init", "-q", "--bare", "absent.git")
     project.git(repo, "tag", "-a", "-m", "{}", "student@v0.0.1")
-    assert handover.send(repo, timeout=60, pauses=[], line=said.append) is None and handover.waiting(repo) == []
+    assert handover.send_waiting(repo, timeout=60, pauses=[], line=said.append) is None and handover.waiting_branches(repo) == []
     there = project.git(repo, "ls-remote", "origin")
     assert "refs/heads/nightly/2026-01-06" in there and "refs/tags/student@v0.0.1" in there
 
@@ -237,8 +237,8 @@ def test_nights_in_a_row(repo: Path, tmp_path: Path) -> None:
     ended = json.loads(done.stdout.partition("ENDED ")[2].splitlines()[0])
     assert ended["outcome"] == "Promoted" and ended["good"] == ended["ended"]
     assert "nightly/2026-01-11 could not be handed over" in " ".join(told[4])
-    assert handover.waiting(repo) == [] and "nightly/2026-01-11" in project.git(repo, "ls-remote", "origin")
-    sunday = records.nights(repo)[-1]
+    assert handover.waiting_branches(repo) == [] and "nightly/2026-01-11" in project.git(repo, "ls-remote", "origin")
+    sunday = records.read_nights(repo)[-1]
     frozen = "frozen: true" in project.git(repo, "show", f"{sunday.ref}:dvc.yaml")
     assert (sunday.kind, frozen) == ("full", False), "and it took the freezing back"
     prompts = [project.git(repo, "show", f"nightly/2026-01-{day}:{records.PROMPTS}") for day in ("05", "07", "11")]

@@ -13,11 +13,10 @@ from prefect.client.orchestration import get_client
 from prefect.settings import get_current_settings
 from prefect.states import AwaitingRetry, Running
 
-from flows import exchange
-from flows.pipeline import _waits as waits_for
 from flows.pipeline import pipeline
 from flows.project import dvc_graph, dvc_lock, run_lock, worktree
-from flows.run import stage_task
+from flows.run import repro, stage_task
+from flows.run.repro import nearest_upstream as waits_for
 from flows.supervise import command as supervise
 from tests.flows import project
 from tests.flows.served import go, root, server
@@ -51,23 +50,23 @@ def test_a_run_that_waits_to_be_tried_again_is_left_alone(root: Path) -> None:
 
 def test_what_the_remote_can_not_give_is_made_here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was there when the run began, and went away."""
-    really, asked = stage_task.repro, list[bool]()
+    really, asked = stage_task.repro_stage, list[bool]()
 
     def away(stage: str, what: Any, run: Any, line: Any, *, pull: bool) -> int:
         asked.append(pull)
         return 255 if pull else really(stage, what, run, line, pull=False)
 
-    monkeypatch.setattr(exchange, "there", lambda _: True)
-    monkeypatch.setattr(stage_task, "repro", away)
+    monkeypatch.setattr(repro, "remote_answers", lambda _: True)
+    monkeypatch.setattr(stage_task, "repro_stage", away)
     assert go(pull=True, to_stage="prepare").result() == {"prepare": "Completed"} and asked == [True, False]
 
 
 def test_what_dvc_says_as_a_state() -> None:
     pulled = ["Pulling data for stage: 'slow'", "A       models/slow/"]
-    assert stage_task.outcome("slow", pulled) == "Restored"
-    assert stage_task.outcome("slow", [*pulled, "Running stage 'slow':"]) == "Completed"
-    assert stage_task.outcome("slow", ["Running stage 'slow':", "Stage 'slow' is cached - skipping run"]) == "Completed"
-    assert stage_task.outcome("slow", ["Stage 'slow' didn't change, skipping"]) == "Cached"
+    assert stage_task.read_outcome("slow", pulled) == "Restored"
+    assert stage_task.read_outcome("slow", [*pulled, "Running stage 'slow':"]) == "Completed"
+    assert stage_task.read_outcome("slow", ["Running stage 'slow':", "Stage 'slow' is cached - skipping run"]) == "Completed"
+    assert stage_task.read_outcome("slow", ["Stage 'slow' didn't change, skipping"]) == "Cached"
 
 
 def test_the_command_refuses_in_a_sentence(root: Path, tmp_path: Path) -> None:
@@ -103,9 +102,9 @@ def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.Monkey
     """Without it, results were lost: the lock is held for as long as another stage's outs are hashed."""
     asked: list[list[str]] = []
     monkeypatch.setattr(stage_task.supervise, "run", lambda words, **_: asked.append(words) or 0)
-    run = stage_task.Run(plain, {}, set(), threading.Semaphore(1), pull=True)
+    run = stage_task.SharedRun(plain, {}, set(), threading.Semaphore(1), pull=True)
     for pull in (True, False):
-        assert stage_task.repro("slow", dvc_graph.stages(plain)[1], run, print, pull=pull) == 0
+        assert stage_task.repro_stage("slow", dvc_graph.stages(plain)[1], run, print, pull=pull) == 0
     common = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
     assert asked == [[*common, "--pull", "--single-item", "slow"], [*common, "--single-item", "slow"]]
     held = "import sys, time; from dvc.repo import Repo; Repo('.').lock.lock(); print('held', flush=True); time.sleep(5)"
@@ -117,6 +116,6 @@ def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.Monkey
 def test_a_place_is_not_waited_for_when_the_run_is_stopped() -> None:
     supervise.start()
     threading.Timer(0.3, supervise.stop).start()
-    with pytest.raises(supervise.Stopped), stage_task._slot(threading.Semaphore(0)):
+    with pytest.raises(supervise.Stopped), stage_task._Slot(threading.Semaphore(0)):
         pass
     supervise.start()

@@ -29,7 +29,7 @@ def a_run() -> None: ...
 @pytest.fixture
 def receiver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Receiver]:
     listening = Receiver()
-    monkeypatch.setenv(alerts.URL, listening.url)
+    monkeypatch.setenv(alerts.ALERT_URL, listening.url)
     monkeypatch.chdir(tmp_path)
     yield listening
     listening.stop()
@@ -41,35 +41,35 @@ def test_a_night_that_died_with_its_worker_is_told(server: None, receiver: Recei
         log = "".join(f"submitting flow run '{run.id}'\n" for run in runs[:2])  # the third is another machine's
         (tmp_path / ".machine").mkdir()
         (tmp_path / ".machine/worker.log").write_text(log)
-        assert reconcile.flow_runs(client, tmp_path, timedelta(minutes=2)) == [], "a worker may be about to start them"
-        said = reconcile.flow_runs(client, tmp_path)
+        assert reconcile.close_dead_runs(client, tmp_path, timedelta(minutes=2)) == [], "a worker may be about to start them"
+        said = reconcile.close_dead_runs(client, tmp_path)
         assert len(said) == 2 and all("it is Crashed now" in line for line in said)
         states = [client.read_flow_run(run.id).state for run in runs]
         assert [state and state.name for state in states] == ["Crashed", "Crashed", "Running"]
     (heard,) = receiver.heard
     assert heard["event"] == "crashed" and heard["run"] == str(runs[0].id)
     with get_client(sync_client=True) as client:
-        assert reconcile.flow_runs(client, tmp_path) == [] and len(receiver.heard) == 1
+        assert reconcile.close_dead_runs(client, tmp_path) == [] and len(receiver.heard) == 1
 
 
 def test_a_night_elsewhere_is_no_absence(server: None, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alerts.ended(tmp_path, "Promoted", good=True)
+    alerts.record_end(tmp_path, "Promoted", good=True)
     now = time.time()
     monkeypatch.setattr(alerts.time, "time", lambda: now + 27 * 3600)
     monkeypatch.setenv("PREFECT_API_URL", str(get_current_settings().api.url))
     with get_client(sync_client=True) as client:
         client.create_flow_run(a_night, state=Completed(name="StillRunning"))
-        assert "for 27.0 hours" in (alerts.absent(tmp_path, 26) or ""), "which did nothing"
+        assert "for 27.0 hours" in (alerts.report_absence(tmp_path, 26) or ""), "which did nothing"
         client.create_flow_run(a_run, state=Completed())
-        assert alerts.elsewhere() == 0.0
+        assert alerts.last_good_end_elsewhere() == 0.0
         client.create_flow_run(a_night, state=Completed(name="NoNewData"))
-    assert abs(alerts.elsewhere() - now) < 60 and alerts.absent(tmp_path, 26) is not None
+    assert abs(alerts.last_good_end_elsewhere() - now) < 60 and alerts.report_absence(tmp_path, 26) is not None
     monkeypatch.setattr(alerts.time, "time", lambda: now + 25 * 3600)
-    (tmp_path / alerts.LAST).write_text('{"since": 0}')
-    assert alerts.absent(tmp_path, 26) is None
+    (tmp_path / alerts.STATE_FILE).write_text('{"since": 0}')
+    assert alerts.report_absence(tmp_path, 26) is None
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/api", "nonsense"])
 def test_a_server_that_does_not_answer_knows_of_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", url)
-    assert alerts.elsewhere() == 0.0
+    assert alerts.last_good_end_elsewhere() == 0.0

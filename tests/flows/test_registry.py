@@ -65,7 +65,7 @@ def test_versions_and_promotions_and_the_way_back_as_gto_reads_them(repo: Path) 
     assert last.split("│")[2:4] == [" v0.0.3   ", " v0.0.1      "], last
     said = gto(repo, "history", "student")
     assert said.count("assignment") == 5 and said.count("registration") == 3
-    told = promotion.history(repo)
+    told = promotion.history_lines(repo)
     assert [line.split()[2] for line in told] == ["version", "promoted"] * 3 + ["rollback"] * 2 and "it flickers" in told[6]
 
 
@@ -124,12 +124,12 @@ def test_what_is_promoted_already_gets_no_second_tag(repo: Path, monkeypatch: py
     trained(repo, "aa")
     monkeypatch.chdir(repo)
     for _ in range(2):
-        promotion.promote(["HEAD"])
-    promotion.promote(["v0.0.1"])
+        promotion.promote_student(["HEAD"])
+    promotion.promote_student(["v0.0.1"])
     assert [one.number for one in registry.assignments(repo)] == [1]
 
 
-@pytest.mark.parametrize("command", [lambda: promotion.promote(["HEAD"]), lambda: promotion.roll_back([])])
+@pytest.mark.parametrize("command", [lambda: promotion.promote_student(["HEAD"]), lambda: promotion.roll_back_student([])])
 def test_promoting_waits_for_whoever_is_at_it(repo: Path, command: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     for md5 in ("aa", "bb"):
         registry.assign(repo, registry.register(repo, trained(repo, md5), {}), {})
@@ -151,7 +151,7 @@ def test_a_commit_without_a_student_can_not_be_promoted(repo: Path, monkeypatch:
     monkeypatch.chdir(repo)
     for words, said in ((["HEAD"], "has no dvc.lock"), (["--", "--upload-pack=x"], "is no commit"), (["v0.0.1"], "known are none yet")):
         with pytest.raises(SystemExit, match=said):
-            promotion.promote(words)
+            promotion.promote_student(words)
 
 
 def dvc(folder: Path, *words: str) -> str:

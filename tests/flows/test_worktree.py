@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from flows.project import dvc_graph, git, overrides, run_lock, worktree
-from flows.run.config import RunConfig, parse
+from flows.run.config import RunConfig, parse_overrides
 from tests.flows import project
 
 RAN = ("Running stage", "ERROR")
@@ -121,7 +121,7 @@ def test_a_base_that_is_an_option_is_no_base(repo: Path) -> None:
     ],
 )
 def test_a_value_is_read_by_the_rules_of_params_yaml(text: str, value: Any) -> None:
-    (found,) = parse([f"a.b_c={text}"]).values()
+    (found,) = parse_overrides([f"a.b_c={text}"]).values()
     assert found == value and type(found) is type(value)
 
 

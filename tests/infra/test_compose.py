@@ -93,7 +93,7 @@ def test_a_gpu_worker_hands_over_through_the_store_only() -> None:
 
 def test_the_server_is_told_what_this_machines_own_is_told() -> None:
     stated = compose(PREFECT_PORT="4321")["services"]["server"]["environment"]
-    own = settings.environment(settings.Machine(FILE.parents[1], "127.0.0.1", 4321, 1), {})
+    own = settings.process_environment(settings.Machine(FILE.parents[1], "127.0.0.1", 4321, 1), {})
     for name in ("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", "PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"):
         assert stated[name] == own[name]
     # pages of other sites may not use the API; * is the default

@@ -3,13 +3,14 @@ import pytest
 import torch
 
 from cf_model.codec.codec_file import load_codec, save_codec
-from cf_model.codec.linear import CodecSpec, fit_codec, latent_frames, video_frames
+from cf_model.codec.interface import latent_frames, video_frames
+from cf_model.codec.linear import CodecSpec, fit_codec
 from cf_model.data import worlds
 
 
 @pytest.fixture(scope="module")
 def clips():
-    return [torch.from_numpy(worlds.render(worlds.draw(seed), 33, height=32, width=32, fps=16)) for seed in range(6)]
+    return [torch.from_numpy(worlds.render_clip(worlds.draw_world(seed), 33, height=32, width=32, fps=16)) for seed in range(6)]
 
 
 @pytest.fixture(scope="module")

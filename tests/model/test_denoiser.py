@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from cf_model.model import wan
-from cf_model.model.denoiser import Compute, Denoiser, ViewRope
-from cf_model.model.memory import ContextMemory, LayerMemories, empty
+from cf_model.model.denoiser import Compute, Denoiser, MemoryRope
+from cf_model.model.memory import ContextMemory, LayerMemories, empty_memory
 from tests.small import SHAPE, denoiser, normal, spec
 
 TEXT = normal(2, 5, 8, seed=3)
@@ -70,9 +70,9 @@ def test_chunk_after_chunk_is_block_causal_attention():
 
 def test_moving_every_position_changes_nothing():
     model = denoiser()
-    early = model.watch(normal(2, 6, *SHAPE), TEXT, spec(**EVERYTHING), chunk=3)
+    early = model.remember_clip(normal(2, 6, *SHAPE), TEXT, spec(**EVERYTHING), chunk=3)
     late = copy.copy(early)
-    object.__setattr__(late, "seen", early.seen + 40)
+    object.__setattr__(late, "frame_count", early.frame_count + 40)
     for frame in late.frames:
         object.__setattr__(frame, "index", frame.index + 40)
     x, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
@@ -103,8 +103,8 @@ def test_what_was_forgotten_has_no_influence():
 
 def test_layers_that_decide_alike_see_what_one_decision_shows_them():
     model, x = denoiser(), normal(2, 30, *SHAPE)
-    one, each = (model.watch(x, TEXT, spec(slow=2, promote="uniform", scope=scope), chunk=3) for scope in ("global", "layer"))
-    assert one.held() == each.held() and len(each.layers) == 2
+    one, each = (model.remember_clip(x, TEXT, spec(slow=2, promote="uniform", scope=scope), chunk=3) for scope in ("global", "layer"))
+    assert one.frame_indices() == each.frame_indices() and len(each.layers) == 2
     part, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     with torch.no_grad():
         assert torch.equal(model.velocity(part, sigma, TEXT, one), model.velocity(part, sigma, TEXT, each))
@@ -113,8 +113,8 @@ def test_layers_that_decide_alike_see_what_one_decision_shows_them():
 def test_layers_of_different_occupancy_run_in_one_pass():
     """Each layer's keys are rotated to its own places; with another layer's, the shapes would not fit."""
     model = denoiser()
-    each = model.watch(normal(2, 30, *SHAPE), TEXT, spec(scope="layer", promote="uniform"), chunk=3)
-    fewer = dataclasses.replace(each.layers[0], kept=each.layers[0].kept[1:])
+    each = model.remember_clip(normal(2, 30, *SHAPE), TEXT, spec(scope="layer", promote="uniform"), chunk=3)
+    fewer = dataclasses.replace(each.layers[0], promoted_frames=each.layers[0].promoted_frames[1:])
     uneven = LayerMemories(each.spec, (fewer, each.layers[1]))
     part, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     with torch.no_grad():
@@ -123,10 +123,10 @@ def test_layers_of_different_occupancy_run_in_one_pass():
 
 def test_only_a_pass_that_remembers_takes_keys_and_values(monkeypatch):
     """A checkpointed pass would keep all of them until its backward pass is over."""
-    seen, inner = [], ViewRope.forward
-    monkeypatch.setattr(ViewRope, "forward", lambda rope, x: seen.append(rope.taken is not None) or inner(rope, x))
+    seen, inner = [], MemoryRope.forward
+    monkeypatch.setattr(MemoryRope, "forward", lambda rope, x: seen.append(rope.taken is not None) or inner(rope, x))
     model, x, sigma = denoiser(), normal(2, 3, *SHAPE), torch.tensor([0.5, 0.9])
-    memory = model.remember(x, TEXT, empty(spec()))
+    memory = model.remember(x, TEXT, empty_memory(spec()))
     model(x, sigma, TEXT, memory)
     model.offer(x, sigma, TEXT, memory)
     assert seen == [True, False, True]
@@ -146,7 +146,7 @@ def test_in_bfloat16_weights_and_gradients_stay_wide_and_keys_are_narrow():
     exact = denoiser()
     low = Denoiser(plain(exact), Compute("native", "bfloat16", checkpointing=True))
     x, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
-    memories = [model.watch(normal(2, 9, *SHAPE), TEXT, spec(), chunk=3) for model in (exact, low)]
+    memories = [model.remember_clip(normal(2, 9, *SHAPE), TEXT, spec(), chunk=3) for model in (exact, low)]
     wide, narrow = (model.velocity(x, sigma, TEXT, memory) for model, memory in zip((exact, low), memories, strict=True))
     assert narrow.dtype == torch.float32 and 1e-5 < float((wide - narrow).detach().abs().mean() / wide.detach().abs().mean()) < 0.02
     assert {k.dtype for frame in memories[1].frames for k in (*frame.keys, *frame.values)} == {torch.bfloat16}
@@ -158,8 +158,8 @@ def test_in_bfloat16_weights_and_gradients_stay_wide_and_keys_are_narrow():
 
 def test_saved_and_loaded_is_the_same(tmp_path):
     model = denoiser()
-    wan.save(model, tmp_path)
-    again = wan.load(tmp_path).eval()
+    wan.save_transformer(model, tmp_path)
+    again = wan.load_transformer(tmp_path).eval()
     x, sigma = normal(2, 6, *SHAPE), torch.tensor([0.3, 0.7])
     with torch.no_grad():
         assert torch.equal(model(x, sigma, TEXT), again(x, sigma, TEXT))
@@ -169,13 +169,13 @@ def test_saved_and_loaded_is_the_same(tmp_path):
 def test_a_missing_weight_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    wan.save(denoiser(), tmp_path)
+    wan.save_transformer(denoiser(), tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights.pop("proj_out.weight")
     save_file(weights, file)
     with pytest.raises(ValueError, match=r"it lacks proj_out\.weight; it must hold exactly the weights"):
-        wan.load(tmp_path)
+        wan.load_transformer(tmp_path)
 
 
 def test_absolute_positions_end_with_the_table():

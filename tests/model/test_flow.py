@@ -27,8 +27,8 @@ def test_weights_of_levels_are_those_wan_was_trained_with():
     # docs/method.md 1.4, measured on the original's table
     table = Flow(5.0, 0.02, 0.98).warp(1 - torch.arange(1000) / 1000)
     rows = [int((table - t / 1000).abs().argmin()) for t in (1000, 937.5, 833.3333, 625, 500, 200, 20)]  # it looks up the nearest
-    assert Flow(5.0, 0.02, 0.98).weight(table[rows]).tolist() == pytest.approx([0, 0.398, 1.025, 1.914, 2.076, 1.214, 0.126], abs=1e-3)
-    assert float(Flow(5.0, 0.02, 0.98).weight(table).mean()) == pytest.approx(1, abs=1e-5)
+    assert Flow(5.0, 0.02, 0.98).loss_weight(table[rows]).tolist() == pytest.approx([0, 0.398, 1.025, 1.914, 2.076, 1.214, 0.126], abs=1e-3)
+    assert float(Flow(5.0, 0.02, 0.98).loss_weight(table).mean()) == pytest.approx(1, abs=1e-5)
 
 
 def test_noise_and_back():

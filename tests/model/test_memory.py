@@ -4,14 +4,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cf_model.model.memory import ContextMemory, Frame, Memory, dump, empty, mean_key, restore
+from cf_model.model.key_values import KeyValues, mean_key
+from cf_model.model.memory import ContextMemory, Memory, empty_memory
+from cf_model.model.memory_state import dump_memory, restore_memory
 from tests.small import rng, spec
 
 
-def chunk(first: int, alike: bool = False, length: int = 3) -> tuple[Frame, ...]:
+def chunk(first: int, alike: bool = False, length: int = 3) -> tuple[KeyValues, ...]:
     """Frames whose keys resemble those of every other `alike` chunk, or nothing."""
     key = torch.ones(1, 2, 1, 8) if alike else torch.randn(1, 2, 1, 8, generator=rng(first))
-    return tuple(Frame(first + i, (key,), (key,)) for i in range(length))
+    return tuple(KeyValues(first + i, (key,), (key,)) for i in range(length))
 
 
 def after(chunks: int, **changes: object) -> ContextMemory:
@@ -21,7 +23,7 @@ def after(chunks: int, **changes: object) -> ContextMemory:
     return memory
 
 
-def indices(frames: tuple[Frame, ...]) -> list[int]:
+def indices(frames: tuple[KeyValues, ...]) -> list[int]:
     return [frame.index for frame in frames]
 
 
@@ -79,16 +81,16 @@ def making(number: int, memory: Memory, layers: int = 1) -> tuple[Memory, Memory
     return memory, memory.remember(noisy(number, 9, layers))
 
 
-def noisy(number: int, step: int, layers: int) -> tuple[Frame, ...]:
+def noisy(number: int, step: int, layers: int) -> tuple[KeyValues, ...]:
     keys = tuple(torch.randn(1, 2, 1, 8, generator=rng(1000 * layer + 10 * number + step)) for layer in range(layers))
-    return tuple(Frame(3 * number + i, keys, keys) for i in range(3))
+    return tuple(KeyValues(3 * number + i, keys, keys) for i in range(3))
 
 
 def test_timeline_of_the_released_code():
-    memory = empty(spec(**AS_RELEASED))
+    memory = empty_memory(spec(**AS_RELEASED))
     for c, expected in RELEASED.items():
         during, memory = making(c, memory, layers=2)
-        assert tuple(during.held().values()) == expected
+        assert tuple(during.frame_indices().values()) == expected
         first = min(3 * c, 18)
         assert during.query_positions(3) == [first, first + 1, first + 2]
         # slot = position: sink, slow and fast without a gap, right before the query
@@ -96,33 +98,33 @@ def test_timeline_of_the_released_code():
 
 
 def test_every_second_chunk_of_the_released_code():
-    memory = empty(spec(**AS_RELEASED | {"interval": 2}))
+    memory = empty_memory(spec(**AS_RELEASED | {"interval": 2}))
     for c in range(13):
         during, memory = making(c, memory)
-    assert during.held()["slow"] == [6, 12, 18, 24, 30, 36, *range(9, 15)] and during.held()["fast"] == [33, 34, 35]
+    assert during.frame_indices()["slow"] == [6, 12, 18, 24, 30, 36, *range(9, 15)] and during.frame_indices()["fast"] == [33, 34, 35]
 
 
 def test_what_was_kept_on_the_first_call_are_that_passs_keys():
-    memory = empty(spec(**AS_RELEASED))
+    memory = empty_memory(spec(**AS_RELEASED))
     for c in range(3):
         during, memory = making(c, memory)
-    assert torch.equal(during.at(0).slow[0].keys[0], noisy(2, 0, 1)[0].keys[0])
+    assert torch.equal(during.layer_memory(0).slow[0].keys[0], noisy(2, 0, 1)[0].keys[0])
     # a first pass like the chunk before it is not kept, a later pass that differs is
     during = memory.offer(noisy(2, 9, 1))
-    assert during.promoted == memory.promoted
+    assert during.promoted_count == memory.promoted_count
     during = during.offer(noisy(3, 1, 1))
-    assert during.promoted == memory.promoted + 1 and torch.equal(during.at(0).slow[1].keys[0], noisy(3, 1, 1)[0].keys[0])
+    assert during.promoted_count == memory.promoted_count + 1 and torch.equal(during.layer_memory(0).slow[1].keys[0], noisy(3, 1, 1)[0].keys[0])
 
 
 def test_layers_decide_for_themselves():
-    def chunk(number: int) -> tuple[Frame, ...]:
+    def chunk(number: int) -> tuple[KeyValues, ...]:
         keys = (torch.ones(1, 2, 1, 8), torch.randn(1, 2, 1, 8, generator=rng(number)))
-        return tuple(Frame(3 * number + i, keys, keys) for i in range(3))
+        return tuple(KeyValues(3 * number + i, keys, keys) for i in range(3))
 
-    alone, together = empty(spec(scope="layer")), empty(spec(tau=0.2))
+    alone, together = empty_memory(spec(scope="layer")), empty_memory(spec(tau=0.2))
     for c in range(8):
         alone, together = alone.remember(chunk(c)), together.remember(chunk(c))
-    assert indices(alone.at(0).slow) == [] and indices(alone.at(1).slow) == [6, 12, 18]
+    assert indices(alone.layer_memory(0).slow) == [] and indices(alone.layer_memory(1).slow) == [6, 12, 18]
     assert len(alone.past(0)[0]) + 3 == len(alone.past(1)[0]) and alone.similarity[0] == pytest.approx(1)
     assert torch.equal(alone.past(1)[0][3], chunk(2)[0].keys[1])
     assert len(together.slow) == 0  # the mean of 1 and about 0 is above 0.2
@@ -143,48 +145,48 @@ def test_uniform_random_and_where_it_begins():
 
 def test_the_commit_pass_may_see_the_fast_part_only():
     memory = after(9, commit="fast")
-    assert indices(memory.committing(3).frames) == indices(memory.fast) and memory.committing(3).query_positions(3) == [18, 19, 20]
-    assert after(9).committing(3).held() == after(9).held()
-    assert indices(after(1, commit="fast").committing(3).frames) == [0, 1, 2], "recent frames count, wherever they are"
+    assert indices(memory.commit_context(3).frames) == indices(memory.fast) and memory.commit_context(3).query_positions(3) == [18, 19, 20]
+    assert after(9).commit_context(3).frame_indices() == after(9).frame_indices()
+    assert indices(after(1, commit="fast").commit_context(3).frames) == [0, 1, 2], "recent frames count, wherever they are"
 
 
 def test_flushed_and_restarted():
     memory = after(9)
-    assert {**memory.flushed(2).held()} == {"sink": [0, 1, 2], "slow": [], "fast": [25, 26]}
+    assert {**memory.flushed(2).frame_indices()} == {"sink": [0, 1, 2], "slow": [], "fast": [25, 26]}
     again = memory.restarted(6, keep_sink=True)
     for c in range(2, 9):
         again = again.remember(chunk(3 * c))
-    assert again.seen == 27 and indices(again.fast) == [24, 25, 26] and again.slow[0].index >= 12
+    assert again.frame_count == 27 and indices(again.fast) == [24, 25, 26] and again.slow[0].index >= 12
     assert indices(memory.restarted(6, keep_sink=False).remember(chunk(6)).sink) == [6, 7, 8]
 
 
 @pytest.mark.parametrize("emptied", ["flush", "recache"])
 def test_the_released_memory_goes_on_after_it_was_emptied(emptied):
     """Its free places are for the video's first frames; those that come later belong to the fast part."""
-    memory = empty(spec(**AS_RELEASED))
+    memory = empty_memory(spec(**AS_RELEASED))
     for c in range(13):
         _, memory = making(c, memory)
     memory = memory.flushed(2) if emptied == "flush" else memory.restarted(39, keep_sink=True)
     for c in range(13, 20):
         during, memory = making(c, memory)
         left = [] if emptied == "recache" else [37, 38]
-        assert during.held()["fast"] == (left if c == 13 else [3 * c - 3, 3 * c - 2, 3 * c - 1])
-        assert during.held()["slow"] == [3 * k for k in range(13, c + 1)]
+        assert during.frame_indices()["fast"] == (left if c == 13 else [3 * c - 3, 3 * c - 2, 3 * c - 1])
+        assert during.frame_indices()["slow"] == [3 * k for k in range(13, c + 1)]
 
 
 def test_the_released_memory_keeps_what_it_only_watched():
     """A real clip has no noisy passes: its clean ones are the calls."""
-    memory = empty(spec(**AS_RELEASED))
+    memory = empty_memory(spec(**AS_RELEASED))
     for c in range(10):
         memory = memory.remember(noisy(c, 9, 1))
-    assert memory.held()["slow"] == [*range(6, 28, 3), *range(11, 15)]
+    assert memory.frame_indices()["slow"] == [*range(6, 28, 3), *range(11, 15)]
     again = making(10, memory)[1]
-    assert again.promoted == memory.promoted + 1, "and a chunk that was kept on a noisy pass is not kept a second time"
+    assert again.promoted_count == memory.promoted_count + 1, "and a chunk that was kept on a noisy pass is not kept a second time"
 
 
 def test_the_log_shows_a_chunk_against_the_chunk_before():
     """Also when later passes are compared with the chunk's own earlier ones."""
-    memory = empty(spec(**AS_RELEASED, tau=-1.0))
+    memory = empty_memory(spec(**AS_RELEASED, tau=-1.0))
     for c in range(2):
         _, memory = making(c, memory)
     first = memory.offer(noisy(2, 0, 1))
@@ -194,29 +196,29 @@ def test_the_log_shows_a_chunk_against_the_chunk_before():
 
 def test_the_mean_key_is_of_all_tokens_of_all_frames():
     keys = [torch.randn(2, 4, 2, 3, generator=rng(i)) for i in range(3)]
-    frames = tuple(Frame(i, (key,), (key,)) for i, key in enumerate(keys))
+    frames = tuple(KeyValues(i, (key,), (key,)) for i, key in enumerate(keys))
     expected = torch.stack([key[0] for key in keys]).mean(dim=(0, 1)).flatten()
     assert torch.allclose(mean_key(frames)[0], expected, atol=1e-6)
 
 
 def test_layers_of_different_occupancy_have_positions_of_their_own():
-    memory = empty(spec(scope="layer", positions="packed"))
+    memory = empty_memory(spec(scope="layer", positions="packed"))
     for c in range(8):
         keys = (torch.ones(1, 2, 1, 8), torch.randn(1, 2, 1, 8, generator=rng(c)))
-        memory = memory.remember(tuple(Frame(3 * c + i, keys, keys) for i in range(3)))
+        memory = memory.remember(tuple(KeyValues(3 * c + i, keys, keys) for i in range(3)))
     assert memory.key_positions(3, 0) == list(range(6)) and memory.key_positions(3, 1) == list(range(9))
     assert memory.query_positions(3, 0) == [6, 7, 8] and memory.query_positions(3, 1) == [9, 10, 11]
 
 
 @pytest.mark.parametrize("changes", [{}, AS_RELEASED], ids=["paper", "released"])
 def test_a_memory_survives_a_checkpoint(changes):
-    memory = empty(spec(**changes))
+    memory = empty_memory(spec(**changes))
     for c in range(9):
         _, memory = making(c, memory)
-    again = restore(memory.spec, dump(memory))
+    again = restore_memory(memory.spec, dump_memory(memory))
     for c in range(9, 12):
         (seen, memory), (seen_again, again) = making(c, memory), making(c, again)
-        assert seen.held() == seen_again.held()
+        assert seen.frame_indices() == seen_again.frame_indices()
     assert all(torch.equal(a, b) for a, b in zip(memory.past(0)[0], again.past(0)[0], strict=True))
 
 
@@ -257,7 +259,7 @@ def test_invariants(sink, slow, fast, interval, promote, positions, alike):
     for c, same in enumerate(alike):
         before = memory
         memory = memory.remember(chunk(3 * c, same))
-        assert before.seen == 3 * c  # nothing was written into the old value
+        assert before.frame_count == 3 * c  # nothing was written into the old value
         held = indices(memory.frames)
         assert len(set(held)) == len(held) == len(memory.frames), "sink, slow and fast are disjoint"
         assert indices(memory.slow) == sorted(indices(memory.slow))
@@ -299,22 +301,22 @@ def test_positions_depend_on_occupancy_alone(alike, other, positions):
 )
 def test_the_released_readings_stay_within_bounds(alike, keep, interval, begin, fill, timing, scope, positions):
     plan = spec(keep=keep, interval=interval, begin=begin, fill=fill, timing=timing, scope=scope, positions=positions, when="enqueue")
-    memory = empty(plan)
+    memory = empty_memory(plan)
     for c, same in enumerate(alike):
         frames = chunk(3 * c, same)
         memory = memory.offer(frames).offer(frames).remember(frames)
-        held, keys, query = memory.held(), memory.key_positions(3), memory.query_positions(3)
+        held, keys, query = memory.frame_indices(), memory.key_positions(3), memory.query_positions(3)
         assert len(held["sink"]) <= 3 and len(held["slow"]) <= 12 and len(held["fast"]) <= 3
         assert len(memory.past(0)[0]) == len(keys) == sum(map(len, held.values()))
         assert keys == sorted(set(keys)) and max(keys + query) < plan.size and max(keys) < query[0]
-        kept = memory.at(0).kept if scope == "layer" else memory.kept
+        kept = memory.layer_memory(0).promoted_frames if scope == "layer" else memory.promoted_frames
         assert indices(kept) == sorted(indices(kept)), "in the order of time"
 
 
 def test_a_chunk_has_room_in_the_fast_part():
     with pytest.raises(ValueError, match=r"memory\.fast is 2, but it counts the current chunk of 3 latent frames"):
-        spec(fast=2).hold(3)
-    spec(fast=3).hold(3)
+        spec(fast=2).check_chunk(3)
+    spec(fast=3).check_chunk(3)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import torch
 
 from cf_model.model import wan
 from cf_model.model.denoiser import ModelSpec
-from cf_model.model.memory import empty
+from cf_model.model.memory import empty_memory
 from tasks.params import yaml_file
 from tests.small import normal, spec
 
 ROOT = Path(__file__).parents[2]
-SPEC = ModelSpec(**yaml_file.read(ROOT / "profiles/wan-1.3b.yaml")["model"])
+SPEC = ModelSpec(**yaml_file.read_yaml(ROOT / "profiles/wan-1.3b.yaml")["model"])
 
 
 def available() -> float:
@@ -29,13 +29,13 @@ def available() -> float:
 @torch.no_grad()
 def test_one_chunk_of_wan_1_3b_runs_with_a_memory() -> None:
     """6 GB and half a minute on one core, most of it for drawing the weights."""
-    model = wan.build(SPEC, channels=16, text_channels=4096, seed=0).eval()
+    model = wan.build_transformer(SPEC, channels=16, text_channels=4096, seed=0).eval()
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.02, generator=torch.Generator().manual_seed(0))
     assert sum(weight.numel() for weight in model.parameters()) == 1_418_996_800
 
     text, sigma = normal(1, 512, 4096, seed=2), torch.tensor([0.9])
-    memory = model.remember(normal(1, 3, 16, 8, 8, seed=3), text, empty(spec()))
-    assert memory.seen == 3 and all(len(frame.keys) == 30 and frame.keys[0].shape == (1, 16, 12, 128) for frame in memory.sink)
+    memory = model.remember(normal(1, 3, 16, 8, 8, seed=3), text, empty_memory(spec()))
+    assert memory.frame_count == 3 and all(len(frame.keys) == 30 and frame.keys[0].shape == (1, 16, 12, 128) for frame in memory.sink)
 
     noise = normal(1, 3, 16, 8, 8)
     x_0 = model(noise, sigma, text, memory)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cf_model.model.rollout import HorizonSpec, rollout
-from cf_model.model.rollout import place as window_start
+from cf_model.model.rollout import place_window as window_start
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
 TEXT = normal(2, 5, 8, seed=3)
@@ -32,7 +32,7 @@ def test_which_chunks_carry_gradient(skip):
 
 
 def test_the_target_stops_at_one_random_level_and_the_context_is_clean():
-    levels, exits = FLOW.sigmas(ROLLOUT.levels), set()
+    levels, exits = FLOW.shift_levels(ROLLOUT.levels), set()
     for seed in range(12):
         made = rollout(denoiser(), TEXT, 15, SHAPE, spec=ROLLOUT, memory=spec(), flow=FLOW, rng=rng(seed))
         assert {t.sigma for t in made.targets} == {levels[made.exits[0]]}
@@ -47,7 +47,7 @@ def test_chunks_before_the_window_are_as_clean_as_stated():
         """Noisy passes that each chunk took, with an exit after the first."""
         model, taken = denoiser(), []
         inner = model.forward
-        model.forward = lambda *args: taken.append(args[3].seen) or inner(*args)
+        model.forward = lambda *args: taken.append(args[3].frame_count) or inner(*args)
         for seed in range(99):
             made = rollout(model, TEXT, 18, SHAPE, spec=rolling(full_denoise=policy), memory=small, flow=FLOW, rng=rng(seed))
             if made.exits[0] == 0:
@@ -89,13 +89,13 @@ def test_a_renoised_window_is_made_again_from_its_own_frames():
 
 def test_lengths_of_other_laws():
     noise = rng()
-    assert {HorizonSpec(21, 240, 10, "const").sample(0, 3, noise) for _ in range(9)} == {240}
-    halfway = {HorizonSpec(30, 120, 100, "exp").sample(50, 3, noise) for _ in range(2000)}
+    assert {HorizonSpec(21, 240, 10, "const").sample_length(0, 3, noise) for _ in range(9)} == {240}
+    halfway = {HorizonSpec(30, 120, 100, "exp").sample_length(50, 3, noise) for _ in range(2000)}
     assert max(halfway) == 60 and min(halfway) == 30
 
 
 def test_lengths_grow_with_the_curriculum():
     horizon, noise = HorizonSpec(shortest=42, longest=120, decay=100, mode="linear"), rng()
-    assert {horizon.sample(0, 3, noise) for _ in range(200)} == {42}
-    assert {horizon.sample(100, 3, noise) for _ in range(2000)} == set(range(42, 121, 3))
-    assert {horizon.sample(10**9, 3, noise) for _ in range(2000)} == set(range(42, 121, 3))
+    assert {horizon.sample_length(0, 3, noise) for _ in range(200)} == {42}
+    assert {horizon.sample_length(100, 3, noise) for _ in range(2000)} == set(range(42, 121, 3))
+    assert {horizon.sample_length(10**9, 3, noise) for _ in range(2000)} == set(range(42, 121, 3))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cf_model.text.encoder import WordEncoder, load_text, save_text, text_encoder
-from cf_model.text.umt5 import UMT5Encoder, clean
+from cf_model.text.encoder import WordEncoder, build_text_encoder, load_text_encoder, save_text_encoder
+from cf_model.text.umt5 import UMT5Encoder, clean_prompt
 from tests import pretrained
 
 PROMPTS = ["a red disc.", "A  blue\tsquare turns slowly &amp;amp; fades", "", "a sea"]
@@ -72,7 +72,7 @@ def test_a_long_text_is_cut_and_says_how_long_it_was(folder: Path, encoder: UMT5
 def test_prompts_are_cleaned_as_diffusers_cleans_them(text: str) -> None:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    assert clean(text) == prompt_clean(text)
+    assert clean_prompt(text) == prompt_clean(text)
 
 
 def test_half_precision_weights_and_float32_vectors(folder: Path, encoder: UMT5Encoder) -> None:
@@ -84,8 +84,8 @@ def test_half_precision_weights_and_float32_vectors(folder: Path, encoder: UMT5E
 
 def test_there_and_back(encoder: UMT5Encoder, tmp_path: Path) -> None:
     for one in (encoder, WordEncoder(16, 8)):
-        save_text(one, tmp_path / type(one).__name__)
-        again = load_text(tmp_path / type(one).__name__, load_dtype=torch.float32)
+        save_text_encoder(one, tmp_path / type(one).__name__)
+        again = load_text_encoder(tmp_path / type(one).__name__, load_dtype=torch.float32)
         assert torch.equal(again.encode(PROMPTS), one.encode(PROMPTS))
 
 
@@ -96,14 +96,14 @@ def test_weights_are_loaded_late_and_their_files_checked_early(folder: Path, tmp
     file = copy / "text_encoder/model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"model\.safetensors is cut off or no safetensors file"):
-        text_encoder("umt5", copy, TOKENS, pretrained.WIDTH)
+        build_text_encoder("umt5", copy, TOKENS, pretrained.WIDTH)
     index = {"weight_map": {"shared.weight": "model-00001-of-00002.safetensors"}}
     (copy / "text_encoder/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors isn't there"):
-        text_encoder("umt5", copy, TOKENS, pretrained.WIDTH)
+        build_text_encoder("umt5", copy, TOKENS, pretrained.WIDTH)
     (copy / "tokenizer/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
-        text_encoder("umt5", copy, TOKENS, pretrained.WIDTH)
+        build_text_encoder("umt5", copy, TOKENS, pretrained.WIDTH)
 
 
 def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
@@ -115,15 +115,15 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     for change, said in (({}, f"has no {name}"), ({name: one[:3]}, shape), ({name: one, "odd": one.clone()}, "has odd, which")):
         save_file(state | change, file)
         with pytest.raises(ValueError, match=said):
-            text_encoder("umt5", copy, TOKENS, pretrained.WIDTH).encode(["a"])
+            build_text_encoder("umt5", copy, TOKENS, pretrained.WIDTH).encode(["a"])
 
 
 def test_settings_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text\.weights must name a folder with text_encoder/ and tokenizer/tokenizer\.json inside"):
-        text_encoder("umt5", tmp_path, TOKENS, 8)
+        build_text_encoder("umt5", tmp_path, TOKENS, 8)
     with pytest.raises(ValueError, match=r"text\.channels is 8, but .* gives vectors of 24; use 24"):
-        text_encoder("umt5", folder, TOKENS, 8)
+        build_text_encoder("umt5", folder, TOKENS, 8)
     with pytest.raises(ValueError, match=r"text\.kind is umt5, but text\.weights is null"):
-        text_encoder("umt5", None, TOKENS, 8)
+        build_text_encoder("umt5", None, TOKENS, 8)
     with pytest.raises(ValueError, match=r"holds no text\.json"):
-        load_text(tmp_path)
+        load_text_encoder(tmp_path)

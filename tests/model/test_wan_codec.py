@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cf_model.codec import wan_codec
 from cf_model.codec.codec_file import load_codec, save_codec
-from cf_model.codec.wan_codec import WEIGHTS, WanCodec, load_wan
+from cf_model.codec.wan_codec import WEIGHTS, WanCodec, load_wan_codec
 from tests import pretrained
 
 # Wan2.2's VAE is built in another way, folds 2 x 2 pixels into channels, and so covers 16 pixels with a latent
@@ -93,13 +93,13 @@ def test_streams_may_be_read_in_turns(codec: WanCodec) -> None:
 
 def test_a_stream_holds_no_more_the_longer_it_is(codec: WanCodec, monkeypatch: pytest.MonkeyPatch) -> None:
     caches: list[list[Tensor | None]] = []
-    none_yet = wan_codec.none_yet
+    none_yet = wan_codec.new_feature_cache
 
     def seen(part: torch.nn.Module) -> list[Tensor | None]:
         caches.append(none_yet(part))
         return caches[-1]
 
-    monkeypatch.setattr(wan_codec, "none_yet", seen)
+    monkeypatch.setattr(wan_codec, "new_feature_cache", seen)
     streams = (codec.pixels(latents(codec, 20).split(2, dim=1)), codec.encode_stream(video(81).split(8, dim=1)))
     for i, stream in enumerate(streams):
         held = [sum(kept.untyped_storage().nbytes() for kept in caches[i] if isinstance(kept, Tensor)) for _ in stream]
@@ -134,7 +134,7 @@ def test_the_same_bytes_from_wherever_and_never_half_precision(tmp_path: Path) -
     pretrained.vae().to(torch.bfloat16).save_pretrained(tmp_path / "pipeline/vae")
     (tmp_path / "elsewhere").symlink_to(tmp_path / "pipeline/vae")
     for name, folder in (("a", "pipeline"), ("b", "elsewhere")):
-        codec = load_wan(tmp_path / folder)
+        codec = load_wan_codec(tmp_path / folder)
         assert {weight.dtype for weight in codec.vae.parameters()} == {torch.float32}
         save_codec(codec, tmp_path / name)
     for file in (tmp_path / "a").iterdir():
@@ -170,6 +170,6 @@ def test_folders_that_hold_no_such_codec(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names the kind 'dct'; known are linear and wan"):
         load_codec(tmp_path / "cut")
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        load_wan(tmp_path)
+        load_wan_codec(tmp_path)
     with pytest.raises(ValueError, match="latents_mean of the codec has 1 values, z_dim is 4"):
         WanCodec(pretrained.vae(latents_mean=[0.0]))

@@ -19,17 +19,17 @@ ROOT = Path(__file__).parents[2]
 def test_others_are_not_let_in_without_a_password(host: str, password: str | None) -> None:
     given = {} if password is None else {"PREFECT_SERVER_API_AUTH_STRING": password}
     with pytest.raises(ValueError, match="which others can reach; state PREFECT_SERVER_API_AUTH_STRING=") as refused:
-        settings.check_host(host, given)
+        settings.refuse_open_host(host, given)
     assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_this_machine_needs_none(host: str) -> None:
-    settings.check_host(host, {})
+    settings.refuse_open_host(host, {})
 
 
 def test_with_a_password_others_may_be_let_in() -> None:
-    settings.check_host("0.0.0.0", {"PREFECT_SERVER_API_AUTH_STRING": "cf:secret"})
+    settings.refuse_open_host("0.0.0.0", {"PREFECT_SERVER_API_AUTH_STRING": "cf:secret"})
 
 
 def test_up_starts_nothing_then(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_password_reaches_the_server_and_clients_and_no_stage(monkeypatch: p
     monkeypatch.setenv("CF_ALERT_URL", "http://127.0.0.1:9/secret")
     assert "secret" not in str(stage_task.environment("run", ROOT, ROOT))
     machine = settings.Machine(ROOT, "127.0.0.1", 4200, 1)
-    told = settings.environment(machine, dict(os.environ))
+    told = settings.process_environment(machine, dict(os.environ))
     assert told["PREFECT_API_AUTH_STRING"] == "cf:secret" and "PREFECT_SERVER_API_AUTH_STRING" not in told
-    own, said = settings.database(dict(os.environ))
+    own, said = settings.server_secrets(dict(os.environ))
     assert own["PREFECT_SERVER_API_AUTH_STRING"] == "cf:secret" and "secret" not in said

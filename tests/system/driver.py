@@ -89,7 +89,7 @@ class Machine:
         return found
 
     def marked(self) -> list[psutil.Process]:
-        return processes.marked(self.root)
+        return processes.find_marked(self.root)
 
     # ------------------------------------------------------------------------------------------------------- the API
 
@@ -159,7 +159,7 @@ class Machine:
         return {file.name.split("-")[0] for file in (self.root / ".runs").glob(f"*-{run[:8]}/trace/*")}
 
     def engine(self, run: str) -> psutil.Process:
-        return processes.runs_of(self.root)[run][0]
+        return processes.find_run_processes(self.root)[run][0]
 
     def stages(self, run: str) -> list[psutil.Process]:
         """All that is alive of the run's stages: DVC, the stages, their children, wherever they have gone."""
@@ -177,7 +177,7 @@ class Machine:
     def living(self, run: str) -> list[str]:
         names = [" ".join(words(process))[:80] for process in self.stages(run)]
         # the worker's hooks run with the run's name too, after it
-        flow = [one for one in processes.runs_of(self.root).get(run, []) if "prefect.engine" in words(one)]
+        flow = [one for one in processes.find_run_processes(self.root).get(run, []) if "prefect.engine" in words(one)]
         return names + (["the flow"] if flow else [])
 
 

@@ -21,17 +21,17 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView
 from cf_model.train.adapter import LoraSpec
-from cf_model.train.base import Base, BaseSpec
-from cf_model.train.causal_init import CausalInit, CausalInitSpec
+from cf_model.train.base import BaseSpec, BaseTrainer
+from cf_model.train.causal_init import CausalInitSpec, CausalInitTrainer
 from cf_model.train.erft import ErrorBank, ErrorSpec
-from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
-from cf_model.train.teacher import Teacher, TeacherSpec
+from cf_model.train.student import DistillationTrainer, ScoreSpec, StudentSpec
+from cf_model.train.teacher import TeacherSpec, TeacherTrainer
 from cf_model.train.trainer.engine import EngineSpec, OptimizerSpec
 from cf_model.train.trainer.loop import fit
-from cf_model.train.trainer.ode import OdeSpec
-from cf_model.train.trainer.ranks import is_first, rank
-from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec, WindowSpec, continued, from_noise, streamed
-from tasks.parts.sample_videos import Make, Samples
+from cf_model.train.trainer.ranks import get_rank, is_first_rank
+from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec, WindowSpec, sample_continuation, sample_from_noise, sample_stream
+from cf_model.train.trajectories import OdeSpec
+from tasks.parts.sample_videos import MakeSample, SampleWriter
 from tasks.runner import ranks
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
@@ -74,13 +74,13 @@ def engine_spec(stated: dict[str, Any]) -> EngineSpec:
 ENGINE = engine_spec({})
 
 
-def base() -> tuple[Base, dict[str, Denoiser]]:
+def base() -> tuple[BaseTrainer, dict[str, Denoiser]]:
     plan = BaseSpec(init="scratch", weights=None, steps=STEPS, batch=BATCH, window=4, dropout=0.2, optimizer=OPTIMIZER, **COMMON)  # type: ignore[arg-type]
-    job = Base(plan, model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)
+    job = BaseTrainer(plan, model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)
     return job, {"model": job.model}
 
 
-def teacher() -> tuple[Teacher, dict[str, Denoiser]]:
+def teacher() -> tuple[TeacherTrainer, dict[str, Denoiser]]:
     """Mistakes everywhere, of levels that fill up and replace; every kind of context, read by a pass of its own."""
     errors = ErrorSpec(context=0.7, latent=0.7, noise=0.5, clean=0.3, clean_update=0.5, segments="fast", grids=3, per_grid=3,
                        dtype="float32", bytes=1_000_000, warmup=3)  # fmt: skip
@@ -92,25 +92,25 @@ def teacher() -> tuple[Teacher, dict[str, Denoiser]]:
         "lora": LoraSpec(None, None, None),
     }
     plan |= {"optimizer": OPTIMIZER, **COMMON}
-    job = Teacher(TeacherSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
+    job = TeacherTrainer(TeacherSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
     return job, {"model": job.model}
 
 
-def causal_init() -> tuple[CausalInit, dict[str, Denoiser]]:
+def causal_init() -> tuple[CausalInitTrainer, dict[str, Denoiser]]:
     plan = {"method": "teacher_forcing", "steps": STEPS, "batch": BATCH, "frames": 6, "longest": 9, "begin": 0.3, "chunk": 3}
     plan |= {"ode": OdeSpec(videos=2, batch=2, steps=4, keep=(0, 2), shift=3.0, guidance=1.0, context="noisy")}
     plan |= {"dropout": 0.2, "memory": spec(tau=0.9), "optimizer": OPTIMIZER, **COMMON}
-    job = CausalInit(CausalInitSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
+    job = CausalInitTrainer(CausalInitSpec(**plan), model=denoiser(), latents=Clips(), flow=FLOW, seed=3, engine=ENGINE)  # type: ignore[arg-type]
     return job, {"model": job.model}
 
 
-def student(more: dict[str, Any] | None = None) -> tuple[Distillation, dict[str, Denoiser]]:
+def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, dict[str, Denoiser]]:
     plan = {"steps": STEPS, "critic_updates": 2, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
     scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}
     plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON, **(more or {})}
-    job = Distillation(
+    job = DistillationTrainer(
         StudentSpec(**plan),  # type: ignore[arg-type]
         student=denoiser(0),
         teacher=denoiser(1),
@@ -126,18 +126,18 @@ def student(more: dict[str, Any] | None = None) -> tuple[Distillation, dict[str,
     return job, {"student": job.student, "critic": job.critic}
 
 
-def streaming() -> tuple[Distillation, dict[str, Denoiser]]:
+def streaming() -> tuple[DistillationTrainer, dict[str, Denoiser]]:
     """The same, on videos that go on from step to step, each for six chunks."""
     job, models = student({"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist="stream")})
     return job, models
 
 
-def sharing() -> tuple[Distillation, dict[str, Denoiser]]:
+def sharing() -> tuple[DistillationTrainer, dict[str, Denoiser]]:
     """The same, with one rollout for three updates of the critic."""
     return student({"rollouts": "shared", "critic_updates": 3})
 
 
-def broken() -> tuple[Base, dict[str, Denoiser]]:
+def broken() -> tuple[BaseTrainer, dict[str, Denoiser]]:
     """The base model, whose clips are not numbers in the third step."""
 
     class Torn(Clips):
@@ -152,21 +152,21 @@ def broken() -> tuple[Base, dict[str, Denoiser]]:
     return job, models
 
 
-def sampler(job: Base | CausalInit | Distillation | Teacher, track: Track, codec: Path, every: int) -> Samples:
+def sampler(job: BaseTrainer | CausalInitTrainer | DistillationTrainer | TeacherTrainer, track: Track, codec: Path, every: int) -> SampleWriter:
     """Two videos of each set: a window, of the teacher after a real beginning, or a stream."""
     given = {"every": every, "prompts": 2, "seed": 1, "crf": 16}
     plan: SampleSpec
-    make: Make
-    if isinstance(job, Base):
+    make: MakeSample
+    if isinstance(job, BaseTrainer):
         plan = WindowSpec(frames=4, sampler_steps=3, guidance=1.5, **given)
-        make = partial(from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
-    elif isinstance(job, Teacher):
+        make = partial(sample_from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
+    elif isinstance(job, TeacherTrainer):
         plan = ContinuedSpec(frames=12, prefix=6, sampler_steps=3, guidance=1.5, **given)
-        make = partial(continued, job.average.model, spec=plan, view=job.spec.view, flow=FLOW, null=torch.zeros(5, 8))
+        make = partial(sample_continuation, job.average.model, spec=plan, view=job.spec.view, flow=FLOW, null=torch.zeros(5, 8))
     else:
         plan = SampleSpec(frames=12, **given)
-        make = partial(streamed, job.average.model, spec=plan, levels=(1.0, 0.5), chunk=3, memory=job.spec.memory, flow=FLOW)
-    return Samples(plan, track, Clips(), codec, make)  # type: ignore[arg-type]
+        make = partial(sample_stream, job.average.model, spec=plan, levels=(1.0, 0.5), chunk=3, memory=job.spec.memory, flow=FLOW)
+    return SampleWriter(plan, track, Clips(), codec, make)  # type: ignore[arg-type]
 
 
 def small_codec(folder: Path) -> Path:
@@ -179,16 +179,16 @@ def small_codec(folder: Path) -> Path:
 
 def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     job, models = globals()[name]()
-    track = Track(name, out) if is_first() else ranks.Follower(name, out)
+    track = Track(name, out) if is_first_rank() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
-    codec = small_codec(out / "codec") if is_first() else out / "no codec"  # a rank that follows has no use for it
+    codec = small_codec(out / "codec") if is_first_rank() else out / "no codec"  # a rank that follows has no use for it
     samples = sampler(job, track, codec, every)
     fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen, clock=job.clock, sample=samples)
     parts = {model: job.state[model].state_dict() for model in models}
-    if is_first():
+    if is_first_rank():
         save_file({f"{model}/{key}": value for model, part in parts.items() for key, value in part.items()}, out / "weights.safetensors")
     if isinstance(bank := job.state.get("bank"), ErrorBank):
-        save_file(bank.state_dict(), out / f"bank-{rank()}.safetensors")
+        save_file(bank.state_dict(), out / f"bank-{get_rank()}.safetensors")
 
 
 def follow(plan: list[dict[str, Any]], folder: Path) -> None:
@@ -197,7 +197,7 @@ def follow(plan: list[dict[str, Any]], folder: Path) -> None:
     for entry in plan:
         ENGINE = engine_spec(entry.get("engine", {}))
         out = folder / entry["out"]
-        if is_first():
+        if is_first_rank():
             shutil.copytree(folder / entry["begin"], out) if "begin" in entry else out.mkdir(parents=True, exist_ok=True)
         if dist.is_initialized():
             dist.barrier()
@@ -206,6 +206,6 @@ def follow(plan: list[dict[str, Any]], folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if ranks.rank() is not None:
-        ranks.join()
+    if ranks.get_rank() is not None:
+        ranks.join_ranks()
     follow(json.loads(sys.argv[1]), Path(sys.argv[2]))

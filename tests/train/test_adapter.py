@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from cf_model.data.latents import write_latents
-from cf_model.foreign import importing
+from cf_model.foreign import import_checkpoint
 from cf_model.model import wan
-from cf_model.train.adapter import LoraSpec, attach
+from cf_model.train.adapter import LoraSpec, attach_lora
 from tasks import teacher
-from tasks.params import schema
+from tasks.params import load
 from tasks.runner.track import Track
 from tests.small import SHAPE, denoiser, normal
 
@@ -31,7 +31,7 @@ def answer(model):
 def test_nothing_changes_yet_and_only_the_adapters_learn():
     model, plain = denoiser(), denoiser()
     before = torch.get_rng_state()
-    attach(model, SPEC, seed=1)
+    attach_lora(model, SPEC, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(answer(model), answer(plain))
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -43,7 +43,7 @@ def test_nothing_changes_yet_and_only_the_adapters_learn():
 def test_the_seed_alone_decides_how_it_starts():
     one, two, other = denoiser(), denoiser(), denoiser()
     for model, seed in ((one, 1), (two, 1), (other, 2)):
-        attach(model, SPEC, seed)
+        attach_lora(model, SPEC, seed)
     firsts = [next(p for name, p in m.named_parameters() if "lora_A" in name) for m in (one, two, other)]
     assert torch.equal(firsts[0], firsts[1]) and not torch.equal(firsts[0], firsts[2])
 
@@ -52,17 +52,17 @@ def test_the_seed_alone_decides_how_it_starts():
 def project(tmp_path_factory):
     """Latents and a base model of the smoke profile's sizes."""
     root = tmp_path_factory.mktemp("lora")
-    stated = schema.load(ROOT / "profiles/smoke.yaml")
+    stated = load.load_params(ROOT / "profiles/smoke.yaml")
     clips = [({"id": f"c{n}", "caption": "a disc", "split": "train"}, normal(46, 8, 4, 4, seed=n)) for n in range(2)]
 
     def text(captions):
         return normal(len(captions), 4, stated.text.channels)
 
     write_latents(root / "latents", clips, text, shard=2, dtype=torch.float32, fps=16.0, negative="")
-    model = wan.build(stated.model, channels=8, text_channels=stated.text.channels, seed=1)
+    model = wan.build_transformer(stated.model, channels=8, text_channels=stated.text.channels, seed=1)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     (root / "base").mkdir()
-    wan.save(model, root / "base")
+    wan.save_transformer(model, root / "base")
     return root, stated
 
 
@@ -80,7 +80,7 @@ def run(project, folder, lora, **changes):
 def seen(folder):
     x, text = normal(1, 6, 8, 4, 4), normal(1, 4, 64)
     with torch.no_grad():
-        return wan.load(folder).velocity(x, torch.tensor([0.7]), text)
+        return wan.load_transformer(folder).velocity(x, torch.tensor([0.7]), text)
 
 
 def test_merged_and_beside_its_base_it_is_the_same_model(project, tmp_path):
@@ -91,7 +91,7 @@ def test_merged_and_beside_its_base_it_is_the_same_model(project, tmp_path):
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert len(changed) == 2 * (4 + 4 + 2) and all(any(t in name for t in TARGETS) for name in changed)
     (tmp_path / "again").mkdir()
-    facts = importing.import_transformer(out / "adapter", tmp_path / "again", base=project[0] / "base")
+    facts = import_checkpoint.import_transformer(out / "adapter", tmp_path / "again", base=project[0] / "base")
     assert facts["lora"]["rank"] == 2 and facts["lora"]["alpha"] == 4.0
     assert torch.equal(seen(tmp_path / "again"), seen(out))
     assert not torch.equal(seen(project[0] / "base"), seen(out))
@@ -102,7 +102,7 @@ def test_peft_reads_the_adapter_and_answers_as_the_merged_model(project, tmp_pat
 
     out = run(project, tmp_path, SPEC)
     assert LoraConfig.from_pretrained(out / "adapter").r == 2
-    with_adapter = wan.load(project[0] / "base")
+    with_adapter = wan.load_transformer(project[0] / "base")
     PeftModel.from_pretrained(with_adapter.transformer, out / "adapter")  # in place
     x, text = normal(1, 6, 8, 4, 4), normal(1, 4, 64)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_peft_reads_the_adapter_and_answers_as_the_merged_model(project, tmp_pat
 
 def test_a_rerun_gives_the_same_bytes_and_so_does_a_resumed_one(project, tmp_path, monkeypatch):
     one = run(project, tmp_path / "one", SPEC)
-    real, calls = teacher.Teacher.step, []
+    real, calls = teacher.TeacherTrainer.step, []
 
     def dies(self, number):
         calls.append(number)
@@ -119,7 +119,7 @@ def test_a_rerun_gives_the_same_bytes_and_so_does_a_resumed_one(project, tmp_pat
             raise KeyboardInterrupt
         return real(self, number)
 
-    monkeypatch.setattr(teacher.Teacher, "step", dies)
+    monkeypatch.setattr(teacher.TeacherTrainer, "step", dies)
     with pytest.raises(KeyboardInterrupt):
         run(project, tmp_path / "two", SPEC)
     two = run(project, tmp_path / "two", SPEC)
@@ -155,10 +155,10 @@ def test_half_a_lora_is_refused(values, words):
 def test_a_target_that_is_not_there_is_named():
     words = r"teacher\.lora\.targets has ffn\.0, but no linear layer's name ends so; in a block there are .*ffn\.net\.2"
     with pytest.raises(ValueError, match=words):
-        attach(denoiser(), replace(SPEC, targets=("to_q", "ffn.0")), 1)
+        attach_lora(denoiser(), replace(SPEC, targets=("to_q", "ffn.0")), 1)
 
 
 def test_no_peft_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"teacher\.lora\.rank is 2, but the package peft is not installed; install it"):
-        attach(denoiser(), SPEC, 1)
+        attach_lora(denoiser(), SPEC, 1)

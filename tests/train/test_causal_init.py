@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from cf_model.model.memory import empty
-from cf_model.model.view import TeacherView, sample
-from cf_model.train.causal_init import CausalInit, CausalInitSpec
-from cf_model.train.trainer.loop import OptimizerSpec, fit
-from cf_model.train.trainer.ode import OdeSpec, Trajectories, trajectory
+from cf_model.model.memory import empty_memory
+from cf_model.model.view import TeacherView, sample_window
+from cf_model.train.causal_init import CausalInitSpec, CausalInitTrainer
+from cf_model.train.trainer.engine import OptimizerSpec
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.ode import trace_ode
+from cf_model.train.trajectories import OdeSpec, OdeTrajectories
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, spec
 
@@ -35,7 +37,7 @@ def ode(**changes):
 
 
 def trajectories(folder, **changes):
-    return Trajectories(folder, ode(**changes), latents=Prompts(), frames=6, flow=FLOW, dtype=torch.float32, seed=3)
+    return OdeTrajectories(folder, ode(**changes), latents=Prompts(), frames=6, flow=FLOW, dtype=torch.float32, seed=3)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def init(ways, model=None, **changes):
     values = {"method": "ode", "steps": 6, "batch": 4, "frames": 6, "longest": 0, "begin": 1.0, "chunk": 3, "dropout": 0.0}
     values |= {"ode": ways.spec, "memory": spec(), "optimizer": optimizer, "ema": 0.9, "save_every": 2}
     plan = CausalInitSpec(**(values | changes))
-    return CausalInit(plan, model=model or denoiser(), latents=Prompts(), flow=FLOW, seed=5, trajectories=ways)
+    return CausalInitTrainer(plan, model=model or denoiser(), latents=Prompts(), flow=FLOW, seed=5, trajectories=ways)
 
 
 def test_a_trajectory_ends_where_the_sampler_does():
@@ -64,9 +66,9 @@ def test_a_trajectory_ends_where_the_sampler_does():
     model, text = denoiser(), normal(2, 5, 8)
     flow = dataclasses.replace(FLOW, shift=3.0)
     noise = torch.randn(2, 6, *SHAPE, generator=rng())
-    *_, last = trajectory(model, text, noise, levels=ode().levels(FLOW), guidance=2.0, null=NULL)
+    *_, last = trace_ode(model, text, noise, levels=ode().levels(FLOW), guidance=2.0, null=NULL)
     how = {"view": NONE, "flow": flow, "steps": 4, "guidance": 2.0, "guidance_passes": "apart", "null": NULL}
-    theirs = sample(model, text, normal(2, 0, *SHAPE), (6, *SHAPE), **how, rng=rng())
+    theirs = sample_window(model, text, normal(2, 0, *SHAPE), (6, *SHAPE), **how, rng=rng())
     assert torch.equal(last, theirs)
 
 
@@ -75,12 +77,12 @@ def test_the_named_steps_and_the_end_are_kept(track):
     assert ways.sigmas == [FLOW_3[0], FLOW_3[1], FLOW_3[3], 0.0]
     noise = torch.stack([torch.randn(6, *SHAPE, generator=rng(3 + video)) for video in (2, 3)])
     text = Prompts().text([2, 0])  # the fourth video has the first caption again
-    states = list(trajectory(model, text, noise, levels=FLOW_3, guidance=2.0, null=NULL))
+    states = list(trace_ode(model, text, noise, levels=FLOW_3, guidance=2.0, null=NULL))
     assert torch.equal(ways.read([2, 3]), torch.stack([states[step] for step in (0, 1, 3, 4)], dim=1))
     assert torch.equal(ways.text([2, 3]), text)
 
 
-FLOW_3 = dataclasses.replace(FLOW, shift=3.0).levels(4)
+FLOW_3 = dataclasses.replace(FLOW, shift=3.0).sampler_sigmas(4)
 
 
 def test_how_many_are_made_together_changes_nothing(track):
@@ -148,7 +150,7 @@ def test_the_loss_is_over_chunks_that_have_noise(track, context):
     videos = torch.randint(0, 5, (4,), generator=r).tolist()
     levels = torch.randint(4, (4, 2), generator=r)
     assert (levels == 3).any(), "one chunk at x_0, or nothing is shown"
-    theirs = reference(model, ways.read(videos), ways.text(videos), levels, ways.sigmas, empty(spec()), context == "clean")
+    theirs = reference(model, ways.read(videos), ways.text(videos), levels, ways.sigmas, empty_memory(spec()), context == "clean")
     theirs.backward()
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
     for (name, ours), other in zip(job.model.named_parameters(), model.parameters(), strict=True):
@@ -159,8 +161,8 @@ def test_a_chunk_sees_those_before_it_as_noisy_as_they_are():
     """What an earlier chunk was at changes the prediction."""
     model, text = denoiser(), normal(1, 5, 8)
     first, second, sigma = normal(1, 3, *SHAPE), normal(1, 3, *SHAPE, seed=2), torch.tensor([0.7])
-    memory = model.remember(first, text, empty(spec()), sigma=sigma, grad=True)
-    other = model.remember(first + 1, text, empty(spec()), sigma=sigma, grad=True)
+    memory = model.remember(first, text, empty_memory(spec()), sigma=sigma, grad=True)
+    other = model.remember(first + 1, text, empty_memory(spec()), sigma=sigma, grad=True)
     low = torch.tensor([0.4])
     assert not torch.allclose(model(second, low, text, memory), model(second, low, text, other), atol=1e-4)
 

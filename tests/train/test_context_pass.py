@@ -12,12 +12,12 @@ from torch import Tensor
 
 from cf_model.model import wan
 from cf_model.model.denoiser import EXACT, Denoiser, ModelSpec
-from cf_model.model.memory import empty
+from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import HorizonSpec
-from cf_model.model.view import Passes, TeacherView, sample
-from cf_model.train.distill import critic_loss, generator_gradient
-from cf_model.train.erft import ErrorBank, ErrorSpec, erft_loss
-from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
+from cf_model.model.view import GuidancePasses, TeacherView, sample_window
+from cf_model.train.distill import compute_critic_loss, compute_generator_gradient
+from cf_model.train.erft import ErrorBank, ErrorSpec, compute_erft_loss
+from cf_model.train.student import DistillationTrainer, ScoreSpec, StudentSpec
 from cf_model.train.trainer.engine import OptimizerSpec
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
@@ -40,7 +40,7 @@ class Counted(Denoiser):
 
     def read(self, x_0: Tensor, text: Tensor) -> Any:
         self.reads += 1
-        return super().read(x_0, text)
+        return super().read_context(x_0, text)
 
     def velocity(self, *given: Any) -> Tensor:  # type: ignore[override]
         self.looks += 1
@@ -56,7 +56,7 @@ def test_the_context_sees_itself_and_the_target_sees_both() -> None:
     """The same as a chunk that a causal model remembers, after which another is denoised: positions 0 to 8, then 9 to 14."""
     model, sigma = denoiser(), torch.tensor([0.5, 0.9])
     with torch.no_grad():
-        memory = model.remember(CONTEXT, TEXT, empty(spec(sink=0, slow=0, fast=18, promote="none", positions="absolute")))
+        memory = model.remember(CONTEXT, TEXT, empty_memory(spec(sink=0, slow=0, fast=18, promote="none", positions="absolute")))
         expected = model.velocity(X, sigma, TEXT, memory)
         got = OWN.velocity(model, X, sigma, TEXT, CONTEXT)
         assert memory.query_positions(6) == list(range(9, 15)) and torch.equal(got, expected)
@@ -66,13 +66,13 @@ def test_the_context_sees_itself_and_the_target_sees_both() -> None:
 def test_what_was_read_serves_every_noise_level() -> None:
     model = recast(denoiser())
     with torch.no_grad():
-        past = OWN.read(model, TEXT, CONTEXT)
+        past = OWN.read_context(model, TEXT, CONTEXT)
         for level in (0.02, 0.5, 1.0):
             sigma = torch.full((2,), level)
             again = OWN.velocity(model, X, sigma, TEXT, CONTEXT)
             assert torch.equal(OWN.velocity(model, X, sigma, TEXT, CONTEXT, past), again)
             assert not torch.equal(again, OWN.velocity(model, X, sigma, TEXT, CONTEXT.roll(1, 1)))
-    assert OWN.read(model, TEXT, CONTEXT[:, :0]) is None and JOINT.read(model, TEXT, CONTEXT) is None
+    assert OWN.read_context(model, TEXT, CONTEXT[:, :0]) is None and JOINT.read_context(model, TEXT, CONTEXT) is None
     with pytest.raises(ValueError, match="context_pass is own, which reads the context at level 0, but context_sigma is shared; use"):
         replace(OWN, context_sigma="shared")
 
@@ -82,36 +82,36 @@ def test_the_teacher_learns_through_what_it_reads(checkpointing: bool) -> None:
     """erft_loss against the same loss by hand, and against one whose context is a constant; checkpointing changes nothing."""
     errors = ErrorSpec(0.0, 0.0, 0.0, 1.0, 0.0, "fast", 4, 2, "float32", 1_000_000, 0)
     sizes = ModelSpec(layers=2, heads=2, head_dim=12, ffn=32, freq=16, positions=256)
-    model = wan.build(sizes, channels=4, text_channels=8, seed=0, compute=replace(EXACT, checkpointing=checkpointing))
+    model = wan.build_transformer(sizes, channels=4, text_channels=8, seed=0, compute=replace(EXACT, checkpointing=checkpointing))
     model.load_state_dict(denoiser().state_dict())
     model.train()
     levels = torch.tensor([0.4, 0.8])
     how = {"view": OWN, "bank": ErrorBank(errors, (6, *SHAPE)), "flow": FLOW, "weight": "uniform"}
-    erft_loss(model, X, TEXT, CONTEXT, levels, **how, step=0, rng=rng())[0].backward()  # type: ignore[arg-type]
+    compute_erft_loss(model, X, TEXT, CONTEXT, levels, **how, step=0, rng=rng())[0].backward()  # type: ignore[arg-type]
     got = gradients(model)
     plain = denoiser()
     noise = torch.randn(X.shape, generator=rng())
     s = levels.view(2, 1, 1, 1, 1)
     everything = spec(sink=0, slow=0, fast=18, promote="none", positions="absolute")
     for constant in (False, True):
-        memory = plain.remember(CONTEXT, TEXT, empty(everything), grad=not constant)
+        memory = plain.remember(CONTEXT, TEXT, empty_memory(everything), grad=not constant)
         (plain.velocity((1 - s) * X + s * noise, levels, TEXT, memory) - (noise - X)).square().mean().backward()
         expected = gradients(plain)
         near = float((got - expected).norm() / expected.norm())
         assert near > 1e-2 if constant else near < 1e-5
 
 
-def scores(past: bool, view: TeacherView = OWN, passes: Passes = "apart", dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+def scores(past: bool, view: TeacherView = OWN, passes: GuidancePasses = "apart", dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     """The student's gradient and the critic's, of one critic."""
     real, fake = denoiser(1).to(dtype), recast(denoiser(2)).to(dtype)
     x, context, text, null = (tensor.to(dtype) for tensor in (X, CONTEXT, TEXT, NULL))
-    read = view.read(fake, text, context) if past else None
+    read = view.read_context(fake, text, context) if past else None
     how: Any = {"context": context, "view": view, "flow": FLOW, "past": read}
     torch.set_default_dtype(dtype)
     try:
         scored = {"real": real, "fake": fake, "guidance": 3.0, "guidance_passes": passes, "null": null}
-        gradient, values = generator_gradient(x, text, **how, **scored, rng=rng())
-        loss = critic_loss(x, text, fake=fake, **how, rng=rng(1), weight="bell")
+        gradient, values = compute_generator_gradient(x, text, **how, **scored, rng=rng())
+        loss = compute_critic_loss(x, text, fake=fake, **how, rng=rng(1), weight="bell")
     finally:
         torch.set_default_dtype(torch.float32)
     assert not gradient.requires_grad
@@ -139,13 +139,13 @@ def test_guidance_as_one_batch_has_the_same_gradients(view: TeacherView) -> None
 def test_the_sampler_reads_once_a_prompt(view: TeacherView) -> None:
     """As one that reads at every step, to the bit; as one batch it makes half as many passes."""
 
-    def made(guidance: float, passes: Passes) -> tuple[Tensor, int, int]:
+    def made(guidance: float, passes: GuidancePasses) -> tuple[Tensor, int, int]:
         model = recast(denoiser())
         how: Any = {"view": view, "flow": FLOW, "steps": 4, "null": NULL, "rng": rng()}
-        return sample(model, TEXT, CONTEXT, (6, *SHAPE), **how, guidance=guidance, guidance_passes=passes), model.reads, model.looks
+        return sample_window(model, TEXT, CONTEXT, (6, *SHAPE), **how, guidance=guidance, guidance_passes=passes), model.reads, model.looks
 
     model, x = denoiser(), torch.randn((2, 6, *SHAPE), generator=rng())
-    levels = FLOW.levels(4)
+    levels = FLOW.sampler_sigmas(4)
     with torch.no_grad():
         for high, low in pairwise(levels):
             sigma = x.new_full((2,), high)
@@ -158,7 +158,7 @@ def test_the_sampler_reads_once_a_prompt(view: TeacherView) -> None:
     assert torch.equal(made(1.0, "apart")[0], made(1.0, "together")[0]) and made(1.0, "together")[1:] == (1 * own, 4)
 
 
-def job(view: TeacherView, guidance: float = 2.0) -> Distillation:
+def job(view: TeacherView, guidance: float = 2.0) -> DistillationTrainer:
     optimizer = OptimizerSpec(1e-3, 0.0, 0.9, 0.98, 0.0, 0.0, 1.0, 0, 0.0)
     plan: Any = {"steps": 4, "critic_updates": 2, "rollouts": "each", "batch": 2, "memory": spec()}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(12, 12, 0, "const")}
@@ -167,7 +167,7 @@ def job(view: TeacherView, guidance: float = 2.0) -> Distillation:
     plan |= {"teacher": ScoreSpec("sparse", guidance, "apart", "refuse", "as_is")}
     models: Any = {"student": denoiser(0), "teacher": recast(denoiser(1)), "critic": recast(denoiser(1))}
     rest: Any = {"flow": FLOW, "prompts": normal(3, 5, 8), "null": NULL, "shape": SHAPE, "seed": 0}
-    return Distillation(StudentSpec(**plan), **models, **rest, view=view)
+    return DistillationTrainer(StudentSpec(**plan), **models, **rest, view=view)
 
 
 class Forgetful(TeacherView):

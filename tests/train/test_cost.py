@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cf_model.model import wan
 from cf_model.model.denoiser import Compute, Denoiser, ModelSpec
-from cf_model.model.memory import empty
+from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import HorizonSpec
 from cf_model.plan import need, passes
 from cf_model.plan.cost import Costs
 from tasks.commands.plan import forecast
-from tasks.params import schema
+from tasks.params import load
 from tests.small import normal, spec
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def small(dtype: str = "float32", checkpointing: bool = False) -> Costs:
 
 
 def model(costs: Costs) -> Denoiser:
-    made = wan.build(costs.model, channels=costs.channels, text_channels=costs.text_channels, seed=0, compute=costs.compute)
+    made = wan.build_transformer(costs.model, channels=costs.channels, text_channels=costs.text_channels, seed=0, compute=costs.compute)
     torch.nn.init.normal_(made.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     return made
 
@@ -45,7 +45,7 @@ def inputs(costs: Costs, frames: int, batch: int = 1, levels: int = 1) -> tuple[
 
 @pytest.fixture(scope="module")
 def wan_costs() -> Costs:
-    return forecast.costs(schema.load(ROOT / "profiles/wan-1.3b.yaml"))
+    return forecast.costs(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
 
 
 # -------------------------------------------------------------------------------------- against what PyTorch counts
@@ -53,7 +53,7 @@ def wan_costs() -> Costs:
 
 @pytest.mark.parametrize("profile", ["tiny", "smoke"])
 def test_parameters_are_those_of_the_model(profile: str) -> None:
-    costs = forecast.costs(schema.load(ROOT / f"profiles/{profile}.yaml"))
+    costs = forecast.costs(load.load_params(ROOT / f"profiles/{profile}.yaml"))
     made = model(costs)
     assert costs.parameters == sum(p.numel() for p in made.parameters())
     assert costs.matrices == sum(p.numel() for name, p in made.named_parameters() if ".blocks." in name and p.ndim == 2)
@@ -66,7 +66,7 @@ def test_operations_are_those_that_pytorch_counts(frames: int, seen: int, per_fr
     x, sigma, text = inputs(costs, frames, levels=levels)
     memory = None
     if seen:
-        memory = empty(spec(sink=0, slow=0, fast=3 + seen, promote="none"))
+        memory = empty_memory(spec(sink=0, slow=0, fast=3 + seen, promote="none"))
         for part in normal(1, seen, *x.shape[2:], seed=5).split(3, dim=1):
             memory = made.remember(part, text, memory)
         assert len(memory.frames) == seen  # type: ignore[union-attr]
@@ -117,7 +117,7 @@ def test_what_a_pass_keeps_is_what_autograd_saves(frames: int, per_frame: bool) 
 def test_a_remembered_frame_is_as_large_as_it_is() -> None:
     costs = small()
     x, _, text = inputs(costs, 3)
-    memory = model(costs).remember(x, text, empty(spec()))
+    memory = model(costs).remember(x, text, empty_memory(spec()))
     (frame,) = memory.sink[:1]  # type: ignore[union-attr]
     assert sum(t.numel() * t.element_size() for t in (*frame.keys, *frame.values)) == costs.memory_frame()
 
@@ -162,7 +162,7 @@ def test_the_steps_of_stage_2_cost_what_is_published(wan_costs: Costs) -> None:
 
 
 def test_our_stage_2_is_that_with_one_rollout_for_both_updates(wan_costs: Costs) -> None:
-    p = schema.load(ROOT / "profiles/wan-1.3b.yaml")
+    p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
     at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"))
     ours = need.of_student(at_105, wan_costs, p.teacher.view).operations / TERA
     chunk, score = law(wan_costs, 3, 18), law(wan_costs, 42)
@@ -172,7 +172,7 @@ def test_our_stage_2_is_that_with_one_rollout_for_both_updates(wan_costs: Costs)
 
 
 def test_training_states_take_what_is_published(wan_costs: Costs) -> None:
-    p = schema.load(ROOT / "profiles/wan-1.3b.yaml")
+    p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
     exact = replace(wan_costs, compute=Compute("native", "float32", False))
     states = need.of_base(p.base, exact).states()
     assert (sum(states.values()) - states["average"]) / 1e9 == pytest.approx(22.7, abs=0.05), "16 bytes a parameter"
@@ -195,7 +195,7 @@ def test_lengths_and_starts_are_those_that_training_draws() -> None:
     rng = torch.Generator().manual_seed(0)
     for step in range(60):
         for _ in range(100):
-            drawn.add(horizon.sample(step, 3, rng), 1 / 6000)
+            drawn.add(horizon.sample_length(step, 3, rng), 1 / 6000)
     expected = passes.lengths(horizon, 3, 60)
     assert sum(expected.values()) == pytest.approx(1)
     assert drawn.shares == pytest.approx(expected, abs=0.02)

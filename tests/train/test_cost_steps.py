@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from cf_model.model.rollout import HorizonSpec
 from cf_model.plan import need
 from cf_model.plan.cost import Costs
-from cf_model.train.base import Base
-from cf_model.train.student import Distillation
-from cf_model.train.teacher import Teacher
+from cf_model.train.base import BaseTrainer
+from cf_model.train.student import DistillationTrainer
+from cf_model.train.teacher import TeacherTrainer
 from tasks.commands.plan import forecast
-from tasks.params import schema
+from tasks.params import load, schema
 from tests.allocations import Allocations
 from tests.small import normal
 from tests.train.test_cost import model
@@ -49,21 +49,21 @@ def job_of_tiny(stage: str, p: schema.Params, costs: Costs) -> tuple[Any, need.N
     models = [model(costs).train() for _ in range(3 if stage == "stage2" else 1)]
     alike: Any = {"latents": Clips(), "flow": p.flow, "seed": 0}
     if stage == "base":
-        return Base(p.base, model=models[0], **alike), need.of_base(p.base, costs)
+        return BaseTrainer(p.base, model=models[0], **alike), need.of_base(p.base, costs)
     if stage == "teacher":
         adam = replace(p.teacher.optimizer, muon_lr=0.0)  # Muon's own products are no pass of the model
         spec = replace(p.teacher, shortest=p.teacher.longest, no_context=0.0, fast_only=0.0, optimizer=adam)
         wanted = need.of_teacher(spec, costs)
-        return Teacher(spec, model=models[0], **alike), replace(wanted, shared=0)  # the bank is there before the step
+        return TeacherTrainer(spec, model=models[0], **alike), replace(wanted, shared=0)  # the bank is there before the step
     horizon = HorizonSpec(27, 27, 0, "const")
     own = replace(p.stage2, horizon=horizon, critic_updates=1, rollout=replace(p.stage2.rollout, levels=(1.0,)))
     text = {"prompts": normal(8, 16, 64), "null": torch.zeros(16, 64)}
     named = {"student": models[0], "teacher": models[1], "critic": models[2], "view": p.teacher.view, "flow": p.flow}
-    return Distillation(own, **named, **text, shape=(12, 4, 4), seed=0), need.of_student(own, costs, p.teacher.view)  # type: ignore[arg-type]
+    return DistillationTrainer(own, **named, **text, shape=(12, 4, 4), seed=0), need.of_student(own, costs, p.teacher.view)  # type: ignore[arg-type]
 
 
 def tiny(context_pass: str, checkpointing: bool = False) -> tuple[schema.Params, Costs]:
-    p = schema.load(ROOT / "profiles/tiny.yaml")
+    p = load.load_params(ROOT / "profiles/tiny.yaml")
     view = replace(p.teacher.view, context_pass=context_pass)  # type: ignore[arg-type]
     compute = replace(p.compute, checkpointing=checkpointing)
     p = p.model_copy(update={"compute": compute, "teacher": replace(p.teacher, view=view)})
@@ -95,7 +95,7 @@ def test_a_step_of_tiny_takes_the_operations_that_are_planned(stage: str, contex
 
 
 def test_an_own_context_costs_less_and_is_read_once_for_both_updates() -> None:
-    p = schema.load(ROOT / "profiles/wan-1.3b.yaml")
+    p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
     wan_costs = forecast.costs(p)
     own = replace(p.teacher.view, context_sigma="zero", context_pass="own")
     at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"), critic_updates=1)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from cf_model.model.memory import empty
+from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import rollout
-from cf_model.model.view import TeacherView, sample
-from cf_model.train.distill import critic_loss, generator_gradient, replay
+from cf_model.model.view import TeacherView, sample_window
+from cf_model.train.distill import compute_critic_loss, compute_generator_gradient, replay_window
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
 TEXT = normal(2, 5, 8, seed=3)
@@ -27,7 +27,7 @@ class Line:
 
 def gradient(x, real, fake, guidance=1.0, passes="apart"):
     nothing = x[:, :0]
-    return generator_gradient(
+    return compute_generator_gradient(
         x,
         TEXT,
         real=real,
@@ -103,10 +103,10 @@ def test_the_critics_loss_is_weighted_by_its_level():
             return (x_t - x) / sigma.view(-1, 1, 1, 1, 1) + 1
 
     def loss(weight):
-        return float(critic_loss(x, TEXT, fake=One(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng(), weight=weight))
+        return float(compute_critic_loss(x, TEXT, fake=One(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng(), weight=weight))
 
     assert loss("uniform") == pytest.approx(1, rel=1e-4)
-    assert loss("bell") == pytest.approx(float(FLOW.weight(sigma).mean()), rel=1e-4)
+    assert loss("bell") == pytest.approx(float(FLOW.loss_weight(sigma).mean()), rel=1e-4)
 
 
 def test_critic_loss_of_a_perfect_critic_is_zero():
@@ -116,7 +116,7 @@ def test_critic_loss_of_a_perfect_critic_is_zero():
         def velocity(self, x_t, sigma, text):
             return (x_t - x) / sigma.view(-1, 1, 1, 1, 1)
 
-    assert float(critic_loss(x, TEXT, fake=Oracle(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng(), weight="uniform")) < 1e-8
+    assert float(compute_critic_loss(x, TEXT, fake=Oracle(), context=x[:, :0], view=VIEW, flow=FLOW, rng=rng(), weight="uniform")) < 1e-8
 
 
 @pytest.fixture
@@ -136,8 +136,8 @@ def test_replay_is_the_stop_gradient_reference(float64, skip, checkpointing):
     if checkpointing:
         model.transformer.enable_gradient_checkpointing()
     made = rollout(model, text, 30, SHAPE, spec=plan, memory=small, flow=FLOW, rng=rng(7))
-    assert made.memory.promoted > 2, "frames were evicted from the slow part, too"
-    replay(model, made, g, text)
+    assert made.memory.promoted_count > 2, "frames were evicted from the slow part, too"
+    replay_window(model, made, g, text)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     model.transformer.disable_gradient_checkpointing()
@@ -151,8 +151,8 @@ def test_replay_is_the_stop_gradient_reference(float64, skip, checkpointing):
 
 def by_hand(model, text, memory, skip):
     """The rollout once more: one graph for the scored chunks' last passes, nothing of it in what is remembered."""
-    noise, frames, state = rng(7), [], empty(memory)
-    exit_at, sigmas = int(torch.randint(4, (), generator=noise)), FLOW.sigmas(rolling().levels)
+    noise, frames, state = rng(7), [], empty_memory(memory)
+    exit_at, sigmas = int(torch.randint(4, (), generator=noise)), FLOW.shift_levels(rolling().levels)
     for first in range(0, 30, 3):
         learns = first >= 21 + 3 * skip
         steps = sigmas[: exit_at + 1] if learns else sigmas
@@ -176,13 +176,13 @@ def test_replay_of_other_readings(float64, memory, plan):
     model, text = denoiser().double(), TEXT.double()
     made = rollout(model, text, 30, SHAPE, spec=rolling(**plan), memory=spec(**memory), flow=FLOW, rng=rng(7))
     g = normal(2, 9, *SHAPE, seed=9).double()
-    replay(model, made, g, text)
+    replay_window(model, made, g, text)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     carry = [t for t in made.targets if t.grad]
     x_0 = torch.cat([model(t.x_t, torch.full((2,), t.sigma), text, t.memory) for t in carry], dim=1)
     first = carry[0].first
-    assert torch.allclose(x_0, made.video[:, first:], atol=1e-9) and [t.memory.seen for t in made.targets] == [21, 24, 27]
+    assert torch.allclose(x_0, made.video[:, first:], atol=1e-9) and [t.memory.frame_count for t in made.targets] == [21, 24, 27]
     (0.5 * torch.nn.functional.mse_loss(x_0, (x_0 - g[:, first - 21 :]).detach())).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert expected.norm() > 0 and float((got - expected).norm() / expected.norm()) < 1e-6
@@ -194,7 +194,7 @@ def test_a_training_forward_writes_into_nothing_that_another_reads(float64):
     made = rollout(model, text, 30, SHAPE, spec=rolling(), memory=spec(slow=2, tau=1.0), flow=FLOW, rng=rng(7))
     held = [t.x_t for t in made.targets] + [k for t in made.targets for part in t.memory.past(0) for k in part]
     before = [tensor.clone() for tensor in held]
-    replay(model, made, normal(2, 9, *SHAPE, seed=9).double(), text)
+    replay_window(model, made, normal(2, 9, *SHAPE, seed=9).double(), text)
     assert all(torch.equal(tensor, old) for tensor, old in zip(held, before, strict=True))
     assert not any(tensor.requires_grad for tensor in held)
 
@@ -205,12 +205,12 @@ def test_a_training_forward_writes_into_nothing_that_another_reads(float64):
     [(21, [3, 9]), (63, list(range(3, 52, 6))), (84, list(range(6, 73, 6)))],
 )
 def test_sparse_view(start, slow):
-    assert VIEW.frames(start) == [0, 1, 2, *slow, *range(start - 6, start)]
+    assert VIEW.context_frames(start) == [0, 1, 2, *slow, *range(start - 6, start)]
 
 
 def test_views_of_a_short_past_have_no_frame_twice():
     for start in range(40):
-        frames = VIEW.frames(start)
+        frames = VIEW.context_frames(start)
         assert frames == sorted(set(frames)) and all(0 <= f < start for f in frames) and len(frames) <= 21
 
 
@@ -238,6 +238,6 @@ def test_the_sampler_moves_away_from_the_null_prompt():
 
     nothing, null = torch.zeros(2, 0, *SHAPE), normal(5, 8, seed=8)
     how = {"view": VIEW, "flow": FLOW, "steps": 1, "guidance": 3.0, "null": null}
-    made = sample(Constant(), TEXT, nothing, (3, *SHAPE), **how, guidance_passes="apart", rng=rng())
+    made = sample_window(Constant(), TEXT, nothing, (3, *SHAPE), **how, guidance_passes="apart", rng=rng())
     velocity = null.mean() + 3 * (TEXT.mean() - null.mean())
     assert torch.allclose(made, torch.randn((2, 3, *SHAPE), generator=rng()) - velocity, atol=1e-6)

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from cf_model.data.video import read_video
-from cf_model.model.flow import Shared, gaussian, uniform
-from cf_model.train.trainer import engine, loop
+from cf_model.model.flow import BatchGenerator, draw_gaussian, draw_uniform
+from cf_model.train.trainer import engine
+from cf_model.train.trainer import zero as trainer_zero
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec
 from tests.train import ranked
 
@@ -29,19 +30,13 @@ SPLIT = [{"zero": zero, "micro_batch": micro} for zero in (0, 2, 3) for micro in
 
 
 def run(plan: list[dict[str, Any]], folder: Path, count: int) -> None:
-    """`count` processes, which train one job after the other; 1 is one that knows of no ranks. There is no compiler."""
-    meeting = folder / f"meeting-{len(list(folder.glob('meeting-?')))}"
-    meeting.mkdir()
-    command = [sys.executable, "-m", "tests.train.ranked", json.dumps(plan), str(folder)]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CF_MEETING": str(meeting), "CF_RANKS": str(count)}
+    """`count` processes by torchrun, which train one job after the other; 1 is one that knows of no ranks. There is no compiler."""
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     common |= {"CC": "false", "CXX": "false", "TORCH_EXTENSIONS_DIR": str(folder / "compiled"), "PYTHONWARNINGS": "ignore::FutureWarning"}
-    envs = [common | {"CF_RANK": str(n)} for n in range(count)] if count > 1 else [common]
-    said = [(meeting.parent / f"{meeting.name}-said-{n}").open("w+") for n in range(count)]  # no pipes: a full one stops its rank
-    processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=file) for env, file in zip(envs, said, strict=True)]
-    for process, file in zip(processes, said, strict=True):
-        code = process.wait(timeout=1800)
-        file.seek(0)
-        assert code == 0, file.read()[-5000:]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={count}"]
+    command = [sys.executable, *(torchrun if count > 1 else []), "-m", "tests.train.ranked", json.dumps(plan), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=common, stderr=subprocess.PIPE, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def name(split: dict[str, Any]) -> str:
@@ -186,10 +181,10 @@ def test_a_batch_of_64_in_sixteen_groups_is_64_at_once(monkeypatch: pytest.Monke
 
 def test_every_rank_draws_the_batch_and_keeps_its_rows() -> None:
     alone = torch.Generator().manual_seed(4)
-    parts = [Shared("cpu", part, 3) for part in range(3)]
+    parts = [BatchGenerator("cpu", part, 3) for part in range(3)]
     for one in parts:
         one.manual_seed(4)
-    for draw in (gaussian, uniform):
+    for draw in (draw_gaussian, draw_uniform):
         whole = draw((6, 5), alone)
         assert torch.equal(torch.cat([draw((2, 5), one) for one in parts]), whole)
     ends = {int(torch.randint(1000, (), generator=one)) for one in [*parts, alone]}
@@ -197,7 +192,7 @@ def test_every_rank_draws_the_batch_and_keeps_its_rows() -> None:
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "ranks", lambda: 4)
+    monkeypatch.setattr(engine, "count_ranks", lambda: 4)
     with pytest.raises(ValueError, match=r"batch is 6, which 4 ranks can't share evenly; use CF_RANKS of \[1, 2, 3, 6\], or a batch of 8"):
         PLAIN.groups(6)
     with pytest.raises(ValueError, match=r"micro_batch is 2, .* of 12 each of 4 ranks takes 3 .* use a micro_batch of \[1, 3\], or null"):
@@ -221,14 +216,14 @@ def test_an_engine_that_makes_no_sense_is_refused(stated: dict[str, Any], said: 
 def test_muon_is_refused_where_matrices_are_split() -> None:
     spec = OptimizerSpec(1e-3, 0.02, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0)
     with pytest.raises(ValueError, match=r"muon_lr is 0.02, and engine.zero 2: Muon needs whole matrices.* use engine.zero: 0, or muon_lr"):
-        loop.build_optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 2, "none", None))
+        trainer_zero.build_optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 2, "none", None))
 
 
 def test_without_deepspeed_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     spec = OptimizerSpec(1e-3, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0)
     with pytest.raises(ValueError, match=r"can't be imported .*; `make deepspeed` installs it; or use engine.use: torch"):
-        loop.build_optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 0, "none", None))
+        trainer_zero.build_optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 0, "none", None))
 
 
 def test_plain_training_never_imports_deepspeed() -> None:

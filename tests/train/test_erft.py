@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from cf_model.model import checkpoint
 from cf_model.model.view import TeacherView
-from cf_model.train.erft import ErrorBank, ErrorSpec, add_to_context, erft_loss
+from cf_model.train.erft import ErrorBank, ErrorSpec, _add_to_context, compute_erft_loss
 from tests.small import FLOW, SHAPE, normal, restored, rng
 
 VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
@@ -32,7 +32,7 @@ def loss(model, bank, step=0, context=None, seed=0, sigma=(0.5, 0.5), weight="un
     how = {"view": VIEW, "bank": bank, "flow": FLOW, "weight": weight}
     x = normal(2, 6, *SHAPE)
     context = normal(2, 12, *SHAPE, seed=4) if context is None else context
-    value, found = erft_loss(model, x, normal(2, 5, 8), context, torch.tensor(sigma), **how, step=step, rng=rng(seed))
+    value, found = compute_erft_loss(model, x, normal(2, 5, 8), context, torch.tensor(sigma), **how, step=step, rng=rng(seed))
     bank.collect(found)
     return value
 
@@ -88,7 +88,7 @@ def test_the_loss_asks_for_the_clean_frames():
 @pytest.mark.parametrize(("segments", "first"), [("all", 0), ("slow_fast", 3), ("fast", 6)])
 def test_segments(segments, first):
     context = torch.zeros(12, *SHAPE)
-    add_to_context(context, torch.ones(21, *SHAPE), VIEW, segments)
+    _add_to_context(context, torch.ones(21, *SHAPE), VIEW, segments)
     assert context.flatten(1).mean(1).tolist() == [0.0] * first + [1.0] * (12 - first)
 
 
@@ -97,7 +97,7 @@ def test_bank_goes_through_a_checkpoint(tmp_path, dtype):
     bank = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
     loss(Guess(), bank)
     loss(Guess(), bank, sigma=(0.9, 0.1))
-    checkpoint.save(tmp_path, 1, {"bank": bank.state_dict()})
+    checkpoint.save_checkpoint(tmp_path, 1, {"bank": bank.state_dict()})
     again = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))
     assert restored(tmp_path, {"bank": again}) == 1
     assert torch.equal(again.count, bank.count) and again.count.tolist() == [1, 0, 2, 1]
@@ -143,5 +143,5 @@ def test_the_weight_of_noise_levels():
         each.append((noise - x).square().mean())
     uniform, bell = (float(loss(Guess(), ErrorBank(errors(), (6, *SHAPE)), sigma=(0.5, 0.98), weight=w)) for w in ("uniform", "bell"))
     assert uniform == pytest.approx(float(sum(each)) / 2, rel=1e-5)
-    assert bell == pytest.approx(float((torch.stack(each) * FLOW.weight(levels)).mean()), rel=1e-5)
-    assert float(FLOW.weight(levels)[0]) > 2 > 0.2 > float(FLOW.weight(levels)[1])
+    assert bell == pytest.approx(float((torch.stack(each) * FLOW.loss_weight(levels)).mean()), rel=1e-5)
+    assert float(FLOW.loss_weight(levels)[0]) > 2 > 0.2 > float(FLOW.loss_weight(levels)[1])

@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 
 from cf_model.model.view import TeacherView
-from cf_model.train.layout import Layout, agreed
+from cf_model.train.layout import TeacherLayout, read_agreed_view
 
 VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="shared", context_pass="joint")
-TRAINED = Layout(VIEW, target=21, longest=99)
+TRAINED = TeacherLayout(VIEW, target=21, longest=99)
 
 
 def shown(target=21, longest=99, **changes):
-    return Layout(dataclasses.replace(VIEW, **changes), target, longest)
+    return TeacherLayout(dataclasses.replace(VIEW, **changes), target, longest)
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def teacher(tmp_path):
 
 
 def test_the_same_passes_and_so_does_less_of_it(teacher):
-    assert agreed(teacher, shown(), accept=False) == VIEW
-    assert agreed(teacher, shown(longest=21), accept=False) == VIEW
+    assert read_agreed_view(teacher, shown(), accept=False) == VIEW
+    assert read_agreed_view(teacher, shown(longest=21), accept=False) == VIEW
 
 
 @pytest.mark.parametrize("folder", ["with", "without"])
@@ -31,7 +31,7 @@ def test_no_context_always_passes(teacher, folder):
     if folder == "without":
         (teacher / "layout.json").unlink()
     nothing = shown(context="none", target=9, longest=400, sink=0, context_sigma="zero")
-    assert agreed(teacher, nothing, accept=False) == nothing.view
+    assert read_agreed_view(teacher, nothing, accept=False) == nothing.view
 
 
 @pytest.mark.parametrize(
@@ -49,34 +49,34 @@ def test_no_context_always_passes(teacher, folder):
 )
 def test_anything_else_is_refused_by_name(teacher, changes, words):
     with pytest.raises(ValueError, match=words):
-        agreed(teacher, shown(**changes), accept=False)
+        read_agreed_view(teacher, shown(**changes), accept=False)
     if "context" not in changes:  # the one mismatch that a preset can name
         with pytest.raises(ValueError, match=words):
-            agreed(teacher, shown(**changes), accept=True)
+            read_agreed_view(teacher, shown(**changes), accept=True)
 
 
 def test_a_mismatch_that_is_meant_is_shown_as_stated(teacher):
-    assert agreed(teacher, shown(context="contiguous"), accept=True).context == "contiguous"
+    assert read_agreed_view(teacher, shown(context="contiguous"), accept=True).context == "contiguous"
     with pytest.raises(ValueError, match=r"teacher\.view\.slow is 4"):
-        agreed(teacher, shown(context="contiguous", slow=4), accept=True)
+        read_agreed_view(teacher, shown(context="contiguous", slow=4), accept=True)
 
 
 @pytest.mark.parametrize("text", ["{}", "nothing", '{"view": {"context": "sparse"}, "target": 21, "longest": 99}'])
 def test_a_file_that_is_no_layout(teacher, text):
     (teacher / "layout.json").write_text(text)
     with pytest.raises(ValueError, match=r"layout\.json is no layout of a teacher .*; run the stage teacher again"):
-        agreed(teacher, shown(), accept=False)
+        read_agreed_view(teacher, shown(), accept=False)
     (teacher / "layout.json").unlink()
     with pytest.raises(ValueError, match=r"has no layout\.json, which says what context it was trained on; use stage2"):
-        agreed(teacher, shown(), accept=False)
+        read_agreed_view(teacher, shown(), accept=False)
 
 
 def test_the_pass_that_reads_the_context_is_part_of_it(tmp_path):
     own = dataclasses.replace(VIEW, context_sigma="zero", context_pass="own")
-    Layout(own, target=21, longest=99).save(tmp_path)
-    assert agreed(tmp_path, Layout(own, 21, 99), accept=False) == own
+    TeacherLayout(own, target=21, longest=99).save(tmp_path)
+    assert read_agreed_view(tmp_path, TeacherLayout(own, 21, 99), accept=False) == own
     joint = dataclasses.replace(own, context_pass="joint")
     with pytest.raises(ValueError, match=r"teacher.view.context_pass is joint, but the teacher was trained with own; use that"):
-        agreed(tmp_path, Layout(joint, 21, 99), accept=True)
-    nothing = Layout(dataclasses.replace(joint, context="none"), 21, 99)
-    assert agreed(tmp_path, nothing, accept=False) == nothing.view
+        read_agreed_view(tmp_path, TeacherLayout(joint, 21, 99), accept=True)
+    nothing = TeacherLayout(dataclasses.replace(joint, context="none"), 21, 99)
+    assert read_agreed_view(tmp_path, nothing, accept=False) == nothing.view

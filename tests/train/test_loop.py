@@ -10,8 +10,12 @@ from safetensors.torch import load_file
 from cf_model.model import checkpoint
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView
-from cf_model.train.student import Distillation, ScoreSpec, StudentSpec
-from cf_model.train.trainer.loop import Average, Optimizer, OptimizerSpec, Random, drop_prompts, fit
+from cf_model.train.student import DistillationTrainer, ScoreSpec, StudentSpec
+from cf_model.train.trainer.batch import drop_prompts
+from cf_model.train.trainer.ema import EMA
+from cf_model.train.trainer.engine import Optimizer, OptimizerSpec
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.ranks import BatchRandom
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, restored, rolling, spec
 
@@ -25,8 +29,8 @@ class Job:
     """A little training with everything that a real one has: model, optimisers, average, random numbers."""
 
     def __init__(self, steps=8):
-        self.model, self.random = denoiser(), Random(5)
-        self.optimizer, self.average = Optimizer(self.model, optimizer(), steps), Average(self.model, 0.9)
+        self.model, self.random = denoiser(), BatchRandom(5)
+        self.optimizer, self.average = Optimizer(self.model, optimizer(), steps), EMA(self.model, 0.9)
         self.state = {"model": self.model, "optimizer": self.optimizer, "average": self.average, "random": self.random}
         self.die_at = None
 
@@ -89,9 +93,9 @@ DAMAGE = {
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, why, damage):
     job = Job()
     for step in (2, 4, 6):
-        checkpoint.save(tmp_path, step, {name: part.state_dict() for name, part in job.state.items()})
+        checkpoint.save_checkpoint(tmp_path, step, {name: part.state_dict() for name, part in job.state.items()})
     kept = sorted(tmp_path.glob("step-*"))
-    assert len(kept) == checkpoint.KEEP
+    assert len(kept) == checkpoint.CHECKPOINTS_TO_KEEP
     damage(kept[-1])
     with pytest.warns(UserWarning, match=rf"step-00000006 can't be used \({why}"):
         assert restored(tmp_path, Job().state) == 4
@@ -122,7 +126,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_its_batch(tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000001", "step-00000003"]
     assert torch.equal(load_file(tmp_path / "bad-00000004/batch.safetensors")["batch/x"], torch.full((2,), 3.0))
     assert torch.equal(load_file(tmp_path / "bad-00000004/random.safetensors")["random/rng"], steps[3])
-    checkpoint.verified(tmp_path / "bad-00000006")
+    checkpoint.verify_checkpoint(tmp_path / "bad-00000006")
 
 
 def weights_of(model):
@@ -160,7 +164,7 @@ def test_weights_move_at_the_papers_learning_rate():
 
 def test_a_dropped_prompt_is_the_empty_one():
     empty = normal(5, 8, seed=2)
-    text = drop_prompts(normal(400, 5, 8), empty, 0.25, Random(1))
+    text = drop_prompts(normal(400, 5, 8), empty, 0.25, BatchRandom(1))
     dropped = (text == empty).flatten(1).all(1).float().mean()
     assert 0.18 < float(dropped) < 0.32
 
@@ -183,7 +187,7 @@ def distillation(**changes):
         "save_every": 10,
     }
     view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
-    return Distillation(
+    return DistillationTrainer(
         StudentSpec(**(plan | changes)),
         student=denoiser(0),
         teacher=denoiser(1),
@@ -221,7 +225,7 @@ def test_a_stream_goes_on_across_steps_and_across_a_resume(tmp_path, scope):
     through, values, texts = distillation(**changes), [], []
     for number in range(6):
         if number == 3:
-            checkpoint.save(tmp_path, 3, {name: part.state_dict() for name, part in through.state.items()})
+            checkpoint.save_checkpoint(tmp_path, 3, {name: part.state_dict() for name, part in through.state.items()})
         values.append(through.step(number))
         texts.append(through.streams.groups[0].text)
     assert all(torch.equal(text, texts[0]) for text in texts[:5]), "one video, one prompt"

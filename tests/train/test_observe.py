@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cf_model.model.memory import ContextMemory, empty
+from cf_model.model.memory import ContextMemory, empty_memory
 from cf_model.model.rollout import rollout
-from cf_model.train.distill import replay
-from cf_model.train.trainer.loop import Average
-from cf_model.train.trainer.observe import QUANTILES, Clock, remembered, shown, student_loss
+from cf_model.train.distill import measure_student_loss, replay_window
+from cf_model.train.trainer.ema import EMA
+from cf_model.train.trainer.observe import QUANTILES, StepTimer, measure_promotion, select_progress_values
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 from tests.train.test_loop import Job, distillation, fit
@@ -25,7 +25,7 @@ def made(memory, frames=45, seed=0):
 
 def median(memory):
     """A tau that some of the tested chunks pass and some don't."""
-    return remembered(memory, made(memory).compared)["similarity/q50"]
+    return measure_promotion(memory, made(memory).comparisons)["similarity/q50"]
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -35,10 +35,10 @@ def test_promotion_is_what_counting_the_promoted_frames_gives(scope, changes):
     plain = spec(scope=scope, tau=1.0, **changes)
     memory = spec(scope=scope, tau=median(plain), **changes)
     out = made(memory)
-    rows, values = out.compared, remembered(memory, out.compared)
+    rows, values = out.comparisons, measure_promotion(memory, out.comparisons)
     layers = out.memory.layers if scope == "layer" else (out.memory,)
-    assert len(rows) == 14 and sum(bool(row.kept) for row in rows) == 7
-    per_layer = [layer.promoted + len(layer.news) for layer in layers]  # those that wait in the fast part, too
+    assert len(rows) == 14 and sum(bool(row.decisions) for row in rows) == 7
+    per_layer = [layer.promoted_count + len(layer.pending) for layer in layers]  # those that wait in the fast part, too
     assert 0 < sum(per_layer) < 7 * len(layers), "tau lies within what is compared with it"
     assert values["promotion"] == pytest.approx(sum(per_layer) / (7 * len(layers)))
     if scope == "layer":
@@ -49,12 +49,12 @@ def test_similarities_are_those_of_the_keys_and_tau_lies_among_their_quantiles()
     """By hand: the video is read again chunk by chunk and mean keys of neighbours are compared."""
     memory = spec(tau=median(spec(tau=1.0)))
     model, out = denoiser(), made(memory)
-    state, keys = empty(memory), []
+    state, keys = empty_memory(memory), []
     for chunk in out.video.split(3, dim=1):
         state = model.remember(chunk, normal(2, 5, 8), state)
         keys.append([torch.stack([f.keys[n][0] for f in (state.sink + state.fast)[-3:]]).mean(dim=(0, 1)).flatten() for n in (0, 1)])
     cosines = torch.tensor([[torch.cosine_similarity(a, b, dim=0) for a, b in zip(x, y, strict=True)] for x, y in pairwise(keys)])
-    values = remembered(memory, out.compared)
+    values = measure_promotion(memory, out.comparisons)
     tested = cosines[1::2]
     assert values["similarity"] == pytest.approx(float(cosines.mean()), abs=1e-5)
     for n in (0, 1):
@@ -66,16 +66,16 @@ def test_similarities_are_those_of_the_keys_and_tau_lies_among_their_quantiles()
 
 
 def test_what_is_never_promoted_has_no_rate():
-    values = remembered(spec(slow=0, promote="none"), made(spec(slow=0, promote="none")).compared)
+    values = measure_promotion(spec(slow=0, promote="none"), made(spec(slow=0, promote="none")).comparisons)
     assert "similarity" in values and not [name for name in values if name.startswith("promotion")]
-    assert remembered(spec(), ()) == {} and ContextMemory(spec()).decisions == ()
-    uniform = remembered(spec(promote="uniform"), made(spec(promote="uniform")).compared)
+    assert measure_promotion(spec(), ()) == {} and ContextMemory(spec()).decisions == ()
+    uniform = measure_promotion(spec(promote="uniform"), made(spec(promote="uniform")).comparisons)
     assert uniform["promotion"] == 1 and "promotion/layer_00" not in uniform
 
 
 def test_the_averages_distance_is_relative_and_of_what_learns():
     model = denoiser()
-    average = Average(model, 0.1)  # a tenth of what it was is kept
+    average = EMA(model, 0.1)  # a tenth of what it was is kept
     assert average.update() == 0
     with torch.no_grad():
         for p in average.model.parameters():
@@ -96,9 +96,9 @@ def test_the_students_loss_has_the_gradient_that_is_replayed():
     g = normal(2, 9, *SHAPE, seed=4)
     x = out.video[:, out.window].clone().requires_grad_()
     loss = 0.5 * (x - (x - g).detach())[:, 3:].square().mean()
-    assert student_loss(out, g) == pytest.approx(loss.item())
+    assert measure_student_loss(out, g) == pytest.approx(loss.item())
     model = denoiser()
-    replay(model, out, g, normal(2, 5, 8))
+    replay_window(model, out, g, normal(2, 5, 8))
     (by_hand,) = torch.autograd.grad(loss, x)
     seen = []
 
@@ -106,7 +106,7 @@ def test_the_students_loss_has_the_gradient_that_is_replayed():
         seen.append(torch.zeros_like(x_t, requires_grad=True))
         return seen[-1]
 
-    replay(student, out, g, normal(2, 5, 8))
+    replay_window(student, out, g, normal(2, 5, 8))
     assert torch.allclose(torch.cat([part.grad for part in seen], dim=1), by_hand[:, 3:])
 
 
@@ -129,7 +129,7 @@ def test_a_step_tells_all_of_it(tmp_path):
 def test_seconds_go_where_the_lap_says(monkeypatch):
     now = iter([10.0, 11.0, 13.0, 13.5, 14.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = Clock()
+    clock = StepTimer()
     clock.lap("nobody started it")
     clock.start()
     clock.lap("data")
@@ -156,7 +156,7 @@ def test_on_a_gpu_seconds_are_those_of_its_stream(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(recorded)))
-    clock = Clock(torch.device("cuda"))
+    clock = StepTimer(torch.device("cuda"))
     clock.start()
     clock.lap("rollout")
     clock.lap("replay")
@@ -173,7 +173,7 @@ def test_times_of_a_resumed_run_stand_once_and_are_summed(tmp_path):
     again = Job()
     track = Track("toy", work)
     fit(again.step, steps=8, state=again.state, log=track, save_every=2)
-    track.keep_times(tmp_path / "runtime")
+    track.save_times(tmp_path / "runtime")
     rows = [json.loads(line) for line in (tmp_path / "runtime/toy.timing.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert track.facts["seconds"]["step"] == pytest.approx(sum(row["seconds/step"] for row in rows), abs=0.01)
@@ -184,5 +184,5 @@ def test_times_of_a_resumed_run_stand_once_and_are_summed(tmp_path):
 
 def test_the_bar_shows_what_matters():
     latest = {"critic_loss": 1.0, "critic_gradient": 2.0, "exit": 3.0, "frames": 27.0, "normaliser": 5.0, "score_distance": 6.0}
-    assert list(shown(latest)) == ["critic_loss", "score_distance", "frames"]
-    assert list(shown({"gradient": 1.0, "ema_distance": 0.1, "loss": 2.0})) == ["loss", "gradient"]
+    assert list(select_progress_values(latest)) == ["critic_loss", "score_distance", "frames"]
+    assert list(select_progress_values({"gradient": 1.0, "ema_distance": 0.1, "loss": 2.0})) == ["loss", "gradient"]

@@ -17,12 +17,12 @@ from cf_model.data.latents import write_latents
 from cf_model.model import checkpoint, wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
-from cf_model.model.view import TeacherView, guided
+from cf_model.model.view import TeacherView, guide_velocity
 from cf_model.train.adapter import LoraSpec
-from cf_model.train.teacher import Teacher
-from cf_model.train.trainer.loop import Average
+from cf_model.train.teacher import TeacherTrainer
+from cf_model.train.trainer.ema import EMA
 from tasks import base, causal_init, stage1, teacher
-from tasks.params import schema
+from tasks.params import load, schema
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, restored, rng
 from tests.train import ranked
@@ -35,7 +35,7 @@ NULL = normal(5, 8, seed=9)
 def lora() -> tuple[Any, dict[str, Denoiser]]:
     job, _ = ranked.teacher()
     spec = replace(job.spec, lora=LORA, optimizer=replace(job.spec.optimizer, muon_lr=1e-3))
-    made = Teacher(spec, model=denoiser(), latents=ranked.Clips(), flow=FLOW, seed=3)
+    made = TeacherTrainer(spec, model=denoiser(), latents=ranked.Clips(), flow=FLOW, seed=3)
     return made, {"model": made.model}
 
 
@@ -88,7 +88,7 @@ def test_rollouts_and_scores_use_the_raw_weights() -> None:
 def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Params]:
     """Latents and a base model of the smoke profile's sizes."""
     root = tmp_path_factory.mktemp("roles")
-    stated = schema.load(ROOT / "profiles/smoke.yaml")
+    stated = load.load_params(ROOT / "profiles/smoke.yaml")
     clips = [({"id": f"c{n}", "caption": "a disc", "split": "train"}, normal(46, 8, 4, 4, seed=n)) for n in range(2)]
 
     def text(captions: list[str]) -> Tensor:
@@ -96,9 +96,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Para
 
     write_latents(root / "latents", clips, text, shard=2, dtype=torch.float32, fps=16.0, negative="")
     (root / "base").mkdir()
-    model = wan.build(stated.model, channels=8, text_channels=stated.text.channels, seed=1)
+    model = wan.build_transformer(stated.model, channels=8, text_channels=stated.text.channels, seed=1)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-    wan.save(model, root / "base")
+    wan.save_transformer(model, root / "base")
     return root, stated
 
 
@@ -114,15 +114,15 @@ def test_what_is_generated_with_is_the_average(
     spec = replace(spec, method="teacher_forcing", longest=21) if stage == "causal_init" else spec
     quiet = replace(stated.samples, **{section: replace(getattr(stated.samples, section), every=0)})
     stated = stated.model_copy(update={section: spec, "samples": quiet})
-    mark, update = 7.0, Average.update
+    mark, update = 7.0, EMA.update
 
-    def marked(self: Average[Denoiser]) -> float:
+    def marked(self: EMA[Denoiser]) -> float:
         distance = update(self)
         with torch.no_grad():
             self.model.transformer.proj_out.bias.fill_(mark)
         return distance
 
-    monkeypatch.setattr(Average, "update", marked)
+    monkeypatch.setattr(EMA, "update", marked)
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     out.mkdir()
@@ -158,10 +158,10 @@ def test_guidance_is_that_of_the_literature_and_self_forcings_plus_one() -> None
     cond, null = (t.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1) * torch.ones_like(x) for t in (text, NULL.expand_as(text)))
     for passes in ("apart", "together"):
         score = Listener()
-        four = guided(score, text, x[:, :0], view=view, guidance=4.0, null=NULL, passes=passes)(x, torch.tensor([0.5, 0.5]))
+        four = guide_velocity(score, text, x[:, :0], view=view, guidance=4.0, null=NULL, passes=passes)(x, torch.tensor([0.5, 0.5]))
         assert torch.allclose(four, cond + 3.0 * (cond - null), atol=1e-5)
         assert torch.equal(torch.cat(score.heard), torch.cat([text, NULL.expand_as(text)]))
-        one = guided(score, text, x[:, :0], view=view, guidance=1.0, null=NULL, passes=passes)(x, torch.tensor([0.5, 0.5]))
+        one = guide_velocity(score, text, x[:, :0], view=view, guidance=1.0, null=NULL, passes=passes)(x, torch.tensor([0.5, 0.5]))
         assert torch.equal(one, cond)
 
 
@@ -191,7 +191,7 @@ def test_the_student_is_run_at_warped_levels_that_the_transformer_hears_times_10
     job.student.transformer.register_forward_pre_hook(lambda _, given: heard.update(given[1].flatten().tolist()))
     for number in range(2):
         job.step(number)
-    assert sorted(heard) == pytest.approx([0.0, 2500 / 3, 1000.0]) and Flow(5.0, 0.02, 0.98).sigmas([0.5]) == pytest.approx([5 / 6])
+    assert sorted(heard) == pytest.approx([0.0, 2500 / 3, 1000.0]) and Flow(5.0, 0.02, 0.98).shift_levels([0.5]) == pytest.approx([5 / 6])
 
 
 def test_scores_look_at_warped_and_clamped_levels() -> None:
@@ -233,17 +233,17 @@ def test_weights_that_do_not_fit_are_refused_wherever_they_are_read(change: str,
     model = denoiser()
     with pytest.raises((RuntimeError, ValueError)):
         model.load_state_dict(damaged(model.state_dict()))
-    average = Average(model, 0.9)
+    average = EMA(model, 0.9)
     with pytest.raises((RuntimeError, ValueError)):
         average.load_state_dict({"done": 3, "model": damaged(average.model.state_dict())})
 
-    checkpoint.save(tmp_path, 1, {"model": damaged(model.state_dict())})
+    checkpoint.save_checkpoint(tmp_path, 1, {"model": damaged(model.state_dict())})
     with pytest.raises((RuntimeError, ValueError)):
         restored(tmp_path, {"model": denoiser()})
     folder = tmp_path / "folder"
     folder.mkdir()
-    wan.save(model, folder)
+    wan.save_transformer(model, folder)
     inner = {key.removeprefix("transformer."): value for key, value in damaged(model.state_dict()).items()}
     save_file(inner, folder / "diffusion_pytorch_model.safetensors")
     with pytest.raises((RuntimeError, ValueError)):
-        wan.load(folder)
+        wan.load_transformer(folder)

@@ -67,7 +67,7 @@ class Machine:
 
     def flow(self, run: str) -> psutil.Process:
         """The oldest process of a run: the flow's own."""
-        return min(processes.runs_of(self.root)[run], key=lambda one: one.create_time())
+        return min(processes.find_run_processes(self.root)[run], key=lambda one: one.create_time())
 
     def deployment(self, name: str) -> str:
         (found,) = [one for one in self.call("/deployments/filter", {}) if one["name"] == name]
@@ -95,7 +95,7 @@ class Store:
         self.port = free_port()
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until(lambda: processes.holder(self.port), "the S3 server listens", 90)
+        until(lambda: processes.find_port_holder(self.port), "the S3 server listens", 90)
         options = {"aws_access_key_id": "week", "aws_secret_access_key": "weekweek", "region_name": "us-east-1"}
         boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.port}", **options).create_bucket(Bucket="week")
 

@@ -1,4 +1,4 @@
-"""What makes one update of weights: gradients of the whole batch, clipped, scheduled, stepped. zero.py does it by DeepSpeed."""
+"""Settings of an update of weights, and the optimiser of plain torch: average gradients, clip, schedule, step. zero.py uses DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .muon import Muon
-from .ranks import ranks
+from .ranks import count_ranks
+
+
+def require_at_least(lowest: float, **values: float) -> None:
+    """Raise ValueError for a setting below `lowest`, by its name."""
+    for name, value in values.items():
+        if value < lowest:
+            raise ValueError(f"{name} is {value}; use {lowest} or more")
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How a step is spread over time and machines. It changes results by rounding alone, so no stage depends on it."""
+    """How a step is spread over time and machines. Changes results by rounding alone, so no stage depends on these settings in dvc.yaml."""
 
     use: Literal["auto", "torch", "deepspeed"]  # auto: DeepSpeed where there are several ranks
     zero: Literal[0, 1, 2, 3]  # what DeepSpeed splits over the ranks: nothing, moments, and gradients, and weights
@@ -33,29 +40,30 @@ class EngineSpec:
 
     @property
     def is_deepspeed(self) -> bool:
-        return self.use == "deepspeed" or (self.use == "auto" and ranks() > 1)
+        """Whether DeepSpeed makes the updates."""
+        return self.use == "deepspeed" or (self.use == "auto" and count_ranks() > 1)
 
-    def groups(self, batch: int) -> int:
-        """In how many groups each rank takes its share of a batch; a batch that can't be split so is refused."""
-        share, rest = divmod(batch, ranks())
+    def count_groups(self, batch: int) -> int:
+        """Return the number of groups in which each rank takes its share of a batch. Raises ValueError for a batch without such a split."""
+        share, rest = divmod(batch, count_ranks())
         if rest:
             fit = [n for n in range(1, batch + 1) if batch % n == 0]
-            up = -batch % ranks() + batch
-            raise ValueError(f"batch is {batch}, which {ranks()} ranks can't share evenly; use CF_RANKS of {fit}, or a batch of {up}")
+            up = -batch % count_ranks() + batch
+            raise ValueError(f"batch is {batch}, which {count_ranks()} ranks can't share evenly; use CF_RANKS of {fit}, or a batch of {up}")
         micro = self.micro_batch or share
         if share % micro:
             fit = [n for n in range(1, share + 1) if share % n == 0]
-            stated = f"engine.micro_batch is {micro}, but of a batch of {batch} each of {ranks()} ranks takes {share} samples"
+            stated = f"engine.micro_batch is {micro}, but of a batch of {batch} each of {count_ranks()} ranks takes {share} samples"
             raise ValueError(f"{stated}, which are no whole groups of it; use a micro_batch of {fit}, or null")
         return share // micro
 
 
-PLAIN = EngineSpec("torch", 0, "none", None)
+PLAIN = EngineSpec("torch", 0, "none", None)  # one process, plain torch, a batch at once
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """AdamW for everything; with `muon_lr` above 0, Muon for the matrices of the transformer's blocks."""
+    """Settings of AdamW, which trains everything; with `muon_lr` above 0, Muon trains the matrices of the transformer's blocks."""
 
     lr: float
     muon_lr: float
@@ -74,52 +82,54 @@ class OptimizerSpec:
             raise ValueError(f"beta1 is {self.beta1}, beta2 {self.beta2}, decay {self.decay}; use values in 0..1, the betas below 1")
 
 
-def mean_gradients(model: nn.Module) -> None:
-    """Over the ranks, whose shares of the batch are equal."""
-    if ranks() == 1:
+def average_gradients(model: nn.Module) -> None:
+    """Replace each gradient by its mean over the ranks, whose shares of the batch are equal."""
+    if count_ranks() == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
-    torch._foreach_div_(gradients, ranks())
+    torch._foreach_div_(gradients, count_ranks())
 
 
 class Optimizer:
-    """Accumulate, clip, schedule, step. `steps` is the number of updates that the schedule is stretched over."""
+    """Optimiser of one network by plain torch: accumulates, clips, schedules, steps. The schedule is stretched over `steps` updates."""
 
     def __init__(self, model: nn.Module, spec: OptimizerSpec, steps: int) -> None:
         self.model, self.spec, self.steps, self.done = model, spec, steps, 0
+        # Muon orthogonalises an update, which has a meaning for the blocks' matrices only; norms, biases and embeddings learn by AdamW.
         matrices = [p for n, p in model.named_parameters() if spec.muon_lr and ".blocks." in n and p.ndim == 2 and p.requires_grad]
         chosen = {id(p) for p in matrices}
         rest = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
         betas = (spec.beta1, spec.beta2)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
-        if rest:  # of a LoRA in the blocks, Muon has everything
+        if rest:  # empty for a LoRA in the blocks: Muon trains all of its matrices
             self.parts.append((torch.optim.AdamW(rest, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay), spec.lr))
         if matrices:
             self.parts.append((Muon(matrices, lr=spec.muon_lr, weight_decay=spec.muon_decay), spec.muon_lr))
 
     @property
     def weights(self) -> Any:
-        """The model's, for a checkpoint: whole, whatever is split over the ranks."""
+        """What saves and loads the model's weights for a checkpoint: whole tensors, whatever the ranks have split."""
         return self.model
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a group's share of the loss."""
+        """Add the gradient of a group's share of the batch's loss to those that are there."""
         loss.backward()
 
     def step(self) -> float:
-        """Uses the gradients that are there, then forgets them. Returns their norm before clipping.
+        """Update the weights by the accumulated gradients, and clear these. Return the gradients' norm before clipping.
 
         Gradients that are not finite leave the weights and the optimiser's own state as they were.
         """
-        mean_gradients(self.model)
+        average_gradients(self.model)
         norm = self.update()
         self.model.zero_grad(set_to_none=True)
         self.done += 1
         return norm
 
     def update(self) -> float:
+        """Clip the averaged gradients, set the learning rates and step. Return the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         self.schedule()
         if norm.isfinite():
@@ -128,12 +138,14 @@ class Optimizer:
         return float(norm)
 
     def schedule(self) -> None:
+        """Set each optimiser's learning rate for the update that comes next."""
         factor = self.factor()
         for optimizer, lr in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
 
     def factor(self) -> float:
+        """Return the learning rate's factor: rising over `warmup` updates, falling to a fiftieth over the last `decay` of all."""
         rise = min(1.0, (self.done + 1) / self.spec.warmup) if self.spec.warmup else 1.0
         left = 1 - self.done / self.steps
         fall = min(1.0, max(0.02, left / self.spec.decay)) if self.spec.decay else 1.0

@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs, beside its losses: the memory's decisions, seconds, peak memory."""
+"""Measure a running training beside its losses: the memory's promotions (eq. 7), seconds of a step, peak memory."""
 
 from __future__ import annotations
 
@@ -7,79 +7,71 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
-    from cf_model.model.memory import Compared, MemorySpec
-    from cf_model.model.rollout import Rollout
+from cf_model.model.memory import ChunkComparison, MemorySpec
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# what a line of progress has room for, the most telling first
-SHOWN = ("loss", "critic_loss", "score_distance", "gradient", "student_gradient", "frames")
-MOST = 4  # of them
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the similarities
+# values beside the progress bar, the most important first
+PROGRESS_NAMES = ("loss", "critic_loss", "score_distance", "gradient", "student_gradient", "frames")
+PROGRESS_COUNT = 4  # that fit into a line
 
 
-def shown(latest: Mapping[str, float]) -> dict[str, float]:
-    """Of the newest value of everything that a step ever told, what goes beside the progress bar."""
-    return {name: latest[name] for name in [name for name in SHOWN if name in latest][:MOST]}
+def select_progress_values(latest: Mapping[str, float]) -> dict[str, float]:
+    """Choose the values that go beside the progress bar from the newest value of each name."""
+    names = [name for name in PROGRESS_NAMES if name in latest]
+    return {name: latest[name] for name in names[:PROGRESS_COUNT]}
 
 
-def remembered(spec: MemorySpec, compared: Sequence[Compared]) -> dict[str, float]:
-    """How alike neighbouring chunks are, and how many of the tested ones were kept: what tau is judged by (eq. 7).
+def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> dict[str, float]:
+    """Measure how similar neighbouring chunks are and how many of the tested chunks are promoted, as a guide to choosing tau (eq. 7).
 
-    The quantiles are of what was compared with tau: the mean of a chunk's layers, or with scope layer each of them. So where tau
-    lies among them says what is kept. A layer's promotion is its own decision; with scope global it has none, and
-    it is what the layer would have decided alone.
+    `similarity/qNN` are quantiles of the numbers that eq. 7 compares with tau: a chunk's mean over layers, or with scope=layer each
+    layer's own. `promotion/layer_NN` is the share of chunks that this layer promotes. With scope=global layers do not decide; the
+    value is what the layer would have decided alone. Returns {} where nothing was compared.
     """
     if not compared:
         return {}
-    layers = torch.tensor([chunk.similarity for chunk in compared], dtype=torch.float64)
-    values = {"similarity": float(layers.mean())}
-    values |= {f"similarity/layer_{n:02}": value for n, value in enumerate(layers.mean(dim=0).tolist())}
-    at = [n for n, chunk in enumerate(compared) if chunk.kept]
+    similarity = torch.tensor([chunk.similarity for chunk in compared], dtype=torch.float64)  # [chunks, layers]
+    values = {"similarity": float(similarity.mean())}
+    values |= {f"similarity/layer_{n:02}": value for n, value in enumerate(similarity.mean(dim=0).tolist())}
+    at = [n for n, chunk in enumerate(compared) if chunk.kept]  # with interval 2 every second chunk is tested
     if not at:
         return values
-    tested = layers[at]
-    kept = torch.tensor([compared[n].kept for n in at], dtype=torch.float64)
-    values["promotion"] = float(kept.mean())
+    tested = similarity[at]
+    promoted = torch.tensor([compared[n].kept for n in at], dtype=torch.float64)  # [tested chunks, layers], or one column: scope=global
+    values["promotion"] = float(promoted.mean())
     if spec.promote == "similarity":
-        alone = kept if spec.scope == "layer" else (tested < spec.tau).double()
-        values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(alone.mean(dim=0).tolist())}
-    against = tested.flatten() if spec.scope == "layer" else tested.mean(dim=1)
-    quantiles = against.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+        by_layer = promoted if spec.scope == "layer" else (tested < spec.tau).double()
+        values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(by_layer.mean(dim=0).tolist())}
+    against_tau = tested.flatten() if spec.scope == "layer" else tested.mean(dim=1)
+    quantiles = against_tau.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     return values | {f"similarity/q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
 
 
-def student_loss(made: Rollout, gradient: Tensor) -> float:
-    """Its value, 0.5 mse(x, (x - gradient).detach()) over the frames that carry gradient (distill.replay)."""
-    chunk = made.targets[0].x_t.shape[1]
-    firsts = [target.first - made.window.start for target in made.targets if target.grad]
-    parts = [gradient[:, first : first + chunk].square().mean() for first in firsts]
-    return 0.5 * float(torch.stack(parts).mean())
+class StepTimer:
+    """Seconds of a step by the part of the step they were spent on. A lap gives its name to the time since the lap before.
 
-
-class Clock:
-    """Seconds of a step by what they were spent on. A lap gives its name to the time since the lap before.
-
-    On a GPU a lap is an event in its stream, read when the step is over, so that nobody waits for the sake of measuring.
+    On a GPU a lap is an event in the GPU's queue, read when the step is over, because reading the clock would wait for the GPU.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.gpu = device is not None and device.type == "cuda"
-        self.laps: list[tuple[str, Any]] = []  # seconds or events; none: nobody asks
+        self.laps: list[tuple[str, Any]] = []  # name, and seconds or a CUDA event; empty: not started, nothing is measured
 
     def start(self) -> None:
-        self.laps = [("", self._now())]
+        """Begin a step."""
+        self.laps = [("", self._read_now())]
 
     def lap(self, name: str) -> None:
+        """End the part `name` of the step; does nothing unless `start` was called."""
         if self.laps:
-            self.laps.append((name, self._now()))
+            self.laps.append((name, self._read_now()))
 
-    def taken(self) -> dict[str, float]:
-        """Since `start`, by name, and all of it as `step`."""
+    def read_seconds(self) -> dict[str, float]:
+        """Return the seconds since `start` by part, and their sum as `step`; what has no name is `rest`."""
         self.lap("rest")
         if self.gpu:
             torch.cuda.synchronize()
@@ -89,7 +81,7 @@ class Clock:
             spent[name] = spent.get(name, 0.0) + seconds
         return {"step": sum(spent.values())} | spent
 
-    def _now(self) -> Any:
+    def _read_now(self) -> Any:
         if not self.gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -97,10 +89,10 @@ class Clock:
         return event
 
 
-def peak_memory() -> dict[str, float]:
-    """The process's highest so far, and the GPU's since this was last asked."""
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    peaks = {"peak_mib": round(held, 1)}
+def measure_peak_memory() -> dict[str, float]:
+    """Return the process's highest memory so far and the GPU's highest since the call before, in MiB."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peaks = {"peak_mib": round(resident, 1)}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peaks["cuda_peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
         torch.cuda.reset_peak_memory_stats()

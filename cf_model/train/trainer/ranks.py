@@ -1,8 +1,8 @@
-"""One batch, computed in shares: by several processes, and by each of them in groups, one after the other.
+"""Share one batch among several processes (ranks), and within each process among groups that are computed one after the other.
 
-Ranks are processes that share a batch (data parallelism); groups are accumulation. All draw the same random numbers for the
-whole batch and keep their rows of them, and gradients are averaged, so the result is one process's up to rounding. Nothing
-but the environment says how many ranks there are (tasks/runner/ranks.py); with one, nothing here communicates.
+Ranks are data parallelism, groups are gradient accumulation. Every rank draws the same random numbers for the whole batch and uses
+its own rows of them, and gradients are averaged, so the result equals that of one process up to rounding. The number of ranks comes
+from the environment alone (tasks/runner/ranks.py); with one rank nothing here communicates.
 """
 
 from __future__ import annotations
@@ -14,66 +14,90 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cf_model.model import memory
-from cf_model.model.flow import Shared
+from cf_model.model.flow import BatchGenerator
+
+Row = TypeVar("Row")
 
 
-def rank() -> int:
+def get_rank() -> int:
+    """Return this process's number among the ranks, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks() -> int:
+def count_ranks() -> int:
+    """Return the number of processes that share each batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first() -> bool:
-    """Of the ranks, the one that writes."""
-    return rank() == 0
+def is_first_rank() -> bool:
+    """Tell whether this rank is the only one that writes checkpoints and videos."""
+    return get_rank() == 0
 
 
-T = TypeVar("T")
+class BatchRandom:
+    """Seeded random numbers of the whole batch, the same on every rank and every device; a checkpoint holds their state.
 
-
-class Random:
-    """A seeded stream of numbers that a checkpoint can hold: those of the whole batch, on every rank and every device.
-
-    `groups` goes through the parts that this rank takes one after the other. Each sees the same stream, of whose numbers
-    for the batch it keeps its rows, and the promotions of the first: one decision for the whole batch (memory.mean_key).
+    `rng` is the generator; `count` the number of groups in which this rank takes its share of the batch.
     """
 
     def __init__(self, seed: int, device: torch.device | None = None, *, groups: int = 1) -> None:
-        self.rng, self.count = Shared(device or "cpu", rank(), ranks() * groups, groups), groups
+        self.rng, self.count = BatchGenerator(device or "cpu", get_rank(), count_ranks() * groups, groups), groups
         self.rng.manual_seed(seed)
+        self._group = 0  # the group that is being computed
+        self._first_keys: list[Tensor] | None = None  # mean keys that the step's first group decided by; None: there is one group
+        self._next_key = 0  # the place in `_first_keys` that the current group has come to
 
     def groups(self) -> Iterator[int]:
+        """Yield the numbers of this rank's groups, and make `rng`, `take_own` and `share_key` answer for that group.
+
+        Every group begins at the same random state and takes its rows of the same draws, so all of them together are the batch.
+        """
         if self.count == 1:
             yield 0
             return
-        before, tape, self.rng.tape = self.rng.get_state(), memory.Tape(), []
+        before = self.rng.get_state()
+        self.rng.tape, self._first_keys = [], []
         try:
             for group in range(self.count):
                 self.rng.set_state(before)
-                self.rng.part, self.rng.read = group * ranks() + rank(), 0
-                with memory.decided(tape):
-                    yield group
+                self.rng.part, self.rng.read = group * count_ranks() + get_rank(), 0
+                self._group, self._next_key = group, 0
+                yield group
         finally:
-            self.rng.part, self.rng.tape = rank(), None
+            self.rng.part, self.rng.tape = get_rank(), None
+            self._group, self._first_keys = 0, None
+
+    def share_key(self, key: Tensor) -> Tensor:
+        """Return the mean key of the batch's first video in place of `key`, of the same shape [layers, N * D] (eq. 7).
+
+        Handed to the memories of a training batch (`ContextMemory.share_key`), so that all of them promote the same frames. The
+        first video is the first rank's; with several groups the later ones repeat the keys of the first group.
+        """
+        if self._first_keys is not None and self._group:
+            self._next_key += 1
+            return self._first_keys[self._next_key - 1]
+        if count_ranks() > 1:
+            dist.broadcast(key, 0)
+        if self._first_keys is not None:
+            self._first_keys.append(key)
+        return key
 
     def label(self, **values: Tensor) -> dict[str, Tensor]:
-        """What a group is made of, by names that are its own: kept when a step goes wrong."""
-        group = self.rng.part // ranks()
+        """Return the tensors of the current group under names of their own, for the record of a bad step."""
+        group = self.rng.part // count_ranks()
         return {f"{name}_{group}" if self.count > 1 else name: value for name, value in values.items()}
 
-    def mine(self, rows: Sequence[T]) -> list[T]:
-        """Those rows of the batch that are computed now."""
+    def take_own(self, rows: Sequence[Row]) -> list[Row]:
+        """Return those rows of the batch that this rank's current group computes."""
         each = len(rows) // self.rng.parts
         return list(rows[self.rng.part * each : (self.rng.part + 1) * each])
 
     def integers(self, low: int, high: int, count: int) -> list[int]:
-        """Uniform in low..high, both included."""
+        """Draw `count` integers, uniform in low..high, both included."""
         return torch.randint(low, high + 1, (count,), generator=self.rng).tolist()
 
     def coin(self, chance: float) -> bool:
+        """Draw true with the probability `chance`: one draw for the whole batch."""
         return float(torch.rand((), generator=self.rng)) < chance
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,47 +107,51 @@ class Random:
         self.rng.set_state(state["rng"])
 
 
-def of_all_ranks(rows: Tensor) -> Tensor:
-    """The rows that each rank has, in the order of ranks, on every one."""
-    if ranks() == 1:
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks, in the order of ranks, on every rank."""
+    if count_ranks() == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(ranks())]
+    parts = [torch.empty_like(rows) for _ in range(count_ranks())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 
 
-def from_all(mine: Mapping[int, Tensor], rows: Sequence[int], like: Tensor) -> Tensor:
-    """What the ranks found of these rows of the batch, in their order; each row is one rank's, each the size of `like`."""
-    found = like.new_zeros(len(rows), *like.shape)
+def gather_by_row(own: Mapping[int, Tensor], rows: Sequence[int], like: Tensor) -> Tensor:
+    """Stack the tensors of these rows of the batch, in their order, on every rank.
+
+    `own` holds the rows that this rank has computed; each row belongs to one rank, and each tensor has the size of `like`.
+    """
+    stacked = like.new_zeros(len(rows), *like.shape)
     for place, row in enumerate(rows):
-        if row in mine:
-            found[place] = mine[row]
-    if ranks() > 1 and rows:
-        dist.all_reduce(found)  # one of the terms is not 0, so the sum is exact
-    return found
+        if row in own:
+            stacked[place] = own[row]
+    if count_ranks() > 1 and rows:
+        dist.all_reduce(stacked)  # exact, because all terms of a row's sum but one are 0
+    return stacked
 
 
-def mean_values(values: Mapping[str, float], asked: bool) -> tuple[dict[str, float], bool]:
-    """What a step says of itself, over the ranks; and whether any of them was asked to stop."""
-    if ranks() == 1:
-        return dict(values), asked
-    told = torch.tensor([float(asked), *values.values()], dtype=torch.float64, device=_device())
-    dist.all_reduce(told)
-    any_asked, *sums = told.tolist()
-    return {name: total / ranks() for name, total in zip(values, sums, strict=True)}, any_asked > 0
+def average_values(values: Mapping[str, float], stop: bool) -> tuple[dict[str, float], bool]:
+    """Average a step's values over the ranks; the second answer is true where any rank was asked to stop."""
+    if count_ranks() == 1:
+        return dict(values), stop
+    sums = torch.tensor([float(stop), *values.values()], dtype=torch.float64, device=_choose_device())
+    dist.all_reduce(sums)
+    stops, *totals = sums.tolist()
+    return {name: total / count_ranks() for name, total in zip(values, totals, strict=True)}, stops > 0
 
 
 def agree_on_start(step: int) -> int:
-    """All ranks go on from the same checkpoint, or none does."""
-    if ranks() == 1:
+    """Return `step`, the newest checkpoint's. Raises ValueError where the ranks found different checkpoints."""
+    if count_ranks() == 1:
         return step
-    found = [torch.zeros((), dtype=torch.long, device=_device()) for _ in range(ranks())]
-    dist.all_gather(found, torch.tensor(step, device=_device()))
-    steps = [int(one) for one in found]
+    answers = [torch.zeros((), dtype=torch.long, device=_choose_device()) for _ in range(count_ranks())]
+    dist.all_gather(answers, torch.tensor(step, device=_choose_device()))
+    steps = [int(answer) for answer in answers]
     if len(set(steps)) > 1:
         raise ValueError(f"the ranks found checkpoints of steps {steps}; put the working folder where all of them read the same files")
     return step
 
 
-def _device() -> str:
+def _choose_device() -> str:
+    """Return the device whose tensors the process group's backend can send."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -1,4 +1,4 @@
-"""A few videos while a model trains: the same prompts and noise every time, so that one sees it learn."""
+"""Sample videos of a model in training: the same prompts and noise every time, so that the videos show what it has learned."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.flow import Flow, falling, gaussian
-from cf_model.model.memory import MemorySpec, empty
+from cf_model.model.flow import Flow, check_levels_fall, draw_gaussian
+from cf_model.model.memory import MemorySpec, empty_memory
 from cf_model.model.rollout import stream
-from cf_model.model.view import TeacherView, sample
+from cf_model.model.view import TeacherView, sample_window
 
-from .ode import trajectory
+from .ode import trace_ode
 
 
 @dataclass(frozen=True)
 class SampleSpec:
+    """How often and how many videos are sampled. Enough for stages 1 and 2, whose models state their own noise levels."""
+
     every: int  # steps from one set of videos to the next; 0: none
     prompts: int  # of the first held-out clips, one video each
-    frames: int  # latent frames of a video, a real beginning included
+    frames: int  # latent frames of a video, its real beginning included
     seed: int  # of their noise
     crf: int  # of their files
 
@@ -34,13 +36,13 @@ class SampleSpec:
             raise ValueError(f"crf is {self.crf}; use 0..51")
 
     def rng(self, number: int, device: torch.device) -> torch.Generator:
-        """The noise of a prompt's video, its own: no random numbers of the training are used, and a resumed run draws the same."""
+        """Return the noise of prompt `number`'s video: apart from the training's random numbers, and the same in a resumed run."""
         return torch.Generator(device).manual_seed(100_003 * (self.seed + 1) + number)
 
 
 @dataclass(frozen=True)
 class WindowSpec(SampleSpec):
-    """Of a bidirectional model: one window from noise."""
+    """Samples of a bidirectional model: one window from noise."""
 
     sampler_steps: int
     guidance: float  # null + guidance (cond - null)
@@ -53,9 +55,9 @@ class WindowSpec(SampleSpec):
 
 @dataclass(frozen=True)
 class ContinuedSpec(WindowSpec):
-    """Of the teacher: the window after a held-out clip's beginning."""
+    """Samples of the teacher: the window after the beginning of a held-out clip."""
 
-    prefix: int  # latent frames of it
+    prefix: int  # latent frames of the real beginning
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,18 +67,18 @@ class ContinuedSpec(WindowSpec):
 
 @dataclass(frozen=True)
 class LevelsSpec(SampleSpec):
-    """Of the causal initialisation, which is trained at all noise levels and has none of its own."""
+    """Samples of the causal initialisation, which is trained at all noise levels and so needs the sampler's stated."""
 
     levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        falling(self.levels)
+        check_levels_fall(self.levels)
 
 
 @dataclass(frozen=True)
 class SamplesSpec:
-    """Of each training stage."""
+    """Sample settings of each training stage."""
 
     base: WindowSpec
     teacher: ContinuedSpec
@@ -85,7 +87,7 @@ class SamplesSpec:
     stage2: SampleSpec
 
 
-def from_noise(
+def sample_from_noise(
     model: Denoiser,
     text: Float[Tensor, "1 T E"],
     real: Float[Tensor, "1 0 C H W"],
@@ -95,13 +97,13 @@ def from_noise(
     flow: Flow,
     null: Float[Tensor, "T E"],
 ) -> Iterator[Float[Tensor, "1 F C H W"]]:
-    """A window of the base model, which knows no past."""
-    noise, levels = gaussian((1, spec.frames, *real.shape[2:]), rng), flow.levels(spec.sampler_steps)
-    *_, x_0 = trajectory(model, text, noise, levels=levels, guidance=spec.guidance, null=null)
+    """Yield one window of the base model, which sees no past; `real` gives C, H, W only."""
+    noise, levels = draw_gaussian((1, spec.frames, *real.shape[2:]), rng), flow.sampler_sigmas(spec.sampler_steps)
+    *_, x_0 = trace_ode(model, text, noise, levels=levels, guidance=spec.guidance, null=null)
     yield x_0
 
 
-def continued(
+def sample_continuation(
     model: Denoiser,
     text: Float[Tensor, "1 T E"],
     real: Float[Tensor, "1 K C H W"],
@@ -112,15 +114,25 @@ def continued(
     flow: Flow,
     null: Float[Tensor, "T E"],
 ) -> Iterator[Float[Tensor, "1 _ C H W"]]:
-    """A real beginning, and the teacher's window after it."""
+    """Yield a real beginning, then the teacher's window after it."""
     yield real
-    seen, shape = real[:, view.frames(spec.prefix)], (spec.frames - spec.prefix, *real.shape[2:])
-    null = null.to(text)
-    given = {"steps": spec.sampler_steps, "guidance": spec.guidance}
-    yield sample(model, text, seen, shape, view=view, flow=flow, **given, guidance_passes="apart", rng=rng, null=null)  # type: ignore[arg-type]
+    context, shape = real[:, view.context_frames(spec.prefix)], (spec.frames - spec.prefix, *real.shape[2:])
+    yield sample_window(
+        model,
+        text,
+        context,
+        shape,  # type: ignore[arg-type]
+        view=view,
+        flow=flow,
+        steps=spec.sampler_steps,
+        guidance=spec.guidance,
+        guidance_passes="apart",
+        rng=rng,
+        null=null.to(text),
+    )
 
 
-def streamed(
+def sample_stream(
     model: Denoiser,
     text: Float[Tensor, "1 T E"],
     real: Float[Tensor, "1 0 C H W"],
@@ -132,9 +144,9 @@ def streamed(
     memory: MemorySpec,
     flow: Flow,
 ) -> Iterator[Float[Tensor, "1 _ C H W"]]:
-    """Chunk after chunk, as a causal model makes videos for people."""
+    """Yield chunk after chunk of a causal model, as at inference; `real` gives C, H, W only."""
     _, _, *size = real.shape
     shape = (size[0], size[1], size[2])
-    chunks = stream(model, text, shape, sigmas=flow.sigmas(levels), chunk=chunk, memory=empty(memory), rng=rng)
+    chunks = stream(model, text, shape, sigmas=flow.shift_levels(levels), chunk=chunk, memory=empty_memory(memory), rng=rng)
     for _ in range(spec.frames // chunk):
         yield next(chunks)

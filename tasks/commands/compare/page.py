@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 
+from tasks.files.step_rows import replace
 from tasks.params import yaml_file
-from tasks.runner.track import replace
 
 from . import results, revision
 
@@ -55,8 +55,8 @@ def side(letter: str, name: str, scratch: Path) -> Side:
     told = revision.git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
     commit, subject, date = told if len(told) == 3 else ("", "", "")
     label = root.resolve().name if Path(name).is_dir() else name
-    stages = yaml_file.read(lock).get("stages", {}) if lock.exists() else {}
-    return Side(letter, label, root, yaml_file.read(root / "params.yaml"), stages, commit, subject, date)
+    stages = yaml_file.read_yaml(lock).get("stages", {}) if lock.exists() else {}
+    return Side(letter, label, root, yaml_file.read_yaml(root / "params.yaml"), stages, commit, subject, date)
 
 
 def page(a: Side, b: Side) -> dict[str, Any]:
@@ -139,5 +139,5 @@ def render(values: Mapping[str, Any]) -> str:
     """Everything in the page is escaped but the figures made here."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = results.number
+    environment.filters["number"] = results.format_number
     return environment.get_template("page.html.j2").render(values)

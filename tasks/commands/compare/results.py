@@ -11,9 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from cf_model.evaluate.figures import EVERY, Line, by_item, chart, frames_every, item, strip, video, within
-from cf_model.evaluate.report import ARROWS, Results, number, verdict, word
-from cf_model.evaluate.statistics import Difference, paired, point
+from cf_model.evaluate.figures import (
+    STRIP_SECONDS,
+    Line,
+    draw_chart,
+    draw_strip,
+    embed_video,
+    fit_budget,
+    group_by_item,
+    item_key,
+    read_strip_frames,
+)
+from cf_model.evaluate.report import ARROWS, Results, describe_metric, state_verdict
+from cf_model.evaluate.statistics import Difference, paired, without_interval
 from tasks.params.yaml_file import Refused
 
 __all__ = ["number"]
@@ -48,7 +58,7 @@ def results(root: Path, resamples: int, seed: int) -> Results:
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
     for row in lines(root / "results/cells.jsonl"):
         if row["value"] is not None:
-            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item(row), row["seed"]] = row["value"]
+            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item_key(row), row["seed"]] = row["value"]
     means = metrics(root / "metrics/evaluate.json")
     kept = {suite: {name: v for name, v in systems.items() if isinstance(v, dict)} for suite, systems in means.items() if suite in SUITES}
     return Results(cells, kept, resamples=resamples, seed=seed)
@@ -91,18 +101,18 @@ def one_metric(a: Results, b: Results, suite: str, name: str, metric: str) -> di
     found = paired(x, y, resamples=a.resamples, seed=a.seed)
     shared = len(x.keys() & y.keys())
     if found is None:  # only a whole system has it, or no video is the same one
-        found = Difference(first.mean, second.mean, point(second.mean - first.mean), float("nan"))
+        found = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
     # of pairs that are all equal, and of equal numbers without pairs
     same = found.change.mean == 0 and (not found.change.known or found.change.low == found.change.high == 0)
     prompts = len({prompt for prompt, _ in x.keys() & y.keys()})
     few = found.change.known and prompts < FEW
-    says = "the same" if same else "too few prompts" if few else verdict(found.change, word(metric).better)
+    says = "the same" if same else "too few prompts" if few else state_verdict(found.change, describe_metric(metric).better)
     known = found.change.known and not same
     reach = max(abs(found.change.low), abs(found.change.high), 1e-12) if known else 1.0
     bar = {"low": 50 + 50 * found.change.low / reach, "high": 50 + 50 * found.change.high / reach} if known else None
     clear = says in ("better", "worse", "higher", "lower")
     return {
-        "metric": metric, "word": word(metric), "arrow": ARROWS[word(metric).better], "first": first, "second": second,
+        "metric": metric, "word": describe_metric(metric), "arrow": ARROWS[describe_metric(metric).better], "first": first, "second": second,
         "found": found, "pairs": shared, "says": says, "bar": bar, "same": same, "clear": clear, "kind": kind(says),
     }  # fmt: skip
 
@@ -118,7 +128,7 @@ def matrix(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for metric in metrics:
         found = [cells.get((metric, one["name"])) for one in systems]
-        rows.append({"word": word(metric), "arrow": ARROWS[word(metric).better], "cells": found})
+        rows.append({"word": describe_metric(metric), "arrow": ARROWS[describe_metric(metric).better], "cells": found})
     return rows
 
 
@@ -138,7 +148,7 @@ def over_time(a: Path, b: Path, colours: Mapping[str, str]) -> list[dict[str, An
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key in [key for key in one if key in other and str(one[key]) != str(other[key])]:
         drawn = [Line(colours[letter], *np.array(sorted(rows)).T.tolist()) for letter, rows in (("A", one[key]), ("B", other[key]))]
-        found.setdefault(key[:2], []).append({"title": word(key[2]).title, "svg": chart(drawn, x="seconds")})
+        found.setdefault(key[:2], []).append({"title": describe_metric(key[2]).title, "svg": draw_chart(drawn, x="seconds")})
     return [{"suite": SUITES.get(suite, suite), "system": name, "charts": charts} for (suite, name), charts in found.items()]
 
 
@@ -168,7 +178,7 @@ def training(a: Path, b: Path, colours: Mapping[str, str]) -> dict[str, Any]:
             if kept:
                 values = np.concatenate([line.y for line in kept])
                 log = bool((values > 0).all() and values.max() > 50 * values.min())
-                charts.append({"title": key.replace("_", " "), "svg": chart(kept, x="step", log=log)})
+                charts.append({"title": key.replace("_", " "), "svg": draw_chart(kept, x="step", log=log)})
         stages.append({"stage": name, "charts": charts})
     return {"stages": stages, "same": same}
 
@@ -191,15 +201,15 @@ def videos(a: Path, b: Path, measured: Sequence[Mapping[str, Any]], fps: int) ->
     found = []
     for suite in SUITES:
         same = {one["name"] for part in measured if part["suite"] == suite for one in part["systems"] if one["same"]}
-        items = [by_item(rows, suite) for rows in index]
+        items = [group_by_item(rows, suite) for rows in index]
         shared = {key: {name: row for name, row in items[0][key].items() if name not in same} for key in items[0] if key in items[1]}
         rows = []
-        for key in within(shared, PROMPTS[suite], BUDGET, a / "samples"):
+        for key in fit_budget(shared, PROMPTS[suite], BUDGET, a / "samples"):
             pairs = [pair(name, items[0][key][name], items[1][key].get(name), a, b, fps) for name in shared[key] if name != "real"]
             first, real = next(iter(items[0][key].values())), items[0][key].get("real")
             prefix = max(row["prefix_frames"] for row in items[0][key].values()) / fps
             about = {"prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "pairs": [one for one in pairs if one]}
-            rows.append(about | {"real": video(a / "samples" / real["file"]) if real else None})
+            rows.append(about | {"real": embed_video(a / "samples" / real["file"]) if real else None})
         rows = [row for row in rows if row["pairs"]]
         if rows:
             found.append({"title": SUITES[suite], "rows": rows, "of": len(shared), "same": sorted(same)})
@@ -212,7 +222,7 @@ def pair(name: str, one: Mapping[str, Any], other: Mapping[str, Any] | None, a: 
     files = [root / "samples" / row["file"] for root, row in ((a, one), (b, other))]
     if not all(file.exists() for file in files):
         return None
-    taken = [frames_every(file, fps) for file in files]
-    strips = [strip(frames, TALL) for frames in taken if frames is not None]
-    times = [EVERY * k for k in range(max(len(frames) for frames in taken if frames is not None))]
-    return {"system": name, "sources": [video(file) for file in files], "strips": strips, "times": times}
+    taken = [read_strip_frames(file, fps) for file in files]
+    strips = [draw_strip(frames, TALL) for frames in taken if frames is not None]
+    times = [STRIP_SECONDS * k for k in range(max(len(frames) for frames in taken if frames is not None))]
+    return {"system": name, "sources": [embed_video(file) for file in files], "strips": strips, "times": times}

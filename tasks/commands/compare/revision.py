@@ -54,7 +54,7 @@ def check_out(sha: str, into: Path) -> Path:
     if own.exists():  # where its remotes are
         (into / ".dvc/config.local").write_text(without_secrets(own))
     dvc("cache", "dir", "--local", dvc("cache", "dir", cwd=Path.cwd()) or "", cwd=into)
-    made = [out["path"] for stage in yaml_file.read(into / "dvc.lock")["stages"].values() for out in stage.get("outs", [])]
+    made = [out["path"] for stage in yaml_file.read_yaml(into / "dvc.lock")["stages"].values() for out in stage.get("outs", [])]
     wanted = [path for path in made if path in SHOWN]
     wanted += [f"{path}/{CURVE}" for path in made if path.startswith("models/")]
     wanted = [path for path in wanted if not (into / path).exists()]

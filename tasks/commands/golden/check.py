@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from cf_model.foreign.convert import to_diffusers
-from cf_model.model.denoiser import Denoiser, rotate
-from cf_model.model.memory import Memory, empty
+from cf_model.foreign.weight_names import to_diffusers
+from cf_model.model.denoiser import Denoiser, apply_rope
+from cf_model.model.memory import Memory, empty_memory
 from cf_model.model.rollout import stream
 
 from . import schedule
@@ -166,7 +166,7 @@ def causal(golden: Golden, model: Denoiser, case: str) -> Made:
         level = next(iter(golden.names(r"causal_(global|w\d+_s\d+)\.t_noisy")), "causal_global.t_noisy")
     spec, text = peer(case, chunk * chunks), golden.text(1)
     sigma = golden.array(level, 1, chunk) / 1000
-    memory = before = empty(spec)
+    memory = before = empty_memory(spec)
     for k in range(chunks):
         noisy, clean = (golden.video(f"causal.{kind}{k}", 1, chunk) for kind in ("noisy", "clean"))
         yield f"{case}.chunk{k}.noisy_out", model.velocity(noisy, sigma, text, memory).transpose(1, 2)
@@ -180,12 +180,12 @@ def causal(golden: Golden, model: Denoiser, case: str) -> Made:
 
 def caches(golden: Golden, model: Denoiser, window: Memory, x: Tensor, names: list[str]) -> Made:
     """Keys before rotation, as we keep them, or at their absolute positions; a place that was never filled is zero."""
-    frames = [index for part in window.held().values() for index in part]
+    frames = [index for part in window.frame_indices().values() for index in part]
     positions = model.transformer.rope.rotations(frames, x.transpose(1, 2))
     for name in names:
         _, _, layer, kind = name.split(".")
         keys, values = (torch.cat(part, dim=1) for part in window.past(int(layer.removeprefix("layer"))))
-        ours = {"v": values, "k_unroped": keys, "k_roped": rotate(keys, positions)}[kind]
+        ours = {"v": values, "k_unroped": keys, "k_roped": apply_rope(keys, positions)}[kind]
         places = golden.array(name, 1, None, *ours.shape[2:]).shape[1]
         yield name, functional.pad(ours, (0, 0, 0, 0, 0, max(places - ours.shape[1], 0)))
 
@@ -196,7 +196,7 @@ def masks(golden: Golden, model: Denoiser) -> Made:
     clean, t = golden.video("mask.clean", 1, noisy.shape[1]), golden.array("mask.t", 1, noisy.shape[1])
     text, chunk, sigma = golden.text(1), golden.chunk, t / 1000
     for name, past, level in (("blockwise_causal_out", noisy, sigma), ("teacher_forcing_out", clean, torch.zeros_like(sigma))):
-        memory, made = empty(peer("causal_global", noisy.shape[1])), []
+        memory, made = empty_memory(peer("causal_global", noisy.shape[1])), []
         for x, s, seen, at in zip(*(whole.split(chunk, dim=1) for whole in (noisy, sigma, past, level)), strict=True):
             made.append(model.velocity(x, s, text, memory))
             memory = model.remember(seen, text, memory, sigma=at)
@@ -215,6 +215,6 @@ def rolled(golden: Golden, model: Denoiser, name: str) -> Made:
             for step in range(again):
                 yield golden.array(f"roll.renoise{k * again + step}", chunk, *shape)[None]
 
-    memory = empty(peer(name.split(".")[0], frames))
+    memory = empty_memory(peer(name.split(".")[0], frames))
     chunks = stream(model, golden.text(1), (shape[0], shape[1], shape[2]), sigmas=sigmas, chunk=chunk, memory=memory, rng=drawn())
     yield name, torch.cat(list(islice(chunks, frames // chunk)), dim=1)

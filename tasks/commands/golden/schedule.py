@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cf_model.model.flow import Flow, add_noise, expand, to_velocity, to_x0
-from cf_model.model.memory import empty
-from cf_model.model.rollout import Rollout, Target
-from cf_model.model.view import TeacherView, sample
-from cf_model.train.distill import generator_gradient, replay
+from cf_model.model.flow import Flow, add_noise, expand_sigma, to_velocity, to_x0
+from cf_model.model.memory import empty_memory
+from cf_model.model.rollout import Rollout, TargetChunk
+from cf_model.model.view import TeacherView, sample_window
+from cf_model.train.distill import compute_generator_gradient, replay_window
 from tasks.params.yaml_file import Refused
 
 from .vectors import Golden, peer
@@ -39,7 +39,7 @@ def rows(golden: Golden, t: Tensor) -> Tensor:
     if "sched.timesteps" in golden.files:
         table = golden.array("sched.timesteps", None)
     else:
-        table = 1000 * torch.tensor(flow_of(golden).levels(1000)[:-1])
+        table = 1000 * torch.tensor(flow_of(golden).sampler_sigmas(1000)[:-1])
     return (table - t.reshape(-1, 1)).abs().argmin(dim=1)
 
 
@@ -68,11 +68,11 @@ class Always:
 
 def schedule(golden: Golden) -> Iterator[tuple[str, Tensor]]:
     flow = flow_of(golden)
-    levels = flow.levels(len(golden.array("sched.sigmas", None)))  # 0 is the last
+    levels = flow.sampler_sigmas(len(golden.array("sched.sigmas", None)))  # 0 is the last
     table = torch.tensor(levels[:-1], dtype=torch.float64)
     yield "sched.sigmas", table
     yield "sched.timesteps", 1000 * table
-    yield "sched.train_weights", flow.weight(table)
+    yield "sched.train_weights", flow.loss_weight(table)
     nominal = golden.array("sched.nominal_steps", None) / 1000
     yield "sched.warped_steps", 1000 * flow.warp(nominal)
     for name in golden.names(r"sched\.shift[\d.]+\.warped_steps"):
@@ -84,7 +84,7 @@ def schedule(golden: Golden) -> Iterator[tuple[str, Tensor]]:
     sigma = table[rows(golden, t)].float()
     yield "sched.xt", add_noise(x_0, noise, sigma)
     yield "sched.x0_from_flow", to_x0(x_t, velocity, sigma)
-    yield "sched.training_weight", flow.weight(sigma)
+    yield "sched.training_weight", flow.loss_weight(sigma)
     sigma = table[rows(golden, golden.array("sched.flow_from_x0.t", len(t)))].float()
     yield "sched.flow_from_x0", to_velocity(x_t, x_0, sigma)
     stepped = []
@@ -92,7 +92,7 @@ def schedule(golden: Golden) -> Iterator[tuple[str, Tensor]]:
         x, said, none = x[None, None], said[None, None], torch.zeros(1, 1, 1)
         step = Between(flow.shift, LOWEST, HIGHEST, tuple(levels[row : row + 2]))
         given = {"context": x[:, :0], "shape": tuple(x.shape[1:]), "view": ALONE, "null": none[0], "rng": iter([x])}
-        stepped.append(sample(Always(said), none, flow=step, steps=1, guidance=1, guidance_passes="apart", **given)[0])
+        stepped.append(sample_window(Always(said), none, flow=step, steps=1, guidance=1, guidance_passes="apart", **given)[0])
     yield "sched.euler_step", torch.cat(stepped)
 
 
@@ -109,7 +109,7 @@ class Stub:
     more: float = 0.0
 
     def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
-        return to_velocity(x_t, self.x * x_t + expand(self.t * sigma, x_t) + self.text * text.mean() + self.more, sigma)
+        return to_velocity(x_t, self.x * x_t + expand_sigma(self.t * sigma, x_t) + self.text * text.mean() + self.more, sigma)
 
 
 FAKE, REAL = Stub(0.70, -0.05, 0.10), Stub(0.60, 0.08, 0.30)
@@ -139,10 +139,10 @@ def score(golden: Golden, x_t: Tensor, sigma: Tensor, fake: Stub = FAKE) -> tupl
     """
     flow, x = replace(flow_of(golden), sigma_min=0.0, sigma_max=1.0), latent(golden)  # these levels are clamped already
     text, null = (words.mean(dim=0) for words in texts(golden))
-    noise = (x_t - (1 - expand(sigma, x)) * x) / expand(sigma, x)
+    noise = (x_t - (1 - expand_sigma(sigma, x)) * x) / expand_sigma(sigma, x)
     draws = zip(sigma / (flow.shift - (flow.shift - 1) * sigma), noise, strict=True)  # the level before its shift
     found = [
-        generator_gradient(
+        compute_generator_gradient(
             one[None], text[None], real=REAL, fake=fake, context=one[None, :0], view=ALONE, flow=flow,
             rng=iter([u[None], epsilon[None]]), guidance=GUIDANCE, guidance_passes="apart", null=null,
         )
@@ -150,7 +150,7 @@ def score(golden: Golden, x_t: Tensor, sigma: Tensor, fake: Stub = FAKE) -> tupl
     ]
     gradient = torch.cat([one for one, _ in found])
     normaliser, size = (torch.tensor([values[name] for _, values in found]) for name in ("normaliser", "dm_gradient"))
-    return gradient, gradient * expand(normaliser, gradient), size.mean()[None]
+    return gradient, gradient * expand_sigma(normaliser, gradient), size.mean()[None]
 
 
 def losses_of(golden: Golden) -> list[str]:
@@ -192,15 +192,15 @@ def back_propagated(golden: Golden, loss: str) -> tuple[int, Tensor, Tensor]:
     """A loss through the student's own replay, for a student that says what it is given: numbers in the mean, score, gradient."""
     x, chunk = latent(golden), golden.chunk
     sigma = of_a_video(golden, f"dmd.{loss}.t_used") / 1000
-    looked_up = torch.tensor(flow_of(golden).levels(1000))[rows(golden, 1000 * sigma)]
+    looked_up = torch.tensor(flow_of(golden).sampler_sigmas(1000))[rows(golden, 1000 * sigma)]
     gradient, _, _ = score(golden, add_noise(x, golden.array(f"dmd.{loss}.noise", *x.shape), looked_up), sigma)
     first = chunk if loss == "loss_b" else 0  # the frame from which on there is a loss
     gradient[:, :first] = 0
     with torch.enable_grad():
         x.requires_grad_()
         spec = peer("causal_global", x.shape[1])
-        targets = [Target(at, x[:, at : at + chunk], 1.0, empty(spec), at >= first) for at in range(0, x.shape[1], chunk)]
-        made = Rollout(x.detach(), slice(0, x.shape[1]), tuple(targets), (), empty(spec), ())
-        replay(lambda x_t, *_: x_t, made, gradient, torch.zeros(len(x), 1, 1))
+        targets = [TargetChunk(at, x[:, at : at + chunk], 1.0, empty_memory(spec), at >= first) for at in range(0, x.shape[1], chunk)]
+        made = Rollout(x.detach(), slice(0, x.shape[1]), tuple(targets), (), empty_memory(spec), ())
+        replay_window(lambda x_t, *_: x_t, made, gradient, torch.zeros(len(x), 1, 1))
     assert x.grad is not None
     return x[:, first:].numel(), gradient, x.grad

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cf_model.foreign.convert import expected, original_config, to_diffusers
+from cf_model.foreign.weight_names import expected_shapes, to_diffusers, translate_original_config
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import MemorySpec
-from cf_model.model.weights import check
+from cf_model.model.weights import check_weights
 from tasks.params.yaml_file import Refused
 
 WEIGHTS = "weights_selfforcing_keys.safetensors"
@@ -142,10 +142,10 @@ class Golden:
 
     def model(self) -> Denoiser:
         """Through our converter, strictly."""
-        sizes = original_config(self.config) | {"patch_size": tuple(self.config.get("patch_size", (1, 2, 2)))}
+        sizes = translate_original_config(self.config) | {"patch_size": tuple(self.config.get("patch_size", (1, 2, 2)))}
         try:
             weights = to_diffusers(self.weights())
-            check(weights, expected(sizes))
+            check_weights(weights, expected_shapes(sizes))
         except ValueError as error:
             raise Refused(f"{self.folder / WEIGHTS} is not the model of meta_*.json's config: {error}") from None
         transformer = WanTransformer3DModel.from_config(sizes)

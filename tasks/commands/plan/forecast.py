@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cf_model.codec.linear import SPACE, latent_frames
-from cf_model.model.checkpoint import KEEP
+from cf_model.codec.interface import SPACE, latent_frames
+from cf_model.model.checkpoint import CHECKPOINTS_TO_KEEP
 from cf_model.plan import need
 from cf_model.plan.cost import Costs
 from cf_model.plan.need import ZERO, Need
@@ -56,7 +56,7 @@ def needs(p: Params) -> dict[str, Need]:
 def disk(p: Params, stage: str) -> dict[str, float]:
     """Bytes that a training stage writes: its out, and beside it checkpoints, the newest `KEEP` and the one being written."""
     one, saves = needs(p)[stage], int(getattr(p, stage).save_every) < getattr(p, stage).steps
-    return {"out": 4.0 * costs(p).parameters, "checkpoints": (KEEP + 1.0) * one.checkpoint if saves else 0.0}
+    return {"out": 4.0 * costs(p).parameters, "checkpoints": (CHECKPOINTS_TO_KEEP + 1.0) * one.checkpoint if saves else 0.0}
 
 
 def clip(p: Params) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cf_model.plan.need import ZERO
-from tasks.params import schema
+from tasks.params import load
 from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused
 
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
     for name in ("gpu_memory", "tflops"):
         if (value := getattr(given, name)) is not None and value <= 0:
             raise Refused(f"--{name.replace('_', '-')} is {value}; use a value above 0")
-    p = schema.load(given.params)
+    p = load.load_params(given.params)
     machine = hardware(given.gpus, given.gpu_memory, given.tflops, given.utilisation)
     if given.json:
         print(json.dumps({"profile": p.profile, "hardware": machine.said, "stages": list(rows(p, machine))}, indent=1))

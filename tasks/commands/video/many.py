@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cf_model.data.prompts import prompts
+from cf_model.data.prompts import iterate_prompts
 from tasks.files.hashes import digest
+from tasks.files.step_rows import replace
 from tasks.params.yaml_file import Refused
-from tasks.runner.track import replace
 
 if TYPE_CHECKING:
     from cf_model.pipeline import ContextForcingPipeline
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callable[[str, Path], None]) -> None:
     """NNNNN.mp4 for line NNNNN of the file, and index.jsonl; settings.json says what they were made with."""
-    from cf_model.request import readable
+    from cf_model.request import check_prompt
 
     stated = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize")
     settings = {name: getattr(args, name) for name in stated} | {
@@ -29,16 +29,16 @@ def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callab
         "continue_from": args.continue_from and digest(args.continue_from),
     }
     made = begun(args.out, settings)
-    for number, words in prompts(args.prompts_file):
+    for number, words in iterate_prompts(args.prompts_file):
         try:
-            readable(words, pipe.text)
+            check_prompt(words, pipe.text)
         except ValueError as error:
             raise Refused(f"{args.prompts_file} line {number}: {error}") from None
         if made.get(number, words) != words:
             raise Refused(f"{args.prompts_file} line {number} is not the prompt that {args.out} holds a video of; name another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     replace(args.out / "settings.json", json.dumps(settings, indent=2) + "\n")
-    for number, words in prompts(args.prompts_file):
+    for number, words in iterate_prompts(args.prompts_file):
         if number not in made:
             out = args.out / f"{number:05d}.mp4"
             make(words, out)

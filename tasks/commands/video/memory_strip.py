@@ -31,7 +31,7 @@ def row(chunk: Chunk, number: int, second: float) -> Row:
     return {
         "chunk": number,
         "second": round(second, 4),
-        **chunk.held,
+        **chunk.context,
         "now": list(range(chunk.first, chunk.first + chunk.latents)),
         "promoted": list(chunk.promoted),
         "similarity": None if chunk.similarity is None else float(f"{chunk.similarity:.6g}"),

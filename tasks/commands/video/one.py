@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 
-from cf_model.data.apart import Unreadable, apart
-from cf_model.data.prompts import prompts
-from cf_model.data.video import Probe, grow_video, growing, probe, read_video
+from cf_model.data.prompts import iterate_prompts
+from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
+from cf_model.data.video import VideoFacts, grow_video, growing_path, probe_video, read_video
 from tasks.params.yaml_file import Refused
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def possible(args: argparse.Namespace) -> None:
     if args.prompts_file:
         if args.at:
             raise Refused("--at goes with --prompt; a line of --prompts-file is the one prompt of its video")
-        for _ in prompts(args.prompts_file):  # to its end: a bad line is said now, not after a night
+        for _ in iterate_prompts(args.prompts_file):  # to its end: a bad line is said now, not after a night
             pass
     else:
         if args.out.suffix != ".mp4":
@@ -104,18 +104,18 @@ def possible(args: argparse.Namespace) -> None:
 
 def loaded(args: argparse.Namespace) -> ContextForcingPipeline:
     from cf_model.pipeline import ContextForcingPipeline
-    from tasks.parts.device import device
+    from tasks.parts.device import choose_device
 
     pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
     if args.memory:
         recipe = replace(pipe.recipe, memory=changed(pipe.recipe.memory, args.memory))
         pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
-    return pipe.to(device())
+    return pipe.to(choose_device())
 
 
 def changed(spec: Any, settings: list[str]) -> Any:
     """The memory's spec with some values replaced by what KEY=VALUE says."""
-    from cf_model.folder import typed
+    from cf_model.folder import build_typed
 
     hints, values = get_type_hints(type(spec)), asdict(spec)
     for setting in settings:
@@ -128,22 +128,22 @@ def changed(spec: Any, settings: list[str]) -> Any:
         except ValueError:
             number = "whole number" if kind is int else "number"
             raise Refused(f"--memory {setting} is no {number}; write {name}={values[name]} or the like") from None
-    return typed(type(spec), values, "--memory ")
+    return build_typed(type(spec), values, "--memory ")
 
 
 def read_clip(path: Path, recipe: Recipe, *, resize: bool) -> np.ndarray:
     """Read in a child process: the file is whatever a person has."""
     if not path.is_file():
         raise Refused(f"--continue-from {path} is not there; name a video file")
-    found = in_a_child(probe, path)
-    if isinstance(found, Probe) and (found.height, found.width) != (recipe.height, recipe.width) and not resize:
+    found = in_a_child(probe_video, path)
+    if isinstance(found, VideoFacts) and (found.height, found.width) != (recipe.height, recipe.width) and not resize:
         stated = f"--continue-from {path} is {found.width} x {found.height}, but the model makes {recipe.width} x {recipe.height}"
         raise Refused(f"{stated}; add --resize to cover that size and cut the middle out")
     return in_a_child(partial(read_video, height=recipe.height, width=recipe.width, fps=recipe.fps), path)
 
 
 def in_a_child(task: Any, path: Path) -> Any:
-    [(_, answer)] = apart(task, [path], workers=1, timeout=TIMEOUT)
+    [(_, answer)] = read_in_subprocess(task, [path], workers=1, timeout=TIMEOUT)
     if isinstance(answer, Unreadable):
         raise Refused(f"--continue-from {path}: {answer.sentence}")
     return answer
@@ -154,13 +154,13 @@ def in_a_child(task: Any, path: Path) -> Any:
 
 def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace) -> None:
     """A video, and beside it what the strip is to show. Nothing is written before the first chunk is there."""
-    from cf_model.request import usable
+    from cf_model.request import usable_frames
 
     from . import memory_strip
 
     fps = pipe.recipe.fps
     made = pipe.chunks(timed, seconds=args.seconds, seed=args.seed, switch=args.switch, keep_sink=not args.new_sink, continue_from=clip)
-    new, used = round(args.seconds * fps), usable(pipe.recipe, clip)
+    new, used = round(args.seconds * fps), usable_frames(pipe.recipe, clip)
     if clip is not None:
         print(f"goes on from the last {used} of the clip's {len(clip)} frames")
     seconds, rows = (used + new) / fps, []
@@ -182,7 +182,7 @@ def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.n
     try:
         grow_video(out, chain([first], pictures), fps=fps, crf=args.crf)
     except BaseException:
-        print(f"stopped early; what was made is in {growing(out)}", file=sys.stderr)
+        print(f"stopped early; what was made is in {growing_path(out)}", file=sys.stderr)
         raise
     if args.memory_strip == "beside":
         memory_strip.picture(rows, out.with_name(f"{out.stem}.memory.png"), seconds)
@@ -191,7 +191,7 @@ def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.n
 
 def watched(made: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
     """The chunks, with a bar: frames of new video, and how many seconds of it are made in a second."""
-    from tasks.runner.track import Progress
+    from tasks.runner.progress import Progress
 
     bar, began, done = Progress(out.name, frames, "frame", 0), time.monotonic(), 0
     for chunk in made:

@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from cf_model.model.denoiser import ModelSpec
-from cf_model.model.weights import some
+from cf_model.model.weights import list_first_names
 
 Value = TypeVar("Value")
 
@@ -45,15 +45,15 @@ HEAD_DIM = 128  # of every published Wan
 
 def to_diffusers(state: Mapping[str, Value]) -> dict[str, Value]:
     """From the names of original Wan and Self-Forcing, wrappers already stripped. The values are handed through."""
-    return _renamed(state, TO_DIFFUSERS, "original Wan")
+    return _rename_weights(state, TO_DIFFUSERS, "original Wan")
 
 
 def to_self_forcing(state: Mapping[str, Value]) -> dict[str, Value]:
     """The other way round; Self-Forcing's files put `model.` before each name."""
-    return _renamed(state, TO_ORIGINAL, "diffusers")
+    return _rename_weights(state, TO_ORIGINAL, "diffusers")
 
 
-def in_diffusers(state: Mapping[str, Value]) -> dict[str, Value]:
+def ensure_diffusers_names(state: Mapping[str, Value]) -> dict[str, Value]:
     """Under diffusers' names, whichever of the two it came with."""
     return dict(state) if is_diffusers(state) else to_diffusers(state)
 
@@ -62,7 +62,7 @@ def is_diffusers(names: Iterable[str]) -> bool:
     return any(ONLY_DIFFUSERS.search(name) for name in names)
 
 
-def _renamed(state: Mapping[str, Value], rules: tuple[dict[str, str], ...], of: str) -> dict[str, Value]:
+def _rename_weights(state: Mapping[str, Value], rules: tuple[dict[str, str], ...], of: str) -> dict[str, Value]:
     renamed, unknown = {}, []
     for name, value in state.items():
         match = NAME.fullmatch(name)
@@ -73,7 +73,7 @@ def _renamed(state: Mapping[str, Value], rules: tuple[dict[str, str], ...], of: 
         else:
             renamed[f"{block or ''}{new}{kind or ''}"] = value
     if unknown:
-        raise ValueError(f"{some(unknown)} is no weight that {of}'s text-to-video transformer has; use a checkpoint of its architecture")
+        raise ValueError(f"{list_first_names(unknown)} is no weight that {of}'s text-to-video transformer has; use a checkpoint of its architecture")
     return renamed
 
 
@@ -83,7 +83,7 @@ def _renamed(state: Mapping[str, Value], rules: tuple[dict[str, str], ...], of: 
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "freq_dim", "text_dim", "in_channels", "out_channels")
 
 
-def config(spec: ModelSpec, *, channels: int, text_channels: int) -> dict[str, Any]:
+def diffusers_config(spec: ModelSpec, *, channels: int, text_channels: int) -> dict[str, Any]:
     """Our sizes as diffusers' config.json states them."""
     return {
         "num_layers": spec.layers,
@@ -98,7 +98,7 @@ def config(spec: ModelSpec, *, channels: int, text_channels: int) -> dict[str, A
     }
 
 
-def original_config(stated: Mapping[str, Any]) -> dict[str, Any]:
+def translate_original_config(stated: Mapping[str, Any]) -> dict[str, Any]:
     """diffusers' words for the config.json of original Wan."""
     dim, heads = stated.get("dim"), stated.get("num_heads")
     per_head = dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads else None
@@ -115,7 +115,7 @@ def original_config(stated: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def inferred(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+def infer_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
     """Sizes read off the tensors, under diffusers' names. The number of heads leaves no trace in them."""
     wanted = {
         "patch_embedding.weight": 5,
@@ -126,7 +126,7 @@ def inferred(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str,
     }
     odd = [name for name, rank in wanted.items() if name not in state or state[name].ndim != rank]
     if odd:
-        raise ValueError(f"{some(odd)} is missing or of another rank, so the sizes of the transformer can't be read off its weights")
+        raise ValueError(f"{list_first_names(odd)} is missing or of another rank, so the sizes of the transformer can't be read off its weights")
     patch, head, ffn, time, text = (state[name].shape for name in wanted)
     dim = patch[0]
     heads = heads or (dim // HEAD_DIM if dim % HEAD_DIM == 0 else None)
@@ -146,7 +146,7 @@ def inferred(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str,
     }
 
 
-def architecture(sizes: Mapping[str, Any]) -> Any:
+def build_on_meta(sizes: Mapping[str, Any]) -> Any:
     """diffusers' WanTransformer3DModel of these sizes, without memory for its weights."""
     wrong = [f"{key} is {sizes.get(key)!r}" for key in SIZES if not isinstance(sizes.get(key), int) or sizes[key] < 1]
     if wrong:
@@ -158,6 +158,6 @@ def architecture(sizes: Mapping[str, Any]) -> Any:
         return WanTransformer3DModel.from_config(dict(sizes))
 
 
-def expected(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every weight that diffusers' transformer of these sizes has, and its shape."""
-    return {name: tuple(weight.shape) for name, weight in architecture(sizes).state_dict().items()}
+    return {name: tuple(weight.shape) for name, weight in build_on_meta(sizes).state_dict().items()}

@@ -20,14 +20,14 @@ class Unreadable:
     sentence: str  # why, the same on every run
 
 
-def apart(task: Callable[[Path], T], paths: Sequence[Path], *, workers: int, timeout: float) -> Iterator[tuple[int, T | Unreadable]]:
+def read_in_subprocess(task: Callable[[Path], T], paths: Sequence[Path], *, workers: int, timeout: float) -> Iterator[tuple[int, T | Unreadable]]:
     """(index, task(path)) of every path in the order of completion.
 
     A ValueError of the task, the child's death, and more than `timeout` seconds on one file give Unreadable; any other
     exception is a fault of the task and is raised. `task` must be a function of a module, cheap to import.
     """
     waiting = deque(enumerate(paths))
-    children = [Child(task) for _ in range(min(workers, len(paths)))]
+    children = [ReaderProcess(task) for _ in range(min(workers, len(paths)))]
     try:
         for child in children:
             child.wait_until_ready()
@@ -48,7 +48,7 @@ def apart(task: Callable[[Path], T], paths: Sequence[Path], *, workers: int, tim
             child.end()
 
 
-class Child(Generic[T]):
+class ReaderProcess(Generic[T]):
     """A process and the one file it is busy with. It is replaced by a new process when it dies or has to be ended."""
 
     def __init__(self, task: Callable[[Path], T]) -> None:
@@ -61,7 +61,7 @@ class Child(Generic[T]):
         # Choice: spawn, because forking a process that has run torch's threads can hang.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(self.task, theirs), daemon=True)
+        self.process = context.Process(target=serve_reader, args=(self.task, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -109,7 +109,7 @@ class Child(Generic[T]):
         self.pipe.close()
 
 
-def serve(task: Callable[[Path], T], pipe: Connection) -> None:
+def serve_reader(task: Callable[[Path], T], pipe: Connection) -> None:
     """A child's life: a path in, an answer out, until the parent hangs up."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's complaints about bad files, thousands of lines
     pipe.send("ready")

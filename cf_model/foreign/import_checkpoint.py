@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.model.weights import WEIGHTS, check, some
+from cf_model.model.weights import WEIGHTS, check_weights, list_first_names
 
 from . import lora
-from .container import Branch, Source, open_source
-from .convert import architecture, expected, in_diffusers, inferred
+from .source_files import Branch, SourceWeights, open_source
+from .weight_names import build_on_meta, ensure_diffusers_names, expected_shapes, infer_config
 
 
 @dataclass(frozen=True)
-class Weights:
+class ImportedWeights:
     """A whole transformer under diffusers' names, and what was found on the way."""
 
     state: dict[str, Tensor]
@@ -53,7 +53,7 @@ def import_transformer(
     partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
     partial.chmod(0o755)  # mkdtemp's is its owner's alone
     try:
-        architecture(weights.config).save_config(partial)
+        build_on_meta(weights.config).save_config(partial)
         save_file({name: tensor.contiguous() for name, tensor in weights.state.items()}, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / "import.json").write_text(json.dumps(weights.facts, indent=2) + "\n")
         partial.rename(out)
@@ -70,7 +70,7 @@ def read_weights(
     dtype: torch.dtype | None = None,
     heads: int | None = None,
     lora_alpha: float | None = None,
-) -> Weights:
+) -> ImportedWeights:
     """Detects the layout, unwraps, renames, adds a LoRA to its base, and checks every name and shape.
 
     Without `branch`: generator_ema where there is one, else generator. Without `dtype`: as stored. `heads` is needed only
@@ -82,10 +82,10 @@ def read_weights(
         for name, value in (("--base", base), ("--lora-alpha", lora_alpha)):
             if value is not None:
                 raise ValueError(f"{name} is {value}, but {src} holds no LoRA; leave the option out")
-        state, config = _whole(source, rest, heads)
+        state, config = _check_transformer(source, rest, heads)
         facts: dict[str, Any] = {}
     else:
-        below = _base(source, base, rest, heads)
+        below = _read_base(source, base, rest, heads)
         scale = lora.Scale(lora_alpha, source.adapter, rank={"pipe", "dit"} <= set(source.stripped))
         try:
             state, found = lora.merge(below.state, pairs, scale, dtype)
@@ -93,15 +93,15 @@ def read_weights(
             raise ValueError(f"{src}: {error}") from None
         config, facts = below.config, {"layout": "LoRA", "lora": found, "base": below.facts}
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in sorted(state.items())}
-    return Weights(state, config, source.facts() | facts | _measured(state, config))
+    return ImportedWeights(state, config, source.facts() | facts | _describe_weights(state, config))
 
 
-def _whole(source: Source, found: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _check_transformer(source: SourceWeights, found: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checked transformer under diffusers' names, and its config."""
     try:
-        state = in_diffusers(found)
-        config = source.config or inferred(state, heads)
-        check(state, expected(config))
+        state = ensure_diffusers_names(found)
+        config = source.config or infer_config(state, heads)
+        check_weights(state, expected_shapes(config))
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from None
     if heads not in (None, config["num_attention_heads"]):
@@ -109,20 +109,20 @@ def _whole(source: Source, found: Mapping[str, Tensor], heads: int | None) -> tu
     return state, config
 
 
-def _base(source: Source, base: Path | None, rest: Mapping[str, Tensor], heads: int | None) -> Weights:
+def _read_base(source: SourceWeights, base: Path | None, rest: Mapping[str, Tensor], heads: int | None) -> ImportedWeights:
     """What a LoRA is added to: another checkpoint, or the whole transformer in the same file."""
     whole = "patch_embedding.weight" in rest
     if rest and not whole:
-        raise ValueError(f"{source.path} holds {some(rest)} beside LoRA matrices, but no whole transformer; use a plain LoRA")
+        raise ValueError(f"{source.path} holds {list_first_names(rest)} beside LoRA matrices, but no whole transformer; use a plain LoRA")
     if whole == (base is not None):
         way = "holds its own base; leave --base out" if whole else "is a LoRA; state with --base what it was trained on"
         raise ValueError(f"{source.path} {way}")
     if base is not None:
         return read_weights(base, heads=heads)
-    return Weights(*_whole(source, rest, heads), {"source": "the same file"})
+    return ImportedWeights(*_check_transformer(source, rest, heads), {"source": "the same file"})
 
 
-def _measured(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_weights(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
     model = {
         "layers": config["num_layers"],
         "heads": config["num_attention_heads"],

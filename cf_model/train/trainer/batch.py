@@ -1,0 +1,55 @@
+"""Draw what a batch is made of: the rows of encoded clips, and prompts of which a share is dropped for guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cf_model.model.flow import draw_uniform
+
+from .ranks import BatchRandom
+
+
+class EncodedClips(Protocol):
+    """The training clips as latents and prompt embeddings (cf_model/data/latents.py implements it). A clip is named by its row."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of a latent frame."""
+
+    def rows(self, split: Literal["train", "heldout"], at_least: int = 1) -> list[int]:
+        """Return the clips of a split with at least so many latent frames. Raises ValueError where there are none."""
+
+    def frames(self, row: int) -> int:
+        """Return a clip's number of latent frames."""
+
+    def window(self, rows: list[int], starts: list[int], length: int) -> Tensor:
+        """Return `length` latent frames of each clip from its start on: [B, F, C, H, W] float32."""
+
+    def text(self, rows: list[int]) -> Tensor:
+        """Return the clips' prompt embeddings: [B, T, E] float32."""
+
+    @property
+    def empty_text(self) -> Tensor:
+        """The empty prompt's embedding, [T, E]."""
+
+
+def average_groups(values: Sequence[float]) -> float:
+    """Average a value over the groups of a batch, which have equal sizes."""
+    return sum(values) / len(values)
+
+
+def draw_rows(rows: Iterable[int], count: int, rng: BatchRandom) -> list[int]:
+    """Draw `count` of the rows with replacement: those of the whole batch, the same on every rank."""
+    rows = list(rows)
+    return [rows[i] for i in rng.integers(0, len(rows) - 1, count)]
+
+
+def drop_prompts(text: Float[Tensor, "B T E"], empty: Float[Tensor, "T E"], share: float, rng: BatchRandom) -> Float[Tensor, "B T E"]:
+    """Replace a share of the prompts by the empty prompt, so that the model learns the unconditional velocity that guidance needs."""
+    keep = draw_uniform((len(text),), rng.rng) >= share
+    return torch.where(keep[:, None, None], text, empty.to(text))

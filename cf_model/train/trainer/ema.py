@@ -1,0 +1,45 @@
+"""Exponential moving average of a network's weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from .zero import gather_weights
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class EMA(Generic[Model]):
+    """Exponential moving average of a model's weights. Videos are generated with the average, rollouts use the raw weights.
+
+    `model` is the averaged copy, whole on every rank. The average follows the raw weights exactly for the first `start` updates.
+    """
+
+    def __init__(self, model: Model, decay: float, start: int = 0) -> None:
+        self.source, self.decay, self.start, self.done = model, decay, start, 0
+        self.model: Model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self) -> float:
+        """Move the average towards the raw weights. Return |average - raw| / |raw| over the weights that learn."""
+        # Choice: a rising decay in the first updates, so that a short run's average is not its starting point.
+        decay = min(self.decay, (1 + self.done) / (10 + self.done)) if self.done >= self.start else 0.0
+        norms = []
+        for mean, raw in zip(self.model.parameters(), gather_weights(self.source), strict=True):
+            mean.lerp_(raw, 1 - decay)  # mean <- decay * mean + (1 - decay) * raw
+            if raw.requires_grad:
+                norms.append(torch.stack([(mean - raw).norm(), raw.norm()]).float())
+        self.done += 1
+        distance, size = torch.stack(norms).norm(dim=0)  # norms is [weights, 2]
+        return float(distance / size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+        self.model.load_state_dict(state["model"])

@@ -1,0 +1,137 @@
+"""Programs of one checkout under supervisor: Prefect's server, the worker, the watch and the reports.
+
+supervisor starts each again within seconds of its death and rotates its log. It listens at a unix socket that only this user opens.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from xmlrpc.client import Error, ServerProxy
+
+import psutil
+from supervisor.xmlrpc import SupervisorTransport
+
+from flows.machine import processes
+from flows.machine.settings import DATABASE, PASSWORD, Machine, process_environment
+
+GRACE = 8.0  # seconds between SIGTERM and SIGKILL
+LOOK = "900"  # Choice: seconds between two looks of the watch; a night is late after a day
+RUNNING = ("RUNNING", "STARTING")  # states, in supervisor's words
+SOCKET_PATH = 107 - len(".12345678")  # bytes that Linux takes, less what supervisor appends while it binds
+
+SUPERVISOR = """\
+[supervisord]
+nodaemon = true
+silent = true
+logfile = %(here)s/supervisor.log
+logfile_maxbytes = 1MB
+logfile_backups = 1
+pidfile = %(here)s/supervisor.pid
+
+[unix_http_server]
+file = %(here)s/supervisor.sock
+chmod = 0700
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+"""
+# Choice: a program that ends within 30 s has not started; it is tried 10 times, one second later each time, before supervisor gives up.
+# Choice: 50 MB of log, and as much of an older one, because the worker's has each line of each stage.
+PROGRAM = """
+[program:{name}]
+command = {command}
+startsecs = 30
+startretries = 10
+autorestart = true
+stopsignal = {signal}
+stopwaitsecs = {grace:.0f}
+redirect_stderr = true
+stdout_logfile = %(here)s/{name}.log
+stdout_logfile_maxbytes = 50MB
+stdout_logfile_backups = 1
+"""
+
+
+def write_config(machine: Machine) -> Path:
+    """Write supervisor's configuration, which holds no secret: programs inherit the environment, and all but the server less of it."""
+    python = [Path(sys.executable).name, "-m"]  # first in PATH, see process_environment
+    ignorant = ["env", "-u", DATABASE, "-u", PASSWORD, *python]
+    commands = {
+        "watch": [*ignorant, "flows.machine.alerts", "--every", LOOK],
+        "reports": [*ignorant, "flows.machine.reports", str(machine.reports_port)],
+        "server": [*python, "prefect", "server", "start", "--host", machine.host, "--port", str(machine.port)],
+        "worker": [*ignorant, "flows.machine.up", "worker"],
+    }
+    text = SUPERVISOR
+    for name, words in commands.items():
+        # the worker is killed, because it would wait for its runs; `cf down` ends these first, with their grace
+        signal = "KILL" if name == "worker" else "TERM"
+        text += PROGRAM.format(name=name, command=shlex.join(words).replace("%", "%%"), signal=signal, grace=GRACE)
+    config = machine.file("supervisor.conf")
+    config.write_text(text)
+    return config
+
+
+def start_supervisor(machine: Machine, secrets: dict[str, str]) -> None:
+    """Start supervisor and with it all programs, in a session of its own, so that closing the terminal ends nothing."""
+    socket = machine.file("supervisor.sock")
+    if (length := len(os.fsencode(socket))) > SOCKET_PATH:
+        raise ValueError(f"{socket} has {length} bytes and a unix socket's path {SOCKET_PATH} at most; move the checkout to a shorter path")
+    command = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(write_config(machine))]
+    env, log = process_environment(machine) | secrets, machine.file("supervisor.log")
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command, cwd=machine.root, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    while connect(machine) is None:
+        if process.poll() is not None:
+            raise ValueError(f"supervisor ended while it started, with: {read_log_tail(log)}; see {log}")
+        time.sleep(0.1)
+
+
+def connect(machine: Machine) -> Any:
+    """Return supervisor's XML-RPC interface, or None where no supervisor of this checkout runs."""
+    transport = SupervisorTransport(None, None, f"unix://{machine.file('supervisor.sock')}")
+    interface = ServerProxy("http://127.0.0.1", transport=transport).supervisor  # the address is not used: the transport has the socket
+    try:
+        interface.getState()
+        return interface
+    except (OSError, Error, HTTPException):
+        return None
+
+
+def read_states(machine: Machine) -> dict[str, str]:
+    """Return the state of each program, in supervisor's words (RUNNING, BACKOFF, ...); empty where no supervisor runs."""
+    interface = connect(machine)
+    return {info["name"]: info["statename"] for info in interface.getAllProcessInfo()} if interface else {}
+
+
+def find_process(machine: Machine, name: str) -> psutil.Process | None:
+    """Return the process of a program, or None while it is dead."""
+    interface = connect(machine)
+    pid = interface.getProcessInfo(name)["pid"] if interface else 0
+    try:
+        return psutil.Process(pid) if pid else None
+    except processes.GONE:
+        return None
+
+
+def read_log(log: Path, start: int | None = None) -> str:
+    """Return what a log says from byte `start` on; by default its last 200 kB."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 200_000) if start is None else start if start <= size else 0)  # a log that is shorter now was rotated
+        return file.read().decode(errors="replace")
+
+
+def read_log_tail(log: Path) -> str:
+    return " | ".join(line for line in read_log(log).splitlines()[-4:] if line.strip())

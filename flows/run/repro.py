@@ -1,0 +1,124 @@
+"""dvc.yaml's stages under Prefect: parameters checked first, each stage as soon as its inputs exist, results pushed afterwards."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from prefect import allow_failure, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.utilities.annotations import quote
+
+from flows.project import dvc_graph, dvc_lock, dvc_remote, git
+from flows.project.dvc_graph import Stage
+from flows.run import artifacts
+from flows.run.stage_task import SharedRun, environment, run_logged, run_stage
+from flows.supervise import command
+
+RETRY_DELAY = 2.0  # seconds before a stage is tried again
+
+
+@task(name="check parameters", task_run_name="check parameters", cache_policy=NO_CACHE)
+def check_parameters(root: Path) -> None:
+    """Run `cf validate` before any stage. Raises ValueError with its sentence. A project without `cf validate` has nothing to check."""
+    if not (root / "tasks/validate.py").exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:  # not the path that the stage `validate` writes
+        words = [sys.executable, "-m", "tasks", "validate", "--out", f"{folder}/params.json"]
+        code, lines = run_logged(words, log=get_run_logger().info, cwd=root, env=environment("validate", root, root), timeout=300)
+    if code:
+        raise ValueError(lines[-1].strip().removeprefix("cf validate: ") if lines else f"`cf validate` ended with {code} and said nothing")
+
+
+def repro_stages(
+    root: Path, graph: list[Stage], chosen: list[Stage], *, run: str, repo: Path, pull: bool = False, at_once: int = 4
+) -> dict[str, str]:
+    """Run the chosen stages as tasks of the current flow, each as soon as its inputs are ready. Return the state of each stage.
+
+    `graph` has all stages of the project at `root`, in running order; `chosen` is a part of it. `repo` is the checkout that `root` is a
+    worktree of, or `root` itself. Raises RuntimeError when a stage failed, after all that do not need it have ended.
+    """
+    logger = get_run_logger()
+    shared = SharedRun(root, environment(run, root, repo), _find_unchanged(root), threading.Semaphore(at_once), pull)
+    committed, futures = dvc_lock.recorded(git.committed(root, "dvc.lock")), dict[str, Any]()
+    for stage in chosen:
+        upstream = nearest_upstream(stage, graph, {stage.name for stage in chosen})
+        options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
+        stage_task: Any = run_stage.with_options(**options, retry_delay_seconds=RETRY_DELAY, tags=["gpu"] if stage.gpus else [])
+        futures[stage.name] = stage_task.submit(
+            quote(stage), quote(upstream), quote(shared), wait_for=[allow_failure(futures[other]) for other in upstream]
+        )
+    try:
+        for future in futures.values():
+            future.wait()
+    except BaseException:  # also SIGTERM, which Prefect raises here as an exception
+        command.stop()
+        raise
+    dvc_lock.put_in_order(root, committed, graph)
+    states = {stage.name: shared.outcomes.get(stage.name, "Failed") for stage in chosen}
+    artifacts.show_results(root, run, states, logger.warning)
+    if failed := [stage for stage, state in states.items() if state == "Failed"]:
+        lines = [line for line in shared.output.get(failed[0], []) if not line.startswith("ERROR: failed to reproduce")]
+        skipped = ", ".join(stage for stage, state in states.items() if state == "Skipped")
+        rest = f"; skipped: {skipped}" if skipped else ""
+        raise RuntimeError(f"{', '.join(failed)} failed: {lines[-1] if lines else 'it said nothing'}{rest}")
+    return states
+
+
+def plan_stages(root: Path, chosen: list[Stage]) -> dict[str, str]:
+    """Return and show which of the chosen stages would run, and why, as far as that is known before.
+
+    A stage that makes the same bytes again lets the stages after it rest, so fewer may run than are said to.
+    """
+    unchanged, states, rows = _find_unchanged(root), dict[str, str](), list[dict[str, str]]()
+    for stage in chosen:
+        after = [other for other in stage.upstream if states.get(other, "Cached") != "Cached"]
+        states[stage.name] = "Cached" if stage.name in unchanged and not after else "Would run"
+        why = "nothing changed" if states[stage.name] == "Cached" else f"after {', '.join(after)}" if after else "it changed"
+        rows.append({"stage": stage.name, "state": states[stage.name], "why": why})
+        get_run_logger().info(f"{stage.name}: {states[stage.name]}, {why}")
+    artifacts.show_table(rows, "dry-run", "what would run", get_run_logger().warning)
+    return states
+
+
+def nearest_upstream(stage: Stage, graph: list[Stage], chosen: set[str]) -> tuple[str, ...]:
+    """Return the chosen stages that a stage waits for, looking through the stages between them that are not chosen."""
+    by_name = {other.name: other for other in graph}
+    nearest: dict[str, None] = {}
+    for other in stage.upstream:
+        nearest |= {other: None} if other in chosen else dict.fromkeys(nearest_upstream(by_name[other], graph, chosen))
+    return tuple(nearest)
+
+
+def _find_unchanged(root: Path) -> set[str]:
+    """Return the stages that have nothing to do, which saves a second for each; none where `dvc status` fails, so each asks DVC itself."""
+    try:
+        return dvc_graph.unchanged(root)
+    except RuntimeError as error:
+        get_run_logger().warning(str(error))
+        return set()
+
+
+def remote_answers(root: Path) -> bool:
+    """Say whether results can be pulled. A remote that does not answer is no reason not to run, because all it has can be made here.
+
+    Raises dvc_remote.Misconfigured for a remote that is set up wrong.
+    """
+    try:
+        get_run_logger().info(f"takes what {dvc_remote.check(root)} has")
+    except dvc_remote.Away as error:
+        get_run_logger().warning(f"{error}; everything is made here")
+        return False
+    return True
+
+
+def push_results(root: Path, failure: RuntimeError | None) -> None:
+    """Push what has finished, also when a stage failed. Raises RuntimeError for a failed push, unless `failure` already ends the run."""
+    state = dvc_remote.pushed(root, return_state=True)
+    if not state.is_completed() and not failure:
+        message = re.sub(r"^Task run encountered an exception \w+: ", "", state.message or "it did not end")
+        raise RuntimeError(f"the stages are finished and not sent: {message}; `cf remote push` in {root} sends them")

@@ -1,0 +1,124 @@
+"""Environment variables CF_*: name, type, default and meaning of each in one class, which `cf env` prints.
+
+Nothing here changes a result: what does is in params.yaml. Code reads the values through tasks/files/settings.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tasks.params.yaml_file import Refused
+
+PREFIX = "CF_"
+PATH_NAME = "a name in letters, digits and . _ -"
+
+
+def _variable(default: Any, rule: str, meaning: str, **limits: Any) -> Any:
+    """Declare a variable: its default, what a value must be (completes "it must be ..."), and a sentence for `cf env`."""
+    return Field(default, description=meaning, json_schema_extra={"rule": rule}, **limits)
+
+
+def _internal(meaning: str) -> Any:
+    return _variable(None, "text", f"Internal: {meaning}.")
+
+
+class Environment(BaseSettings):
+    """Values of the CF_* variables of this process; an empty variable counts as absent."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore")
+
+    # cf up, cf deploy
+    port: int | None = _variable(
+        None,
+        "a whole number from 1 to 65535",
+        "Port of the Prefect server; default: the last one of this checkout, else 4200.",
+        ge=1,
+        le=65535,
+    )
+    host: str | None = _variable(
+        None, "an address", "Address of the server; default: the last one of this checkout, else 127.0.0.1. Others need a password."
+    )
+    runs: int = _variable(
+        1, "a whole number from 1 to 64", "Flow runs at a time on this machine, of all deployments together.", ge=1, le=64
+    )
+    reports: str | None = _variable(None, "an address", "Where links to reports lead; default: the server that `cf up` starts for them.")
+    pool: str = _variable(
+        "cf", f"a work pool, {PATH_NAME}", "Work pool that `cf deploy` sends deployments to.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+    )
+    root: str | None = _variable(
+        None,
+        "the project's whole path on the machines that work for the pool, from / on",
+        "The project's folder on the machines that work for the pool; default: this checkout.",
+        pattern=r"^/[^{}\r\n]*$",
+    )
+    alert_url: SecretStr | None = _variable(None, "an address", "URL that is sent a message when a night fails or doesn't happen. Secret.")
+    heartbeat_url: SecretStr | None = _variable(None, "an address", "URL that is asked for once at the end of a good night. Secret.")
+    # stages
+    gpus: int | None = _variable(None, "the number of GPUs of this machine, 0 or more", "GPUs that may be given away; default: all.", ge=0)
+    gpu_locks: Path | None = _variable(None, "a folder", "Folder of the GPUs' locks; default: ~/.cache/cf/HOST.")
+    ranks: int | None = _variable(None, "a whole number from 1 on", "Processes of a training stage; default: one a GPU.", ge=1)
+    grace: float = _variable(4.0, "seconds, 0 or more", "Seconds between SIGTERM and SIGKILL for what a stage leaves behind.", ge=0)
+    clip_cache: str | None = _variable(
+        None, "a folder, or off", "Folder of results of single clips, or off; default: work/kept.", validation_alias="CF_KEPT"
+    )
+    run: str | None = _variable(None, "a name", "Name that W&B gives to all stages of one command; default: one drawn for them.")
+    ignore_plan: bool = _variable(False, "1 or 0", "1 starts a stage that `cf plan` says won't fit.")
+    traceback: bool = _variable(False, "1 or 0", "1 shows where an error was raised.")
+    # containers: infra/entrypoint.sh
+    repository: str | None = _variable(None, "an address", "Git repository that a container clones, without credentials in it.")
+    branch: str = _variable("main", "a branch", "Branch that a container clones.")
+    checkout: Path | None = _variable(None, "a folder", "Where a container clones it; default: ~/context-forcing.")
+    # tests
+    system: bool = _variable(False, "1 or 0", "1 runs tests/system, with a real server, worker and browser.")
+    screenshots: Path | None = _variable(None, "a folder", "Folder that tests/system writes the screenshots of docs/ to.")
+
+    machine: str | None = _internal("the checkout that a process belongs to, for `cf down`")
+    guard: str | None = _internal("the guardian that a process belongs to (flows/supervise/guardian.py)")
+    nightly_cron: str | None = _internal("nightly.cron of params.yaml, for infra/prefect.yaml")
+    nightly_timezone: str | None = _internal("nightly.timezone of params.yaml, for infra/prefect.yaml")
+
+
+def variable_name(field: str) -> str:
+    return str(Environment.model_fields[field].validation_alias or f"{PREFIX}{field.upper()}")
+
+
+def read_environment() -> Environment:
+    """Read and check all CF_* variables; Refused names the first that is malformed."""
+    try:
+        return Environment()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        field = next(field for field in Environment.model_fields if name in (field, variable_name(field)))
+        rule: Any = Environment.model_fields[field].json_schema_extra
+        raise Refused(f"{variable_name(field)} is {first['input']!r}; it must be {rule['rule']}") from None
+
+
+def find_unknown() -> list[str]:
+    """Say of each CF_* variable of the environment that the class doesn't know, which one may have been meant."""
+    known = {variable_name(field) for field in Environment.model_fields}
+    sentences = []
+    for name in sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known):
+        close = difflib.get_close_matches(name, known, 2)
+        sentences.append(f"{name} means nothing here; " + (f"did you mean {' or '.join(close)}?" if close else "`cf env` lists what does"))
+    return sentences
+
+
+def main(argv: list[str]) -> None:
+    about = "Prints every CF_* variable with its value here, its default and its meaning, and warns of unknown ones."
+    argparse.ArgumentParser("cf env", description=about).parse_args(argv)
+    values = read_environment()
+    for field, info in Environment.model_fields.items():
+        value = getattr(values, field)
+        shown = "-" if value is None else "(set)" if isinstance(value, SecretStr) else value
+        changed = "" if info.default in (None, value) else f" (default: {info.default})"
+        print(f"{variable_name(field):<20} {shown}{changed}\n{'':<20} {info.description}")
+    for sentence in find_unknown():
+        print(f"warning: {sentence}")

@@ -1,0 +1,56 @@
+"""`cf STAGE`: the options of a stage, and its run in one process or in several ranks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tasks.params.project import Project
+
+from . import ranks
+from .execute import execute
+from .process import BEGAN
+from .working_folder import WORK
+
+
+def run_stage(stage: str, argv: list[str], project: Project) -> None:
+    """Run a stage. With several ranks this process only starts them, after it has validated options and parameters."""
+    run = importlib.import_module(f"tasks.{stage}").run
+    paths = vars(build_parser(stage, run, project).parse_args(argv))
+    del paths["params"]  # which `project` has read
+    rank, params = ranks.get_rank(), project.params
+    if rank is None and (count := ranks.count_ranks(stage, project.tree)) * ranks.count_nodes() > 1:
+        sys.exit(ranks.launch(stage, count))
+    store = None if rank is None else ranks.join_ranks()
+    if rank and store:
+        ranks.follow(stage, run, paths, params, store)
+        return
+    if stage in ranks.TRAINING_STAGES:
+        importlib.import_module("tasks.commands.plan.forecast").refuse(params, stage, paths["out"], WORK / stage)
+    announce = None if store is None else lambda work: store.set("work", str(work))
+    execute(stage, run, paths, project, began=BEGAN, announce=announce)
+
+
+def build_parser(stage: str, run: Callable[..., Any], project: Project) -> argparse.ArgumentParser:
+    """Build a parser with one option for each keyword-only parameter of `run`, of its type, and required unless it has a default."""
+    entry = project.stages.get(stage)
+    epilog = f"in dvc.yaml:\n  {' '.join(entry['cmd'].split())}" if entry else None
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"cf {stage}", description=inspect.getdoc(run), epilog=epilog, formatter_class=form)
+    hints = typing.get_type_hints(run)
+    for name, parameter in inspect.signature(run).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        kind = next(option for option in (Path, str) if option in (hints[name], *typing.get_args(hints[name])))
+        required = parameter.default is parameter.empty
+        text = None if required or parameter.default is None else f"default: {parameter.default}"
+        default = None if required else parameter.default
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, required=required, default=default, help=text)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
+    return parser
