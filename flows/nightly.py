@@ -138,8 +138,9 @@ def alert_outcome(end: NightEnd, log: Log) -> None:
 
 
 def _tidy_up(repo: Path, end: NightEnd, late: str | None, log: Log) -> None:
-    """Write down that a night took place, alert if it could not be handed over, and remove old worktrees."""
+    """Write down that a night took place, send the heartbeat, alert if it could not be handed over, and remove old worktrees."""
     alerts.record_end(repo, STATE_NAMES[end.outcome], good=True)
+    alerts.send_heartbeat(log)
     if late:
         alerts.send_alert("not pushed", late, log, date=end.date)
     for folder in worktree.prune(repo, line=log):

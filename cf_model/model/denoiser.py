@@ -225,7 +225,7 @@ class Denoiser(nn.Module):
         velocity = self._pass(x_t, sigma, text, memory, taken)
         return to_x0(x_t, velocity, sigma), memory.offer(split_frames(taken, memory.frame_count, x_t.shape[1]))
 
-    def watch(
+    def remember_clip(
         self,
         x_0: Float[Tensor, "B F C H W"],
         text: Float[Tensor, "B T E"],

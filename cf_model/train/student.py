@@ -1,4 +1,8 @@
-"""Stages 1 and 2: the causal student learns from its own rollouts, scored by a teacher (secs. 3.1, 3.2; alg. 1)."""
+"""Stages 1 and 2: the causal student learns from its own rollouts, scored by a teacher (secs. 3.1, 3.2; alg. 1).
+
+Stage 1 minimises L_local (eq. 3) by the gradient of eq. 4: a window without a context. Stage 2 minimises L_CDMD (eq. 5) by the gradient
+of eq. 6: the window that continues a context from the student's own rollout. Both are `DistillationTrainer` with other settings.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,6 @@ from cf_model.model.flow import Flow
 from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import GuidancePasses, TeacherView
-from cf_model.train.distill import measure_student_loss
 from cf_model.train.trainer.batch import average_groups, draw_rows
 from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec, require_at_least
@@ -23,7 +26,7 @@ from cf_model.train.trainer.observe import StepTimer, measure_promotion
 from cf_model.train.trainer.ranks import BatchRandom
 from cf_model.train.trainer.zero import build_optimizer
 
-from .distill import compute_critic_loss, compute_generator_gradient, replay_window
+from .distill import compute_critic_loss, compute_generator_gradient, measure_student_loss, replay_window
 from .past import RolloutStreams, SharedRollouts
 
 
@@ -33,9 +36,9 @@ class ScoreSpec:
 
     context: Literal["none", "sparse", "contiguous"]
     guidance: float  # null + guidance (cond - null); Self-Forcing's 3.0 is our 4.0
-    guidance_passes: GuidancePasses  # the teacher's two, one after the other or as one batch
-    mismatch: Literal["refuse", "accept"]  # a context in another layout than the teacher was trained on
-    first_latent: Literal["as_is", "reencode"]  # the first frame that they see, where it isn't the video's: as a picture of its own
+    guidance_passes: GuidancePasses  # of the teacher with and without the prompt: one after the other, or as one batch
+    mismatch: Literal["refuse", "accept"]  # what to do with a context in another layout than the teacher was trained on
+    first_latent: Literal["as_is", "reencode"]  # the first frame that scores see, where it isn't the video's: encoded again as a picture
 
     def __post_init__(self) -> None:
         require_at_least(1, guidance=self.guidance)
@@ -43,11 +46,11 @@ class ScoreSpec:
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """One distillation stage. Stage 1 and stage 2 are two of these."""
+    """Settings of a distillation stage, 1 or 2. The paper: 600 and 500 iterations of batch 64 (sec. 4)."""
 
     steps: int  # updates of the critic
-    critic_updates: int  # for one of the student
-    rollouts: Literal["each", "shared"]  # of the critic's updates: a new one each, or one for all until the student's
+    critic_updates: int  # for one update of the student
+    rollouts: Literal["each", "shared"]  # a new rollout for each update of the critic, or one until the student's next update
     batch: int
     memory: MemorySpec
     rollout: RolloutSpec
@@ -82,7 +85,7 @@ class StudentSpec:
 
 
 class PromptSet(Protocol):
-    """Embedded prompts, read as they are drawn: a training set's do not fit into memory. A tensor [P, T, E] is one, too."""
+    """Embedded prompts, read as they are drawn because a training set's do not fit into memory. A tensor [P, T, E] satisfies it too."""
 
     def __len__(self) -> int: ...
 
@@ -90,7 +93,11 @@ class PromptSet(Protocol):
 
 
 class DistillationTrainer:
-    """The moving parts of one distillation: the critic learns at every step, the student at every `critic_updates`-th."""
+    """One distillation (alg. 1): the critic learns at every step, the student at every `critic_updates`-th.
+
+    `student` is G_ϕ, `teacher` s_real, `critic` s_fake. `shape` is C, H, W of a latent frame. `reencode` replaces the last video frame
+    of some latents by a picture's latent (`first_latent: reencode`).
+    """
 
     def __init__(
         self,
@@ -108,56 +115,62 @@ class DistillationTrainer:
         reencode: Callable[[Float[Tensor, "B F C H W"]], Float[Tensor, "B 1 C H W"]] | None = None,
         engine: EngineSpec = PLAIN,
     ) -> None:
-        """`reencode` makes the last video frame of some latents a picture's latent (`first_latent: reencode`)."""
         device = next(student.parameters()).device
         self.null, self.prompts, self.reencode = null.to(device), prompts, reencode
         self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
+        self.steps, self.save_every = spec.steps, spec.save_every
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
-        self.random = BatchRandom(seed, device, groups=engine.groups(spec.batch))
-        self.average = EMA(student, spec.ema, spec.ema_start)
+        self.random = BatchRandom(seed, device, groups=engine.count_groups(spec.batch))
+        self.ema = EMA(student, spec.ema, spec.ema_start)  # before build_optimizer, which may split the student over the ranks
         self.student_optimizer = build_optimizer(student, spec.student_optimizer, spec.steps // spec.critic_updates, engine)
         self.critic_optimizer = build_optimizer(critic, spec.critic_optimizer, spec.steps, engine)
         self.streams = RolloutStreams(spec.memory, self.random, device)
-        self.kept = SharedRollouts()
-        self.clock = StepTimer(device)
-        self.seen: dict[str, Tensor] = {}
+        self.shared = SharedRollouts()
+        self.timer = StepTimer(device)
+        self.newest_batch: dict[str, Tensor] = {}
 
     @property
     def state(self) -> Mapping[str, Any]:
+        """Everything that a step changes, by its name in a checkpoint."""
         return {
             "student": self.student_optimizer.weights,
             "critic": self.critic_optimizer.weights,
-            "average": self.average,
+            "average": self.ema,
             "student_optimizer": self.student_optimizer,
             "critic_optimizer": self.critic_optimizer,
             "random": self.random,
             "streams": self.streams,
-            "kept": self.kept,
+            "kept": self.shared,
         }
 
     def step(self, number: int) -> dict[str, float]:
-        """One update of the critic; every `critic_updates`-th time one of the student too, on the same rollout."""
-        last = (number + 1) % self.spec.critic_updates == 0
-        groups = [self._group(number, group, last) for group in self.random.groups()]
-        values = {name: average_groups([one[name] for one in groups]) for name in groups[0]}
-        if last:
+        """Run the body of alg. 1's loop once: update the critic, and at every `critic_updates`-th step the student on the same rollout."""
+        student_learns = (number + 1) % self.spec.critic_updates == 0
+        groups = [self._accumulate_group(number, group, student_learns) for group in self.random.groups()]
+        values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
+        if student_learns:
             values["student_gradient"] = self.student_optimizer.step()
-            values["ema_distance"] = self.average.update()
-            self.kept.clear()
+            values["ema_distance"] = self.ema.update()
+            self.shared.clear()
         values["critic_gradient"] = self.critic_optimizer.step()
-        self.clock.lap("update")
+        self.timer.lap("update")
         return values
 
-    def _group(self, number: int, group: int, last: bool) -> dict[str, float]:
-        """Adds the gradients of one group of the batch: of the critic, and with `last` of the student."""
+    def _accumulate_group(self, number: int, group: int, student_learns: bool) -> dict[str, float]:
+        """Add the gradients of one group of the batch: the critic's, and the student's where it learns. Return the group's values."""
         spec = self.spec
-        made, text = self._made(number, group)
-        self.clock.lap("rollout")
-        context, target = self.shown(made)
-        self.clock.lap("data")
-        self.seen |= self.random.label(target=target, context=context, text=text)
-        past = self.view.read_context(self.critic, text, context)  # for both updates: the student's doesn't change the critic
-        values = self._student_gradient(made, target, context, text, past) if last else {}
+        # Lines 5 to 28: a prompt, a rollout X of the student, without gradient.
+        made, text = self._get_rollout(number, group)
+        self.timer.lap("rollout")
+        # Line 29: the context v_c, [B, K, C, H, W], and the window that it is scored after, [B, F, C, H, W].
+        context, target = self.split_rollout(made)
+        self.timer.lap("data")
+        self.newest_batch |= self.random.label(target=target, context=context, text=text)
+        # The critic's keys and values of the context serve both updates, because the student's update does not change the critic.
+        past = self.view.read_context(self.critic, text, context)
+        # Line 30: the contextual DMD loss (eq. 6; eq. 4 without a context).
+        values = self._accumulate_student_gradient(made, target, context, text, past) if student_learns else {}
+        # DMD: the critic is trained on the student's frames, so that s_fake stays the score of what the student makes.
         loss = compute_critic_loss(
             target,
             text,
@@ -170,59 +183,76 @@ class DistillationTrainer:
             past=past,
         )
         self.critic_optimizer.backward(loss / self.random.count)
-        self.clock.lap("critic")
+        self.timer.lap("critic")
         values |= {"critic_loss": loss.item(), "frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
         values |= {"context_frames": float(context.shape[1]), "window": float(made.window.start)}
         if made.comparisons:
             values |= measure_promotion(spec.memory, made.comparisons) | {"slow_frames": float(len(made.memory.frame_indices()["slow"]))}
         return values
 
-    def _made(self, number: int, group: int) -> tuple[Rollout, Tensor]:
-        """The rollout that this step's scores look at."""
-        into, rng = number % self.spec.critic_updates, self.random.rng
+    def _get_rollout(self, number: int, group: int) -> tuple[Rollout, Tensor]:
+        """Return this step's rollout and its prompts: a new rollout, or with `rollouts: shared` that of the student's last update."""
+        since_update, rng = number % self.spec.critic_updates, self.random.rng
         if self.spec.rollouts == "each":
             return self._roll_out(number, group)
-        if not into:
-            self.kept.before = rng.get_state()
-            self.kept.made[group] = self._roll_out(number, group)
-        elif group not in self.kept.made:  # resumed between two updates of the student, which would make the same again
+        if not since_update:
+            self.shared.random_before = rng.get_state()
+            self.shared.rollouts[group] = self._roll_out(number, group)
+        elif group not in self.shared.rollouts:
+            # Resumed between two updates of the student: the unchanged student makes the same rollout from the same random state.
             now = rng.get_state()
-            rng.set_state(self.kept.before)
-            self.kept.made[group] = self._roll_out(number - into, group)
+            rng.set_state(self.shared.random_before)
+            self.shared.rollouts[group] = self._roll_out(number - since_update, group)
             rng.set_state(now)
-        return self.kept.made[group]
+        return self.shared.rollouts[group]
 
     def _roll_out(self, number: int, group: int) -> tuple[Rollout, Tensor]:
-        """A new video, or with `persist: stream` the next part of the one before, until that is as long as it should be."""
+        """Generate a new video (alg. 1, lines 5 to 28), or with `persist: stream` the next part of a video that is not finished."""
         spec, rng, stream = self.spec, self.random.rng, self.streams.groups[group]
-        before, new = stream.made, spec.rollout.window - spec.rollout.skip_first * spec.rollout.chunk
+        # A stream's windows overlap by the `skip_first` chunks that carry no gradient.
+        before, new = stream.newest, spec.rollout.window - spec.rollout.skip_first * spec.rollout.chunk
         if before and before.video.shape[1] + new <= stream.frames:
             frames, text = before.video.shape[1] + new, stream.text
         else:
-            drawn = self.random.mine(draw_rows(range(len(self.prompts)), spec.batch, self.random))
+            # Line 5: sample a prompt p ~ D for each video; [B, T, E].
+            drawn = self.random.take_own(draw_rows(range(len(self.prompts)), spec.batch, self.random))
             before, text = None, self.prompts[drawn].to(self.null)
+            # Line 6: sample the rollout length L, whose maximum grows with the step (long self-rollout curriculum, sec. 3.2).
             frames = spec.horizon.sample_length(number, spec.rollout.chunk, rng)
             if spec.rollout.persist == "stream":
                 stream.frames, stream.text, frames = frames, text, spec.rollout.window
+        # Lines 7 to 28: the random exit r, and chunk after chunk from noise with the memory C of eq. 7.
         made = rollout(
-            self.student, text, frames, self.shape, spec=spec.rollout, memory=spec.memory, flow=self.flow, rng=rng, past=before
+            self.student,
+            text,
+            frames,
+            self.shape,
+            spec=spec.rollout,
+            memory=spec.memory,
+            flow=self.flow,
+            rng=rng,
+            past=before,
+            share_key=self.random.share_key,
         )
         if spec.rollout.persist == "stream":
-            stream.made = made
+            stream.newest = made
         return made, text
 
-    def shown(self, made: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
-        """Context and target as the scores see them."""
-        seen = self.view.context_frames(made.window.start)
-        both = torch.cat([made.video[:, seen], made.video[:, made.window]], dim=1)
-        first = [*seen, made.window.start][0]
+    def split_rollout(self, made: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
+        """Split a rollout into the context and the target window, as both scores see them (alg. 1, line 29)."""
+        frames = self.view.context_frames(made.window.start)
+        both = torch.cat([made.video[:, frames], made.video[:, made.window]], dim=1)
+        first = [*frames, made.window.start][0]
         if self.spec.teacher.first_latent == "reencode" and first:
-            # the scores were trained on videos, whose first latent is that of a picture
+            # The scores were trained on videos, whose first latent encodes a single picture; here a later latent comes first.
             assert self.reencode
             both = torch.cat([self.reencode(made.video[:, : first + 1]), both[:, 1:]], dim=1)
-        return both[:, : len(seen)], both[:, len(seen) :]
+        return both[:, : len(frames)], both[:, len(frames) :]
 
-    def _student_gradient(self, made: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None) -> dict[str, float]:
+    def _accumulate_student_gradient(
+        self, made: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None
+    ) -> dict[str, float]:
+        """Add the student's gradient for one rollout: the scores' difference (eq. 6), then ∂G/∂θ by replaying the window's chunks."""
         gradient, values = compute_generator_gradient(
             target,
             text,
@@ -237,7 +267,7 @@ class DistillationTrainer:
             past=past,
             null=self.null,
         )
-        self.clock.lap("scores")
+        self.timer.lap("scores")
         replay_window(self.student, made, gradient, text, backward=lambda loss: self.student_optimizer.backward(loss / self.random.count))
-        self.clock.lap("replay")
+        self.timer.lap("replay")
         return values | {"student_loss": measure_student_loss(made, gradient)}

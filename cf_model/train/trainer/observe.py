@@ -37,11 +37,11 @@ def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> 
     similarity = torch.tensor([chunk.similarity for chunk in compared], dtype=torch.float64)  # [chunks, layers]
     values = {"similarity": float(similarity.mean())}
     values |= {f"similarity/layer_{n:02}": value for n, value in enumerate(similarity.mean(dim=0).tolist())}
-    at = [n for n, chunk in enumerate(compared) if chunk.kept]  # with interval 2 every second chunk is tested
+    at = [n for n, chunk in enumerate(compared) if chunk.decisions]  # with interval 2 every second chunk is tested
     if not at:
         return values
     tested = similarity[at]
-    promoted = torch.tensor([compared[n].kept for n in at], dtype=torch.float64)  # [tested chunks, layers], or one column: scope=global
+    promoted = torch.tensor([compared[n].decisions for n in at], dtype=torch.float64)  # [tested chunks, layers], or one column: scope=global
     values["promotion"] = float(promoted.mean())
     if spec.promote == "similarity":
         by_layer = promoted if spec.scope == "layer" else (tested < spec.tau).double()
