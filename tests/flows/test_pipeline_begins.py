@@ -17,10 +17,10 @@ from flows import exchange, stage_task, stages, supervise, worktree
 from flows.pipeline import _waits as waits_for
 from flows.pipeline import pipeline
 from tests.flows import project
-from tests.flows.served import go, root, server
+from tests.flows.served import go, root
 
 pytestmark = pytest.mark.slow
-__all__ = ["root", "server"]  # fixtures
+__all__ = ["root"]  # a fixture
 
 
 def test_a_lock_that_a_killed_run_left_is_put_in_order(root: Path) -> None:
