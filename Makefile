@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?=
+WORKERS ?= 2
+# a file's tests stay together, for what they share, and the files come in the order of tests/conftest.py: what takes longest first
+SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
 # one pip at a time: cron may say `make up` while another installs what has changed; the second waits, and finds it there
 LOCKED = $(shell command -v flock >/dev/null && echo flock Makefile)
 PIP = $(LOCKED) $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-system test-week lint up down deploy deepspeed
+.PHONY: help repro test test-quick test-system test-week lint up down deploy deepspeed
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|wan-1.3b]"
@@ -20,8 +23,11 @@ repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke w
 	@CF_RUN=$${CF_RUN:-$$(date +%Y%m%d-%H%M%S)} $(RUN) dvc --wait-for-lock repro || { $(RUN) dvc checkout --quiet 2>/dev/null; exit 1; }
 	@$(RUN) python -m tasks.commands.summary
 
-test: $(VENV)/.dev ## the tests
-	@$(RUN) python -m pytest
+test: $(VENV)/.dev ## the tests, on two cores; WORKERS=4 on four
+	@$(RUN) python -m pytest $(SIDE_BY_SIDE)
+
+test-quick: $(VENV)/.dev ## those that take no time, while one works
+	@$(RUN) python -m pytest $(SIDE_BY_SIDE) -m "not slow" -q
 
 test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills; twelve minutes
 	@CF_SYSTEM=1 $(RUN) python -m pytest tests/system

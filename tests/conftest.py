@@ -1,17 +1,56 @@
-"""Shapes are checked while the tests run: jaxtyping's annotations, enforced by beartype, before anything of ours is imported."""
+"""What all tests share. Shapes are checked while they run: jaxtyping's annotations, enforced by beartype, before anything of ours is
+imported. Workers of pytest-xdist run side by side: what a test writes is below its own `tmp_path`, its ports are free ones."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from jaxtyping import install_import_hook
+
+from tests.once import shared_folder
+from tests.order import SECONDS
+
+ROOT = Path(__file__).parents[1]
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["CF_KEPT"] = "off"  # tests/test_kept.py asks for it
 os.environ["WANDB_MODE"] = "disabled"  # whatever the shell says; the tests of the mirror ask for offline themselves
-
-import hypothesis
-from jaxtyping import install_import_hook
+os.environ["DVC_NO_ANALYTICS"] = "1"
+os.environ["PREFECT_HOME"] = str(shared_folder() / f"prefect-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
 
 install_import_hook("cf_model", "shapes.check")
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ours")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[None]:
+    """A real Prefect server, one for all tests of a worker, which have flow runs, and no deployments, in common."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that no worker begins one when the others end, and are marked as slow."""
+
+    def seconds(item: pytest.Item) -> int:
+        return SECONDS.get(str(item.path.relative_to(ROOT / "tests")), 0)
+
+    items.sort(key=lambda item: -seconds(item))  # which leaves the order within a file as it is
+    for item in items:
+        if seconds(item):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a run of all tests leaves out. What was skipped, and why, `-rs` says."""
+    if not os.environ.get("CF_SYSTEM"):
+        terminalreporter.write_line("not run: tests/system, a real server, worker and browser (`make test-system`)")
+    terminalreporter.write_line("not run: tests/week, seven nights and what goes wrong in them (`make test-week`)")

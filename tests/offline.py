@@ -10,6 +10,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from tests.once import copy_of
+
 ROOT = Path(__file__).parents[1]
 
 PIPELINE = """
@@ -40,6 +42,10 @@ runner.execute(stage, run, {"out": Path(sys.argv[3])}, params, stated, began=tim
 
 def project(root: Path) -> Path:
     """Stages by name only, and data for the first; a Git repository with one commit."""
+    return copy_of("stages-by-name", write, root)
+
+
+def write(root: Path) -> None:
     (root / "data/clips/a b").mkdir(parents=True)
     (root / "data/clips/a b/ä.mp4").write_bytes(b"clip")
     (root / "data/clips/clips.jsonl").write_text("{}\n")
@@ -49,7 +55,6 @@ def project(root: Path) -> Path:
     (root / ".gitignore").write_text("/data\n/models\n/samples\n/results\n/reports\n/runtime\n/work\n")
     for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "first"]):
         subprocess.run(["git", *words], cwd=root, check=True)
-    return root
 
 
 def environment(**more: str) -> dict[str, str]:

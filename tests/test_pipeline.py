@@ -23,6 +23,7 @@ from cf_model.train.trainer.samples import sample_continuation, sample_from_nois
 from tasks.params import load
 from tasks.parts.sample_videos import SampleWriter
 from tasks.runner.track import Track
+from tests.preloaded import python_folder
 
 ROOT = Path(__file__).parent.parent
 STAGES = list(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"])
@@ -30,8 +31,10 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}
 
 
 def dvc(folder: Path, *words: str) -> str:
+    """With stages whose libraries are loaded already."""
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(["dvc", *words], cwd=folder, env=ENVIRONMENT, **both)
+    environment = ENVIRONMENT | {"PATH": f"{python_folder()}{os.pathsep}{ENVIRONMENT['PATH']}"}
+    done = subprocess.run(["dvc", *words], cwd=folder, env=environment, **both)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 

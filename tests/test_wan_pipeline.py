@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from cf_model.data.video import probe_video
 from cf_model.pipeline import ContextForcingPipeline
 from tests import pretrained
+from tests.preloaded import python_folder
 from tests.test_pipeline import ENVIRONMENT, STAGES, dvc, lay_out, ran
 
 # what the profile wan-1.3b has and smoke has not, but for bfloat16, which most CPUs emulate at a twentieth of the speed
@@ -30,7 +30,7 @@ SIZES = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "fr
 
 
 def cf(project: Path, *words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "tasks", *words], cwd=project, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([python_folder() / "python", "-m", "tasks", *words], cwd=project, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.once import copy_of
+
 ROOT = Path(__file__).parents[2]
 STAGES = ["prepare", "slow", "stubborn", "last"]
 
@@ -118,6 +120,11 @@ elif words[:1] == ["validate"]:
 
 def make(folder: Path, seconds: float = 0.5) -> Path:
     """The project, committed, with nothing made yet. `seconds` is what slow and stubborn take."""
+    assert not folder.exists()
+    return copy_of(f"four-stages-{seconds}", lambda at: write(at, seconds), folder)
+
+
+def write(folder: Path, seconds: float) -> None:
     folder.mkdir(parents=True)
     for name, text in {
         "dvc.yaml": DVC_YAML,
@@ -140,7 +147,6 @@ def make(folder: Path, seconds: float = 0.5) -> Path:
         dvc(folder, "config", "-q", key, value)
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "a project")
-    return folder
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -19,6 +19,8 @@ from typing import Any
 import boto3
 import requests
 
+from tests.once import copy_of
+
 BUCKET = "clips"
 CREDENTIALS = {  # moto believes any; without the third, a missing credential would be looked for at an address of Amazon's
     "AWS_ACCESS_KEY_ID": "AKIAFORTESTSONLY",
@@ -169,13 +171,16 @@ class Machine:
 
 def source(folder: Path) -> Path:
     """A repository with stages and no results."""
+    return copy_of("three-stages", write, folder)
+
+
+def write(folder: Path) -> None:
     folder.mkdir()
     (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / "stage.py").write_text(STAGE)
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, cwd=folder, env={**os.environ, **CREDENTIALS}, check=True)
     commit(folder)
-    return folder
 
 
 def commit(folder: Path) -> None:

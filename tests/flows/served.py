@@ -1,11 +1,10 @@
-"""One Prefect server for the tests of a file, the project of four stages, and what the server says of a run."""
+"""The project of four stages, and what the server says of a run."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,12 @@ from prefect.client.schemas.filters import (
     LogFilter,
     LogFilterFlowRunId,
 )
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.pipeline import pipeline
 from flows.run.config import RunConfig
 from tests.flows import project
 
 ALL = dict.fromkeys(project.STAGES, "Completed")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.machine import deploy
 from tests.flows import project
-from tests.flows.served import server as server
 
 CRON = "30 2 * * *"
 NAMES = {"evaluate", "nightly", "pipeline"}
@@ -41,6 +40,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def api(server: None, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     url = str(PREFECT_API_URL.value())
     monkeypatch.setenv("PREFECT_API_URL", url)
+    with get_client(sync_client=True) as client:  # what other tests have deployed
+        for one in client.read_deployments():
+            client.delete_deployment(one.id)
     for name, kind in (("cf", "process"), ("cf-docker", "docker")):
         template = json.loads((project.ROOT / f"infra/work-pools/{kind}.json").read_text())
         if name not in [pool["name"] for pool in call(url, "/work_pools/filter")]:

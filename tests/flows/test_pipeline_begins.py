@@ -19,10 +19,10 @@ from flows.run import repro, stage_task
 from flows.run.repro import nearest_upstream as waits_for
 from flows.supervise import command as supervise
 from tests.flows import project
-from tests.flows.served import go, root, server
+from tests.flows.served import go, root
 
 pytestmark = pytest.mark.slow
-__all__ = ["root", "server"]  # fixtures
+__all__ = ["root"]  # a fixture
 
 
 def test_a_lock_that_a_killed_run_left_is_put_in_order(root: Path) -> None:

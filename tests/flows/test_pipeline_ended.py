@@ -21,10 +21,10 @@ from flows.pipeline import pipeline
 from flows.project import run_lock
 from flows.run.config import RunConfig
 from tests.flows import project
-from tests.flows.served import ALL, Seen, change, go, root, server
+from tests.flows.served import ALL, Seen, change, go, root
 
 pytestmark = pytest.mark.slow
-__all__ = ["root", "server"]  # fixtures
+__all__ = ["root"]  # a fixture
 
 
 def started(root: Path, *words: str) -> subprocess.Popen[bytes]:

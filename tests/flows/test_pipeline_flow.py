@@ -13,11 +13,11 @@ from prefect.states import Failed
 from flows.project import dvc_config, dvc_remote, run_lock, worktree
 from flows.run.stage_task import environment
 from tests.flows import project
-from tests.flows.served import ALL, change, go, root, seen, server
+from tests.flows.served import ALL, change, go, root, seen
 from tests.flows.served import rows as shown_rows
 
 pytestmark = pytest.mark.slow
-__all__ = ["root", "server"]  # fixtures
+__all__ = ["root"]  # a fixture
 
 
 def test_a_run_is_what_dvc_repro_makes_and_what_it_was_is_seen(root: Path, tmp_path: Path) -> None:

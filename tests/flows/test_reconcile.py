@@ -14,7 +14,6 @@ from prefect.settings import get_current_settings
 from prefect.states import Completed, Running
 
 from flows.machine import alerts, reconcile
-from tests.flows.served import server as server
 from tests.week.machine import Receiver
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect import flow, task
 from prefect.client.schemas.objects import State
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.project import dvc_remote
 from tests.flows.s3 import CREDENTIALS, source
@@ -131,12 +129,6 @@ def test_the_command_says_one_sentence(root: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the task
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 def outcome(root: Path) -> tuple[State[Any], State[Any]]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.testing.utilities import prefect_test_harness
 from pydantic import ValidationError
 
 from flows import evaluate, nightly, pipeline
@@ -154,12 +152,6 @@ def test_a_parameter_that_stands_in_a_command_is_one_word(attack: str, tmp_path:
 
 
 # ------------------------------------------------------------------------------------------------- a server's own checks
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 def ask(flow: Any, parameters: list[dict[str, Any]]) -> list[int]:

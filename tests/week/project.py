@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.once import copy_of
+
 ROOT = Path(__file__).parents[2]
 
 IGNORED = ["data", "models", "samples", "results", "promoted", "inbox", "work", "runtime", ".runs", ".machine", "flows", "infra"]
@@ -164,6 +166,10 @@ write(pathlib.Path("metrics") / f"{stage}.json", metrics)
 
 def make(folder: Path) -> Path:
     """The project, committed, with nothing made yet and an empty inbox beside it (`inbox` is in .gitignore)."""
+    return copy_of("nights", write, folder)
+
+
+def write(folder: Path) -> None:
     for name, text in {
         "dvc.yaml": DVC_YAML,
         "params.yaml": PARAMS,
@@ -181,7 +187,6 @@ def make(folder: Path) -> Path:
         dvc(folder, "config", "-q", key, value)
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "a project")
-    return folder
 
 
 def clips(folder: Path, *names: str) -> None:

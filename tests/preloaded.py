@@ -1,0 +1,135 @@
+"""A `python` whose libraries are loaded already, for tests that run many stages. torch, diffusers and transformers take seconds to
+import, twelve times in a pipeline; here one process imports them, and each `python -m tasks ...` is a fork of it.
+
+Of the project nothing is loaded: a fork imports it from its own folder, as a new interpreter would. `python_folder()` goes to the head
+of PATH; the `python` in it hands its words, folder, environment and open files to the server, and ends as the fork ends. When it is
+killed, so is the fork. What is to be tested as a process (one that is killed, ranks) is started without it, and the smoke profile in
+.ci/run is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.once import made_once, session_lives
+
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", "scipy.stats", "scipy.ndimage", "pydantic", "ruamel.yaml")
+LIBRARIES += ("wandb", "wandb.sdk.launch", "wandb.apis.public", "yaml", "av", "decord", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm")
+LIBRARIES += ("tokenizers", "jaxtyping", "psutil")
+CLIENT = """#!/bin/sh
+exec {python} -IS {folder}/client.py "$@"
+"""
+CLIENT_PY = """import json, os, signal, socket, sys
+words = sys.argv[1:]
+if words[:1] != ["-m"]:
+    os.execv({python!r}, [{python!r}, *words])
+server = socket.socket(socket.AF_UNIX)
+server.connect({socket!r})
+told = json.dumps([words, os.getcwd(), dict(os.environ), {python!r}]).encode()
+socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
+server.sendall(told)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+code = server.recv(1)
+sys.exit(code[0] if code else "the preloaded python is gone")
+"""
+
+
+def python_folder() -> Path:
+    """To be the first of PATH."""
+    return made_once("preloaded", _start) / "bin"
+
+
+def _start(folder: Path) -> None:
+    (folder / "bin").mkdir(parents=True)
+    place, python = folder / "socket", sys.executable
+    (folder / "client.py").write_text(CLIENT_PY.format(python=python, socket=str(place)))
+    (folder / "bin/python").write_text(CLIENT.format(python=python, folder=folder))
+    (folder / "bin/python").chmod(0o755)
+    root = str(Path(__file__).parents[1])
+    with (folder / "log").open("w") as log:
+        words = [python, "-m", "tests.preloaded", str(place)]
+        process = subprocess.Popen(words, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    until = time.monotonic() + 180
+    while not place.exists():
+        assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------ the server
+
+
+def serve(place: Path) -> tuple[list[str], str, dict[str, str]]:
+    """Until the session of tests is over. In a fork, it returns what is to be run there."""
+    for name in LIBRARIES:
+        __import__(name)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(place.with_suffix(".partial")))
+    listening.listen(64)
+    place.with_suffix(".partial").rename(place)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while session_lives():
+        if not select.select([listening], [], [], 1)[0]:
+            continue
+        asked, _ = listening.accept()
+        if os.fork():
+            asked.close()
+            continue
+        listening.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        size, files, _, _ = socket.recv_fds(asked, 8, 3)
+        told = b""
+        while len(told) < int.from_bytes(size, "big"):
+            told += asked.recv(1 << 20)
+        words, folder, environment, python = json.loads(told)
+        child = os.fork()
+        if child:
+            for file in files:
+                os.close(file)
+            _wait(asked, child)
+        asked.close()
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        sys.executable = python
+        return words, folder, environment
+    raise SystemExit
+
+
+def _wait(asked: socket.socket, child: int) -> None:
+    """For the end of the fork, which the client is told, or of the client, which ends the fork."""
+    watched = os.pidfd_open(child)
+    ready, _, _ = select.select([watched, asked], [], [])
+    if watched not in ready:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    with contextlib.suppress(OSError):
+        asked.sendall(bytes([code if code >= 0 else 128 - code]))
+    os._exit(0)
+
+
+def main() -> None:
+    words, folder, environment = serve(Path(sys.argv[1]))
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[0] = folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]
+    sys.argv = [words[1], *words[2:]]
+    sys.orig_argv = [sys.executable, *words]
+    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
