@@ -8,7 +8,15 @@ SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
 # one pip at a time: cron may say `make up` while another installs what has changed; the second waits, and finds it there
 LOCKED = $(shell command -v flock >/dev/null && echo flock Makefile)
-PIP = $(LOCKED) $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
+# Installs requirements/$(1).txt. pip would be silent for minutes, so a line every three seconds says how far it is; what is wrong
+# pip says itself, on stderr. The lines end with pip, or with the shell around it.
+INSTALL = $(LOCKED) sh -c 'log=$(VENV)/pip.log; : > $$log; packages=$(VENV)/lib/python*/site-packages; \
+  all=$$(cat $(2) requirements/$(1).txt | grep -c "=="); \
+  (while sleep 3 > /dev/null && kill -0 $$$$; do \
+    echo "  $$(grep -cE "^ *(Collecting|Requirement)" $$log) of $$all packages fetched, $$(ls -d $$packages/*.dist-info | wc -l) installed"; \
+  done) 2> /dev/null & \
+  $(PIP) --requirement requirements/$(1).txt > $$log; code=$$?; kill $$!; exit $$code'
 
 .DEFAULT_GOAL := help
 .PHONY: help repro test test-quick test-system test-week lint up down deploy deepspeed
@@ -19,9 +27,7 @@ help: ## what can be made
 
 repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke writes params.yaml first (smoke: 5 minutes)
 	@$(if $(PROFILE),$(RUN) python -m tasks profile use $(PROFILE),true)
-	@# DVC removes the outs of a stage before it runs it: when one fails, the last good ones come back from the cache
-	@CF_RUN=$${CF_RUN:-$$(date +%Y%m%d-%H%M%S)} $(RUN) dvc --wait-for-lock repro || { $(RUN) dvc checkout --quiet 2>/dev/null; exit 1; }
-	@$(RUN) python -m tasks.commands.summary
+	@$(RUN) python -m tasks repro
 
 test: $(VENV)/.dev ## the tests, on two cores; WORKERS=4 on four
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE)
@@ -53,16 +59,18 @@ deepspeed: $(VENV)/.deepspeed ## the engine for several ranks, into the same env
 $(VENV)/.cpu: requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo not there), but Python 3.11 or newer is needed; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
-	@echo "installing into $(VENV) (minutes, once)"
+	@echo "installing $$(grep -c == requirements/cpu.txt) packages into $(VENV), once: PyTorch, diffusers, DVC, Prefect, W&B and what they need."
+	@echo "That is a download of several hundred MB and 2.5 GB on disk, which takes minutes."
 	@$(LOCKED) sh -c 'test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)'
-	@$(PIP) --requirement requirements/cpu.txt
-	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(call INSTALL,cpu)
+	@$(LOCKED) $(PIP) -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.deepspeed: requirements/deepspeed.txt $(VENV)/.cpu
-	@DS_BUILD_OPS=0 DS_SKIP_CUDA_CHECK=1 $(PIP) --no-deps --no-build-isolation --requirement requirements/deepspeed.txt
+	@DS_BUILD_OPS=0 DS_SKIP_CUDA_CHECK=1 $(LOCKED) $(PIP) -qq --no-deps --no-build-isolation --requirement requirements/deepspeed.txt
 	@touch $@
 
 $(VENV)/.dev: requirements/dev.txt requirements/workers.txt $(VENV)/.cpu $(VENV)/.deepspeed
-	@$(PIP) --requirement requirements/dev.txt
+	@echo "installing what tests and checks need"
+	@$(call INSTALL,dev,requirements/cpu.txt requirements/workers.txt)
 	@touch $@

@@ -35,7 +35,7 @@ from cf_model.model.flow import add_noise, to_x0
 from cf_model.train.erft import ErrorBank
 from cf_model.train.teacher import TeacherTrainer
 from cf_model.train.trainer.loop import fit
-from tasks.files.step_rows import replace as write
+from tasks.files.atomic import write_atomically as write
 from tasks.params import load, schema
 from tasks.runner.track import Track
 
@@ -61,10 +61,10 @@ def trained(p: schema.Params, base: Path, clips: Latents, seed: int, recycle: bo
         teacher = TeacherTrainer(spec, model=wan.load_transformer(base), latents=clips, flow=p.flow, seed=seed)
         if not recycle:
             teacher.bank = Harmless(spec.errors, (spec.target, *clips.shape))
-        fit(teacher.step, steps=spec.steps, state=teacher.state, log=Track(name, folder), save_every=spec.save_every)
+        fit(teacher, Track(name, folder))
         partial = work / f"{name}-partial"
         partial.mkdir(exist_ok=True)
-        wan.save_transformer(teacher.average.model, partial)
+        wan.save_transformer(teacher.ema.model, partial)
         partial.rename(out)
     return wan.load_transformer(out).eval()
 

@@ -80,7 +80,7 @@ def measure(stage: str, checkpointing: bool) -> dict[str, Any]:
         for number in range(2):
             job.step(number)
     need = forecast.needs(p)[stage]
-    measured, expected = held.peak / 2**20, (need.states()["optimiser"] + need.batch * need.sample()) / 2**20
+    measured, expected = held.peak / 2**20, (need.states()["optimiser"] + need.batch * need.sample_bytes()) / 2**20
     found = {"measured_mib": round(measured, 1), "expected_mib": round(expected, 1), "ratio": round(expected / measured, 2)}
     return {"stage": stage, "checkpointing": checkpointing, **found}
 

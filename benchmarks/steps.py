@@ -121,9 +121,9 @@ def measure(name: str) -> dict[str, Any]:
     spent: dict[str, float] = {}
     began, wall = time.process_time(), time.perf_counter()
     for _ in range(cycle):
-        made.clock.start()
+        made.timer.start()
         made.step(next(number))
-        for part, seconds in made.clock.taken().items():
+        for part, seconds in made.timer.read_seconds().items():
             spent[part] = spent.get(part, 0.0) + seconds
     cpu, wall = (time.process_time() - began) / cycle, (time.perf_counter() - wall) / cycle
     whole = spent.pop("step")

@@ -1,4 +1,4 @@
-"""A model on disk, in diffusers' layout: weights as safetensors, everything else as JSON, and a card for people.
+"""Model folders in diffusers' layout: weights as safetensors, all settings as JSON, and a card for people.
 
     model_index.json       what each part is
     transformer/           diffusers' WanTransformer3DModel
@@ -39,16 +39,16 @@ EXPORT_HINT = "`cf export --to diffusers --model {} --out DIR` makes one"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the student is run; without it the weights are only half of a model."""
+    """Settings that a student must be run with, because it was trained with them."""
 
     memory: MemorySpec
-    chunk: int  # latent frames made together
+    chunk: int  # latent frames that are denoised together
     levels: tuple[float, ...]  # of noise, before the flow's shift
     flow: Flow
     fps: int
     height: int  # of the video, in pixels
     width: int
-    made: str  # how, in a sentence for the card
+    made: str  # how the weights were made, in a sentence for the card
     licence: str  # of the weights
 
     def __post_init__(self) -> None:
@@ -58,13 +58,14 @@ class Recipe:
         self.memory.check_chunk(self.chunk)
         check_levels_fall(self.levels)
 
+
 def save_folder(path: Path, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
-    """Under a temporary name first: a folder that has its name is whole."""
+    """Write a model folder, under a temporary name until it is complete. Raises ValueError if `path` exists."""
     if path.exists():
         raise ValueError(f"{path} is already there; name another folder, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
-    part.chmod(0o755)  # mkdtemp's is its owner's alone
+    part.chmod(0o755)  # mkdtemp lets nobody but the owner read
     try:
         write_parts(part, path.name, denoiser, codec, text, recipe)
         part.rename(path)
@@ -73,6 +74,7 @@ def save_folder(path: Path, denoiser: Denoiser, codec: Codec, text: TextEncoder,
 
 
 def write_parts(path: Path, name: str, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
+    """Write all parts of a model folder; `name` is the model's in its card."""
     wan.save_transformer(denoiser, path / "transformer")
     home = "codec" if isinstance(codec, LinearCodec) else "vae"
     save_codec(codec, path / home)
@@ -88,10 +90,12 @@ def write_parts(path: Path, name: str, denoiser: Denoiser, codec: Codec, text: T
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def load_folder(path: Path, compute: Compute) -> tuple[Denoiser, Codec, TextEncoder, Recipe]:
+    """Load all parts of a model folder; a ValueError says what is missing, damaged or of another layout."""
     check_layout(path)
     for file in sorted(path.rglob("*.safetensors")):
         check_safetensors_header(file)
@@ -101,7 +105,7 @@ def load_folder(path: Path, compute: Compute) -> tuple[Denoiser, Codec, TextEnco
 
 
 def check_layout(path: Path) -> None:
-    """Refuses any other layout by its name, with the command that makes this one of it."""
+    """Raise ValueError for any other layout, with its name and the command that converts it to a model folder."""
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; {EXPORT_HINT.format('models/stage2')}")
     index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
@@ -125,6 +129,7 @@ def check_layout(path: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; raises ValueError if the file holds anything else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -135,7 +140,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def build_typed(kind: type[T], values: Any, where: str) -> T:
-    """A dataclass from what a person or a file states: every key, no other, each of its type. `where` begins the refusal."""
+    """Build a dataclass from stated values: every key, no other key, each of its type. A ValueError begins with `where`."""
     hints = get_type_hints(kind)
     if not isinstance(values, Mapping):
         raise ValueError(f"{where.rstrip(':. ')} is {values!r}; it must be a section of {', '.join(hints)}")
@@ -144,14 +149,15 @@ def build_typed(kind: type[T], values: Any, where: str) -> T:
             raise ValueError(f"{where}{name} is not a setting; known are {', '.join(hints)}")
         if name not in values:
             raise ValueError(f"{where}{name} is missing; every value is stated")
-    made = {name: _convert_value(hint, values[name], f"{where}{name}") for name, hint in hints.items()}
+    typed = {name: _convert_value(hint, values[name], f"{where}{name}") for name, hint in hints.items()}
     try:
-        return kind(**made)
+        return kind(**typed)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
 
 
 def _convert_value(hint: Any, value: Any, where: str) -> Any:
+    """Return a value of the hinted type: a dataclass, a Literal, a tuple or a plain type."""
     if is_dataclass(hint):
         return build_typed(hint, value, f"{where}.")  # type: ignore[arg-type]
     if get_origin(hint) is Literal:
@@ -161,7 +167,7 @@ def _convert_value(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} is {value!r}; it must be a list of numbers")
-        return tuple(_convert_value(get_args(hint)[0], one, where) for one in value)
+        return tuple(_convert_value(get_args(hint)[0], element, where) for element in value)
     kinds = (int, float) if hint is float else (hint,)
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f"{where} is {value!r}; it must be {' or '.join(kind.__name__ for kind in kinds)}")
@@ -169,7 +175,7 @@ def _convert_value(hint: Any, value: Any, where: str) -> Any:
 
 
 def write_card(name: str, denoiser: Denoiser, recipe: Recipe) -> str:
-    """README.md with the head that model hubs read."""
+    """Return the model card: README.md with the head that model hubs read."""
     memory, config = recipe.memory, denoiser.transformer.config
     settings = "\n".join(f"| memory.{f.name} | {getattr(memory, f.name)} |" for f in fields(memory))
     size = sum(p.numel() for p in denoiser.parameters())

@@ -1,4 +1,4 @@
-"""What a call of the pipeline asks for: refused in one sentence before anything runs, or turned into whole chunks."""
+"""Requests to the pipeline: checked before anything runs, and turned into chunks of latent frames."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ Prompts = str | Sequence[tuple[float, str]]
 
 @dataclass(frozen=True)
 class RequestPlan:
+    """A request in chunks."""
+
     frames: int  # of new video
-    chunks: int  # new ones
+    chunks: int  # of new latent frames
     prompts: dict[int, str]  # number of the new chunk from which on a prompt is in force -> prompt
     real: int  # frames at the end of the clip that is continued
 
@@ -30,7 +32,7 @@ class RequestPlan:
 def plan_request(
     recipe: Recipe, text: TextEncoder, positions: int, prompt: Prompts, seconds: float, seed: int, switch: str, clip: np.ndarray | None
 ) -> RequestPlan:
-    """`positions` is the length of the transformer's RoPE table."""
+    """Plan a request; raises ValueError for any value that is out of range. `positions` is the length of the RoPE table."""
     if not (math.isfinite(seconds) and seconds > 0 and round(seconds * recipe.fps)):
         raise ValueError(f"seconds is {seconds:g}, which is no length of a video; use {1 / recipe.fps:g} (one frame) or more")
     if not 0 <= seed < 2**63:
@@ -41,6 +43,7 @@ def plan_request(
     for _, words in timed:
         check_prompt(words, text)
     real, frames = usable_frames(recipe, clip), round(seconds * recipe.fps)
+    # rounded up to latents and to chunks; a video that begins here has a first latent of one frame
     chunks = -(-(-(-frames // TIME) if real else latent_frames(frames + TIME - 1)) // recipe.chunk)
     total = chunks * recipe.chunk + (latent_frames(real) if real else 0)
     if recipe.memory.positions == "absolute" and total > positions:
@@ -52,37 +55,37 @@ def plan_request(
 
 
 def place_prompts(timed: list[tuple[float, str]], starts: list[float], seconds: float) -> dict[int, str]:
-    """Each prompt at the first chunk that begins at its time or later."""
+    """Return the number of the first chunk that begins at each prompt's time or later -> prompt."""
     if not timed or timed[0][0] != 0:
         raise ValueError(f"the first prompt's time is {f'{timed[0][0]:g} s' if timed else 'missing'}; the video begins with it, so give 0")
-    for (one, _), (other, _) in pairwise(timed):
-        if not other > one:
-            raise ValueError(f"the prompts' times {one:g} and {other:g} s do not rise; put them in order")
-    found = {}
+    for (earlier, _), (later, _) in pairwise(timed):
+        if not later > earlier:
+            raise ValueError(f"the prompts' times {earlier:g} and {later:g} s do not rise; put them in order")
+    prompts = {}
     for at, words in timed:
         if not at <= starts[-1] + 1e-9:
             last = f"the last chunk of {seconds:g} s begins at {starts[-1]:g} s"
             raise ValueError(f"a prompt's time is {at:g} s, but {last}; use that or less")
-        found[next(chunk for chunk, start in enumerate(starts) if start >= at - 1e-9)] = words
-    if len(found) < len(timed):
+        prompts[next(chunk for chunk, start in enumerate(starts) if start >= at - 1e-9)] = words
+    if len(prompts) < len(timed):
         step = starts[-1] - starts[-2] if len(starts) > 1 else seconds
         raise ValueError(f"two prompts' times lie in one chunk, so one of them would never be seen; put them {step:g} s or more apart")
-    return found
+    return prompts
 
 
 def check_prompt(words: str, text: TextEncoder) -> None:
-    """A training caption may be cut; what a person asks for is not."""
+    """Raise ValueError for an empty prompt, and for a prompt that the encoder would cut, as it does with training captions."""
     if not words.strip():
         raise ValueError("a prompt is empty; describe the video")
     length = text.length(words)
     if length > text.tokens:
-        shown = f"{words[:40]}…" if len(words) > 40 else words
-        stated = f"the prompt {shown!r} has {len(words.split())} words, which are {length} tokens"
+        excerpt = f"{words[:40]}…" if len(words) > 40 else words
+        stated = f"the prompt {excerpt!r} has {len(words.split())} words, which are {length} tokens"
         raise ValueError(f"{stated}, but the text encoder reads {text.tokens}; shorten it")
 
 
 def usable_frames(recipe: Recipe, clip: np.ndarray | None) -> int:
-    """Frames at the clip's end that are whole chunks, when its first latent frame is one of them."""
+    """Return how many frames at the clip's end are complete chunks, of which the first latent is a single frame."""
     if clip is None:
         return 0
     if clip.dtype != np.uint8 or clip.shape[1:] != (recipe.height, recipe.width, 3):

@@ -42,7 +42,7 @@ class Checkpoint(BaseModel):
         ["generate", "evaluate", "report"], min_length=1, max_length=20, description="The stages that run with it."
     )
     profile: Profile = Field("params.yaml", description="The parameters to start from.")
-    overrides: Overrides = Field(description="Values laid over them, for example generate.prompts=8.")
+    overrides: Overrides = Field(default_factory=list, description="Values laid over them, for example generate.prompts=8.")
 
 
 @flow(name="evaluate", on_crashed=[reconcile.close_tasks], on_cancellation=[reconcile.close_tasks])
@@ -54,11 +54,11 @@ def evaluate(config: Checkpoint) -> dict[str, str] | State[Any]:
 def _measure_checkpoint(config: Checkpoint) -> dict[str, str]:
     """Return the state of each stage. Raises ValueError for a checkpoint or stages that don't fit, RuntimeError when a stage failed."""
     repo, run = Path.cwd().resolve(), name_run()
-    root = worktree.make(repo, run, profile=config.profile, overrides=parse_overrides(config.overrides))
-    with run_lock.alone(root, str(runtime.flow_run.id)):
+    root = worktree.make_worktree(repo, run, profile=config.profile, overrides=parse_overrides(config.overrides))
+    with run_lock.hold_checkout(root, str(runtime.flow_run.id)):
         check_parameters(root)
-        graph = dvc_graph.stages(root)
-        measured = dvc_graph.selected(graph, config.measured)
+        graph = dvc_graph.read_graph(root)
+        measured = dvc_graph.select_stages(graph, config.measured)
         states = repro_stages(root, graph, stages_before(graph, measured, config.stage), run=run, repo=repo)
         place_checkpoint(repo, root, config.checkpoint, config.stage, [stage.name for stage in measured])
         states |= repro_stages(root, graph, measured, run=run, repo=repo)
@@ -72,9 +72,9 @@ def stages_before(graph: list[Stage], measured: list[Stage], replaced: str) -> l
 
     Raises ValueError if one of them is made from the replaced model, because what it made would be of another model.
     """
-    names = {stage.name for last in measured for stage in dvc_graph.selected(graph, (), None, last.name)}
+    names = {stage.name for last in measured for stage in dvc_graph.select_stages(graph, (), None, last.name)}
     names -= {replaced, *(stage.name for stage in measured)}
-    if wrong := [stage.name for stage in dvc_graph.selected(graph, (), replaced) if stage.name in names]:
+    if wrong := [stage.name for stage in dvc_graph.select_stages(graph, (), replaced) if stage.name in names]:
         way = f"add {', '.join(wrong)} to what is measured, or name {wrong[-1]} as the stage"
         raise ValueError(f"{wrong[0]} is made from {replaced}; {way}")
     return [stage for stage in graph if stage.name in names]
@@ -98,8 +98,8 @@ def place_checkpoint(repo: Path, root: Path, checkpoint: str, stage: str, measur
     # the stage's metrics are of another training: they are replaced by the checkpoint's own, or by none
     for file in _out_paths(stages[stage], "metrics"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(git.git(repo, "show", f"{commit}:{file}") if commit else "{}\n")
-    dvc_graph.freeze(root, [stage])
+        (root / file).write_text(git.run_git(repo, "show", f"{commit}:{file}") if commit else "{}\n")
+    dvc_graph.freeze_stages(root, [stage])
     run_dvc(root, "commit", "--force", "--no-relink", stage)
     sizes = [file.stat().st_size for file in place.rglob("*") if file.is_file()]
     get_run_logger().info(f"{out} is {checkpoint}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
@@ -135,7 +135,7 @@ def fetch_checkpoint(repo: Path, checkpoint: str, out: str, into: Path) -> tuple
             raise ValueError(f"{folder} is empty; name the folder that holds the model's files, such as models/stage2")
         return folder, None
     try:
-        commit = git.git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{checkpoint}^{{commit}}").strip()
+        commit = git.run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{checkpoint}^{{commit}}").strip()
     except RuntimeError:
         raise ValueError(f"{checkpoint} is neither a folder in {repo} nor a version, tag or commit; `cf history` lists versions") from None
     run_dvc(repo, "get", ".", out, "--rev", commit, "--out", str(into))

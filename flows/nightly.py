@@ -12,7 +12,7 @@ import argparse
 import fcntl
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date as calendar
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from flows.machine import alerts, reconcile
 from flows.night import handover, warm_start
 from flows.night.clips import gather_clips
 from flows.night.records import NightRecord, read_nights
-from flows.night.state import NightEnd, NightPlan, NightState, check_settings, read_settings, tracked_clips_folder
+from flows.night.state import NightEnd, NightPlan, NightState, check_settings, read_night_settings, tracked_clips_folder
 from flows.night.steps import has_news, prepare_start, train_candidate
 from flows.project import git, overrides, registry, run_lock, worktree
 from flows.run.frame import discard_worktree, run_framed
@@ -37,13 +37,9 @@ from flows.supervise import command
 
 LOCK = Path(".runs/nightly.lock")
 NOTHING_NEW = "nothing new"
-STATE_NAMES = {  # outcome of a night -> Prefect's name of the flow run's state
-    "promoted": "Promoted",
-    "refused": "Refused",
-    "no good clips": "NoGoodClips",
-    "the same again": "TheSameAgain",
-    NOTHING_NEW: "NoNewData",
-}
+# outcome of a night -> Prefect's name of the flow run's state
+STATE_NAMES = {"promoted": "Promoted", "refused": "Refused", "no good clips": "NoGoodClips", "the same again": "TheSameAgain"}
+STATE_NAMES |= {NOTHING_NEW: "NoNewData"}
 Log = Callable[[str], None]
 Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the night; default: today, in nightly.timezone.")]
 
@@ -87,39 +83,27 @@ def plan_night(repo: Path, date: str | None, full: bool, log: Log) -> NightPlan:
     remove_failed_worktrees(repo, log)
     branch = str(_read_parameters(repo, "HEAD")["nightly"]["branch"])
     tip = tracked_commit(repo, branch)
-    date = date or datetime.now(ZoneInfo(read_settings(_read_parameters(repo, tip)).timezone)).date().isoformat()
-    root = worktree.make(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
-    base = git.git(root, "merge-base", "HEAD", tip).strip()
+    date = date or datetime.now(ZoneInfo(read_night_settings(_read_parameters(repo, tip)).timezone)).date().isoformat()
+    root = worktree.make_worktree(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
+    base = git.run_git(root, "merge-base", "HEAD", tip).strip()
     check_parameters(root)
     params = _read_parameters(repo, base)
     settings, past, promoted = check_settings(params), read_nights(repo), registry.promoted(repo)
     why = "it was asked for" if full else reason_for_full(date, settings.weekly, past)
-    if promoted is None:
-        why = why or "nothing is promoted yet"
-    else:
-        why = why or warm_start.reason_against_warm(repo, root, promoted, settings.keep)
+    if not why:
+        why = warm_start.reason_against_warm(repo, root, promoted, settings.keep) if promoted else "nothing is promoted yet"
     kind = f"a full night, because {why}" if why else f"a warm night, from {promoted and promoted.name}"
     log(f"{date}: {kind}; {branch} is {base[:12]}")
     return NightPlan(
-        repo=repo,
-        root=root,
-        date=date,
-        run=str(runtime.flow_run.name),
-        base=base,
-        settings=settings,
-        from_folder=params["clips"]["source"] == "folder",
-        clips_folder=tracked_clips_folder(params),
-        full=bool(why),
-        promoted=promoted,
-        past=past,
-        log=log,
-    )
+        repo=repo, root=root, date=date, run=str(runtime.flow_run.name), base=base, settings=settings, full=bool(why), promoted=promoted,
+        past=past, log=log, from_folder=params["clips"]["source"] == "folder", clips_folder=tracked_clips_folder(params),
+    )  # fmt: skip
 
 
 def _work_through(plan: NightPlan, *, asked: bool) -> NightEnd:
     """Take clips in, and train and judge a candidate if there is anything new or the night was `asked` for."""
     night = NightState(plan)
-    with run_lock.alone(plan.root, str(runtime.flow_run.id)):
+    with run_lock.hold_checkout(plan.root, str(runtime.flow_run.id)):
         gather_clips(night)
         if (plan.clips_folder and not night.clips) or not (asked or has_news(night)):
             discard_worktree(plan.repo, plan.root)
@@ -143,7 +127,7 @@ def _tidy_up(repo: Path, end: NightEnd, late: str | None, log: Log) -> None:
     alerts.send_heartbeat(log)
     if late:
         alerts.send_alert("not pushed", late, log, date=end.date)
-    for folder in worktree.prune(repo, line=log):
+    for folder in worktree.prune_worktrees(repo, line=log):
         log(f"removed the worktree {folder}; its branch stays")
 
 
@@ -195,15 +179,15 @@ def reason_for_full(date: str, day: str, past: list[NightRecord]) -> str | None:
 def tracked_commit(repo: Path, branch: str) -> str:
     """Return the tip of the tracked branch: here or at origin, whichever has the other's commits; here where they have parted."""
     refs = [f"refs/heads/{branch}", f"refs/remotes/origin/{branch}"]
-    tips = [git.git(repo, "rev-parse", "--verify", ref).strip() for ref in refs if git.git(repo, "for-each-ref", ref).strip()]
+    tips = [git.run_git(repo, "rev-parse", "--verify", ref).strip() for ref in refs if git.run_git(repo, "for-each-ref", ref).strip()]
     if not tips:
         raise ValueError(f"nightly.branch is {branch}, which is neither here nor at origin; name a branch that is")
     here, at_origin = tips[0], tips[-1]
-    return at_origin if git.git(repo, "merge-base", here, at_origin).strip() == here else here
+    return at_origin if git.run_git(repo, "merge-base", here, at_origin).strip() == here else here
 
 
 def _read_parameters(repo: Path, commit: str) -> dict[str, Any]:
-    return overrides.read(git.git(repo, "show", f"{commit}:params.yaml"))
+    return overrides.parse_params(git.run_git(repo, "show", f"{commit}:params.yaml"))
 
 
 def remove_failed_worktrees(repo: Path, log: Log) -> None:
@@ -211,18 +195,15 @@ def remove_failed_worktrees(repo: Path, log: Log) -> None:
 
     A failed night's worktree has uncommitted changes. What its stages made is in DVC's cache.
     """
-    folders = [folder for folder in worktree.found(repo) if folder.name.startswith("nightly-") and not run_lock.in_use(folder)]
-    failed = [folder for folder in folders if _has_changes(folder)]
+    folders = [folder for folder in worktree.list_worktrees(repo) if folder.name.startswith("nightly-") and not run_lock.is_in_use(folder)]
+    failed = []
+    for folder in folders:
+        with suppress(RuntimeError):  # of a checkout that was moved: the folder is no worktree of git's any more
+            if git.run_git(folder, "status", "--porcelain", "--untracked-files=no").strip():
+                failed.append(folder)
     for folder in failed[1:]:
-        git.git(repo, "worktree", "remove", "--force", str(folder))
+        git.run_git(repo, "worktree", "remove", "--force", str(folder))
         log(f"removed {folder.name}, whose night failed")
-
-
-def _has_changes(folder: Path) -> bool:
-    try:
-        return bool(git.git(folder, "status", "--porcelain", "--untracked-files=no").strip())
-    except RuntimeError:  # the checkout was moved, so the folder is no worktree of git's any more
-        return False
 
 
 def main(argv: list[str]) -> None:

@@ -48,12 +48,12 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
     # 1. Where: in this checkout, or in a worktree with the parameters committed.
     apart = runtime.deployment.id is not None or config.overrides or config.profile != "params.yaml"
     run = name_run() if apart else str(runtime.flow_run.name)
-    root = worktree.make(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
-    with run_lock.alone(root, str(runtime.flow_run.id)):
+    root = worktree.make_worktree(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
+    with run_lock.hold_checkout(root, str(runtime.flow_run.id)):
         # 2. What: DVC's graph is built here, once, and handed on.
         check_parameters(root)
-        graph = dvc_graph.stages(root)
-        chosen = dvc_graph.selected(graph, config.stages, config.from_stage, config.to_stage)
+        graph = dvc_graph.read_graph(root)
+        chosen = dvc_graph.select_stages(graph, config.stages, config.from_stage, config.to_stage)
         if config.dry_run:
             planned = plan_stages(root, chosen)
             if apart:
@@ -68,7 +68,7 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
         if apart:
             commit_results(repo, root, run)
         elif failure:
-            dvc_graph.bring_back(root)
+            dvc_graph.restore_outs(root)
         if config.push and not command.stopping():
             push_results(root, failure)
         if failure:

@@ -45,7 +45,8 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "promoted": ("flows.night.promotion:show_promoted", "[--out DIR]: the promoted student, and its weights by its tag"),
         "history": ("flows.night.promotion:show_history", "nights, versions, promotions and rollbacks, oldest first"),
         "nightly-check": ("flows.machine.alerts", "[--hours 26]: for cron; alerts when nights do not happen, without any server"),
-        "doctor": ("flows.doctor.command", "[--json] [--fix]: checks versions, ports, disk, GPU, remotes, schedules and locks"),
+        "env": ("tasks.params.environment", "every CF_* variable of the environment: its value here, its default and its meaning"),
+    "doctor": ("flows.doctor.command", "[--json] [--fix]: checks versions, ports, disk, GPU, remotes, schedules and locks"),
     },
 }
 TARGETS = {name: target for group in COMMANDS.values() for name, (target, _) in group.items()}

@@ -1,4 +1,4 @@
-"""Stage `base`: a text-to-video model of one window, by flow matching, or Wan's."""
+"""Stage `base`: a text-to-video model of one window, trained by flow matching, or imported: Wan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tasks.runner.track import Track, mean_of_tail
 
 
 def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) -> dict[str, float | None]:
-    """Trains a small diffusers WanTransformer3DModel on windows of the clips, or imports a large one that has learned already."""
+    """Train a small diffusers WanTransformer3DModel on windows of the clips, or import a large one that is trained already."""
     spec, clips = params.base, Latents(latents)
     if spec.init == "wan":
         return _import_base(params, clips, out, track)
@@ -28,30 +28,24 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, out: Path) 
     model = wan.build_transformer(params.model, **sizes, seed=params.seed, compute=params.compute).to(choose_device())
     base = BaseTrainer(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine)
     plan = params.samples.base
-    make = partial(sample_from_noise, base.average.model, spec=plan, flow=params.flow, null=clips.null_text)
-    fit(
-        base.step,
-        steps=spec.steps,
-        state=base.state,
-        log=track,
-        save_every=spec.save_every,
-        seen=base.seen,
-        clock=base.clock,
-        sample=SampleWriter(plan, track, clips, codec, make),
-    )
-    wan.save_transformer(base.average.model, out)
+    make = partial(sample_from_noise, base.ema.model, spec=plan, flow=params.flow, null=clips.null_text)
+    fit(base, track, SampleWriter(plan, track, clips, codec, make))
+    wan.save_transformer(base.ema.model, out)
     track.save(out)
-    return {"loss": mean_of_tail(out, "loss"), "parameters": float(sum(p.numel() for p in base.average.model.parameters()))}
+    return {"loss": mean_of_tail(out, "loss"), "parameters": float(sum(p.numel() for p in base.ema.model.parameters()))}
 
 
 def _import_base(params: Params, clips: Latents, out: Path, track: Track) -> dict[str, float | None]:
-    """Anything that `cf import-weights` reads; it must be of the sizes that params.yaml states and the latents have."""
+    """Import a checkpoint in any layout that `cf import-weights` reads.
+
+    Raises ValueError unless it has the sizes that params.yaml states and the latents have.
+    """
     facts = import_checkpoint.import_transformer(resolve_weights("base.weights", params.base.weights, ["transformer"]), out)
-    stated = asdict(params.model) | {"channels": clips.shape[0], "text_channels": params.text.channels}
-    found = facts["model"] | {name: facts[name] for name in ("channels", "text_channels")}
-    for name, value in found.items():
-        if value != stated[name]:
+    wanted = asdict(params.model) | {"channels": clips.shape[0], "text_channels": params.text.channels}
+    imported = facts["model"] | {name: facts[name] for name in ("channels", "text_channels")}
+    for name, value in imported.items():
+        if value != wanted[name]:
             where = {"channels": "the latents have", "text_channels": "text.channels is"}.get(name, f"model.{name} is")
-            raise ValueError(f"base.weights is {params.base.weights} with {name} {value}, but {where} {stated[name]}; use weights that fit")
+            raise ValueError(f"base.weights is {params.base.weights} with {name} {value}, but {where} {wanted[name]}; use weights that fit")
     track.save(out)
     return {"parameters": float(facts["parameters"])}

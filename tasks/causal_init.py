@@ -21,34 +21,31 @@ from tasks.runner.track import Track, mean_of_tail
 
 
 def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, out: Path) -> dict[str, float | None]:
-    """Teaches the base model to denoise a chunk after those before it, through the student's memory."""
+    """Teach the base model to denoise a chunk after the chunks before it, which it sees through the student's memory."""
     spec, clips = params.causal_init, Latents(latents)
     model = wan.load_transformer(base, params.compute).to(choose_device())
-    ways = _make_trajectories(params, model, clips, track) if spec.method == "ode" else None
-    engine = params.engine
-    init = CausalInitTrainer(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, trajectories=ways, engine=engine)
-    plan, student = params.samples.causal_init, init.average.model
-    make = partial(sample_stream, student, spec=plan, levels=plan.levels, chunk=spec.chunk, memory=spec.memory, flow=params.flow)
-    fit(
-        init.step,
-        steps=spec.steps,
-        state=init.state,
-        log=track,
-        save_every=spec.save_every,
-        seen=init.seen,
-        clock=init.clock,
-        sample=SampleWriter(plan, track, clips, codec, make),
+    init = CausalInitTrainer(
+        spec,
+        model=model,
+        latents=clips,
+        flow=params.flow,
+        seed=params.seed,
+        trajectories=_compute_trajectories(params, model, clips, track) if spec.method == "ode" else None,
+        engine=params.engine,
     )
-    wan.save_transformer(init.average.model, out)
+    plan, student = params.samples.causal_init, init.ema.model
+    make = partial(sample_stream, student, spec=plan, levels=plan.levels, chunk=spec.chunk, memory=spec.memory, flow=params.flow)
+    fit(init, track, SampleWriter(plan, track, clips, codec, make))
+    wan.save_transformer(init.ema.model, out)
     track.save(out)
     return {"loss": mean_of_tail(out, "loss")}
 
 
-def _make_trajectories(params: Params, model: Denoiser, clips: Latents, track: Track) -> OdeTrajectories:
-    """The base model's, in the stage's working folder: what a killed run has made is there when it starts again."""
+def _compute_trajectories(params: Params, model: Denoiser, clips: Latents, track: Track) -> OdeTrajectories:
+    """Compute the base model's trajectories in the stage's working folder, where a restarted run finds those of a killed one."""
     spec, frames = params.causal_init.ode, params.causal_init.frames
-    dtype = getattr(torch, params.compute.dtype)  # no finer than what they were made in
+    dtype = getattr(torch, params.compute.dtype)  # more precision than the model's products have would be wasted
     folder = track.work / "trajectories"
-    made = OdeTrajectories(folder, spec, latents=clips, frames=frames, flow=params.flow, dtype=dtype, seed=params.seed + 1)
-    made.make(model, clips.null_text, track)
-    return made
+    trajectories = OdeTrajectories(folder, spec, latents=clips, frames=frames, flow=params.flow, dtype=dtype, seed=params.seed + 1)
+    trajectories.compute(model, clips.null_text, track)
+    return trajectories

@@ -1,9 +1,8 @@
-"""clips: video files with captions, rendered from worlds (bad ones planted among them) or taken from a folder."""
+"""Stage `clips`: video files with captions, rendered from worlds (bad clips planted among them) or copied from a folder."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +12,12 @@ import numpy as np
 
 from cf_model.data import worlds
 from cf_model.data.video import UNREADABLE_WIDTHS, read_video, write_video
-from tasks.files.videos import VIDEO_SUFFIXES
+from tasks.files.json_lines import dump_json_lines
+from tasks.files.videos import VIDEO_SUFFIXES, list_videos
 from tasks.params.schema import Params
 from tasks.runner.track import Track
 
-# What is planted, and the filter's reason for each. Nothing but tests and the report may know which clip is which.
+# Kinds of bad clips that are planted, and the filter's reason for each; only tests and the report may read which clip is which.
 PLANTED = {
     "too_short": "too_short",
     "frozen": "frozen",
@@ -29,22 +29,21 @@ PLANTED = {
 }
 SHORT_SECONDS = 6
 WRONG_FPS = 8
-OVEREXPOSED = 0.4  # quantile of the picture that an overexposure makes white, with all that is brighter
+OVEREXPOSED = 0.4  # quantile of the picture's brightness that an overexposure turns white, with all that is brighter
 WORSE_CRF = 6  # added for the second encoding of a duplicate
 Row = dict[str, Any]
 
 
 def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
-    """Makes data/clips: video files and clips.jsonl, which has id, file, caption and, for rendered ones, the truth of each."""
+    """Write data/clips: video files and clips.jsonl, with id, file and caption of each and, for rendered clips, the truth."""
     out.mkdir(parents=True, exist_ok=True)
     rows = list((copy_folder if params.clips.source == "folder" else render_worlds)(params, track, out))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (out / "clips.jsonl").write_text("".join(lines), encoding="utf-8")
+    (out / "clips.jsonl").write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
     return {"clips": len(rows), "planted": sum(row["planted"] is not None for row in rows)}
 
 
 def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
-    """Worlds as clips. A clip's kind is drawn, so neither its number nor its neighbours tell of it."""
+    """Render worlds to clips and yield their rows. A clip's kind is drawn, so neither its number nor its neighbours give it away."""
     fps, size, clips = params.video.fps, (params.video.height, params.video.width), params.clips
     check_size(params)
     rng = np.random.default_rng(params.seed)
@@ -52,7 +51,7 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
     progress = track.progress(len(kinds), unit="clip")
     good: list[Row] = []
     for i, kind in enumerate(kinds):
-        # Two worlds a clip, which no other clip has and no other seed of a pipeline below a million of them.
+        # Two worlds for each clip, which no other clip has, nor any clip of another seed while there are fewer than half a million.
         world, other = (worlds.draw_world(params.seed * 1_000_000 + 2 * i + j) for j in range(2))
         row = make_row(i, ".mp4", world.caption, planted=kind)
         path, crf = out / row["file"], clips.crf
@@ -64,8 +63,8 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
             video = render_kind(kind, world, other, clips.frames, size, fps, rng)
         write_video(path, video, fps=WRONG_FPS if kind == "wrong_fps" else fps, crf=crf)
         if kind == "truncated":
-            whole = path.read_bytes()
-            path.write_bytes(whole[: int(len(whole) * rng.uniform(0.3, 0.9))])
+            content = path.read_bytes()
+            path.write_bytes(content[: int(len(content) * rng.uniform(0.3, 0.9))])
         if kind is None:
             row["truth"] = world.truth(clips.frames, fps)
             good.append(row)
@@ -74,7 +73,7 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
 
 
 def check_size(params: Params) -> None:
-    """Sizes that a world or decord can't have."""
+    """Raise ValueError for sizes that a world or decord can't have."""
     height, width = params.video.height, params.video.width
     if height % 32 or width % 2 or width in UNREADABLE_WIDTHS:
         raise ValueError(
@@ -86,7 +85,7 @@ def check_size(params: Params) -> None:
 
 
 def draw_kinds(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:
-    """The kind of every clip, shuffled. The first is good, so that a duplicate has something before it to repeat."""
+    """Draw the kind of every clip; None is good. The first is good, so that a duplicate has a clip before it to repeat."""
     kinds: list[str | None] = [None] * count + [kind for kind in PLANTED for _ in range(bad)]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     if None in kinds:
@@ -98,7 +97,7 @@ def draw_kinds(count: int, bad: int, rng: np.random.Generator) -> list[str | Non
 def render_kind(
     kind: str | None, world: worlds.World, other: worlds.World, frames: int, size: tuple[int, int], fps: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The pictures of a clip of some kind; what is wrong with the file rather than the pictures comes later."""
+    """Render a clip of some kind; faults of the file, not of its pictures, are added after it is written."""
 
     def pictures(of: worlds.World, frames: int, fps: int = fps) -> np.ndarray:
         return worlds.render_clip(of, frames, height=size[0], width=size[1], fps=fps)
@@ -120,11 +119,11 @@ def render_kind(
 
 
 def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
-    """Any folder's videos, subfolders included, in the order of their names."""
+    """Copy a folder's videos, with those of its subfolders, in the order of their names, and yield their rows."""
     folder = params.clips.folder
     if folder is None or not folder.is_dir():
         raise ValueError(f"clips.folder is {folder}, which is no folder; name one with videos, or set clips.source to worlds")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file())
+    files = list_videos(folder)
     if not files:
         raise ValueError(f"clips.folder is {folder}, which has no video ({' '.join(VIDEO_SUFFIXES)}); put some there, or name another")
     progress = track.progress(len(files), unit="clip")
@@ -138,12 +137,12 @@ def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
 
 
 def hash_name(source: str) -> str:
-    """From the name alone: a new file changes no other clip's id, and so neither its split nor its place among the held-out."""
+    """Return an id from the file's name alone, so that a new file changes no other clip's id, and so not its split."""
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def read_caption(file: Path) -> str:
-    """FILE.txt beside FILE.mp4, or else the file's own name as words."""
+    """Read FILE.txt beside FILE.mp4, or else take the words of the file's name; an empty FILE.txt raises ValueError."""
     beside = file.with_suffix(".txt")
     if not beside.is_file():
         return " ".join(file.stem.replace("-", " ").replace("_", " ").split())
@@ -154,5 +153,6 @@ def read_caption(file: Path) -> str:
 
 
 def make_row(number: int | str, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:
+    """Return a clip's row of clips.jsonl, with a number or a hash in its id."""
     name = f"clip-{number:05d}" if isinstance(number, int) else f"clip-{number}"
     return {"id": name, "file": name + suffix, "caption": caption, "source": source, "planted": planted, "truth": None}

@@ -1,4 +1,4 @@
-"""Stage `codec`: the linear codec is fitted on kept clips, or Wan's is brought here; measured on held-out ones."""
+"""Stage `codec`: the linear codec is fitted on accepted clips, or Wan's is copied; either is measured on held-out clips."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tasks.params.schema import Params
 from tasks.parts.codec_frames import read_frames
 from tasks.parts.device import choose_device
 from tasks.parts.hub import resolve_weights
-from tasks.parts.manifest import accepted_rows
+from tasks.parts.manifest import read_split
 from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path) -> dict[str, float]:
-    """Writes models/codec. Linear: components in closed form, then a small decoder network. Wan's: AutoencoderKLWan as it is."""
-    train = accepted_rows(manifest, "train")
+    """Write models/codec and measure its PSNR. Linear: fitted in closed form, then a small decoder network. Wan: unchanged."""
+    train = read_split(manifest, "train")
     codec: Codec
     if params.codec.kind == "wan":
         from cf_model.codec.wan_codec import load_wan_codec
@@ -33,7 +33,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
     save_codec(codec, out)
     track.save(out)
     codec = codec.to(choose_device())
-    measured = accepted_rows(manifest, "heldout") or train[-4:]
+    measured = read_split(manifest, "heldout") or train[-4:]
     bar = track.progress(len(measured), "clip")
     quality = []
     for row in measured:
@@ -44,6 +44,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
 
 
 def fit_linear_codec(params: Params, track: Track, files: list[Path]) -> Codec:
+    """Fit the linear codec on these clips, logging the loss of each step."""
     train = [torch.cat(list(read_frames(file, params.video)), dim=1)[0] for file in files]
     bar = track.progress(params.codec.linear.steps, "step")
 
@@ -57,9 +58,9 @@ def fit_linear_codec(params: Params, track: Track, files: list[Path]) -> Codec:
 
 
 def measure_psnr(params: Params, codec: Codec, file: Path) -> float:
-    """Of a clip that went there and back, in dB; piece by piece, however long it is."""
+    """Measure the PSNR in dB of a clip that was encoded and decoded, piece by piece, so that it may be long."""
     pieces, truth = tee(read_frames(file, params.video))
-    again = (frame for part in codec.decode_stream(codec.encode_stream(pieces)) for frame in part[0])
-    pairs = zip(again, (frame for part in truth for frame in part[0]), strict=True)
-    error = np.mean([float((one.double() - other.double()).square().mean()) for one, other in pairs])
+    decoded = (frame for part in codec.decode_stream(codec.encode_stream(pieces)) for frame in part[0])
+    pairs = zip(decoded, (frame for part in truth for frame in part[0]), strict=True)
+    error = np.mean([float((ours.double() - true.double()).square().mean()) for ours, true in pairs])
     return float(10 * np.log10(255**2 / max(float(error), 1e-12)))

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: what the videos show, measured against the known world they come from."""
+"""Stage `evaluate`: videos measured against the known world that they come from."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from cf_model.data.video import read_video
 from cf_model.evaluate import oracle
 from cf_model.evaluate.statistics import bootstrap, paired
+from tasks.files.json_lines import dump_json_lines, read_json_lines
 from tasks.params.schema import Params
-from tasks.parts import manifest as lines
 from tasks.runner.track import Track, round_value
 
 Curves = dict[tuple[str, str, str, float], dict[str, list[float]]]  # suite, system, metric, second -> prompt -> values
-WINDOW = 2  # seconds of one point of a curve
-COMPARED = (  # suite, system, system, metric: over the videos that have it in both
+WINDOW = 2  # seconds of video in a point of a curve
+COMPARED = (  # suite, system, system, metric: over the videos that have the metric in both systems
     ("continuations", "teacher_fast", "teacher_slow_fast", "map_error"),
     ("continuations", "teacher_fast", "teacher_slow_fast", "map_error_recent"),
     ("continuations", "stage1", "stage2", "map_error"),
@@ -29,14 +29,14 @@ CURVES = ("sprite_recall", "sky_error", "sharpness", "motion", "compass_coherenc
 
 
 def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) -> dict[str, Any]:
-    """Scores each video, then each system: results/cells.jsonl is the truth, everything else is derived from it."""
-    truths = {row["id"]: row["truth"] for row in lines.read_rows(clips / "clips.jsonl")}
-    videos = lines.read_rows(samples / "index.jsonl")
+    """Score each video, then each system; results/cells.jsonl has every value, from which all other results are derived."""
+    truths = {row["id"]: row["truth"] for row in read_json_lines(clips / "clips.jsonl")}
+    videos = read_json_lines(samples / "index.jsonl")
     size = {"height": params.video.height, "width": params.video.width, "fps": params.video.fps}
     bar = track.progress(len(videos), "video")
     cells: list[dict[str, Any]] = []
     curves: Curves = defaultdict(lambda: defaultdict(list))
-    shown: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    views: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in videos:
         video = read_video(samples / row["file"], **size)
         truth = truths.get(row["clip"])
@@ -44,65 +44,67 @@ def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) 
         for name, value in score_video(params, video, truth, row["prefix_frames"]).items():
             cells.append(key | {"metric": name, "value": round_value(value)})
         if truth:
-            made = video[row["prefix_frames"] :]
-            seen = {"map": oracle.build_map(made), "sky": truth["sky"], "heading": oracle.read_heading(made)[0]}
-            shown[row["suite"], row["system"]].append(seen)
+            new = video[row["prefix_frames"] :]
+            view = {"map": oracle.build_map(new), "sky": truth["sky"], "heading": oracle.read_heading(new)[0]}
+            views[row["suite"], row["system"]].append(view)
             for second, values in score_windows(video, truth, params.video.fps):
                 for name in CURVES:
                     curves[row["suite"], row["system"], name, second][row["prompt"]].append(values[name])
         bar.update()
     bar.close()
     out.mkdir(parents=True, exist_ok=True)
-    lines.write_rows(out / "cells.jsonl", cells)
+    (out / "cells.jsonl").write_text(dump_json_lines(cells))
     write_curves(out / "curves.csv", curves, params)
-    return summarise_systems(cells, shown) | {"compared": compare_systems(cells, params)}
+    return summarise_systems(cells, views) | {"compared": compare_systems(cells, params)}
 
 
 def compare_systems(cells: list[dict[str, Any]], params: Params) -> dict[str, Any]:
-    """Pairs of systems, video by video: a system can't win by not having the videos that are hard."""
+    """Compare pairs of systems video by video, so that a system can't win by lacking the videos that are hard."""
     values: dict[tuple[str, str, str], dict[tuple[str, int], float]] = defaultdict(dict)
     for cell in cells:
         values[cell["suite"], cell["system"], cell["metric"]][cell["clip"] or cell["prompt"], cell["seed"]] = cell["value"]
     out = {}
     for suite, before, after, metric in COMPARED:
         first, second = values[suite, before, metric], values[suite, after, metric]
-        found = paired(first, second, resamples=params.evaluate.resamples, seed=params.seed)
-        if found:
-            numbers = {"before": found.first, "after": found.second, "low": found.change.low, "high": found.change.high}
-            known = {name: value for name, value in numbers.items() if np.isfinite(value)}  # one video has no interval
-            out[f"{metric}: {before} to {after}"] = known | {"videos": len(first.keys() & second.keys())}
+        pair = paired(first, second, resamples=params.evaluate.resamples, seed=params.seed)
+        if pair:
+            numbers = {"before": pair.first, "after": pair.second, "low": pair.change.low, "high": pair.change.high}
+            finite = {name: value for name, value in numbers.items() if np.isfinite(value)}  # a single video has no interval
+            out[f"{metric}: {before} to {after}"] = finite | {"videos": len(first.keys() & second.keys())}
     return out
 
 
 def score_video(params: Params, video: np.ndarray, truth: dict[str, Any] | None, prefix: int) -> dict[str, float]:
-    """All that applies to one video; what a real prefix shows is not the system's doing and is left out."""
+    """Score a video by all metrics that apply to it, without its real prefix, which is not the system's work."""
     fps, gap = params.video.fps, params.evaluate.gap
-    made = video[prefix:]
+    new = video[prefix:]
     if truth is None:
-        return oracle.plain_metrics(made)
-    values = oracle.prompt_metrics(made, truth, fps) | oracle.memory_metrics(made, fps, params.evaluate.absence)
+        return oracle.plain_metrics(new)
+    values = oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(new, fps, params.evaluate.absence)
     if prefix:
         values |= oracle.map_metrics(video, truth, prefix=prefix, fps=fps, gap=gap)
     return values
 
 
 def score_windows(video: np.ndarray, truth: dict[str, Any], fps: int) -> list[tuple[float, dict[str, float]]]:
+    """Score a video window by window: (second at which a window begins, its metrics)."""
     step = WINDOW * fps
     starts = range(0, len(video) - step + 1, step)
     return [(first / fps, oracle.prompt_metrics(video[first : first + step], truth, fps)) for first in starts]
 
 
 def write_curves(path: Path, curves: Curves, params: Params) -> None:
+    """Write curves.csv: each metric's mean over prompts and its interval, window by window."""
     with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["suite", "system", "metric", "second", "mean", "low", "high"])
         for key, values in curves.items():
-            found = bootstrap(values, resamples=params.evaluate.resamples, seed=params.seed)
-            table.writerow([*key, *("" if value is None else round_value(value) for value in (found.mean, found.low, found.high))])
+            interval = bootstrap(values, resamples=params.evaluate.resamples, seed=params.seed)
+            table.writerow([*key, *("" if value is None else round_value(value) for value in (interval.mean, interval.low, interval.high))])
 
 
-def summarise_systems(cells: list[dict[str, Any]], shown: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over videos, and what only the videos of a system together can tell."""
+def summarise_systems(cells: list[dict[str, Any]], views: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return each system's means over videos, and its metrics of all videos together (diversity, headings)."""
     values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for cell in cells:
         values[cell["suite"]][cell["system"]][cell["metric"]].append(cell["value"])
@@ -110,7 +112,7 @@ def summarise_systems(cells: list[dict[str, Any]], shown: dict[tuple[str, str], 
         suite: {system: mean_metrics(metrics) for system, metrics in systems.items()}
         for suite, systems in values.items()
     }
-    for (suite, system), videos in shown.items():
+    for (suite, system), videos in views.items():
         more = {
             "videos": float(len(videos)),
             "diversity": oracle.measure_diversity([v["map"] for v in videos], [v["sky"] for v in videos]),
@@ -121,7 +123,7 @@ def summarise_systems(cells: list[dict[str, Any]], shown: dict[tuple[str, str], 
 
 
 def mean_metrics(metrics: dict[str, list[float]]) -> dict[str, float]:
-    """Each metric's mean; where not every video has it, also of how many."""
+    """Return each metric's mean and, where not every video has the metric, the number of videos that have it."""
     most = max(map(len, metrics.values()))
     fewer = {f"{name}_videos": float(len(v)) for name, v in metrics.items() if len(v) < most}
     return {name: float(np.mean(v)) for name, v in metrics.items()} | fewer

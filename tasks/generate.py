@@ -21,8 +21,8 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import stream
 from cf_model.model.view import sample_window
+from tasks.files.json_lines import dump_json_lines
 from tasks.params.schema import Params, System
-from tasks.parts import manifest
 from tasks.parts.device import choose_device
 from tasks.parts.systems import as_trained
 from tasks.parts.text_encoder import open_text_encoder
@@ -30,8 +30,8 @@ from tasks.runner.track import Track
 
 
 @dataclass(frozen=True)
-class Job:
-    """One video to make: `real` is the clip it goes on from, or shows when there is no system."""
+class VideoJob:
+    """Video to be made: `real` is the clip that it continues or, without a system, the clip that it shows."""
 
     suite: str
     name: str
@@ -44,6 +44,7 @@ class Job:
 
     @property
     def file(self) -> str:
+        """The video's path below the stage's out."""
         return f"{self.suite}/{self.name}/{self.number:05d}-s{self.seed}.mp4"
 
 
@@ -60,30 +61,32 @@ def run(
     stage2: Path,
     out: Path,
 ) -> dict[str, float]:
-    """Text to video for every system, from the held-out captions or a file of prompts, and what follows a real prefix."""
+    """Write samples: a video of every system for each held-out caption or prompt of a file, and continuations of real prefixes."""
     weights = {"base": base, "teacher": teacher, "causal_init": causal_init, "stage1": stage1, "stage2": stage2}
     clips, pictures, text = Latents(latents), load_codec(codec).to(choose_device()), open_text_encoder(params.text).to(choose_device())
-    todo = list(jobs(params, clips))
-    made = track.work / "samples"  # a killed run goes on with the videos it lacks
+    todo = list(list_jobs(params, clips))
+    finished = track.work / "samples"  # a run that was killed is continued with the videos that are missing here
     bar = track.progress(len(todo), "video")
     models: dict[str, Denoiser] = {}
     for job in todo:
-        path = made / job.file
+        path = finished / job.file
         if not path.exists():
             if job.system and job.system.weights not in models:
                 models = {job.system.weights: wan.load_transformer(weights[job.system.weights], params.compute).to(choose_device())}
             path.parent.mkdir(parents=True, exist_ok=True)
-            chunks = make(params, job, models, text.encode([job.prompt]).to(choose_device()), clips.null_text.to(choose_device()))
+            prompt, null = text.encode([job.prompt]).to(choose_device()), clips.null_text.to(choose_device())
+            chunks = generate_latents(params, job, models, prompt, null)
             frames = (frame for part in pictures.decode_stream(chunks) for frame in part[0].numpy())
             write_video(path, frames, fps=params.video.fps, crf=params.generate.crf)
         bar.update()
     bar.close()
-    shutil.copytree(made, out, dirs_exist_ok=True)
-    manifest.write_rows(out / "index.jsonl", [line(params, job) for job in todo])
+    shutil.copytree(finished, out, dirs_exist_ok=True)
+    (out / "index.jsonl").write_text(dump_json_lines(index_row(params, job) for job in todo))
     return {"videos": float(len(todo))}
 
 
-def line(params: Params, job: Job) -> dict[str, Any]:
+def index_row(params: Params, job: VideoJob) -> dict[str, Any]:
+    """Return a video's row of index.jsonl."""
     prefix = 0 if job.suite == "prompts" else video_frames(params.generate.prefix)
     return {
         "suite": job.suite,
@@ -96,8 +99,8 @@ def line(params: Params, job: Job) -> dict[str, Any]:
     }
 
 
-def jobs(params: Params, clips: Latents) -> Iterator[Job]:
-    """In the order of the systems, so that one model is in memory at a time."""
+def list_jobs(params: Params, clips: Latents) -> Iterator[VideoJob]:
+    """Yield the videos in the order of the systems, so that a single model is in memory at a time."""
     g = params.generate
     heldout = clips.rows("heldout")
     captions: list[tuple[str, int | None]] = [(clips.captions([row])[0], row) for row in heldout[: g.prompts]]
@@ -105,20 +108,23 @@ def jobs(params: Params, clips: Latents) -> Iterator[Job]:
         captions = [(prompt, None) for prompt in read_prompts(g.prompts_file, g.prompts)]
     for suite, count, frames in (("prompts", g.prompts, g.frames), ("continuations", g.continued, g.frames)):
         for number, clip in enumerate(heldout[:count]):
-            whole = clips.window([clip], [0], min(clips.frames(clip), frames))
-            yield Job(suite, "real", None, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], whole)
+            real = clips.window([clip], [0], min(clips.frames(clip), frames))
+            yield VideoJob(suite, "real", None, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], real)
     for name, system in g.systems.items():
         for number, (prompt, row) in enumerate(captions):
             for seed in g.seeds:
-                yield Job("prompts", name, system, number, seed, prompt, None if row is None else clips.clips[row]["id"], None)
+                yield VideoJob("prompts", name, system, number, seed, prompt, None if row is None else clips.clips[row]["id"], None)
     for name, system in g.continuations.items():
         for number, clip in enumerate(heldout[: g.continued]):
             prefix = clips.window([clip], [0], g.prefix)
-            yield Job("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
+            yield VideoJob("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
 
 
-def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, null: Tensor) -> Iterator[Tensor]:
-    """Latents, chunk by chunk or window by window; a real prefix comes first. One video at a time: a memory decides for itself."""
+def generate_latents(params: Params, job: VideoJob, models: dict[str, Denoiser], text: Tensor, null: Tensor) -> Iterator[Tensor]:
+    """Yield a video's latents chunk by chunk or window by window, after its real prefix.
+
+    Videos are made one at a time, because a memory decides for a batch by its first video.
+    """
     real = None if job.real is None else job.real.to(text.device)
     if real is not None:
         yield real
@@ -126,7 +132,7 @@ def make(params: Params, job: Job, models: dict[str, Denoiser], text: Tensor, nu
         return
     system, model = as_trained(params, job.system), models[job.system.weights]
     size = model.transformer.config.in_channels, params.video.height // SPACE, params.video.width // SPACE
-    # the noise depends on seed and prompt only, so systems can be compared pair by pair
+    # the noise depends on seed and prompt alone, so that systems can be compared pair by pair
     rng = torch.Generator(text.device).manual_seed(100_003 * (job.seed + 1) + job.number)
     if spec := system.memory:
         # causal_init has no levels of its own: it is trained at all of them

@@ -1,6 +1,6 @@
 """Stage `report`: one HTML page with videos, frame strips, curves and tables.
 
-It reads what the other stages wrote; what is absent is said to be absent.
+It reads what the other stages wrote, and names what is absent.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import yaml
 
 from cf_model.evaluate.figures import GREY, PALETTE, STRIP_SECONDS, Line, build_gallery, build_guesses, draw_chart, item_key
 from cf_model.evaluate.report import Results, build_tables, check_goals, compare_memories, compare_stages, describe_metric, render_page
+from tasks.files.json_lines import Row, read_json_lines
 from tasks.params.schema import Params, System
 from tasks.parts.systems import as_trained
 from tasks.runner.track import Track
-
-Row = dict[str, Any]
 
 SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
 STAGES = {
@@ -40,12 +39,8 @@ STAGES = {
 }
 
 
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-
-
 def draw_curves(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """Charts of results/curves.csv by suite: a metric against time, one line a system."""
+    """Draw the charts of results/curves.csv by suite: a metric against time, with a line for each system."""
     series: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
     if path.exists():
         with path.open(newline="") as file:
@@ -60,10 +55,10 @@ def draw_curves(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[s
 
 
 def draw_training(models: Path) -> list[dict[str, Any]]:
-    """Charts of every value in models/<stage>/metrics.jsonl: faint as logged, and its running mean over a twentieth of the rows."""
-    found = []
+    """Draw every value of models/<stage>/metrics.jsonl: faint as logged, and its running mean over a twentieth of the rows."""
+    stages = []
     for path in sorted(models.glob("*/metrics.jsonl"), key=lambda path: stage_order(path.parent.name)):
-        rows, charts = read_rows(path), []
+        rows, charts = read_json_lines(path, missing_ok=True), []
         for name in dict.fromkeys(key for row in rows for key in row if key != "step"):
             pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
             if len(pairs) < 2:
@@ -74,16 +69,17 @@ def draw_training(models: Path) -> list[dict[str, Any]]:
             log = bool((y > 0).all() and y.max() > 50 * y.min())
             both = [Line(PALETTE[0], x.tolist(), y.tolist(), faint=True), Line(PALETTE[0], x[width - 1 :].tolist(), mean.tolist())]
             charts.append({"name": name.replace("_", " "), "last": float(mean[-1]), "svg": draw_chart(both, x="step", log=log)})
-        found.append({"stage": path.parent.name, "charts": charts, "steps": rows[-1]["step"] if rows else 0})
-    return found
+        stages.append({"stage": path.parent.name, "charts": charts, "steps": rows[-1]["step"] if rows else 0})
+    return stages
 
 
 def stage_order(name: str) -> tuple[int, str]:
+    """Return the sort key that brings stages into running order, unknown names last."""
     return (list(STAGES).index(name) if name in STAGES else len(STAGES), name)
 
 
 def list_stages(metrics: Path) -> list[dict[str, Any]]:
-    """metrics/*.json by stage. This stage's own file is left out: it would be the one of the run before."""
+    """List metrics/*.json by stage, without this stage's own file, which would be that of the run before."""
     names = sorted((path.stem for path in metrics.glob("*.json") if path.stem != "report"), key=stage_order)
     rows = []
     for name in dict.fromkeys([*STAGES, *names]):
@@ -96,37 +92,37 @@ def list_stages(metrics: Path) -> list[dict[str, Any]]:
 
 
 def summarise_filter(manifest: Sequence[Row], clips: Path | None) -> dict[str, Any]:
-    """What the filter rejected and, where the clips were planted, whether it was right."""
-    known = {row["id"]: row["planted"] for row in read_rows(clips / "clips.jsonl")} if clips else {}
-    rejected = [row | {"planted": known.get(row["id"])} for row in manifest if not row["kept"]]
+    """Summarise what the filter rejected and, where bad clips were planted, whether the filter was right."""
+    planted = {row["id"]: row["planted"] for row in read_json_lines(clips / "clips.jsonl", missing_ok=True)} if clips else {}
+    rejected = [row | {"planted": planted.get(row["id"])} for row in manifest if not row["kept"]]
     return {
         "clips": len(manifest),
         "kept": sum(row["kept"] for row in manifest),
         "heldout": sum(row["split"] == "heldout" for row in manifest),
         "rejected": rejected,
         "reasons": Counter(row["reason"] for row in rejected).most_common(),
-        "known": bool(known),
-        "missed": [row["id"] for row in manifest if row["kept"] and known.get(row["id"])],
+        "known": bool(planted),
+        "missed": [row["id"] for row in manifest if row["kept"] and planted.get(row["id"])],
         "lost": [row["id"] for row in rejected if not row["planted"]],
-        "planted": sum(bool(kind) for kind in known.values()),
+        "planted": sum(bool(kind) for kind in planted.values()),
     }
 
 
 def describe_system(system: System) -> str:
-    """Weights and what they see of the past, in words."""
+    """Describe a system in words: its weights, and what they see of the past."""
     if memory := system.memory:
         never = memory.promote == "none" or (memory.promote == "similarity" and memory.tau <= -1)
         slow = "slow 0, as nothing is promoted" if never else f"slow {memory.slow}"
         return f"{system.weights}, memory: sink {memory.sink}, {slow}, fast {memory.fast}"
     if view := system.view:
         frames = f"sink {view.sink}, slow {view.slow}{f' (every {view.stride}th)' if view.slow else ''}, fast {view.fast}"
-        seen = {"none": "nothing", "contiguous": f"the last {view.sink + view.slow + view.fast}", "sparse": frames}[view.context]
-        return f"{system.weights}, bidirectional, sees of the past: {seen}"
+        context = {"none": "nothing", "contiguous": f"the last {view.sink + view.slow + view.fast}", "sparse": frames}[view.context]
+        return f"{system.weights}, bidirectional, sees of the past: {context}"
     return system.weights
 
 
 def name_memory(system: System) -> str:
-    """What a teacher sees of the past, in a word: `goals` compares two of them."""
+    """Name what a teacher sees of the past, for `check_goals`, which compares two such systems."""
     past = system.memory or system.view
     if past is None or (system.view and system.view.context == "none"):
         return "none"
@@ -136,17 +132,18 @@ def name_memory(system: System) -> str:
 
 
 def by_weights(systems: Mapping[str, System], present: Iterable[str]) -> dict[str, str]:
-    """weights -> the system that shows them: the one of that name, or the first."""
-    found: dict[str, str] = {}
+    """Return weights -> the system that stands for them: the system of that name, or the first."""
+    representatives: dict[str, str] = {}
     here = [name for name in systems if name in set(present)]
     for name in sorted(here, key=lambda name: name != systems[name].weights):
-        found.setdefault(systems[name].weights, name)
-    return found
+        representatives.setdefault(systems[name].weights, name)
+    return representatives
 
 
 def read_results(params: Params, results: Path, metrics: Path) -> Results:
+    """Read the stage evaluate's cells and means; absent files give empty results."""
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
-    for row in read_rows(results / "cells.jsonl"):
+    for row in read_json_lines(results / "cells.jsonl", missing_ok=True):
         if row["value"] is not None:
             cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item_key(row), row["seed"]] = row["value"]
     file = metrics / "evaluate.json"
@@ -155,7 +152,8 @@ def read_results(params: Params, results: Path, metrics: Path) -> Results:
     return Results(cells, suites, resamples=params.evaluate.resamples, seed=params.seed)
 
 
-def list_facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], shown: Sequence[Row]) -> list[tuple[str, str]]:
+def list_facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], gallery_rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """List the facts at the top of the page as (name, value)."""
     prompts = [row for row in index if row["suite"] == "prompts" and row["system"] != "real"]
     prefixes = [row for row in index if row["suite"] == "continuations"]
     context, trained = params.stage2.teacher.context, params.teacher.view.context
@@ -165,7 +163,7 @@ def list_facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], sh
         ("profile", params.profile),
         ("prompts", str(len({item_key(row) for row in prompts}))),
         ("seeds a prompt", str(len({row["seed"] for row in prompts}))),
-        ("longest video", f"{max((tile['seconds'] or 0 for row in shown for tile in row['tiles']), default=0):.1f} s"),
+        ("longest video", f"{max((tile['seconds'] or 0 for row in gallery_rows for tile in row['tiles']), default=0):.1f} s"),
         ("real prefixes continued", str(len({item_key(row) for row in prefixes}))),
         ("videos in all", str(len(index))),
         ("clips kept to train on", str(sum(row["split"] == "train" for row in manifest))),
@@ -174,11 +172,11 @@ def list_facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], sh
     ]
 
 
-def systems_of(suite: str, stated: Mapping[str, System], index: Sequence[Row], found: Results) -> list[str]:
-    """Those with a video or a number, in the order of params.yaml, real last."""
-    seen = {row["system"] for row in index if row["suite"] == suite}
-    seen |= {system for s, system, _ in found.cells if s == suite} | set(found.means.get(suite, {}))
-    return [name for name in [*stated, *sorted(seen - {*stated, "real"}), "real"] if name in seen]
+def systems_of(suite: str, stated: Mapping[str, System], index: Sequence[Row], results: Results) -> list[str]:
+    """Return a suite's systems that have a video or a number, in the order of params.yaml, real last."""
+    present = {row["system"] for row in index if row["suite"] == suite}
+    present |= {system for s, system, _ in results.cells if s == suite} | set(results.means.get(suite, {}))
+    return [name for name in [*stated, *sorted(present - {*stated, "real"}), "real"] if name in present]
 
 
 def run(
@@ -198,10 +196,10 @@ def run(
     `data` is the manifest; `clips`, if given, says which bad clips were planted. Times and hardware are not in the page
     itself: it loads ../runtime/runtime.js where there is one.
     """
-    index, found = read_rows(samples / "index.jsonl"), read_results(params, results, metrics)
+    index, values = read_json_lines(samples / "index.jsonl", missing_ok=True), read_results(params, results, metrics)
     stated = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
     recipes = {suite: {name: as_trained(params, system) for name, system in systems.items()} for suite, systems in stated.items()}
-    present = {suite: systems_of(suite, systems, index, found) for suite, systems in recipes.items()}
+    present = {suite: systems_of(suite, systems, index, values) for suite, systems in recipes.items()}
     names = [name for name in dict.fromkeys(present["prompts"] + present["continuations"]) if name != "real"]
     colours = {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(names)} | {"real": GREY}
     roles = {suite: by_weights(systems, present[suite]) for suite, systems in recipes.items()}
@@ -211,25 +209,30 @@ def run(
     charts = draw_curves(results / "curves.csv", colours)
     teachers = [name for name in present["continuations"] if (s := recipes["continuations"].get(name)) and s.weights == "teacher"]
     kinds = {name_memory(recipes["continuations"][name]): name for name in reversed(teachers)}
-    manifest = read_rows(data)
+    manifest = read_json_lines(data, missing_ok=True)
     page = {
         "params": params,
-        "facts": list_facts(params, index, manifest, [row for one in galleries.values() for row in one["rows"]]),
+        "facts": list_facts(params, index, manifest, [row for gallery in galleries.values() for row in gallery["rows"]]),
         "colours": colours,
         "recipes": {suite: {name: describe_system(system) for name, system in systems.items()} for suite, systems in recipes.items()},
-        "goals": check_goals(found, roles["prompts"], kinds),
+        "goals": check_goals(values, roles["prompts"], kinds),
         "student": student,
         "guesses": build_guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),
-        "machine": {key: value for key, value in found.means.get("prompts", {}).get(student or "", {}).items() if "guess" in key},
+        "machine": {key: value for key, value in values.means.get("prompts", {}).get(student or "", {}).items() if "guess" in key},
         "galleries": galleries,
         "suites": [
-            {"title": title, "systems": present[suite], "tables": build_tables(found, suite, present[suite]), "charts": charts.get(suite, [])}
+            {
+                "title": title,
+                "systems": present[suite],
+                "tables": build_tables(values, suite, present[suite]),
+                "charts": charts.get(suite, []),
+            }
             for suite, title in SUITES.items()
         ],
-        "compared": compare_stages(found, stages["stage1"], stages["stage2"]),
+        "compared": compare_stages(values, stages["stage1"], stages["stage2"]),
         "pairs": {suite: (name, stages["stage2"][suite]) for suite, name in stages["stage1"].items() if suite in stages["stage2"]},
         "every": STRIP_SECONDS,
-        "teachers": compare_memories(found, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
+        "teachers": compare_memories(values, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
         "training": draw_training(models),
         "pipeline": list_stages(metrics),
         "filter": summarise_filter(manifest, clips),

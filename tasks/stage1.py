@@ -1,4 +1,4 @@
-"""Stage `stage1`: distribution matching on one window (sec. 3.1)."""
+"""Stage `stage1`: local distribution matching on one window (sec. 3.1, eqs. 3 and 4)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from tasks.parts.distillation import DistillationJob, train_student
 from tasks.runner.track import Track
 
 
-def run(
-    params: Params, track: Track, *, latents: Path, codec: Path, base: Path, causal_init: Path, out: Path
-) -> dict[str, float | None]:
-    """The causal student learns to make windows like the base model's, in few steps, from its own rollouts."""
+def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path, causal_init: Path, out: Path) -> dict[str, float | None]:
+    """Teach the causal student to generate windows like the base model's in few steps, on its own rollouts."""
     # Choice: the base model is the real score here, not the context teacher without a context: it is the better
     # model of one window, and stage 1 then doesn't wait for the teacher.
     view = replace(params.teacher.view, context=params.stage1.teacher.context)

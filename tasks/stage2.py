@@ -1,4 +1,4 @@
-"""Stage `stage2`: contextual distribution matching on long rollouts (sec. 3.2, alg. 1)."""
+"""Stage `stage2`: contextual distribution matching on long rollouts (sec. 3.2, eqs. 5 and 6, alg. 1)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tasks.parts.distillation import DistillationJob, train_student
 from tasks.runner.track import Track
 
 
-def run(
-    params: Params, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path
-) -> dict[str, float | None]:
-    """The student learns to go on from its own past, scored by a teacher that sees the same past. It begins as `student`:
-    stage 1's, or what start.stage2 names."""
+def run(params: Params, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
+    """Teach the student to continue its own past, scored by a teacher that sees the same past.
+
+    The student begins with the weights in `student`: stage 1's, or those that start.stage2 names.
+    """
     spec = params.stage2
     context, window = spec.teacher.context, spec.rollout.window
-    shown = TeacherLayout(replace(params.teacher.view, context=context), window, spec.horizon.longest - window)
-    view = read_agreed_view(teacher, shown, accept=spec.teacher.mismatch == "accept")
+    wanted = TeacherLayout(replace(params.teacher.view, context=context), window, spec.horizon.longest - window)
+    view = read_agreed_view(teacher, wanted, accept=spec.teacher.mismatch == "accept")
     job = DistillationJob(spec, view, params.flow, params.compute, params.samples.stage2, params.engine, params.seed + 1)
     return train_student(job, track, latents=latents, codec=codec, teacher=teacher, student=student, out=out)

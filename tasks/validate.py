@@ -1,4 +1,4 @@
-"""Stage `validate`: all of params.yaml against its types, before anything is made from it."""
+"""Stage `validate`: all of params.yaml against its types, before any other stage runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, out: Path = Path("build/params.json")) -> dict[str, float]:
-    """Checks every value of params.yaml, also against one another, and writes them as JSON, sorted."""
+    """Check every value of params.yaml, alone and against the others, and write them to build/params.json, sorted."""
     prompts = params.generate.prompts_file
     if prompts is not None:
         _check_prompts(prompts)
@@ -20,7 +20,7 @@ def run(params: Params, track: Track, *, out: Path = Path("build/params.json")) 
 
 
 def _check_prompts(file: Path) -> None:
-    """Here and not only in `generate`, which starts an hour later."""
+    """Refuse a missing or empty file of prompts now, because `generate` would refuse it an hour later."""
     if not file.is_file():
         raise Refused(f"generate.prompts_file is {file}, which isn't there; name a file with one prompt a line, or null")
     with file.open() as lines:

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from tasks.wandb_log import sync
 from tests.once import copy_of
 
 ROOT = Path(__file__).parents[1]
@@ -28,15 +29,19 @@ STAGE = """
 import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from tasks import mirror, runner, tracking
+from tasks.params.project import Project
+from tasks.runner import track as tracking
+from tasks.runner.execute import execute
+from tasks.wandb_log import run as mirror
 
 stage, wandb = sys.argv[1], sys.argv[2]
-params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb=wandb, project="toy"))
-stated = {"seed": 0, "profile": "tiny", "evaluate": {"resamples": 100}}
+project = Project()
+project.tree = {"seed": 0, "profile": "tiny", "evaluate": {"resamples": 100}}
+project.params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb=wandb, project="toy"))
 
 def run(params, track, *, out):
 BODY
-runner.execute(stage, run, {"out": Path(sys.argv[3])}, params, stated, began=time.time())
+execute(stage, run, {"out": Path(sys.argv[3])}, project, began=time.time())
 """
 
 
@@ -69,9 +74,8 @@ def stage(root: Path, name: str, out: str, body: str, wandb: str = "offline", **
     return subprocess.run(command, cwd=root, env=environment(**more), capture_output=True, text=True, timeout=120)
 
 
-def journals(root: Path) -> list[dict[str, Any]]:
-    found = [json.loads(file.read_text()) for file in (root / "runtime/journal").glob("*/run.json")]
-    return sorted(found, key=lambda about: float(about["started"]))
+def runs(root: Path) -> list[sync.LocalRun]:
+    return sync.list_runs(root)
 
 
 def inspect(folder: str | Path, *words: str) -> str:
@@ -82,6 +86,12 @@ def inspect(folder: str | Path, *words: str) -> str:
 def records(folder: str | Path, kind: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in inspect(folder).splitlines() if line.strip()]
     return [row[kind] for row in rows if row["type"] == kind]
+
+
+def described(folder: str | Path) -> dict[str, Any]:
+    """What wandb.init was told."""
+    (run,) = records(folder, "run")
+    return run
 
 
 def history(folder: str | Path) -> list[dict[str, Any]]:

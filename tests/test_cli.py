@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import tasks.__main__ as cf
+from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def test_help_lists_the_stages_in_running_order(capsys: pytest.CaptureFixture[st
     cf.main(["--help"])
     said = capsys.readouterr().out
     first = [line.split()[0] for line in said.splitlines() if line.startswith("  ")]
-    assert first[: len(cf.stages())] == list(cf._pipeline())
+    assert first[: len(Project().stages)] == list(Project().stages)
     assert all(len(line) <= 120 for line in said.splitlines())
 
 
@@ -115,13 +116,15 @@ def run(params, track, *, out: Path):
 def test_what_was_raised_on_purpose_has_no_traceback(
     body: str, code: int, traceback: bool, project: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A copy of the package with one more stage, so that the file is found as any stage is."""
+    """A copy of the package with one more stage, in dvc.yaml too."""
     home = tmp_path_factory.mktemp("copy")
     for package in ("tasks", "cf_model"):
         for file in (ROOT / package).rglob("*.py"):
             (home / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             (home / file.relative_to(ROOT)).write_bytes(file.read_bytes())
     (home / "tasks/toy.py").write_text(STAGE.format(name="toy", body=body))
+    stages = Path("dvc.yaml").read_text()
+    Path("dvc.yaml").write_text(stages.replace("\nstages:\n", "\nstages:\n  toy: {desc: a toy, cmd: python -m tasks toy --out toy.txt}\n"))
     cf.main(["profile", "use", "tiny"])
     environment = {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "7"}
     words = [sys.executable, "-m", "tasks", "toy", "--out", "toy.txt"]
@@ -132,3 +135,25 @@ def test_what_was_raised_on_purpose_has_no_traceback(
         assert Path("toy.txt").read_text() == "1 0 4000000000"
     elif not traceback and code == 1:
         assert done.stderr.count("\n") == 1 and done.stderr.startswith("cf toy: ")
+
+
+COUNTING = """
+import collections, os, sys
+from pathlib import Path
+read = Path.read_text
+def read_text(self, *words, **more):
+    with open(os.environ["COUNTS"], "a") as counts:
+        counts.write(f"{os.getpid()} {self.name}\\n")
+    return read(self, *words, **more)
+Path.read_text = read_text
+"""
+
+
+def test_params_and_dvc_yaml_are_read_once(project: Path) -> None:
+    """In all processes that a stage takes before it begins: the one that a person starts is started again."""
+    cf.main(["profile", "use", "tiny"])
+    (project / "sitecustomize.py").write_text(COUNTING)
+    done = command("validate", at=project, PYTHONPATH=str(project), PYTHONHASHSEED="1", COUNTS=str(project / "counts"))
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[1] for line in Path("counts").read_text().splitlines()]
+    assert names.count("params.yaml") == 1 and names.count("dvc.yaml") == 1

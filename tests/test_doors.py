@@ -71,6 +71,21 @@ def test_two_makes_at_once_do_not_both_install(tmp_path: Path) -> None:
     assert [one.wait(60) for one in both] == [0, 0]
 
 
+def test_installing_says_how_far_it_is_and_fails_with_the_words_of_pip(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "requirements/cpu.txt", ".venv/bin/python", ".venv/lib/python3.11/site-packages/one.dist-info"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "requirements/cpu.txt").write_text("one==1\ntwo==2\n")
+    python = tmp_path / ".venv/bin/python"
+    python.write_text("#!/bin/sh\necho Collecting one==1\nsleep 4\necho ERROR: no two >&2\nexit 1\n")
+    python.chmod(0o755)
+    done = subprocess.run(["make", ".venv/.cpu", f"PYTHON={sys.executable}"], cwd=tmp_path, capture_output=True, text=True)
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("installing 2 packages into .venv, once") and last == "  1 of 2 packages fetched, 1 installed"
+    assert done.returncode and done.stderr.startswith("ERROR: no two\n") and not (tmp_path / ".venv/.cpu").exists()
+
+
 def test_the_last_words_of_make_repro(tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
     (tmp_path / "reports").mkdir()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tasks.files.hashes import dvc_md5
+from tasks.files.hashes import compute_dvc_md5
 from tasks.params import yaml_file
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def test_the_run_is_of_this_code_and_these_parameters() -> None:
     for name, stage in stages.items():
         for dep in stage.get("deps", []):
             if dep["path"].startswith(("cf_model", "tasks")):
-                assert dep["md5"] == dvc_md5(ROOT / dep["path"]), f"{dep['path']} changed after {name} ran; run make repro"
+                assert dep["md5"] == compute_dvc_md5(ROOT / dep["path"]), f"{dep['path']} changed after {name} ran; run make repro"
         for key, value in stage.get("params", {}).get("params.yaml", {}).items():
             assert value == yaml_file.value_at(stated, key), f"{key} changed after {name} ran; run make repro"
 

@@ -24,10 +24,10 @@ def stated() -> schema.Params:
 
 def video(p: schema.Params, system: str, *, seed: int = 0, number: int = 0, real: torch.Tensor | None = None) -> torch.Tensor:
     listed = {**p.generate.continuations, **p.generate.systems} if real is None else p.generate.continuations
-    job = generate.Job("prompts", system, listed[system], number, seed, "a prompt", None, real)
+    job = generate.VideoJob("prompts", system, listed[system], number, seed, "a prompt", None, real)
     model = denoiser(3)
     text = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
-    return torch.cat(list(generate.make(p, job, {listed[system].weights: model}, text, torch.zeros(5, 8))), dim=1)
+    return torch.cat(list(generate.generate_latents(p, job, {listed[system].weights: model}, text, torch.zeros(5, 8))), dim=1)
 
 
 def test_same_seed_same_video_other_seed_other_video(stated: schema.Params) -> None:

@@ -123,7 +123,7 @@ def test_what_nothing_asks_for_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("old", "new", "used"):
         shelf.put(name, name.encode())
     for name in ("old", "used"):
-        os.utime(str(shelf.place(name)), (0, time.time() - 31 * 86400))
+        os.utime(str(shelf.entry_path(name)), (0, time.time() - 31 * 86400))
     assert shelf.get("used") == b"used"
     shelf.sweep()
     assert [shelf.get(name) for name in ("old", "new", "used")] == [None, b"new", b"used"]

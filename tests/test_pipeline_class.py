@@ -117,7 +117,7 @@ def test_after_a_recache_nothing_is_left_of_the_old_prompt_but_the_sink(pipe: Co
     video, text = latents(pipe, 9), {words: pipe.text.encode([words]) for words in ("one", "two", "new")}
     before = [pipe.denoiser.remember_clip(video, text[words], pipe.recipe.memory, chunk=3) for words in ("one", "two")]
     for keep_sink in (False, True):
-        after = [pipe._switched(memory, video[:, -21:], text["new"], "recache", keep_sink) for memory in before]
+        after = [pipe._switch_prompt(memory, video[:, -21:], text["new"], "recache", keep_sink) for memory in before]
         assert [frame.index for frame in after[0].frames] == [frame.index for frame in after[1].frames]  # type: ignore[union-attr]
         for one, other in zip(after[0].frames, after[1].frames, strict=True):  # type: ignore[union-attr]
             equal = all(torch.equal(a, b) for a, b in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import tasks.__main__ as cf
-from cf_model.plan.need import Need
+from cf_model.plan.need import StageNeed
 from tasks.commands import preset
 from tasks.commands.plan import forecast, limits, table
 from tasks.params import load, schema, yaml_file
@@ -171,7 +171,7 @@ def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
 def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schema.Params) -> None:
     shared = wan.model_copy(update={"stage2": replace(wan.stage2, rollouts="shared")})
     each, kept = (forecast.needs(p)["stage2"] for p in (wan, shared))
-    assert kept.peak(1, 2, 8) - each.peak(1, 2, 8) == 7 * kept.kept > 7 * each.memory
+    assert kept.peak(1, 2, 8) - each.peak(1, 2, 8) == 7 * kept.carried > 7 * each.memory
     assert kept.peak(8, 2, 8) == each.peak(8, 2, 8), "computed at once they are there anyway"
 
 
@@ -224,4 +224,4 @@ def test_only_stages_that_train_are_asked(tiny: schema.Params, tmp_path: Path, m
     monkeypatch.setattr(limits, "memory", lambda: 1.0)
     forecast.refuse(tiny, "evaluate", tmp_path, tmp_path)
     assert set(forecast.needs(tiny)) == set(TRAINING_STAGES)
-    assert all(isinstance(one, Need) for one in forecast.needs(tiny).values())
+    assert all(isinstance(one, StageNeed) for one in forecast.needs(tiny).values())

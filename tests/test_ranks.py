@@ -44,8 +44,8 @@ class Job:
         torch.manual_seed(0)
         self.model, self.random, self.timer = torch.nn.Linear(64, 64), BatchRandom(1), StepTimer()
         self.optimizer = Optimizer(self.model, OptimizerSpec(1e-3, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0), {STEPS})
-        self.average = EMA(self.model, 0.9)
-        self.state = dict(model=self.model, random=self.random, optimizer=self.optimizer, average=self.average)
+        self.ema = EMA(self.model, 0.9)
+        self.state = dict(model=self.model, random=self.random, optimizer=self.optimizer, average=self.ema)
 
     def step(self, number):
         if os.environ.get("FULL") == str(number):  # files may not grow beyond a few KB any more
@@ -59,14 +59,14 @@ class Job:
         loss = self.model(x).square().mean()
         loss.backward()
         values = dict(loss=loss.item(), gradient=self.optimizer.step())
-        self.average.update()
+        self.ema.update()
         return values
 
 def run(params, track, *, out):
     job = Job()
     fit(job, track)
     out.mkdir()
-    save_file(job.average.model.state_dict(), out / "model.safetensors")
+    save_file(job.ema.model.state_dict(), out / "model.safetensors")
     track.save(out)
     return {{}}
 
@@ -168,7 +168,11 @@ def test_two_ranks_stopped_in_every_way_end_as_never_stopped(tmp_path: Path) -> 
 
     stopped = terminated(folder, 22, CF_RANKS="2")
     assert 22 < stopped < 60
-    assert began_after(finished(start(folder, CF_RANKS="2"), 0)) == stopped
+    orphaned = start(folder, CF_RANKS="2", SLOW="1")
+    until(orphaned, stopped + 5)
+    orphaned.kill()
+    assert began_after(orphaned.communicate(timeout=20)[1]) == stopped, "the pipe is closed: no rank outlives its launcher"
+    finished(start(folder, CF_RANKS="2"), 0)
     finished(whole, 0)
     assert made(folder) == made(tmp_path / "whole")
 
@@ -187,5 +191,5 @@ def test_the_environment_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CF_RANKS")
     assert ranks.count_ranks("stage2", scratch) == 2
     monkeypatch.setenv("CF_RANKS", "two")
-    with pytest.raises(Refused, match="CF_RANKS is two; use a whole number from 1 on"):
+    with pytest.raises(Refused, match="CF_RANKS is 'two'; it must be a whole number from 1 on"):
         ranks.count_ranks("stage2", scratch)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 from tasks.runner import execute as runner
 from tasks.runner import track as tracking
@@ -40,12 +41,18 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
+def toy(stated: dict[str, Any] = STATED) -> Project:
+    project = Project()
+    project.tree, project.params = stated, PARAMS  # type: ignore[assignment]
+    return project
+
+
 def execute(run: Any, out: str = "made/out.txt") -> None:
-    runner.execute("toy", run, {"data": Path("data.txt"), "out": Path(out)}, PARAMS, STATED, began=time.time())
+    runner.execute("toy", run, {"data": Path("data.txt"), "out": Path(out)}, toy(), began=time.time())
 
 
 def key(stated: dict[str, Any] = STATED, **paths: Path) -> str:
-    return working_folder.compute_key("toy", {"data": Path("data.txt"), "out": Path("out.txt"), **paths}, stated)
+    return working_folder.compute_key("toy", {"data": Path("data.txt"), "out": Path("out.txt"), **paths}, toy(stated))
 
 
 def good(params: Any, track: tracking.Track, *, data: Path, out: Path) -> dict[str, Any]:
@@ -173,8 +180,9 @@ import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
-from tasks import runner
+from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
+from tasks.runner.execute import execute
 
 def run(params, track, *, data, out):
     saved = track.work / "step"
@@ -193,9 +201,11 @@ def run(params, track, *, data, out):
     track.save(out)
     return {{}}
 
-params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
+project = Project()
+project.tree = {STATED!r}
+project.params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
 try:
-    runner.execute("toy", run, dict(data=Path("data.txt"), out=Path("model")), params, {STATED!r}, began=time.time())
+    execute("toy", run, dict(data=Path("data.txt"), out=Path("model")), project, began=time.time())
 except Refused as error:
     sys.exit(str(error))
 """

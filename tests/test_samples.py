@@ -35,13 +35,16 @@ def trained(name: str, work: Path, every: int = 2, die_at: int | None = None) ->
     track = Track(name, folder(work))
     sample = ranked.sampler(job, track, ranked.small_codec(work / "codec"), every)
 
-    def step(number: int) -> dict[str, float]:
+    step = job.step
+
+    def dying_step(number: int) -> dict[str, float]:
         if number == die_at:
             raise KeyboardInterrupt
-        return job.step(number)
+        return step(number)
 
+    job.step, job.steps, job.save_every = dying_step, STEPS, 4
     before = torch.get_rng_state()
-    loop.fit(step, steps=STEPS, state=job.state, log=track, save_every=4, seen=job.seen, clock=job.clock, sample=sample)
+    loop.fit(job, track, sample)
     assert torch.equal(torch.get_rng_state(), before), "nor are the global random numbers used"
     return job
 
@@ -51,7 +54,7 @@ def digests(work: Path) -> dict[str, str]:
 
 
 def weights(job: Any) -> torch.Tensor:
-    models = [value for value in job.state.values() if hasattr(value, "parameters")] + [job.average.model]
+    models = [value for value in job.state.values() if hasattr(value, "parameters")] + [job.ema.model]
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
 
 
@@ -112,8 +115,8 @@ def test_samples_are_of_the_averaged_weights_with_the_prompts_own_noise(tmp_path
         write_video(tmp_path / "again.mp4", frames, fps=16, crf=16)
         return (tmp_path / "again.mp4").read_bytes()
 
-    assert again(job.average.model, 1) == file.read_bytes()
-    assert again(job.student, 1) != file.read_bytes() != again(job.average.model, 2)
+    assert again(job.ema.model, 1) == file.read_bytes()
+    assert again(job.student, 1) != file.read_bytes() != again(job.ema.model, 2)
 
 
 def test_the_teacher_goes_on_from_a_real_beginning() -> None:
@@ -138,7 +141,8 @@ def test_files_and_media_leave_the_stage(tmp_path: Path) -> None:
     track = Track("base", work)
     track.show = lambda step, files, captions: shown.append((step, sorted(files), captions))  # type: ignore[method-assign]
     sample = ranked.sampler(job, track, ranked.small_codec(tmp_path / "codec"), 3)
-    loop.fit(job.step, steps=STEPS, state=job.state, log=track, save_every=4, clock=job.clock, sample=sample)
+    job.steps, job.save_every = STEPS, 4
+    loop.fit(job, track, sample)
     track.save(out)
     assert sorted(path.name for path in (out / "samples").iterdir()) == list(digests(work))
     assert shown == [(step, ["samples/0", "samples/1"], {"samples/0": "clip 0", "samples/1": "clip 1"}) for step in (3, 6, 9)]

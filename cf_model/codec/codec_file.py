@@ -1,4 +1,4 @@
-"""TODO: what cf_model.codec.codec_file is for."""
+"""Codecs on disk: codec.json says which of the two kinds a folder holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cf_model.model.weights import fill_weights
 
 
 def save_codec(codec: Codec, folder: Path) -> None:
-    """codec.json says which of the two it is; Wan's is a diffusers folder beside that."""
+    """Write codec.json and the weights: codec.safetensors of a linear codec, a diffusers folder of Wan's."""
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"kind": "wan", "channels": codec.channels}
     if isinstance(codec, LinearCodec):
@@ -29,6 +29,7 @@ def save_codec(codec: Codec, folder: Path) -> None:
 
 
 def load_codec(folder: Path) -> Codec:
+    """Load what `save_codec` wrote; raises ValueError for any other folder."""
     file = folder / "codec.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no codec.json; run the stage codec first")

@@ -1,4 +1,4 @@
-"""TODO: what cf_model.codec.interface is for."""
+"""What a codec is: 1 + 4k video frames to 1 + k latents and back, 8 pixels each way to one latent; and checks that codecs share."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-TIME, SPACE = 4, 8  # frames and pixels that one latent covers
+TIME, SPACE = 4, 8  # frames, and pixels each way, that one latent covers
 
 
 def latent_frames(frames: int) -> int:
-    """Whole latents in a clip: 1 + (frames - 1) // 4."""
+    """Count the latents in a clip of so many frames: 1 + (frames - 1) // 4; what is left over is no latent."""
     return 1 + (frames - 1) // TIME
 
 
 def video_frames(latents: int) -> int:
+    """Count the video frames of so many latents: 1 + 4 (latents - 1), because the first latent is one frame."""
     return 1 + TIME * (latents - 1)
 
 
 class Codec(Protocol):
-    """What the stages know of a codec. It takes tensors of any device; latents come back on its own, video on the CPU.
+    """Codec as the stages use it. It takes tensors of any device; latents come back on the codec's device, video on the CPU.
 
-    The two streams give what `encode` and `decode` give, a piece at a time, and need no more memory for a longer video.
-    Several may be read in turns.
+    `encode_stream` and `decode_stream` give what `encode` and `decode` give, a piece at a time, and need no more memory
+    for a longer video. Several streams may be read in turns.
     """
 
     channels: int
@@ -44,30 +45,35 @@ class Codec(Protocol):
 
 
 def group_by_latent(pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]], time: int) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:
-    """The same frames in runs that fill latents: first 1 + k `time` of them, then multiples of `time`."""
-    held: Tensor | None = None
-    seen, first = 0, 1
+    """Regroup frames into runs that fill latents: 1 + k `time` frames in the first run, a multiple of `time` in all others.
+
+    Raises ValueError at the end if frames are left over.
+    """
+    waiting: Tensor | None = None
+    count, first = 0, 1
     for piece in pieces:
-        held = piece if held is None else torch.cat([held, piece], dim=1)
-        seen += piece.shape[1]
-        length = (held.shape[1] - first) // time * time + first
+        waiting = piece if waiting is None else torch.cat([waiting, piece], dim=1)
+        count += piece.shape[1]
+        length = (waiting.shape[1] - first) // time * time + first
         if length > 0:
-            yield held[:, :length]
-            held, first = held[:, length:], 0
-    if held is not None:
-        check_video_shape(seen, held.shape[2], held.shape[3], time, 1)
+            yield waiting[:, :length]
+            waiting, first = waiting[:, length:], 0
+    if waiting is not None:
+        check_video_shape(count, waiting.shape[2], waiting.shape[3], time, 1)
 
 
 def check_video_shape(frames: int, height: int, width: int, time: int, space: int) -> None:
+    """Raise ValueError unless a video has 1 + k `time` frames and sides that are multiples of `space` pixels."""
     if frames < 1 or (frames - 1) % time or height % space or width % space:
         raise ValueError(f"a video of {frames} frames of {width} x {height} is not 1 + {time}k frames of a multiple of {space} pixels")
 
 
 def check_latent_channels(latents: Float[Tensor, "B F C H W"], channels: int) -> None:
+    """Raise ValueError for latents of another codec, which has other channels."""
     if latents.shape[2] != channels:
         raise ValueError(f"the latents have {latents.shape[2]} channels, the codec's {channels}; use the codec that they were made with")
 
 
 def to_uint8(pixels: Tensor) -> UInt8[Tensor, "..."]:
-    """-1..1, and what lies beyond, to 0..255 on the CPU."""
+    """Convert pixels from -1..1 (clamped) to 0..255 on the CPU."""
     return pixels.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()

@@ -1,4 +1,4 @@
-"""Video frames to latents and back: 1 + 4k frames <-> 1 + k latents, 8x in space."""
+"""The small profiles' codec: principal components of pixel patches, fitted on a processor within seconds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from cf_model.codec.interface import SPACE, TIME, check_latent_channels, check_video_shape, group_by_latent, to_uint8
 
-PATCH_VALUES = TIME * SPACE * SPACE * 3  # numbers in a patch
+PATCH_VALUES = TIME * SPACE * SPACE * 3  # numbers in a patch: 768
 
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """How the linear codec is fitted, and its decoder trained."""
+    """Sizes of the linear codec, and how it is fitted."""
 
     channels: int
     ridge: float  # of the decoder's least squares
@@ -28,7 +28,7 @@ class CodecSpec:
 
 
 class LinearCodec(nn.Module):
-    """Principal components of patches of 4 x 8 x 8 pixels, read back with their neighbours and a small network.
+    """Codec whose latents are principal components of patches of 4 x 8 x 8 pixels, decoded with their neighbours and a small network.
 
     The encoder is an orthogonal projection. The decoder is the least-squares map from a latent and its eight
     neighbours to the patch, which has no block edges to speak of, plus what a small convolutional network adds to it.
@@ -37,9 +37,9 @@ class LinearCodec(nn.Module):
     """
 
     time, space = TIME, SPACE
-    mean: Tensor  # [PIXELS]
-    encoder: Tensor  # [PIXELS, C]
-    decoder: Tensor  # [K, PIXELS]
+    mean: Tensor  # [P], P = PATCH_VALUES
+    encoder: Tensor  # [P, C]
+    decoder: Tensor  # [K, P], K = 9 C + 1
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -56,11 +56,12 @@ class LinearCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]:
+        # [B, F, H, W, P] @ [P, C], and channels to their place
         return ((extract_patches(video.to(self.mean.device)) - self.mean) @ self.encoder).permute(0, 1, 4, 2, 3)
 
     def encode_stream(self, pieces: Iterable[UInt8[Tensor, "B _ Y X 3"]]) -> Iterator[Float[Tensor, "B _ C H W"]]:
         for i, run in enumerate(group_by_latent(pieces, TIME)):
-            # a frame in front stands for the latent before
+            # a frame in front stands for the latent before, which is cut off again
             yield self.encode(torch.cat([run[:, :1], run], dim=1))[:, 1:] if i else self.encode(run)
 
     @torch.no_grad()
@@ -68,16 +69,17 @@ class LinearCodec(nn.Module):
         b, f, _, h, w = latents.shape
         check_latent_channels(latents, self.channels)
         parts = [to_uint8(self.pixels(part)) for part in latents.to(self.mean.device).flatten(0, 1).split(128)]
+        # [B * F, 12, Y, X] to [B, 4 F, Y, X, 3]; of the first latent's four frames only the last is video
         video = torch.cat(parts).view(b, f * TIME, 3, h * SPACE, w * SPACE).permute(0, 1, 3, 4, 2)
         return video[:, TIME - 1 :].contiguous()
 
     def decode_stream(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[UInt8[Tensor, "B _ Y X 3"]]:
         for i, chunk in enumerate(chunks):
-            # a latent in front gives the chunk's first one its four frames
+            # a latent in front gives the chunk's first latent its four frames
             yield self.decode(torch.cat([chunk[:, :1], chunk], dim=1))[:, 1:] if i else self.decode(chunk)
 
     def pixels(self, latents: Float[Tensor, "M C H W"]) -> Float[Tensor, "M 12 Y X"]:
-        """Four RGB frames of each latent, in -1..1 but for overshoot."""
+        """Decode four RGB frames from each latent, in -1..1 but for overshoot."""
         m, _, h, w = latents.shape
         flat = (gather_neighbours(latents) @ self.decoder).view(m, h, w, TIME, SPACE, SPACE, 3)
         return flat.permute(0, 3, 6, 1, 4, 2, 5).reshape(m, TIME * 3, h * SPACE, w * SPACE) + self.refine(latents)
@@ -86,7 +88,7 @@ class LinearCodec(nn.Module):
 def fit_codec(
     clips: Sequence[UInt8[Tensor, "V Y X 3"]], spec: CodecSpec, seed: int, tell: Callable[[int, float], None] = lambda step, loss: None
 ) -> LinearCodec:
-    """Components and linear decoder in closed form, then the network by squared error. `tell(step, loss)` hears of it."""
+    """Fit components and linear decoder in closed form, then train the network by squared error, calling `tell(step, loss)`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         codec = LinearCodec(spec.channels, spec.width)
@@ -96,10 +98,12 @@ def fit_codec(
     latents = [codec.encode(clip[None])[0] for clip in clips]
     optimizer = torch.optim.AdamW(codec.refine.parameters(), spec.lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(spec.steps):
+        # a batch of single latents and of the four frames that each covers; never a clip's first, which covers one
         which = torch.randint(len(clips), (spec.batch,), generator=rng).tolist()
         at = [1 + int(torch.randint(len(latents[i]) - 1, (), generator=rng)) for i in which]
         truth = torch.stack([clips[i][TIME * (k - 1) + 1 : TIME * k + 1] for i, k in zip(which, at, strict=True)])
         truth = truth.permute(0, 1, 4, 2, 3).flatten(1, 2).float().div(127.5).sub(1)
+        # warm-up over 30 steps, and linear decay over the second half
         for group in optimizer.param_groups:
             group["lr"] = spec.lr * min(1, (step + 1) / 30, 2 * (1 - step / spec.steps))
         loss = F.mse_loss(codec.pixels(torch.stack([latents[i][k] for i, k in zip(which, at, strict=True)])), truth)
@@ -111,6 +115,7 @@ def fit_codec(
 
 
 def _fit_encoder(codec: LinearCodec, clips: Sequence[Tensor]) -> None:
+    """Set mean and encoder to the principal components of all patches of all clips, in float64."""
     count, total, square = 0, torch.zeros(PATCH_VALUES, dtype=torch.float64), torch.zeros(PATCH_VALUES, PATCH_VALUES, dtype=torch.float64)
     for clip in clips:
         p = extract_patches(clip[None]).flatten(0, 3).double()
@@ -128,6 +133,7 @@ def _fit_encoder(codec: LinearCodec, clips: Sequence[Tensor]) -> None:
 
 
 def _fit_decoder(codec: LinearCodec, clips: Sequence[Tensor], ridge: float) -> None:
+    """Set the decoder to the ridge regression from a latent with its neighbours to its patch, in float64."""
     size = len(codec.decoder)
     count, gram, cross = 0, torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, PATCH_VALUES, dtype=torch.float64)
     for clip in clips:
@@ -138,7 +144,7 @@ def _fit_decoder(codec: LinearCodec, clips: Sequence[Tensor], ridge: float) -> N
 
 
 def extract_patches(video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F H W P"]:
-    """Patches of 4 x 8 x 8 pixels in -1..1, the first frame four times."""
+    """Cut a video into patches of 4 x 8 x 8 pixels in -1..1, the first frame repeated four times."""
     b, v, y, x, _ = video.shape
     check_video_shape(v, y, x, TIME, SPACE)
     video = torch.cat([video[:, :1].expand(-1, TIME - 1, -1, -1, -1), video], dim=1).float().div(127.5).sub(1)
@@ -147,7 +153,7 @@ def extract_patches(video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F H W
 
 
 def gather_neighbours(latents: Float[Tensor, "M C H W"]) -> Float[Tensor, "M H W K"]:
-    """Each latent with its eight neighbours in its frame (edges repeated), and a 1 for the bias: K = 9 C + 1."""
+    """Put each latent beside its eight neighbours in its frame (edges repeated), and a 1 for the bias: K = 9 C + 1."""
     m, c, h, w = latents.shape
     near = F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), kernel_size=3).view(m, 9 * c, h, w).permute(0, 2, 3, 1)
     return torch.cat([near, near.new_ones(m, h, w, 1)], dim=-1)

@@ -1,4 +1,4 @@
-"""Wan's own codec: diffusers' AutoencoderKLWan, its latents normalised, and its causal features kept by each stream for itself."""
+"""Wan's own codec: diffusers' AutoencoderKLWan with normalised latents, and a cache of causal features for each stream."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class WanCodec(nn.Module):
-    """Latents are (posterior mean - mean) / std, by the constants of the VAE's config; nothing is sampled.
+    """Codec whose latents are (posterior mean - mean) / std, by the constants of the VAE's config; nothing is sampled.
 
-    The first frame is a latent of its own. The VAE looks back in time through a cache of features that diffusers keeps
-    in the module; here it belongs to the stream, so streams may be read in turns, and each holds two frames a layer.
+    The first frame is a latent of its own. The VAE looks back in time through a cache of features, two frames a layer,
+    which diffusers stores in the module; here each stream owns a cache, so that streams may be read in turns.
     """
 
     mean: Tensor  # [C, 1, 1, 1]
@@ -56,9 +56,10 @@ class WanCodec(nn.Module):
             check_video_shape(1, run.shape[2], run.shape[3], self.time, self.space)
             count = run.shape[1]  # 1 + 4k in the first run, 4k in all others
             sizes = [1] * (count % self.time) + [self.time] * (count // self.time)
-            yield torch.cat([self._encoded(part, features) for part in run.split(sizes, dim=1)], dim=2).transpose(1, 2)
+            yield torch.cat([self._encode_latent(part, features) for part in run.split(sizes, dim=1)], dim=2).transpose(1, 2)
 
-    def _encoded(self, frames: UInt8[Tensor, "B V Y X 3"], features: list[Any]) -> Float[Tensor, "B C 1 H W"]:
+    def _encode_latent(self, frames: UInt8[Tensor, "B V Y X 3"], features: list[Any]) -> Float[Tensor, "B C 1 H W"]:
+        """Encode the frames of one latent (1 at a video's start, else 4), given the features of those before."""
         x = frames.to(self.mean.device).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
         moments = self.vae.quant_conv(self.vae.encoder(patchify(x, self.patch), feat_cache=features, feat_idx=[0]))
         return (moments.chunk(2, dim=1)[0] - self.mean) / self.std
@@ -69,7 +70,7 @@ class WanCodec(nn.Module):
 
     @torch.no_grad()
     def pixels(self, chunks: Iterable[Float[Tensor, "B _ C H W"]]) -> Iterator[Float[Tensor, "B _ Y X 3"]]:
-        """The frames of `decode_stream` in -1..1, before they are rounded."""
+        """Decode as `decode_stream` does, to frames in -1..1 that are not yet rounded."""
         features, first = new_feature_cache(self.vae.decoder), True
         for chunk in chunks:
             check_latent_channels(chunk, self.channels)
@@ -82,17 +83,17 @@ class WanCodec(nn.Module):
 
 
 def new_feature_cache(part: nn.Module) -> list[Any]:
-    """The cache at the start of a stream: a place for each causal convolution, filled by diffusers as frames come."""
+    """Return the cache at the start of a stream: a place for each causal convolution, which diffusers fills as frames come."""
     return [None] * sum(isinstance(module, WanCausalConv3d) for module in part.modules())
 
 
 def save_wan_codec(codec: WanCodec, folder: Path) -> None:
-    """A diffusers folder."""
+    """Write the VAE as a diffusers folder."""
     codec.vae.save_pretrained(folder, safe_serialization=True)
 
 
 def load_wan_codec(folder: Path) -> WanCodec:
-    """From a diffusers folder of the VAE, or the folder of a whole pipeline that has it under vae/. Strict."""
+    """Load a diffusers folder of the VAE, or of a pipeline that has it under vae/; a weight that does not fit is refused."""
     home = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (home / "config.json").is_file():
         raise ValueError(f"{home} holds no config.json; name a folder in the diffusers layout, the VAE itself or one with vae/ inside")

@@ -1,7 +1,7 @@
-"""Which clips are fit to learn from: a few numbers a clip, and a threshold for each.
+"""Which clips are fit to learn from: a few measures of each clip, and a threshold for each measure.
 
 The paper keeps clips "longer than 10 s" of "high quality" and publishes no filter (sec. 4), so the rules are ours.
-They look at every frame, squeezed to SIDE x SIDE, and need no network; what they can't see is named where they stand.
+The measures look at every frame, squeezed to PICTURE_SIDE x PICTURE_SIDE, and need no network; each says what it can't see.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from jaxtyping import Float, UInt8
 
 from . import video
 
-PICTURE_SIDE = 32  # of the pictures that are judged
+PICTURE_SIDE = 32  # pixels of the pictures that are measured
 BLOCKS_PER_SIDE = 8  # of the pictures that are compared with each other: so coarse that a pan hardly changes them
-SIGNATURE_FRAMES = 8  # of a clip that its signature remembers
+SIGNATURE_FRAMES = 8  # frames of a clip in its signature
 CUT_FLOOR = 2.0  # grey levels added to the usual change, so that in a still scene the noise is no cut
 FLASH_FRAMES = 3  # frames; a change that is undone by then is no cut
 BLACK, WHITE = 5, 250
 
-REASONS = ("unreadable", "too_short", "wrong_fps", "clipped", "frozen", "hard_cut", "duplicate")  # in the order they are looked for
+REASONS = ("unreadable", "too_short", "wrong_fps", "clipped", "frozen", "hard_cut", "duplicate")  # in the order in which rules are tried
 
 
 class FilterRules(Protocol):
-    """The thresholds: params.filter."""
+    """Thresholds of the rules: params.filter."""
 
     @property
     def min_seconds(self) -> float: ...
@@ -44,15 +44,15 @@ class FilterRules(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ClipMeasures:
-    """What is known of a clip that could be read."""
+    """Measures of a clip that could be read."""
 
     frames: int
     fps: float
     width: int
     height: int
-    clipped: float
-    motion: float
-    cut: float
+    clipped: float  # see clipped_share
+    motion: float  # see motion_per_second
+    cut: float  # see strongest_cut
     signature: UInt8[np.ndarray, "M y x 3"]
 
     @property
@@ -62,13 +62,15 @@ class ClipMeasures:
 
 @dataclass(frozen=True)
 class Rejection:
-    reason: str
-    value: float | None  # None: the file can't be read, and the rule is the sentence that says why
+    """Why a clip is not used."""
+
+    reason: str  # one of REASONS
+    value: float | None  # the measure; None: the file can't be read, and the rule is the sentence that says why
     rule: str
 
 
 def measure_clip(path: Path) -> ClipMeasures:
-    """Read a file, every frame of it, and measure it. A ValueError says in one sentence why it can't be read."""
+    """Read every frame of a file and measure them. A ValueError says in one sentence why the file can't be read."""
     probe, frames = video.read_squeezed(path, side=PICTURE_SIDE)
     small = average_blocks(frames)
     return ClipMeasures(
@@ -83,8 +85,8 @@ def measure_clip(path: Path) -> ClipMeasures:
     )
 
 
-def find_broken_rule(clip: ClipMeasures, kept: dict[str, UInt8[np.ndarray, "M y x 3"]], rules: FilterRules) -> Rejection | None:
-    """The first rule that a clip breaks; `kept` are the signatures of the clips kept before it, by id."""
+def find_broken_rule(clip: ClipMeasures, accepted: dict[str, UInt8[np.ndarray, "M y x 3"]], rules: FilterRules) -> Rejection | None:
+    """Return the first rule that a clip breaks, or None; `accepted` are the signatures of the clips accepted before it, by id."""
     if not clip.seconds > rules.min_seconds:
         return Rejection("too_short", clip.seconds, f"seconds > {rules.min_seconds}")
     if clip.fps < rules.min_fps:
@@ -95,29 +97,29 @@ def find_broken_rule(clip: ClipMeasures, kept: dict[str, UInt8[np.ndarray, "M y 
         return Rejection("frozen", clip.motion, f"motion >= {rules.min_motion}")
     if clip.cut > rules.max_cut:
         return Rejection("hard_cut", clip.cut, f"cut <= {rules.max_cut}")
-    if kept:
-        twin, away = find_closest(clip.signature, kept)
+    if accepted:
+        twin, away = find_closest(clip.signature, accepted)
         if away < rules.min_distance:
             return Rejection("duplicate", away, f"distance >= {rules.min_distance} (from {twin})")
     return None
 
 
 def average_blocks(frames: UInt8[np.ndarray, "V Y X 3"]) -> Float[np.ndarray, "V y x 3"]:
-    """Means of blocks, COARSE of them along each side."""
+    """Average frames over blocks, BLOCKS_PER_SIDE of them along each side."""
     block = PICTURE_SIDE // BLOCKS_PER_SIDE
     rows = frames.reshape(len(frames), BLOCKS_PER_SIDE, block, PICTURE_SIDE, 3).sum(2, dtype=np.uint16)
     return rows.reshape(len(frames), BLOCKS_PER_SIDE, BLOCKS_PER_SIDE, block, 3).sum(3, dtype=np.uint16).astype(np.float32) / block**2
 
 
 def clipped_share(frames: UInt8[np.ndarray, "V Y X 3"]) -> float:
-    """Share of pixels that are black or white in all three channels, over the whole clip."""
+    """Measure the share of pixels that are black or white in all three channels, over all frames."""
     red, green, blue = (frames[..., channel] for channel in range(3))
     darkest, brightest = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
     return float(((darkest >= WHITE) | (brightest <= BLACK)).mean())
 
 
 def motion_per_second(frames: UInt8[np.ndarray, "V Y X 3"], fps: float) -> float:
-    """How much a picture differs from that of a second before (mean over pixels, 0..255), in the middle of all seconds.
+    """Measure how much a frame differs from the frame a second before: mean over pixels (0..255), median over frames.
 
     The median, so that a clip that stands still for most of its time is not saved by one jerk. A camera on a tripod
     before a calm sea has 1.1, a static picture after H.264 less than 0.1.
@@ -130,7 +132,7 @@ def motion_per_second(frames: UInt8[np.ndarray, "V Y X 3"], fps: float) -> float
 
 
 def strongest_cut(small: Float[np.ndarray, "V y x 3"], fps: float) -> float:
-    """The largest change from one frame to the next, over what is usual around it (half a second each way).
+    """Measure the largest change from a frame to the next, relative to the usual change within half a second around it.
 
     Block means hardly change in a pan; where everything moves fast (a whip pan, an arm before the lens), the usual
     change around is as large. The third quartile is the usual one, so that repeated frames (animation on twos,
@@ -150,7 +152,7 @@ def strongest_cut(small: Float[np.ndarray, "V y x 3"], fps: float) -> float:
 
 
 def draw_signature(small: Float[np.ndarray, "V y x 3"]) -> UInt8[np.ndarray, "M y x 3"]:
-    """A few moments, evenly over the clip: the same for a copy of another quality, size or frame rate.
+    """Take SIGNATURE_FRAMES frames evenly over the clip: nearly the same for a copy of another quality, size or frame rate.
 
     Choice: a part of a clip, or its mirror image, is not recognised as a duplicate.
     """
@@ -158,9 +160,9 @@ def draw_signature(small: Float[np.ndarray, "V y x 3"]) -> UInt8[np.ndarray, "M 
     return np.rint(small[moments]).astype(np.uint8)
 
 
-def find_closest(signature: UInt8[np.ndarray, "M y x 3"], kept: dict[str, UInt8[np.ndarray, "M y x 3"]]) -> tuple[str, float]:
-    """The most similar of the clips kept before and its mean absolute difference, 0..255."""
+def find_closest(signature: UInt8[np.ndarray, "M y x 3"], accepted: dict[str, UInt8[np.ndarray, "M y x 3"]]) -> tuple[str, float]:
+    """Return the most similar of the accepted clips, and its mean absolute difference, 0..255."""
     mine = signature.astype(np.int16)
-    away = {name: float(np.abs(mine - other).mean(dtype=np.float64)) for name, other in kept.items()}
+    away = {name: float(np.abs(mine - other).mean(dtype=np.float64)) for name, other in accepted.items()}
     twin = min(away, key=lambda name: away[name])
     return twin, away[twin]

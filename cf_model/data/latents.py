@@ -1,9 +1,9 @@
-"""Whole clips as latents, and their captions as embeddings: safetensors shards with an index.
+"""Clips as latents, and their captions as embeddings: safetensors shards with an index.
 
 index.json lists the clips in their order; a clip's number in that list is its row. A shard is two files, the latents of
 some clips and the embeddings of their captions, both under the clips' ids and each of its own length: of an embedding,
-the zeros past its text's end are left out. text.safetensors holds the empty text's and the null prompt's, whole. Reading
-maps the files into memory and touches only what a window needs.
+the zeros past its text's end are left out. text.safetensors holds the embeddings of the empty text and of the null
+prompt, with their zeros. Reading maps the files into memory and touches only what a window needs.
 """
 
 from __future__ import annotations
@@ -40,28 +40,31 @@ def write_latents(
     bytes: no file has metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    empty, null = encode_text(["", negative]).to(dtype).unbind()  # first: what is wrong with the encoder shows before hours of video
+    # before any clip, so that a fault of the text encoder shows before hours of video
+    empty, null = encode_text(["", negative]).to(dtype).unbind()
     save_file({"empty": empty.contiguous(), "null": null.contiguous()}, folder / "text.safetensors")
     entries: list[dict[str, Any]] = []
-    held: dict[str, Tensor] = {}
+    shard_latents: dict[str, Tensor] = {}
     size: list[int] = []
 
-    def flush() -> None:
-        if held:
-            number, texts = entries[-1]["shard"], encode_text([entry["caption"] for entry in entries[-len(held) :]])
-            save_file(held, folder / shard_name(number))
-            save_file({name: trim_padding(rows).to(dtype) for name, rows in zip(held, texts, strict=True)}, folder / text_name(number))
-            held.clear()
+    def flush_shard() -> None:
+        if shard_latents:
+            number = entries[-1]["shard"]
+            texts = encode_text([entry["caption"] for entry in entries[-len(shard_latents) :]])
+            save_file(shard_latents, folder / shard_name(number))
+            embeddings = {name: trim_padding(rows).to(dtype) for name, rows in zip(shard_latents, texts, strict=True)}
+            save_file(embeddings, folder / text_name(number))
+            shard_latents.clear()
 
     for about, latents in clips:
         size = size or list(latents.shape[1:])
         if list(latents.shape[1:]) != size:
             raise ValueError(f"{about['id']} has latents of {list(latents.shape[1:])}, the clips before it of {size}; use one size")
         entries.append(dict(about) | {"frames": len(latents), "shard": len(entries) // shard})
-        held[about["id"]] = latents.to("cpu", dtype).contiguous()
-        if len(held) == shard:
-            flush()
-    flush()
+        shard_latents[about["id"]] = latents.to("cpu", dtype).contiguous()
+        if len(shard_latents) == shard:
+            flush_shard()
+    flush_shard()
     if not entries:
         raise ValueError(f"no clips to write to {folder}; the filter must keep at least one")
     about_all = {"clips": entries, "channels": size[0], "height": size[1], "width": size[2], "fps": fps}
@@ -70,9 +73,9 @@ def write_latents(
 
 
 def trim_padding(rows: Float[Tensor, "T E"]) -> Float[Tensor, "T_ E"]:
-    """Without the zeros past the end: at Wan's size they would be most of the file."""
-    there = rows.any(dim=1).nonzero()
-    return rows[: int(there.max()) + 1 if len(there) else 0].contiguous()
+    """Cut off the zeros past a text's end, because at Wan's size they would be most of the file."""
+    filled = rows.any(dim=1).nonzero()
+    return rows[: int(filled.max()) + 1 if len(filled) else 0].contiguous()
 
 
 def shard_name(number: int) -> str:
@@ -84,7 +87,7 @@ def text_name(number: int) -> str:
 
 
 class Latents:
-    """Reads what `write_latents` wrote. Rows are positions in `clips`; sampling them is the caller's."""
+    """Reader of what `write_latents` wrote. A row is a clip's place in `clips`; callers draw rows and starts."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "index.json").is_file():
@@ -98,11 +101,11 @@ class Latents:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """C, H, W."""
+        """C, H, W of a latent."""
         return self.channels, self.height, self.width
 
     def rows(self, split: Split, at_least: int = 1) -> list[int]:
-        """Clips of a split that have at least so many latent frames."""
+        """Return the rows of a split's clips that have at least so many latent frames; raises ValueError if there are none."""
         rows = [row for row, clip in enumerate(self.clips) if clip["split"] == split and clip["frames"] >= at_least]
         if not rows:
             rule = "use longer clips, or shorter windows in params.yaml"
@@ -110,14 +113,15 @@ class Latents:
         return rows
 
     def captions(self, rows: Rows) -> list[str]:
+        """Return these clips' captions."""
         return [self.clips[int(row)]["caption"] for row in rows]
 
     def frames(self, row: int) -> int:
-        """Length of a clip in latent frames."""
+        """Return a clip's length in latent frames."""
         return int(self.clips[row]["frames"])
 
     def window(self, rows: Rows, starts: Rows, length: int) -> Float[Tensor, "B F C H W"]:
-        """`length` latent frames of each of these clips, from these starts."""
+        """Read `length` latent frames of each of these clips, from these starts on, as float32."""
         parts = []
         for row, start in zip(rows, starts, strict=True):
             clip, first = self.clips[int(row)], int(start)
@@ -127,24 +131,24 @@ class Latents:
         return torch.stack(parts).float()
 
     def text(self, rows: Rows) -> Float[Tensor, "B T E"]:
-        """Embeddings of these clips' captions."""
-        found = torch.zeros(len(rows), *self.null_text.shape)
-        for out, row in zip(found, rows, strict=True):
+        """Read the embeddings of these clips' captions, with zeros past each text's end."""
+        embeddings = torch.zeros(len(rows), *self.null_text.shape)
+        for out, row in zip(embeddings, rows, strict=True):
             clip = self.clips[int(row)]
-            there = self.opened(text_name(clip["shard"])).get_tensor(clip["id"])
-            out[: len(there)] = there
-        return found
+            tokens = self.opened(text_name(clip["shard"])).get_tensor(clip["id"])
+            out[: len(tokens)] = tokens
+        return embeddings
 
     @property
     def empty_text(self) -> Float[Tensor, "T E"]:
-        """Takes a caption's place when training drops it."""
+        """The embedding that takes a caption's place when training drops the caption."""
         return self._text("empty")
 
     @property
     def null_text(self) -> Float[Tensor, "T E"]:
-        """What guidance moves away from: the negative prompt, which training must not teach as if it were no prompt."""
+        """The negative prompt's embedding, which guidance moves away from; training must not teach it as the absence of a prompt."""
         return self._text("null")
 
     def _text(self, name: str) -> Tensor:
-        found: Tensor = self.opened("text.safetensors").get_tensor(name)
-        return found.float()
+        embedding: Tensor = self.opened("text.safetensors").get_tensor(name)
+        return embedding.float()

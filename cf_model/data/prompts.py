@@ -1,4 +1,4 @@
-"""A file of prompts."""
+"""Files of prompts: UTF-8 text, one prompt a line."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ LONGEST_LINE = 20_000  # bytes of a line; a file without line ends is not read i
 
 
 def read_prompts(path: Path, count: int | None = None) -> list[str]:
-    """The first `count` prompts of a file, or all of them."""
+    """Read the first `count` prompts of a file, or all of them."""
     return [prompt for _, prompt in islice(iterate_prompts(path), count)]
 
 
 def iterate_prompts(path: Path) -> Iterator[tuple[int, str]]:
-    """One prompt a line, with the line's number from 1 on, read as they are asked for.
+    """Yield each prompt with its line's number, from 1 on, without reading the file ahead.
 
-    Blank lines are skipped, inner white space is made one space. A line that is no text is refused by its number.
+    Blank lines are skipped, white space within a prompt becomes one space. A line that is no text raises a ValueError
+    that names its number.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not there; name a file with one prompt a line")
-    number, found = 0, False
+    number, has_prompt = 0, False
     with path.open("rb") as file:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             prompt = " ".join(decode_line(line, number, path).split())
             if prompt:
-                found = True
+                has_prompt = True
                 yield number, prompt
-    if not found:
+    if not has_prompt:
         raise ValueError(f"{path} has no prompt in it; write one prompt a line")
 
 
 def decode_line(line: bytes, number: int, path: Path) -> str:
+    """Decode a line; raises ValueError if it is too long, not UTF-8, or holds a zero byte."""
     if len(line) > LONGEST_LINE:
         raise ValueError(f"{path} line {number} has more than {LONGEST_LINE:,} bytes; write one prompt a line")
     try:

@@ -1,4 +1,4 @@
-"""Untrusted files are read in children of this process: a file that crashes or hangs its reader costs only itself."""
+"""Reading untrusted files in child processes, so that a file that crashes or hangs its reader costs only itself."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Unreadable:
-    sentence: str  # why, the same on every run
+    """A file that could not be read."""
+
+    sentence: str  # the reason, the same on every run
 
 
-def read_in_subprocess(task: Callable[[Path], T], paths: Sequence[Path], *, workers: int, timeout: float) -> Iterator[tuple[int, T | Unreadable]]:
-    """(index, task(path)) of every path in the order of completion.
+def read_in_subprocess(
+    task: Callable[[Path], T], paths: Sequence[Path], *, workers: int, timeout: float
+) -> Iterator[tuple[int, T | Unreadable]]:
+    """Yield (index, task(path)) of every path, in the order of completion.
 
     A ValueError of the task, the child's death, and more than `timeout` seconds on one file give Unreadable; any other
     exception is a fault of the task and is raised. `task` must be a function of a module, cheap to import.
@@ -34,13 +38,13 @@ def read_in_subprocess(task: Callable[[Path], T], paths: Sequence[Path], *, work
         while True:
             for child in children:
                 if child.index is None and waiting:
-                    child.give(*waiting.popleft(), timeout)
+                    child.start_file(*waiting.popleft(), timeout)
             busy = [child for child in children if child.index is not None]
             if not busy:
                 return
             wait([child.pipe for child in busy], max(0.0, min(child.deadline for child in busy) - time.monotonic()))
             for child in busy:
-                answer = child.answer(timeout)
+                answer = child.poll_answer(timeout)
                 if answer is not None:
                     yield answer
     finally:
@@ -49,7 +53,7 @@ def read_in_subprocess(task: Callable[[Path], T], paths: Sequence[Path], *, work
 
 
 class ReaderProcess(Generic[T]):
-    """A process and the one file it is busy with. It is replaced by a new process when it dies or has to be ended."""
+    """A child process and the file it is busy with. A child that dies or has to be ended is replaced by a new process."""
 
     def __init__(self, task: Callable[[Path], T]) -> None:
         self.task, self.index, self.path, self.deadline = task, None, Path(), float("inf")
@@ -66,18 +70,19 @@ class ReaderProcess(Generic[T]):
         theirs.close()
 
     def wait_until_ready(self) -> None:
-        """Imports don't count as time spent on a file, and their failure is not the file's."""
+        """Wait for the child's imports, whose seconds and failures are not a file's."""
         try:
             self.pipe.recv()
         except EOFError:
             raise RuntimeError("a process that reads videos could not start; its error stands above") from None
 
-    def give(self, index: int, path: Path, timeout: float) -> None:
+    def start_file(self, index: int, path: Path, timeout: float) -> None:
+        """Hand the child its next file; `timeout` seconds from now it must have answered."""
         self.index, self.path, self.deadline = index, path, time.monotonic() + timeout
         self.pipe.send(path)
 
-    def answer(self, timeout: float) -> tuple[int, T | Unreadable] | None:
-        """What became of the file, or None while the child is still at it."""
+    def poll_answer(self, timeout: float) -> tuple[int, T | Unreadable] | None:
+        """Return the file's index and result, or None while the child is still reading; replace a child that died or is late."""
         index = self.index
         assert index is not None
         result: T | Unreadable
@@ -110,7 +115,7 @@ class ReaderProcess(Generic[T]):
 
 
 def serve_reader(task: Callable[[Path], T], pipe: Connection) -> None:
-    """A child's life: a path in, an answer out, until the parent hangs up."""
+    """Run a child: take a path, send (result, error), until the parent closes the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's complaints about bad files, thousands of lines
     pipe.send("ready")
     while True:

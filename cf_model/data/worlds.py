@@ -1,7 +1,7 @@
 """A small world that can be measured: a camera pans over a cyclic panorama, a sprite moves in its sky.
 
-Everything a metric needs is known: the landmarks (drawn at random, never named in the caption, so whatever
-comes back must come from memory), the sprite's colour and shape and the sky (named in the caption), and the
+All that a metric needs is known: the landmarks (drawn at random and never named in the caption, so that a landmark
+that comes back must come from memory), the sprite's colour and shape and the sky (named in the caption), and the
 camera's heading, which the strip at the bottom shows as a hue and can therefore be read off any generated frame.
 Lengths are in units of 1/32 of the picture's height, so a world looks the same at every size.
 """
@@ -40,7 +40,7 @@ COMPASS_ROWS = slice(25, 31)
 
 @dataclass(frozen=True)
 class World:
-    """All that is known of one clip before it is rendered; `truth` is the part a metric may use."""
+    """Facts of a clip before it is rendered; `truth` is the part that a metric may use."""
 
     seed: int
     colour: str
@@ -55,14 +55,16 @@ class World:
 
     @property
     def caption(self) -> str:
+        """The prompt: sprite, sky and speed, but never the landmarks."""
         return f"a {self.colour} {self.shape} in the {self.sky}, the camera pans {self.speed}"
 
     def heading(self, seconds: np.ndarray) -> np.ndarray:
-        """Heading of the picture's left edge, in units; not wrapped."""
+        """Return the heading of the picture's left edge at these times, in units; not wrapped."""
         swing = np.sin(self.phase + seconds * SPEEDS[self.speed] / self.amplitude * np.pi / 2)
         return self.start + self.amplitude * 2 / np.pi * np.arcsin(0.97 * swing)  # a triangle with round corners
 
     def truth(self, frames: int, fps: float) -> dict[str, object]:
+        """Return what a metric may use, with the heading of each frame in 0..PANORAMA."""
         seconds = np.arange(frames) / fps
         return {
             "colour": self.colour,
@@ -75,7 +77,7 @@ class World:
 
 
 def draw_world(seed: int) -> World:
-    """The world of a seed."""
+    """Draw the world of a seed."""
     rng = np.random.default_rng(seed)
 
     def pick(names: object) -> str:
@@ -97,7 +99,7 @@ def draw_world(seed: int) -> World:
 
 
 def paint_panorama(landmarks: tuple[str, ...], sky: str, unit: int) -> np.ndarray:
-    """The scene all around, [SCENE * unit, PANORAMA * unit, 3] float in 0..255, without sprite and compass."""
+    """Paint the scene all around, [SCENE * unit, PANORAMA * unit, 3] float in 0..255, without sprite and compass."""
     top, bottom = (np.array(c, float) for c in SKIES[sky])
     rows = (np.arange(SCENE * unit) + 0.5) / unit
     columns = (np.arange(PANORAMA * unit) + 0.5) / unit
@@ -112,23 +114,23 @@ def paint_panorama(landmarks: tuple[str, ...], sky: str, unit: int) -> np.ndarra
 
 
 def paint_compass(unit: int) -> np.ndarray:
-    """The strip under the panorama: its hue is the heading. [(32 - SCENE) * unit, PANORAMA * unit, 3]"""
+    """Paint the strip under the panorama, whose hue is the heading: [(32 - SCENE) * unit, PANORAMA * unit, 3]."""
     hues = np.array([colorsys.hsv_to_rgb((i + 0.5) / (PANORAMA * unit), 0.9, 0.9) for i in range(PANORAMA * unit)])
     return np.repeat(255 * hues[None], (32 - SCENE) * unit, axis=0)
 
 
 def render_clip(world: World, frames: int, *, height: int, width: int, fps: float) -> np.ndarray:
-    """The clip, uint8 [frames, height, width, 3]. `height` must be a multiple of 32."""
+    """Render a clip, uint8 [frames, height, width, 3]. `height` must be a multiple of 32."""
     unit = height // 32
     around = np.concatenate([paint_panorama(world.landmarks, world.sky, unit), paint_compass(unit)])
     seconds = np.arange(frames) / fps
     left = world.heading(seconds) * unit
     columns = left[:, None] + np.arange(width)
-    whole = np.floor(columns).astype(int)
-    part = (columns - whole)[:, None, :, None]
+    first = np.floor(columns).astype(int)  # [V, X]; the picture lies between two columns of the panorama
+    part = (columns - first)[:, None, :, None]
     size = PANORAMA * unit
-    out = np.take(around, whole % size, axis=1).transpose(1, 0, 2, 3) * (1 - part)
-    out += np.take(around, (whole + 1) % size, axis=1).transpose(1, 0, 2, 3) * part
+    out = np.take(around, first % size, axis=1).transpose(1, 0, 2, 3) * (1 - part)
+    out += np.take(around, (first + 1) % size, axis=1).transpose(1, 0, 2, 3) * part
     fx, fy, px, py = world.path
     span = width / unit
     x = span / 2 + (span / 2 - 8) * np.sin(2 * np.pi * fx * seconds + px)

@@ -1,6 +1,6 @@
-"""What the report shows: videos, frame strips and curves, each as text that goes into the page.
+"""The report's videos, frame strips and curves, each as text that goes into the page.
 
-Which videos are shown follows a rule (the first of the index, as many as fit), so that nothing is picked by hand.
+Videos are the first of the index, as many as fit, so that none is picked by hand.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ Row = Mapping[str, Any]  # of samples/index.jsonl
 PALETTE = ("#3f83c9", "#e0813a", "#37a06c", "#c9527f", "#8d72d6", "#b8922e", "#3fa5b5", "#a5694f", "#6f9a35", "#d0655c")
 GREY = "#8a8f98"
 GALLERY_ROWS = {"prompts": 8, "continuations": 4}  # rows of a gallery, the first in the order of the index
-GUESS_VIDEOS = 8  # videos in the blind guess, the ones after those
-STRIP_ROWS = 4  # of the prompts shown
+GUESS_VIDEOS = 8  # videos in the blind guess, those after the gallery's
+STRIP_ROWS = 4  # gallery rows that have frame strips
 STRIP_SECONDS = 2.5  # seconds between the frames of a strip
 STRIP_HEIGHT = 64  # pixels of a strip's frames in the file; the page shows them larger
 BYTE_BUDGET = {"prompts": 4_000_000, "guess": 900_000, "continuations": 1_600_000}  # bytes of mp4: keeps the page below 12 MB
 
 
 class Line(NamedTuple):
+    """A curve of a chart, with the ends of its intervals if it has any."""
+
     colour: str
     x: Sequence[float]
     y: Sequence[float]
@@ -44,7 +46,7 @@ INK = "#010203"  # becomes currentColor, so that a figure follows the page's the
 
 
 def draw_chart(lines: Sequence[Line], *, x: str, log: bool = False) -> str:
-    """A small figure as inline SVG."""
+    """Draw curves as a small inline SVG; `x` labels the axis."""
     style: Any = {"svg.hashsalt": "context-forcing", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
     with matplotlib.rc_context(style):
@@ -70,7 +72,7 @@ def draw_chart(lines: Sequence[Line], *, x: str, log: bool = False) -> str:
 
 
 def draw_strip(frames: UInt8[np.ndarray, "V Y X 3"], height: int) -> str:
-    """Frames side by side as one PNG (a data address), each brought to `height` by bicubic interpolation."""
+    """Put frames side by side in a PNG (a data address), each brought to `height` by bicubic interpolation."""
     width = round(frames.shape[2] * height / frames.shape[1])
     large = [np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)) for frame in frames]
     file = io.BytesIO()
@@ -79,21 +81,26 @@ def draw_strip(frames: UInt8[np.ndarray, "V Y X 3"], height: int) -> str:
 
 
 def data_address(kind: str, content: bytes) -> str:
+    """Return bytes of a media type as a data: address."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def prompt_number(row: Row) -> str:
+    """Return the number in a video's file name, or the clip of a real video."""
     match = re.fullmatch(r"(.+)-s\d+", Path(row["file"]).stem)
     return match[1] if match else str(row["clip"])
 
 
 def item_key(row: Row) -> str:
-    """What videos of different systems have in common: two clips may share a caption, two prompt files a number."""
+    """Return the key that videos of different systems share: number and prompt, because two clips may share a caption."""
     return f"{prompt_number(row)} {row['prompt']}"
 
 
 def group_by_item(index: Iterable[Row], suite: str) -> dict[str, dict[str, Row]]:
-    """item -> system -> video, of the first seed each item has, in the order of the index. Real clips alone are no item."""
+    """Group a suite's videos: item -> system -> video of the item's first seed, in the order of the index.
+
+    An item with a real clip and no system is left out.
+    """
     found: dict[str, dict[str, Row]] = {}
     for row in index:
         if row["suite"] == suite:
@@ -102,7 +109,7 @@ def group_by_item(index: Iterable[Row], suite: str) -> dict[str, dict[str, Row]]
 
 
 def fit_budget(items: Mapping[str, Mapping[str, Row]], most: int, budget: int, samples: Path) -> list[str]:
-    """The first items, as many as fit: the rule the page states, so that nothing is picked by hand."""
+    """Choose the first items, at most `most` and as many as fit into `budget` bytes: the rule that the page states."""
     chosen: list[str] = []
     for key in list(items)[:most]:
         budget -= sum(path.stat().st_size for row in items[key].values() if (path := samples / row["file"]).exists())
@@ -113,10 +120,12 @@ def fit_budget(items: Mapping[str, Mapping[str, Row]], most: int, budget: int, s
 
 
 def embed_video(path: Path) -> str | None:
+    """Return a video as a data address; None if the file is absent."""
     return data_address("video/mp4", path.read_bytes()) if path.exists() else None
 
 
 def video_seconds(path: Path) -> float | None:
+    """Return a video's length in seconds; None if the file is absent."""
     if not path.exists():
         return None
     with av.open(str(path)) as file:
@@ -125,25 +134,25 @@ def video_seconds(path: Path) -> float | None:
 
 
 def read_strip_frames(path: Path, fps: int) -> np.ndarray | None:
-    """One frame every EVERY seconds, [V, Y, X, 3]."""
+    """Read a frame every STRIP_SECONDS seconds, [V, Y, X, 3]; None if the file is absent or empty."""
     if not path.exists():
         return None
     step = round(STRIP_SECONDS * fps)
     with av.open(str(path)) as file:
-        taken = [frame.to_ndarray(format="rgb24") for k, frame in enumerate(file.decode(video=0)) if k % step == 0]
-    return np.stack(taken) if taken else None
+        frames = [frame.to_ndarray(format="rgb24") for k, frame in enumerate(file.decode(video=0)) if k % step == 0]
+    return np.stack(frames) if frames else None
 
 
 def build_gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samples: Path, fps: int) -> dict[str, Any]:
-    """Videos of all systems for the same prompt and seed, and strips of the first of them."""
+    """Build a suite's gallery: videos of all systems for the same prompt and seed, and strips of the first rows."""
     real = {row["clip"]: row for row in index if row["system"] == "real" and row["clip"] is not None}
     items = group_by_item(index, suite)
-    for key, videos in items.items():  # a real clip is written once, and shown wherever it is what a system should have shown
+    for key, videos in items.items():  # a real clip is written once, and belongs to every item that has its prompt
         clip = next(iter(videos.values()))["clip"]
         items[key] = {"real": real[clip]} | videos if clip in real else videos
     systems = [*(name for name in systems if name != "real"), "real"]
     chosen = fit_budget(items, GALLERY_ROWS[suite], BYTE_BUDGET[suite], samples)
-    known = {name for videos in items.values() for name in videos}  # real clips need not have been written as samples
+    present = {name for videos in items.values() for name in videos}  # real clips need not have been written as samples
     rows = []
     for place, key in enumerate(chosen):
         videos = items[key]
@@ -155,30 +164,30 @@ def build_gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samp
             tiles.append({"system": name, "source": embed_video(samples / row["file"]), "seconds": video_seconds(samples / row["file"])})
             if place < STRIP_ROWS and (frames := read_strip_frames(samples / row["file"], fps)) is not None:
                 strips.append({"system": name, "source": draw_strip(frames, STRIP_HEIGHT), "frames": len(frames)})
-        absent = [name for name in systems if name not in videos and (name in known or name != "real")]
+        absent = [name for name in systems if name not in videos and (name in present or name != "real")]
         times = [STRIP_SECONDS * k for k in range(max((s["frames"] for s in strips), default=0))]
         prefix = max(row["prefix_frames"] for row in videos.values()) / fps
         about = {"number": prompt_number(first), "prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "times": times}
         rows.append(about | {"tiles": tiles, "strips": strips, "absent": absent})
-    return {"rows": rows, "of": len(items), "most": GALLERY_ROWS[suite], "real": "real" in known}
+    return {"rows": rows, "of": len(items), "most": GALLERY_ROWS[suite], "real": "real" in present}
 
 
 def build_guesses(index: Sequence[Row], student: str | None, samples: Path, *, choices: int, seed: int) -> list[dict[str, Any]]:
-    """Videos whose caption is to be found among others: those after the gallery's, so that no answer was seen before.
+    """Build the blind guess: videos after the gallery's, each with its caption among `choices` captions in random order.
 
-    The wrong captions are drawn from those of the other prompts, whether they differ in one word or in all.
+    The wrong captions are drawn from those of the other prompts, whether they differ in a word or in all.
     """
     items = {key: {student: row[student]} for key, row in group_by_item(index, "prompts").items() if student and student in row}
     order = list(items)[GALLERY_ROWS["prompts"] :] + list(items)[: GALLERY_ROWS["prompts"]]
     captions = sorted({row["prompt"] for videos in items.values() for row in videos.values()})
-    asked: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
     for key in fit_budget({key: items[key] for key in order}, GUESS_VIDEOS, BYTE_BUDGET["guess"], samples):
         row = next(iter(items[key].values()))
-        rng = np.random.default_rng([seed, len(asked)])
+        rng = np.random.default_rng([seed, len(questions)])
         others = [caption for caption in captions if caption != row["prompt"]]
         offered = [row["prompt"], *(others[k] for k in rng.permutation(len(others))[: choices - 1])]
         places = rng.permutation(len(offered)).tolist()
         source = embed_video(samples / row["file"])
         if source and len(offered) > 1:
-            asked.append({"source": source, "choices": [offered[k] for k in places], "answer": places.index(0)})
-    return asked
+            questions.append({"source": source, "choices": [offered[k] for k in places], "answer": places.index(0)})
+    return questions

@@ -25,35 +25,40 @@ _NAMES = list(worlds.COLOURS)
 
 
 def crop_rows(video: Video, which: slice) -> np.ndarray:
+    """Return a band of the picture as float; `which` is in the world's units."""
     unit = video.shape[1] // 32
     return video[:, which.start * unit : which.stop * unit].astype(float)
 
 
 def read_heading(video: Video) -> tuple[Float[np.ndarray, " V"], Float[np.ndarray, " V"]]:
-    """Heading of the left edge in units, and how well the columns of the strip agree on it (0..1)."""
+    """Read the heading of the left edge, in units, and how well the columns of the strip agree on it (0..1)."""
+    # the strip's hue by column [V, X], as in colorsys.rgb_to_hsv
     strip = crop_rows(video, worlds.COMPASS_ROWS).mean(axis=1) / 255
     top, low = strip.max(axis=-1), strip.min(axis=-1)
     spread = np.maximum(top - low, 1e-6)
     red, green, blue = np.moveaxis(strip, -1, 0)
     sector = np.where(top == green, (blue - red) / spread + 2, (red - green) / spread + 4)
     hue = np.where(top == red, ((green - blue) / spread) % 6, sector) / 6
+    # hue minus the column's own angle is the heading: average the columns on the unit circle, grey columns left out
     columns = np.arange(video.shape[2]) / (video.shape[1] // 32)
     turn = (np.exp(2j * np.pi * (hue - columns / worlds.PANORAMA)) * (spread > 0.15)).mean(axis=1)
     return np.angle(turn) / (2 * np.pi) * worlds.PANORAMA % worlds.PANORAMA, np.abs(turn)
 
 
 def read_sky(video: Video) -> Float[np.ndarray, "V 3"]:
+    """Read the sky's colour in every frame, as the median of its rows."""
     return np.median(crop_rows(video, worlds.SKY_ROWS), axis=(1, 2))
 
 
 def _sky_colours() -> np.ndarray:
+    """Return the colour of each sky in the middle of the rows that `read_sky` reads."""
     middle = (worlds.SKY_ROWS.start + worlds.SKY_ROWS.stop) / 2 / worlds.SCENE
     return np.array([np.array(a) + (np.array(b) - np.array(a)) * middle for a, b in worlds.SKIES.values()])
 
 
 @dataclass(frozen=True, eq=False)
 class Sprite:
-    """Pixels of each palette colour that stand out of their sky row, and the extent of the most common one."""
+    """Pixels of each palette colour that stand out of their sky row, and the extent of the most common colour."""
 
     counts: Float[np.ndarray, "V 6"]  # in square units
     wide: Float[np.ndarray, " V"]  # standard deviation of the pixels' places, units; nan where too few
@@ -61,6 +66,7 @@ class Sprite:
 
 
 def find_sprite(video: Video) -> Sprite:
+    """Find the sprite in every frame as the vivid pixels that differ from the sky of their row."""
     unit = video.shape[1] // 32
     region = crop_rows(video, worlds.SPRITE_ROWS)
     # the median of the row is the sky: no sprite is half as wide as the picture
@@ -68,9 +74,9 @@ def find_sprite(video: Video) -> Sprite:
     vivid = region.max(axis=-1) - region.min(axis=-1) > 60
     nearest = ((region[..., None, :] - _PALETTE) ** 2).sum(axis=-1).argmin(axis=-1)
     mask = (away > 90) & vivid
-    shown = np.stack([(mask & (nearest == c)) for c in range(len(_PALETTE))], axis=-1)
-    counts = shown.sum(axis=(1, 2)) / unit**2
-    main = np.take_along_axis(shown, counts.argmax(axis=1)[:, None, None, None], axis=-1)[..., 0].astype(float)
+    by_colour = np.stack([(mask & (nearest == c)) for c in range(len(_PALETTE))], axis=-1)
+    counts = by_colour.sum(axis=(1, 2)) / unit**2
+    main = np.take_along_axis(by_colour, counts.argmax(axis=1)[:, None, None, None], axis=-1)[..., 0].astype(float)
     total = main.sum(axis=(1, 2))
     y, x = np.mgrid[0 : main.shape[1], 0 : main.shape[2]] / unit
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -83,7 +89,7 @@ def find_sprite(video: Video) -> Sprite:
 
 
 def plain_metrics(video: Video) -> dict[str, float]:
-    """What can be said of any video."""
+    """Measure what can be measured of any video: sharpness and motion."""
     scene = crop_rows(video, slice(0, worlds.SCENE))
     return {
         "sharpness": float(np.abs(np.diff(scene, axis=2)).mean() * (video.shape[1] // 32)),
@@ -92,23 +98,23 @@ def plain_metrics(video: Video) -> dict[str, float]:
 
 
 def prompt_metrics(video: Video, truth: Mapping[str, Any], fps: float) -> dict[str, float]:
-    """How much of the caption a video shows, and how it moves."""
+    """Measure how much of the caption a video shows, and how it moves."""
     turn, coherence = read_heading(video)
     top = read_sky(video)
     colours, wanted = _sky_colours(), list(worlds.SKIES).index(truth["sky"])
-    seen = find_sprite(video)
-    own = seen.counts[:, _NAMES.index(truth["colour"])]
+    found_sprite = find_sprite(video)
+    own_colour = found_sprite.counts[:, _NAMES.index(truth["colour"])]
     step = (np.diff(turn) + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
     out = plain_metrics(video) | {
         "compass_coherence": coherence.mean(),
         "sky_accuracy": (((top[:, None] - colours) ** 2).sum(-1).argmin(axis=1) == wanted).mean(),
         "sky_error": np.abs(top - colours[wanted]).mean(),
-        "sprite_recall": (own >= 8).mean(),
-        "sprite_precision": own.sum() / max(seen.counts.sum(), 1.0),
+        "sprite_recall": (own_colour >= 8).mean(),
+        "sprite_precision": own_colour.sum() / max(found_sprite.counts.sum(), 1.0),
         "speed": np.abs(step).mean() * fps,
         "jitter": np.abs(np.diff(step)).mean() * fps,
     }
-    ratio = np.log(np.maximum(seen.wide, 0.1) / np.maximum(seen.high, 0.1))
+    ratio = np.log(np.maximum(found_sprite.wide, 0.1) / np.maximum(found_sprite.high, 0.1))
     shape = np.where(ratio > 0.45, "bar", np.where(ratio < -0.35, "post", "disc"))
     out["shape_accuracy"] = ((shape == truth["shape"]) & ~np.isnan(ratio)).mean()  # no sprite has no shape
     return {name: float(value) for name, value in out.items()}
@@ -116,22 +122,23 @@ def prompt_metrics(video: Video, truth: Mapping[str, Any], fps: float) -> dict[s
 
 @dataclass(frozen=True, eq=False)
 class Visit:
-    """A stretch of frames in which a bin of heading is in view, and its landmark colours there."""
+    """Stretch of frames in which a bin of heading is in view, with its landmark colours there."""
 
     bin: int
     first: int
-    last: int  # one past
+    last: int  # the frame after the visit
     colour: Float[np.ndarray, "rows 3"]  # median over the visit
 
 
 def find_visits(video: Video) -> list[Visit]:
-    """In the order of their beginnings."""
+    """Find a video's visits to every bin of heading, in the order of their beginnings."""
     unit = video.shape[1] // 32
     turn, _ = read_heading(video)
     band = crop_rows(video, worlds.LANDMARK_ROWS)
     width = video.shape[2] / unit
     out = []
     for b in range(BINS):
+        # where the bin's middle stands in the picture, in units from the left edge, frame by frame
         place = (b * BIN + BIN / 2 - turn + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
         inside = np.concatenate([[False], (place > EDGE) & (place < width - EDGE), [False]])
         edges = np.flatnonzero(np.diff(inside.astype(int)))
@@ -145,22 +152,22 @@ def find_visits(video: Video) -> list[Visit]:
 
 
 def memory_metrics(video: Video, fps: float, gap: float) -> dict[str, float]:
-    """Do landmarks come back as they were? Distances between visits that are `gap` seconds apart.
+    """Measure whether landmarks come back as they were, by distances between visits that are `gap` seconds apart.
 
-    memory_ratio: same heading over other headings; 0 remembers everything, 1 nothing. It says nothing without the
-    diversity of the videos: a world of one colour would have a low distance everywhere.
+    memory_ratio is same heading over other headings: 0 is a perfect memory, 1 is none. It means nothing without the
+    diversity of the videos, because a world of a single colour would have a low distance everywhere.
     """
-    found = find_visits(video)
+    all_visits = find_visits(video)
     same, other = [], []
-    for i, a in enumerate(found):
-        for b in found[i + 1 :]:
+    for i, a in enumerate(all_visits):
+        for b in all_visits[i + 1 :]:
             distance = float(np.abs(a.colour - b.colour).mean())
             apart = min((a.bin - b.bin) % BINS, (b.bin - a.bin) % BINS) * BIN
             if apart == 0 and (b.first - a.last) >= gap * fps:
                 same.append(distance)
             elif apart >= 12:
                 other.append(distance)
-    out = {"headings_covered": len({v.bin for v in found}) / BINS}
+    out = {"headings_covered": len({v.bin for v in all_visits}) / BINS}
     if other:
         out["other_heading"] = float(np.mean(other))
     if same and other:
@@ -170,7 +177,7 @@ def memory_metrics(video: Video, fps: float, gap: float) -> dict[str, float]:
 
 
 def map_metrics(video: Video, truth: Mapping[str, Any], *, prefix: int, fps: float, gap: float) -> dict[str, float]:
-    """Landmarks after a real prefix of so many frames, against the true panorama at the heading shown.
+    """Measure landmarks after a real prefix of `prefix` frames against the true panorama at the heading that the video shows.
 
     map_error counts what was seen in the prefix and then was out of sight for more than `gap` seconds; map_error_recent
     what was seen in the prefix and is still, or again, in view sooner.
@@ -178,10 +185,11 @@ def map_metrics(video: Video, truth: Mapping[str, Any], *, prefix: int, fps: flo
     unit = video.shape[1] // 32
     band = slice(worlds.LANDMARK_ROWS.start * unit, worlds.LANDMARK_ROWS.stop * unit)
     true = worlds.paint_panorama(tuple(truth["landmarks"]), truth["sky"], unit)[band]
-    found = find_visits(video)
+    all_visits = find_visits(video)
     errors: dict[str, list[float]] = {"map_error": [], "map_error_recent": []}
-    for i, visit in enumerate(found):
-        before = [v for v in found[:i] if v.bin == visit.bin]
+    for i, visit in enumerate(all_visits):
+        # only bins that were in view in the prefix and come into view again after it
+        before = [v for v in all_visits[:i] if v.bin == visit.bin]
         if visit.last <= prefix or not before or before[0].first >= prefix or visit.first < prefix:
             continue
         middle = int((visit.bin * BIN + BIN / 2) * unit)
@@ -193,7 +201,7 @@ def map_metrics(video: Video, truth: Mapping[str, Any], *, prefix: int, fps: flo
 
 
 def build_map(video: Video) -> dict[int, np.ndarray]:
-    """Mean landmark colours at each heading the video shows."""
+    """Average the landmark colours at each heading that a video shows: bin -> [rows, 3]."""
     out: dict[int, list[np.ndarray]] = {}
     for visit in find_visits(video):
         out.setdefault(visit.bin, []).append(visit.colour)
@@ -201,7 +209,7 @@ def build_map(video: Video) -> dict[int, np.ndarray]:
 
 
 def measure_diversity(maps: list[dict[int, np.ndarray]], skies: list[str]) -> float | None:
-    """Mean landmark distance between videos of one sky at equal headings; None when no two can be compared."""
+    """Average the landmark distance between videos of the same sky at equal headings; None when no two can be compared."""
     distances = [
         float(np.abs(maps[i][b] - maps[j][b]).mean())
         for i in range(len(maps))
@@ -213,7 +221,7 @@ def measure_diversity(maps: list[dict[int, np.ndarray]], skies: list[str]) -> fl
 
 
 def heading_perplexity(headings: list[Float[np.ndarray, " V"]]) -> float:
-    """Effective number, of twelve, of headings that the videos spend their time at."""
+    """Return the effective number, of twelve, of headings at which the videos spend their time: exp of the entropy."""
     share = np.histogram(np.concatenate(headings), 12, (0, worlds.PANORAMA))[0].astype(float)
     share /= share.sum()
     return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))

@@ -1,6 +1,6 @@
-"""The report as a page: words for the metrics, tables with intervals, curves, frame strips, and the template around them.
+"""The report's words, tables and comparisons, and the page around them.
 
-Nothing here reads a file but its own template. The same input gives the same bytes: no date, no random id.
+No file is read but the page's template. The same input gives the same bytes: no date, no random id.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import jinja2
 
 from cf_model.evaluate.statistics import Difference, Interval, bootstrap, paired, without_interval
 
-GUARD_SHARE = 0.9  # stage 2 below this share of stage 1 on a guard: its win may be hollow
+GUARD_SHARE = 0.9  # of stage 1's value of a guard; if stage 2 has less, its win may be hollow
 ARROWS = {"up": "↑", "down": "↓", "real": "≈", "": ""}
 
 
-class MetricDescription(NamedTuple):
-    """A metric for people. `better`: up, down, real (as near to the real clips as possible) or nothing."""
+class Metric(NamedTuple):
+    """A metric's words for people. `better`: up, down, real (as near to the real clips as possible) or empty."""
 
     group: str
     better: str
@@ -30,25 +30,25 @@ class MetricDescription(NamedTuple):
 
 OBEYS, LOOKS, MOVES, RECALLS = "Does it show what was asked?", "Does it look right?", "Does it move?", "Does it remember?"
 DESCRIPTIONS = {
-    "compass_coherence": MetricDescription(OBEYS, "up", "how clearly one heading can be read off the strip at the bottom; 1 is a clean strip"),
-    "sky_accuracy": MetricDescription(OBEYS, "up", "share of frames whose sky is nearest to the caption's"),
-    "sprite_recall": MetricDescription(OBEYS, "up", "share of frames with a patch of the caption's colour in the sky"),
-    "sprite_precision": MetricDescription(OBEYS, "up", "of all that stands out of the sky, the share in the caption's colour"),
-    "shape_accuracy": MetricDescription(OBEYS, "up", "share of frames whose sprite has the caption's shape; chance is 1/3"),
-    "sharpness": MetricDescription(LOOKS, "real", "mean difference of neighbouring pixels; below the real clips is blur, above is noise"),
-    "sky_error": MetricDescription(LOOKS, "down", "distance of the sky's colours from the caption's sky, 0..255"),
-    "jitter": MetricDescription(LOOKS, "down", "how unevenly the camera turns from frame to frame, units a second"),
-    "speed": MetricDescription(MOVES, "real", "of the camera, units a second; captions ask for slow or fast"),
-    "motion": MetricDescription(MOVES, "real", "mean difference of neighbouring frames, 0..255; near zero is a frozen video"),
-    "headings_covered": MetricDescription(MOVES, "real", "share of the circle that the camera sees"),
-    "heading_perplexity": MetricDescription(MOVES, "real", "how many of twelve headings all videos together use evenly"),
-    "memory_ratio": MetricDescription(RECALLS, "down", "same heading over other headings, see there; 0 is perfect memory, 1 is none"),
-    "same_heading": MetricDescription(RECALLS, "down", "colour distance between visits to a heading with an absence (evaluate.absence) between them"),
-    "other_heading": MetricDescription(RECALLS, "real", "colour distance between different headings of a video; a dull world makes it small"),
-    "map_error": MetricDescription(RECALLS, "down", "after a real prefix: distance from the true landmarks, last seen over evaluate.gap seconds ago"),
-    "map_error_recent": MetricDescription(RECALLS, "down", "the same on content seen more recently"),
-    "diversity": MetricDescription(RECALLS, "real", "landmark distance between videos; a fall means that the worlds become alike"),
-    "videos": MetricDescription("How many?", "", "videos measured"),
+    "compass_coherence": Metric(OBEYS, "up", "how clearly one heading can be read off the strip at the bottom; 1 is a clean strip"),
+    "sky_accuracy": Metric(OBEYS, "up", "share of frames whose sky is nearest to the caption's"),
+    "sprite_recall": Metric(OBEYS, "up", "share of frames with a patch of the caption's colour in the sky"),
+    "sprite_precision": Metric(OBEYS, "up", "of all that stands out of the sky, the share in the caption's colour"),
+    "shape_accuracy": Metric(OBEYS, "up", "share of frames whose sprite has the caption's shape; chance is 1/3"),
+    "sharpness": Metric(LOOKS, "real", "mean difference of neighbouring pixels; below the real clips is blur, above is noise"),
+    "sky_error": Metric(LOOKS, "down", "distance of the sky's colours from the caption's sky, 0..255"),
+    "jitter": Metric(LOOKS, "down", "how unevenly the camera turns from frame to frame, units a second"),
+    "speed": Metric(MOVES, "real", "of the camera, units a second; captions ask for slow or fast"),
+    "motion": Metric(MOVES, "real", "mean difference of neighbouring frames, 0..255; near zero is a frozen video"),
+    "headings_covered": Metric(MOVES, "real", "share of the circle that the camera sees"),
+    "heading_perplexity": Metric(MOVES, "real", "how many of twelve headings all videos together use evenly"),
+    "memory_ratio": Metric(RECALLS, "down", "same heading over other headings, see there; 0 is perfect memory, 1 is none"),
+    "same_heading": Metric(RECALLS, "down", "colour distance between visits to a heading with an absence (evaluate.absence) between them"),
+    "other_heading": Metric(RECALLS, "real", "colour distance between different headings of a video; a dull world makes it small"),
+    "map_error": Metric(RECALLS, "down", "after a real prefix: distance from the true landmarks, last seen over evaluate.gap seconds ago"),
+    "map_error_recent": Metric(RECALLS, "down", "the same on content seen more recently"),
+    "diversity": Metric(RECALLS, "real", "landmark distance between videos; a fall means that the worlds become alike"),
+    "videos": Metric("How many?", "", "videos measured"),
 }
 GUARDS = ("diversity", "heading_perplexity", "headings_covered", "motion")
 COMPARED = (
@@ -58,13 +58,17 @@ COMPARED = (
 )
 
 
-def describe_metric(metric: str) -> MetricDescription:
-    return DESCRIPTIONS.get(metric, MetricDescription("Other", "", "no description is known to this page"))._replace(title=metric.replace("_", " "))
+def describe_metric(metric: str) -> Metric:
+    """Return a metric's words, with its name as the title; a new metric gets a group of its own."""
+    words = DESCRIPTIONS.get(metric, Metric("Other", "", "no description is known to this page"))
+    return words._replace(title=metric.replace("_", " "))
 
 
 @dataclass(frozen=True)
 class Results:
-    """What evaluate found. `cells`: (suite, system, metric) -> (item, seed) -> value; `means` also has what only a whole system has."""
+    """Values of the stage evaluate. `cells`: (suite, system, metric) -> (item, seed) -> value; `means` also has metrics of all a
+    system's videos together: suite -> system -> metric -> value.
+    """
 
     cells: Mapping[tuple[str, str, str], Mapping[tuple[str, int], float]]
     means: Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -72,6 +76,7 @@ class Results:
     seed: int
 
     def interval(self, suite: str, system: str, metric: str) -> Interval | None:
+        """Return a system's mean with its bootstrap interval, a mean without interval, or None if the metric is absent."""
         if values := self.cells.get((suite, system, metric)):
             prompts: dict[str, list[float]] = {}
             for (item, _), value in values.items():
@@ -81,6 +86,7 @@ class Results:
         return None if mean is None else without_interval(mean)
 
     def difference(self, suite: str, first: str, second: str, metric: str) -> Difference | None:
+        """Return second minus first: paired if both have videos in common, else of the means; None if either is absent."""
         a, b = (self.cells.get((suite, system, metric), {}) for system in (first, second))
         if both := paired(a, b, resamples=self.resamples, seed=self.seed):
             return both
@@ -88,13 +94,14 @@ class Results:
         return Difference(x.mean, y.mean, without_interval(y.mean - x.mean), float("nan")) if x and y else None
 
     def metrics(self, suite: str) -> list[str]:
+        """Return the names of a suite's metrics, in the order of DESCRIPTIONS."""
         names = {metric for s, _, metric in self.cells if s == suite}
         names |= {metric for values in self.means.get(suite, {}).values() for metric in values}
         return sorted(names, key=lambda name: (list(DESCRIPTIONS).index(name) if name in DESCRIPTIONS else len(DESCRIPTIONS), name))
 
 
 def format_number(value: float | int | None) -> str:
-    """About three digits; a missing value is a dash."""
+    """Format a number with about three digits; a missing value is a dash."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
@@ -106,21 +113,23 @@ def format_number(value: float | int | None) -> str:
 
 
 def interval_ends(interval: Interval) -> tuple[float, float]:
+    """Return the interval's ends, or the mean twice if there is no interval."""
     return interval[1:] if interval.known else (interval.mean, interval.mean)
 
 
 def build_tables(results: Results, suite: str, systems: Sequence[str]) -> list[dict[str, Any]]:
-    """One table a group of metrics; in each cell the mean, its interval and where it lies on the column's scale (per cent)."""
+    """Build a table for each group of metrics; a cell has the mean, its interval and their places on the column's scale (per cent)."""
     groups: dict[str, dict[str, Any]] = {}
     for metric in results.metrics(suite):
-        found = {name: results.interval(suite, name, metric) for name in systems}
-        shown = [i for i in found.values() if i]
-        if not shown:
+        intervals = {name: results.interval(suite, name, metric) for name in systems}
+        present = [i for i in intervals.values() if i]
+        if not present:
             continue
-        low, high = min(interval_ends(i)[0] for i in shown), max(interval_ends(i)[1] for i in shown)
-        table = groups.setdefault(describe_metric(metric).group, {"title": describe_metric(metric).group, "columns": [], "rows": {name: [] for name in systems}})
-        table["columns"].append({"word": describe_metric(metric), "arrow": ARROWS[describe_metric(metric).better]})
-        for name, i in found.items():
+        low, high = min(interval_ends(i)[0] for i in present), max(interval_ends(i)[1] for i in present)
+        about = describe_metric(metric)
+        table = groups.setdefault(about.group, {"title": about.group, "columns": [], "rows": {name: [] for name in systems}})
+        table["columns"].append({"word": about, "arrow": ARROWS[about.better]})
+        for name, i in intervals.items():
             places = [50.0 if high == low else 100 * (value - low) / (high - low) for value in (i.mean, *interval_ends(i))] if i else None
             bar = places and {"interval": i, "dot": places[0], "left": places[1], "width": places[2] - places[1]}
             table["rows"][name].append(bar)
@@ -128,7 +137,7 @@ def build_tables(results: Results, suite: str, systems: Sequence[str]) -> list[d
 
 
 def state_verdict(change: Interval, better: str) -> str:
-    """What a paired difference says by itself; differences without an interval or a direction say nothing."""
+    """Say what a paired difference shows: better, worse, no clear difference, or why it shows nothing."""
     if not change.known:
         return "no interval"
     if change.low <= 0 <= change.high:
@@ -139,28 +148,28 @@ def state_verdict(change: Interval, better: str) -> str:
 
 
 def compare_stages(results: Results, first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, Any]:
-    """Stage 2 against stage 1 (system names by suite) with everything that keeps a win from being hollow."""
+    """Compare stage 2 with stage 1 (system names by suite), with the guards that keep a win from being hollow."""
     rows, fell, ratio = [], [], "absent"
     for suite, metric in COMPARED:
         if suite not in first or suite not in second:
             continue
-        found = results.difference(suite, first[suite], second[suite], metric)
-        if found is None:
+        difference = results.difference(suite, first[suite], second[suite], metric)
+        if difference is None:
             continue
         about = describe_metric(metric)
-        says = state_verdict(found.change, about.better)
+        says = state_verdict(difference.change, about.better)
         if metric == "memory_ratio":
             ratio = says
-        if metric in GUARDS and found.second < GUARD_SHARE * found.first:
-            fell.append(f"{about.title} ({format_number(found.first)} to {format_number(found.second)})")
+        if metric in GUARDS and difference.second < GUARD_SHARE * difference.first:
+            fell.append(f"{about.title} ({format_number(difference.first)} to {format_number(difference.second)})")
         real = results.interval(suite, "real", metric)
-        rows.append({"suite": suite, "word": about, "arrow": ARROWS[about.better], "found": found, "says": says, "real": real})
+        rows.append({"suite": suite, "word": about, "arrow": ARROWS[about.better], "found": difference, "says": says, "real": real})
     missing = [describe_metric(m).title for m in GUARDS if not any(row["word"] == describe_metric(m) for row in rows)]
     return {"rows": rows, "fell": fell, "ratio": ratio, "missing": missing}
 
 
 def compare_memories(results: Results, systems: Sequence[str]) -> list[dict[str, Any]]:
-    """Map errors of one model with several memories; each but the first also against the first, video by video."""
+    """Compare map errors of a model with several memories; each but the first also with the first, video by video."""
     rows: list[dict[str, Any]] = []
     for name in systems:
         errors = [results.interval("continuations", name, metric) for metric in ("map_error", "map_error_recent")]
@@ -170,28 +179,29 @@ def compare_memories(results: Results, systems: Sequence[str]) -> list[dict[str,
 
 
 def check_goals(results: Results, prompts: Mapping[str, str], memories: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What the tiny profile set out to learn, and what came out. `prompts`: weights -> system; `memories`: teacher's memory -> system."""
+    """Check what the tiny profile set out to learn. `prompts`: weights -> system; `memories`: teacher's memory -> system."""
 
     def mean(suite: str, system: str | None, metric: str) -> float | None:
-        found = results.interval(suite, system, metric) if system else None
-        return found.mean if found else None
+        interval = results.interval(suite, system, metric) if system else None
+        return interval.mean if interval else None
 
     def row(goal: str, values: Sequence[float | None], reached: str, test: Any) -> dict[str, Any]:
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
+        present = [value for value in values if value is not None]
+        if len(present) < len(values):
             return {"goal": goal, "reached": "absent", "held": None}
-        return {"goal": goal, "reached": reached.format(*map(format_number, known)), "held": bool(test(*known))}
+        return {"goal": goal, "reached": reached.format(*map(format_number, present)), "held": bool(test(*present))}
 
     rows = []
     for metric, least in (("compass_coherence", 0.9), ("sky_accuracy", 0.95), ("sprite_recall", 0.8)):
         values = [mean("prompts", system, metric) for system in (prompts.get("base"), "real")]
-        rows.append(row(f"base: {describe_metric(metric).title} above {least}", values, "{0}, real {1}", lambda v, _, least=least: v > least))
+        title = describe_metric(metric).title
+        rows.append(row(f"base: {title} above {least}", values, "{0}, real {1}", lambda v, _, least=least: v > least))
     recall = [mean("prompts", prompts.get(weights), "sprite_recall") for weights in ("causal_init", "stage1")]
     goal = "stage 1: sprite recall at least 0.25 above the causal start's, or at least 0.95"
     rows.append(row(goal, recall, "{1}, from {0}", lambda before, after: after >= min(before + 0.25, 0.95)))
     sharp = [mean("prompts", prompts.get("stage1"), "sharpness"), mean("prompts", "real", "sharpness")]
     rows.append(row("stage 1: sharpness within 20 % of real", sharp, "{0}, real {1}", lambda v, real: abs(v - real) <= 0.2 * real))
-    # only the videos in which both meet something long out of sight again
+    # only videos in which both systems meet a landmark again that was long out of sight
     both = {"slow-fast", "fast only"} <= memories.keys()
     pair = results.difference("continuations", memories["fast only"], memories["slow-fast"], "map_error") if both else None
     errors = [pair.second, pair.first] if pair else [None, None]
@@ -200,7 +210,7 @@ def check_goals(results: Results, prompts: Mapping[str, str], memories: Mapping[
 
 
 def render_page(page: Mapping[str, Any]) -> str:
-    """The page; everything in it is escaped but the figures made here."""
+    """Render the page; every value in it is escaped, except the figures that this package draws."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = format_number

@@ -15,7 +15,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean over videos with its percentile interval; one prompt alone has none, then low and high are nan."""
+    """Mean over videos with its percentile interval; low and high are nan where a single prompt gives no interval."""
 
     mean: float
     low: float
@@ -23,15 +23,17 @@ class Interval(NamedTuple):
 
     @property
     def known(self) -> bool:
+        """Whether there is an interval."""
         return not np.isnan(self.low)
 
 
 def without_interval(mean: float) -> Interval:
+    """Return a mean that has no interval."""
     return Interval(mean, float("nan"), float("nan"))
 
 
 class Difference(NamedTuple):
-    """Mean of second minus first over the (prompt, seed) pairs that both have; `p` is two-sided, by sign flips, or nan."""
+    """Difference of two systems, second minus first, over the (prompt, seed) pairs of both; `p` is two-sided, by sign flips, or nan."""
 
     first: float
     second: float
@@ -40,8 +42,11 @@ class Difference(NamedTuple):
 
 
 def bootstrap(values: Mapping[str, Sequence[float]] | Sequence[float], *, resamples: int, seed: int) -> Interval:
-    """Interval of the mean over all videos, given each prompt's values (one per seed); in a plain list each is its own prompt."""
-    # Sorted, so that the same draws come out in whatever order the prompts were read.
+    """Return the mean over all videos and its interval, given each prompt's values by seed; in a plain list each value is a prompt.
+
+    The interval is a percentile bootstrap over prompts: `resamples` draws with replacement, each weighted by its videos.
+    """
+    # Sorted, so that the draws do not depend on the order in which prompts were read.
     groups = [values[prompt] for prompt in sorted(values)] if isinstance(values, Mapping) else [[value] for value in values]
     if not groups or not all(groups):
         raise ValueError("bootstrap got a prompt without values; every prompt needs at least one, leave empty ones out")
@@ -57,14 +62,14 @@ def bootstrap(values: Mapping[str, Sequence[float]] | Sequence[float], *, resamp
 
 
 def sign_flip(differences: Sequence[float], *, resamples: int, seed: int) -> float:
-    """Two-sided p of a mean difference under "each prompt's difference could as well have had the other sign".
+    """Return the two-sided p of a mean difference, if each prompt's difference could as well have had the other sign.
 
     Exact when all sign patterns fit into `resamples`, otherwise drawn; then p is never below 1 / (resamples + 1).
     """
     values = np.asarray(differences, float)
     if len(values) == 0:
         raise ValueError("sign_flip got no differences; it needs at least one pair")
-    # Rounding must not let the observed pattern miss its own bound.
+    # A hair below the observed mean, because rounding must not let the observed pattern miss its own bound.
     bound = abs(values.mean()) * (1 - 1e-12)
     if 2 ** min(len(values), 62) <= resamples:
         patterns = np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1
@@ -77,7 +82,7 @@ def sign_flip(differences: Sequence[float], *, resamples: int, seed: int) -> flo
 def paired(
     first: Mapping[tuple[str, int], float], second: Mapping[tuple[str, int], float], *, resamples: int, seed: int
 ) -> Difference | None:
-    """Second system minus first, over the (prompt, seed) that both have. None when they share none."""
+    """Compare two systems, second minus first, over the (prompt, seed) pairs of both; None when they share no pair."""
     shared = sorted(first.keys() & second.keys())
     if not shared:
         return None

@@ -1,8 +1,9 @@
 """Checkpoints of Wan's text-to-video transformer as others publish them, read into diffusers' layout.
 
-What decides is in the file: the container key of a `.pt`, the wrappers around the names, the names, the shapes. So CausVid,
-Self-Forcing, Rolling Forcing, LongLive's base and the hosts of Infinity-RoPE are one case, and SVI's and Context Forcing's
-LoRA and merged files another. Nothing is loaded in part: a weight that is missing, unknown or misshapen is refused by name.
+The layout is read off the file: container key of a `.pt`, wrappers around the names, names, shapes. So CausVid,
+Self-Forcing, Rolling Forcing, LongLive's base and the hosts of Infinity-RoPE are a single case, and SVI's and Context
+Forcing's LoRA and merged files another. Nothing is loaded in part: a weight that is missing, unknown or misshapen is
+refused by name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .weight_names import build_on_meta, ensure_diffusers_names, expected_shapes
 
 @dataclass(frozen=True)
 class ImportedWeights:
-    """A whole transformer under diffusers' names, and what was found on the way."""
+    """Complete transformer under diffusers' names, and the facts that import.json reports."""
 
     state: dict[str, Tensor]
     config: dict[str, Any]  # of diffusers
@@ -45,13 +46,13 @@ def import_transformer(
     heads: int | None = None,
     lora_alpha: float | None = None,
 ) -> dict[str, Any]:
-    """Writes a diffusers folder that `wan.load` opens, with import.json beside the weights; returns what that says."""
+    """Write a diffusers folder that `wan.load_transformer` opens, with import.json beside the weights; return what that says."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there and not empty; name a new folder")
     weights = read_weights(src, base=base, branch=branch, dtype=dtype, heads=heads, lora_alpha=lora_alpha)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
-    partial.chmod(0o755)  # mkdtemp's is its owner's alone
+    partial.chmod(0o755)  # mkdtemp lets nobody but the owner read
     try:
         build_on_meta(weights.config).save_config(partial)
         save_file({name: tensor.contiguous() for name, tensor in weights.state.items()}, partial / WEIGHTS, metadata={"format": "pt"})
@@ -71,13 +72,13 @@ def read_weights(
     heads: int | None = None,
     lora_alpha: float | None = None,
 ) -> ImportedWeights:
-    """Detects the layout, unwraps, renames, adds a LoRA to its base, and checks every name and shape.
+    """Detect the layout, strip wrappers, rename, add a LoRA to its base, and check every name and shape.
 
-    Without `branch`: generator_ema where there is one, else generator. Without `dtype`: as stored. `heads` is needed only
-    where no config says it and heads aren't 128 wide.
+    Without `branch`: generator_ema if the file has it, else generator. Without `dtype`: as stored. `heads` is needed only
+    where no config says it and heads are not 128 wide.
     """
     source = open_source(src, branch)
-    pairs, rest = lora.split(source.state)
+    pairs, rest = lora.split_lora(source.state)
     if not pairs:
         for name, value in (("--base", base), ("--lora-alpha", lora_alpha)):
             if value is not None:
@@ -86,9 +87,9 @@ def read_weights(
         facts: dict[str, Any] = {}
     else:
         below = _read_base(source, base, rest, heads)
-        scale = lora.Scale(lora_alpha, source.adapter, rank={"pipe", "dit"} <= set(source.stripped))
+        scale = lora.LoraScale(lora_alpha, source.adapter, rank={"pipe", "dit"} <= set(source.stripped))
         try:
-            state, found = lora.merge(below.state, pairs, scale, dtype)
+            state, found = lora.add_lora(below.state, pairs, scale, dtype)
         except ValueError as error:
             raise ValueError(f"{src}: {error}") from None
         config, facts = below.config, {"layout": "LoRA", "lora": found, "base": below.facts}
@@ -97,7 +98,7 @@ def read_weights(
 
 
 def _check_transformer(source: SourceWeights, found: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A checked transformer under diffusers' names, and its config."""
+    """Return a complete transformer under diffusers' names, and its config; a ValueError names what is missing or misshapen."""
     try:
         state = ensure_diffusers_names(found)
         config = source.config or infer_config(state, heads)
@@ -110,12 +111,12 @@ def _check_transformer(source: SourceWeights, found: Mapping[str, Tensor], heads
 
 
 def _read_base(source: SourceWeights, base: Path | None, rest: Mapping[str, Tensor], heads: int | None) -> ImportedWeights:
-    """What a LoRA is added to: another checkpoint, or the whole transformer in the same file."""
-    whole = "patch_embedding.weight" in rest
-    if rest and not whole:
+    """Return the weights that a LoRA is added to: another checkpoint, or the transformer in the same file."""
+    is_complete = "patch_embedding.weight" in rest
+    if rest and not is_complete:
         raise ValueError(f"{source.path} holds {list_first_names(rest)} beside LoRA matrices, but no whole transformer; use a plain LoRA")
-    if whole == (base is not None):
-        way = "holds its own base; leave --base out" if whole else "is a LoRA; state with --base what it was trained on"
+    if is_complete == (base is not None):
+        way = "holds its own base; leave --base out" if is_complete else "is a LoRA; state with --base what it was trained on"
         raise ValueError(f"{source.path} {way}")
     if base is not None:
         return read_weights(base, heads=heads)
@@ -123,6 +124,7 @@ def _read_base(source: SourceWeights, base: Path | None, rest: Mapping[str, Tens
 
 
 def _describe_weights(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return counts, precision and sizes for import.json."""
     model = {
         "layers": config["num_layers"],
         "heads": config["num_attention_heads"],

@@ -1,4 +1,7 @@
-"""Files of weights as others write them: folders, shards, pickled dictionaries, and the wrappers around every name."""
+"""Weight files of other projects: folders, shards and pickled dictionaries, without the wrappers around the names.
+
+Nothing in a pickle is built but tensors and plain containers, so nothing in a foreign file can run.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from .weight_names import is_diffusers, translate_original_config
 
 Branch = Literal["ema", "raw", "critic"]
 CONTAINERS = {"ema": ("generator_ema",), "raw": ("generator", "generator_lora"), "critic": ("critic", "critic_lora")}
-# parts of names that FSDP, checkpointing, compile, DDP, peft, DiffSynth and ComfyUI put before a name or into the middle of it
+# parts that FSDP, checkpointing, compile, DDP, peft, DiffSynth and ComfyUI put before a weight's name or into the middle of it
 WRAPPERS = {
     *("model", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"),
     *("base_model", "pipe", "dit", "diffusion_model", "transformer"),
@@ -32,7 +35,7 @@ PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
 @dataclass(frozen=True)
 class SourceWeights:
-    """What lies in the files of one path, wrappers stripped, names otherwise as they are."""
+    """Weights in the files of one path, without wrappers and otherwise under the names of their project."""
 
     path: Path
     state: dict[str, Tensor]
@@ -40,18 +43,22 @@ class SourceWeights:
     config: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
     stripped: tuple[str, ...] = ()
-    container: dict[str, Any] = field(default_factory=dict)  # its key, the branch, and which there were
+    container: dict[str, Any] = field(default_factory=dict)  # the key in a trainer's file, the branch, and all branches in it
 
     def facts(self) -> dict[str, Any]:
+        """Return what import.json says of the source: layout, container, wrappers, and each file's size and SHA-256."""
         names = "diffusers" if is_diffusers(self.state) else "original Wan"
         layout = "Self-Forcing" if self.container else names
         sources = [{"name": file.name, "bytes": file.stat().st_size, "sha256": _hash_file(file)} for file in self.files]
-        said = {"source": self.path.name, "layout": layout, "names": names}
-        return said | self.container | {"stripped": list(self.stripped), "files": sources}
+        facts = {"source": self.path.name, "layout": layout, "names": names}
+        return facts | self.container | {"stripped": list(self.stripped), "files": sources}
 
 
 def open_source(src: Path, branch: Branch | None = None) -> SourceWeights:
-    """Finds the files in what was named, reads them, and takes off what is wrapped around the weights."""
+    """Find and read the weight files of a file or folder, and strip the wrappers from the weights' names.
+
+    `branch` chooses among the sets of weights in a trainer's file. Raises ValueError for anything but tensors.
+    """
     folder, files = find_weight_files(src)
     pickled = files[0].suffix in PICKLED
     if pickled:
@@ -69,7 +76,7 @@ def open_source(src: Path, branch: Branch | None = None) -> SourceWeights:
 
 
 def find_weight_files(src: Path) -> tuple[Path, tuple[Path, ...]]:
-    """The folder that may hold a config, and the files with the weights: one, or the shards of an index."""
+    """Return the folder that may hold a config, and the weight files: a single file, or the shards of an index."""
     if src.is_file():
         if src.suffix not in (".safetensors", *PICKLED):
             raise ValueError(f"{src} is no file of weights; known are .safetensors, {', '.join(PICKLED)}, and folders with one of them")
@@ -86,16 +93,16 @@ def find_weight_files(src: Path) -> tuple[Path, tuple[Path, ...]]:
     if (folder / WEIGHTS).is_file():
         return folder, (folder / WEIGHTS,)
     for suffixes in ((".safetensors",), PICKLED):
-        found = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
-        if len(found) == 1:
-            return folder, (found[0],)
-        if found:
-            raise ValueError(f"{folder} holds {list_first_names([file.name for file in found])}; name the one to import")
+        candidates = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+        if len(candidates) == 1:
+            return folder, (candidates[0],)
+        if candidates:
+            raise ValueError(f"{folder} holds {list_first_names([file.name for file in candidates])}; name the one to import")
     raise ValueError(f"{folder} holds no weights; known are .safetensors, {', '.join(PICKLED)}")
 
 
 def read_safetensors(files: tuple[Path, ...]) -> dict[str, Any]:
-    """One file, or all shards of one model."""
+    """Read a file, or all shards of a model."""
     state: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -109,54 +116,57 @@ def read_safetensors(files: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def read_pickled(file: Path) -> Any:
-    """Tensors and plain containers only: nothing else in a pickle is ever built, so nothing in it can run."""
+    """Read tensors and plain containers; anything else in the pickle raises ValueError and is never built, so it cannot run."""
     try:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found[1] if found else "Python objects"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = match[1] if match else "Python objects"
         raise ValueError(f"{file} holds {what} besides tensors, which could run code and is not read; use a file of weights") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError):
         raise ValueError(f"{file} is truncated, damaged, or in the format of torch before 1.6; fetch it again, or save it anew") from None
 
 
 def unpack_branch(tree: Any, file: Path, branch: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The weights of one branch: a trainer's file holds the student raw and averaged, and its critic."""
+    """Return the weights of one branch, and what to report of the file: a trainer's holds the student, its average and its critic."""
     if not isinstance(tree, Mapping) or not all(isinstance(key, str) for key in tree):
         raise ValueError(f"{file} holds no dictionary of weights; import a state_dict")
-    there = {name: [key for key in keys if isinstance(tree.get(key), Mapping)] for name, keys in CONTAINERS.items()}
-    known = [name for name, keys in there.items() if keys]
-    if not known and any(isinstance(value, Mapping) for value in tree.values()):
+    present = {name: [key for key in keys if isinstance(tree.get(key), Mapping)] for name, keys in CONTAINERS.items()}
+    branches = [name for name, keys in present.items() if keys]
+    if not branches and any(isinstance(value, Mapping) for value in tree.values()):
         keys = ", ".join(key for keys in CONTAINERS.values() for key in keys)
         raise ValueError(f"{file} holds {list_first_names(tree)} and none of {keys}; save the weights alone")
-    if branch is not None and branch not in known:
-        raise ValueError(f"--branch is {branch}, but {file} holds {', '.join(known) or 'no branches'}; choose what is there")
-    if not known:
+    if branch is not None and branch not in branches:
+        raise ValueError(f"--branch is {branch}, but {file} holds {', '.join(branches) or 'no branches'}; choose what is there")
+    if not branches:
         return dict(tree), {}
     # Choice: the average, as all of them evaluate with; but a LoRA was trained last and has none.
-    first = ("raw", "ema") if "generator_lora" in there["raw"] else ("ema", "raw")
-    chosen = branch or next((name for name in first if name in known), "critic")
+    first = ("raw", "ema") if "generator_lora" in present["raw"] else ("ema", "raw")
+    chosen = branch or next((name for name in first if name in branches), "critic")
     if branch is None and chosen == "critic":
         raise ValueError(f"{file} holds a critic only; --branch critic imports it")
-    weights = {name: value for key in there[chosen] for name, value in tree[key].items()}
-    return weights, {"container": " + ".join(there[chosen]), "branch": chosen, "branches": known}
+    weights = {name: value for key in present[chosen] for name, value in tree[key].items()}
+    return weights, {"container": " + ".join(present[chosen]), "branch": chosen, "branches": branches}
 
 
 def strip_wrappers(tree: Mapping[str, Tensor], src: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Without the wrappers, wherever in a name they stand and however often; no name of a weight has such a part."""
-    state, found = {}, set()
+    """Return the weights without wrappers, wherever in a name they stand and however often, and the wrappers that were there."""
+    state, wrappers = {}, set()
     for name, tensor in tree.items():
         parts = name.split(".")
         plain = ".".join(part for part in parts if part not in WRAPPERS)
         if plain in state:
             raise ValueError(f"{src} holds {plain} twice, under different wrappers; save one set of weights alone")
         state[plain] = tensor
-        found |= WRAPPERS.intersection(parts)
-    return state, tuple(sorted(found))
+        wrappers |= WRAPPERS.intersection(parts)
+    return state, tuple(sorted(wrappers))
 
 
-def read_transformer_config(folder: Path, asked: bool) -> dict[str, Any] | None:
-    """diffusers' config of the folder, if it states one; `asked` when the folder itself was named, and must then fit."""
+def read_transformer_config(folder: Path, required: bool) -> dict[str, Any] | None:
+    """Return the folder's config in diffusers' words; None if there is none.
+
+    Another model's config raises ValueError if `required`, that is if the folder itself was named.
+    """
     file = folder / "config.json"
     if not file.is_file():
         return None
@@ -166,19 +176,19 @@ def read_transformer_config(folder: Path, asked: bool) -> dict[str, Any] | None:
             return {key: value for key, value in stated.items() if not key.startswith("_")}
         case "WanModel" | "CausalWanModel":
             return translate_original_config(stated)
-    if asked:
+    if required:
         raise ValueError(f"{file} describes {stated.get('_class_name')}, not Wan's transformer (WanTransformer3DModel or WanModel)")
     return None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object; fetch it again")
-    return found
+    return content
 
 
 def _hash_file(file: Path) -> str:

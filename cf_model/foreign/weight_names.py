@@ -1,4 +1,4 @@
-"""Names and shapes of Wan's weights: the original's (Self-Forcing's too) and diffusers', by rule, for any number of layers."""
+"""Names and shapes of Wan's weights, in original Wan (and Self-Forcing) and in diffusers, by rule, for any number of layers."""
 
 from __future__ import annotations
 
@@ -44,21 +44,22 @@ HEAD_DIM = 128  # of every published Wan
 
 
 def to_diffusers(state: Mapping[str, Value]) -> dict[str, Value]:
-    """From the names of original Wan and Self-Forcing, wrappers already stripped. The values are handed through."""
+    """Rename weights of original Wan or Self-Forcing, already without wrappers, to diffusers' names; values pass unchanged."""
     return _rename_weights(state, TO_DIFFUSERS, "original Wan")
 
 
 def to_self_forcing(state: Mapping[str, Value]) -> dict[str, Value]:
-    """The other way round; Self-Forcing's files put `model.` before each name."""
+    """Rename weights from diffusers' names to original Wan's; Self-Forcing's files put `model.` before each."""
     return _rename_weights(state, TO_ORIGINAL, "diffusers")
 
 
 def ensure_diffusers_names(state: Mapping[str, Value]) -> dict[str, Value]:
-    """Under diffusers' names, whichever of the two it came with."""
+    """Return weights under diffusers' names, whichever of the two layouts they came in."""
     return dict(state) if is_diffusers(state) else to_diffusers(state)
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
+    """Say whether any of these names exists in diffusers' layout only."""
     return any(ONLY_DIFFUSERS.search(name) for name in names)
 
 
@@ -73,18 +74,16 @@ def _rename_weights(state: Mapping[str, Value], rules: tuple[dict[str, str], ...
         else:
             renamed[f"{block or ''}{new}{kind or ''}"] = value
     if unknown:
-        raise ValueError(f"{list_first_names(unknown)} is no weight that {of}'s text-to-video transformer has; use a checkpoint of its architecture")
+        stated = f"{list_first_names(unknown)} is no weight that {of}'s text-to-video transformer has"
+        raise ValueError(f"{stated}; use a checkpoint of its architecture")
     return renamed
-
-
-# ----------------------------------------------------------------------------------------------------------- shapes
 
 
 SIZES = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "freq_dim", "text_dim", "in_channels", "out_channels")
 
 
 def diffusers_config(spec: ModelSpec, *, channels: int, text_channels: int) -> dict[str, Any]:
-    """Our sizes as diffusers' config.json states them."""
+    """Return the transformer's sizes as diffusers' config.json states them."""
     return {
         "num_layers": spec.layers,
         "num_attention_heads": spec.heads,
@@ -99,7 +98,7 @@ def diffusers_config(spec: ModelSpec, *, channels: int, text_channels: int) -> d
 
 
 def translate_original_config(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' words for the config.json of original Wan."""
+    """Translate the config.json of original Wan to diffusers' keys."""
     dim, heads = stated.get("dim"), stated.get("num_heads")
     per_head = dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads else None
     return {
@@ -116,7 +115,7 @@ def translate_original_config(stated: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def infer_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
-    """Sizes read off the tensors, under diffusers' names. The number of heads leaves no trace in them."""
+    """Read the sizes off the tensors, under diffusers' keys. `heads` must be given where a head is not 128 wide: it leaves no trace."""
     wanted = {
         "patch_embedding.weight": 5,
         "proj_out.weight": 2,
@@ -126,7 +125,8 @@ def infer_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[
     }
     odd = [name for name, rank in wanted.items() if name not in state or state[name].ndim != rank]
     if odd:
-        raise ValueError(f"{list_first_names(odd)} is missing or of another rank, so the sizes of the transformer can't be read off its weights")
+        stated = f"{list_first_names(odd)} is missing or of another rank"
+        raise ValueError(f"{stated}, so the sizes of the transformer can't be read off its weights")
     patch, head, ffn, time, text = (state[name].shape for name in wanted)
     dim = patch[0]
     heads = heads or (dim // HEAD_DIM if dim % HEAD_DIM == 0 else None)
@@ -147,7 +147,7 @@ def infer_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[
 
 
 def build_on_meta(sizes: Mapping[str, Any]) -> Any:
-    """diffusers' WanTransformer3DModel of these sizes, without memory for its weights."""
+    """Build diffusers' WanTransformer3DModel of these sizes on the meta device, without memory for its weights."""
     wrong = [f"{key} is {sizes.get(key)!r}" for key in SIZES if not isinstance(sizes.get(key), int) or sizes[key] < 1]
     if wrong:
         raise ValueError(f"the config states no usable sizes: {wrong[0]}; it must be a whole number above 0")
@@ -159,5 +159,5 @@ def build_on_meta(sizes: Mapping[str, Any]) -> Any:
 
 
 def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every weight that diffusers' transformer of these sizes has, and its shape."""
+    """Return the name and shape of every weight in diffusers' transformer of these sizes."""
     return {name: tuple(weight.shape) for name, weight in build_on_meta(sizes).state_dict().items()}

@@ -1,4 +1,4 @@
-"""Everything a training run needs to go on: a folder of safetensors with a manifest. Never pickle, never half a checkpoint.
+"""Training checkpoints: a folder of safetensors with a manifest. Never pickle, never half a checkpoint.
 
 step-XXXXXXXX/ holds one file for each part of the state that has tensors, and manifest.json: the step, the rest of the
 state, and every file's size and SHA-256.
@@ -27,23 +27,25 @@ DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes `step-XXXXXXXX` (the parts' state_dicts) under a temporary name, then renames it. Older ones beyond `KEEP` go."""
+    """Write the parts' state_dicts to `step-XXXXXXXX` and remove older checkpoints beyond CHECKPOINTS_TO_KEEP; returns the folder."""
     path = folder / f"step-{step:08d}"
     with refuse_full_disk(folder, path.name):
         write_checkpoint(path, step, state)
     for old in sorted(folder.glob("step-????????"))[:-CHECKPOINTS_TO_KEEP]:
-        gone = old.rename(old.with_name(old.name + ".partial"))  # a kill now must not leave what looks like a damaged checkpoint
-        shutil.rmtree(gone)
+        # renamed first, so that a kill now leaves nothing that looks like a damaged checkpoint
+        shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
     return path
 
 
 def write_checkpoint(path: Path, step: int, state: Mapping[str, Any]) -> None:
-    """One folder; what is in it is on the disk before it has its name."""
+    """Write one checkpoint under a temporary name and rename it when its bytes are on the disk."""
+    # left by a save that was killed
     for rest in path.parent.glob("*.partial"):
-        if rest.is_dir():  # of a save that was killed
+        if rest.is_dir():
             shutil.rmtree(rest)
     partial = path.with_name(path.name + ".partial")
     partial.mkdir()
+    # tensors of each part go to a file of its own, all other values to the manifest
     files: dict[str, dict[str, Any]] = {}
     skeleton: dict[str, Any] = {}
     for name, part in state.items():
@@ -57,6 +59,7 @@ def write_checkpoint(path: Path, step: int, state: Mapping[str, Any]) -> None:
     manifest = partial / "manifest.json"
     manifest.write_text(json.dumps({"step": step, "files": files, "state": skeleton}) + "\n")
     _sync_to_disk(manifest)
+    # the new name appears only after all bytes are on the disk, and the folder's entry follows
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)
@@ -64,7 +67,7 @@ def write_checkpoint(path: Path, step: int, state: Mapping[str, Any]) -> None:
 
 
 def find_newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that is whole, and its step; None and 0 when there is none."""
+    """Return the newest undamaged checkpoint and its step; None and 0 when there is none. Warns of each damaged one."""
     for path in sorted(folder.glob("step-????????"), reverse=True):
         try:
             return path, int(verify_checkpoint(path)["step"])
@@ -74,14 +77,14 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
 
 
 def load_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Each part's state from a checkpoint that is whole."""
+    """Load each part's state from a checkpoint that `find_newest_checkpoint` returned."""
     stated = json.loads((path / "manifest.json").read_text())["state"]
     for name, part in state.items():
         part.load_state_dict(_unflatten_state(stated[name], _read_tensors(path / f"{name}.safetensors")))
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there and as they were written."""
+    """Return a checkpoint's manifest; raise ValueError if a file is missing or differs from the manifest's size or SHA-256."""
     manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
     for name, stated in manifest["files"].items():
         file = path / name
@@ -96,7 +99,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def refuse_full_disk(folder: Path, what: str) -> Iterator[None]:
-    """A disk that is full while `what` is written ends in one sentence, and leaves the checkpoints before as they were."""
+    """Turn a full disk while `what` is written into one sentence, and leave the checkpoints before as they were."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -133,7 +136,10 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _flatten_state(value: Any, at: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The value with each tensor moved to `tensors` and its name left in place; dictionary keys keep their type."""
+    """Move each tensor of a nested state to `tensors`, leaving its name in place, and return what is left as JSON.
+
+    Dictionaries become lists of pairs, because JSON would turn their keys to text.
+    """
     if isinstance(value, torch.Tensor):
         tensors[at] = value.detach().cpu().contiguous().clone()
         return {"tensor": at}
@@ -145,6 +151,7 @@ def _flatten_state(value: Any, at: str, tensors: dict[str, torch.Tensor]) -> Any
 
 
 def _unflatten_state(value: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Undo `_flatten_state`."""
     kind, content = next(iter(value.items()))
     if kind == "tensor":
         return tensors[content]

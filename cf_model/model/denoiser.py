@@ -1,7 +1,7 @@
-"""A diffusers Wan transformer that can look at a memory. Student, teacher and critic are all this class.
+"""G_φ, s_real and s_fake of alg. 1: a diffusers Wan transformer that can look at a memory. All three are this class.
 
-Two seams of diffusers are enough, so its model file is used as it is: the attention processor, and the `rope`
-submodule, whose output every block hands to its self-attention untouched.
+diffusers' model file is used as it is, because two of its seams are enough: the attention processor, and the `rope`
+submodule, whose output every block hands to its self-attention untouched. So `rope` hands over the memory as well.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .flow import to_x0
 from .key_values import KeyValues
 from .memory import LayerMemories, Memory, MemorySpec, ShareKey, empty_memory, fixed_memory
 
-Rotation = tuple[Tensor, Tensor]
-LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each [1, L, 1, D]
+LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of one pass, each [B, L, N, D]
 Attention = Literal["native", "cudnn", "flash2", "flash3"]
 Precision = Literal["float32", "bfloat16"]
 
 
-# our names of diffusers' attention backends, and the package that each needs
+# params.yaml's names of attention kernels: diffusers' names, and the package that each needs
 BACKENDS = {
     "native": ("native", None),
     "cudnn": ("_native_cudnn", None),
@@ -36,13 +36,14 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model's arithmetic is done. Only rounding depends on it."""
+    """How a model computes: kernel, precision, and what is stored for the backward pass. Results differ by rounding alone."""
 
     attention: Attention  # of the self-attention, by diffusers' dispatcher
     dtype: Precision  # of the products; weights, norms and sums stay in float32
-    checkpointing: bool  # activations of a block are computed again in the backward pass instead of being kept
+    checkpointing: bool  # compute a block's activations again in the backward pass instead of storing them
 
     def __post_init__(self) -> None:
+        # flash and cuDNN kernels exist for half precision only
         if self.attention != "native" and self.dtype == "float32":
             stated = f"attention is {self.attention}, which computes in bfloat16, but dtype is {self.dtype}"
             raise ValueError(f"{stated}; use dtype: bfloat16, or attention: native")
@@ -53,63 +54,71 @@ EXACT = Compute(attention="native", dtype="float32", checkpointing=False)
 
 @dataclass(eq=False)
 class PassView:
-    """What the self-attentions of one pass see, instead of a table of rotations."""
+    """What one pass's self-attentions look at. Travels through diffusers where a table of rotations would."""
 
     memory: Memory | None
-    rotations: list[tuple[Rotation, Rotation]]  # of queries and of keys; one pair a layer, or one for all
-    taken: LayerKeyValues | None  # where this pass's keys and values go, if anybody wants them
+    rotations: list[tuple[Rotation, Rotation]]  # of queries and of keys: a pair for each layer, or a single pair for all
+    captured: LayerKeyValues | None  # filled with this pass's keys and values; None: they are not wanted
 
-    def at(self, layer: int) -> tuple[Rotation, Rotation]:
+    def layer_rotations(self, layer: int) -> tuple[Rotation, Rotation]:
+        """Return a layer's rotations of queries and of keys."""
         return self.rotations[layer if len(self.rotations) > 1 else 0]
 
 
 class MemoryRope(nn.Module):
-    """Stands in for diffusers' rope: it knows which frames a pass looks at, and where time places them."""
+    """Stand-in for diffusers' rope that gives each remembered frame the temporal position of eq. 8."""
 
     def __init__(self, table: Any) -> None:
         super().__init__()
         self.table: Any = table  # diffusers' WanRotaryPosEmbed
         self.memory: Memory | None = None
-        self.taken: LayerKeyValues | None = None
+        self.captured: LayerKeyValues | None = None
 
     def forward(self, x: Float[Tensor, "B C F H W"]) -> PassView:
+        """Return what the self-attentions of the pass over `x` look at, and its rotations."""
         frames = x.shape[2]
+        # without a memory: plain Wan, whose frames are at 0, 1, 2, …
         if self.memory is None:
             rotation = self.rotations(range(frames), x)
-            return PassView(None, [(rotation, rotation)], self.taken)
+            return PassView(None, [(rotation, rotation)], self.captured)
+        # With scope layer the layers remember different frames, so each has positions of its own; equal positions share a table.
         layers = len(self.memory.layers) if isinstance(self.memory, LayerMemories) else 1
-        made: dict[tuple[int, ...], Rotation] = {}
+        tables: dict[tuple[int, ...], Rotation] = {}
         pairs = []
         for layer in range(max(layers, 1)):
             current = tuple(self.memory.query_positions(frames, layer))
-            seen = (*self.memory.key_positions(frames, layer), *current)
-            for positions in (current, seen):
-                if positions not in made:
-                    made[positions] = self.rotations(positions, x)
-            pairs.append((made[current], made[seen]))
-        return PassView(self.memory, pairs, self.taken)
+            keys = (*self.memory.key_positions(frames, layer), *current)
+            for positions in (current, keys):
+                if positions not in tables:
+                    tables[positions] = self.rotations(positions, x)
+            pairs.append((tables[current], tables[keys]))
+        return PassView(self.memory, pairs, self.captured)
 
     def rotations(self, positions: Sequence[int], x: Tensor) -> Rotation:
-        """cos and sin for whole frames at the given temporal positions, each [1, len(positions) * S, 1, D]."""
+        """Return cos and sin for frames at these temporal positions, each [1, len(positions) * S, 1, D]."""
         t = self.table
+        # S = h * w tokens of one latent frame
         h, w = x.shape[3] // t.patch_size[1], x.shape[4] // t.patch_size[2]
         if min(positions) < 0:
             raise ValueError(f"frame {min(positions)} would lie before the video; memory.fast must hold at least the frames of a chunk")
         if max(positions) >= len(t.freqs_cos):
             raise ValueError(f"frame {max(positions)} lies beyond the RoPE table of {len(t.freqs_cos)} positions; use bounded positions")
         at = torch.tensor(positions, device=x.device)
-        cos, sin = (self._grid(freqs, at, h, w) for freqs in (t.freqs_cos, t.freqs_sin))
+        cos, sin = (self._select_rows(freqs, at, h, w) for freqs in (t.freqs_cos, t.freqs_sin))
         return cos, sin
 
-    def _grid(self, freqs: Tensor, at: Tensor, h: int, w: int) -> Tensor:
+    def _select_rows(self, freqs: Tensor, at: Tensor, h: int, w: int) -> Tensor:
+        """Return the table's rows for frames at the times `at` and an h x w grid of tokens: [1, len(at) * h * w, 1, D]."""
         t = self.table
+        # D is split into channels for time, row and column, as Wan splits it (128 = 44 + 42 + 42)
+        # [positions, D] to a part for each axis; each part is spread over the two other axes
         time, row, column = freqs.split([t.t_dim, t.h_dim, t.w_dim], dim=1)
         parts = time[at].view(-1, 1, 1, t.t_dim), row[:h].view(1, h, 1, t.h_dim), column[:w].view(1, 1, w, t.w_dim)
         return torch.cat([p.expand(len(at), h, w, -1) for p in parts], dim=-1).reshape(1, -1, 1, t.attention_head_dim)
 
 
 class MemoryAttention:
-    """Attention processor: bidirectional inside the pass, and over everything remembered."""
+    """Attention processor of diffusers: bidirectional over the frames of the pass and over everything remembered."""
 
     def __init__(self, layer: int, backend: str) -> None:
         self.layer, self.backend = layer, backend
@@ -118,22 +127,27 @@ class MemoryAttention:
         from diffusers.models.attention_dispatch import dispatch_attention_fn  # here, so that reading params needs no diffusers
 
         assert rotary_emb is not None
+        # hidden_states [B, L, N * D], L = F * S tokens; q, k, v [B, L, N, D]. The norms are over all N * D channels, as in Wan.
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        # in bfloat16 the norm's answer is wider than the values: what is remembered should not be
+        # in bfloat16 the norm's answer is float32, which a memory need not hold
         k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)).to(v.dtype)
-        if rotary_emb.taken is not None:
-            rotary_emb.taken[self.layer] = (k, v)
-        queries, keys = rotary_emb.at(self.layer)
+        # before RoPE: positions are given anew whenever the keys are used
+        if rotary_emb.captured is not None:
+            rotary_emb.captured[self.layer] = (k, v)
+        queries, keys = rotary_emb.layer_rotations(self.layer)
         if rotary_emb.memory is not None:
             past_k, past_v = rotary_emb.memory.past(self.layer)
+            # the KV cache of alg. 1: [B, (K + F) * S, N, D] for K remembered frames
             k, v = torch.cat([*past_k, k], dim=1), torch.cat([*past_v, v], dim=1)
+        # no mask: causality is in what the memory holds, and the frames of a chunk see each other
         out = dispatch_attention_fn(apply_rope(q, queries).to(v.dtype), apply_rope(k, keys), v, backend=self.backend)
         return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))
 
 
 def apply_rope(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor, "B L N D"]:
-    """RoPE on interleaved pairs, as Wan stores them."""
+    """Rotate queries or keys (RoPE): channels 2i and 2i + 1 are a pair, as Wan stores them."""
+    # diffusers' table holds each angle twice, so every second entry is enough; [B, L, N, D / 2] from here
     cos, sin = rotation[0][..., 0::2], rotation[1][..., 1::2]
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
@@ -146,7 +160,7 @@ def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of the transformer. Wan2.1-T2V-1.3B: 30 layers, 12 heads of 128, ffn 8960, freq 256, 1024 positions."""
+    """Sizes of a transformer. Wan2.1-T2V-1.3B: 30 layers, 12 heads of 128, ffn 8960, freq 256, 1024 positions."""
 
     layers: int
     heads: int
@@ -157,7 +171,10 @@ class ModelSpec:
 
 
 class Denoiser(nn.Module):
-    """x_0 from x_σ, the prompt and the remembered frames; state_dict keys stay those of diffusers under `transformer.`"""
+    """Predictor of x_0 from x_σ, the prompt and the remembered frames.
+
+    Its state_dict has diffusers' keys under `transformer.`, so weights go to and fro unchanged.
+    """
 
     def __init__(self, transformer: Any, compute: Compute = EXACT) -> None:
         super().__init__()
@@ -166,11 +183,13 @@ class Denoiser(nn.Module):
             raise ValueError(f"attention is {compute.attention}, but the package {package} is not installed; install it, or use native")
         if compute.attention != "native" and not torch.cuda.is_available():
             raise ValueError(f"attention is {compute.attention}, which needs a GPU, and there is none; use native")
+        # the two seams: positions and memory by way of `rope`, attention by its processor
         transformer.rope = MemoryRope(transformer.rope)
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
+        # under autocast a norm's input is bfloat16 and its weights are float32
         for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
-            norm.register_forward_pre_hook(widen_input)  # under autocast the input is bfloat16 and the weights are float32
+            norm.register_forward_pre_hook(widen_input)
         if compute.checkpointing:
             transformer.enable_gradient_checkpointing()
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import
@@ -183,6 +202,7 @@ class Denoiser(nn.Module):
         text: Float[Tensor, "B T E"],
         memory: Memory | None = None,
     ) -> Float[Tensor, "B F C H W"]:
+        """Return x_0 = x_σ - σ v of a chunk or window that sees `memory`."""
         return to_x0(x_t, self.velocity(x_t, sigma, text, memory), sigma)
 
     def velocity(
@@ -192,8 +212,8 @@ class Denoiser(nn.Module):
         text: Float[Tensor, "B T E"],
         memory: Memory | None = None,
     ) -> Float[Tensor, "B F C H W"]:
-        """ε - x_0. `sigma` is one level for the whole pass, or one a frame; `memory` None is plain Wan."""
-        return self._pass(x_t, sigma, text, memory, None)
+        """Return v = ε - x_0. `sigma` is a level for each sample or for each frame; without `memory` the pass is plain Wan."""
+        return self._run_transformer(x_t, sigma, text, memory, None)
 
     def remember(
         self,
@@ -204,26 +224,30 @@ class Denoiser(nn.Module):
         sigma: Float[Tensor, " B"] | Float[Tensor, "B F"] | None = None,
         grad: bool = False,
     ) -> Memory:
-        """One pass over a chunk for its keys and values only: clean, or at a level `sigma` (Self-Forcing's context noise)."""
+        """Return the memory after a chunk, by one pass over it for its keys and values (alg. 1, line 21).
+
+        The pass is clean, or at a level `sigma` (Self-Forcing's context noise), and has no graph unless `grad`.
+        """
         frames, level = x_0.shape[1], x_0.new_zeros(len(x_0)) if sigma is None else sigma
-        taken: LayerKeyValues = {}
+        captured: LayerKeyValues = {}
+        # only ODE and teacher-forcing training let gradients through the memory; in alg. 1 the cache is a constant
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            self._pass(x_0, level, text, memory.commit_context(frames), taken)
-        return memory.remember(split_frames(taken, memory.frame_count, frames))
+            self._run_transformer(x_0, level, text, memory.commit_context(frames), captured)
+        return memory.remember(split_frames(captured, memory.frame_count, frames))
 
     def read_context(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"]) -> Memory:
-        """One clean pass over some frames, which see each other and nothing else: all that is remembered, with its graph."""
-        taken: LayerKeyValues = {}
-        self._pass(x_0, x_0.new_zeros(len(x_0)), text, None, taken)
-        return fixed_memory(split_frames(taken, 0, x_0.shape[1]))
+        """Return a memory of these frames, by one clean pass in which they see each other and nothing else; it keeps its graph."""
+        captured: LayerKeyValues = {}
+        self._run_transformer(x_0, x_0.new_zeros(len(x_0)), text, None, captured)
+        return fixed_memory(split_frames(captured, 0, x_0.shape[1]))
 
     def offer(
         self, x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Float[Tensor, "B T E"], memory: Memory
     ) -> tuple[Float[Tensor, "B F C H W"], Memory]:
-        """`forward`, and the memory after it was offered this pass's keys (timing first_call)."""
-        taken: LayerKeyValues = {}
-        velocity = self._pass(x_t, sigma, text, memory, taken)
-        return to_x0(x_t, velocity, sigma), memory.offer(split_frames(taken, memory.frame_count, x_t.shape[1]))
+        """Return x_0 as `forward` does, and the memory after it was offered this pass's keys (timing first_call)."""
+        captured: LayerKeyValues = {}
+        velocity = self._run_transformer(x_t, sigma, text, memory, captured)
+        return to_x0(x_t, velocity, sigma), memory.offer(split_frames(captured, memory.frame_count, x_t.shape[1]))
 
     def remember_clip(
         self,
@@ -234,33 +258,36 @@ class Denoiser(nn.Module):
         chunk: int,
         share_key: ShareKey | None = None,
     ) -> Memory:
-        """What is remembered after a whole clip, chunk by chunk."""
+        """Return the memory after a clip that is passed chunk by chunk, as if the student had made it."""
         memory = empty_memory(spec, share_key)
         for part in x_0.split(chunk, dim=1):
             memory = self.remember(part, text, memory)
         return memory
 
-    def _pass(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, taken: LayerKeyValues | None) -> Tensor:
-        """The velocity. Keys and values go to `taken` where they are wanted: a checkpointed pass would keep them all."""
+    def _run_transformer(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, captured: LayerKeyValues | None) -> Tensor:
+        """Return the velocity, and fill `captured` if it is given; not otherwise, because a checkpointed pass would keep it all."""
         rope = self.transformer.rope
-        rope.memory, rope.taken = memory, taken
-        timestep = 1000 * sigma
-        if timestep.ndim == 2:  # diffusers takes one timestep a token
-            timestep = timestep.repeat_interleave(self._tokens(x_t), dim=1)
+        rope.memory, rope.captured = memory, captured
+        timestep = 1000 * sigma  # [B] or [B, F]
+        if timestep.ndim == 2:  # diffusers takes a timestep for each token: [B, F * S]
+            timestep = timestep.repeat_interleave(self._tokens_per_frame(x_t), dim=1)
         low = self.compute.dtype == "bfloat16"
         try:
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=low):
+                # diffusers wants [B, C, F, H, W]
                 velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
         finally:
-            rope.memory, rope.taken = None, None
+            rope.memory, rope.captured = None, None
         return velocity.to(x_t.dtype)
 
-    def _tokens(self, x: Tensor) -> int:
+    def _tokens_per_frame(self, x: Tensor) -> int:
+        """Return S, the tokens of one latent frame."""
         _, rows, columns = self.transformer.config.patch_size
         return (x.shape[3] // rows) * (x.shape[4] // columns)
 
 
-def split_frames(taken: LayerKeyValues, first: int, frames: int) -> tuple[KeyValues, ...]:
-    """A pass's keys and values, one frame after the other, the first of them numbered `first`."""
-    layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for _, (k, v) in sorted(taken.items())]
+def split_frames(captured: LayerKeyValues, first: int, frames: int) -> tuple[KeyValues, ...]:
+    """Cut a pass's keys and values into its frames, of which the first has the number `first`: [B, F * S, N, D] to F of [B, S, N, D]."""
+    # by layer first, as the pass gives them, then by frame, as a memory holds them
+    layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for _, (k, v) in sorted(captured.items())]
     return tuple(KeyValues(first + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))

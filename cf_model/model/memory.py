@@ -1,6 +1,6 @@
 """The slow-fast memory of sec. 3.3: what a causal model remembers of the frames before the current chunk.
 
-    M = sink + slow + fast                                                                     (eq. 6)
+    M = sink + slow + fast (the paper's S, C_slow and L_fast)
 
 sink   the video's first frames, for ever
 slow   first frames of chunks that differed from the chunk before them (surprisal, eq. 7), the newest `slow` of them
@@ -74,7 +74,7 @@ class MemorySpec:
 
 @dataclass(frozen=True, eq=False)
 class ContextMemory:
-    """The memory M of eq. 6, with one decision for all layers.
+    """The memory M of sec. 3.3, with one decision for all layers.
 
     Sink, slow and fast are disjoint and each in the order of time, unless `when` is enqueue or `fill` is early_raw.
     """
@@ -101,7 +101,7 @@ class ContextMemory:
 
     @property
     def frames(self) -> Frames:
-        """Every remembered frame, in the order of eq. 6: sink, slow, fast."""
+        """Every remembered frame, in the order of RoPE positions (eq. 8): sink, slow, fast."""
         return self.sink + self.slow + self.fast
 
     def frame_indices(self) -> dict[str, list[int]]:
@@ -144,6 +144,7 @@ class ContextMemory:
         after = tested._promote(tuple(frame for frame in leaving if frame.index in pending))
         still_pending = tuple(frame.index for frame in fast if frame.index in pending)
         after = replace(after, sink=sink, early=early, fast=fast, pending=still_pending, is_newest_news=is_news)
+        # ready for the next chunk, of which no pass was offered yet
         return replace(after, frame_count=self.frame_count + length, noisy_passes=0, is_promoted=False)
 
     def offer(self, chunk: Frames) -> ContextMemory:
@@ -167,6 +168,7 @@ class ContextMemory:
             similarity = tuple(F.cosine_similarity(mean, self.last_mean_key, dim=-1).tolist())
         # The log wants a chunk's first pass against the chunk before; later passes are compared with the chunk's own.
         tested = replace(self, last_mean_key=mean, similarity=self.similarity if self.noisy_passes else similarity)
+        # frames that fill the sink are remembered anyway
         beyond_sink = chunk[max(self.spec.sink - len(self.sink), 0) :]
         if not self._is_news(self.frame_count // len(chunk), similarity):
             return tested, ()
@@ -198,12 +200,14 @@ class ContextMemory:
         """Return what the clean pass over the newest `frames` frames may look at (setting `commit`)."""
         if self.spec.commit == "all":
             return self
+        # by frame index, wherever a frame is stored: the newest frames that fit beside the chunk
         first = self.frame_count - max(self.spec.fast - frames, 0)
         recent = tuple(frame for frame in self.sink + self.early + self.fast if frame.index >= first)
         return replace(self, sink=(), promoted_frames=(), early=(), fast=recent)
 
     def flushed(self, recent: int) -> ContextMemory:
         """Return only the sink and the newest `recent` frames: the KV flush of Infinity-RoPE at a change of prompt."""
+        # the early frames count among the newest while the video is short
         fast = split_newest(self.early + self.fast, recent)[1]
         pending = tuple(frame.index for frame in fast if frame.index in self.pending)
         return replace(self, promoted_frames=(), early=(), fast=fast, pending=pending)
@@ -257,6 +261,7 @@ class LayerMemories:
     def _apply_to_layers(self, step: Callable[[ContextMemory, Frames], ContextMemory], chunk: Frames) -> LayerMemories:
         """Return the memories after `step` was done in every layer with that layer's share of a chunk."""
         before = self.layers or (ContextMemory(self.spec, share_key=self.share_key),) * len(chunk[0].keys)
+        # a layer's memory sees frames of one layer
         parts = [tuple(KeyValues(f.index, (f.keys[n],), (f.values[n],)) for f in chunk) for n in range(len(before))]
         return replace(self, layers=tuple(step(memory, part) for memory, part in zip(before, parts, strict=True)))
 

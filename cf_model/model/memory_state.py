@@ -39,4 +39,4 @@ def restore_memory(spec: MemorySpec, state: Mapping[str, Any], share_key: ShareK
     values = {name: tuple(state[key]) if isinstance(state[key], list) else state[key] for name, key in VALUE_KEYS.items()}
     for name, key in PART_KEYS.items():
         values[name] = tuple(KeyValues(f["index"], tuple(f["keys"]), tuple(f["values"])) for f in state[key])
-    return ContextMemory(spec, **values, share_key=share_key)
+    return ContextMemory(spec, **values, share_key=share_key)  # type: ignore[arg-type]

@@ -1,4 +1,9 @@
-"""Self-rollout: the student makes its own video chunk by chunk, in training as at inference (alg. 1)."""
+"""Self-rollout: the student makes its own video chunk by chunk, in training as at inference (alg. 1, lines 6 to 28).
+
+`stream` is inference, `rollout` is a training step's video, and both make a chunk by `denoise_chunk`. A rollout keeps no
+graph: the loss replays the exit pass of each scored chunk with gradient (cf_model/train/student.py), which costs the memory
+of one chunk instead of all.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from .memory import ChunkComparison, Memory, MemorySpec, ShareKey, compare_newes
 
 
 class CausalStudent(Protocol):
-    """What a rollout asks of a model (`Denoiser`)."""
+    """The student as a rollout uses it (`Denoiser`)."""
 
     def __call__(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None = None) -> Tensor: ...
 
@@ -26,15 +31,18 @@ class CausalStudent(Protocol):
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """How a chunk is denoised, and which frames of a training rollout are scored."""
+    """How a chunk is denoised, and which frames of a training rollout the scores of eqs. 4 and 6 see."""
 
-    chunk: int  # latent frames made together
-    levels: tuple[float, ...]  # before the shift; Self-Forcing: 1, 0.75, 0.5, 0.25
-    window: int  # latent frames that are scored
-    place: Literal["last", "uniform", "beta"]  # of the window: the rollout's end, or anywhere in it (Self-Forcing++; Beta(1, 2))
-    renoise: Literal["none", "own"]  # scored as it was made, or made again from its own x_0 and fresh noise (Self-Forcing++)
-    exit: Literal["shared", "per_chunk", "last"]  # where the target's chunks stop: one random level, one a chunk, or the last
-    full_denoise: Literal["none", "context", "all"]  # chunks before the window that take every level; context: a memory's worth of them
+    chunk: int  # latent frames that are denoised together
+    levels: tuple[float, ...]  # t_1 > .. > t_T of alg. 1, before the shift; Self-Forcing: 1, 0.75, 0.5, 0.25
+    window: int  # latent frames that are scored: l of alg. 1
+    place: Literal["last", "uniform", "beta"]  # of the window: the rollout's end (alg. 1), or anywhere in it (Self-Forcing++; Beta(1, 2))
+    # score the window as the rollout left it, or made again from its own x_0 and fresh noise (Self-Forcing++)
+    renoise: Literal["none", "own"]
+    # r of alg. 1, where the window's chunks stop: one random level for all, one for each chunk, or the last level
+    exit: Literal["shared", "per_chunk", "last"]
+    # chunks before the window that take every level (clean context policy, sec. 3.2); context: as many as a memory holds
+    full_denoise: Literal["none", "context", "all"]
     full_first: int  # chunks of the window, from its start, that take every level
     skip_first: int  # chunks of the window, from its start, that carry no gradient
     persist: Literal["fresh", "stream"]  # every step a new video, or the next part of the one before (LongLive's long tuning)
@@ -55,11 +63,11 @@ class RolloutSpec:
 
 @dataclass(frozen=True)
 class HorizonSpec:
-    """The rollout curriculum: latent frames of a rollout, uniform up to a maximum that grows (alg. 1, line 6)."""
+    """Long self-rollout curriculum (sec. 3.2): a rollout's latent frames, uniform up to a maximum that grows (alg. 1, line 6)."""
 
-    shortest: int
-    longest: int
-    decay: int  # steps until the maximum is reached; 0: at once
+    shortest: int  # L0
+    longest: int  # L1
+    decay: int  # s_d, steps until the maximum is reached; 0: at once
     mode: Literal["linear", "exp", "const"]  # how it grows; const: every rollout is `longest`
 
     def __post_init__(self) -> None:
@@ -68,6 +76,7 @@ class HorizonSpec:
             raise ValueError(f"{stated}; use 1 <= shortest <= longest and 0 <= decay")
 
     def sample_length(self, step: int, chunk: int, rng: torch.Generator) -> int:
+        """Draw L of alg. 1, line 6: Uniform(L0, L0 + s / s_d (L1 - L0)), in latent frames and whole chunks."""
         if self.mode == "const":
             return self.longest
         # Choice: min(1, ·), or the length would grow without bound; both ends included; whole chunks.
@@ -81,23 +90,25 @@ class HorizonSpec:
 
 @dataclass(frozen=True, eq=False)
 class TargetChunk:
-    """One scored chunk of a rollout: its pass can be replayed, with gradient, from what is here."""
+    """One scored chunk of a rollout: all that its exit pass needs to be replayed with gradient."""
 
-    first: int  # latent frame
-    x_t: Float[Tensor, "B F C H W"]
-    sigma: float
-    memory: Memory
-    grad: bool
+    first: int  # its first latent frame
+    x_t: Float[Tensor, "B F C H W"]  # what the exit pass was given
+    sigma: float  # the level of that pass
+    memory: Memory  # what that pass looked at
+    grad: bool  # False in the first `skip_first` chunks of the window
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    video: Float[Tensor, "B F C H W"]  # what was made, and what came before
-    window: slice
+    """A video of the student's own, the window of it that is scored, and the memory after it."""
+
+    video: Float[Tensor, "B F C H W"]  # X of alg. 1, with the video that it continues
+    window: slice  # latent frames that are scored
     targets: tuple[TargetChunk, ...]
-    exits: tuple[int, ...]  # of the target's chunks
+    exits: tuple[int, ...]  # number of the exit level of each scored chunk
     memory: Memory
-    comparisons: tuple[ChunkComparison, ...]  # each chunk that was made, with the chunk before
+    comparisons: tuple[ChunkComparison, ...]  # of each new chunk with the chunk before it
 
 
 def stream(
@@ -110,9 +121,10 @@ def stream(
     memory: Memory,
     rng: Noise,
 ) -> Iterator[Float[Tensor, "B F C H W"]]:
-    """Chunks without end, every one fully denoised. `memory` may already hold a real prefix."""
+    """Yield chunks without end, each denoised down to the last level. `memory` may already hold a real prefix."""
     while True:
         with torch.no_grad():
+            # alg. 1 with r' = T for every chunk, and the clean pass of line 21
             x_0, _, memory = denoise_chunk(student, text, shape, sigmas, chunk, memory, rng)
             memory = student.remember(x_0, text, memory)
         yield x_0
@@ -127,18 +139,21 @@ def denoise_chunk(
     memory: Memory,
     rng: Noise,
 ) -> tuple[Tensor, tuple[Tensor, Memory], Memory]:
-    """One chunk from noise down the given levels: its x_0, the x_t and memory that the last level saw, the memory after it."""
-    x_t = draw_gaussian((len(text), chunk, *shape), rng)
-    x_0, seen = x_t, memory
-    for step, sigma in enumerate(sigmas):
-        if step:
+    """Denoise one chunk from noise down the given levels (alg. 1, lines 9 to 28).
+
+    Returns x_0 [B, F, C, H, W], the x_t and memory that the last level was given, and the memory after the chunk's passes.
+    """
+    x_t = draw_gaussian((len(text), chunk, *shape), rng)  # line 9
+    x_0, memory_before = x_t, memory
+    for step, sigma in enumerate(sigmas):  # line 15
+        if step:  # lines 25 and 26: back to the next level with fresh noise
             x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_t.new_full((len(x_t),), sigma))
-        seen, level = memory, x_t.new_full((len(x_t),), sigma)
+        memory_before, level = memory, x_t.new_full((len(x_t),), sigma)
         if memory.spec.timing == "first_call":
-            x_0, memory = student.offer(x_t, level, text, memory)
+            x_0, memory = student.offer(x_t, level, text, memory)  # this pass's keys may promote the chunk
         else:
-            x_0 = student(x_t, level, text, memory)
-    return x_0, (x_t, seen), memory
+            x_0 = student(x_t, level, text, memory)  # lines 18 and 24
+    return x_0, (x_t, memory_before), memory
 
 
 @torch.no_grad()
@@ -155,46 +170,51 @@ def rollout(
     past: Rollout | None = None,
     share_key: ShareKey | None = None,
 ) -> Rollout:
-    """A video of the student's own making, without a graph; its `targets` are replayed by the loss.
+    """Make `frames` latent frames of the student's own video, without a graph; the loss replays its `targets`.
 
-    Clean context policy (sec. 3.2): chunks before the window take every level. Inside it chunks stop at a random level
-    (Self Forcing, alg. 1). A chunk is remembered as the student left it, by a pass at σ = 0. Nothing after the window is
-    made. With `past` the video goes on where that one ended, and its last frames begin the window.
+    Clean context policy (sec. 3.2): chunks before the window take every level. Inside the window chunks stop at a random
+    level (Self Forcing; alg. 1, lines 10 to 14). Each chunk is remembered as the student left it, by a pass at σ = 0.
+    Nothing after the window is made. With `past` the video goes on where that rollout ended, and the window begins with
+    its last frames. `shape` is C, H, W of a latent.
     """
-    sigmas = flow.shift_levels(spec.levels)
+    sigmas = flow.shift_levels(spec.levels)  # t_1 .. t_T
+    # the window is the target X[L - l:]; what came before it is the context
     start = place_window(frames, spec, rng)
     window = slice(start, start + spec.window)
-    shared = int(torch.randint(len(sigmas), (), generator=rng))
+    shared = int(torch.randint(len(sigmas), (), generator=rng))  # line 7: the random exit r
     state = past.memory if past else empty_memory(memory, share_key)
-    video, targets, exits, found = [past.video] if past else [], [], [], list[ChunkComparison]()
-    for first in range(past.video.shape[1] if past else 0, window.stop, spec.chunk):
+    video, targets, exits, comparisons = [past.video] if past else [], [], [], list[ChunkComparison]()
+    for first in range(past.video.shape[1] if past else 0, window.stop, spec.chunk):  # line 8
         scored = first >= start
-        into = (first - start) // spec.chunk  # the window
+        into = (first - start) // spec.chunk  # chunks since the window began
         # Choice: with full_denoise none the context exits early too, which is Self-Forcing's training.
         clean = spec.full_denoise == "all" or (spec.full_denoise == "context" and first >= start - memory.size)
+        # lines 10 to 14: r' = T for the context and for the first chunks of the window, r' = r for the others
         leave = len(sigmas) - 1
         if into >= spec.full_first or not (scored or clean):
             leave = {"shared": shared, "last": leave, "per_chunk": -1}[spec.exit]
             leave = int(torch.randint(len(sigmas), (), generator=rng)) if leave < 0 else leave
         before = state
-        x_0, (x_t, seen), state = denoise_chunk(student, text, shape, sigmas[: leave + 1], spec.chunk, state, rng)
-        state = student.remember(x_0, text, state)
+        x_0, (x_t, memory_of_exit), state = denoise_chunk(student, text, shape, sigmas[: leave + 1], spec.chunk, state, rng)
+        state = student.remember(x_0, text, state)  # line 21: C <- G(x_0, 0, C)
+        # what the loss needs of a scored chunk (lines 29 and 30): its exit pass, and whether that pass has a gradient
         if scored:
             exits.append(leave)
             if spec.renoise == "own":
                 x_0, x_t, leave = renoise_chunk(student, text, x_0, sigmas, before, rng)
-                seen = before
-            targets.append(TargetChunk(first, x_t, sigmas[leave], seen, into >= spec.skip_first))
-        video.append(x_0)
-        found += compare_newest_chunk(state)
-    return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(found))
+                memory_of_exit = before
+            targets.append(TargetChunk(first, x_t, sigmas[leave], memory_of_exit, into >= spec.skip_first))
+        video.append(x_0)  # line 19
+        comparisons += compare_newest_chunk(state)
+    return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(comparisons))
 
 
 def place_window(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
-    """The window's first frame, on the grid of chunks."""
+    """Return the window's first latent frame, on the grid of chunks: L - l of alg. 1, or a random place (Self-Forcing++)."""
     last = (frames - spec.window) // spec.chunk
     if spec.place == "last" or not last:
         return last * spec.chunk
+    # uniform, or Beta(1, 2), which prefers early windows
     u = float(torch.rand((), generator=rng))
     if spec.place == "beta":
         u = 1 - (1 - u) ** 0.5  # inverse of Beta(1, 2)'s distribution
@@ -204,7 +224,11 @@ def place_window(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
 def renoise_chunk(
     student: CausalStudent, text: Tensor, x_0: Tensor, sigmas: list[float], memory: Memory, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, int]:
-    """Self-Forcing++'s backward noise initialisation: the chunk noised to one of the student's levels, and made from there."""
+    """Noise a chunk to a random level of the student and denoise it from there: Self-Forcing++'s backward noise initialisation.
+
+    Returns the new x_0, the x_t it was made from, and the number of the level.
+    """
+    # the same level for the complete batch
     level = int(torch.randint(len(sigmas), (), generator=rng))
     x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_0.new_full((len(x_0),), sigmas[level]))
     return student(x_t, x_t.new_full((len(x_t),), sigmas[level]), text, memory), x_t, level

@@ -1,4 +1,4 @@
-"""Building, saving and loading the transformer: diffusers' WanTransformer3DModel in its own folder layout."""
+"""Transformers on disk: building, saving and loading diffusers' WanTransformer3DModel in its own folder layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from .weights import WEIGHTS, fill_weights
 
 
 def build_transformer(spec: ModelSpec, *, channels: int, text_channels: int, seed: int, compute: Compute = EXACT) -> Denoiser:
-    """A new transformer. Its head starts at 0, so that the first loss is the spread of the velocities."""
+    """Build a transformer with random weights. Its head starts at 0, so that the first loss is the spread of the velocities."""
+    # diffusers draws weights from torch's global generator, which is left as it was
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = WanTransformer3DModel(
@@ -33,7 +34,8 @@ def build_transformer(spec: ModelSpec, *, channels: int, text_channels: int, see
 
 
 def save_transformer(model: Denoiser, folder: Path) -> None:
-    """A diffusers folder: config.json and diffusion_pytorch_model.safetensors."""
+    """Write a diffusers folder: config.json and diffusion_pytorch_model.safetensors."""
+    # diffusers saves its own rope, not the stand-in that knows the memory
     rope, model.transformer.rope = model.transformer.rope, model.transformer.rope.table
     try:
         model.transformer.save_pretrained(folder, safe_serialization=True)
@@ -42,7 +44,7 @@ def save_transformer(model: Denoiser, folder: Path) -> None:
 
 
 def load_transformer(folder: Path, compute: Compute = EXACT) -> Denoiser:
-    """Strict: a weight that is missing, unknown or of another shape is refused by name."""
+    """Load a diffusers folder. A weight that is missing, unknown or of another shape raises a ValueError that names it."""
     if not (folder / "config.json").is_file():
         way = "run the stage that makes it, or `cf import-weights`"
         raise ValueError(f"{folder} holds no config.json, so it is no transformer of diffusers; {way}")

@@ -1,4 +1,4 @@
-"""Weights of a safetensors file, into a module that they fit exactly or not at all."""
+"""Weights from a safetensors file into a module that they fit exactly; anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def choose_precision(device: torch.device) -> torch.dtype:
 
 
 def fill_weights(module: nn.Module, file: Path) -> None:
-    """Every weight by its name and shape, in the module's own precision; what doesn't fit is named."""
+    """Load every weight of a file by its name, in the module's own precision; a ValueError names what does not fit."""
+    # checked first, because a file that is cut off fails in ways that name neither file nor reason
     check_safetensors_header(file)
     state = load_file(file)
     try:
@@ -31,10 +32,11 @@ def fill_weights(module: nn.Module, file: Path) -> None:
 
 
 def check_safetensors_header(file: Path) -> None:
-    """Reads only the header, which says how long the file must be."""
+    """Raise ValueError for a file that is absent or cut off; reads only the header, which says how long the file must be."""
     if not file.is_file():
         raise ValueError(f"{file} isn't there, so the folder is not whole; copy it again")
     try:
+        # opening compares the file's length with its header
         with safe_open(file, framework="pt"):
             pass
     except (OSError, SafetensorError) as error:
@@ -42,22 +44,22 @@ def check_safetensors_header(file: Path) -> None:
 
 
 def check_weights(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Exactly these names and shapes, in floating point, or a sentence that names what is wrong."""
-    said = []
+    """Raise ValueError, naming what is wrong, unless `state` has exactly these names and shapes, in floating point."""
+    faults = []
     if missing := shapes.keys() - state.keys():
-        said.append(f"lacks {list_first_names(missing)}")
+        faults.append(f"lacks {list_first_names(missing)}")
     if unknown := state.keys() - shapes.keys():
-        said.append(f"holds {list_first_names(unknown)}, which it should not")
+        faults.append(f"holds {list_first_names(unknown)}, which it should not")
     both = [name for name in shapes if name in state]
     if misshapen := [f"{name} as {list(state[name].shape)} for {list(shapes[name])}" for name in both if state[name].shape != shapes[name]]:
-        said.append(f"has the wrong shape for {list_first_names(misshapen)}")
+        faults.append(f"has the wrong shape for {list_first_names(misshapen)}")
     if other := [f"{name} as {str(t.dtype)[6:]}" for name, t in state.items() if t.dtype not in FLOATS]:
-        said.append(f"stores {list_first_names(other)}, which is quantised")
-    if said:
-        raise ValueError(f"it {', and '.join(said)}; it must hold exactly the weights that its config names")
+        faults.append(f"stores {list_first_names(other)}, which is quantised")
+    if faults:
+        raise ValueError(f"it {', and '.join(faults)}; it must hold exactly the weights that its config names")
 
 
 def list_first_names(names: Iterable[str]) -> str:
-    """The first three, and how many there are."""
+    """Return the first three names, and how many there are."""
     first = sorted(names)
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more ({len(first)} in all)" if len(first) > 3 else "")

@@ -1,5 +1,7 @@
-"""The passes of a training step: which frames each one looks at, and how often it is made. Read from the specs that training
-reads, and from the memory's own policy; `need.py` adds them up."""
+"""Count the passes of a training step: which frames each pass attends to, and how often it is made.
+
+Computed from the settings that training reads and by the memory's own policy; need.py adds the passes up.
+"""
 
 from __future__ import annotations
 
@@ -14,148 +16,155 @@ from cf_model.model.rollout import HorizonSpec, RolloutSpec
 from cf_model.model.view import TeacherView
 from cf_model.train.student import StudentSpec
 
-from .cost import Costs
+from .cost import ModelCosts
 
-Shares = Mapping[int, float]  # value -> how often
+Shares = Mapping[int, float]  # value -> share of the steps
 
 
 class Tally:
+    """Shares of the values of a random variable."""
+
     def __init__(self, shares: dict[int, float]) -> None:
         self.shares = shares
 
     def add(self, value: int, share: float) -> None:
+        """Add to the share of a value."""
         self.shares[value] = self.shares.get(value, 0.0) + share
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A bidirectional look at a target after its context: one pass over both, or after one that has read the context."""
+class ScoringPass:
+    """Passes of a score model over a target after its context: one pass over both, or one over the context and one over the target."""
 
-    costs: Costs
+    costs: ModelCosts
     target: tuple[int, int, int]  # frames, remembered frames and noise levels of the pass
-    context: int  # frames that a pass of their own reads, which is made once for any number of noise levels
+    context: int  # frames read by a pass of their own, made once for any number of noise levels; 0: they are in the target's pass
 
     @property
-    def look(self) -> float:
+    def target_operations(self) -> float:
         """Operations of the pass over the target."""
         return self.costs.forward(*self.target).total
 
     @property
-    def read(self) -> float:
+    def context_operations(self) -> float:
+        """Operations of the pass over the context."""
         return self.costs.forward(self.context).total if self.context else 0.0
 
     @property
-    def trained(self) -> float:
+    def trained_operations(self) -> float:
+        """Operations of both passes with their backward passes."""
         both = [self.target, *([(self.context, 0, 1)] if self.context else [])]
-        return sum(self.costs.forward(*one).trained(self.costs.compute.checkpointing) for one in both)
+        return sum(self.costs.forward(*sizes).trained(self.costs.compute.checkpointing) for sizes in both)
 
     @property
-    def remembered(self) -> int:
+    def context_bytes(self) -> int:
         """Bytes of the context's keys and values."""
-        return self.context * self.costs.memory_frame()
+        return self.context * self.costs.frame_bytes()
 
     @property
-    def kept(self) -> int:
-        """Bytes that reading the context keeps for the backward pass, beside what it is read for."""
+    def saved_bytes(self) -> int:
+        """Bytes that reading the context saves for the backward pass, beside its keys and values."""
         if not self.context:
             return 0
-        # of a pass that only remembers, the last block's keys and values are all that the graph reaches
-        last = 0 if self.costs.compute.checkpointing else self.costs.block(self.context) + self.costs.ends(self.context)
-        return self.costs.kept(self.context) - last
+        # The graph of a pass that only remembers ends at the last block's keys and values.
+        last = 0 if self.costs.compute.checkpointing else self.costs.block_bytes(self.context) + self.costs.end_bytes(self.context)
+        return self.costs.saved_bytes(self.context) - last
 
     @property
-    def activations(self) -> int:
-        return self.kept + self.costs.activations(*self.target)
+    def activation_bytes(self) -> int:
+        """Bytes of activations at the peak."""
+        return self.saved_bytes + self.costs.activation_bytes(*self.target)
 
 
-def scored(costs: Costs, view: TeacherView, target: int, context: int) -> Scored:
+def plan_scoring(costs: ModelCosts, view: TeacherView, target: int, context: int) -> ScoringPass:
+    """Return the passes over `target` latent frames after `context` frames, as the view reads them."""
     if view.context_pass == "own":
-        return Scored(costs, (target, context, 1), context)
+        return ScoringPass(costs, (target, context, 1), context)
     frames = context + target
-    return Scored(costs, (frames, 0, frames * costs.tokens if context and view.context_sigma == "zero" else 1), 0)
-
-
-# ---------------------------------------------------------------------------------------------------- causal models
+    return ScoringPass(costs, (frames, 0, frames * costs.tokens if context and view.context_sigma == "zero" else 1), 0)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Remembered frames that the passes over one chunk look at, and the frames that exist while it is made."""
+class ChunkPasses:
+    """Numbers of remembered frames that the passes over one chunk attend to, and all frames in memory meanwhile."""
 
     denoising: int
-    committing: int
+    committing: int  # by the clean pass over the finished chunk
     alive: frozenset[KeyValues]
 
 
-def remembered(spec: MemorySpec, chunk: int) -> Iterator[Seen]:
-    """Chunk after chunk, by the memory's own policy on frames of no size."""
+def trace_memory(spec: MemorySpec, chunk: int) -> Iterator[ChunkPasses]:
+    """Yield the passes of chunk after chunk, by the memory's own policy on frames of size 1. Every tested chunk counts as news."""
     promote = "uniform" if spec.promote in ("similarity", "random") else spec.promote
     memory = ContextMemory(replace(spec, promote=promote, scope="global"))
     nothing, first = (torch.zeros(1, 1, 1, 1),), 0
     while True:
-        made = tuple(KeyValues(first + frame, nothing, nothing) for frame in range(chunk))
-        memory = memory.offer(made)
+        chunk_frames = tuple(KeyValues(first + frame, nothing, nothing) for frame in range(chunk))
+        memory = memory.offer(chunk_frames)
         past = memory.frames
-        yield Seen(len(past), len(memory.commit_context(chunk).frames), frozenset((*past, *made)))
-        memory, first = memory.remember(made), first + chunk
+        yield ChunkPasses(len(past), len(memory.commit_context(chunk).frames), frozenset((*past, *chunk_frames)))
+        memory, first = memory.remember(chunk_frames), first + chunk
 
 
-def lengths(horizon: HorizonSpec, chunk: int, steps: int) -> Shares:
-    """Latent frames of a rollout over a whole stage (alg. 1's curriculum)."""
-    found = Tally({})
+def tally_lengths(horizon: HorizonSpec, chunk: int, steps: int) -> Shares:
+    """Tally the rollout lengths of a whole stage in latent frames (alg. 1, line 6)."""
+    tally = Tally({})
     for step in range(steps):
         if horizon.mode == "const":
-            found.add(horizon.longest, 1 / steps)
+            tally.add(horizon.longest, 1 / steps)
             continue
         progress = min(1.0, step / horizon.decay) if horizon.decay else 1.0
         grown = horizon.shortest * (horizon.longest / horizon.shortest) ** progress
         longest = int(grown if horizon.mode == "exp" else horizon.shortest + progress * (horizon.longest - horizon.shortest))
-        whole = range(horizon.shortest // chunk, longest // chunk + 1)
-        for count in whole:
-            found.add(count * chunk, 1 / steps / len(whole))
-    return found.shares
+        counts = range(horizon.shortest // chunk, longest // chunk + 1)
+        for count in counts:
+            tally.add(count * chunk, 1 / steps / len(counts))
+    return tally.shares
 
 
-def starts(frames: int, spec: RolloutSpec) -> Shares:
-    """Where the scored window begins in a rollout."""
+def tally_starts(frames: int, spec: RolloutSpec) -> Shares:
+    """Tally the first frames of the scored window in rollouts of one length (`place_window`)."""
     last = (frames - spec.window) // spec.chunk
     if spec.place == "last" or not last:
         return {last * spec.chunk: 1.0}
 
     def below(u: float) -> float:
+        """Return the chance that the window's place, as a share of the last place, is below u."""
         return u if spec.place == "uniform" else 1 - (1 - u) ** 2
 
     return {n * spec.chunk: below((n + 1) / (last + 1)) - below(n / (last + 1)) for n in range(last + 1)}
 
 
 @dataclass(frozen=True)
-class Rolling:
-    """Operations of the parts of a step that the student runs, for a window that begins at one frame."""
+class RolloutCosts:
+    """Operations of the student's parts of a step, for a window that begins at a given frame."""
 
     rollout: float
     replay: float
     alive: int  # frames with keys and values while the window is replayed
 
 
-def rolling(spec: StudentSpec, costs: Costs, seen: list[Seen], start: int) -> Rolling:
+def cost_rollout(spec: StudentSpec, costs: ModelCosts, traced: list[ChunkPasses], start: int) -> RolloutCosts:
+    """Count the operations of one rollout and of its replay, for a window that begins at latent frame `start` (alg. 1, lines 8 to 28)."""
     roll, chunk, levels = spec.rollout, spec.rollout.chunk, len(spec.rollout.levels)
-    early = levels if roll.exit == "last" else (levels + 1) / 2  # passes of a chunk that stops at a random level, the mean
+    early = levels if roll.exit == "last" else (levels + 1) / 2  # mean number of passes of a chunk that stops at a random level
     first, count = start // chunk, roll.window // chunk
     rollout, replay = 0.0, 0.0
-    for number, one in enumerate(seen[: first + count]):
-        into, each = number - first, costs.forward(chunk, one.denoising)
+    for number, passes in enumerate(traced[: first + count]):
+        place, denoising = number - first, costs.forward(chunk, passes.denoising)  # place in the window, below 0 in the context
         clean = roll.full_denoise == "all" or (roll.full_denoise == "context" and number * chunk >= start - spec.memory.size)
-        passes = (levels if clean else early) if into < 0 else (levels if into < roll.full_first else early)
-        again = into >= 0 and roll.renoise == "own"
-        rollout += (passes + again) * each.total + costs.forward(chunk, one.committing).total
-        if into >= roll.skip_first:
-            replay += each.trained(costs.compute.checkpointing)
+        noisy_passes = (levels if clean else early) if place < 0 else (levels if place < roll.full_first else early)
+        renoised = place >= 0 and roll.renoise == "own"
+        rollout += (noisy_passes + renoised) * denoising.total + costs.forward(chunk, passes.committing).total
+        if place >= roll.skip_first:
+            replay += denoising.trained(costs.compute.checkpointing)
     # `persist: stream` makes only what is new: the step's share of a long video, whose window overlaps the one before
     if roll.persist == "stream" and first:
         new = count - roll.skip_first
         rollout = sum(
-            (levels if number < first + roll.full_first else early) * costs.forward(chunk, seen[number].denoising).total
-            + costs.forward(chunk, seen[number].committing).total
+            (levels if number < first + roll.full_first else early) * costs.forward(chunk, traced[number].denoising).total
+            + costs.forward(chunk, traced[number].committing).total
             for number in range(first + count - new, first + count)
         )
-    return Rolling(rollout, replay, len(frozenset[KeyValues]().union(*(one.alive for one in seen[first : first + count]))))
+    window = traced[first : first + count]
+    return RolloutCosts(rollout, replay, len(frozenset[KeyValues]().union(*(passes.alive for passes in window))))

@@ -1,4 +1,4 @@
-"""Prompts as vectors. In the small profiles a fixed random vector for every word there is, so nothing has to be learnt or downloaded."""
+"""Prompts as vectors: the protocol of a text encoder, and the small profiles' encoder, which needs no weights."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from jaxtyping import Float
 from torch import Tensor
 
 WORD = re.compile(r"\w+|[^\w\s]")
-POSITION_WEIGHT = 0.5  # weight of a position's vector beside a word's
+POSITION_WEIGHT = 0.5  # of the vector of a word's position, beside the vector of the word
 
 TextKind = Literal["words", "umt5"]
 
 
 class TextEncoder(Protocol):
-    """What the stages know of an encoder. Rows past a text's end are zero; a text's vectors don't depend on those beside it."""
+    """Text encoder as the stages use it. Rows past a text's end are zero; texts that are encoded together don't affect each other."""
 
     tokens: int  # of a text; what is longer is cut
     channels: int
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]:
-        """On the CPU, whatever device the encoder is on."""
+        """Encode texts; the vectors are on the CPU, whatever device the encoder is on."""
         ...
 
     def length(self, text: str) -> int:
-        """Tokens that a text has before it is cut: more than `tokens` means that its end would be lost."""
+        """Count a text's tokens before it is cut: if there are more than `tokens`, its end would be lost."""
         ...
 
     def to(self, device: Any) -> TextEncoder: ...
 
 
 class WordEncoder:
-    """Stands in for UMT5 in the small profiles: same shapes, same meaning of rows past the end (zeros).
+    """Stand-in for UMT5 in the small profiles: a fixed random vector for every word, and zeros past a text's end.
 
-    Any word has a vector, also one that no clip was captioned with. Two different words are nearly orthogonal.
+    Any word has a vector, also a word that is in no caption. Two different words are nearly orthogonal.
     """
 
     def __init__(self, tokens: int, channels: int) -> None:
         self.tokens, self.channels = tokens, channels
 
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]:
-        """The empty text is all zeros: the null prompt of guidance."""
+        """Encode texts word by word. The empty text is all zeros: the null prompt of guidance."""
         out = np.zeros((len(texts), self.tokens, self.channels), np.float32)
         for row, text in zip(out, texts, strict=True):
             # Choice: a longer text is cut, as Wan's tokenizer cuts at 512 tokens.
@@ -65,15 +65,17 @@ class WordEncoder:
 
 @lru_cache(maxsize=10_000)
 def draw_word_vector(name: str, channels: int) -> np.ndarray:
-    """Normal numbers seeded by a name: the same in every process and on every machine."""
+    """Draw normal numbers seeded by a name: the same in every process and on every machine."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
     values: np.ndarray = np.random.default_rng(seed).standard_normal(channels, np.float32)
     values.flags.writeable = False
     return values
 
 
-def build_text_encoder(kind: TextKind, folder: Path | None, tokens: int, channels: int, *, load_dtype: torch.dtype | None = None) -> TextEncoder:
-    """The one place that chooses. `folder` and `load_dtype` are of UMT5's weights; `channels` must be what they give."""
+def build_text_encoder(
+    kind: TextKind, folder: Path | None, tokens: int, channels: int, *, load_dtype: torch.dtype | None = None
+) -> TextEncoder:
+    """Build the encoder of a kind. `folder` and `load_dtype` are of UMT5's weights, whose width `channels` must be."""
     if kind == "words":
         return WordEncoder(tokens, channels)
     if folder is None:
@@ -84,7 +86,7 @@ def build_text_encoder(kind: TextKind, folder: Path | None, tokens: int, channel
 
 
 def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
-    """text.json says which of the two it is; UMT5's weights and tokenizer lie beside it, as in a diffusers pipeline."""
+    """Write text.json, which says the kind, and beside it UMT5's weights and tokenizer, as in a diffusers pipeline."""
     folder.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"kind": "umt5", "tokens": encoder.tokens, "channels": encoder.channels}
     if isinstance(encoder, WordEncoder):
@@ -98,7 +100,7 @@ def save_text_encoder(encoder: TextEncoder, folder: Path) -> None:
 
 
 def load_text_encoder(folder: Path, *, load_dtype: torch.dtype | None = None) -> TextEncoder:
-    """What `save_text` wrote."""
+    """Load what `save_text_encoder` wrote; raises ValueError for any other folder."""
     if not (folder / "text.json").is_file():
         raise ValueError(f"{folder} holds no text.json, so it names no text encoder; name a folder that has one")
     about = json.loads((folder / "text.json").read_text())

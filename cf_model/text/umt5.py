@@ -21,7 +21,7 @@ from cf_model.model.weights import check_safetensors_header, choose_precision, l
 
 
 class UMT5Encoder:
-    """Reads the folder of a diffusers pipeline: text_encoder/ and tokenizer/. Its weights are loaded when a text is first encoded.
+    """UMT5 from a diffusers pipeline's text_encoder/ and tokenizer/. Its weights are loaded when a text is first encoded.
 
     Choice: on a GPU in bfloat16, as Wan's own code runs it (11 GB); on a CPU in float32 (23 GB). `load_dtype` overrides that.
 
@@ -45,30 +45,31 @@ class UMT5Encoder:
 
     @cached_property
     def model(self) -> UMT5EncoderModel:
+        """The loaded network; a ValueError names each weight that is missing, unknown or misshapen."""
         home = self.folder / "text_encoder"
-        model, found = UMT5EncoderModel.from_pretrained(
+        model, report = UMT5EncoderModel.from_pretrained(
             home,
             local_files_only=True,
             use_safetensors=True,
             dtype=self.load_dtype or choose_precision(self.device),
-            ignore_mismatched_sizes=True,  # said below, as every misfit is
+            ignore_mismatched_sizes=True,  # reported below, with all other misfits
             output_loading_info=True,
         )
-        wrong = [f"has no {name}" for name in sorted(found["missing_keys"])]
-        wrong += [f"has {name}, which a UMT5 encoder has not" for name in sorted(found["unexpected_keys"])]
-        wrong += [f"has {name} of {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(found["mismatched_keys"])]
-        if wrong:
-            raise ValueError(f"{home} {list_first_names(wrong)}; it belongs to other settings than those in the config.json beside it")
+        misfits = [f"has no {name}" for name in sorted(report["missing_keys"])]
+        misfits += [f"has {name}, which a UMT5 encoder has not" for name in sorted(report["unexpected_keys"])]
+        misfits += [f"has {name} of {list(theirs)}, not {list(ours)}" for name, theirs, ours in sorted(report["mismatched_keys"])]
+        if misfits:
+            raise ValueError(f"{home} {list_first_names(misfits)}; it belongs to other settings than those in the config.json beside it")
         return model.eval().requires_grad_(False)
 
     def to(self, device: Any) -> UMT5Encoder:
         self.device = torch.device(device)
-        if "model" in self.__dict__:  # it is loaded
+        if "model" in self.__dict__:  # the cached property, if the weights are loaded
             self.model.to(self.device)
         return self
 
     def ids(self, text: str) -> list[int]:
-        """Of the whole text; the last one ends it."""
+        """Return the token ids of the uncut text; the last id marks its end."""
         return list(self.tokenizer.encode(clean_prompt(text)).ids)
 
     def length(self, text: str) -> int:
@@ -76,35 +77,37 @@ class UMT5Encoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Float[Tensor, "B T E"]:
-        """float32, on the CPU. The empty text is the one token that ends a text, not zeros."""
+        """Encode texts, each alone, as float32 on the CPU. The empty text is the token that ends a text, not zeros."""
         out = torch.zeros(len(texts), self.tokens, self.channels)
         model = self.model.to(self.device)
         for row, text in zip(out, texts, strict=True):
             ids = self.ids(text)
-            if len(ids) > self.tokens:  # a longer text is cut, and still ends with the token that ends a text
+            if len(ids) > self.tokens:  # a longer text is cut, and still ends with the end token
                 ids = [*ids[: self.tokens - 1], ids[-1]]
             row[: len(ids)] = model(torch.tensor([ids], device=self.device)).last_hidden_state[0].float().cpu()
         return out
 
 
 def clean_prompt(text: str) -> str:
-    """As diffusers' WanPipeline, and Wan's own code, clean a prompt: broken characters, HTML entities, runs of spaces."""
+    """Mend broken characters, HTML entities and runs of spaces in a prompt, as diffusers' WanPipeline and Wan's own code do."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def open_tokenizer(file: Path) -> Tokenizer:
+    """Open a tokenizer.json without the truncation and padding that it may store."""
     if not file.is_file():
         raise ValueError(f"{file} isn't there; text.weights must name a folder with text_encoder/ and tokenizer/tokenizer.json inside")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"{file} is no tokenizer ({error}); copy it again") from None
-    tokenizer.no_truncation()  # both may be stored in the file
+    tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def list_weight_files(home: Path) -> list[Path]:
+    """List a folder's weight files: the shards that its index names, or model.safetensors."""
     index = home / "model.safetensors.index.json"
     if not index.is_file():
         return [home / "model.safetensors"]

@@ -81,6 +81,7 @@ class CausalInitTrainer:
         """Take one step on a batch; the values about the memory are those of the batch's last group."""
         losses: list[float] = []
         for _ in self.random.groups():
+            # What the memory promoted is logged of one group only.
             self.comparisons.clear()
             loss, memory = self._regress_on_ode(self.trajectories) if self.trajectories else self._force_teacher()
             self.optimizer.backward(loss / self.random.count)

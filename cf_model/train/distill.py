@@ -76,6 +76,7 @@ def compute_critic_loss(
     """
     sigma = flow.sample_score_sigma(len(x), rng)
     noise = draw_gaussian(x.shape, rng)
+    # The same range of noise levels as the scores', because the critic must be right where its score is used.
     velocity = view.velocity(fake, add_noise(x, noise, sigma), sigma, text, context, past)
     error = (velocity - (noise - x)).square().mean(dim=(1, 2, 3, 4))  # [B]
     return (error * flow.loss_weight(sigma) if weight == "bell" else error).mean()
@@ -83,7 +84,7 @@ def compute_critic_loss(
 
 def replay_window(
     student: Callable[..., Tensor],
-    made: Rollout,
+    generated: Rollout,
     gradient: Float[Tensor, "B F C H W"],
     text: Tensor,
     *,
@@ -95,19 +96,19 @@ def replay_window(
     after the other, against the memory that it had, which is constant. So the gradient stops exactly at the context, and GPU memory
     is that of one chunk, however long the rollout was.
     """
-    learning = [target for target in made.targets if target.grad]
+    learning = [target for target in generated.targets if target.grad]
     numbers = sum(target.x_t.numel() for target in learning)  # the mean of the mse is over all of them
     for target in learning:
-        at = target.first - made.window.start
+        at = target.first - generated.window.start
         sigma = target.x_t.new_full((len(target.x_t),), target.sigma)
         x_0 = student(target.x_t, sigma, text, target.memory)  # [B, chunk, C, H, W]
         # d(loss) / d(x_0) is gradient / numbers, so this scalar has the same gradient as the loss.
         backward((x_0 * gradient[:, at : at + x_0.shape[1]]).sum().div(numbers))
 
 
-def measure_student_loss(made: Rollout, gradient: Tensor) -> float:
+def measure_student_loss(generated: Rollout, gradient: Tensor) -> float:
     """Return the value of the loss that `replay_window` backpropagates: 0.5 mse(x, (x - gradient).detach()) over the frames that learn."""
-    chunk = made.targets[0].x_t.shape[1]
-    firsts = [target.first - made.window.start for target in made.targets if target.grad]
+    chunk = generated.targets[0].x_t.shape[1]
+    firsts = [target.first - generated.window.start for target in generated.targets if target.grad]
     parts = [gradient[:, first : first + chunk].square().mean() for first in firsts]
     return 0.5 * float(torch.stack(parts).mean())

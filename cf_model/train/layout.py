@@ -1,4 +1,4 @@
-"""How the context teacher was shown the past: written beside its weights, and checked before it scores a student."""
+"""The layout of the context that a teacher was trained on: written beside its weights, and checked before it scores a student."""
 
 from __future__ import annotations
 
@@ -13,47 +13,55 @@ VIEW_FIELDS = ("sink", "slow", "fast", "stride", "context_sigma", "context_pass"
 
 @dataclass(frozen=True)
 class TeacherLayout:
-    view: TeacherView  # its segments, the level that context is announced with, and the pass that reads it
-    target: int  # latent frames that are scored
-    longest: int  # latent frames before them, at most
+    """What a teacher saw in training, or is to see as a score: layout.json."""
+
+    view: TeacherView  # the context's segments, the noise level it is announced with, and the pass that reads it
+    target: int  # latent frames after the context
+    longest: int  # most latent frames before the target
 
     def save(self, folder: Path) -> None:
+        """Write `folder`/layout.json."""
         (folder / "layout.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
-    def check(self, shown: TeacherLayout, *, accept: bool) -> None:
-        """Refuses by name what a teacher of this layout wasn't trained for. No context is what every model knows.
+    def check(self, wanted: TeacherLayout, *, accept: bool) -> None:
+        """Raise ValueError by name for what a teacher of this layout was not trained for. Every model can score without a context.
 
-        `accept`: another kind of context is meant, as in the released code, which trains on sparse and shows contiguous.
+        `accept` allows another kind of context on purpose: the released code trains on sparse contexts and scores with contiguous ones.
         """
-        ours, theirs = self.view, shown.view
-        if theirs.context == "none":
+        # Compare the view first, because it decides whether the rest matters.
+        trained, view = self.view, wanted.view
+        if view.context == "none":
             return
-        if theirs.context != ours.context and not accept:
-            stated = f"stage2.teacher.context is {theirs.context}, but the teacher was trained on {ours.context}"
-            raise ValueError(f"{stated}; use that, or none, or say that it is meant with stage2.teacher.mismatch: accept")
+        if view.context != trained.context and not accept:
+            problem = f"stage2.teacher.context is {view.context}, but the teacher was trained on {trained.context}"
+            raise ValueError(f"{problem}; use that, or none, or say that it is meant with stage2.teacher.mismatch: accept")
         for name in VIEW_FIELDS:
-            if getattr(theirs, name) != getattr(ours, name):
-                stated = f"teacher.view.{name} is {getattr(theirs, name)}, but the teacher was trained with {getattr(ours, name)}"
-                raise ValueError(f"{stated}; use that, train it again, or use stage2.teacher.context: none")
-        if shown.target != self.target:
-            stated = f"stage2.rollout.window is {shown.target}, but the teacher was trained on targets of {self.target}"
-            raise ValueError(f"{stated}; use the same, or stage2.teacher.context: none")
-        if shown.longest > self.longest:
-            stated = f"stage2.horizon.longest has targets that begin at {shown.longest}, but the teacher's begin at {self.longest} at most"
-            raise ValueError(f"{stated}; use less, or stage2.teacher.context: none")
+            if getattr(view, name) != getattr(trained, name):
+                problem = f"teacher.view.{name} is {getattr(view, name)}, but the teacher was trained with {getattr(trained, name)}"
+                raise ValueError(f"{problem}; use that, train it again, or use stage2.teacher.context: none")
+        if wanted.target != self.target:
+            problem = f"stage2.rollout.window is {wanted.target}, but the teacher was trained on targets of {self.target}"
+            raise ValueError(f"{problem}; use the same, or stage2.teacher.context: none")
+        if wanted.longest > self.longest:
+            begin = f"begin at {wanted.longest}, but the teacher's begin at {self.longest} at most"
+            raise ValueError(f"stage2.horizon.longest has targets that {begin}; use less, or stage2.teacher.context: none")
 
 
-def read_agreed_view(teacher: Path, shown: TeacherLayout, *, accept: bool) -> TeacherView:
-    """The view to score with, after what the stage teacher wrote was compared with it."""
+def read_agreed_view(teacher: Path, wanted: TeacherLayout, *, accept: bool) -> TeacherView:
+    """Return the view to score with, after comparing it with the layout.json in the folder `teacher`.
+
+    Raises ValueError where the file is missing or damaged, or its layout is another (`TeacherLayout.check`).
+    """
     file = teacher / "layout.json"
-    if shown.view.context != "none":
+    if wanted.view.context != "none":
         if not file.is_file():
             way = "use stage2.teacher.context: none, or the stage teacher's own"
             raise ValueError(f"{teacher} has no layout.json, which says what context it was trained on; {way}")
+        # A layout written by another version of this project has other keys.
         try:
-            stated = json.loads(file.read_text())
-            trained = TeacherLayout(TeacherView(**stated["view"]), stated["target"], stated["longest"])
+            layout = json.loads(file.read_text())
+            trained = TeacherLayout(TeacherView(**layout["view"]), layout["target"], layout["longest"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is no layout of a teacher ({error}); run the stage teacher again") from None
-        trained.check(shown, accept=accept)
-    return shown.view
+        trained.check(wanted, accept=accept)
+    return wanted.view

@@ -54,6 +54,7 @@ class RolloutStreams:
         """Return the videos of the whole batch. Every rank must call, because the rows are gathered."""
         if not self.groups[0].newest:
             return {}
+        # Groups were computed apart; a checkpoint holds one tensor for the batch, in the order of rows that `own_rows` cuts again.
         parts = [
             {"text": stream.text, "video": stream.newest.video, "memory": dump_memory(stream.newest.memory)}
             for stream in self.groups
@@ -67,10 +68,12 @@ class RolloutStreams:
         self.groups = [RolloutStream() for _ in self.groups]
         if not state:
             return
+        # `groups` makes `own_rows` answer for each group in turn.
         for group in self.random.groups():
             part, stream = _map_batch_tensors(lambda rows: self.random.rng.own_rows(rows).contiguous(), state), self.groups[group]
             memory = restore_memory(self.spec, _move_to_device(part["memory"], self.device), self.random.share_key)
             stream.frames, stream.text = part["frames"], part["text"]
+            # Only the video and the memory are needed to continue it: window, target chunks and exits belong to a past step.
             stream.newest = Rollout(part["video"], slice(0), (), (), memory, ())
 
 
@@ -79,6 +82,7 @@ def _map_batch_tensors(change: Callable[..., Tensor], *values: Any) -> Any:
 
     A tensor of three dimensions or more has a row for each video of the batch; anything else is the same in all and is copied.
     """
+    # Keys and values of a frame are [B, S, N, D], videos [B, F, C, H, W], prompts [B, T, E]; a mean key [layers, N * D] is no batch's.
     first = values[0]
     if isinstance(first, Mapping):
         return {key: _map_batch_tensors(change, *(value[key] for value in values)) for key in first}

@@ -67,6 +67,7 @@ class StudentSpec:
         require_at_least(1, steps=self.steps, critic_updates=self.critic_updates, batch=self.batch, save_every=self.save_every)
         if self.steps < self.critic_updates:
             raise ValueError(f"steps is {self.steps}, less than critic_updates {self.critic_updates}: the student would never change")
+        # Before `ema_start` the average is a copy of the raw weights, so it must begin before training ends.
         chunk = self.rollout.chunk
         if self.ema_start >= self.steps // self.critic_updates:
             updates = self.steps // self.critic_updates
@@ -76,9 +77,11 @@ class StudentSpec:
             if value % chunk:
                 down = value // chunk * chunk
                 raise ValueError(f"horizon.{name} is {value}, not whole chunks of {chunk} latent frames; use {down} or {down + chunk}")
+        # A stream changes at every step, so its rollouts can't be shared by several.
         if self.rollouts == "shared" and self.rollout.persist == "stream":
-            stated = "rollouts is shared, but rollout.persist is stream, where every step makes the next part of a video"
-            raise ValueError(f"{stated}; use rollouts: each, or rollout.persist: fresh")
+            problem = "rollouts is shared, but rollout.persist is stream, where every step makes the next part of a video"
+            raise ValueError(f"{problem}; use rollouts: each, or rollout.persist: fresh")
+        # The shortest rollout must at least hold the window (L0 >= l in alg. 1).
         self.memory.check_chunk(chunk)
         if self.horizon.shortest < self.rollout.window:
             raise ValueError(f"horizon.shortest is {self.horizon.shortest}, below rollout.window {self.rollout.window}; use at least that")
@@ -148,6 +151,7 @@ class DistillationTrainer:
         student_learns = (number + 1) % self.spec.critic_updates == 0
         groups = [self._accumulate_group(number, group, student_learns) for group in self.random.groups()]
         values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
+        # The student's update first; the critic's gradients, of the same rollout, wait.
         if student_learns:
             values["student_gradient"] = self.student_optimizer.step()
             values["ema_distance"] = self.ema.update()
@@ -160,16 +164,16 @@ class DistillationTrainer:
         """Add the gradients of one group of the batch: the critic's, and the student's where it learns. Return the group's values."""
         spec = self.spec
         # Lines 5 to 28: a prompt, a rollout X of the student, without gradient.
-        made, text = self._get_rollout(number, group)
+        generated, text = self._get_rollout(number, group)
         self.timer.lap("rollout")
         # Line 29: the context v_c, [B, K, C, H, W], and the window that it is scored after, [B, F, C, H, W].
-        context, target = self.split_rollout(made)
+        context, target = self.split_rollout(generated)
         self.timer.lap("data")
         self.newest_batch |= self.random.label(target=target, context=context, text=text)
         # The critic's keys and values of the context serve both updates, because the student's update does not change the critic.
         past = self.view.read_context(self.critic, text, context)
         # Line 30: the contextual DMD loss (eq. 6; eq. 4 without a context).
-        values = self._accumulate_student_gradient(made, target, context, text, past) if student_learns else {}
+        values = self._accumulate_student_gradient(generated, target, context, text, past) if student_learns else {}
         # DMD: the critic is trained on the student's frames, so that s_fake stays the score of what the student makes.
         loss = compute_critic_loss(
             target,
@@ -184,10 +188,15 @@ class DistillationTrainer:
         )
         self.critic_optimizer.backward(loss / self.random.count)
         self.timer.lap("critic")
-        values |= {"critic_loss": loss.item(), "frames": float(made.video.shape[1]), "exit": sum(made.exits) / len(made.exits)}
-        values |= {"context_frames": float(context.shape[1]), "window": float(made.window.start)}
-        if made.comparisons:
-            values |= measure_promotion(spec.memory, made.comparisons) | {"slow_frames": float(len(made.memory.frame_indices()["slow"]))}
+        return values | {"critic_loss": loss.item()} | self._describe_rollout(generated, context)
+
+    def _describe_rollout(self, generated: Rollout, context: Tensor) -> dict[str, float]:
+        """Return a rollout's length, exit level, context, window, and what its memory promoted, for the log."""
+        values = {"frames": float(generated.video.shape[1]), "exit": sum(generated.exits) / len(generated.exits)}
+        values |= {"context_frames": float(context.shape[1]), "window": float(generated.window.start)}
+        if generated.comparisons:
+            values |= measure_promotion(self.spec.memory, generated.comparisons)
+            values["slow_frames"] = float(len(generated.memory.frame_indices()["slow"]))
         return values
 
     def _get_rollout(self, number: int, group: int) -> tuple[Rollout, Tensor]:
@@ -222,7 +231,7 @@ class DistillationTrainer:
             if spec.rollout.persist == "stream":
                 stream.frames, stream.text, frames = frames, text, spec.rollout.window
         # Lines 7 to 28: the random exit r, and chunk after chunk from noise with the memory C of eq. 7.
-        made = rollout(
+        generated = rollout(
             self.student,
             text,
             frames,
@@ -235,22 +244,22 @@ class DistillationTrainer:
             share_key=self.random.share_key,
         )
         if spec.rollout.persist == "stream":
-            stream.newest = made
-        return made, text
+            stream.newest = generated
+        return generated, text
 
-    def split_rollout(self, made: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
+    def split_rollout(self, generated: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
         """Split a rollout into the context and the target window, as both scores see them (alg. 1, line 29)."""
-        frames = self.view.context_frames(made.window.start)
-        both = torch.cat([made.video[:, frames], made.video[:, made.window]], dim=1)
-        first = [*frames, made.window.start][0]
+        frames = self.view.context_frames(generated.window.start)
+        both = torch.cat([generated.video[:, frames], generated.video[:, generated.window]], dim=1)
+        first = [*frames, generated.window.start][0]
         if self.spec.teacher.first_latent == "reencode" and first:
             # The scores were trained on videos, whose first latent encodes a single picture; here a later latent comes first.
             assert self.reencode
-            both = torch.cat([self.reencode(made.video[:, : first + 1]), both[:, 1:]], dim=1)
+            both = torch.cat([self.reencode(generated.video[:, : first + 1]), both[:, 1:]], dim=1)
         return both[:, : len(frames)], both[:, len(frames) :]
 
     def _accumulate_student_gradient(
-        self, made: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None
+        self, generated: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None
     ) -> dict[str, float]:
         """Add the student's gradient for one rollout: the scores' difference (eq. 6), then ∂G/∂θ by replaying the window's chunks."""
         gradient, values = compute_generator_gradient(
@@ -268,6 +277,10 @@ class DistillationTrainer:
             null=self.null,
         )
         self.timer.lap("scores")
-        replay_window(self.student, made, gradient, text, backward=lambda loss: self.student_optimizer.backward(loss / self.random.count))
+
+        def backward(loss: Tensor) -> None:
+            self.student_optimizer.backward(loss / self.random.count)
+
+        replay_window(self.student, generated, gradient, text, backward=backward)
         self.timer.lap("replay")
-        return values | {"student_loss": measure_student_loss(made, gradient)}
+        return values | {"student_loss": measure_student_loss(generated, gradient)}

@@ -25,7 +25,7 @@ from cf_model.train.trainer.ranks import count_ranks, get_rank
 
 @dataclass(frozen=True)
 class OdeSpec:
-    """How the base model's trajectories are computed, and which states are stored. Self-Forcing: 16,000 videos, 48 steps, shift 8, guidance 6."""
+    """How the base model's trajectories are computed and stored. Self-Forcing: 16,000 videos, 48 steps, shift 8, guidance 6."""
 
     videos: int
     batch: int  # videos computed together, and lost together when the stage is killed
@@ -52,6 +52,7 @@ class OdeTrajectories:
         self, folder: Path, spec: OdeSpec, *, latents: EncodedClips, frames: int, flow: Flow, dtype: torch.dtype, seed: int
     ) -> None:
         self.folder, self.spec, self.latents, self.dtype, self.seed = folder, spec, latents, dtype, seed
+        # The clips give prompts only; a trajectory begins with noise.
         self.rows = latents.rows("train")
         self.shape = (frames, *latents.shape)
         self.path = spec.levels(flow)
@@ -60,12 +61,14 @@ class OdeTrajectories:
     def compute(self, model: Denoiser, null: Float[Tensor, "T E"], log: TrainingLog) -> None:
         """Compute the files that are missing: a file gets its name when it is complete, so a killed stage goes on where it was."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Rank r computes the files r, r + R, r + 2R, … of R ranks.
         firsts = range(0, self.spec.videos, self.spec.batch)[get_rank() :: count_ranks()]  # `fit` begins by waiting for all ranks
         missing = [first for first in firsts if not _is_complete(self._find_file(first))]
         total, to_compute = (sum(len(self._list_videos(first)) for first in part) for part in (firsts, missing))
         bar = log.progress(total, "video", total - to_compute)
         for first in missing:
             videos = self._list_videos(first)
+            # [B, F, C, H, W], each video's from a seed of its own.
             noise = torch.stack([draw_gaussian(self.shape, torch.Generator().manual_seed(self.seed + video)) for video in videos])
             states = trace_ode(model, self.text(videos), noise, levels=self.path, guidance=self.spec.guidance, null=null)
             stored = [x.to("cpu", self.dtype) for step, x in enumerate(states) if step in (*self.spec.keep, self.spec.steps)]
@@ -75,6 +78,7 @@ class OdeTrajectories:
 
     def read(self, videos: list[int]) -> Float[Tensor, "B K F C H W"]:
         """Read the K stored states of these videos, the noisiest first and x_0 last."""
+        # Of a file only this video's slice is read: [K, F, C, H, W].
         parts = []
         for video in videos:
             first = video - video % self.spec.batch
@@ -87,9 +91,11 @@ class OdeTrajectories:
         return self.latents.text([self.rows[video % len(self.rows)] for video in videos])
 
     def _list_videos(self, first: int) -> list[int]:
+        """Return the numbers of the videos in the file that begins with video `first`."""
         return list(range(first, min(first + self.spec.batch, self.spec.videos)))
 
     def _find_file(self, first: int) -> Path:
+        """Return the path of that file."""
         return self.folder / f"{first:08d}.safetensors"
 
 

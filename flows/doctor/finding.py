@@ -1,4 +1,4 @@
-"""What the doctor finds: one line of its report, and the type of a check."""
+"""A finding of `cf doctor`: one line of its report, and the type of a check."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Literal
 
 from flows.machine.settings import Machine
 
+Level = Literal["ok", "warn", "fail"]
+
 
 @dataclass(frozen=True)
-class Line:
-    """One answer. `todo` is empty where there is nothing to do."""
+class Finding:
+    """What a check found, and what to do about it; `todo` is empty where there is nothing to do. `cf doctor --json` has these names."""
 
     name: str
-    level: Literal["ok", "warn", "fail"]
+    level: Level
     said: str
     todo: str = ""
 
 
-Check = Callable[[Machine, bool], Iterator[Line]]
+Check = Callable[[Machine, bool], Iterator[Finding]]  # with True as the second argument it also mends what is stale

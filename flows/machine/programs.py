@@ -36,7 +36,7 @@ logfile_backups = 1
 pidfile = %(here)s/supervisor.pid
 
 [unix_http_server]
-file = %(here)s/supervisor.sock
+file = %(here)s/socket
 chmod = 0700
 
 [rpcinterface:supervisor]
@@ -59,19 +59,23 @@ stdout_logfile_backups = 1
 """
 
 
-def write_config(machine: Machine) -> Path:
-    """Write supervisor's configuration, which holds no secret: programs inherit the environment, and all but the server less of it."""
+def read_commands(machine: Machine) -> dict[str, list[str]]:
+    """Return the command of each program; all but the server are started without the server's secrets."""
     python = [Path(sys.executable).name, "-m"]  # first in PATH, see process_environment
-    ignorant = ["env", "-u", DATABASE, "-u", PASSWORD, *python]
-    commands = {
-        "watch": [*ignorant, "flows.machine.alerts", "--every", LOOK],
-        "reports": [*ignorant, "flows.machine.reports", str(machine.reports_port)],
+    untold = ["env", "-u", DATABASE, "-u", PASSWORD, *python]
+    return {
+        "watch": [*untold, "flows.machine.alerts", "--every", LOOK],
+        "reports": [*untold, "flows.machine.reports", str(machine.reports_port)],
         "server": [*python, "prefect", "server", "start", "--host", machine.host, "--port", str(machine.port)],
-        "worker": [*ignorant, "flows.machine.up", "worker"],
+        "worker": [*untold, "flows.machine.up", "worker"],
     }
+
+
+def write_config(machine: Machine) -> Path:
+    """Write supervisor's configuration. No secret is in it, because programs inherit supervisor's environment."""
     text = SUPERVISOR
-    for name, words in commands.items():
-        # the worker is killed, because it would wait for its runs; `cf down` ends these first, with their grace
+    for name, words in read_commands(machine).items():
+        # the worker is killed, because it would wait for its runs; `cf down` ends these afterwards, with their grace
         signal = "KILL" if name == "worker" else "TERM"
         text += PROGRAM.format(name=name, command=shlex.join(words).replace("%", "%%"), signal=signal, grace=GRACE)
     config = machine.file("supervisor.conf")
@@ -81,9 +85,9 @@ def write_config(machine: Machine) -> Path:
 
 def start_supervisor(machine: Machine, secrets: dict[str, str]) -> None:
     """Start supervisor and with it all programs, in a session of its own, so that closing the terminal ends nothing."""
-    socket = machine.file("supervisor.sock")
+    socket = machine.file("socket")
     if (length := len(os.fsencode(socket))) > SOCKET_PATH:
-        raise ValueError(f"{socket} has {length} bytes and a unix socket's path {SOCKET_PATH} at most; move the checkout to a shorter path")
+        raise ValueError(f"{socket} has {length} bytes, a unix socket's path {SOCKET_PATH} at most; move the checkout to a shorter path")
     command = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(write_config(machine))]
     env, log = process_environment(machine) | secrets, machine.file("supervisor.log")
     with log.open("ab") as out:
@@ -98,7 +102,7 @@ def start_supervisor(machine: Machine, secrets: dict[str, str]) -> None:
 
 def connect(machine: Machine) -> Any:
     """Return supervisor's XML-RPC interface, or None where no supervisor of this checkout runs."""
-    transport = SupervisorTransport(None, None, f"unix://{machine.file('supervisor.sock')}")
+    transport = SupervisorTransport(None, None, f"unix://{machine.file('socket')}")
     interface = ServerProxy("http://127.0.0.1", transport=transport).supervisor  # the address is not used: the transport has the socket
     try:
         interface.getState()

@@ -1,6 +1,6 @@
-"""Runs whose process is gone, told to the server: a flow run that died with its worker, and the tasks of any run that died.
+"""Closing of runs whose process is gone: flow runs that died with their worker, and the tasks of any run that died.
 
-Prefect leaves a task of a crashed run at Running for ever. `close_tasks` is a hook for the flows; `cf up` does the rest.
+Prefect leaves a task of a crashed run at Running for ever. `close_tasks` is a hook for the flows; the worker does the rest at its start.
 """
 
 from __future__ import annotations
@@ -33,64 +33,67 @@ DIED = [StateType.CRASHED, StateType.CANCELLED, StateType.FAILED]
 
 def main(root: Path) -> None:
     with get_client(sync_client=True) as client:
-        for said in [*close_dead_runs(client, root), *close_dead_tasks(client)]:
-            print(said)
+        for sentence in [*close_dead_runs(client, root), *close_dead_tasks(client)]:
+            print(sentence)
 
 
 def find_dead_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[FlowRun]:
-    """Open runs that this machine's worker took and that have no process here; not those whose state is younger than `silent`:
-    beside a worker, a run that it has just taken has none yet."""
-    found: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_of(OPEN)))
-    alive, mine, now = processes.find_run_processes(root), read_taken_runs(root), datetime.now(UTC)
-    old = [run for run in found if run.state is None or now - run.state.timestamp >= silent]
-    return [run for run in old if str(run.id) in mine and str(run.id) not in alive]
+    """Find open runs that this machine's worker took and that have no process here.
+
+    Runs whose state is younger than `silent` are left out: beside a worker, a run that it has just taken has no process yet.
+    """
+    open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_filter_states(OPEN)))
+    alive, taken, now = processes.find_run_processes(root), read_taken_runs(root), datetime.now(UTC)
+    old = [run for run in open_runs if run.state is None or now - run.state.timestamp >= silent]
+    return [run for run in old if str(run.id) in taken and str(run.id) not in alive]
 
 
 def close_dead_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[str]:
-    said = []
+    """Set dead runs to Crashed, or Cancelled where that was asked for, and send the alert of a night; return a sentence for each."""
+    sentences = []
     for run in find_dead_runs(client, root, silent):
-        asked = run.state_type == StateType.CANCELLING
+        cancelled = run.state_type == StateType.CANCELLING
         message = "Its processes were gone when the machine was started or stopped."
-        state: State[Any] = Cancelled(message=message) if asked else Crashed(message=message)
+        state: State[Any] = Cancelled(message=message) if cancelled else Crashed(message=message)
         client.set_flow_run_state(run.id, state, force=True)
-        said.append(f"run {run.name} had died: it is {state.name} now")
-        if not asked and client.read_flow(run.flow_id).name == "nightly":  # no hook has told of it: the worker, which calls them, died too
+        sentences.append(f"run {run.name} had died: it is {state.name} now")
+        if not cancelled and client.read_flow(run.flow_id).name == "nightly":  # the worker, which calls the hooks, died too
             alerts.on_crashed(None, run, state)
-    return said
+    return sentences
 
 
 def read_taken_runs(root: Path) -> set[str]:
-    """Ids of the runs that this machine's worker took, by its log: the server doesn't know which worker it was."""
-    found: set[str] = set()
+    """Read from the worker's log the ids of the runs that this machine took; the server doesn't know which worker it was."""
+    ids: set[str] = set()
     for log in (root / ".machine").glob("worker.log*"):  # and worker.log.1, the older one
         with log.open(errors="replace") as lines:
-            found.update(run for line in lines for run in re.findall(r"submitting flow run '([0-9a-f-]{36})'", line))
-    return found
+            ids.update(run for line in lines for run in re.findall(r"submitting flow run '([0-9a-f-]{36})'", line))
+    return ids
 
 
 def close_dead_tasks(client: SyncPrefectClient, run: UUID | None = None) -> list[str]:
-    one = FlowRunFilterId(any_=[run]) if run else None
+    """Set open tasks of a run, or of all runs that died, to Crashed, and to Skipped where they had not begun."""
     tasks = client.read_task_runs(
-        flow_run_filter=FlowRunFilter(id=one, state=_of(DIED) if run is None else None),
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])) if run else FlowRunFilter(state=_filter_states(DIED)),
         task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))),
     )
-    said = []
+    sentences = []
     for task in tasks:
         state: State[Any] = Crashed(message="The run ended while this task was at work.")
         if task.state_type != StateType.RUNNING:
             state = Cancelled(name="Skipped", message="The run ended before this task began.")
         client.set_task_run_state(task.id, state, force=True)
-        said.append(f"task {task.name} of a run that died: it is {state.name} now")
-    return said
+        sentences.append(f"task {task.name} of a run that died: it is {state.name} now")
+    return sentences
 
 
 def close_tasks(flow: object, flow_run: FlowRun, state: State[Any]) -> None:
-    """For @flow(on_crashed=[close_tasks], on_cancellation=[close_tasks]): the worker calls it when the flow's process is gone."""
+    """Close the tasks of a run; for @flow(on_crashed=..., on_cancellation=...), called by the worker when the flow's process is gone."""
     with get_client(sync_client=True) as client:
         close_dead_tasks(client, flow_run.id)
 
 
-def _of(types: list[StateType]) -> FlowRunFilterState:
+def _filter_states(types: list[StateType]) -> FlowRunFilterState:
     return FlowRunFilterState(type=FlowRunFilterStateType(any_=types))
 
 

@@ -1,6 +1,6 @@
-"""The reports of this checkout's runs, for the links in Prefect's UI: no browser opens a file:// from there. Started by `cf up`.
+"""The reports of this checkout's runs over HTTP, for the links in Prefect's UI, from where no browser opens a file://.
 
-Nothing else is served, and to this machine only.
+Nothing else is served, and to this machine only. Started by `cf up`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from pathlib import Path
 from flows.machine.settings import LOOPBACK
 
 PAGE = re.compile(r"/([A-Za-z0-9][A-Za-z0-9._-]{0,120})/report\.html")
-GONE = "This run has no report here, or its worktree was removed. Its branch stays: `git worktree add DIR run/NAME`, `dvc pull` there."
+NO_REPORT = "This run has no report here, or its worktree was removed. Its branch stays: `git worktree add DIR run/NAME`, `dvc pull` there."
 
 
-class Reports(BaseHTTPRequestHandler):
+class ReportHandler(BaseHTTPRequestHandler):
+    """Answers GET /RUN/report.html with the report in that run's worktree."""
+
     def do_GET(self) -> None:
-        # a page elsewhere whose name is made to mean this machine would send its own name
+        # a page of another site, under a name that resolves to this machine, sends its own name as the host
         if self.headers.get("Host", "").rpartition(":")[0] not in LOOPBACK:
             self.send_error(403, "Ask for 127.0.0.1")
             return
-        found = PAGE.fullmatch(self.path)
-        page = Path(".runs") / found[1] / "reports/report.html" if found else None
+        match = PAGE.fullmatch(self.path)
+        page = Path(".runs") / match[1] / "reports/report.html" if match else None
         if page is None or not page.is_file():
-            self.send_error(404, "No report", GONE)
+            self.send_error(404, "No report", NO_REPORT)
             return
         with page.open("rb") as file:
             self.send_response(200)
@@ -41,4 +43,4 @@ class Reports(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Reports).serve_forever()
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), ReportHandler).serve_forever()

@@ -60,11 +60,11 @@ def start_machine(argv: list[str]) -> None:
         else:
             announce(machine, "reports", "reports are", f"http://127.0.0.1:{machine.reports_port}/RUN/report.html", running)
         wait_for(machine, "server", lambda: is_healthy(machine))
-        announce(machine, "server", "the server is", f"{machine.url} ({database}, log {machine.file('server.log')})", running)
+        announce(machine, "server", "the server is", f"{database}, log {machine.file('server.log')}", running)
         if "worker" not in running:
             wait_for(machine, "worker", lambda: "started!" in programs.read_log(worker_log, log_size))
-        announce(machine, "worker", "the worker is", f"pool {POOL}, {machine.runs} at a time (log {worker_log})", running)
-    print("`cf deploy` sends the deployments there, `cf doctor` looks for what is wrong, `cf down` stops it all")
+        announce(machine, "worker", "the worker is", f"pool {POOL}, {machine.runs} at a time, log {worker_log}", running)
+    print(f"the UI is at {machine.url}; `cf deploy` sends deployments there, `cf doctor` looks for what is wrong, `cf down` stops it all")
 
 
 @contextmanager
@@ -79,6 +79,7 @@ def lock_machine(machine: Machine) -> Iterator[None]:
 
 
 def refuse_other_address(machine: Machine) -> None:
+    """Refuse a CF_PORT or CF_HOST that is not where this checkout's server runs."""
     for what, wanted in (("port", str(machine.port)), ("host", machine.host)):
         name, current = f"CF_{what.upper()}", last_used(machine.root, what)
         if current != wanted:
@@ -105,6 +106,7 @@ def prepare_start(machine: Machine) -> None:
 
 
 def announce(machine: Machine, name: str, subject: str, words: str, running: set[str]) -> None:
+    """Print that a program is up, or that it was up already."""
     process = programs.find_process(machine, name)
     number = f" (process {process.pid})" if process else ""
     print(f"{subject} up already{number}" if name in running else f"{subject} up: {words}{number}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -17,7 +18,7 @@ from flows.run.stage_task import run_dvc
 @task(name="new clips", cache_policy=NO_CACHE)
 def _copy_from_inbox(inbox: Path, folder: Path, settle: float) -> Arrivals:
     arrivals, logger = copy_new_clips(inbox, folder, settle=settle), get_run_logger()
-    logger.info(f"{len(arrivals.taken)} new, {arrivals.known} known, {len(arrivals.turned_away)} turned away")
+    logger.info(f"{len(arrivals.copied)} new, {arrivals.duplicates} known, {len(arrivals.turned_away)} turned away")
     for name, why in arrivals.turned_away.items():
         logger.warning(f"{name} {why}")
     return arrivals
@@ -30,22 +31,21 @@ def gather_clips(night: NightState) -> None:
         return
     folder, pointer = plan.root / plan.clips_folder, f"{plan.clips_folder}.dvc"
     for ref in commits_with_clips(plan, pointer):
-        git.git(plan.root, "checkout", "--quiet", ref, "--", pointer)
-        # a second commit's clips replace those of the first in the folder, which are added again from aside
-        earlier = [file for file in folder.rglob("*") if file.is_file()]
+        git.run_git(plan.root, "checkout", "--quiet", ref, "--", pointer)
+        # DVC replaces the folder: what a first commit put there is moved aside, and added again after the second one's clips
         aside = plan.root / "work/clips"
-        for file in earlier:
-            place = aside / file.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            aside.parent.mkdir(exist_ok=True)
+            folder.rename(aside)
         restore_outs(plan.root, [pointer], plan.log)
-        if earlier:
+        if aside.exists():
             copy_new_clips(aside, folder, settle=0.0)
     if plan.settings.inbox is not None:
         night.arrivals = _copy_from_inbox(plan.repo / plan.settings.inbox, folder, plan.settings.settle)
     if any(file.is_file() for file in folder.rglob("*")):
         run_dvc(plan.root, "add", "--quiet", plan.clips_folder)
-        night.clips = next(out["md5"] for out in dvc_lock.here(plan.root)[pointer])
+        night.clips = next(out["md5"] for out in dvc_lock.read_outs(plan.root)[pointer])
 
 
 def commits_with_clips(plan: NightPlan, pointer: str) -> list[str]:
@@ -55,7 +55,7 @@ def commits_with_clips(plan: NightPlan, pointer: str) -> list[str]:
     of_night = read_at_commit(plan.repo, last, pointer) if last else None
     if last is None or of_night is None or of_night == of_branch:
         return [plan.base] if of_branch else []
-    parted = git.git(plan.repo, "merge-base", plan.base, last).strip()
+    parted = git.run_git(plan.repo, "merge-base", plan.base, last).strip()
     before = read_at_commit(plan.repo, parted, pointer)
     if of_branch in (None, before):
         return [last]
@@ -65,6 +65,6 @@ def commits_with_clips(plan: NightPlan, pointer: str) -> list[str]:
 def read_at_commit(repo: Path, ref: str, path: str) -> str | None:
     """Return a file's text at a commit, or None if it is not there."""
     try:
-        return git.git(repo, "show", "--end-of-options", f"{ref}:{path}")
+        return git.run_git(repo, "show", "--end-of-options", f"{ref}:{path}")
     except RuntimeError:
         return None

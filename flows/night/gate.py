@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from tasks.files.step_rows import replace
+from tasks.files.atomic import write_atomically
 
 # metrics of tasks/evaluate.py that compare a video with what its clip was rendered from
 NEED_TRUTH = (
@@ -34,15 +34,9 @@ class Rule(BaseModel):
     bound: FiniteFloat | None
 
 
-class Finding(BaseModel):
+class Finding(Rule):
     """One rule, both students' numbers, and whether the rule lets the candidate pass. Written to gate.json."""
 
-    model_config = ConfigDict(frozen=True)
-
-    metric: str
-    better: Literal["higher", "lower"]
-    margin: float
-    bound: float | None
     candidate: float | None
     promoted: float | None
     gain: float | None  # of the candidate over the promoted student; below 0 the candidate is worse
@@ -68,7 +62,7 @@ class Verdict(BaseModel):
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        write_atomically(path, json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 class Measured(BaseModel):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from flows.project import dvc_config, dvc_remote, worktree
 from flows.project import git as project_git
-from flows.project.git import git
+from flows.project.git import run_git
 from flows.run.stage_task import environment, run_logged
-from tasks.files.step_rows import replace
+from tasks.files.atomic import write_atomically
 
 WAITING_FILE = Path(".runs/handover.json")
 TAGS = ("refs/tags/student@*", "refs/tags/student#*")  # of versions and promotions
@@ -42,7 +42,7 @@ def add_waiting(repo: Path, branch: str) -> None:
 def _write_waiting(repo: Path, names: list[str]) -> None:
     path = repo / WAITING_FILE
     path.parent.mkdir(exist_ok=True)
-    replace(path, json.dumps(names) + "\n")
+    write_atomically(path, json.dumps(names) + "\n")
 
 
 def send_waiting(repo: Path, *, timeout: float, pauses: Sequence[float], log: Callable[[str], None]) -> str | None:
@@ -52,11 +52,11 @@ def send_waiting(repo: Path, *, timeout: float, pauses: Sequence[float], log: Ca
     """
     late: dict[str, str] = {}  # branch -> why
     for branch in waiting_branches(repo):
-        if git(repo, "for-each-ref", f"refs/heads/{branch}").strip():  # else its night died before it had ended
+        if run_git(repo, "for-each-ref", f"refs/heads/{branch}").strip():  # else its night died before it had ended
             try:
                 if has_dvc_remote(repo):
                     _send_data(repo, branch, timeout, pauses)
-                if "origin" in git(repo, "remote").split():
+                if "origin" in run_git(repo, "remote").split():
                     refs = [f"refs/heads/{branch}", *_tags_to_push(repo, without=late)]
                     _run_with_origin(repo, ["push", "--porcelain", "origin", *(f"{ref}:{ref}" for ref in refs)], timeout)
                     log(f"pushed {refs[0]} and tags to origin")
@@ -72,8 +72,8 @@ def send_waiting(repo: Path, *, timeout: float, pauses: Sequence[float], log: Ca
 def has_dvc_remote(repo: Path) -> bool:
     """Say whether the project names a DVC remote. A project without a remote keeps everything in its cache."""
     try:
-        dvc_remote.settings(repo)
-    except dvc_remote.Misconfigured as error:
+        dvc_remote.read_remote(repo)
+    except dvc_remote.RemoteMisconfigured as error:
         return "has no DVC remote" not in str(error)  # what else is wrong is reported by the attempt to send
     return True
 
@@ -82,21 +82,21 @@ def _send_data(repo: Path, branch: str, timeout: float, pauses: Sequence[float])
     """Push what the branch's dvc.lock names, and the run cache, from a checkout of the branch."""
     folder = repo / worktree.FOLDER / "handover"
     with suppress(RuntimeError):
-        git(repo, "worktree", "remove", "--force", str(folder))
-    git(repo, "worktree", "prune")
-    git(repo, "worktree", "add", "--quiet", "--detach", str(folder), f"refs/heads/{branch}")
+        run_git(repo, "worktree", "remove", "--force", str(folder))
+    run_git(repo, "worktree", "prune")
+    run_git(repo, "worktree", "add", "--quiet", "--detach", str(folder), f"refs/heads/{branch}")
     try:
-        dvc_config.share(repo, folder)
-        push = dvc_remote.pushed.with_options(task_run_name=f"push {branch}", retries=len(pauses), retry_delay_seconds=list(pauses) or 0)
+        dvc_config.share_cache(repo, folder)
+        push = dvc_remote.push_task.with_options(task_run_name=f"push {branch}", retries=len(pauses), retry_delay_seconds=list(pauses) or 0)
         push(folder, timeout=timeout)
     finally:
-        git(repo, "worktree", "remove", "--force", str(folder))
+        run_git(repo, "worktree", "remove", "--force", str(folder))
 
 
 def _tags_to_push(repo: Path, without: Iterable[str]) -> list[str]:
     """Return all tags of versions and promotions but those of the branches in `without`, whose data is not at the remote yet."""
-    tips = {git(repo, "rev-parse", f"refs/heads/{branch}").strip() for branch in without}
-    listed = git(repo, "for-each-ref", "--format=%(refname) %(objectname) %(*objectname)", *TAGS).splitlines()
+    tips = {run_git(repo, "rev-parse", f"refs/heads/{branch}").strip() for branch in without}
+    listed = run_git(repo, "for-each-ref", "--format=%(refname) %(objectname) %(*objectname)", *TAGS).splitlines()
     return [row.split()[0] for row in listed if row.split()[-1] not in tips]
 
 
@@ -110,7 +110,7 @@ def try_fetch(repo: Path, log: Callable[[str], None]) -> None:
 
 def fetch_origin(repo: Path, timeout: float = FETCH_TIMEOUT) -> None:
     """Fetch branches, nights and tags that others made, if there is an origin. No branch of this checkout changes."""
-    if "origin" in git(repo, "remote").split():
+    if "origin" in run_git(repo, "remote").split():
         _run_with_origin(repo, ["fetch", "--tags", "origin", "+refs/heads/*:refs/remotes/origin/*"], timeout)
 
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tasks.files.hashes import digest
+from tasks.files.hashes import hash_content
 from tasks.files.videos import VIDEO_SUFFIXES
 
 UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".filepart")
@@ -20,9 +20,9 @@ DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the mach
 class Arrivals:
     """What one look into the inbox found. A file that is turned away is looked at again the next night."""
 
-    taken: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
     turned_away: dict[str, str] = field(default_factory=dict)  # file -> why
-    known: int = 0
+    duplicates: int = 0
 
 
 def copy_new_clips(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
@@ -38,7 +38,7 @@ def copy_new_clips(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.rglob("*.partial"):  # of a night that was killed
         partial.unlink()
-    by_content = {digest(file): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    by_content = {hash_content(file): file for file in sorted(folder.rglob("*")) if file.is_file()}
     renamed: dict[Path, Path] = {}  # stem in the inbox -> stem in the folder, where a video has another name there
     captions: dict[Path, str] = {}  # caption in the folder -> its name in the inbox
     for file in sorted(inbox.rglob("*"), key=lambda file: (file.suffix == CAPTION, file)):
@@ -49,20 +49,20 @@ def copy_new_clips(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
             if reason := reason_to_refuse(file, name, settle):
                 arrivals.turned_away[printable_name(name)] = reason
                 continue
-            content = digest(file)
+            content = hash_content(file)
             if file.suffix != CAPTION and content in by_content:
-                arrivals.known += 1
+                arrivals.duplicates += 1
                 renamed[name.with_suffix("")] = by_content[content].relative_to(folder).with_suffix("")
                 continue
             place = _choose_place(file, name, folder, content, renamed)
             if file.suffix == CAPTION and (first := captions.setdefault(place, name.as_posix())) != name.as_posix():
                 arrivals.turned_away[printable_name(name)] = f"is the caption of a copy, whose caption is {first}"
-            elif file.suffix == CAPTION and place.is_file() and digest(place) == content:
-                arrivals.known += 1
+            elif file.suffix == CAPTION and place.is_file() and hash_content(place) == content:
+                arrivals.duplicates += 1
             else:
                 _copy_file(file, place)
                 by_content[content] = place
-                arrivals.taken.append(place.relative_to(folder).as_posix())
+                arrivals.copied.append(place.relative_to(folder).as_posix())
         except OSError as error:
             if error.errno in DISK_FAULTS:
                 raise RuntimeError(f"{printable_name(name)} could not be copied to {folder}: {error.strerror}") from None

@@ -6,49 +6,41 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 from ruamel.yaml import YAML
 
 from flows.night.gate import Measured
+from flows.night.state import NightPlan
 from flows.project import dvc_lock
 from flows.project.dvc_graph import Stage
 from flows.run.stage_task import TAIL_LINES, count_gpus, environment, run_logged
+from tasks.files.json_lines import read_json_lines
 from tasks.params.yaml_file import read_yaml
 
 GENERATE, EVALUATE, STUDENT, SUITE = "generate", "evaluate", "stage2", "prompts"
 NAME = "student"  # of the measured system, in nightly.rules too
 
 
+@task(name="judge", cache_policy=NO_CACHE)
 def measure_student(
-    root: Path,
-    name: str,
-    graph: list[Stage],
-    *,
-    student: Path,
-    codec: Path,
-    prompts: Path | None,
-    run: str,
-    repo: Path,
-    log: Callable[[str], None],
-    version: str | None = None,
+    plan: NightPlan, name: str, stages: Mapping[str, Stage], *, student: Path, codec: Path, prompts: Path | None, version: str | None = None
 ) -> Measured:
-    """Generate and evaluate in work/judged/NAME of the worktree `root`. A second attempt makes only the videos that are missing."""
-    folder = root / "work/judged" / name
+    """Generate and evaluate in work/judged/NAME of the night's worktree. A second attempt makes only the videos that are missing."""
+    folder = plan.root / "work/judged" / name
     folder.mkdir(parents=True, exist_ok=True)
     samples, params = folder / "samples", folder / "params.yaml"
-    write_parameters(params, nightly_parameters(read_yaml(root / "params.yaml"), prompts))
-    stages = {stage.name: stage for stage in graph}
-    for stage, paths in (
-        (stages[GENERATE], {STUDENT: student, "codec": codec, "out": samples}),
-        (stages[EVALUATE], {"samples": samples, "out": folder / "results"}),
-    ):
-        words = stage_command(root, stage, {**paths, "params": params})
-        _run_stage_command(root, folder, stage, words, run=run, repo=repo, log=log)
-    rows = [json.loads(row) for row in (samples / "index.jsonl").read_text().splitlines()]
+    write_parameters(params, nightly_parameters(read_yaml(plan.root / "params.yaml"), prompts))
+    shutil.copyfile(plan.root / "dvc.yaml", folder / "dvc.yaml")  # `cf` finds its stages there; DVC does not look below work/
+    _run_stage(plan, folder, stages[GENERATE], {STUDENT: student, "codec": codec, "out": samples, "params": params})
+    _run_stage(plan, folder, stages[EVALUATE], {"samples": samples, "out": folder / "results", "params": params})
+    rows = read_json_lines(samples / "index.jsonl")
     videos = [(str(row["prompt"]), int(row["seed"])) for row in rows if (row["suite"], row["system"]) == (SUITE, NAME)]
     numbers = json.loads((folder / f"metrics/{EVALUATE}.json").read_text())
     return Measured(md5=dvc_lock.md5(student), numbers=numbers, videos=videos, version=version)
@@ -90,12 +82,12 @@ def stage_command(root: Path, stage: Stage, paths: Mapping[str, Path]) -> list[s
     return [sys.executable, "-m", "tasks", stage.name, *(word for pair in options.items() for word in pair)]
 
 
-def _run_stage_command(
-    root: Path, folder: Path, stage: Stage, words: list[str], *, run: str, repo: Path, log: Callable[[str], None]
-) -> None:
-    """Run the command in `folder`, with the code of the worktree `root`, without W&B. Raises RuntimeError with the last lines."""
+def _run_stage(plan: NightPlan, folder: Path, stage: Stage, paths: Mapping[str, Path]) -> None:
+    """Run a stage's command in `folder`, with the code of the night's worktree, without W&B. Raises RuntimeError with the last lines."""
+    log = get_run_logger().info
     # PYTHONPATH, because in another folder `python -m tasks` would run the checkout that is installed
-    variables = {**environment(run, root, repo), "PYTHONPATH": str(root), "WANDB_MODE": "disabled"}
-    code, lines = run_logged(words, log=log, cwd=folder, env=variables, gpus=count_gpus(stage, log), timeout=stage.timeout)
+    variables = {**environment(plan.run, plan.root, plan.repo), "PYTHONPATH": str(plan.root), "WANDB_MODE": "disabled"}
+    words, gpus = stage_command(plan.root, stage, paths), count_gpus(stage, log)
+    code, lines = run_logged(words, log=log, cwd=folder, env=variables, gpus=gpus, timeout=stage.timeout)
     if code:
         raise RuntimeError("\n".join([f"{stage.name} of {folder.name} failed", *lines[-TAIL_LINES:]]))

@@ -43,8 +43,8 @@ def promote_student(argv: list[str]) -> None:
         if version == registry.promoted(repo):
             print(f"{version.name} is the promoted one already")
             return
-        made = registry.assign(repo, version, about)
-    print(f"{version.name} is promoted ({made.tag}, commit {version.commit[:12]}); `git push origin {version.tag} {made.tag}` tells others")
+        tag = registry.assign(repo, version, about).tag
+    print(f"{version.name} is promoted ({tag}, commit {version.commit[:12]}); `git push origin {version.tag} {tag}` tells others")
 
 
 @in_a_sentence
@@ -55,8 +55,8 @@ def roll_back_student(argv: list[str]) -> None:
     parser.add_argument("--why", default="by hand")
     args = parser.parse_args(argv)
     with registry.alone(Path.cwd()):
-        made = registry.rollback(Path.cwd(), args.version, args.why)
-    print(f"{made.version.name} is promoted again ({made.tag}); `git push origin {made.tag}` tells others")
+        assignment = registry.rollback(Path.cwd(), args.version, args.why)
+    print(f"{assignment.version.name} is promoted again ({assignment.tag}); `git push origin {assignment.tag}` tells others")
 
 
 @in_a_sentence

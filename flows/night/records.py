@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from flows.project.git import git
+from flows.project.git import run_git
 
 RECORD, GATE, PROMPTS = "nightly/record.json", "nightly/gate.json", "nightly/prompts.txt"
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}(-\d{1,3})?")
@@ -52,7 +52,7 @@ def read_nights(repo: Path) -> list[NightRecord]:
 
 def _night_branches(repo: Path) -> list[tuple[str, str, int]]:
     """Return date, ref, and Unix time of the last commit of every night's branch."""
-    listed = git(repo, "for-each-ref", "--format=%(refname) %(committerdate:unix)", "refs/heads/nightly", "refs/remotes/origin/nightly")
+    listed = run_git(repo, "for-each-ref", "--format=%(refname) %(committerdate:unix)", "refs/heads/nightly", "refs/remotes/origin/nightly")
     rows = [row.rsplit(" ", 1) for row in listed.splitlines()]
     return [(ref.partition("nightly/")[2], ref, int(when)) for ref, when in rows]
 
@@ -61,7 +61,7 @@ def _read_record(repo: Path, ref: str, when: int) -> NightRecord | None:
     """Return the record of a branch, ignoring keys that another version wrote; None for a branch that is no night's."""
     names = {field.name for field in fields(NightRecord)}.difference(OF_THE_BRANCH)
     try:
-        values = json.loads(git(repo, "show", f"{ref}:{RECORD}"))
+        values = json.loads(run_git(repo, "show", f"{ref}:{RECORD}"))
         return NightRecord(**{name: value for name, value in values.items() if name in names}, when=when, ref=ref)
     except (RuntimeError, ValueError, TypeError, AttributeError):
         return None

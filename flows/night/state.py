@@ -71,7 +71,7 @@ class NightEnd:
     version: str | None = None
 
 
-def read_settings(params: dict[str, Any]) -> NightSettings:
+def read_night_settings(params: dict[str, Any]) -> NightSettings:
     """Return the section `nightly` of params.yaml's tree."""
     return NightSettings.model_validate(params["nightly"])
 
@@ -88,7 +88,7 @@ def tracked_clips_folder(params: dict[str, Any]) -> str | None:
 
 def check_settings(params: dict[str, Any]) -> NightSettings:
     """Return the settings. Raises ValueError for a rule whose metric no clip of this night can be measured by."""
-    settings = read_settings(params)
+    settings = read_night_settings(params)
     if params["clips"]["source"] == "folder" or settings.prompts_file:
         for rule in settings.rules:
             if rule.metric.rpartition(".")[2] in gate.NEED_TRUTH:

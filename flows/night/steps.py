@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
-from flows.night import gate, handover, judge, warm_start
+from flows.night import gate, handover, warm_start
 from flows.night.clips import read_at_commit
+from flows.night.judge import measure_student
 from flows.night.records import GATE, PROMPTS, RECORD, NightRecord, free_date
 from flows.night.state import NightEnd, NightState
 from flows.project import dvc_graph, dvc_lock, git, overrides, registry
 from flows.project.dvc_graph import Stage
 from flows.run.artifacts import show_table
 from flows.run.repro import repro_stages
+from tasks.files.json_lines import read_json_object
 
 STUDENT = "stage2"
 COMMITTED = ["dvc.yaml", "dvc.lock", "params.yaml", "metrics", "nightly", warm_start.POINTER, ".gitignore"]
@@ -47,28 +46,28 @@ def prepare_start(night: NightState) -> None:
 def train_candidate(night: NightState) -> NightEnd:
     """Make the data, train a student from it, and let the gate decide. Raises RuntimeError when a stage fails or an out is damaged."""
     plan, root = night.plan, night.plan.root
-    graph = dvc_graph.stages(root)
+    graph = dvc_graph.read_graph(root)
     stages = [stage for stage in graph if not stage.frozen]
     # 1. All that stage 2 needs. What the filter keeps of the new clips decides whether there is anything to train on.
-    before = [stage for stage in dvc_graph.selected(stages, last=STUDENT) if stage.name != STUDENT]
+    before = [stage for stage in dvc_graph.select_stages(stages, last=STUDENT) if stage.name != STUDENT]
     repro_stages(root, graph, before, run=plan.run, repo=plan.repo)
     needed = next(stage for stage in stages if stage.name == STUDENT).upstream
-    outs = dvc_lock.here(root)
+    outs = dvc_lock.read_outs(root)
     data_stages = [stage.name for stage in before if stage.name in needed and not stage.name.endswith(".dvc")]
     night.data = {out["path"]: out["md5"] for name in data_stages for out in outs.get(name, [])}
     # a full night's record also lists base and teacher, so compare as a subset
     if not plan.full and plan.past and night.data.items() <= plan.past[-1].data.items():
-        new = len(night.arrivals.taken)
+        new = len(night.arrivals.copied)
         return close_night(night, "no good clips", f"{new} new files, and the filter kept none of them{_rejection_text(root)}")
     # 2. The student, and what else the project makes of it.
     repro_stages(root, graph, [stage for stage in stages if stage not in before], run=plan.run, repo=plan.repo)
-    outs = dvc_lock.here(root)
+    outs = dvc_lock.read_outs(root)
     night.candidate = next(str(out["md5"]) for out in outs[STUDENT] if out["path"] == registry.WEIGHTS)
     if plan.promoted and night.candidate == plan.promoted.about.get("md5"):
         return close_night(night, "the same again", f"the student is {plan.promoted.name}, byte for byte")
     # 3. The gate, for the bytes that dvc.lock names: a damaged model is not measured.
     measured = [name for name, files in outs.items() if {registry.WEIGHTS, warm_start.CODEC} & {out["path"] for out in files}]
-    if problems := dvc_lock.problems(root, [*measured, *([warm_start.POINTER] if plan.promoted else [])]):
+    if problems := dvc_lock.find_damage(root, [*measured, *([warm_start.POINTER] if plan.promoted else [])]):
         raise RuntimeError(f"not judged: {problems[0]}")
     night.verdict = judge_candidate(night, graph)
     return close_night(night, "promoted" if night.verdict.promote else "refused", night.verdict.why)
@@ -77,15 +76,15 @@ def train_candidate(night: NightState) -> NightEnd:
 def judge_candidate(night: NightState, graph: list[Stage]) -> gate.Verdict:
     """Measure candidate and promoted student, each in a task of its own, apply the rules, and write gate.json."""
     plan, root, prompts = night.plan, night.plan.root, choose_prompts(night)
-    options = {"run": plan.run, "repo": plan.repo, "prompts": prompts}
-    mine = _measure_student.with_options(task_run_name="judge candidate")(
-        root, "candidate", graph, student=root / registry.WEIGHTS, codec=root / warm_start.CODEC, **options
+    stages = {stage.name: stage for stage in graph}
+    mine = measure_student.with_options(task_run_name="judge candidate")(
+        plan, "candidate", stages, student=root / registry.WEIGHTS, codec=root / warm_start.CODEC, prompts=prompts
     )
     theirs = None
-    if plan.promoted:
-        version = plan.promoted.name
-        theirs = _measure_student.with_options(task_run_name=f"judge {version}")(
-            root, "promoted", graph, student=root / warm_start.STUDENT, codec=root / warm_start.ITS_CODEC, version=version, **options
+    if version := plan.promoted and plan.promoted.name:
+        student, codec = root / warm_start.STUDENT, root / warm_start.ITS_CODEC
+        theirs = measure_student.with_options(task_run_name=f"judge {version}")(
+            plan, "promoted", stages, student=student, codec=codec, prompts=prompts, version=version
         )
     verdict = gate.decide_promotion(mine, theirs, plan.settings.rules)
     verdict.write(root / GATE)
@@ -111,18 +110,13 @@ def choose_prompts(night: NightState) -> Path | None:
     last = next((record for record in reversed(plan.past) if record.outcome in ("promoted", "refused")), None)
     if last is None:
         return None
-    its_settings = overrides.read(read_at_commit(plan.repo, last.ref, "params.yaml") or "{}").get("nightly", {})
+    its_settings = overrides.parse_params(read_at_commit(plan.repo, last.ref, "params.yaml") or "{}").get("nightly", {})
     text = read_at_commit(plan.repo, last.ref, PROMPTS)
     if not text or (its_settings.get("prompts"), its_settings.get("prompts_file")) != (settings.prompts, None):
         return None
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)
     return file
-
-
-@task(name="judge", cache_policy=NO_CACHE)
-def _measure_student(root: Path, name: str, graph: list[Stage], **options: Any) -> gate.Measured:
-    return judge.measure_student(root, name, graph, log=get_run_logger().info, **options)
 
 
 def close_night(night: NightState, outcome: str, why: str) -> NightEnd:
@@ -149,7 +143,7 @@ def close_night(night: NightState, outcome: str, why: str) -> NightEnd:
             metrics = {finding.metric: finding.candidate for finding in verdict.findings}
             version = registry.register(plan.repo, commit, {**about, "metrics": metrics})
             registry.assign(plan.repo, version, about)
-    git.git(plan.repo, "branch", f"nightly/{date}", commit)
+    git.run_git(plan.repo, "branch", f"nightly/{date}", commit)
     plan.log(f"nightly/{date} is {commit[:12]}: {outcome}, {why}")
     return NightEnd(outcome, why, date, version.name if version else None)
 
@@ -158,36 +152,23 @@ def _commit_night(night: NightState, date: str, outcome: str, why: str) -> str:
     """Write the night's record and commit it with all that repeats the night; return the commit."""
     plan, root = night.plan, night.plan.root
     record = NightRecord(
-        date=date,
-        kind="full" if plan.full else "warm",
-        base=plan.base,
-        clips=night.clips,
-        data=night.data,
-        arrived=night.arrivals.taken,
-        turned_away=night.arrivals.turned_away,
-        rejected=_rejection_counts(root),
-        outcome=outcome,
-        why=why,
-        candidate=night.candidate,
-        before=plan.promoted.name if plan.promoted else None,
-        run=plan.run,
-    )
+        date=date, kind="full" if plan.full else "warm", base=plan.base, clips=night.clips, data=night.data,
+        arrived=night.arrivals.copied, turned_away=night.arrivals.turned_away, rejected=_rejection_counts(root), outcome=outcome, why=why,
+        candidate=night.candidate, before=plan.promoted.name if plan.promoted else None, run=plan.run,
+    )  # fmt: skip
     (root / RECORD).parent.mkdir(exist_ok=True)
     (root / RECORD).write_text(record.to_json())
     if night.verdict is None:  # files of the night that this one's base was merged from
         for stale in (GATE, PROMPTS):
             (root / stale).unlink(missing_ok=True)
-    git.git(root, "add", "--update")
+    git.run_git(root, "add", "--update")
     pointers = [f"{plan.clips_folder}.dvc"] if plan.clips_folder else []
-    return git.commit(root, [*COMMITTED, *pointers], f"nightly {date}: {outcome}")
+    return git.commit_paths(root, [*COMMITTED, *pointers], f"nightly {date}: {outcome}")
 
 
 def _rejection_counts(root: Path) -> dict[str, int]:
     """Return how many of all clips the filter rejects, by reason, from its metrics; nothing before the filter has run."""
-    try:
-        metrics = json.loads((root / "metrics/filter.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    metrics = read_json_object(root / "metrics/filter.json")
     return {name.removeprefix("rejected_"): int(value) for name, value in metrics.items() if name.startswith("rejected_") and value}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from flows.project import dvc_graph, dvc_lock, dvc_remote, overrides
-from flows.project.git import git
+from flows.project.git import run_git
 from flows.project.registry import WEIGHTS, Version
 from flows.run.stage_task import run_dvc
 from tasks.params.yaml_file import read_yaml
@@ -24,7 +24,7 @@ def restore_promoted(repo: Path, root: Path, version: Version, log: Callable[[st
 
     The md5s are those of the version's own dvc.lock, so nothing is stored twice.
     """
-    outs = [{**dvc_lock.entry(repo, version.commit, path), "path": place} for path, place in ((WEIGHTS, STUDENT), (CODEC, ITS_CODEC))]
+    outs = [{**dvc_lock.find_out(repo, version.commit, path), "path": place} for path, place in ((WEIGHTS, STUDENT), (CODEC, ITS_CODEC))]
     head = f"# {version.tag}, by flows/night/warm_start.py\n"
     (root / POINTER).write_text(head + yaml.safe_dump({"outs": outs}, sort_keys=False))
     restore_outs(root, [POINTER], log)
@@ -37,30 +37,30 @@ def start_warm(repo: Path, root: Path, version: Version, keep: list[str], log: C
     `dvc repro` at the night's commit repeats it.
     """
     restore_promoted(repo, root, version, log)
-    git(root, "checkout", "--quiet", version.commit, "--", "dvc.lock")
-    outs = dvc_lock.here(root)
+    run_git(root, "checkout", "--quiet", version.commit, "--", "dvc.lock")
+    outs = dvc_lock.read_outs(root)
     paths = [out["path"] for stage in keep for out in outs.get(stage, [])]
     # metrics are in git and not in DVC's cache
-    if in_git := git(root, "ls-tree", "-r", "--name-only", version.commit, "--", *paths).splitlines():
-        git(root, "checkout", "--quiet", version.commit, "--", *in_git)
+    if in_git := run_git(root, "ls-tree", "-r", "--name-only", version.commit, "--", *paths).splitlines():
+        run_git(root, "checkout", "--quiet", version.commit, "--", *in_git)
     restore_outs(root, keep, log)
-    dvc_graph.freeze(root, keep)
-    overrides.lay(root / "params.yaml", {START_KEY: STUDENT})
+    dvc_graph.freeze_stages(root, keep)
+    overrides.apply_overrides(root / "params.yaml", {START_KEY: STUDENT})
 
 
 def start_full(root: Path) -> None:
     """Let all stages run, and stage 2 begin from stage 1, also where a warm night's branch was merged into the tracked branch."""
     stages = read_yaml(root / "dvc.yaml")["stages"]
     if frozen := [name for name, stage in stages.items() if stage.get("frozen")]:
-        dvc_graph.freeze(root, frozen, False)
-    overrides.lay(root / "params.yaml", {START_KEY: COLD_START})
+        dvc_graph.freeze_stages(root, frozen, False)
+    overrides.apply_overrides(root / "params.yaml", {START_KEY: COLD_START})
 
 
 def reason_against_warm(repo: Path, root: Path, version: Version, keep: list[str]) -> str | None:
     """Return why the stages in `keep` can't be restored from the promoted version, so that the night is a full one; None if they can."""
-    made, stages = dvc_lock.at(repo, version.commit), read_yaml(root / "dvc.yaml")["stages"]
+    outs, stages = dvc_lock.read_outs_at(repo, version.commit), read_yaml(root / "dvc.yaml")["stages"]
     for stage in keep:
-        if stage not in made:
+        if stage not in outs:
             return f"{stage} was not there when {version.name} was made"
         if stage not in stages:
             return f"dvc.yaml has no {stage}, which nightly.keep names"
@@ -73,8 +73,8 @@ def restore_outs(root: Path, targets: list[str], log: Callable[[str], None]) -> 
         run_dvc(root, "checkout", "--force", *targets)
     except RuntimeError:
         log(f"the cache lacks some of {', '.join(targets)}; asking the remote")
-        dvc_remote.pull(root, targets=targets, line=log)
-    for name, outs in dvc_lock.here(root).items():
+        dvc_remote.pull_outs(root, targets=targets, line=log)
+    for name, outs in dvc_lock.read_outs(root).items():
         for out in outs:
             if name in targets and not (root / out["path"]).exists():
                 raise RuntimeError(f"{name}: {out['path']} is neither in the DVC cache nor at the remote, so the night can't begin with it")

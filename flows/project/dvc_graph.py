@@ -29,6 +29,7 @@ class Stage:
     desc: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
     frozen: bool = False
+    command: str = ""  # with every ${value} filled in; empty for tracked data
 
     @property
     def gpus(self) -> int | str:
@@ -44,7 +45,7 @@ class Stage:
         return self.meta.get("timeout")
 
 
-def stages(root: Path) -> list[Stage]:
+def read_graph(root: Path) -> list[Stage]:
     """All of the project, in the order in which `dvc repro` runs them: what comes first first."""
     from dvc.repo import Repo
     from networkx import dfs_postorder_nodes
@@ -54,25 +55,26 @@ def stages(root: Path) -> list[Stage]:
         order = list(dfs_postorder_nodes(graph))
         return [
             Stage(
-                name=_name(stage, root),
-                upstream=tuple(_name(other, root) for other in order if other in set(graph.successors(stage))),
+                name=_stage_name(stage, root),
+                upstream=tuple(_stage_name(other, root) for other in order if other in set(graph.successors(stage))),
                 desc=" ".join((stage.desc or "").split()),
-                meta=_meta(stage, root),
+                meta=_read_meta(stage, root),
                 frozen=bool(stage.frozen),
+                command=stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd or ()),
             )
             for stage in order
         ]
 
 
-def _name(stage: Any, root: Path) -> str:
+def _stage_name(stage: Any, root: Path) -> str:
     """What `dvc repro` at the root calls it. DVC's own `addressing` depends on the folder that the process is in."""
     file = Path(os.path.relpath(stage.path, root)).as_posix()
     name = getattr(stage, "name", None)
     return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
 
 
-def _meta(stage: Any, root: Path) -> Mapping[str, Any]:
-    name, stated = _name(stage, root), (stage.meta or {}).get("cf", {}) if isinstance(stage.meta, Mapping) else {}
+def _read_meta(stage: Any, root: Path) -> Mapping[str, Any]:
+    name, stated = _stage_name(stage, root), (stage.meta or {}).get("cf", {}) if isinstance(stage.meta, Mapping) else {}
     for key, value in stated.items():
         where = f"meta.cf.{key} of {name} in dvc.yaml is {value!r}"
         if key not in KEYS:
@@ -83,7 +85,7 @@ def _meta(stage: Any, root: Path) -> Mapping[str, Any]:
     return dict(stated)
 
 
-def unchanged(root: Path) -> set[str]:
+def find_unchanged(root: Path, graph: Iterable[Stage] | None = None) -> set[str]:
     """Stages that DVC would skip if nothing before them ran, by one `dvc status`: a whole second less for each of them."""
     words = [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"]
     done = subprocess.run(words, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -91,33 +93,33 @@ def unchanged(root: Path) -> set[str]:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         raise RuntimeError(f"`dvc status` failed: {said[-1]}")
     changed = set(json.loads(done.stdout[done.stdout.index("{") :]))
-    return {stage.name for stage in stages(root)} - changed
+    return {stage.name for stage in (read_graph(root) if graph is None else graph)} - changed
 
 
-def selected(known: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:
+def select_stages(known: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:
     """Those named, or all; of them, what follows from `first` and what leads to `last`. The name of a foreach is all of its items."""
     known = list(known)
     for name in [*only, *filter(None, [first, last])]:
-        if not _matches(known, name):
+        if not _match_name(known, name):
             close = difflib.get_close_matches(name, [stage.name for stage in known], n=1)
             way = f"did you mean {close[0]}? " if close else ""
             raise ValueError(f"{name} is no stage; {way}Known are {', '.join(stage.name for stage in known)}")
-    kept = {stage.name for name in only for stage in _matches(known, name)} if only else {stage.name for stage in known}
+    kept = {stage.name for name in only for stage in _match_name(known, name)} if only else {stage.name for stage in known}
     if first:
-        kept &= _after(known, {stage.name for stage in _matches(known, first)})
+        kept &= _add_downstream(known, {stage.name for stage in _match_name(known, first)})
     if last:
-        kept &= _before(known, {stage.name for stage in _matches(known, last)})
+        kept &= _add_upstream(known, {stage.name for stage in _match_name(known, last)})
     if not kept:
         asked = f"stages {', '.join(only) or 'all'}, from {first or 'the beginning'}, to {last or 'the end'}"
         raise ValueError(f"nothing is left to run of {asked}; no stage is all of that at once")
     return [stage for stage in known if stage.name in kept]
 
 
-def _matches(known: list[Stage], name: str) -> list[Stage]:
+def _match_name(known: list[Stage], name: str) -> list[Stage]:
     return [stage for stage in known if name in (stage.name, stage.name.split("@")[0])]
 
 
-def _after(known: list[Stage], found: set[str]) -> set[str]:
+def _add_downstream(known: list[Stage], found: set[str]) -> set[str]:
     """With all that needs them: `known` is in running order."""
     found = set(found)
     for stage in known:
@@ -126,7 +128,7 @@ def _after(known: list[Stage], found: set[str]) -> set[str]:
     return found
 
 
-def _before(known: list[Stage], found: set[str]) -> set[str]:
+def _add_upstream(known: list[Stage], found: set[str]) -> set[str]:
     found = set(found)
     for stage in reversed(known):
         if stage.name in found:
@@ -134,7 +136,7 @@ def _before(known: list[Stage], found: set[str]) -> set[str]:
     return found
 
 
-def freeze(root: Path, names: Iterable[str], frozen: bool = True) -> None:
+def freeze_stages(root: Path, names: Iterable[str], frozen: bool = True) -> None:
     """As `dvc freeze` and `dvc unfreeze`, which refuse a stage that has a ${value}."""
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 4096, True
@@ -150,13 +152,13 @@ def freeze(root: Path, names: Iterable[str], frozen: bool = True) -> None:
     partial.replace(file)
 
 
-def bring_back(root: Path) -> None:
+def restore_outs(root: Path) -> None:
     """The last good outs of stages that failed: DVC removes a stage's outs before it runs it. What isn't in the cache stays away."""
     words = [sys.executable, "-m", "dvc", "--wait-for-lock", "checkout", "--quiet"]
     subprocess.run(words, cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def damaged(root: Path) -> list[str]:
+def remove_damaged(root: Path) -> list[str]:
     """What dvc.lock names and the default remote holds, but not as its name says: taken away there, with the lists that name it.
 
     DVC alone sees the damage (`verify`) and makes the result anew, on every machine: its push sends what is missing, and a damaged

@@ -19,53 +19,53 @@ import yaml
 
 from flows.cli import in_a_sentence
 from flows.project.dvc_graph import Stage
-from flows.project.git import git
+from flows.project.git import run_git
 
 Out = Mapping[str, Any]  # path, md5, and size or nfiles, as DVC writes them
 
 
-def stages(text: str) -> dict[str, list[Out]]:
+def parse_outs(text: str) -> dict[str, list[Out]]:
     """Stage -> its outs, of a dvc.lock's text."""
     tree = yaml.safe_load(text) or {}
     return {name: stage.get("outs", []) for name, stage in tree.get("stages", {}).items()}
 
 
-def here(root: Path) -> dict[str, list[Out]]:
+def read_outs(root: Path) -> dict[str, list[Out]]:
     """Of the workspace, data that `dvc add` tracks among them (raw.dvc)."""
     lock = root / "dvc.lock"
-    found = stages(lock.read_text()) if lock.is_file() else {}
+    found = parse_outs(lock.read_text()) if lock.is_file() else {}
     for file in sorted(root.glob("*.dvc")):
         if file.is_file():
             found[file.name] = (yaml.safe_load(file.read_text()) or {}).get("outs", [])
     return found
 
 
-def at(repo: Path, commit: str) -> dict[str, list[Out]]:
+def read_outs_at(repo: Path, commit: str) -> dict[str, list[Out]]:
     """Of a commit."""
     try:
-        return stages(git(repo, "show", "--end-of-options", f"{commit}:dvc.lock"))
+        return parse_outs(run_git(repo, "show", "--end-of-options", f"{commit}:dvc.lock"))
     except RuntimeError:
         raise ValueError(f"{commit[:12]} has no dvc.lock, so it says nothing about what its stages made") from None
 
 
-def entry(repo: Path, commit: str, path: str) -> Out:
-    for outs in at(repo, commit).values():
+def find_out(repo: Path, commit: str, path: str) -> Out:
+    for outs in read_outs_at(repo, commit).values():
         for out in outs:
             if out["path"] == path:
                 return out
     raise ValueError(f"the dvc.lock of {commit[:12]} has no {path}; run the pipeline and commit dvc.lock first")
 
 
-def problems(root: Path, names: list[str] | None = None) -> list[str]:
+def find_damage(root: Path, names: list[str] | None = None) -> list[str]:
     """One sentence for every out that is not what dvc.lock says; of these stages, or of all."""
-    known = here(root)
+    known = read_outs(root)
     if unknown := [name for name in names or [] if name not in known]:
         raise ValueError(f"dvc.lock has no stage {unknown[0]}; it has {', '.join(known) or 'none'}")
     found = ((name, out) for name, outs in known.items() if not names or name in names for out in outs)
-    return [f"{name}: {said}" for name, out in found if (said := wrong(root / out["path"], out))]
+    return [f"{name}: {said}" for name, out in found if (said := describe_damage(root / out["path"], out))]
 
 
-def wrong(path: Path, out: Out) -> str | None:
+def describe_damage(path: Path, out: Out) -> str | None:
     """What is not as stated."""
     stated = str(out.get("md5", ""))
     if not path.exists():
@@ -91,14 +91,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf verify", description="Hashes the workspace's outs again and compares them with dvc.lock.")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
     names, root = parser.parse_args(argv).stages, Path.cwd()
-    if found := problems(root, names):
+    if found := find_damage(root, names):
         print("\n".join(found))
         sys.exit(1)
-    print(f"{sum(1 for _ in _outs(root, names))} outs are what dvc.lock says")
+    print(f"{sum(1 for _ in _select_outs(root, names))} outs are what dvc.lock says")
 
 
-def _outs(root: Path, names: list[str]) -> Iterator[Out]:
-    for name, outs in here(root).items():
+def _select_outs(root: Path, names: list[str]) -> Iterator[Out]:
+    for name, outs in read_outs(root).items():
         if not names or name in names:
             yield from outs
 
@@ -107,19 +107,19 @@ if __name__ == "__main__":
     main(sys.argv[1:])
 
 
-def recorded(text: str) -> list[str]:
+def list_recorded(text: str) -> list[str]:
     """The stages that a dvc.lock has, in its order."""
-    return list(_blocks(text)[1])
+    return list(_split_blocks(text)[1])
 
 
-def put_in_order(root: Path, before: list[str], known: Iterable[Stage]) -> None:
+def sort_lock(root: Path, before: list[str], known: Iterable[Stage]) -> None:
     """dvc.lock as `dvc repro` would have written it. DVC adds a stage at the end when it first ends, and those that run at the same
     time end in any order. `before`: what is committed; what a killed run left is in no order. Not while DVC runs."""
     lock = root / "dvc.lock"
     if not lock.exists():
         return
     text = lock.read_text()
-    head, blocks = _blocks(text)
+    head, blocks = _split_blocks(text)
     order = dict.fromkeys([*before, *(stage.name for stage in known), *blocks])
     ordered = head + "".join(blocks[name] for name in order if name in blocks)
     if ordered != text:
@@ -128,7 +128,7 @@ def put_in_order(root: Path, before: list[str], known: Iterable[Stage]) -> None:
         partial.replace(lock)
 
 
-def _blocks(text: str) -> tuple[str, dict[str, str]]:
+def _split_blocks(text: str) -> tuple[str, dict[str, str]]:
     """What comes before the stages, and each stage's lines."""
     head, *parts = re.split(r"^(?=  [^ ].*:\n)", text, flags=re.MULTILINE)
     return head, {part.split(":\n", 1)[0].strip(" '\""): part for part in parts}

@@ -25,7 +25,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.project import dvc_graph
-from flows.project.dvc_config import secret
+from flows.project.dvc_config import is_secret
 from flows.supervise import command as supervise
 
 LIMIT = 3600.0  # Choice: seconds of one attempt. What it has sent stays sent, so four attempts are four hours of sending.
@@ -50,55 +50,55 @@ EXAMPLES = """examples:
   dvc repro --pull                           on another machine: what was made elsewhere is taken, the rest is made here"""
 
 
-class Away(RuntimeError):
+class RemoteAway(RuntimeError):
     """The remote didn't answer, or not in time. Later it may."""
 
 
-class Misconfigured(RuntimeError):
+class RemoteMisconfigured(RuntimeError):
     """A person must change something first."""
 
 
-def settings(root: Path) -> tuple[str, dict[str, str]]:
+def read_remote(root: Path) -> tuple[str, dict[str, str]]:
     """Name and options of the default remote, from all of DVC's levels of configuration."""
     done = subprocess.run([*_dvc(), "config", "--list"], cwd=root, env=_environment(), capture_output=True, text=True)
     if done.returncode:
-        raise Misconfigured(f"DVC can't read its configuration in {root}: {_said(done.stderr.splitlines())}")
+        raise RemoteMisconfigured(f"DVC can't read its configuration in {root}: {_last_complaint(done.stderr.splitlines())}")
     stated = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
     name = stated.get("core.remote")
     if not name:
-        raise Misconfigured(f"{root} has no DVC remote to hand over through; `cf remote add NAME URL` sets one up")
+        raise RemoteMisconfigured(f"{root} has no DVC remote to hand over through; `cf remote add NAME URL` sets one up")
     prefix = f"remote.{name}."
     return name, {key.removeprefix(prefix): value for key, value in stated.items() if key.startswith(prefix)}
 
 
-def check(root: Path) -> str:
+def check_remote(root: Path) -> str:
     """The remote's name and URL, if it is set up as this file says and answers; one sentence otherwise."""
-    name, options = settings(root)
+    name, options = read_remote(root)
     url = options.get("url", "")
     if not url:
-        raise Misconfigured(f"core.remote names {name}, which is not set up; `cf remote add {name} URL` does")
+        raise RemoteMisconfigured(f"core.remote names {name}, which is not set up; `cf remote add {name} URL` does")
     if options.get("verify") != "true":
         way = f"`dvc remote modify {name} verify true`"
-        raise Misconfigured(f"remote {name} doesn't state verify = true, so DVC would take damaged objects for good ones; {way}")
+        raise RemoteMisconfigured(f"remote {name} doesn't state verify = true, so DVC would take damaged objects for good ones; {way}")
     committed = configparser.ConfigParser(interpolation=None, strict=False)
     committed.read(root / ".dvc/config")
     for section in committed.sections():
-        if held := next(filter(secret, committed[section]), None):
-            raise Misconfigured(f"{section} holds {held} in .dvc/config, which is committed; state it in the environment instead")
+        if held := next(filter(is_secret, committed[section]), None):
+            raise RemoteMisconfigured(f"{section} holds {held} in .dvc/config, which is committed; state it in the environment instead")
         if re.search(r"//[^/@:]*:[^/@]*@", committed[section].get("url", "")):
-            raise Misconfigured(f"{section} holds a password in its url in .dvc/config, which is committed; state it in the environment")
+            raise RemoteMisconfigured(f"{section} holds a password in its url in .dvc/config, which is committed; state it in the environment")
     shown = re.sub(r"//[^/@]*@", "//", url)  # a person may have written a password into it
-    _reach(root, name, url, shown, options)
+    _check_answers(root, name, url, shown, options)
     return f"{name} ({shown})"
 
 
-def _reach(root: Path, name: str, url: str, shown: str, options: dict[str, str]) -> None:
+def _check_answers(root: Path, name: str, url: str, shown: str, options: dict[str, str]) -> None:
     """A folder must be there: DVC would make it, on the disk below an unmounted share, and call that a push."""
     stated = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") if url.startswith("s3://") else None
     address = urlsplit(options.get("endpointurl") or stated or url)
     if "://" not in url:
         if not (root / ".dvc" / url).is_dir():  # as DVC reads it, whose answer is absolute
-            raise Away(f"remote {name} is the folder {url}, which is not there; mount its disk, or make it if it is new")
+            raise RemoteAway(f"remote {name} is the folder {url}, which is not there; mount its disk, or make it if it is new")
         return
     host = HOSTS.get(address.scheme) or address.hostname
     port = address.port or PORTS.get(address.scheme)
@@ -109,26 +109,26 @@ def _reach(root: Path, name: str, url: str, shown: str, options: dict[str, str])
         socket.create_connection((host, port), timeout=CONNECT).close()
     except OSError as error:
         why = error.strerror or str(error) or type(error).__name__
-        raise Away(f"remote {name} ({shown}) doesn't answer at {host}:{port}: {why}; start it, or see to the network") from error
+        raise RemoteAway(f"remote {name} ({shown}) doesn't answer at {host}:{port}: {why}; start it, or see to the network") from error
 
 
-def push(root: Path, *, targets: list[str] | None = None, timeout: float = LIMIT, line: Callable[[str], None] = lambda _: None) -> None:
+def push_outs(root: Path, *, targets: list[str] | None = None, timeout: float = LIMIT, line: Callable[[str], None] = lambda _: None) -> None:
     """Sends results and run cache, within `timeout` seconds. Away, or Misconfigured, in one sentence.
 
     It holds DVC's lock on the checkout all the while: a stage that ends meanwhile waits to be recorded. So after the stages, or
     with a short limit. Results that are already there are not sent again.
     """
-    _transfer(root, "push", targets, timeout, line)
+    _run_transfer(root, "push", targets, timeout, line)
 
 
-def pull(root: Path, *, targets: list[str] | None = None, timeout: float = LIMIT, line: Callable[[str], None] = lambda _: None) -> None:
+def pull_outs(root: Path, *, targets: list[str] | None = None, timeout: float = LIMIT, line: Callable[[str], None] = lambda _: None) -> None:
     """Takes what dvc.lock names, and the run cache. One that was killed goes on where it was. Never beside a running stage: DVC
     doesn't lock what it replaces. Without a dvc.lock there is nothing to name: `dvc repro --pull`."""
-    _transfer(root, "pull", targets, timeout, line)
+    _run_transfer(root, "pull", targets, timeout, line)
 
 
-def _transfer(root: Path, verb: str, targets: list[str] | None, timeout: float, line: Callable[[str], None]) -> None:
-    where = check(root)
+def _run_transfer(root: Path, verb: str, targets: list[str] | None, timeout: float, line: Callable[[str], None]) -> None:
+    where = check_remote(root)
     said: list[str] = []
 
     def hear(words: str) -> None:
@@ -140,32 +140,32 @@ def _transfer(root: Path, verb: str, targets: list[str] | None, timeout: float, 
     try:
         code = supervise.run(command, cwd=root, env=_environment(), line=hear, timeout=timeout)
     except TimeoutError:
-        raise Away(f"remote {where} took more than {timeout:g} s for `dvc {verb}`; what was done stays done, and another goes on") from None
+        raise RemoteAway(f"remote {where} took more than {timeout:g} s for `dvc {verb}`; what was done stays done, and another goes on") from None
     if code:
-        kind = Misconfigured if any(word in words for word in FINAL for words in said) else Away
-        raise kind(f"`dvc {verb}` with remote {where} failed: {_said(said)}")
+        kind = RemoteMisconfigured if any(word in words for word in FINAL for words in said) else RemoteAway
+        raise kind(f"`dvc {verb}` with remote {where} failed: {_last_complaint(said)}")
 
 
-def mend(root: Path) -> list[str]:
+def mend_remote(root: Path) -> list[str]:
     """Takes away what is damaged on the remote, so that the next push of a machine that has it whole sends it again."""
-    check(root)
+    check_remote(root)
     if not (root / "dvc.lock").exists():
-        raise Misconfigured(f"{root} has no dvc.lock, which names what is on the remote; run the pipeline first")
-    return dvc_graph.damaged(root)
+        raise RemoteMisconfigured(f"{root} has no dvc.lock, which names what is on the remote; run the pipeline first")
+    return dvc_graph.remove_damaged(root)
 
 
-def worth_another(task: Any, run: Any, state: Any) -> bool:
+def should_retry(task: Any, run: Any, state: Any) -> bool:
     """Prefect asks it between two attempts."""
-    return not supervise.stopping() and not isinstance(state.result(raise_on_failure=False), Misconfigured)
+    return not supervise.stopping() and not isinstance(state.result(raise_on_failure=False), RemoteMisconfigured)
 
 
-AGAIN: dict[str, Any] = {"retries": len(DELAYS), "retry_delay_seconds": DELAYS, "retry_condition_fn": worth_another}
+RETRIES: dict[str, Any] = {"retries": len(DELAYS), "retry_delay_seconds": DELAYS, "retry_condition_fn": should_retry}
 
 
-@task(name="push", task_run_name="push", cache_policy=NO_CACHE, **AGAIN)
-def pushed(root: Path, targets: list[str] | None = None, timeout: float = LIMIT) -> str:
+@task(name="push", task_run_name="push", cache_policy=NO_CACHE, **RETRIES)
+def push_task(root: Path, targets: list[str] | None = None, timeout: float = LIMIT) -> str:
     """A task of its own, so that a remote which is away never marks a finished stage as failed. Ask it for its state."""
-    push(root, targets=targets, timeout=timeout, line=get_run_logger().info)
+    push_outs(root, targets=targets, timeout=timeout, line=get_run_logger().info)
     return f"pushed {', '.join(targets) if targets else 'everything'}"
 
 
@@ -181,25 +181,25 @@ def _environment() -> dict[str, str]:
     return {"AWS_MAX_ATTEMPTS": "3", **os.environ, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
 
 
-def _said(lines: list[str]) -> str:
+def _last_complaint(lines: list[str]) -> str:
     """DVC's last complaint; above it there may be one for every file."""
     errors = [line.partition("ERROR: ")[2] for line in lines if "ERROR: " in line]
     last = next(iter(errors[::-1]), "") or (lines[-1].strip() if lines else "without a word")
     return " ".join(last.removeprefix("unexpected error - ").split())[:500]
 
 
-def add(root: Path, name: str, url: str, *, endpoint: str | None = None, local: bool = False) -> str:
+def add_remote(root: Path, name: str, url: str, *, endpoint: str | None = None, local: bool = False) -> str:
     """The default remote of this checkout, set up as this file says. Stating it again replaces it."""
     if not NAME.fullmatch(name):
-        raise Misconfigured(f"{name!r} can't be the name of a remote; use lower-case letters, digits, - and _, at most 63")
+        raise RemoteMisconfigured(f"{name!r} can't be the name of a remote; use lower-case letters, digits, - and _, at most 63")
     for words in filter(None, (url, endpoint)):
         if words.startswith("-") or any(not character.isprintable() for character in words):
-            raise Misconfigured(f"{words!r} is neither a URL nor a folder")
+            raise RemoteMisconfigured(f"{words!r} is neither a URL nor a folder")
         parts = urlsplit(words)
         if "://" in words and (parts.password or (parts.username and parts.scheme != "ssh") or parts.query):
-            raise Misconfigured("the remote's URL holds credentials, which DVC would write into a file; state them in the environment")
+            raise RemoteMisconfigured("the remote's URL holds credentials, which DVC would write into a file; state them in the environment")
     if endpoint and not url.startswith("s3://"):
-        raise Misconfigured(f"--endpoint is for s3:// remotes, and {url} is none; leave it out")
+        raise RemoteMisconfigured(f"--endpoint is for s3:// remotes, and {url} is none; leave it out")
     if "://" not in url:
         url = str((Path.cwd() / url).resolve())
     options = {"verify": "true"}
@@ -216,7 +216,7 @@ def add(root: Path, name: str, url: str, *, endpoint: str | None = None, local: 
 def _ask(root: Path, *words: str) -> None:
     done = subprocess.run([*_dvc(), *words], cwd=root, env=_environment(), capture_output=True, text=True)
     if done.returncode:
-        raise Misconfigured(f"`dvc {' '.join(words[:2])}` refused: {_said(done.stderr.splitlines())}")
+        raise RemoteMisconfigured(f"`dvc {' '.join(words[:2])}` refused: {_last_complaint(done.stderr.splitlines())}")
 
 
 def main(argv: list[str]) -> None:
@@ -238,14 +238,14 @@ def main(argv: list[str]) -> None:
     root = Path.cwd()
     try:
         if args.verb == "add":
-            print(add(root, args.name, args.url, endpoint=args.endpoint, local=args.local))
+            print(add_remote(root, args.name, args.url, endpoint=args.endpoint, local=args.local))
         elif args.verb == "check":
-            print(f"{check(root)} is there, and set up right")
+            print(f"{check_remote(root)} is there, and set up right")
         elif args.verb == "mend":
-            gone = mend(root)
+            gone = mend_remote(root)
             print(f"{len(gone)} damaged objects removed{'; now push from a machine that has them: cf remote push' if gone else ''}")
         else:
-            transfer = push if args.verb == "push" else pull
+            transfer = push_outs if args.verb == "push" else pull_outs
             transfer(root, targets=args.targets or None, timeout=args.timeout, line=print)
-    except (Away, Misconfigured) as error:
+    except (RemoteAway, RemoteMisconfigured) as error:
         sys.exit(f"cf remote {args.verb}: {error}")

@@ -10,25 +10,25 @@ from pathlib import Path
 PLAIN = ["git", "-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false"]
 
 
-def commit(folder: Path, paths: list[str], message: str) -> str:
+def commit_paths(folder: Path, paths: list[str], message: str) -> str:
     """Only these, if they differ from what is committed; the commit that then is the run's."""
-    git(folder, "add", "--", *[path for path in paths if (folder / path).exists()])
-    if git(folder, "diff", "--cached", "--name-only").strip():
+    run_git(folder, "add", "--", *[path for path in paths if (folder / path).exists()])
+    if run_git(folder, "diff", "--cached", "--name-only").strip():
         who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
-        stated = [word for key, value in who.items() if not _asked(folder, key) for word in ("-c", f"{key}={value}")]
-        git(folder, *stated, "commit", "--quiet", "--no-verify", "--message", message)
-    return git(folder, "rev-parse", "HEAD").strip()
+        stated = [word for key, value in who.items() if not _is_configured(folder, key) for word in ("-c", f"{key}={value}")]
+        run_git(folder, *stated, "commit", "--quiet", "--no-verify", "--message", message)
+    return run_git(folder, "rev-parse", "HEAD").strip()
 
 
-def committed(folder: Path, path: str) -> str:
+def read_committed(folder: Path, path: str) -> str:
     """A file's text at the last commit; empty where it isn't in it."""
     try:
-        return git(folder, "show", f"HEAD:{path}")
+        return run_git(folder, "show", f"HEAD:{path}")
     except RuntimeError:
         return ""
 
 
-def git(folder: Path, *words: str) -> str:
+def run_git(folder: Path, *words: str) -> str:
     """Git's answer, or its complaint in one sentence. Never asks for a password."""
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     done = subprocess.run([*PLAIN, *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -37,11 +37,11 @@ def git(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def _asked(folder: Path, key: str) -> bool:
+def _is_configured(folder: Path, key: str) -> bool:
     return subprocess.run(["git", "config", key], cwd=folder, capture_output=True).returncode == 0
 
 
-def identity(repo: Path) -> list[str]:
+def identity_options(repo: Path) -> list[str]:
     """Options for git where nobody has said who they are."""
     who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
     asked = {key: subprocess.run(["git", "config", key], cwd=repo, capture_output=True).returncode for key in who}

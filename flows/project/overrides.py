@@ -13,17 +13,17 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 
-def read(text: str) -> dict[str, Any]:
+def parse_params(text: str) -> dict[str, Any]:
     """By YAML 1.2, as the stages and DVC read it: to PyYAML `off` is false, and 2e-6 a word."""
     stated: dict[str, Any] = YAML(typ="safe", pure=True).load(text)
     return stated
 
 
-def lay(path: Path, overrides: Mapping[str, Any]) -> None:
+def apply_overrides(path: Path, overrides: Mapping[str, Any]) -> None:
     """Changes these values in the file, and not a letter beside them. All of them or, when one is refused, none."""
     text = path.read_text()
-    stated = read(text)
-    known = list(_keys(stated))
+    stated = parse_params(text)
+    known = list(_list_keys(stated))
     for key, value in overrides.items():
         *above, last = key.split(".")
         if key not in known:
@@ -33,11 +33,11 @@ def lay(path: Path, overrides: Mapping[str, Any]) -> None:
         section = stated
         for part in above:
             section = section[part]
-        fitting = _fitting(key, value, section[last])
+        fitting = _convert_value(key, value, section[last])
         if (fitting, type(fitting)) == (section[last], type(section[last])):
             continue
         section[last] = fitting
-        text = _replaced(text, key.split("."), fitting)
+        text = _replace_value(text, key.split("."), fitting)
     if not _says(text, stated):
         raise ValueError(f"{path.name} says something twice, by an anchor or a key, so {', '.join(overrides)} can't be changed in it")
     partial = path.with_suffix(".partial")
@@ -47,12 +47,12 @@ def lay(path: Path, overrides: Mapping[str, Any]) -> None:
 
 def _says(text: str, stated: Mapping[str, Any]) -> bool:
     try:
-        return read(text) == stated
+        return parse_params(text) == stated
     except YAMLError:
         return False
 
 
-def _replaced(text: str, key: list[str], value: Any) -> str:
+def _replace_value(text: str, key: list[str], value: Any) -> str:
     """The value that stands in the file under this key, by another one in its place."""
     node = YAML(typ="safe", pure=True).compose(text)
     for part in key:
@@ -65,10 +65,10 @@ def _replaced(text: str, key: list[str], value: Any) -> str:
         first, space = colon, " "
     rest = text[first:last]
     tail = rest[len(rest.rstrip()) :]  # a section in lines of its own reaches up to the next one
-    return f"{text[:first]}{space}{_said(value)}{tail}{text[last:]}"
+    return f"{text[:first]}{space}{_dump_value(value)}{tail}{text[last:]}"
 
 
-def _said(value: Any) -> str:
+def _dump_value(value: Any) -> str:
     """In one line, as it may stand anywhere."""
     yaml, text = YAML(typ="safe", pure=True), io.StringIO()
     yaml.default_flow_style, yaml.width = True, sys.maxsize
@@ -77,14 +77,14 @@ def _said(value: Any) -> str:
     return text.getvalue().strip().removeprefix("{'': ").removesuffix("}")
 
 
-def _keys(section: Any, above: str = "") -> Iterator[str]:
+def _list_keys(section: Any, above: str = "") -> Iterator[str]:
     for key, value in section.items():
         yield f"{above}{key}"
         if isinstance(value, Mapping):
-            yield from _keys(value, f"{above}{key}.")
+            yield from _list_keys(value, f"{above}{key}.")
 
 
-def _fitting(key: str, value: Any, now: Any) -> Any:
+def _convert_value(key: str, value: Any, now: Any) -> Any:
     """The value, if it is of the kind that stands there. What is null may become anything, and anything null: `cf validate`, which
     knows the types, has the last word."""
     if value is None or now is None:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.project.dvc_lock import entry, wrong
-from flows.project.git import git, identity
+from flows.project.dvc_lock import find_out, describe_damage
+from flows.project.git import run_git, identity_options
 
 ARTIFACT, STAGE, WEIGHTS = "student", "promoted", "models/stage2"
 VERSION = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
@@ -88,7 +88,7 @@ def named(repo: Path, name: str) -> Version:
 def _tags(repo: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], str, int, dict[str, Any]]]:
     form = "%00".join(f"%({field})" for field in FIELDS) + "%01"
     found = []
-    for row in git(repo, "for-each-ref", f"--format={form}", "refs/tags").split("\1"):
+    for row in run_git(repo, "for-each-ref", f"--format={form}", "refs/tags").split("\1"):
         name, commit, when, message = [*row.strip("\n").split("\0"), "", "", ""][:4]
         if (match := pattern.fullmatch(name)) and commit and when:  # a lightweight tag has neither
             found.append((match, commit, int(when), _body(message)))
@@ -106,7 +106,7 @@ def _body(message: str) -> dict[str, Any]:
 
 def _taken(repo: Path, pattern: re.Pattern[str]) -> list[re.Match[str]]:
     """All tags of that name, also those that say nothing: their numbers can't be had again."""
-    names = git(repo, "for-each-ref", "--format=%(refname:strip=2)", "refs/tags").splitlines()
+    names = run_git(repo, "for-each-ref", "--format=%(refname:strip=2)", "refs/tags").splitlines()
     return [match for name in names if (match := pattern.fullmatch(name))]
 
 
@@ -120,7 +120,7 @@ def _numbers(name: str) -> tuple[int, ...]:
 @contextmanager
 def alone(repo: Path) -> Iterator[None]:
     """Between reading what is promoted and tagging, nobody else tags: of all worktrees of the checkout. Freed by the kernel."""
-    folder = Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").strip())
+    folder = Path(run_git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").strip())
     with (folder / "cf-registry.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -132,7 +132,7 @@ def register(repo: Path, commit: str, about: dict[str, Any]) -> Version:
     for one in versions(repo):
         if one.commit == commit:
             return one
-    weights = entry(repo, commit, WEIGHTS)
+    weights = find_out(repo, commit, WEIGHTS)
     *above, last = max((_numbers(match[1]) for match in _taken(repo, REGISTERED)), default=(0, 0, 0))
     name = "v" + ".".join(map(str, [*above, last + 1]))
     _tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
@@ -169,7 +169,7 @@ def rollback(repo: Path, name: str | None, why: str) -> Assignment:
 
 def resolved(repo: Path, commit: str) -> str:
     try:
-        return git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}").strip()
+        return run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}").strip()
     except RuntimeError:
         raise ValueError(f"{commit!r} is no commit of {repo}") from None
 
@@ -179,7 +179,7 @@ def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
     last = max([0, *(one.when for one in versions(repo)), *(one.when for one in assignments(repo))])
     date = f"{max(int(time.time()), last + 1)} +0000"
     message = json.dumps(about, sort_keys=True, ensure_ascii=False)
-    words = ["git", *identity(repo), "tag", "--annotate", "--no-sign", "--cleanup=verbatim", "--message", message, "--", name, commit]
+    words = ["git", *identity_options(repo), "tag", "--annotate", "--no-sign", "--cleanup=verbatim", "--message", message, "--", name, commit]
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_COMMITTER_DATE": date}
     done = subprocess.run(words, cwd=repo, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
@@ -188,10 +188,10 @@ def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
 
 def fetch(repo: Path, version: Version, out: Path) -> None:
     """A version's weights, by its tag. They are compared with the md5 that its dvc.lock states."""
-    weights = entry(repo, version.commit, WEIGHTS)
+    weights = find_out(repo, version.commit, WEIGHTS)
     words = [sys.executable, "-m", "dvc", "get", "--rev", version.tag, "--out", str(out), str(repo), WEIGHTS]
     done = subprocess.run(words, cwd=repo, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the weights of {version.tag} could not be had: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
-    if problem := wrong(out, weights):
+    if problem := describe_damage(out, weights):
         raise RuntimeError(f"the weights of {version.tag} are not what its dvc.lock says: {problem}; delete {out}")

@@ -12,12 +12,12 @@ from typing import IO
 LOCK = ".dvc/tmp/cf-run.lock"
 
 
-class Busy(RuntimeError):
+class CheckoutBusy(RuntimeError):
     """Another run has the checkout."""
 
 
 @contextmanager
-def alone(root: Path, run: str = "") -> Iterator[None]:
+def hold_checkout(root: Path, run: str = "") -> Iterator[None]:
     """One run a checkout: DVC refuses a stage that is started twice, hours into the first. The kernel frees the lock, and then the
     name of the run is still in it: that one died."""
     path = root / LOCK
@@ -28,32 +28,32 @@ def alone(root: Path, run: str = "") -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().split(" ")[0] or "unknown"
-            raise Busy(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
-        _write(file, f"{os.getpid()} {run}")
+            raise CheckoutBusy(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
+        _write_owner(file, f"{os.getpid()} {run}")
         try:
             yield
         except Exception:  # it ends by itself, and says so
-            _write(file, "")
+            _write_owner(file, "")
             raise
-        _write(file, "")
+        _write_owner(file, "")
 
 
-def _write(file: IO[str], text: str) -> None:
+def _write_owner(file: IO[str], text: str) -> None:
     file.truncate(0)
     file.write(text)
     file.flush()
 
 
-def in_use(root: Path) -> bool:
-    return _owner(root) is None
+def is_in_use(root: Path) -> bool:
+    return _read_owner(root) is None
 
 
-def died(root: Path) -> str:
+def find_dead_run(root: Path) -> str:
     """The run that had this checkout and didn't leave it, if nobody has it now."""
-    return (_owner(root) or " ").split(" ")[1]
+    return (_read_owner(root) or " ").split(" ")[1]
 
 
-def _owner(root: Path) -> str | None:
+def _read_owner(root: Path) -> str | None:
     """What a free lock says; None of one that is held."""
     if not (root / LOCK).exists():
         return " "

@@ -6,8 +6,6 @@ No artifact is worth a run: whatever fails here is a line in the log, written by
 from __future__ import annotations
 
 import contextvars
-import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +21,9 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+
+from tasks.files.json_lines import read_json_object
+from tasks.files.settings import read_settings
 
 UPDATE_EVERY = 2.0  # seconds between two updates of a bar
 STEPS = re.compile(r"(?P<stage>[\w@./:-]+): (?P<done>\d+) of (?P<total>\d+) \w+")
@@ -88,7 +89,7 @@ def show_results(root: Path, run: str, states: Mapping[str, str], complain: Comp
         show_table(rows, "metrics", f"metrics of run {run}", complain)
     report = root / "reports/report.html"
     if report.exists():
-        server = os.environ.get("CF_REPORTS", "").rstrip("/")
+        server = (read_settings().reports or "").rstrip("/")
         link = f"{server}/{root.name}/report.html" if server and root.parent.name == ".runs" else report.as_uri()
         _show(complain, create_link_artifact, link, "report", key="report", description=f"the report of run {run}, {report}")
     for stage, place in places.items():
@@ -121,14 +122,14 @@ def _summary_text(root: Path, run: str, states: Mapping[str, str], places: Mappi
 
 def wandb_places(root: Path) -> dict[str, str]:
     """Return each stage's run in W&B: its URL if it was online, else its folder on this machine."""
-    facts = {file.stem: _read_json(file) for file in sorted((root / "runtime").glob("*.json"))}
+    facts = {file.stem: read_json_object(file) for file in sorted((root / "runtime").glob("*.json"))}
     places = {stage: values.get("wandb_url") or values.get("wandb") for stage, values in facts.items()}
     return {stage: str(place) for stage, place in places.items() if place}
 
 
 def _metric_rows(root: Path) -> Iterator[dict[str, Any]]:
     for file in sorted((root / "metrics").glob("*.json")):
-        for name, value in _flatten(_read_json(file)):
+        for name, value in _flatten(read_json_object(file)):
             yield {"stage": file.stem, "metric": name, "value": value}
 
 
@@ -139,12 +140,3 @@ def _flatten(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
             yield from _flatten(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    """Return the object in a file; nothing of a file that is being written or holds something else."""
-    try:
-        tree = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

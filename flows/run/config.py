@@ -44,7 +44,7 @@ def _refuse_unreadable(lines: list[str]) -> list[str]:
 Profile = Literal["params.yaml", "tiny", "smoke", "wan-1.3b"]
 StageName = Annotated[str, StringConstraints(pattern=STAGE)]
 Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
-Overrides = Annotated[list[Override], Field(default_factory=list, max_length=50), AfterValidator(_refuse_unreadable)]
+Overrides = Annotated[list[Override], Field(max_length=50), AfterValidator(_refuse_unreadable)]
 
 
 class RunConfig(BaseModel):
@@ -56,7 +56,8 @@ class RunConfig(BaseModel):
         "params.yaml", description="The parameters to start from: params.yaml as it is committed, or one of profiles/."
     )
     overrides: Overrides = Field(
-        description="Values laid over them, one key=value each, for example stage2.steps=300 or stage2.teacher.context=none."
+        default_factory=list,
+        description="Values laid over them, one key=value each, for example stage2.steps=300 or stage2.teacher.context=none.",
     )
     stages: list[StageName] = Field(
         default_factory=list,

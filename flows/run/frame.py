@@ -29,7 +29,7 @@ def run_framed(body: Callable[[], FlowResult]) -> FlowResult | State[Any]:
     """Run the body of a flow. A refusal or a failed stage (ValueError, RuntimeError) becomes a failed state with its sentence."""
     command.start()
     try:
-        close_dead_runs(Path.cwd())
+        clean_up_after_dead_runs(Path.cwd())
         return body()
     except (RuntimeError, ValueError) as error:
         get_run_logger().error(str(error))
@@ -39,7 +39,7 @@ def run_framed(body: Callable[[], FlowResult]) -> FlowResult | State[Any]:
         deliver_logs()
 
 
-def close_dead_runs(repo: Path) -> None:
+def clean_up_after_dead_runs(repo: Path) -> None:
     """End processes that runs killed before left, and close those runs and their tasks, which would say Running for ever."""
     logger = get_run_logger()
     if ended := command.sweep():
@@ -47,7 +47,7 @@ def close_dead_runs(repo: Path) -> None:
     try:
         with get_client(sync_client=True) as client:
             # without this run itself, which may have died before and is being tried again
-            for run in {run_lock.died(root) for root in [repo, *worktree.found(repo)]} - {"", str(runtime.flow_run.id)}:
+            for run in {run_lock.find_dead_run(root) for root in [repo, *worktree.list_worktrees(repo)]} - {"", str(runtime.flow_run.id)}:
                 _close_run(client, UUID(run))
             for line in reconcile.close_dead_tasks(client):
                 logger.info(line)
@@ -71,23 +71,23 @@ def name_run() -> str:
     A retry of the same flow run has the same name, and so finds its worktree again.
     """
     words = re.sub(r"[^a-z0-9]+", "-", str(runtime.flow_run.name).lower()).strip("-")[:60]
-    return worktree.checked(f"{words or 'run'}-{str(runtime.flow_run.id)[:8]}")
+    return worktree.check_run_name(f"{words or 'run'}-{str(runtime.flow_run.id)[:8]}")
 
 
 def commit_results(repo: Path, root: Path, run: str, what: str = "results") -> None:
     """Commit dvc.lock and metrics on the run's branch, where `dvc repro` then has nothing to do; remove old worktrees afterwards."""
-    git.git(root, "add", "--update")
-    commit = git.commit(root, ["dvc.lock", "metrics"], f"run {run}: {what}")
+    git.run_git(root, "add", "--update")
+    commit = git.commit_paths(root, ["dvc.lock", "metrics"], f"run {run}: {what}")
     logger = get_run_logger()
     logger.info(f"{root} is branch run/{run} at {commit[:12]}; `dvc repro` at that commit repeats it")
-    for folder in worktree.prune(repo, line=logger.warning):
+    for folder in worktree.prune_worktrees(repo, line=logger.warning):
         logger.info(f"removed the worktree {folder}; its branch stays")
 
 
 def discard_worktree(repo: Path, root: Path) -> None:
     """Remove the worktree and the branch of a run that made nothing."""
-    git.git(repo, "worktree", "remove", "--force", str(root))
-    git.git(repo, "branch", "--quiet", "-D", f"run/{root.name}")
+    git.run_git(repo, "worktree", "remove", "--force", str(root))
+    git.run_git(repo, "branch", "--quiet", "-D", f"run/{root.name}")
 
 
 def deliver_logs() -> None:

@@ -43,8 +43,8 @@ def repro_stages(
     worktree of, or `root` itself. Raises RuntimeError when a stage failed, after all that do not need it have ended.
     """
     logger = get_run_logger()
-    shared = SharedRun(root, environment(run, root, repo), _find_unchanged(root), threading.Semaphore(at_once), pull)
-    committed, futures = dvc_lock.recorded(git.committed(root, "dvc.lock")), dict[str, Any]()
+    shared = SharedRun(root, environment(run, root, repo), _find_unchanged(root, graph), threading.Semaphore(at_once), pull)
+    committed, futures = dvc_lock.list_recorded(git.read_committed(root, "dvc.lock")), dict[str, Any]()
     for stage in chosen:
         upstream = nearest_upstream(stage, graph, {stage.name for stage in chosen})
         options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
@@ -58,7 +58,7 @@ def repro_stages(
     except BaseException:  # also SIGTERM, which Prefect raises here as an exception
         command.stop()
         raise
-    dvc_lock.put_in_order(root, committed, graph)
+    dvc_lock.sort_lock(root, committed, graph)
     states = {stage.name: shared.outcomes.get(stage.name, "Failed") for stage in chosen}
     artifacts.show_results(root, run, states, logger.warning)
     if failed := [stage for stage, state in states.items() if state == "Failed"]:
@@ -74,7 +74,7 @@ def plan_stages(root: Path, chosen: list[Stage]) -> dict[str, str]:
 
     A stage that makes the same bytes again lets the stages after it rest, so fewer may run than are said to.
     """
-    unchanged, states, rows = _find_unchanged(root), dict[str, str](), list[dict[str, str]]()
+    unchanged, states, rows = _find_unchanged(root, chosen), dict[str, str](), list[dict[str, str]]()
     for stage in chosen:
         after = [other for other in stage.upstream if states.get(other, "Cached") != "Cached"]
         states[stage.name] = "Cached" if stage.name in unchanged and not after else "Would run"
@@ -94,10 +94,10 @@ def nearest_upstream(stage: Stage, graph: list[Stage], chosen: set[str]) -> tupl
     return tuple(nearest)
 
 
-def _find_unchanged(root: Path) -> set[str]:
+def _find_unchanged(root: Path, graph: list[Stage]) -> set[str]:
     """Return the stages that have nothing to do, which saves a second for each; none where `dvc status` fails, so each asks DVC itself."""
     try:
-        return dvc_graph.unchanged(root)
+        return dvc_graph.find_unchanged(root, graph)
     except RuntimeError as error:
         get_run_logger().warning(str(error))
         return set()
@@ -109,8 +109,8 @@ def remote_answers(root: Path) -> bool:
     Raises dvc_remote.Misconfigured for a remote that is set up wrong.
     """
     try:
-        get_run_logger().info(f"takes what {dvc_remote.check(root)} has")
-    except dvc_remote.Away as error:
+        get_run_logger().info(f"takes what {dvc_remote.check_remote(root)} has")
+    except dvc_remote.RemoteAway as error:
         get_run_logger().warning(f"{error}; everything is made here")
         return False
     return True
@@ -118,7 +118,7 @@ def remote_answers(root: Path) -> bool:
 
 def push_results(root: Path, failure: RuntimeError | None) -> None:
     """Push what has finished, also when a stage failed. Raises RuntimeError for a failed push, unless `failure` already ends the run."""
-    state = dvc_remote.pushed(root, return_state=True)
+    state = dvc_remote.push_task(root, return_state=True)
     if not state.is_completed() and not failure:
         message = re.sub(r"^Task run encountered an exception \w+: ", "", state.message or "it did not end")
         raise RuntimeError(f"the stages are finished and not sent: {message}; `cf remote push` in {root} sends them")

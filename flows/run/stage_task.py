@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from flows.run import artifacts
 from flows.supervise import command, gpus
 
 TAIL_LINES = 20  # lines of output that a failure carries
-SECRET = ("PREFECT_", "CF_ALERT_")  # of the environment, and none of a stage's business: there is a password in both
+SECRET = ("PREFECT_", "CF_ALERT_", "CF_HEARTBEAT_")  # of the environment, and none of a stage's business: there is a password in each
 DONE = ("Cached", "Restored", "Completed")
-CHATTER = (
+CHATTER = (  # lines of DVC's that a run's log leaves out
     "To track the changes with git",
     "\tgit add",
     "To enable auto staging",
@@ -92,7 +93,7 @@ def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[
             progress.read_line(lines[-1])
 
     try:
-        with _Slot(run.slots):
+        with _hold_slot(run.slots):
             code = repro_stage(stage, run, log, pull=run.pull)
             if code and run.pull and not any(line.startswith(f"Running stage '{name}'") for line in lines):
                 log(f"{name} could not be taken from the remote, so it is made here")
@@ -130,19 +131,16 @@ def read_outcome(stage: str, lines: list[str]) -> str:
     return state
 
 
-class _Slot:
-    """One of the places for stages that run at the same time; waiting for a place ends when the run is stopped."""
-
-    def __init__(self, slots: threading.Semaphore) -> None:
-        self.slots = slots
-
-    def __enter__(self) -> None:
-        while not self.slots.acquire(timeout=0.5):
-            if command.stopping():
-                raise command.Stopped("stopped while waiting for its turn")
-
-    def __exit__(self, *_: object) -> None:
-        self.slots.release()
+@contextmanager
+def _hold_slot(slots: threading.Semaphore) -> Iterator[None]:
+    """Hold one of the places for stages that run at the same time; waiting for a place ends when the run is stopped."""
+    while not slots.acquire(timeout=0.5):
+        if command.stopping():
+            raise command.Stopped("stopped while waiting for its turn")
+    try:
+        yield
+    finally:
+        slots.release()
 
 
 def count_gpus(stage: Stage, log: Callable[[str], None]) -> int:

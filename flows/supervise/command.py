@@ -13,8 +13,8 @@ from pathlib import Path
 
 from flows.supervise import gpus as gpu_locks
 from flows.supervise import guardian
+from tasks.files.settings import read_settings
 
-GRACE = 4.0  # Choice: seconds between SIGTERM and SIGKILL. A run that is cancelled must be gone within ten; checkpoints are whole files.
 _running: set[subprocess.Popen[str]] = set()
 _stopping = threading.Event()
 
@@ -41,7 +41,7 @@ def run(
     with gpu_locks.locks(gpus, line, _stopping.is_set) as held:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, held))}
         process = subprocess.Popen(
-            [sys.executable, "-I", guardian.__file__, word, os.environ.get("CF_GRACE", str(GRACE)), *command],
+            [sys.executable, "-I", guardian.__file__, word, str(read_settings().grace), *command],
             cwd=cwd,
             # not the mark of this process: nobody is to sweep up the guardian while it cleans up
             env={key: value for key, value in (os.environ if env is None else env).items() if key != guardian.MARK} | visible,
@@ -118,4 +118,4 @@ def mark() -> None:
 def sweep() -> list[int]:
     """Ends what guardians that were themselves killed together with their starters have left; the process numbers."""
     lost = {mark.split(":")[0] for _, mark in guardian.carriers() if not guardian.alive(mark)}
-    return sorted(pid for word in lost for pid in guardian.end(word, GRACE))
+    return sorted(pid for word in lost for pid in guardian.end(word, read_settings().grace))

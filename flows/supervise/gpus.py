@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from tasks.files.settings import read_settings
+
 PAUSE = 0.5  # seconds between two looks at a lock that another holds
 SAY_EVERY = 60.0
 DEVICES = Path("/dev")
@@ -22,16 +24,14 @@ DEVICES = Path("/dev")
 
 def folder() -> Path:
     """Shared by all checkouts of this user on this machine; its name is in there, because a home may be shared by machines."""
-    return Path(os.environ.get("CF_GPU_LOCKS") or Path.home() / ".cache/cf" / (re.sub(r"[^\w-]", "_", platform.node()) or "here"))
+    return read_settings().gpu_locks or Path.home() / ".cache/cf" / (re.sub(r"[^\w-]", "_", platform.node()) or "here")
 
 
 def available() -> list[int]:
     """Numbers of the GPUs that this process may give away: CF_GPUS of them, or those it was given, or all of the machine."""
-    count, visible = os.environ.get("CF_GPUS", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if count:
-        if not count.isdecimal():
-            raise ValueError(f"CF_GPUS is {count}; it is the number of GPUs of this machine, 0 or more")
-        return list(range(int(count)))
+    count, visible = read_settings().gpus, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count is not None:
+        return list(range(count))
     if visible is not None:
         named = [one.strip() for one in visible.split(",") if one.strip() not in ("", "-1")]
         if not all(one.isdecimal() for one in named):

@@ -1,4 +1,4 @@
-"""What `make repro` ends with: where to look, and five lines of numbers."""
+"""The last lines of `cf repro`: where the report and the videos are, and five numbers of the evaluation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# label -> where in metrics/ the number stands
-METRICS = {
+METRICS = {  # label -> stage whose metrics/<stage>.json has the number, and the keys to it
     "base, sprite recall": ("evaluate", "prompts", "base", "sprite_recall"),
     "stage1, sprite recall": ("evaluate", "prompts", "stage1", "sprite_recall"),
     "teacher, map error after 10 real seconds": ("evaluate", "continuations", "teacher_slow_fast", "map_error"),
@@ -16,20 +15,17 @@ METRICS = {
 }
 
 
-def read_metric(metrics: Path, stage: str, *keys: str) -> str:
+def summarize_run(root: Path) -> str:
+    """Return the lines for the project in `root`; a number that no stage has written is `not measured`."""
+    places = {"report": root / "reports/report.html", "videos": root / "samples"}
+    lines = [f"{name:<42} {path}" for name, path in places.items() if path.exists()]
+    lines += [f"{label:<42} {_read_metric(root / 'metrics', *keys)}" for label, keys in METRICS.items()]
+    return "\n".join(lines)
+
+
+def _read_metric(metrics: Path, stage: str, *keys: str) -> str:
     file = metrics / f"{stage}.json"
     value: Any = json.loads(file.read_text()) if file.exists() else None
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return f"{value:.4g}" if isinstance(value, int | float) else "not measured"
-
-
-def summarize_run(root: Path) -> str:
-    places = {"report": root / "reports/report.html", "videos": root / "samples"}
-    lines = [f"{name:<42} {path}" for name, path in places.items() if path.exists()]
-    lines += [f"{label:<42} {read_metric(root / 'metrics', *where)}" for label, where in METRICS.items()]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(summarize_run(Path.cwd()))

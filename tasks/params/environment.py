@@ -17,16 +17,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tasks.params.yaml_file import Refused
 
 PREFIX = "CF_"
-PATH_NAME = "a name in letters, digits and . _ -"
+WHOLE = "a whole number from"
 
 
-def _variable(default: Any, rule: str, meaning: str, **limits: Any) -> Any:
-    """Declare a variable: its default, what a value must be (completes "it must be ..."), and a sentence for `cf env`."""
+def _variable(default: Any, meaning: str, rule: str = "1 or 0", **limits: Any) -> Any:
+    """Declare a variable: its default, a sentence for `cf env`, and what completes "it must be ..." where a value is malformed."""
     return Field(default, description=meaning, json_schema_extra={"rule": rule}, **limits)
-
-
-def _internal(meaning: str) -> Any:
-    return _variable(None, "text", f"Internal: {meaning}.")
 
 
 class Environment(BaseSettings):
@@ -34,55 +30,47 @@ class Environment(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore")
 
-    # cf up, cf deploy
+    # of cf up, cf deploy and the flows
     port: int | None = _variable(
-        None,
-        "a whole number from 1 to 65535",
-        "Port of the Prefect server; default: the last one of this checkout, else 4200.",
-        ge=1,
-        le=65535,
+        None, "Port of the server; default: the checkout's last one, else 4200.", f"{WHOLE} 1 to 65535", ge=1, le=65535
     )
-    host: str | None = _variable(
-        None, "an address", "Address of the server; default: the last one of this checkout, else 127.0.0.1. Others need a password."
-    )
-    runs: int = _variable(
-        1, "a whole number from 1 to 64", "Flow runs at a time on this machine, of all deployments together.", ge=1, le=64
-    )
-    reports: str | None = _variable(None, "an address", "Where links to reports lead; default: the server that `cf up` starts for them.")
+    host: str | None = _variable(None, "Address of the server; default: the checkout's last one, else 127.0.0.1. Others need a password.")
+    runs: int = _variable(1, "Flow runs at a time on this machine, of all deployments.", f"{WHOLE} 1 to 64", ge=1, le=64)
+    reports: str | None = _variable(None, "Where links to reports lead; default: the server that `cf up` starts for them.")
     pool: str = _variable(
-        "cf", f"a work pool, {PATH_NAME}", "Work pool that `cf deploy` sends deployments to.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+        "cf",
+        "Work pool that `cf deploy` sends deployments to.",
+        "a work pool's name in letters, digits and . _ -",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$",
     )
     root: str | None = _variable(
         None,
-        "the project's whole path on the machines that work for the pool, from / on",
         "The project's folder on the machines that work for the pool; default: this checkout.",
+        "the project's whole path on the machines that work for the pool, from / on",
         pattern=r"^/[^{}\r\n]*$",
     )
-    alert_url: SecretStr | None = _variable(None, "an address", "URL that is sent a message when a night fails or doesn't happen. Secret.")
-    heartbeat_url: SecretStr | None = _variable(None, "an address", "URL that is asked for once at the end of a good night. Secret.")
-    # stages
-    gpus: int | None = _variable(None, "the number of GPUs of this machine, 0 or more", "GPUs that may be given away; default: all.", ge=0)
-    gpu_locks: Path | None = _variable(None, "a folder", "Folder of the GPUs' locks; default: ~/.cache/cf/HOST.")
-    ranks: int | None = _variable(None, "a whole number from 1 on", "Processes of a training stage; default: one a GPU.", ge=1)
-    grace: float = _variable(4.0, "seconds, 0 or more", "Seconds between SIGTERM and SIGKILL for what a stage leaves behind.", ge=0)
-    clip_cache: str | None = _variable(
-        None, "a folder, or off", "Folder of results of single clips, or off; default: work/kept.", validation_alias="CF_KEPT"
-    )
-    run: str | None = _variable(None, "a name", "Name that W&B gives to all stages of one command; default: one drawn for them.")
-    ignore_plan: bool = _variable(False, "1 or 0", "1 starts a stage that `cf plan` says won't fit.")
-    traceback: bool = _variable(False, "1 or 0", "1 shows where an error was raised.")
-    # containers: infra/entrypoint.sh
-    repository: str | None = _variable(None, "an address", "Git repository that a container clones, without credentials in it.")
-    branch: str = _variable("main", "a branch", "Branch that a container clones.")
-    checkout: Path | None = _variable(None, "a folder", "Where a container clones it; default: ~/context-forcing.")
-    # tests
-    system: bool = _variable(False, "1 or 0", "1 runs tests/system, with a real server, worker and browser.")
-    screenshots: Path | None = _variable(None, "a folder", "Folder that tests/system writes the screenshots of docs/ to.")
-
-    machine: str | None = _internal("the checkout that a process belongs to, for `cf down`")
-    guard: str | None = _internal("the guardian that a process belongs to (flows/supervise/guardian.py)")
-    nightly_cron: str | None = _internal("nightly.cron of params.yaml, for infra/prefect.yaml")
-    nightly_timezone: str | None = _internal("nightly.timezone of params.yaml, for infra/prefect.yaml")
+    alert_url: SecretStr | None = _variable(None, "URL that is sent a message when a night fails or doesn't happen. Secret.")
+    heartbeat_url: SecretStr | None = _variable(None, "URL that is asked for once at the end of a good night. Secret.")
+    # of stages
+    gpus: int | None = _variable(None, "GPUs to give away; default: all.", "the number of GPUs of this machine, 0 or more", ge=0)
+    gpu_locks: Path | None = _variable(None, "Folder of the GPUs' locks; default: ~/.cache/cf/HOST.")
+    ranks: int | None = _variable(None, "Processes of a training stage; default: one a GPU.", f"{WHOLE} 1 on", ge=1)
+    grace: float = _variable(4.0, "Seconds between SIGTERM and SIGKILL for what a stage leaves behind.", "seconds, 0 or more", ge=0)
+    clip_cache: str | None = _variable(None, "Folder of results of single clips, or off; default: work/kept.", validation_alias="CF_KEPT")
+    run: str | None = _variable(None, "Name that W&B gives to all stages of one command; default: one drawn for them.")
+    ignore_plan: bool = _variable(False, "1 starts a stage that `cf plan` says won't fit.")
+    traceback: bool = _variable(False, "1 shows where an error was raised.")
+    # of containers (infra/entrypoint.sh) and tests
+    repository: str | None = _variable(None, "Git repository that a container clones, without credentials in it.")
+    branch: str = _variable("main", "Branch that a container clones.")
+    checkout: Path | None = _variable(None, "Where a container clones it; default: ~/context-forcing.")
+    system: bool = _variable(False, "1 runs tests/system, with a real server, worker and browser.")
+    screenshots: Path | None = _variable(None, "Folder that tests/system writes the screenshots of docs/ to.")
+    # set by programs for programs
+    machine: str | None = _variable(None, "Internal: the checkout that a process belongs to, for `cf down`.")
+    guard: str | None = _variable(None, "Internal: the guardian that a process belongs to (flows/supervise/guardian.py).")
+    nightly_cron: str | None = _variable(None, "Internal: nightly.cron of params.yaml, for infra/prefect.yaml.")
+    nightly_timezone: str | None = _variable(None, "Internal: nightly.timezone of params.yaml, for infra/prefect.yaml.")
 
 
 def variable_name(field: str) -> str:

@@ -1,7 +1,7 @@
-"""What was found out about single clips before, by content: after a night with one new clip, one is measured and encoded.
+"""Cache of results of single clips, keyed by content: after a new clip arrives, only that clip is measured and encoded.
 
-It lies beside the outs and is no part of them: with it or without it a stage writes the same bytes (tests/test_kept.py).
-DVC's own cache can't do this, because to DVC a folder with one new file is another folder.
+The cache lies beside a stage's outs and changes none of them: with it or without it a stage writes the same bytes
+(tests/test_kept.py). DVC's own cache can't do this, because to DVC a folder with a new file is another folder.
 """
 
 from __future__ import annotations
@@ -12,68 +12,63 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.files.atomic import write_atomically
+from tasks.files.hashes import hash_content
+from tasks.files.settings import read_settings
+
 WORK = Path("work")
-UNUSED_DAYS = 30  # what no run has asked for in that time goes: clips that were taken out, codecs that were fitted anew
-SIZE = 32  # bytes of the checksum in front
+UNUSED_DAYS = 30  # an entry that no run has read for so long is removed: of clips that were taken out, of codecs fitted anew
+CHECKSUM_BYTES = 32  # a SHA-256 before each entry's payload
 
 
 class ClipCache:
-    """Bytes by file and by all else that they depend on: `on` (values), our code and the libraries that made them.
+    """Entries of bytes, keyed by a clip's content and all else that they depend on: values (`on`), our code and libraries.
 
-    CF_KEPT names the folder, and several checkouts may share one; `off` keeps nothing. Default: work/kept.
-    Choice: a damaged entry counts as absent, and what one can't read is made again.
+    CF_KEPT names the folder, which several checkouts may share; `off` stores nothing. Default: work/kept.
+    Choice: a damaged or unreadable entry counts as absent and is computed again.
     """
 
     def __init__(self, name: str, on: Mapping[str, Any], *, modules: Sequence[str], libraries: Sequence[str]) -> None:
-        folder = os.environ.get("CF_KEPT") or str(WORK / "kept")
+        folder = read_settings().clip_cache or str(WORK / "kept")
         self.folder = None if folder == "off" else Path(folder) / name
-        code = {module: digest(Path(str(sys.modules[module].__file__))) for module in modules}
+        code = {module: hash_content(Path(str(sys.modules[module].__file__))) for module in modules}
         versions = {library: importlib.metadata.version(library) for library in libraries}
         self.basis = json.dumps([code, versions, on], sort_keys=True, default=str)
-        self.made = 0  # entries that were not there yet
+        self.new_entries = 0  # computed by this run
 
-    def place(self, content: str) -> Path | None:
+    def entry_path(self, content: str) -> Path | None:
+        """Return the file of an entry; None if the cache is off."""
         name = hashlib.sha256(f"{self.basis} {content}".encode()).hexdigest()
         return self.folder and self.folder / name[:2] / name
 
     def get(self, content: str) -> bytes | None:
-        place = self.place(content)
+        """Return an entry's payload and mark the entry as used; None if it is absent or damaged."""
+        path = self.entry_path(content)
         try:
-            whole = place.read_bytes() if place else b""
+            stored = path.read_bytes() if path else b""
         except OSError:
             return None
-        if len(whole) < SIZE or hashlib.sha256(whole[SIZE:]).digest() != whole[:SIZE]:
+        checksum, payload = stored[:CHECKSUM_BYTES], stored[CHECKSUM_BYTES:]
+        if len(stored) < CHECKSUM_BYTES or hashlib.sha256(payload).digest() != checksum:
             return None
-        if place:
-            os.utime(place)
-        return whole[SIZE:]
+        if path:
+            os.utime(path)
+        return payload
 
     def put(self, content: str, payload: bytes) -> None:
-        self.made += 1
-        if place := self.place(content):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            part = place.with_name(f"{place.name}.{os.getpid()}.partial")
-            part.write_bytes(hashlib.sha256(payload).digest() + payload)
-            part.replace(place)
+        """Store an entry; processes that share the folder may store the same entry at the same time."""
+        self.new_entries += 1
+        if path := self.entry_path(content):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, hashlib.sha256(payload).digest() + payload, shared=True)
 
     def sweep(self) -> None:
-        """To be called by a run that succeeded: removes what is long unused."""
+        """Remove entries that have long been unused; a stage calls this only when it has succeeded."""
         oldest = time.time() - UNUSED_DAYS * 86400
         for file in self.folder.glob("??/*") if self.folder else ():
             if file.stat().st_mtime < oldest:
                 file.unlink(missing_ok=True)
-
-
-def digest(path: Path) -> str:
-    """Of a file's bytes, or of all below a folder."""
-    return hashlib.sha256("".join(_digests(path)).encode()).hexdigest()
-
-
-def _digests(path: Path) -> Iterator[str]:
-    for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as opened:
-            yield f"{file.relative_to(path).as_posix()} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n"

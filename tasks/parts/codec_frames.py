@@ -1,4 +1,4 @@
-"""Clips as a codec takes them."""
+"""Reading of clips in the pieces that a codec takes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ PIECE = 64  # frames that are in memory at once: at 832 x 480 they take 77 MB
 
 
 def read_frames(path: Path, size: Video) -> Iterator[Tensor]:
-    """A clip of 1 + 4k frames, [1, V, Y, X, 3] at a time. What is left over of it, less than a latent, is dropped."""
-    pieces = read_pieces(path, height=size.height, width=size.width, fps=size.fps, size=PIECE, cut=lambda n: video_frames(latent_frames(n)))
+    """Yield a clip's frames in pieces [1, V, Y, X, 3], 1 + 4k frames in all; what is left over, less than a latent, is dropped."""
+
+    def cut(frames: int) -> int:
+        return video_frames(latent_frames(frames))
+
+    pieces = read_pieces(path, height=size.height, width=size.width, fps=size.fps, size=PIECE, cut=cut)
     return (torch.from_numpy(piece)[None] for piece in pieces)

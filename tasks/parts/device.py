@@ -1,4 +1,4 @@
-"""Where a stage computes."""
+"""The device that a stage computes on."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def choose_device() -> torch.device:
-    """The GPU, if there is one that CUDA_VISIBLE_DEVICES lets us see."""
+    """Return the GPU, or the CPU if CUDA_VISIBLE_DEVICES leaves no GPU visible."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

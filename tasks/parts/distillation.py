@@ -1,4 +1,4 @@
-"""What the stages `stage1` and `stage2` share: one distillation with other parameters (secs. 3.1, 3.2)."""
+"""The distillation that the stages `stage1` and `stage2` run with different settings (secs. 3.1, 3.2)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .sample_videos import SampleWriter
 
 @dataclass(frozen=True)
 class DistillationJob:
-    """A distillation as params.yaml states it."""
+    """Settings of one distillation from params.yaml, and the view of the past that both scores have."""
 
     spec: StudentSpec
     view: TeacherView
@@ -39,7 +39,7 @@ class DistillationJob:
 
 
 class CaptionPrompts:
-    """The training clips' captions, each once, in the order of the clips."""
+    """Prompts of a distillation: the training clips' captions, each once, in the order of the clips. Indexing gives [P, T, E]."""
 
     def __init__(self, clips: Latents) -> None:
         rows = clips.rows("train")
@@ -52,8 +52,13 @@ class CaptionPrompts:
         return self.clips.text([self.rows[i] for i in at])
 
 
-def train_student(job: DistillationJob, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
-    """Trains the student in `student` on the prompts of the training clips; real score and critic start from `teacher`."""
+def train_student(
+    job: DistillationJob, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path
+) -> dict[str, float | None]:
+    """Train the student in the folder `student` on the training clips' prompts, and write its average to `out`.
+
+    Real score and critic both begin with the weights in `teacher` (alg. 1). Returns the stage's metrics.
+    """
     clips, spec = Latents(latents), job.spec
     distillation = DistillationTrainer(
         spec,
@@ -70,31 +75,21 @@ def train_student(job: DistillationJob, track: Track, *, latents: Path, codec: P
         reencode=_build_reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
     )
     levels, chunk = spec.rollout.levels, spec.rollout.chunk
-    make = partial(
-        sample_stream, distillation.average.model, spec=job.samples, levels=levels, chunk=chunk, memory=spec.memory, flow=job.flow
-    )
-    fit(
-        distillation.step,
-        steps=spec.steps,
-        state=distillation.state,
-        log=track,
-        save_every=spec.save_every,
-        seen=distillation.seen,
-        clock=distillation.clock,
-        sample=SampleWriter(job.samples, track, clips, codec, make),
-    )
-    wan.save_transformer(distillation.average.model, out)
+    make = partial(sample_stream, distillation.ema.model, spec=job.samples, levels=levels, chunk=chunk, memory=spec.memory, flow=job.flow)
+    fit(distillation, track, SampleWriter(job.samples, track, clips, codec, make))
+    wan.save_transformer(distillation.ema.model, out)
     track.save(out)
     names = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")
     return {name: value for name in names if (value := mean_of_tail(out, name)) is not None}
 
 
 def _build_reencoder(folder: Path) -> Callable[[Tensor], Tensor]:
-    """The last video frame of some latents, encoded as a video of its own: one latent, that of a picture."""
+    """Build a function that encodes the last video frame of some latents [B, F, C, H, W] as a picture's latent, [B, 1, C, H, W]."""
     codec = load_codec(folder).to(choose_device())
 
-    def picture(latents: Tensor) -> Tensor:
-        *_, last = codec.decode_stream(latents.split(3, dim=1))  # a few at a time: all that came before must be decoded for one frame
+    def reencode(latents: Tensor) -> Tensor:
+        # Every frame before the last must be decoded too, so a few at a time.
+        *_, last = codec.decode_stream(latents.split(3, dim=1))
         return codec.encode(last[:, -1:]).to(latents)
 
-    return picture
+    return reencode

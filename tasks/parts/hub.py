@@ -1,4 +1,4 @@
-"""Weights that a parameter names: a folder here, or a repository on the Hugging Face Hub, of which only what is needed is fetched."""
+"""Weights that a parameter names: a local folder, or a repository on the Hugging Face Hub, of which the needed parts are fetched."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # owner
 
 
 def resolve_weights(key: str, weights: str | None, parts: Sequence[str]) -> Path:
-    """The folder, with these parts of a diffusers pipeline inside. Says what it is about to download.
+    """Return the folder that has these parts of a diffusers pipeline; announces a download on stderr before it starts.
 
-    The Hub's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN. An owner/name@revision stays the same for ever.
+    The Hub's own settings hold: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN. An owner/name@revision never changes.
     """
     if weights is None:
         raise Refused(f"{key} is null; name a folder in the diffusers layout, or a repository such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")

@@ -1,4 +1,4 @@
-"""The sample videos of a training stage, as files and as W&B media."""
+"""Sample videos of a training stage, as files and as W&B media."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tasks.runner.track import Track
 
 from .device import choose_device
 
-MakeSample = Callable[[Tensor, Tensor, torch.Generator], Iterator[Tensor]]  # of a prompt, a real beginning, noise: latents, part by part
+MakeSample = Callable[[Tensor, Tensor, torch.Generator], Iterator[Tensor]]  # prompt, real beginning, noise -> latents, part by part
 
 
 class SampleWriter:
-    """Called after every step, by every rank: the passes may communicate, and a rank that made none would leave the others waiting.
+    """Makes the samples of a training: `fit` calls it after every step, on every rank, because a model's passes may communicate.
 
-    Only the first rank decodes and writes. A step's videos are written before the checkpoint that says it is done, so a
-    run that goes on from there has them, and one that repeats the step writes the same bytes again.
+    Only the first rank decodes and writes. A step's videos are written before the checkpoint that says the step is done, so a run that
+    resumes from it has them, and a run that repeats the step writes the same bytes again.
     """
 
     def __init__(self, spec: SampleSpec, track: Track, clips: Latents, codec: Path, make: MakeSample) -> None:
@@ -36,23 +36,26 @@ class SampleWriter:
 
     @cached_property
     def codec(self) -> Codec:
-        with torch.random.fork_rng(devices=[]):  # its networks are drawn before they are read
+        """The codec, loaded at the first sample."""
+        with torch.random.fork_rng(devices=[]):  # building its networks draws random numbers that training must not miss
             return load_codec(self.folder).to(choose_device())
 
     def __call__(self, step: int) -> None:
+        """Make, write and show the samples of a step, where `every` asks for them."""
         if not self.spec.every or step % self.spec.every:
             return
-        made: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for number, row in enumerate(self.rows):
             text, real = self.clips.text([row]), self.clips.window([row], [0], self.prefix)
             with torch.no_grad():
                 parts = list(self.make(text.to(choose_device()), real.to(choose_device()), self.spec.rng(number, choose_device())))
             if self.track.first:
-                made[f"samples/{number}"] = self.write(self.track.work / "samples" / f"step-{step:06d}-{number}.mp4", parts)
-        if made:
-            self.track.show(step, made, dict(zip(made, self.clips.captions(self.rows), strict=True)))
+                files[f"samples/{number}"] = self._write(self.track.work / "samples" / f"step-{step:06d}-{number}.mp4", parts)
+        if files:
+            self.track.show(step, files, dict(zip(files, self.clips.captions(self.rows), strict=True)))
 
-    def write(self, path: Path, parts: list[Tensor]) -> Path:
+    def _write(self, path: Path, parts: list[Tensor]) -> Path:
+        """Decode latents, part by part, to the video file `path`; return `path`."""
         path.parent.mkdir(exist_ok=True)
         frames = (frame for part in self.codec.decode_stream(parts) for frame in part[0].numpy())
         with checkpoint.refuse_full_disk(self.track.work, path.name):

@@ -1,4 +1,4 @@
-"""What a system sees of the past when params.yaml doesn't say: what its weights were trained with."""
+"""Systems whose memory or view params.yaml leaves out: they are run as their weights were trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tasks.params.schema import Params, System
 
 
 def as_trained(params: Params, system: System) -> System:
-    """The system with its memory, or its view, filled in."""
+    """Return the system with its memory or its view filled in from the stage that trained its weights."""
     if system.memory or system.view:
         return system
     match system.weights:

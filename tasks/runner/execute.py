@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.files.step_rows import replace
+from tasks.files.atomic import write_atomically
 from tasks.params.project import Project
 from tasks.wandb_log import run as mirror
 
@@ -44,7 +44,7 @@ def execute(
     with open_working_folder(stage, compute_key(stage, paths, project)) as (work, resume):
         if announce:
             announce(work)
-        track = Track(stage, work, resume=resume, mirror=mirror.begin(stage, params.tracking, project.tree, work))
+        track = Track(stage, work, resume=resume, mirror=mirror.start_run(stage, project, work))
         try:
             with write_beside(paths) as partial_paths, stop_on_sigterm(track):
                 metrics = round_metrics(stage, run(params, track, **partial_paths))
@@ -56,7 +56,7 @@ def execute(
             raise
         if metrics:
             METRICS.mkdir(exist_ok=True)
-            replace(METRICS / f"{stage}.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+            write_atomically(METRICS / f"{stage}.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         track.close(metrics)
         track.save_times(RUNTIME)
         write_runtime(stage, measure_runtime(began, params.threads) | track.facts)

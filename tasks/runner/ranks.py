@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.files.settings import read_settings
 from tasks.params.yaml_file import Refused
-from tasks.wandb_log.lineage import pipeline_run
+from tasks.wandb_log.lineage import name_pipeline_run
 
 from .execute import seed_generators, stop_on_sigterm
 from .track import Track
@@ -37,14 +38,12 @@ SAVING_SECONDS = 24 * 3600  # that ranks may take to end their step and save it 
 
 def count_ranks(stage: str, tree: Mapping[str, Any]) -> int:
     """Return how many processes this machine should have for the stage, by its GPUs and CF_RANKS; 1 for a stage that does not train."""
-    gpus, stated = _count_gpus(), os.environ.get("CF_RANKS", "")
-    if stated and not (stated.isdecimal() and int(stated)):
-        raise Refused(f"CF_RANKS is {stated}; use a whole number from 1 on")
-    if stated and 1 <= gpus < int(stated):
+    gpus, stated = _count_gpus(), read_settings().ranks
+    if stated and 1 <= gpus < stated:
         raise Refused(f"CF_RANKS is {stated}, but there are {gpus} GPUs; use at most that, or the CPU by CUDA_VISIBLE_DEVICES=''")
     if stage not in TRAINING_STAGES or (stage == "base" and tree.get("base", {}).get("init") == "wan"):
         return 1
-    return int(stated) if stated else max(gpus, 1)
+    return stated or max(gpus, 1)
 
 
 def _count_gpus() -> int:
@@ -72,7 +71,7 @@ def launch(stage: str, count: int) -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what happened is said in our own sentence
     # Each rank has a process group of its own, by which pipeline_run() would name each stage's run in W&B anew.
-    os.environ.setdefault("CF_RUN", pipeline_run(WORK))
+    os.environ.setdefault("CF_RUN", name_pipeline_run(WORK))
     # DeepSpeed calls torch by deprecated names, which warn at every call.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     with tempfile.TemporaryDirectory(prefix="cf-ranks-") as folder:

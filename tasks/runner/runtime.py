@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.files.step_rows import replace
+from tasks.files.atomic import write_atomically
 
 RUNTIME = Path("runtime")
 
@@ -47,6 +47,6 @@ def _cpu_name() -> str:
 def write_runtime(stage: str, values: Mapping[str, Any]) -> None:
     """Write runtime/<stage>.json, and all stages into a script, because a page that is opened from disk can load no JSON."""
     RUNTIME.mkdir(exist_ok=True)
-    replace(RUNTIME / f"{stage}.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_atomically(RUNTIME / f"{stage}.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     stages = {file.stem: json.loads(file.read_text()) for file in sorted(RUNTIME.glob("*.json"))}
-    replace(RUNTIME / "runtime.js", f"window.CF_RUNTIME = {json.dumps(stages, indent=1, sort_keys=True)};\n")
+    write_atomically(RUNTIME / "runtime.js", f"window.CF_RUNTIME = {json.dumps(stages, indent=1, sort_keys=True)};\n")

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.files.step_rows import Rows, totals
+from tasks.files.step_rows import StepRows, sum_step_times
 
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from tasks.wandb_log.run import Mirror
+    from tasks.wandb_log.run import WandbRun
 
 
 class Track:
@@ -28,12 +28,13 @@ class Track:
 
     first = True  # whether this process is the first of the ranks, which writes
 
-    def __init__(self, stage: str, work: Path, *, mirror: Mirror | None = None, resume: bool = False) -> None:
+    def __init__(self, stage: str, work: Path, *, mirror: WandbRun | None = None, resume: bool = False) -> None:
         self.stage, self.work, self.resume = stage, work, resume
         self.curve = work / "metrics.jsonl"
         self.facts: dict[str, Any] = {}
         self._mirror = mirror
-        self._rows, self._times = Rows(self.curve), Rows(work / "timing.jsonl")
+        self._rows, self._times = StepRows(self.curve), StepRows(work / "timing.jsonl")
+        self._shown = StepRows(work / "shown.jsonl")
         self.asked: bool | None = None  # whether the loop was asked to stop; None while no loop can stop between two steps
 
     def log(self, step: int, **values: float) -> None:
@@ -53,6 +54,7 @@ class Track:
     def show(self, step: int, files: Mapping[str, Path], captions: Mapping[str, str]) -> None:
         """Show the videos of a step in W&B; the files stay in work/samples."""
         if self._mirror:
+            self._shown.add({"step": step, "files": {key: str(file) for key, file in files.items()}, "captions": dict(captions)})
             self._mirror.show(step, files, captions)
 
     def resumed(self, step: int) -> None:
@@ -60,6 +62,8 @@ class Track:
         self.facts["resumed_at"] = step
         print(f"{self.stage}: continues after step {step}", file=sys.stderr, flush=True)
         self.cut(step)
+        if self._mirror:
+            self._mirror.replay(self._rows.read(), self._times.read(), self._shown.read())
 
     @contextmanager
     def listen(self) -> Iterator[Callable[[], bool]]:
@@ -82,6 +86,7 @@ class Track:
         """Drop the rows after `step`."""
         self._rows.cut(step)
         self._times.cut(step)
+        self._shown.cut(step)
 
     def save(self, out: Path) -> None:
         """Copy samples and metrics.jsonl into the stage's out folder, and write the rows as metrics.csv too, because DVC plots that."""
@@ -96,7 +101,7 @@ class Track:
 
     def save_times(self, folder: Path) -> None:
         """Copy timing.jsonl to folder/<stage>.timing.jsonl, and add its sums and highest values to the facts."""
-        self.facts |= totals(self._times.read())
+        self.facts |= sum_step_times(self._times.read())
         if self._times.file.exists():
             folder.mkdir(exist_ok=True)
             shutil.copyfile(self._times.file, folder / f"{self.stage}.timing.jsonl")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.files.hashes import digest
+from tasks.files.hashes import hash_content
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused, value_at
 
@@ -30,7 +30,7 @@ def compute_key(stage: str, paths: Mapping[str, Any], project: Project) -> str:
     deps += [Path(section[name]) for name in USER_FILES if isinstance(section, Mapping) and section.get(name)]
     parts = {
         "command": sorted(f"--{name} {value}" for name, value in paths.items()),
-        "deps": {str(dep): digest(dep) for dep in sorted(deps)},
+        "deps": {str(dep): hash_content(dep) for dep in sorted(deps)},
         "params": dict(_select_params(entry.get("params", []), project.tree)),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Where a stage's run comes from and what it makes, in Git's and DVC's terms: commit, md5s, and the outs as a chain."""
+"""Where a stage's run comes from and what it makes, in Git's and DVC's terms: commit, md5s, and the stage's inputs and outs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tasks.files.hashes import dvc_md5, files
-from tasks.params import yaml_file
+from tasks.files.atomic import write_atomically
+from tasks.files.hashes import compute_dvc_md5, list_files
+from tasks.files.settings import read_settings
+from tasks.params.project import Project
 
-KINDS = {"data": "dataset", "models": "model", "samples": "videos", "results": "evaluation", "reports": "report"}
-CODE = {".py", ".j2"}
-PIPELINE = Path("dvc.yaml")
+ARTIFACT_TYPES = {"data": "dataset", "models": "model", "samples": "videos", "results": "evaluation", "reports": "report"}
+CODE_SUFFIXES = {".py", ".j2"}
 
 
 @dataclass(frozen=True)
-class Held:
-    """A file or folder that DVC holds. Its name in W&B is the same wherever and whenever it is made."""
+class TrackedPath:
+    """A file or folder that DVC tracks. Its name in W&B is the same wherever and whenever it is made."""
 
     path: Path
 
@@ -34,95 +35,97 @@ class Held:
 
     @property
     def kind(self) -> str:
-        return KINDS.get(self.path.parts[0], "output")
+        return ARTIFACT_TYPES.get(self.path.parts[0], "output")
 
     @property
     def md5(self) -> str:
-        return dvc_md5(self.path)
+        return compute_dvc_md5(self.path)
 
+    @property
     def size(self) -> dict[str, int]:
-        found = [file.stat().st_size for file in files(self.path)]
-        return {"files": len(found), "bytes": sum(found)}
+        sizes = [file.stat().st_size for file in list_files(self.path)]
+        return {"files": len(sizes), "bytes": sum(sizes)}
 
 
-def git() -> dict[str, Any]:
-    """Commit, and what differs from it; what a pipeline writes while it runs (dvc.lock, metrics/) says nothing about its code."""
+def describe_git() -> dict[str, Any]:
+    """Return commit, whether tracked files differ from it, and the names of the first 50 that do.
+
+    What a pipeline writes while it runs (dvc.lock, metrics/) is left out, because it says nothing about the code.
+    """
     try:
-        sha = _git("rev-parse", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock", ":(exclude)metrics")
+        sha = _run_git("rev-parse", "HEAD").strip()
+        changed = _run_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock", ":(exclude)metrics")
     except (OSError, subprocess.CalledProcessError):
         return {"sha": None, "dirty": None}
     names = [line[3:] for line in changed.splitlines()]
     return {"sha": sha, "dirty": bool(names)} | ({"changed": names[:50]} if names else {})
 
 
-def _git(*words: str) -> str:
+def _run_git(*words: str) -> str:
     return subprocess.run(["git", *words], check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-def dvc(stage: str, stated: Mapping[str, Any], pipeline: Path = PIPELINE) -> dict[str, Any]:
-    """The stage's dependencies with the md5s that dvc.lock will have for them. Taken from the files themselves: a stage
-    started by hand has not told DVC. Code is left to the commit, or to its list of changes."""
-    deps = [Path(dep) for dep in _stages(stated, pipeline).get(stage, {}).get("deps", [])]
-    return {"stage": stage, "deps": {str(dep): dvc_md5(dep) for dep in deps if dep.suffix not in CODE}}
+def describe_dependencies(stage: str, project: Project) -> dict[str, Any]:
+    """Return the stage's dependencies with the md5s that dvc.lock will have for them, computed from the files themselves.
+
+    Code is left out, because the commit and its list of changed files name it.
+    """
+    deps = [Path(dep) for dep in project.stage(stage).get("deps", [])]
+    return {"stage": stage, "deps": {str(dep): compute_dvc_md5(dep) for dep in deps if dep.suffix not in CODE_SUFFIXES}}
 
 
-def used(stage: str, stated: Mapping[str, Any], pipeline: Path = PIPELINE) -> list[Held]:
-    """The outs of other stages, and the data of .dvc files, that this one reads, whole even where it reads a file of one."""
-    stages = _stages(stated, pipeline)
-    made = [out for name, entry in stages.items() if name != stage for out in _outs(entry)]
-    found: dict[Path, Held] = {}
-    for dep in map(Path, stages.get(stage, {}).get("deps", [])):
-        whole = next((out for out in made if dep.is_relative_to(out)), None)
-        if whole is None and dep.with_name(dep.name + ".dvc").exists():
-            whole = dep
-        if whole is not None and whole.exists():
-            found[whole] = Held(whole)
-    return list(found.values())
+def list_inputs(stage: str, project: Project) -> list[TrackedPath]:
+    """List what a stage reads of other stages' outs and of data that a .dvc file names; the whole out where it reads a part."""
+    others = [out for name in project.stages if name != stage for out in _list_out_paths(project.stage(name))]
+    inputs: dict[Path, TrackedPath] = {}
+    for dep in map(Path, project.stage(stage).get("deps", [])):
+        tracked = next((out for out in others if dep.is_relative_to(out)), None)
+        if tracked is None and dep.with_name(dep.name + ".dvc").exists():
+            tracked = dep
+        if tracked is not None and tracked.exists():
+            inputs[tracked] = TrackedPath(tracked)
+    return list(inputs.values())
 
 
-def made(stage: str, stated: Mapping[str, Any], pipeline: Path = PIPELINE) -> list[Held]:
-    """Its outs, once it has succeeded: by then they are in their places."""
-    return [Held(out) for out in _outs(_stages(stated, pipeline).get(stage, {})) if out.exists()]
+def list_outs(stage: str, project: Project) -> list[TrackedPath]:
+    """List the stage's outs that exist: all of them once it has succeeded."""
+    return [TrackedPath(out) for out in _list_out_paths(project.stage(stage)) if out.exists()]
 
 
-def pipeline_run(work: Path) -> str:
-    """One name for all stages that one command runs: CF_RUN, DVC's name of the experiment, or one drawn for the process group."""
-    given = os.environ.get("CF_RUN") or os.environ.get("DVC_EXP_NAME")
-    if given:
-        return given
+def _list_out_paths(entry: Mapping[str, Any]) -> list[Path]:
+    """List the paths of `outs`; `metrics` are left out, because their values are in the run itself."""
+    return [Path(out if isinstance(out, str) else next(iter(out))) for out in entry.get("outs", [])]
+
+
+def name_pipeline_run(work: Path) -> str:
+    """Return the name shared by all stages of one command: CF_RUN, DVC's name of the experiment, or one drawn for the process group.
+
+    A drawn name is stored in `work`/run with the group's number and start, because the system uses numbers of groups again.
+    """
+    if stated := read_settings().run or os.environ.get("DVC_EXP_NAME"):
+        return stated
     file, group = work / "run", os.getpgrp()
-    began = leader_began(group)
+    start = read_group_start(group)
     match file.read_text().split() if file.exists() else []:
-        case [owner, since, name] if owner == str(group) and (not began or abs(began - float(since)) < 10):
+        case [owner, since, name] if owner == str(group) and (not start or abs(start - float(since)) < 10):
             return name
     name = f"{time.strftime('%Y%m%d-%H%M')}-{secrets.token_hex(2)}"
     work.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"run.{os.getpid()}")
-    partial.write_text(f"{group} {began:.2f} {name}")
-    partial.replace(file)
+    write_atomically(file, f"{group} {start:.2f} {name}", shared=True)
     return name
 
 
-def leader_began(group: int) -> float:
-    """When the first process of a group began, by which a number that is used again is told from the one before; 0 if it is gone.
-    Exact to a few seconds only, since the clock that it is counted from is put right now and then."""
+def read_group_start(group: int) -> float:
+    """Return when the first process of a group started, in seconds since 1970; 0 if it has ended.
+
+    Exact to a few seconds only, because the system's clock is corrected now and then.
+    """
     try:
         return float(psutil.Process(group).create_time())
     except psutil.Error:
         return 0.0
 
 
-def alias(group: str) -> str:
-    """W&B forbids / and : in the aliases of an artifact."""
+def make_alias(group: str) -> str:
+    """Return a group's name as an alias of an artifact, in which W&B forbids / and :."""
     return re.sub("[/:]", "-", group)
-
-
-def _stages(stated: Mapping[str, Any], pipeline: Path) -> dict[str, Any]:
-    return yaml_file.read_stages(pipeline, stated) if pipeline.exists() else {}
-
-
-def _outs(entry: dict[str, Any]) -> Iterator[Path]:
-    """Not its metrics: their values are in the run itself."""
-    for out in entry.get("outs", []):
-        yield Path(out if isinstance(out, str) else next(iter(out)))

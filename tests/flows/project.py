@@ -133,7 +133,8 @@ def write(folder: Path, seconds: float) -> None:
         "params.yaml": PARAMS.format(profile="tiny", seconds=seconds),
         "profiles/tiny.yaml": PARAMS.format(profile="tiny", seconds=seconds),
         "profiles/smoke.yaml": PARAMS.format(profile="smoke", seconds=seconds / 2),
-        "tasks/__init__.py": "",
+        # what flows reads of tasks (tasks/files, tasks/params/yaml_file) comes from the real package
+        "tasks/__init__.py": f"__path__.append({str(ROOT / 'tasks')!r})\n",
         "tasks/__main__.py": TASKS,
         "tasks/validate.py": "",
         ".gitignore": "/data/\n/models/\n/reports/\n/trace/\n/runtime/\n/.runs/\n__pycache__/\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -180,3 +182,52 @@ def test_a_clock_that_was_ahead_silences_nothing(name: str, tmp_path: Path, monk
     assert alerts.report_absence(tmp_path, 26) is None
     monkeypatch.setattr(alerts.time, "time", lambda: now + 27 * 3600)
     assert "no nightly has ended well for 27.0 hours" in (alerts.report_absence(tmp_path, 26) or "")
+
+
+class Heart(http.server.BaseHTTPRequestHandler):
+    """Answers with the code that its path names, and remembers who asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(int(self.path[1:4]))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_heartbeat_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.delenv(alerts.HEARTBEAT_URL, raising=False)
+    alerts.send_heartbeat(lines.append)
+    assert lines == []
+    with http.server.HTTPServer(("127.0.0.1", 0), Heart) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for code in (200, 500):
+            monkeypatch.setenv(alerts.HEARTBEAT_URL, f"http://127.0.0.1:{server.server_port}/{code}/secretword")
+            alerts.send_heartbeat(lines.append)
+        server.shutdown()
+    assert Heart.asked == ["/200/secretword", "/500/secretword"], "once each"
+    assert lines == ["a heartbeat was sent", "warning: no heartbeat was sent: HTTP 500; see CF_HEARTBEAT_URL"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://192.0.2.1/secretword", "file:///etc/secretword", "secretword", "http://[secretword", "http://127.0.0.1:9/secretword"]
+)
+def test_a_heartbeat_that_can_not_be_sent_is_a_warning(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond this machine only with TLS, and the address stays a secret."""
+    monkeypatch.setenv(alerts.HEARTBEAT_URL, url)
+    lines: list[str] = []
+    alerts.send_heartbeat(lines.append)
+    assert lines[0].startswith("warning: no heartbeat was sent: ") and "secretword" not in lines[0]
+
+
+def test_a_heart_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alerts, "LIMIT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv(alerts.HEARTBEAT_URL, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        lines: list[str] = []
+        alerts.send_heartbeat(lines.append)
+    assert "TimeoutError" in lines[0]

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.night.inbox import VIDEOS, copy_new_clips
-from tasks.files.videos import VIDEO_SUFFIXES
+from flows.night.inbox import copy_new_clips
 
 
 @pytest.fixture
@@ -30,19 +29,19 @@ def names(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_new_goes_in_once_and_the_inbox_stays(inbox: Path, tmp_path: Path) -> None:
     before = names(inbox)
-    assert copy_new_clips(inbox, tmp_path / "raw", settle=0).taken == ["a.mp4", "sub/b.mp4", "sub/b.txt"]
+    assert copy_new_clips(inbox, tmp_path / "raw", settle=0).copied == ["a.mp4", "sub/b.mp4", "sub/b.txt"]
     assert names(tmp_path / "raw") == before == names(inbox)
     again = copy_new_clips(inbox, tmp_path / "raw", settle=0)
-    assert (again.taken, again.known, again.turned_away) == ([], 3, {})
+    assert (again.copied, again.duplicates, again.turned_away) == ([], 3, {})
     (inbox / "a.mp4").rename(inbox / "renamed.mp4")
-    assert copy_new_clips(inbox, tmp_path / "raw", settle=0).taken == [], "known by its content"
+    assert copy_new_clips(inbox, tmp_path / "raw", settle=0).copied == [], "known by its content"
 
 
 def test_another_clip_of_a_known_name_replaces_nothing(inbox: Path, tmp_path: Path) -> None:
     copy_new_clips(inbox, tmp_path / "raw", settle=0)
     (inbox / "a.mp4").write_bytes(b"another")
     (inbox / "a.txt").write_text("its caption")
-    taken = copy_new_clips(inbox, tmp_path / "raw", settle=0).taken
+    taken = copy_new_clips(inbox, tmp_path / "raw", settle=0).copied
     assert len(taken) == 2 and taken[0].startswith("a-") and taken[1] == taken[0].replace(".mp4", ".txt")
     assert (tmp_path / "raw/a.mp4").read_bytes() == b"a" and (tmp_path / "raw" / taken[0]).read_bytes() == b"another"
 
@@ -50,7 +49,7 @@ def test_another_clip_of_a_known_name_replaces_nothing(inbox: Path, tmp_path: Pa
 def test_a_caption_can_be_corrected(inbox: Path, tmp_path: Path) -> None:
     copy_new_clips(inbox, tmp_path / "raw", settle=0)
     (inbox / "sub/b.txt").write_text("a better caption")
-    assert copy_new_clips(inbox, tmp_path / "raw", settle=0).taken == ["sub/b.txt"]
+    assert copy_new_clips(inbox, tmp_path / "raw", settle=0).copied == ["sub/b.txt"]
     assert (tmp_path / "raw/sub/b.txt").read_text() == "a better caption"
 
 
@@ -71,7 +70,7 @@ def test_what_can_not_be_taken_is_turned_away_with_a_reason(inbox: Path, tmp_pat
     (inbox / "a.txt").write_text(" \n")
     (inbox / ".hidden.mp4").write_bytes(b"h")
     found = copy_new_clips(inbox, tmp_path / "raw", settle=0)
-    assert found.taken == ["a.mp4", "sub/b.mp4", "sub/b.txt"]
+    assert found.copied == ["a.mp4", "sub/b.mp4", "sub/b.txt"]
     gone = ["a.txt", "dead.mp4", "empty.mp4", "line\nbreak.mp4", "link.mp4", "loop", "pipe.mp4", "upload.mp4.part"]
     assert sorted(found.turned_away) == gone
     assert set(names(tmp_path / "raw")) == {"a.mp4", "sub/b.mp4", "sub/b.txt"}
@@ -82,7 +81,7 @@ def test_an_upload_that_goes_on_waits_for_the_next_night(inbox: Path, tmp_path: 
         os.utime(file, (0, time.time() - 120))
     os.utime(inbox / "a.mp4")
     found = copy_new_clips(inbox, tmp_path / "raw", settle=60)
-    assert found.taken == ["sub/b.mp4", "sub/b.txt"] and "the next night takes it" in found.turned_away["a.mp4"]
+    assert found.copied == ["sub/b.mp4", "sub/b.txt"] and "the next night takes it" in found.turned_away["a.mp4"]
 
 
 def test_no_inbox(tmp_path: Path) -> None:
@@ -98,19 +97,18 @@ def test_a_name_that_is_no_utf8_is_turned_away_and_can_be_written_down(inbox: Pa
 
 
 def test_only_videos_and_captions_go_in(inbox: Path, tmp_path: Path) -> None:
-    assert set(VIDEOS) == set(VIDEO_SUFFIXES), "what the stage `clips` takes"
     for name in ("README.md", "Thumbs.db", "a.TXT"):
         (inbox / name).write_text("x")
     (inbox / "B.MOV").write_text("B")
     found = copy_new_clips(inbox, tmp_path / "raw", settle=0)
-    assert sorted(found.turned_away) == ["README.md", "Thumbs.db", "a.TXT"] and "B.MOV" in found.taken
+    assert sorted(found.turned_away) == ["README.md", "Thumbs.db", "a.TXT"] and "B.MOV" in found.copied
 
 
 def test_captions_that_say_the_same_are_known_the_next_night(inbox: Path, tmp_path: Path) -> None:
     (inbox / "a.txt").write_text("a caption")
     copy_new_clips(inbox, tmp_path / "raw", settle=0)
     again = copy_new_clips(inbox, tmp_path / "raw", settle=0)
-    assert (again.taken, again.known) == ([], 4)
+    assert (again.copied, again.duplicates) == ([], 4)
 
 
 def test_of_a_clip_that_is_there_twice_the_first_caption_stays(inbox: Path, tmp_path: Path) -> None:
@@ -127,12 +125,12 @@ def test_a_time_that_is_still_to_come_keeps_no_clip_out(inbox: Path, tmp_path: P
     os.utime(inbox / "a.mp4", (0, time.time() + 1e7))
     assert "a.mp4" in copy_new_clips(inbox, tmp_path / "raw", settle=60).turned_away, "it was written just now"
     time.sleep(0.3)
-    assert "a.mp4" in copy_new_clips(inbox, tmp_path / "raw", settle=0.2).taken
+    assert "a.mp4" in copy_new_clips(inbox, tmp_path / "raw", settle=0.2).copied
 
 
 def test_a_full_disk_fails_the_night_and_leaves_nothing_half_copied(inbox: Path, tmp_path: Path) -> None:
     (inbox / "a.mp4").write_bytes(b"x" * 500_000)
-    code = "import sys; from pathlib import Path; from flows.night.inbox import take; take(*map(Path, sys.argv[1:]), settle=0)"
+    code = "import sys; from pathlib import Path; from flows.night import inbox; inbox.copy_new_clips(*map(Path, sys.argv[1:]), settle=0)"
 
     def small() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

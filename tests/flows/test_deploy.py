@@ -77,8 +77,8 @@ def test_what_is_refused_is_refused_before_anything_is_deployed(api: str, checko
     (checkout / "flows/pipeline.py").write_text(flow)
     for name, value, words in (
         ("CF_POOL", "lab", f"{api} has no work pool lab; infra/README.md says how to make one (there: cf, cf-docker)"),
-        ("CF_POOL", "{{ x }}", "CF_POOL is '{{ x }}'; name a work pool, in letters, digits and . _ -"),
-        ("CF_ROOT", "here", "CF_ROOT is 'here'; state the project's whole path on the machines that work for the pool, from / on"),
+        ("CF_POOL", "{{ x }}", "CF_POOL is '{{ x }}'; it must be a work pool's name in letters, digits and . _ -"),
+        ("CF_ROOT", "here", "CF_ROOT is 'here'; it must be the project's whole path on the machines that work for the pool, from / on"),
     ):
         with monkeypatch.context() as stated:
             stated.setenv(name, value)

@@ -22,7 +22,7 @@ RULES = [
 
 def judged(recall: Any = 0.8, jitter: Any = 1.0, shown: list[tuple[str, int]] = SHOWN, version: str | None = None) -> Measured:
     values = {name: value for name, value in (("recall", recall), ("jitter", jitter)) if value is not None}
-    return Measured(md5="m.dir", numbers={"prompts": {"student": values}}, shown=shown, version=version)
+    return Measured(md5="m.dir", numbers={"prompts": {"student": values}}, videos=shown, version=version)
 
 
 def verdict(candidate: Measured, promoted: Measured | None = None, rules: list[Rule] = RULES) -> Verdict:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace as Thing
 from typing import Any
@@ -14,9 +11,8 @@ import psutil
 import pytest
 
 from flows.doctor import server
-from flows.machine import processes
+from flows.machine import programs
 from flows.machine.settings import Machine
-from tests.flows import project
 
 
 @pytest.fixture
@@ -26,13 +22,11 @@ def machine(tmp_path: Path) -> Machine:
 
 
 @pytest.fixture
-def own(machine: Machine) -> Iterator[psutil.Process]:
+def own(monkeypatch: pytest.MonkeyPatch) -> psutil.Process:
     """The checkout's worker."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    processes.note(machine.file("worker.pid"), child.pid)
-    yield psutil.Process(child.pid)
-    child.kill()
-    child.wait()
+    process = psutil.Process()
+    monkeypatch.setattr(programs, "find_process", lambda machine, name: process)
+    return process
 
 
 def client(runs: list[Any] | None = None, slots: int = 0, paused: bool = False) -> Any:
@@ -56,11 +50,23 @@ def test_a_pool_that_is_paused(machine: Machine, own: psutil.Process) -> None:
     assert bad.level == "fail" and bad.todo == "prefect work-pool resume cf"
 
 
-def test_a_worker_that_is_stopped(machine: Machine, own: psutil.Process) -> None:
-    own.suspend()
-    assert project.sleeps(own)
-    (bad,) = server.check_worker(client(), machine)
-    assert bad.level == "fail" and str(own.pid) in bad.said and bad.todo == "`make up` wakes it"
+def test_runs_are_late_and_nobody_takes_them(machine: Machine) -> None:
+    (bad,) = server.check_worker(client([Thing()]), machine)
+    assert bad.level == "fail" and bad.said == "none of this checkout runs; 1 runs are late" and bad.todo == "`make up` starts it"
+    assert [line.level for line in server.check_worker(client(), machine)] == ["warn"]
+
+
+def test_a_program_that_supervisor_has_given_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"server": "FATAL", "worker": "RUNNING", "watch": "STARTING", "reports": "BACKOFF"}
+    monkeypatch.setattr(programs, "read_states", lambda machine: states)
+    assert [line.said for line in server.check_programs(machine, False)] == [
+        "the program server is FATAL",
+        "the program reports is BACKOFF",
+    ]
+    states.clear()
+    assert list(server.check_programs(machine, False)) == []
+    machine.file("supervisor.pid").write_text("1")
+    assert [line.level for line in server.check_programs(machine, False)] == ["fail"]
 
 
 def test_errors_in_the_log_since_the_last_start(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ import pytest
 from flows.night import judge, state, steps, warm_start
 from flows.night.gate import Measured
 from flows.project import dvc_lock, registry
-from flows.run import repro
+from flows.project.dvc_graph import Stage
+from flows.run import stage_task
 from tests.flows import project
 
 DVC = """stages:
@@ -41,18 +43,19 @@ def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (root / "models" / name / "weights").write_text(name)
     hashes = [dvc_lock.md5(root / "models" / name).removesuffix(".dir") for name in ("stage2", "codec")]
     (root / "dvc.lock").write_text(LOCK.format(*hashes))
-    monkeypatch.setattr(repro, "repro_stages", lambda *_, **__: {})
-    monkeypatch.setattr(steps, "get_run_logger", lambda: logging.getLogger("test"))
-    monkeypatch.setattr(steps.shown, "table", lambda *_: None)
-    rules = SimpleNamespace(rules=[], prompts_file=None, prompts=1)
-    given: dict[str, Any] = {"past": [], "before": None, "date": "2026-01-07", "folder": None, "line": lambda _: None, "full": True}
-    return state.NightState(repo=root, root=root, run="r", base="main", settings=rules, of_a_folder=False, **given)  # type: ignore[arg-type]
+    monkeypatch.setattr(steps, "repro_stages", lambda *_, **__: {})
+    for module in (steps, judge):
+        monkeypatch.setattr(module, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(steps, "show_table", lambda *_: None)
+    settings: Any = SimpleNamespace(rules=[], prompts_file=None, prompts=1)
+    given: dict[str, Any] = {"past": [], "promoted": None, "date": "2026-01-07", "clips_folder": None, "log": print, "full": True}
+    return state.NightState(state.NightPlan(repo=root, root=root, run="r", base="main", settings=settings, from_folder=False, **given))
 
 
 @pytest.mark.parametrize("name", ["stage2", "codec"])
 def test_what_is_not_what_dvc_says_is_not_judged(one: state.NightState, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "judge_candidate", lambda _: pytest.fail("it was judged"))
-    (one.root / "models" / name / "weights").write_text("x" * len(name))
+    monkeypatch.setattr(steps, "judge_candidate", lambda *_: pytest.fail("it was judged"))
+    (one.plan.root / "models" / name / "weights").write_text("x" * len(name))
     with pytest.raises(RuntimeError, match=f"not judged: stage2: {name} has the md5"):
         steps.train_candidate(one)
 
@@ -60,14 +63,14 @@ def test_what_is_not_what_dvc_says_is_not_judged(one: state.NightState, name: st
 def test_each_has_its_own_codec(one: state.NightState, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, dict[str, Any]] = {}
 
-    def measure(root: Path, name: str, **given: Any) -> Measured:
+    def measure(plan: state.NightPlan, name: str, stages: Any, **given: Any) -> Measured:
         asked[name] = given
-        return Measured(md5=name, numbers={}, shown=[("p", 0)])
+        return Measured(md5=name, numbers={}, videos=[("p", 0)])
 
-    monkeypatch.setattr(steps, "_measure_student", SimpleNamespace(with_options=lambda **_: measure))
-    one.before = registry.Version("v0.0.1", "main", 0, {"md5": "aa"})
-    steps.judge_candidate(one)
-    root = one.root
+    monkeypatch.setattr(steps, "measure_student", SimpleNamespace(with_options=lambda **_: measure))
+    one.plan = dataclasses.replace(one.plan, promoted=registry.Version("v0.0.1", "main", 0, {"md5": "aa"}))
+    steps.judge_candidate(one, [])
+    root = one.plan.root
     paths = {name: (given["student"], given["codec"]) for name, given in asked.items()}
     assert paths == {
         "candidate": (root / registry.WEIGHTS, root / warm_start.CODEC),
@@ -79,7 +82,7 @@ def test_each_has_its_own_codec(one: state.NightState, monkeypatch: pytest.Monke
 def test_judging_is_no_run_of_wandb_and_runs_this_nights_code(one: state.NightState, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(judge.supervise, "run", lambda words, **given: seen.update(given) or 1)
+    monkeypatch.setattr(stage_task.command, "run", lambda words, **given: seen.update(given) or 1)
     with pytest.raises(RuntimeError, match="stage2 of judged failed"):
-        judge._run_stage_command(one.root, one.root / "judged", "stage2", ["true"], run="r", repo=one.root, line=print)
-    assert seen["env"]["WANDB_MODE"] == "disabled" and seen["env"]["PYTHONPATH"] == str(one.root)
+        judge._run_stage(one.plan, one.plan.root / "judged", Stage("stage2", command="python -m tasks stage2 --out models/stage2"), {})
+    assert seen["env"]["WANDB_MODE"] == "disabled" and seen["env"]["PYTHONPATH"] == str(one.plan.root)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from flows.machine import processes, reconcile, settings, up
-from flows.supervise import guardian
-from tests.flows import project
+from flows.machine import processes, programs, reconcile, settings, up
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 
@@ -44,19 +44,6 @@ def stubborn(checkout: Path) -> Iterator[subprocess.Popen[str]]:
     child.wait()
 
 
-def test_a_number_that_another_process_has_by_now_is_not_ours(checkout: Path) -> None:
-    file = checkout / "server.pid"
-    assert processes.noted(file) is None
-    processes.note(file, os.getpid())
-    found = processes.noted(file)
-    assert found and found.pid == os.getpid()
-    stated = json.loads(file.read_text())
-    file.write_text(json.dumps(stated | {"began": guardian.began(1)}))
-    assert processes.noted(file) is None
-    file.write_text("")
-    assert processes.noted(file) is None
-
-
 def test_a_zombie_does_not_run() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     process = psutil.Process(child.pid)
@@ -77,80 +64,140 @@ def test_what_has_the_mark_is_found_and_ended(checkout: Path, stubborn: subproce
     assert processes.find_marked(checkout) == []
 
 
-def test_down_without_a_server_ends_what_is_left(checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(up, "GRACE", 0.3)
+def test_down_without_a_supervisor_ends_what_is_left(
+    checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programs, "GRACE", 0.3)
     assert up.stop_everything(settings.read_machine()).startswith("stopped: 1 processes")
     assert stubborn.wait(10) == -signal.SIGKILL
     assert up.stop_everything(settings.read_machine()) == "nothing of this checkout is up"
 
 
-def test_down_goes_on_when_the_server_refuses_to_hear_of_runs(
-    checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("error, sentence", [("Traceback\nHTTPStatusError: 401\n", "HTTPStatusError: 401"), ("", "exit code 1")])
+def test_a_server_that_refuses_to_hear_of_runs_stops_nothing(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: str, sentence: str
 ) -> None:
-    processes.note(checkout / ".machine/server.pid", stubborn.pid)
+    done = subprocess.CompletedProcess([], 1, "run a: it is Crashed now\n", error)
+    monkeypatch.setattr(up.subprocess, "run", lambda *_, **__: done)
+    up.close_runs(settings.read_machine())
+    assert capsys.readouterr().out == f"run a: it is Crashed now\nwarning: runs that died could not all be closed: {sentence}\n"
+
+
+def test_the_worker_is_stopped_before_its_runs_and_the_server_after(
+    checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the worker would start the next run that waits, and nobody would be told of those that died."""
+    order: list[str] = []
+    supervisor = SimpleNamespace(stopProcess=lambda name: order.append(f"stop {name}"), getPID=lambda: stubborn.pid)
+    end = processes.end_processes
+
+    def end_processes(which: Iterable[psutil.Process], grace: float) -> list[psutil.Process]:
+        which = list(which)
+        numbers = [process.pid for process in which]
+        order.append(f"end {'run' if numbers == [stubborn.pid] else numbers}")
+        return end(which, 0.1) if len(order) > 4 else []
+
+    monkeypatch.setattr(programs, "connect", lambda machine: supervisor)
     monkeypatch.setattr(up, "is_healthy", lambda machine: True)
-    monkeypatch.setattr(up, "GRACE", 0.3)
-    done = subprocess.CompletedProcess([], 1, "run a: it is Crashed now\n", "Traceback\nPrefectHTTPStatusError: 401\n")
-    with monkeypatch.context() as patched:
-        patched.setattr(up.subprocess, "run", lambda *_, **__: done)
-        assert up.stop_everything(settings.read_machine()).startswith("stopped: 1 processes")
-    assert stubborn.wait(10) == -signal.SIGKILL
-    assert capsys.readouterr().out == (
-        "run a: it is Crashed now\nwarning: runs that died could not all be closed: PrefectHTTPStatusError: 401\n"
-    )
+    monkeypatch.setattr(up, "close_runs", lambda machine: order.append("close runs"))
+    monkeypatch.setattr(processes, "end_processes", end_processes)
+    up.stop_everything(settings.read_machine())
+    assert order[:4] == ["stop worker", "end run", "end run", "close runs"]
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_the_worker_sleeps_while_runs_are_ended(
-    checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, interrupted: bool
+def test_a_worker_ends_and_closes_the_runs_of_the_one_before(
+    checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would start the next one; and it wakes also when somebody loses patience."""
-    worker = psutil.Process(stubborn.pid)
-    processes.note(checkout / ".machine/worker.pid", worker.pid)
-    seen: list[bool] = []
+    begun: list[dict[str, str]] = []
 
-    def end(*_: object) -> list[psutil.Process]:
-        seen.append(project.sleeps(worker))
-        if interrupted:
-            raise KeyboardInterrupt
-        return []
+    def become(program: str, words: list[str], env: dict[str, str]) -> None:
+        assert stubborn.wait(10) == -signal.SIGKILL, "its runs would say Running for ever"
+        assert closed and words[-2:] == ["--limit", "1"]
+        begun.append(env)
 
-    monkeypatch.setattr(processes, "end_processes", end)
-    with pytest.raises(KeyboardInterrupt if interrupted else ValueError):  # these survived
-        up.stop_everything(settings.read_machine())
-    assert seen[0] and worker.status() != psutil.STATUS_STOPPED
-    processes.note(checkout / ".machine/worker.pid", worker.pid)
-    worker.suspend()
-    assert project.sleeps(worker)
-    assert up.start_worker(settings.read_machine()).startswith("the worker was stopped")
-    assert worker.status() != psutil.STATUS_STOPPED
-    assert up.start_worker(settings.read_machine()).startswith("the worker is up already")
+    closed: list[object] = []
+    monkeypatch.setattr(up, "is_healthy", lambda machine: True)
+    monkeypatch.setattr(up, "close_runs", closed.append)
+    monkeypatch.setattr(programs, "GRACE", 0.3)
+    monkeypatch.setattr(up.os, "execve", become)
+    up.run_worker([])
+    assert begun[0]["PREFECT_CLIENT_MAX_RETRIES"] == "8" and begun[0]["CF_REPORTS"] == "http://127.0.0.1:5200"
 
 
-def test_a_worker_is_started(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its log is set aside when it is large, and what it said the last time doesn't count."""
-    log = checkout / ".machine/worker.log"
-    log.write_text("the last time: started!\n" * 9)
-    ready: list[bool] = []
-    told: dict[str, str] = {}
+# -------------------------------------------------------------- supervisor itself, with programs that are no Prefect
 
-    def launch(here: settings.Machine, name: str, words: list[str], env: dict[str, str]) -> psutil.Process:
-        told.update(env)
-        return psutil.Process()
 
-    def wait(here: settings.Machine, name: str, process: psutil.Process, is_ready: Callable[[], bool]) -> None:
-        ready.append(is_ready())
-        with log.open("a") as file:
-            file.write("started!\n")
-        ready.append(is_ready())
+SLEEP = [sys.executable, "-c", "import os, time; print('up', os.environ.get('SECRET'), flush=True); time.sleep(600)"]
 
-    for name, value in {"reconcile": lambda machine: None, "launch": launch, "wait": wait}.items():
-        monkeypatch.setattr(up, name, value)
-    up.start_worker(settings.read_machine())
-    assert ready == [False, True] and told["PREFECT_CLIENT_MAX_RETRIES"] == "8"
-    monkeypatch.setattr(up, "LOG", 100)
-    assert up.log_of(settings.read_machine(), "worker") == log and not log.exists()
-    assert (checkout / ".machine/worker.log.1").read_text().count("started!") == 10
+
+@pytest.fixture
+def supervised(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[settings.Machine]:
+    """A supervisor whose programs only sleep."""
+    monkeypatch.setattr(programs, "read_commands", lambda machine: dict.fromkeys(("server", "worker"), SLEEP))
+    machine = settings.read_machine()
+    programs.start_supervisor(machine, {"SECRET": "hush"})
+    yield machine
+    up.stop_everything(machine)
+    assert processes.find_marked(checkout) == []
+
+
+def wait(ready: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_program_that_is_killed_is_back(supervised: settings.Machine) -> None:
+    wait(lambda: "up hush" in programs.read_log(supervised.file("server.log")))
+    first = programs.find_process(supervised, "server")
+    assert first and programs.read_states(supervised) == {"server": "STARTING", "worker": "STARTING"}
+    first.kill()
+    wait(lambda: (now := programs.find_process(supervised, "server")) and now.pid != first.pid)
+    wait(lambda: programs.read_log(supervised.file("server.log")).count("up hush") == 2)
+
+
+def test_supervisor_is_this_users_alone(supervised: settings.Machine) -> None:
+    socket_file = supervised.file("socket")
+    assert stat.S_IMODE(socket_file.stat().st_mode) == 0o700
+    supervisor = psutil.Process(programs.connect(supervised).getPID())
+    assert not [one for one in supervisor.net_connections("inet") if one.status == psutil.CONN_LISTEN], "no port"
+    assert not [file for file in supervised.folder.glob("*") if file.is_file() and file.suffix != ".log" and "hush" in file.read_text()]
+
+
+def test_what_a_supervisor_that_was_killed_has_left_is_ended(supervised: settings.Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    psutil.Process(programs.connect(supervised).getPID()).kill()
+    wait(lambda: programs.connect(supervised) is None)
+    assert len(processes.find_marked(supervised.root)) == 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    up.prepare_start(replace(supervised, port=port))
+    assert processes.find_marked(supervised.root) == []
+    assert "ending 2 processes" in capsys.readouterr().out
+
+
+def test_a_checkout_that_is_too_deep(checkout: Path) -> None:
+    with pytest.raises(ValueError, match="a unix socket's path 98 at most; move the checkout to a shorter path"):
+        programs.start_supervisor(settings.Machine(checkout / ("x" * 99), "127.0.0.1", 4999, 1), {})
+
+
+def test_only_the_server_is_told_the_secrets_by_supervisor(checkout: Path) -> None:
+    for name, words in programs.read_commands(settings.read_machine()).items():
+        assert (settings.DATABASE in words and settings.PASSWORD in words) == (name != "server")
+
+
+def test_a_program_that_ends_while_it_starts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "read_states", lambda machine: {"server": "BACKOFF"})
+    (checkout / ".machine/server.log").write_text("first\nthe reason\n")
+    with pytest.raises(ValueError, match=r"the server ended while it started, with: first \| the reason; `cf doctor` checks the versions"):
+        up.wait_for(settings.read_machine(), "server", lambda: False)
+
+
+def test_one_up_or_down_at_a_time(checkout: Path) -> None:
+    machine = settings.read_machine()
+    with up.lock_machine(machine), pytest.raises(ValueError, match="another `cf up` or `cf down`"), up.lock_machine(machine):
+        pass
 
 
 def test_who_has_a_port(checkout: Path) -> None:
@@ -160,7 +207,7 @@ def test_who_has_a_port(checkout: Path) -> None:
         port = one.getsockname()[1]
         assert f"process {os.getpid()} (" in (processes.find_port_holder(port) or "")
         with pytest.raises(ValueError, match=rf"port {port} is taken by process .*CF_PORT={port + 1} make up"):
-            up.start_server(settings.Machine(checkout, "127.0.0.1", port, 1))
+            up.prepare_start(settings.Machine(checkout, "127.0.0.1", port, 1))
     assert processes.find_port_holder(port) is None
 
 
@@ -170,6 +217,7 @@ def test_who_has_a_port(checkout: Path) -> None:
         ("CF_PORT", "http", "CF_PORT is 'http'; it must be a whole number from 1 to 65535"),
         ("CF_PORT", "70000", "CF_PORT is '70000'; it must be a whole number from 1 to 65535"),
         ("CF_RUNS", "0", "CF_RUNS is '0'; it must be a whole number from 1 to 64"),
+        ("CF_GRACE", "soon", "CF_GRACE is 'soon'; it must be seconds, 0 or more"),
         ("CF_HOST", "0.0.0.0", "CF_HOST is 0.0.0.0, which others can reach; state PREFECT_SERVER_API_AUTH_STRING=USER:PASSWORD"),
     ],
 )
@@ -189,7 +237,7 @@ def test_the_port_of_the_last_time(checkout: Path, monkeypatch: pytest.MonkeyPat
     (checkout / ".machine/host").write_text("0.0.0.0")
     assert settings.read_machine().host == "0.0.0.0", "`cf down` has no need of the password"
     with pytest.raises(ValueError, match="which others can reach"):
-        up.start_server(settings.read_machine())
+        up.prepare_start(settings.read_machine())
     monkeypatch.setenv("CF_HOST", "::1")
     assert settings.read_machine().url == "http://[::1]:4322"
     monkeypatch.chdir(checkout.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import yaml
 
 from flows import nightly
 from flows.night import clips, handover, judge, records, steps, warm_start
-from flows.night.inbox import Arrivals
-from flows.project import overrides
+from flows.night.state import NightState
+from flows.project import dvc_graph, overrides
 from flows.project.registry import Version
 from tests.week import project
 
@@ -52,17 +53,18 @@ def record(date: str, **changed: Any) -> records.NightRecord:
 
 
 def test_a_night_is_a_branch_with_a_record_of_its_own_date(repo: Path) -> None:
-    file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").text())
-    file(repo, "nightly/2026-01-06", records.RECORD, record("2026-01-05").text())  # began at the one before, and never ended
+    file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").to_json())
+    file(repo, "nightly/2026-01-06", records.RECORD, record("2026-01-05").to_json())  # began at the one before, and never ended
     file(repo, "nightly/2026-01-07", records.RECORD, "{")
-    file(repo, "nightly/rubbish", records.RECORD, record("rubbish").text())
-    file(repo, "nightly/2026-01-05-2", records.RECORD, record("2026-01-05-2").text())
+    file(repo, "nightly/rubbish", records.RECORD, record("rubbish").to_json())
+    file(repo, "nightly/2026-01-05-2", records.RECORD, record("2026-01-05-2").to_json())
     assert [one.date for one in records.read_nights(repo)] == ["2026-01-05", "2026-01-05-2"]
-    assert (records.free_date(repo, "2026-01-05"), records.free_date(repo, "2026-01-06")) == ("2026-01-05-3", "2026-01-06-2"), "whatever is in it"
+    free = [records.free_date(repo, date) for date in ("2026-01-05", "2026-01-06")]
+    assert free == ["2026-01-05-3", "2026-01-06-2"], "whatever is in the branch"
 
 
 def test_nights_of_another_machine_count(repo: Path, tmp_path: Path) -> None:
-    file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").text())
+    file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").to_json())
     project.git(tmp_path, "clone", "-q", str(repo), "clone")
     assert [one.date for one in records.read_nights(tmp_path / "clone")] == ["2026-01-05"]
 
@@ -85,12 +87,12 @@ def test_whose_clips_go_in(repo: Path, mine: str | None, theirs: str | None, tak
     if theirs is not None:
         if theirs != "old":
             file(repo, "nightly/2026-01-05", "raw.dvc", theirs)
-        file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").text())
+        file(repo, "nightly/2026-01-05", records.RECORD, record("2026-01-05").to_json())
         last = records.read_nights(repo)
     if mine == "more":
         file(repo, "main", "raw.dvc", "more")
-    work: Any = SimpleNamespace(repo=repo, base="main", past=last or [])
-    assert [ref.removeprefix("refs/heads/").partition("/")[0] for ref in clips.commits_with_clips(work, "raw.dvc")] == taken
+    plan: Any = SimpleNamespace(repo=repo, base="main", past=last or [])
+    assert [ref.removeprefix("refs/heads/").partition("/")[0] for ref in clips.commits_with_clips(plan, "raw.dvc")] == taken
 
 
 @pytest.mark.parametrize(
@@ -108,8 +110,8 @@ def test_whose_clips_go_in(repo: Path, mine: str | None, theirs: str | None, tak
     ],
 )
 def test_what_is_news(full: bool, clips: str | None, base: str, past: list[records.NightRecord], new: bool) -> None:
-    work: Any = SimpleNamespace(full=full, folder="raw", clips=clips, base=base, past=past, arrived=Arrivals())
-    assert steps.has_news(work) == new
+    plan: Any = SimpleNamespace(full=full, clips_folder="raw", base=base, past=past)
+    assert steps.has_news(NightState(plan, clips=clips)) == new
 
 
 def test_the_tracked_branch_is_the_one_that_is_ahead(repo: Path, tmp_path: Path) -> None:
@@ -131,9 +133,9 @@ def test_the_tracked_branch_is_the_one_that_is_ahead(repo: Path, tmp_path: Path)
 
 
 def test_one_night_at_a_time(repo: Path) -> None:
-    with nightly.alone(repo) as first, nightly.alone(repo) as second:
+    with nightly.hold_night_lock(repo) as first, nightly.hold_night_lock(repo) as second:
         assert first and not second
-    with nightly.alone(repo) as third:
+    with nightly.hold_night_lock(repo) as third:
         assert third
 
 
@@ -143,8 +145,9 @@ def test_one_night_at_a_time(repo: Path) -> None:
 @pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
 def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: Path) -> None:
     """Of the real dvc.yaml: every option that the stages have, with absolute paths, and only the given ones changed."""
-    stated = overrides.read((ROOT / f"profiles/{profile}.yaml").read_text())
-    words = judge.stage_command(ROOT, stated, "generate", {"stage2": tmp_path / "s", "codec": tmp_path / "c", "out": tmp_path / "o"})
+    stated = overrides.parse_params((ROOT / f"profiles/{profile}.yaml").read_text())
+    stage = next(stage for stage in dvc_graph.read_graph(ROOT) if stage.name == "generate")
+    words = judge.stage_command(ROOT, stage, {"stage2": tmp_path / "s", "codec": tmp_path / "c", "out": tmp_path / "o"})
     options = dict(zip(words[4::2], words[5::2], strict=True))
     assert words[1:4] == ["-m", "tasks", "generate"] and options["--stage2"] == str(tmp_path / "s")
     assert options["--teacher"] == str(ROOT / "models/teacher") and options["--out"] == str(tmp_path / "o")
@@ -153,7 +156,8 @@ def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: P
     assert ours["systems"] == {"student": stated["generate"]["systems"]["stage2"]} and ours["continuations"] == {}
     assert (ours["seeds"], ours["prompts"]) == (stated["nightly"]["seeds"], stated["nightly"]["prompts"])
     judge.write_parameters(tmp_path / "params.yaml", changed)
-    assert overrides.read((tmp_path / "params.yaml").read_text()) == changed
+    assert overrides.parse_params((tmp_path / "params.yaml").read_text()) == changed
+    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
     done = subprocess.run(
         [sys.executable, "-m", "tasks", "validate", "--params", str(tmp_path / "params.yaml"), "--out", str(tmp_path / "out.json")],
         cwd=tmp_path, env=project.environment(), capture_output=True, text=True,
@@ -173,18 +177,18 @@ def test_a_stage_that_is_new_makes_the_night_a_full_one(repo: Path) -> None:
 
 def test_what_waits_is_known_after_a_crash_and_gone_when_it_is_sent(repo: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    assert handover.send_waiting(repo, timeout=60, pauses=[], line=said.append) is None
+    assert handover.send_waiting(repo, timeout=60, pauses=[], log=said.append) is None
     project.git(repo, "branch", "nightly/2026-01-05")
     project.git(repo, "branch", "nightly/2026-01-06")
     for day in (5, 6, 5, 4):  # the 4th died before it had a branch
         handover.add_waiting(repo, f"nightly/2026-01-0{day}")
     project.git(repo, "remote", "add", "origin", str(tmp_path / "absent.git"))
-    late = handover.send_waiting(repo, timeout=60, pauses=[], line=said.append)
+    late = handover.send_waiting(repo, timeout=60, pauses=[], log=said.append)
     assert late and "`git push` with origin failed" in late
     assert late.startswith("nightly/2026-01-05, nightly/2026-01-06 could not be handed over")
     project.git(tmp_path, "init", "-q", "--bare", "absent.git")
     project.git(repo, "tag", "-a", "-m", "{}", "student@v0.0.1")
-    assert handover.send_waiting(repo, timeout=60, pauses=[], line=said.append) is None and handover.waiting_branches(repo) == []
+    assert handover.send_waiting(repo, timeout=60, pauses=[], log=said.append) is None and handover.waiting_branches(repo) == []
     there = project.git(repo, "ls-remote", "origin")
     assert "refs/heads/nightly/2026-01-06" in there and "refs/tags/student@v0.0.1" in there
 

@@ -15,7 +15,7 @@ from prefect.states import AwaitingRetry, Running
 
 from flows.pipeline import pipeline
 from flows.project import dvc_graph, dvc_lock, run_lock, worktree
-from flows.run import repro, stage_task
+from flows.run import stage_task
 from flows.run.repro import nearest_upstream as waits_for
 from flows.supervise import command as supervise
 from tests.flows import project
@@ -33,14 +33,14 @@ def test_a_lock_that_a_killed_run_left_is_put_in_order(root: Path) -> None:
     for stage in ("prepare", "stubborn"):
         project.dvc(root, "repro", "-q", "-s", stage)
     assert go().is_completed()
-    assert dvc_lock.recorded((root / "dvc.lock").read_text()) == project.STAGES == dvc_lock.recorded(whole)
+    assert dvc_lock.list_recorded((root / "dvc.lock").read_text()) == project.STAGES == dvc_lock.list_recorded(whole)
 
 
 def test_a_run_that_waits_to_be_tried_again_is_left_alone(root: Path) -> None:
     with get_client(sync_client=True) as client:
         waits, died = (client.create_flow_run(pipeline, state=state) for state in (AwaitingRetry(), Running()))
         for run, name in ((waits, "a"), (died, "b")):
-            folder = worktree.make(root, name, profile=None, overrides={})
+            folder = worktree.make_worktree(root, name, profile=None, overrides={})
             (folder / run_lock.LOCK).parent.mkdir(exist_ok=True, parents=True)
             (folder / run_lock.LOCK).write_text(f"1 {run.id}")
         assert go(dry_run=True).is_completed()
@@ -52,11 +52,11 @@ def test_what_the_remote_can_not_give_is_made_here(root: Path, monkeypatch: pyte
     """It was there when the run began, and went away."""
     really, asked = stage_task.repro_stage, list[bool]()
 
-    def away(stage: str, what: Any, run: Any, line: Any, *, pull: bool) -> int:
+    def away(stage: Any, run: Any, log: Any, *, pull: bool) -> int:
         asked.append(pull)
-        return 255 if pull else really(stage, what, run, line, pull=False)
+        return 255 if pull else really(stage, run, log, pull=False)
 
-    monkeypatch.setattr(repro, "remote_answers", lambda _: True)
+    monkeypatch.setattr("flows.pipeline.remote_answers", lambda _: True)
     monkeypatch.setattr(stage_task, "repro_stage", away)
     assert go(pull=True, to_stage="prepare").result() == {"prepare": "Completed"} and asked == [True, False]
 
@@ -92,7 +92,7 @@ def plain(tmp_path: Path) -> Path:
 
 
 def test_a_stage_waits_for_the_nearest_of_those_that_run(plain: Path) -> None:
-    known = dvc_graph.stages(plain)
+    known = dvc_graph.read_graph(plain)
     last = next(stage for stage in known if stage.name == "last")
     assert waits_for(last, known, {"prepare", "last"}) == ("prepare",)
     assert waits_for(last, known, {"slow", "prepare", "last"}) == ("slow", "prepare")
@@ -101,21 +101,22 @@ def test_a_stage_waits_for_the_nearest_of_those_that_run(plain: Path) -> None:
 def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, results were lost: the lock is held for as long as another stage's outs are hashed."""
     asked: list[list[str]] = []
-    monkeypatch.setattr(stage_task.supervise, "run", lambda words, **_: asked.append(words) or 0)
+    monkeypatch.setattr(stage_task.command, "run", lambda words, **_: asked.append(words) or 0)
     run = stage_task.SharedRun(plain, {}, set(), threading.Semaphore(1), pull=True)
+    slow = dvc_graph.read_graph(plain)[1]
     for pull in (True, False):
-        assert stage_task.repro_stage("slow", dvc_graph.stages(plain)[1], run, print, pull=pull) == 0
+        assert stage_task.repro_stage(slow, run, print, pull=pull) == 0
     common = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
     assert asked == [[*common, "--pull", "--single-item", "slow"], [*common, "--single-item", "slow"]]
     held = "import sys, time; from dvc.repo import Repo; Repo('.').lock.lock(); print('held', flush=True); time.sleep(5)"
     with subprocess.Popen([sys.executable, "-c", held], cwd=plain, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout and holder.stdout.readline() == "held\n"
-        assert dvc_graph.unchanged(plain) == set()
+        assert dvc_graph.find_unchanged(plain) == set()
 
 
 def test_a_place_is_not_waited_for_when_the_run_is_stopped() -> None:
     supervise.start()
     threading.Timer(0.3, supervise.stop).start()
-    with pytest.raises(supervise.Stopped), stage_task._Slot(threading.Semaphore(0)):
+    with pytest.raises(supervise.Stopped), stage_task._hold_slot(threading.Semaphore(0)):
         pass
     supervise.start()

@@ -75,7 +75,7 @@ def test_a_dead_run_that_is_tried_again_does_not_close_itself(root: Path) -> Non
     """Prefect's Retry: the same flow run, in a checkout that still holds its name."""
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(pipeline, parameters={"config": RunConfig(dry_run=True)}, state=Running())
-    with pytest.raises(KeyboardInterrupt), run_lock.alone(root, str(run.id)):
+    with pytest.raises(KeyboardInterrupt), run_lock.hold_checkout(root, str(run.id)):
         raise KeyboardInterrupt
     state = run_flow_sync(pipeline, flow_run=run, parameters={"config": RunConfig(dry_run=True)}, return_type="state")
     assert state.is_completed()

@@ -159,7 +159,7 @@ def test_another_profile_runs_elsewhere_and_can_be_repeated_from_its_branch(root
     state = go(profile="smoke", overrides=["last.times=4", "slow.rate=3e-6"])
     assert state.result() == {"prepare": "Restored", "slow": "Completed", "stubborn": "Completed", "last": "Completed"}
     assert project.git(root, "status", "--porcelain") == "", "the checkout is nobody's workplace"
-    (folder,) = worktree.found(root)
+    (folder,) = worktree.list_worktrees(root)
     assert re.fullmatch(r"[a-z]+-[a-z]+-[0-9a-f]{8}", folder.name) and 'score": 4' in (folder / "metrics/last.json").read_text()
     branch = f"run/{folder.name}"
     assert project.git(root, "diff", "--name-only", "main", branch).split() == ["dvc.lock", "metrics/last.json", "params.yaml"]
@@ -168,7 +168,7 @@ def test_another_profile_runs_elsewhere_and_can_be_repeated_from_its_branch(root
     # and from the branch alone, anywhere
     clone = tmp_path / "clone"
     project.git(root, "worktree", "add", "-q", "--detach", str(clone), branch)
-    dvc_config.share(root, clone)
+    dvc_config.share_cache(root, clone)
     assert "Running stage" not in project.dvc(clone, "repro")
     assert project.git(clone, "status", "--porcelain") == ""
     runtime = [log.message for log in seen(state).logs if branch in log.message]
@@ -182,7 +182,7 @@ def test_a_value_that_is_no_parameter_fails_before_anything_runs(root: Path) -> 
 
 
 def test_one_run_a_checkout(root: Path) -> None:
-    with run_lock.alone(root):
+    with run_lock.hold_checkout(root):
         state = go()
     assert state.is_failed() and "is in use by another run" in state.message
 
@@ -208,7 +208,7 @@ def test_a_push_that_fails_fails_the_run_and_no_stage(root: Path, monkeypatch: p
         pushed.append(at)
         return Failed(message="Task run encountered an exception Away: remote lab doesn't answer")
 
-    monkeypatch.setattr(dvc_remote, "pushed", push)
+    monkeypatch.setattr(dvc_remote, "push_task", push)
     state = go(to_stage="prepare", push=True)
     assert state.is_failed() and pushed == [root]
     assert (state.message or "").startswith("the stages are finished and not sent: remote lab doesn't answer; `cf remote push` in ")

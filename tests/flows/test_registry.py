@@ -178,17 +178,17 @@ def made(repo: Path) -> Path:
 
 
 def test_verify_sees_what_dvc_status_does_not(made: Path) -> None:
-    assert dvc_lock.problems(made) == []
+    assert dvc_lock.find_damage(made) == []
     file = made / "models/stage2/deep/b"
     before = file.stat()
     file.write_text("z")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    (said,) = dvc_lock.problems(made)
-    assert said.startswith("stage2: stage2 has the md5 ") and dvc_lock.problems(made, ["raw.dvc"]) == []
+    (said,) = dvc_lock.find_damage(made)
+    assert said.startswith("stage2: stage2 has the md5 ") and dvc_lock.find_damage(made, ["raw.dvc"]) == []
     (made / "raw/clip").unlink()
-    assert "raw.dvc: raw has the md5" in dvc_lock.problems(made)[1]
+    assert "raw.dvc: raw has the md5" in dvc_lock.find_damage(made)[1]
     with pytest.raises(ValueError, match=r"dvc\.lock has no stage stage3"):
-        dvc_lock.problems(made, ["stage3"])
+        dvc_lock.find_damage(made, ["stage3"])
 
 
 def test_weights_come_by_their_tag_from_the_cache_and_from_the_remote(made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

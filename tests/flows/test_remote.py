@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, running: Store) -> tuple[Path
     """Where they come from; one that has made everything; one that has nothing."""
     folder = tmp_path_factory.mktemp("made")
     origin = source(folder / "origin")
-    dvc_remote.add(origin, "lab", f"s3://{BUCKET}/cf", endpoint=running.url)
+    dvc_remote.add_remote(origin, "lab", f"s3://{BUCKET}/cf", endpoint=running.url)
     commit(origin)
     one, two = (Machine(origin, folder / name) for name in ("one", "two"))
     one.dvc("repro", "--quiet")
@@ -61,7 +61,7 @@ def machines(tmp_path: Path, made: tuple[Path, Machine, Machine]) -> tuple[Machi
 
 def test_the_second_machine_takes_everything_from_the_first_and_gives_back(store: Store, machines: tuple[Machine, Machine]) -> None:
     one, two = machines
-    dvc_remote.push(one.root, timeout=120)
+    dvc_remote.push_outs(one.root, timeout=120)
     assert "is cached - skipping run" in two.dvc("repro", "--pull", "clips")
     two.dvc("repro", "--pull")
     assert (one.ran(), two.ran()) == (["clips", "teacher", "report"], [])
@@ -71,7 +71,7 @@ def test_the_second_machine_takes_everything_from_the_first_and_gives_back(store
         text = (machine.root / "dvc.yaml").read_text()
         (machine.root / "dvc.yaml").write_text(text.replace("teacher 5", "teacher 6"))
     two.dvc("repro", "--quiet", "teacher")
-    dvc_remote.push(two.root, targets=["teacher"], timeout=120)
+    dvc_remote.push_outs(two.root, targets=["teacher"], timeout=120)
     one.dvc("repro", "--pull", "--quiet")
     assert (one.ran()[3:], two.ran()) == (["report"], ["teacher"])
 
@@ -100,14 +100,14 @@ def in_the_middle(store: Store, act: Callable[[], None]) -> threading.Thread:
 def test_a_remote_that_stops_answering_in_the_middle_of_a_push(store: Store, machines: tuple[Machine, Machine]) -> None:
     one, two = machines
     freezing = in_the_middle(store, store.freeze)
-    with pytest.raises(dvc_remote.Away, match="took more than 12 s for `dvc push`"):
-        dvc_remote.push(one.root, timeout=12)
+    with pytest.raises(dvc_remote.RemoteAway, match="took more than 12 s for `dvc push`"):
+        dvc_remote.push_outs(one.root, timeout=12)
     freezing.join()
     store.thaw()
     sent = len(store.objects())
     assert 0 < sent < OBJECTS, "it was to be frozen in the middle"
     store.forget_requests()
-    dvc_remote.push(one.root, timeout=120)
+    dvc_remote.push_outs(one.root, timeout=120)
     assert store.requests("PUT") == OBJECTS - sent, "what had arrived was not sent again"
     two.dvc("repro", "--pull", "--quiet")
     assert two.ran() == [] and two.results() == one.results()
@@ -116,29 +116,29 @@ def test_a_remote_that_stops_answering_in_the_middle_of_a_push(store: Store, mac
 def test_a_remote_that_dies_in_the_middle_of_a_push(store: Store, machines: tuple[Machine, Machine]) -> None:
     one, two = machines
     killing = in_the_middle(store, store.kill)
-    with pytest.raises(dvc_remote.Away, match=r"remote lab \(s3://clips/cf\)"):
-        dvc_remote.push(one.root, timeout=60)
+    with pytest.raises(dvc_remote.RemoteAway, match=r"remote lab \(s3://clips/cf\)"):
+        dvc_remote.push_outs(one.root, timeout=60)
     killing.join()
-    with pytest.raises(dvc_remote.Away, match=r"doesn't answer at 127\.0\.0\.1:[0-9]+: Connection refused"):
-        dvc_remote.push(one.root, timeout=60)
+    with pytest.raises(dvc_remote.RemoteAway, match=r"doesn't answer at 127\.0\.0\.1:[0-9]+: Connection refused"):
+        dvc_remote.push_outs(one.root, timeout=60)
     store.start()
     assert store.objects() == []
-    dvc_remote.push(one.root, timeout=120)
+    dvc_remote.push_outs(one.root, timeout=120)
     two.dvc("repro", "--pull", "--quiet")
     assert two.ran() == [] and two.results() == one.results()
 
 
 def test_a_damaged_object_is_seen_and_its_stage_runs_again(store: Store, machines: tuple[Machine, Machine], tmp_path: Path) -> None:
     one, two = machines
-    dvc_remote.push(one.root, timeout=120)
+    dvc_remote.push_outs(one.root, timeout=120)
     whole = (one.root / "out/clips/007.txt").read_bytes()
     store.damage(whole)
     two.dvc("repro", "--pull", "--quiet")
     assert two.ran() == ["clips"]
     assert two.results() == one.results()
-    assert dvc_remote.mend(two.root) == [hashlib.md5(whole).hexdigest()], "and is sent again, so that a third machine need not"
-    dvc_remote.push(two.root, timeout=120)
-    assert dvc_remote.mend(two.root) == []
+    assert dvc_remote.mend_remote(two.root) == [hashlib.md5(whole).hexdigest()], "and is sent again, so that a third machine need not"
+    dvc_remote.push_outs(two.root, timeout=120)
+    assert dvc_remote.mend_remote(two.root) == []
     three = Machine(two.root, tmp_path / "three")
     three.dvc("repro", "--pull", "--quiet")
     assert three.ran() == [] and three.results() == one.results()
@@ -146,7 +146,7 @@ def test_a_damaged_object_is_seen_and_its_stage_runs_again(store: Store, machine
 
 def test_a_killed_pull_goes_on_where_it_was(store: Store, machines: tuple[Machine, Machine]) -> None:
     one, two = machines
-    dvc_remote.push(one.root, timeout=120)
+    dvc_remote.push_outs(one.root, timeout=120)
     copy_lock(one, two)
     store.forget_requests()
     command = [sys.executable, "-m", "dvc", "pull", "--run-cache"]
@@ -157,7 +157,7 @@ def test_a_killed_pull_goes_on_where_it_was(store: Store, machines: tuple[Machin
     assert 0 < had < OBJECTS, "it was to be killed in the middle"
     assert not (two.root / "out").exists()
     store.forget_requests()
-    dvc_remote.pull(two.root, timeout=120)
+    dvc_remote.pull_outs(two.root, timeout=120)
     # the log may still have got some of the killed one's
     assert store.requests("GET") <= OBJECTS - had // 2, "what had arrived was taken again"
     assert two.results() == one.results()

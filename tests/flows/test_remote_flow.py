@@ -26,10 +26,10 @@ def machines(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setenv(key, value)
     for key in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy", "AWS_PROFILE"):
         monkeypatch.delenv(key, raising=False)
-    monkeypatch.setattr(dvc_remote, "pushed", dvc_remote.pushed.with_options(retry_delay_seconds=0))
+    monkeypatch.setattr(dvc_remote, "push_task", dvc_remote.push_task.with_options(retry_delay_seconds=0))
     with Store(tmp_path) as store:
         origin = source(tmp_path / "origin")
-        dvc_remote.add(origin, "lab", f"s3://{BUCKET}/cf", endpoint=store.url)
+        dvc_remote.add_remote(origin, "lab", f"s3://{BUCKET}/cf", endpoint=store.url)
         commit(origin)
         yield store, Machine(origin, tmp_path / "one"), Machine(origin, tmp_path / "two")
 

@@ -45,8 +45,8 @@ def closed_port() -> int:
 
 
 def test_a_remote_is_verified_and_has_time_limits(root: Path) -> None:
-    dvc_remote.add(root, "lab", "s3://bucket/cf", endpoint="http://127.0.0.1:9000")
-    name, options = dvc_remote.settings(root)
+    dvc_remote.add_remote(root, "lab", "s3://bucket/cf", endpoint="http://127.0.0.1:9000")
+    name, options = dvc_remote.read_remote(root)
     assert name == "lab"
     assert options == {
         "url": "s3://bucket/cf",
@@ -55,19 +55,19 @@ def test_a_remote_is_verified_and_has_time_limits(root: Path) -> None:
         "connect_timeout": "5",
         "read_timeout": "60",
     }
-    dvc_remote.add(root, "lab", "s3://other/cf", local=True)
-    assert dvc_remote.settings(root)[1]["url"] == "s3://other/cf"
+    dvc_remote.add_remote(root, "lab", "s3://other/cf", local=True)
+    assert dvc_remote.read_remote(root)[1]["url"] == "s3://other/cf"
     assert "s3://bucket/cf" in (root / ".dvc/config").read_text(), "what is said on one machine is not said for all"
 
 
 def test_a_folder_is_a_remote_while_it_is_there(root: Path, tmp_path: Path) -> None:
     """DVC would make it, and fill the disk below the share that isn't mounted."""
     (tmp_path / "share").mkdir()
-    dvc_remote.add(root, "share", str(tmp_path / "share"))
-    assert dvc_remote.check(root).startswith("share (")
+    dvc_remote.add_remote(root, "share", str(tmp_path / "share"))
+    assert dvc_remote.check_remote(root).startswith("share (")
     (tmp_path / "share").rmdir()
-    with pytest.raises(dvc_remote.Away, match="which is not there; mount its disk"):
-        dvc_remote.push(root, timeout=60)
+    with pytest.raises(dvc_remote.RemoteAway, match="which is not there; mount its disk"):
+        dvc_remote.push_outs(root, timeout=60)
     assert not (tmp_path / "share").exists()
 
 
@@ -75,9 +75,9 @@ def test_where_the_store_is_may_differ_from_machine_to_machine(root: Path, monke
     """compose.yaml states it in the environment of its workers."""
     port = closed_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
-    dvc_remote.add(root, "lab", "s3://bucket/cf")
-    with pytest.raises(dvc_remote.Away, match=f"doesn't answer at 127.0.0.1:{port}"):
-        dvc_remote.check(root)
+    dvc_remote.add_remote(root, "lab", "s3://bucket/cf")
+    with pytest.raises(dvc_remote.RemoteAway, match=f"doesn't answer at 127.0.0.1:{port}"):
+        dvc_remote.check_remote(root)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_where_the_store_is_may_differ_from_machine_to_machine(root: Path, monke
 )
 def test_what_can_not_be_a_remote(root: Path, name: str, url: str, endpoint: str | None, said: str) -> None:
     before = (root / ".dvc/config").read_text()
-    with pytest.raises(dvc_remote.Misconfigured, match=said) as refused:
-        dvc_remote.add(root, name, url, endpoint=endpoint)
+    with pytest.raises(dvc_remote.RemoteMisconfigured, match=said) as refused:
+        dvc_remote.add_remote(root, name, url, endpoint=endpoint)
     assert "secret-word" not in str(refused.value)
     assert (root / ".dvc/config").read_text() == before
 
@@ -115,8 +115,8 @@ def test_what_can_not_be_a_remote(root: Path, name: str, url: str, endpoint: str
 )
 def test_what_a_person_must_change_first(root: Path, config: str, said: str) -> None:
     state(root, config)
-    with pytest.raises(dvc_remote.Misconfigured, match=said) as refused:
-        dvc_remote.push(root, timeout=60)
+    with pytest.raises(dvc_remote.RemoteMisconfigured, match=said) as refused:
+        dvc_remote.push_outs(root, timeout=60)
     assert "planted" not in str(refused.value)
 
 
@@ -140,26 +140,26 @@ def outcome(root: Path) -> tuple[State[Any], State[Any]]:
 
     @flow
     def night() -> tuple[State[Any], State[Any]]:
-        return stage(return_state=True), dvc_remote.pushed.with_options(retry_delay_seconds=0)(root, return_state=True)
+        return stage(return_state=True), dvc_remote.push_task.with_options(retry_delay_seconds=0)(root, return_state=True)
 
     return night()
 
 
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     made: list[Path] = []
-    whole = dvc_remote.check
+    whole = dvc_remote.check_remote
 
     def check(root: Path) -> str:
         made.append(root)
         return whole(root)
 
-    monkeypatch.setattr(dvc_remote, "check", check)
+    monkeypatch.setattr(dvc_remote, "check_remote", check)
     return made
 
 
 def test_a_push_that_fails_is_tried_again_and_leaves_the_stage_finished(server: None, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port, tried = closed_port(), attempts(monkeypatch)
-    dvc_remote.add(root, "lab", "s3://bucket/cf", endpoint=f"http://127.0.0.1:{port}")
+    dvc_remote.add_remote(root, "lab", "s3://bucket/cf", endpoint=f"http://127.0.0.1:{port}")
     stage, push = outcome(root)
     assert stage.is_completed() and push.is_failed()
     assert len(tried) == 4

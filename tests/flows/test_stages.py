@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows.project import dvc_graph, dvc_lock
-from flows.project.dvc_graph import Stage, selected
+from flows.project.dvc_graph import Stage, select_stages
 from tests.flows import project
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_graph_is_dvcs(graph: Path) -> None:
-    found = dvc_graph.stages(graph)
+    found = dvc_graph.read_graph(graph)
     listed = project.dvc(graph, "stage", "list", "--all", "--name-only").split()
     assert {stage.name for stage in found} == {*listed, "raw.dvc"} >= {*NAMES, "sub/dvc.yaml:made", "report", "apart"}
     drawn = project.dvc(graph, "dag", "--dot")
@@ -72,7 +72,7 @@ def test_the_graph_is_dvcs(graph: Path) -> None:
 
 def test_what_comes_first_comes_first(graph: Path) -> None:
     before: set[str] = set()
-    for stage in dvc_graph.stages(graph):
+    for stage in dvc_graph.read_graph(graph):
         assert set(stage.upstream) <= before
         before.add(stage.name)
 
@@ -80,24 +80,24 @@ def test_what_comes_first_comes_first(graph: Path) -> None:
 def test_the_lock_is_put_in_dvcs_order(graph: Path) -> None:
     project.dvc(graph, "repro", "-q", "report")
     whole = (graph / "dvc.lock").read_text()
-    names = dvc_lock.recorded((graph / "dvc.lock").read_text())
-    assert "evaluate@short" in names and names == [stage.name for stage in dvc_graph.stages(graph) if stage.name in names]
+    names = dvc_lock.list_recorded((graph / "dvc.lock").read_text())
+    assert "evaluate@short" in names and names == [stage.name for stage in dvc_graph.read_graph(graph) if stage.name in names]
     head, blocks = whole.split("  filter:\n")[0], {}
     for name in names:
         blocks[name] = re.split(r"\n  (?=\S)", whole[whole.index(f"  {name}:\n") :])[0].rstrip("\n") + "\n"
     mixed = head + "".join(blocks[name] for name in reversed(names))
     (graph / "dvc.lock").write_text(mixed)
-    assert dvc_lock.recorded((graph / "dvc.lock").read_text()) == names[::-1]
-    dvc_lock.put_in_order(graph, names[-1:], dvc_graph.stages(graph))
-    assert dvc_lock.recorded((graph / "dvc.lock").read_text()) == [names[-1], *names[:-1]], "what was there before stays where it was"
-    dvc_lock.put_in_order(graph, [], dvc_graph.stages(graph))
+    assert dvc_lock.list_recorded((graph / "dvc.lock").read_text()) == names[::-1]
+    dvc_lock.sort_lock(graph, names[-1:], dvc_graph.read_graph(graph))
+    assert dvc_lock.list_recorded((graph / "dvc.lock").read_text()) == [names[-1], *names[:-1]], "what was there before stays where it was"
+    dvc_lock.sort_lock(graph, [], dvc_graph.read_graph(graph))
     assert (graph / "dvc.lock").read_text() == whole
     (graph / "dvc.lock").unlink()
-    dvc_lock.put_in_order(graph, [], dvc_graph.stages(graph))
+    dvc_lock.sort_lock(graph, [], dvc_graph.read_graph(graph))
 
 
 def test_what_a_stage_states(graph: Path) -> None:
-    found = {stage.name: stage for stage in dvc_graph.stages(graph)}
+    found = {stage.name: stage for stage in dvc_graph.read_graph(graph)}
     first = found["filter"]
     assert (first.desc, first.gpus, first.retries, first.timeout) == ("two lines that are one", "all", 2, 1.5)
     plain = found["evaluate@short"]
@@ -106,9 +106,9 @@ def test_what_a_stage_states(graph: Path) -> None:
 
 
 def test_names_do_not_depend_on_where_the_process_is(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = dvc_graph.stages(graph)
+    here = dvc_graph.read_graph(graph)
     monkeypatch.chdir(tmp_path)
-    assert dvc_graph.stages(graph) == here
+    assert dvc_graph.read_graph(graph) == here
 
 
 @pytest.mark.parametrize(
@@ -125,27 +125,27 @@ def test_a_meta_that_means_nothing_is_refused(graph: Path, meta: str, said: str)
     file.write_text(before.replace("gpus: all, retries: 2, timeout: 1.5", meta))
     try:
         with pytest.raises(ValueError, match=re.escape(said)):
-            dvc_graph.stages(graph)
+            dvc_graph.read_graph(graph)
     finally:
         file.write_text(before)
 
 
 def test_every_stage_of_the_graph_runs_by_its_name_and_is_then_unchanged(graph: Path) -> None:
-    assert "raw.dvc" in dvc_graph.unchanged(graph)
+    assert "raw.dvc" in dvc_graph.find_unchanged(graph)
     (graph / "apart.txt").write_text("1\n")  # what a frozen stage has made: DVC doesn't run it
-    for stage in dvc_graph.stages(graph):
+    for stage in dvc_graph.read_graph(graph):
         project.dvc(graph, "repro", "--single-item", stage.name)
-    assert dvc_graph.unchanged(graph) == {stage.name for stage in dvc_graph.stages(graph)}
+    assert dvc_graph.find_unchanged(graph) == {stage.name for stage in dvc_graph.read_graph(graph)}
     (graph / "raw/b.txt").write_text("b")
-    assert dvc_graph.unchanged(graph) == {stage.name for stage in dvc_graph.stages(graph)} - {"raw.dvc", "filter"}
-    assert "bench@m1-5" in dvc_graph.unchanged(graph), "it will change when filter has run: dvc status can't know, the flow must"
+    assert dvc_graph.find_unchanged(graph) == {stage.name for stage in dvc_graph.read_graph(graph)} - {"raw.dvc", "filter"}
+    assert "bench@m1-5" in dvc_graph.find_unchanged(graph), "it will change when filter has run: dvc status can't know, the flow must"
 
 
 def test_a_chosen_part() -> None:
     known = [Stage("a"), Stage("b", ("a",)), Stage("e@x", ("b",)), Stage("e@y", ("b",)), Stage("c", ("a",)), Stage("d", ("e@x", "c"))]
 
     def names(*only: str, **ends: str) -> str:
-        return " ".join(stage.name for stage in selected(known, only, **ends))
+        return " ".join(stage.name for stage in select_stages(known, only, **ends))
 
     assert names() == "a b e@x e@y c d"
     assert names("d", "a") == "a d"
@@ -159,12 +159,12 @@ def test_a_chosen_part() -> None:
 def test_a_stage_that_is_not_there_is_one_sentence() -> None:
     known = [Stage("stage1"), Stage("stage2", ("stage1",))]
     with pytest.raises(ValueError, match=r"^stge2 is no stage; did you mean stage2\? Known are stage1, stage2$"):
-        selected(known, first="stge2")
+        select_stages(known, first="stge2")
     with pytest.raises(ValueError, match="nothing is left to run of stages stage1, from stage2, to the end"):
-        selected(known, ["stage1"], first="stage2")
+        select_stages(known, ["stage1"], first="stage2")
 
 
 def test_every_stage_of_this_project_says_what_it_needs() -> None:
-    for stage in dvc_graph.stages(ROOT):
+    for stage in dvc_graph.read_graph(ROOT):
         assert {"gpus", "retries"} <= set(stage.meta), f"{stage.name} in dvc.yaml states no meta.cf.gpus or retries"
         assert stage.timeout is None or not stage.retries, f"{stage.name}: training takes as long as it takes"

@@ -30,7 +30,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_has_its_own_parameters_and_everybodys_cache(repo: Path) -> None:
     before = project.git(repo, "rev-parse", "HEAD"), (repo / "params.yaml").read_bytes()
-    folder = worktree.make(repo, "a-run", profile="smoke", overrides={"slow.rate": 3e-6, "last.times": 4, "last.fail": False})
+    folder = worktree.make_worktree(repo, "a-run", profile="smoke", overrides={"slow.rate": 3e-6, "last.times": 4, "last.fail": False})
     assert folder == repo / ".runs/a-run"
     text = (folder / "params.yaml").read_text()
     assert "# a comment that stays" in text and "profile: smoke" in text and "rate: 3.0e-06" in text and "times: 4" in text
@@ -44,29 +44,29 @@ def test_a_run_has_its_own_parameters_and_everybodys_cache(repo: Path) -> None:
 
 
 def test_a_run_that_is_retried_finds_its_folder(repo: Path) -> None:
-    first = worktree.make(repo, "retried", profile=None, overrides={"seed": 5})
+    first = worktree.make_worktree(repo, "retried", profile=None, overrides={"seed": 5})
     (first / "work.partial").write_text("a checkpoint")
     commits = project.git(first, "log", "--format=%h")
-    assert worktree.make(repo, "retried", profile=None, overrides={"seed": 5}) == first
+    assert worktree.make_worktree(repo, "retried", profile=None, overrides={"seed": 5}) == first
     assert (first / "work.partial").exists() and project.git(first, "log", "--format=%h") == commits
     (first / ".git").unlink()  # as when the first was killed while it was made
     os.utime(first, (0, 0))
-    again = worktree.make(repo, "retried", profile=None, overrides={"seed": 5})
-    assert worktree.found(repo)[0] == again, "used last, removed last"
+    again = worktree.make_worktree(repo, "retried", profile=None, overrides={"seed": 5})
+    assert worktree.list_worktrees(repo)[0] == again, "used last, removed last"
     assert (again / ".git").is_file() and project.git(again, "rev-parse", "--abbrev-ref", "HEAD").strip() == "run/retried"
     assert project.git(again, "log", "--format=%h") == commits
 
 
 def test_a_refused_value_leaves_nothing_half_written(repo: Path) -> None:
-    folder = worktree.make(repo, "refused", profile=None, overrides={})
+    folder = worktree.make_worktree(repo, "refused", profile=None, overrides={})
     with pytest.raises(ValueError, match=r"seed is 'x'; it must be a whole number, as 1 is now"):
-        worktree.make(repo, "refused", profile="smoke", overrides={"last.times": 3, "seed": "x"})
+        worktree.make_worktree(repo, "refused", profile="smoke", overrides={"last.times": 3, "seed": "x"})
     assert project.git(folder, "status", "--porcelain") == "" and "profile: tiny" in (folder / "params.yaml").read_text()
 
 
 def test_a_profile_that_is_not_there_is_one_sentence(repo: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^cf profile: profile large isn't in profiles/; known are smoke, tiny$"):
-        worktree.make(repo, "large", profile="large", overrides={})
+        worktree.make_worktree(repo, "large", profile="large", overrides={})
 
 
 def test_secrets_of_the_checkout_do_not_go_along(repo: Path) -> None:
@@ -76,7 +76,7 @@ def test_secrets_of_the_checkout_do_not_go_along(repo: Path) -> None:
         "    access_key_id = AKIA\n    secret_access_key = hidden\n    credentialpath = ~/.aws/credentials\n"
     )
     try:
-        folder = worktree.make(repo, "quiet", profile=None, overrides={})
+        folder = worktree.make_worktree(repo, "quiet", profile=None, overrides={})
     finally:
         file.unlink()
     text = (folder / ".dvc/config.local").read_text()
@@ -88,19 +88,19 @@ def test_secrets_of_the_checkout_do_not_go_along(repo: Path) -> None:
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a;b", "$(id)", "../x", "a/b", "A", "a..b", "x.lock", "a\n", "é", "a" * 101, ".a", "a-"])
 def test_a_name_that_is_more_than_a_name_is_refused(repo: Path, name: str) -> None:
     with pytest.raises(ValueError, match="can't be the name of a run"):
-        worktree.make(repo, name, profile=None, overrides={})
+        worktree.make_worktree(repo, name, profile=None, overrides={})
     assert not (repo / ".runs" / (name or "nothing")).exists()
 
 
 def test_good_names_are_taken() -> None:
     for name in ("a", "amber-fox-1b2c3d4e", "nightly-2026-11-21", "v1.2_3"):
-        assert worktree.checked(name) == name
+        assert worktree.check_run_name(name) == name
         assert subprocess.run(["git", "check-ref-format", "--branch", f"run/{name}"], capture_output=True).returncode == 0
 
 
 def test_a_base_that_is_an_option_is_no_base(repo: Path) -> None:
     with pytest.raises(RuntimeError, match="failed"):
-        worktree.make(repo, "based", base="--output=/tmp/x", profile=None, overrides={})
+        worktree.make_worktree(repo, "based", base="--output=/tmp/x", profile=None, overrides={})
 
 
 # ---------------------------------------------------------------------------------------------------------- overrides
@@ -166,7 +166,7 @@ def test_a_value_that_does_not_fit_is_one_sentence(repo: Path, tmp_path: Path, k
     file = tmp_path / "params.yaml"
     file.write_bytes((repo / "params.yaml").read_bytes())
     with pytest.raises(ValueError) as error:
-        overrides.lay(file, {"last.times": 9, key: value})
+        overrides.apply_overrides(file, {"last.times": 9, key: value})
     assert str(error.value).startswith(said)
     assert file.read_bytes() == (repo / "params.yaml").read_bytes()
 
@@ -176,7 +176,7 @@ def test_numbers_stay_numbers_for_every_reader(tmp_path: Path) -> None:
 
     file = tmp_path / "params.yaml"
     file.write_text("a: 1.0e-3\nb: null\nc: [1]\n")
-    overrides.lay(file, {"a": 2, "b": 1e-7, "c": [1e-9, 2]})
+    overrides.apply_overrides(file, {"a": 2, "b": 1e-7, "c": [1e-9, 2]})
     assert yaml.safe_load(file.read_text()) == {"a": 2.0, "b": 1e-7, "c": [1e-9, 2]}
 
 
@@ -184,36 +184,36 @@ def test_numbers_stay_numbers_for_every_reader(tmp_path: Path) -> None:
 
 
 def test_one_run_a_checkout(repo: Path) -> None:
-    folder = worktree.make(repo, "busy", profile=None, overrides={})
-    assert not run_lock.in_use(folder)
-    with run_lock.alone(folder, "an-id"):
-        assert run_lock.in_use(folder) and run_lock.died(folder) == ""
-        with pytest.raises(run_lock.Busy, match=r"is in use by another run, process \d+; wait for it"), run_lock.alone(folder):
+    folder = worktree.make_worktree(repo, "busy", profile=None, overrides={})
+    assert not run_lock.is_in_use(folder)
+    with run_lock.hold_checkout(folder, "an-id"):
+        assert run_lock.is_in_use(folder) and run_lock.find_dead_run(folder) == ""
+        with pytest.raises(run_lock.CheckoutBusy, match=r"is in use by another run, process \d+; wait for it"), run_lock.hold_checkout(folder):
             pass
-    assert not run_lock.in_use(folder) and run_lock.died(folder) == ""
-    with pytest.raises(ValueError), run_lock.alone(folder, "an-id"):
+    assert not run_lock.is_in_use(folder) and run_lock.find_dead_run(folder) == ""
+    with pytest.raises(ValueError), run_lock.hold_checkout(folder, "an-id"):
         raise ValueError
-    assert run_lock.died(folder) == "", "it ended by itself"
-    with pytest.raises(KeyboardInterrupt), run_lock.alone(folder, "an-id"):
+    assert run_lock.find_dead_run(folder) == "", "it ended by itself"
+    with pytest.raises(KeyboardInterrupt), run_lock.hold_checkout(folder, "an-id"):
         raise KeyboardInterrupt
-    assert run_lock.died(folder) == "an-id"
+    assert run_lock.find_dead_run(folder) == "an-id"
 
 
 def test_old_folders_go_and_their_branches_stay(tmp_path: Path) -> None:
     repo = project.make(tmp_path / "project")
-    folders = [worktree.make(repo, f"run-{number}", profile=None, overrides={"seed": number + 2}) for number in range(5)]
+    folders = [worktree.make_worktree(repo, f"run-{number}", profile=None, overrides={"seed": number + 2}) for number in range(5)]
     project.dvc(folders[0], "repro", "-q", "prepare")  # and then its run was killed
     os.utime(folders[0], (0, 0))
     (folders[1] / ".git").write_text("gitdir: /nowhere\n")  # as when the checkout was moved
     said: list[str] = []
-    with run_lock.alone(folders[2]):
-        assert worktree.prune(repo, keep=1, line=said.append) == [folders[3], folders[0]]
+    with run_lock.hold_checkout(folders[2]):
+        assert worktree.prune_worktrees(repo, keep=1, line=said.append) == [folders[3], folders[0]]
     assert [folder.exists() for folder in folders] == [False, True, True, False, True]
     assert len(said) == 1 and said[0].startswith("run-1 was not removed: `git add")
     assert "prepare" in project.git(repo, "show", "run/run-0:dvc.lock"), "what it had finished"
-    assert worktree.prune(repo, keep=1) == [folders[2]]
+    assert worktree.prune_worktrees(repo, keep=1) == [folders[2]]
     assert project.git(repo, "show", "run/run-2:params.yaml").count("seed: 4") == 1
-    again = worktree.make(repo, "run-2", profile=None, overrides={"seed": 4})
+    again = worktree.make_worktree(repo, "run-2", profile=None, overrides={"seed": 4})
     assert again.exists() and "seed: 4" in (again / "params.yaml").read_text()
     command = [sys.executable, "-m", "flows.project.worktree", "list"]
     done = subprocess.run(command, cwd=repo, env=project.environment(), capture_output=True, text=True)
@@ -229,20 +229,20 @@ def test_what_git_is_told_for_people_does_not_end_a_run(tmp_path: Path) -> None:
         hook = repo / ".git/hooks" / name
         hook.write_text("#!/bin/sh\nexit 1\n")
         hook.chmod(0o755)
-    folder = worktree.make(repo, "plain", profile="smoke", overrides={})
+    folder = worktree.make_worktree(repo, "plain", profile="smoke", overrides={})
     assert "profile: smoke" in project.git(folder, "show", "HEAD:params.yaml")
-    git.git(repo, "tag", "--annotate", "--message", "a version", "student@v0.0.1")
+    git.run_git(repo, "tag", "--annotate", "--message", "a version", "student@v0.0.1")
 
 
 def test_a_checkout_that_was_cut_off_is_made_whole(repo: Path) -> None:
-    folder = worktree.make(repo, "cut", profile=None, overrides={"seed": 7})
+    folder = worktree.make_worktree(repo, "cut", profile=None, overrides={"seed": 7})
     (folder / "work.py").unlink()
     (folder / "metrics/last.json").unlink()  # as DVC does before it runs the stage
-    worktree.make(repo, "cut", profile=None, overrides={"seed": 7})
+    worktree.make_worktree(repo, "cut", profile=None, overrides={"seed": 7})
     assert (folder / "work.py").exists() and not (folder / "metrics/last.json").exists()
 
 
 def test_the_worktrees_are_no_part_of_the_project_around_them(repo: Path) -> None:
-    worktree.make(repo, "inner", profile=None, overrides={})
+    worktree.make_worktree(repo, "inner", profile=None, overrides={})
     assert project.git(repo, "status", "--porcelain", "--", ".runs") == ""
-    assert [stage.name for stage in dvc_graph.stages(repo)] == project.STAGES
+    assert [stage.name for stage in dvc_graph.read_graph(repo)] == project.STAGES

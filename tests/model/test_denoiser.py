@@ -124,7 +124,7 @@ def test_layers_of_different_occupancy_run_in_one_pass():
 def test_only_a_pass_that_remembers_takes_keys_and_values(monkeypatch):
     """A checkpointed pass would keep all of them until its backward pass is over."""
     seen, inner = [], MemoryRope.forward
-    monkeypatch.setattr(MemoryRope, "forward", lambda rope, x: seen.append(rope.taken is not None) or inner(rope, x))
+    monkeypatch.setattr(MemoryRope, "forward", lambda rope, x: seen.append(rope.captured is not None) or inner(rope, x))
     model, x, sigma = denoiser(), normal(2, 3, *SHAPE), torch.tensor([0.5, 0.9])
     memory = model.remember(x, TEXT, empty_memory(spec()))
     model(x, sigma, TEXT, memory)

@@ -66,7 +66,7 @@ def test_a_form_takes_no_command(attack: str) -> None:
 def test_a_name_of_a_run_is_one_word(attack: str, tmp_path: Path) -> None:
     repo = project.make(tmp_path / "project") if attack == ATTACKS[0] else tmp_path
     with pytest.raises(ValueError, match="can't be the name of a run"):
-        worktree.make(repo, attack, profile=None, overrides={})
+        worktree.make_worktree(repo, attack, profile=None, overrides={})
     with pytest.raises(ValueError, match="is no version"):
         registry.named(repo, attack)
     assert not list(tmp_path.rglob("planted"))
@@ -75,12 +75,12 @@ def test_a_name_of_a_run_is_one_word(attack: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x..y", "x.lock", ".x", "x.", "X", "x/y", "a" * 101, "x@{1}", "x~1", "x^", "x:y", "x?", "x*", "x[", "@"])
 def test_a_name_of_a_run_is_one_that_git_takes_too(name: str) -> None:
     with pytest.raises(ValueError, match="can't be the name of a run"):
-        worktree.checked(name)
+        worktree.check_run_name(name)
 
 
 @pytest.mark.parametrize("name", ["brave-owl-0a1b2c3d", "nightly-2026-11-21", "x", "a" * 100, "v1.2_x"])
 def test_what_may_be_a_name_is_a_branch_to_git(name: str) -> None:
-    assert worktree.checked(name) == name
+    assert worktree.check_run_name(name) == name
     subprocess.run(["git", "check-ref-format", "--branch", f"run/{name}"], check=True, capture_output=True)
 
 
@@ -88,7 +88,7 @@ def test_a_base_is_a_commit_and_no_option(tmp_path: Path) -> None:
     repo = project.make(tmp_path / "project")
     for base in ("--help", "--upload-pack=touch planted", "-c", "main; touch planted"):
         with pytest.raises(RuntimeError, match="rev-parse"):
-            worktree.make(repo, "x", base=base, profile=None, overrides={})
+            worktree.make_worktree(repo, "x", base=base, profile=None, overrides={})
         with pytest.raises(ValueError, match="is no commit of"):
             registry.resolved(repo, base)
     assert not list(tmp_path.rglob("planted")) and not (repo / ".runs").exists()
@@ -111,7 +111,7 @@ def test_a_value_stays_a_value(attack: str, repo: Path) -> None:
     quoted = attack.replace("'", "''")
     changes = RunConfig(overrides=[f"profile='{quoted}'"]).changes()
     assert changes == {"profile": attack}
-    root = worktree.make(repo, f"x{TEXTS.index(attack)}", profile=None, overrides=changes)
+    root = worktree.make_worktree(repo, f"x{TEXTS.index(attack)}", profile=None, overrides=changes)
     assert project.git(root, "show", "HEAD:params.yaml").count("touch planted") == attack.count("touch planted")
     assert attack in project.git(root, "log", "-1", "--format=%B")
     if attack in TEXTS[:2]:

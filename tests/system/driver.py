@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from flows.machine import processes
+from flows.machine import processes, programs, settings
 from flows.supervise import guardian
 from tests.flows import project
 from tests.week.machine import Receiver
@@ -84,7 +84,10 @@ class Machine:
         return self.command("flows.machine.up", "down")
 
     def process(self, name: str) -> psutil.Process:
-        found = processes.noted(self.root / f".machine/{name}.pid")
+        """Of a program; waits for supervisor to start one that has just died."""
+        own = settings.Machine(self.root, "127.0.0.1", self.port, 1)
+        until(lambda: programs.find_process(own, name), f"the {name} runs", 30)
+        found = programs.find_process(own, name)
         assert found, f"no {name}"
         return found
 

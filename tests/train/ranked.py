@@ -159,13 +159,13 @@ def sampler(job: BaseTrainer | CausalInitTrainer | DistillationTrainer | Teacher
     make: MakeSample
     if isinstance(job, BaseTrainer):
         plan = WindowSpec(frames=4, sampler_steps=3, guidance=1.5, **given)
-        make = partial(sample_from_noise, job.average.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
+        make = partial(sample_from_noise, job.ema.model, spec=plan, flow=FLOW, null=torch.zeros(5, 8))
     elif isinstance(job, TeacherTrainer):
         plan = ContinuedSpec(frames=12, prefix=6, sampler_steps=3, guidance=1.5, **given)
-        make = partial(sample_continuation, job.average.model, spec=plan, view=job.spec.view, flow=FLOW, null=torch.zeros(5, 8))
+        make = partial(sample_continuation, job.ema.model, spec=plan, view=job.spec.view, flow=FLOW, null=torch.zeros(5, 8))
     else:
         plan = SampleSpec(frames=12, **given)
-        make = partial(sample_stream, job.average.model, spec=plan, levels=(1.0, 0.5), chunk=3, memory=job.spec.memory, flow=FLOW)
+        make = partial(sample_stream, job.ema.model, spec=plan, levels=(1.0, 0.5), chunk=3, memory=job.spec.memory, flow=FLOW)
     return SampleWriter(plan, track, Clips(), codec, make)  # type: ignore[arg-type]
 
 
@@ -183,7 +183,8 @@ def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     track.finished = lambda: None  # type: ignore[method-assign]
     codec = small_codec(out / "codec") if is_first_rank() else out / "no codec"  # a rank that follows has no use for it
     samples = sampler(job, track, codec, every)
-    fit(job.step, steps=steps, state=job.state, log=track, save_every=5, seen=job.seen, clock=job.clock, sample=samples)
+    job.steps = steps
+    fit(job, track, samples)
     parts = {model: job.state[model].state_dict() for model in models}
     if is_first_rank():
         save_file({f"{model}/{key}": value for model, part in parts.items() for key, value in part.items()}, out / "weights.safetensors")

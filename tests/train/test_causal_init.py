@@ -47,7 +47,7 @@ def track(tmp_path):
 
 def made(track, model=None, name="made", **changes):
     ways = trajectories(track.work / name, **changes)
-    ways.make(model or denoiser(), NULL, track)
+    ways.compute(model or denoiser(), NULL, track)
     return ways
 
 
@@ -102,7 +102,7 @@ def test_a_kill_costs_one_batch(track):
     ways = trajectories(track.work / "made")
     ways.latents = Dying()
     with pytest.raises(KeyboardInterrupt):
-        ways.make(denoiser(), NULL, track)
+        ways.compute(denoiser(), NULL, track)
     there = {file: file.stat().st_mtime_ns for file in (track.work / "made").iterdir()}
     assert [file.name for file in there] == ["00000000.safetensors"]
     (track.work / "made/00000004.safetensors").write_bytes(b"power was lost here")
@@ -114,10 +114,12 @@ def test_a_kill_costs_one_batch(track):
 def test_stopped_and_resumed_is_never_stopped(track, tmp_path):
     ways = made(track)
     whole, first, second = init(ways), init(ways), init(ways)
-    fit(whole.step, steps=4, state=whole.state, log=track_in(tmp_path / "a"), save_every=2)
-    fit(first.step, steps=3, state=first.state, log=track_in(tmp_path / "b"), save_every=2)
-    fit(second.step, steps=4, state=second.state, log=Track("b", tmp_path / "b"), save_every=2)
-    pairs = zip(whole.average.model.parameters(), second.average.model.parameters(), strict=True)
+    for job, steps in ((whole, 4), (first, 3), (second, 4)):
+        job.steps, job.save_every = steps, 2
+    fit(whole, track_in(tmp_path / "a"))
+    fit(first, track_in(tmp_path / "b"))
+    fit(second, Track("b", tmp_path / "b"))
+    pairs = zip(whole.ema.model.parameters(), second.ema.model.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
@@ -144,7 +146,7 @@ def reference(model, states, text, levels, sigmas, memory, clean):
 def test_the_loss_is_over_chunks_that_have_noise(track, context):
     ways = made(track, context=context)
     job, model = init(ways), denoiser()
-    loss, _ = job._ode(ways)
+    loss, _ = job._regress_on_ode(ways)
     loss.backward()
     r = rng(5)
     videos = torch.randint(0, 5, (4,), generator=r).tolist()

@@ -16,7 +16,7 @@ from cf_model.model.denoiser import Compute, Denoiser, ModelSpec
 from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import HorizonSpec
 from cf_model.plan import need, passes
-from cf_model.plan.cost import Costs
+from cf_model.plan.cost import ModelCosts
 from tasks.commands.plan import forecast
 from tasks.params import load
 from tests.small import normal, spec
@@ -26,25 +26,25 @@ TERA = 1e12
 SMALL = ModelSpec(layers=3, heads=2, head_dim=12, ffn=40, freq=16, positions=64)
 
 
-def small(dtype: str = "float32", checkpointing: bool = False) -> Costs:
+def small(dtype: str = "float32", checkpointing: bool = False) -> ModelCosts:
     compute = Compute("native", dtype, checkpointing)  # type: ignore[arg-type]
-    return Costs(SMALL, channels=5, text_channels=7, text_tokens=6, height=6, width=4, compute=compute)
+    return ModelCosts(SMALL, channels=5, text_channels=7, text_tokens=6, height=6, width=4, compute=compute)
 
 
-def model(costs: Costs) -> Denoiser:
+def model(costs: ModelCosts) -> Denoiser:
     made = wan.build_transformer(costs.model, channels=costs.channels, text_channels=costs.text_channels, seed=0, compute=costs.compute)
     torch.nn.init.normal_(made.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     return made
 
 
-def inputs(costs: Costs, frames: int, batch: int = 1, levels: int = 1) -> tuple[Any, Any, Any]:
+def inputs(costs: ModelCosts, frames: int, batch: int = 1, levels: int = 1) -> tuple[Any, Any, Any]:
     sigma = torch.full((batch, frames) if levels > 1 else (batch,), 0.5)
     x = normal(batch, frames, costs.channels, costs.height, costs.width)
     return x, sigma, normal(batch, costs.text_tokens, costs.text_channels)
 
 
 @pytest.fixture(scope="module")
-def wan_costs() -> Costs:
+def wan_costs() -> ModelCosts:
     return forecast.costs(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
 
 
@@ -111,7 +111,7 @@ def test_what_a_pass_keeps_is_what_autograd_saves(frames: int, per_frame: bool) 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = (made.velocity(x, sigma, text) - x).square().mean()
-    assert loss.requires_grad and sum(saved.values()) == costs.kept(frames, levels=levels)
+    assert loss.requires_grad and sum(saved.values()) == costs.saved_bytes(frames, levels=levels)
 
 
 def test_a_remembered_frame_is_as_large_as_it_is() -> None:
@@ -119,27 +119,27 @@ def test_a_remembered_frame_is_as_large_as_it_is() -> None:
     x, _, text = inputs(costs, 3)
     memory = model(costs).remember(x, text, empty_memory(spec()))
     (frame,) = memory.sink[:1]  # type: ignore[union-attr]
-    assert sum(t.numel() * t.element_size() for t in (*frame.keys, *frame.values)) == costs.memory_frame()
+    assert sum(t.numel() * t.element_size() for t in (*frame.keys, *frame.values)) == costs.frame_bytes()
 
 
 # --------------------------------------------------------------------------------------------- published figures
 
 
-def law(costs: Costs, frames: int, seen: int = 0) -> float:
+def law(costs: ModelCosts, frames: int, seen: int = 0) -> float:
     """docs/method.md 1.3 counts the blocks' products and attention, with the prompt's keys and values computed once a video."""
     made = costs.forward(frames, seen)
     return (made.linear + made.attention + made.cross) / TERA
 
 
-def test_wan_has_its_published_size(wan_costs: Costs) -> None:
+def test_wan_has_its_published_size(wan_costs: ModelCosts) -> None:
     assert wan_costs.parameters == 1_418_996_800
     assert wan_costs.tokens == 1560
-    assert wan_costs.memory_frame() / 2**20 == pytest.approx(274.2, abs=0.05)
-    assert 21 * wan_costs.memory_frame() / 2**30 == pytest.approx(5.62, abs=0.005)
+    assert wan_costs.frame_bytes() / 2**20 == pytest.approx(274.2, abs=0.05)
+    assert 21 * wan_costs.frame_bytes() / 2**30 == pytest.approx(5.62, abs=0.005)
     assert wan_costs.forward(1).linear / 1560 == pytest.approx(2.5009e9, rel=1e-4)
 
 
-def test_passes_cost_what_is_published(wan_costs: Costs) -> None:
+def test_passes_cost_what_is_published(wan_costs: ModelCosts) -> None:
     for attended, tflop in ((6, 20.2), (12, 28.3), (21, 40.4)):
         assert law(wan_costs, 3, attended - 3) == pytest.approx(tflop, abs=0.05)
     for frames, tflop in ((21, 283), (42, 961), (105, 5370)):
@@ -150,7 +150,7 @@ def test_passes_cost_what_is_published(wan_costs: Costs) -> None:
     assert wan_costs.forward(3, 18).total / TERA == pytest.approx(40.4, rel=0.005)
 
 
-def test_the_steps_of_stage_2_cost_what_is_published(wan_costs: Costs) -> None:
+def test_the_steps_of_stage_2_cost_what_is_published(wan_costs: ModelCosts) -> None:
     """At 105 latents: 28 chunks of 4 + 1 passes, 7 that stop after 2.5 on average; scores over 42 latents."""
     chunk, score = law(wan_costs, 3, 18), law(wan_costs, 42)
     rollout = (28 * 5 + 7 * 2.5) * chunk
@@ -161,23 +161,23 @@ def test_the_steps_of_stage_2_cost_what_is_published(wan_costs: Costs) -> None:
     assert hours / 0.4 == pytest.approx(270, abs=10) and hours / 0.3 == pytest.approx(370, abs=10)
 
 
-def test_our_stage_2_is_that_with_one_rollout_for_both_updates(wan_costs: Costs) -> None:
+def test_our_stage_2_is_that_with_one_rollout_for_both_updates(wan_costs: ModelCosts) -> None:
     p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
     at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"))
-    ours = need.of_student(at_105, wan_costs, p.teacher.view).operations / TERA
+    ours = need.estimate_student(at_105, wan_costs, p.teacher.view).operations / TERA
     chunk, score = law(wan_costs, 3, 18), law(wan_costs, 42)
     published = (28 * 5 + 7 * 2.5) * chunk + 4 * score + (3 * score + 6 * 3 * chunk) / 5
     # ours also remembers the window's chunks (7 passes), and its memory is not full before chunk 26, which saves more
     assert 0.9 * published < ours < published
 
 
-def test_training_states_take_what_is_published(wan_costs: Costs) -> None:
+def test_training_states_take_what_is_published(wan_costs: ModelCosts) -> None:
     p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
     exact = replace(wan_costs, compute=Compute("native", "float32", False))
-    states = need.of_base(p.base, exact).states()
+    states = need.estimate_base(p.base, exact).states()
     assert (sum(states.values()) - states["average"]) / 1e9 == pytest.approx(22.7, abs=0.05), "16 bytes a parameter"
     # docs/performance.md 4.3 keeps the frozen teacher in bfloat16; here it stays in float32, which is 2 bytes more
-    stage2, teacher = need.of_student(p.stage2, wan_costs, p.teacher.view), 2 * wan_costs.parameters
+    stage2, teacher = need.estimate_student(p.stage2, wan_costs, p.teacher.view), 2 * wan_costs.parameters
     assert (sum(stage2.states().values()) - teacher) / 1e9 == pytest.approx(59.6, abs=0.1)
     # There, ZeRO on 8 GPUs takes 14.9 and 7.4 GB, with the average and bfloat16 weights split too. Ours keeps average and teacher
     # whole, weights in float32, and DeepSpeed's master weights beside them: bytes of a parameter of one network, part by part.
@@ -196,13 +196,13 @@ def test_lengths_and_starts_are_those_that_training_draws() -> None:
     for step in range(60):
         for _ in range(100):
             drawn.add(horizon.sample_length(step, 3, rng), 1 / 6000)
-    expected = passes.lengths(horizon, 3, 60)
+    expected = passes.tally_lengths(horizon, 3, 60)
     assert sum(expected.values()) == pytest.approx(1)
     assert drawn.shares == pytest.approx(expected, abs=0.02)
 
 
 def test_the_memory_is_counted_by_its_own_policy() -> None:
-    seen = [one for one, _ in zip(passes.remembered(spec(), 3), range(40), strict=False)]
+    seen = [one for one, _ in zip(passes.trace_memory(spec(), 3), range(40), strict=False)]
     past = [one.denoising for one in seen]
     assert past[:3] == [0, 3, 6] and past == sorted(past)
     assert past[-1] == spec().size - 3 and len(seen[-1].alive) == spec().size

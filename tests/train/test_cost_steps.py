@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cf_model.model.rollout import HorizonSpec
 from cf_model.plan import need
-from cf_model.plan.cost import Costs
+from cf_model.plan.cost import ModelCosts
 from cf_model.train.base import BaseTrainer
 from cf_model.train.student import DistillationTrainer
 from cf_model.train.teacher import TeacherTrainer
@@ -44,25 +44,25 @@ class Clips:
         return self.empty_text.expand(len(rows), -1, -1)
 
 
-def job_of_tiny(stage: str, p: schema.Params, costs: Costs) -> tuple[Any, need.Need]:
+def job_of_tiny(stage: str, p: schema.Params, costs: ModelCosts) -> tuple[Any, need.StageNeed]:
     """A stage of tiny whose steps are all alike: of the longest past, or of one rollout's length."""
     models = [model(costs).train() for _ in range(3 if stage == "stage2" else 1)]
     alike: Any = {"latents": Clips(), "flow": p.flow, "seed": 0}
     if stage == "base":
-        return BaseTrainer(p.base, model=models[0], **alike), need.of_base(p.base, costs)
+        return BaseTrainer(p.base, model=models[0], **alike), need.estimate_base(p.base, costs)
     if stage == "teacher":
         adam = replace(p.teacher.optimizer, muon_lr=0.0)  # Muon's own products are no pass of the model
         spec = replace(p.teacher, shortest=p.teacher.longest, no_context=0.0, fast_only=0.0, optimizer=adam)
-        wanted = need.of_teacher(spec, costs)
+        wanted = need.estimate_teacher(spec, costs)
         return TeacherTrainer(spec, model=models[0], **alike), replace(wanted, shared=0)  # the bank is there before the step
     horizon = HorizonSpec(27, 27, 0, "const")
     own = replace(p.stage2, horizon=horizon, critic_updates=1, rollout=replace(p.stage2.rollout, levels=(1.0,)))
     text = {"prompts": normal(8, 16, 64), "null": torch.zeros(16, 64)}
     named = {"student": models[0], "teacher": models[1], "critic": models[2], "view": p.teacher.view, "flow": p.flow}
-    return DistillationTrainer(own, **named, **text, shape=(12, 4, 4), seed=0), need.of_student(own, costs, p.teacher.view)  # type: ignore[arg-type]
+    return DistillationTrainer(own, **named, **text, shape=(12, 4, 4), seed=0), need.estimate_student(own, costs, p.teacher.view)  # type: ignore[arg-type]
 
 
-def tiny(context_pass: str, checkpointing: bool = False) -> tuple[schema.Params, Costs]:
+def tiny(context_pass: str, checkpointing: bool = False) -> tuple[schema.Params, ModelCosts]:
     p = load.load_params(ROOT / "profiles/tiny.yaml")
     view = replace(p.teacher.view, context_pass=context_pass)  # type: ignore[arg-type]
     compute = replace(p.compute, checkpointing=checkpointing)
@@ -81,7 +81,7 @@ def test_a_step_of_tiny_holds_what_is_planned(stage: str, context: str, checkpoi
         job.step(1)
     # the student's gradients, which the plan counts apart, are there while the critic's loss is made
     gradients = wanted.states()["gradients"] / 2 if stage == "stage2" else 0
-    assert held.peak == pytest.approx(wanted.batch * wanted.sample() + gradients, rel=0.15)
+    assert held.peak == pytest.approx(wanted.batch * wanted.sample_bytes() + gradients, rel=0.15)
 
 
 @pytest.mark.parametrize("context", ["joint", "own"])
@@ -99,7 +99,7 @@ def test_an_own_context_costs_less_and_is_read_once_for_both_updates() -> None:
     wan_costs = forecast.costs(p)
     own = replace(p.teacher.view, context_sigma="zero", context_pass="own")
     at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"), critic_updates=1)
-    made = {name: need.of_student(at_105, wan_costs, view).operations for name, view in (("joint", p.teacher.view), ("own", own))}
+    made = {name: need.estimate_student(at_105, wan_costs, view).operations for name, view in (("joint", p.teacher.view), ("own", own))}
     joint, read, look = (wan_costs.forward(*one).total for one in ((42,), (21,), (21, 21)))
     again = wan_costs.forward(42).trained(True) - wan_costs.forward(21).trained(True) - wan_costs.forward(21, 21).trained(True)
     assert made["joint"] - made["own"] == pytest.approx(again + 3 * joint - 3 * look - 2 * read, rel=1e-6)

@@ -194,10 +194,10 @@ def test_every_rank_draws_the_batch_and_keeps_its_rows() -> None:
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "count_ranks", lambda: 4)
     with pytest.raises(ValueError, match=r"batch is 6, which 4 ranks can't share evenly; use CF_RANKS of \[1, 2, 3, 6\], or a batch of 8"):
-        PLAIN.groups(6)
+        PLAIN.count_groups(6)
     with pytest.raises(ValueError, match=r"micro_batch is 2, .* of 12 each of 4 ranks takes 3 .* use a micro_batch of \[1, 3\], or null"):
-        replace(PLAIN, micro_batch=2).groups(12)
-    assert [replace(PLAIN, micro_batch=micro).groups(24) for micro in (None, 1, 2, 3, 6)] == [1, 6, 3, 2, 1]
+        replace(PLAIN, micro_batch=2).count_groups(12)
+    assert [replace(PLAIN, micro_batch=micro).count_groups(24) for micro in (None, 1, 2, 3, 6)] == [1, 6, 3, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from cf_model.train.trainer.batch import drop_prompts
 from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import Optimizer, OptimizerSpec
 from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.observe import StepTimer
 from cf_model.train.trainer.ranks import BatchRandom
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, restored, rolling, spec
@@ -30,8 +31,9 @@ class Job:
 
     def __init__(self, steps=8):
         self.model, self.random = denoiser(), BatchRandom(5)
-        self.optimizer, self.average = Optimizer(self.model, optimizer(), steps), EMA(self.model, 0.9)
-        self.state = {"model": self.model, "optimizer": self.optimizer, "average": self.average, "random": self.random}
+        self.optimizer, self.ema = Optimizer(self.model, optimizer(), steps), EMA(self.model, 0.9)
+        self.state = {"model": self.model, "optimizer": self.optimizer, "average": self.ema, "random": self.random}
+        self.steps, self.save_every, self.newest_batch, self.timer = steps, 2, {}, StepTimer()
         self.die_at = None
 
     def step(self, number):
@@ -41,23 +43,23 @@ class Job:
         loss = self.model.velocity(x, torch.rand(2, generator=self.random.rng), normal(2, 5, 8)).square().mean()
         loss.backward()
         norm = self.optimizer.step()
-        self.average.update()
+        self.ema.update()
         return {"loss": loss.item(), "gradient": norm}
 
 
 def weights(job):
-    return torch.cat([p.detach().flatten() for p in [*job.model.parameters(), *job.average.model.parameters()]])
+    return torch.cat([p.detach().flatten() for p in [*job.model.parameters(), *job.ema.model.parameters()]])
 
 
 @pytest.mark.parametrize("die_at", [3, 4, 7])
 def test_resumed_is_never_stopped_to_the_bit(tmp_path, die_at):
     whole, first, second = Job(), Job(), Job()
-    fit(whole.step, steps=8, state=whole.state, log=Track("whole", make(tmp_path / "whole")), save_every=2)
+    fit(whole, Track("whole", make(tmp_path / "whole")))
     first.die_at = die_at
     with pytest.raises(KeyboardInterrupt):
-        fit(first.step, steps=8, state=first.state, log=Track("job", make(tmp_path / "job")), save_every=2)
+        fit(first, Track("job", make(tmp_path / "job")))
     track = Track("job", tmp_path / "job")
-    fit(second.step, steps=8, state=second.state, log=track, save_every=2)
+    fit(second, track)
     assert torch.equal(weights(whole), weights(second))
     assert track.facts["resumed_at"] == die_at // 2 * 2
     assert track.curve.read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
@@ -104,24 +106,26 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, why, damage):
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_its_batch(tmp_path):
     """Two bad steps change nothing; the third in a row ends the run. What each was made of can be read."""
     job, steps = Job(), []
-    seen = {}
+    good_step = job.step
 
     def step(number):
         steps.append(job.random.rng.get_state())
-        seen["x"] = torch.full((2,), float(number))
+        job.newest_batch["x"] = torch.full((2,), float(number))
         if number in (1, 3, 4, 5):
             before = weights_of(job.model)
             (job.model.velocity(normal(2, 3, *SHAPE), torch.rand(2, generator=job.random.rng), normal(2, 5, 8)).sum() * math.nan).backward()
             norm = job.optimizer.step()
             assert torch.equal(before, weights_of(job.model)) and not math.isfinite(norm)
             return {"loss": math.nan}
-        return job.step(number)
+        return good_step(number)
+
+    job.step, job.save_every = step, 1
 
     with (
         pytest.warns(UserWarning, match="step 2: loss is nan; what it would have changed was left as it was"),
         pytest.raises(ValueError, match=r"step 6: loss is nan, the third bad step in a row.*checkpoint \(step-00000003\) is intact"),
     ):
-        fit(step, steps=8, state=job.state, log=Track("t", tmp_path), save_every=1, seen=seen)
+        fit(job, Track("t", tmp_path))
     assert sorted(path.name for path in tmp_path.glob("bad-*")) == [f"bad-0000000{n}" for n in (2, 4, 5, 6)]
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000001", "step-00000003"]
     assert torch.equal(load_file(tmp_path / "bad-00000004/batch.safetensors")["batch/x"], torch.full((2,), 3.0))
@@ -134,11 +138,12 @@ def weights_of(model):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_checkpoint(tmp_path):
-    job = Job()
+    job = Job(steps=4)
+    job.save_every = 1
     with torch.no_grad():
         job.model.transformer.proj_out.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"step 3: \w+ is nan.*none yet"), pytest.warns(UserWarning):
-        fit(job.step, steps=4, state=job.state, log=Track("t", tmp_path), save_every=1)
+        fit(job, Track("t", tmp_path))
     assert not list(tmp_path.glob("step-*"))
 
 
@@ -257,6 +262,6 @@ def test_the_picture_that_begins_what_the_scores_see():
     job.view = dataclasses.replace(job.view, context="none")
     job.reencode = lambda latents: asked.append(latents) or latents[:, -1:] + 100
     made, _ = job._roll_out(0, 0)
-    context, target = job.shown(made)
+    context, target = job.split_rollout(made)
     assert context.shape[1] == 0 and torch.equal(asked[0], made.video[:, :7])
     assert torch.equal(target[:, :1], made.video[:, 6:7] + 100) and torch.equal(target[:, 1:], made.video[:, 7:12])

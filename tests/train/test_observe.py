@@ -112,8 +112,8 @@ def test_the_students_loss_has_the_gradient_that_is_replayed():
 
 def test_a_step_tells_all_of_it(tmp_path):
     """Names by which docs/training.md explains a student's row, and where its seconds went."""
-    job = distillation()
-    fit(job.step, steps=2, state=job.state, log=Track("s", tmp_path), save_every=10, seen=job.seen, clock=job.clock)
+    job = distillation(steps=2)
+    fit(job, Track("s", tmp_path))
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     always = {"critic_loss", "critic_gradient", "frames", "exit", "context_frames", "window", "similarity", "slow_frames"}
     student = {"student_loss", "student_gradient", "normaliser", "score_distance", "dm_gradient", "ema_distance"}
@@ -129,13 +129,13 @@ def test_a_step_tells_all_of_it(tmp_path):
 def test_seconds_go_where_the_lap_says(monkeypatch):
     now = iter([10.0, 11.0, 13.0, 13.5, 14.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = StepTimer()
-    clock.lap("nobody started it")
-    clock.start()
-    clock.lap("data")
-    clock.lap("rollout")
-    clock.lap("data")
-    assert clock.taken() == {"step": 4.0, "data": 1.5, "rollout": 2.0, "rest": 0.5}
+    timer = StepTimer()
+    timer.lap("nobody started it")
+    timer.start()
+    timer.lap("data")
+    timer.lap("rollout")
+    timer.lap("data")
+    assert timer.read_seconds() == {"step": 4.0, "data": 1.5, "rollout": 2.0, "rest": 0.5}
 
 
 def test_on_a_gpu_seconds_are_those_of_its_stream(monkeypatch):
@@ -156,12 +156,12 @@ def test_on_a_gpu_seconds_are_those_of_its_stream(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(recorded)))
-    clock = StepTimer(torch.device("cuda"))
-    clock.start()
-    clock.lap("rollout")
-    clock.lap("replay")
+    timer = StepTimer(torch.device("cuda"))
+    timer.start()
+    timer.lap("rollout")
+    timer.lap("replay")
     assert not waited
-    assert clock.taken() == {"step": 0.75, "rollout": 0.25, "replay": 0.25, "rest": 0.25} and waited == [4]
+    assert timer.read_seconds() == {"step": 0.75, "rollout": 0.25, "replay": 0.25, "rest": 0.25} and waited == [4]
 
 
 def test_times_of_a_resumed_run_stand_once_and_are_summed(tmp_path):
@@ -169,10 +169,10 @@ def test_times_of_a_resumed_run_stand_once_and_are_summed(tmp_path):
     job, work = Job(), new_folder(tmp_path / "work")
     job.die_at = 5
     with pytest.raises(KeyboardInterrupt):
-        fit(job.step, steps=8, state=job.state, log=Track("toy", work), save_every=2)
+        fit(job, Track("toy", work))
     again = Job()
     track = Track("toy", work)
-    fit(again.step, steps=8, state=again.state, log=track, save_every=2)
+    fit(again, track)
     track.save_times(tmp_path / "runtime")
     rows = [json.loads(line) for line in (tmp_path / "runtime/toy.timing.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 9))

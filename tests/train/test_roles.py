@@ -47,7 +47,7 @@ def test_optimisers_hold_what_should_learn_and_all_of_it_moves(make: Callable[[]
     """Nothing frozen is in an optimiser, nothing that learns is missing or there twice, and no other model is touched."""
     job, models = make()
     names = {"student": "student_optimizer", "critic": "critic_optimizer", "model": "optimizer"}
-    averages = [p for p in job.average.model.parameters()]
+    averages = [p for p in job.ema.model.parameters()]
     assert not any(p.requires_grad for p in averages)
     fixed = {"teacher": job.teacher} if "student" in models else {}
     before = {name: [p.detach().clone() for p in model.parameters()] for name, model in (models | fixed).items()}
@@ -75,7 +75,7 @@ def test_rollouts_and_scores_use_the_raw_weights() -> None:
     """An average of nonsense changes no number of a step, and no weight; weights of nonsense do."""
     one, other, wrong = (ranked.student()[0] for _ in range(3))
     with torch.no_grad():
-        for p in other.average.model.parameters():
+        for p in other.ema.model.parameters():
             p.fill_(1000.0)
         wrong.student.transformer.proj_out.bias.add_(1.0)
     told = [[job.step(number) for number in range(2)] for job in (one, other, wrong)]

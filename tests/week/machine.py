@@ -21,7 +21,7 @@ from typing import Any
 import boto3
 import psutil
 
-from flows.machine import processes
+from flows.machine import processes, programs, settings
 from tests.week import project
 
 
@@ -61,7 +61,7 @@ class Machine:
         self.command("flows.machine.up", "down")
 
     def server(self) -> psutil.Process:
-        found = processes.noted(self.root / ".machine/server.pid")
+        found = programs.find_process(settings.Machine(self.root, "127.0.0.1", self.port, 1), "server")
         assert found
         return found
 

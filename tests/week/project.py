@@ -173,7 +173,8 @@ def write(folder: Path) -> None:
     for name, text in {
         "dvc.yaml": DVC_YAML,
         "params.yaml": PARAMS,
-        "tasks/__init__.py": "",
+        # what flows reads of tasks (tasks/files, tasks/params/yaml_file) comes from the real package
+        "tasks/__init__.py": f"__path__.append({str(ROOT / 'tasks')!r})\n",
         "tasks/__main__.py": TASKS,
         ".gitignore": "".join(f"/{name}\n" for name in IGNORED) + "__pycache__/\n",
         ".dvcignore": ".runs\n.machine\nwork\nruntime\ninbox\nflows\ninfra\n__pycache__\n*.partial\n",

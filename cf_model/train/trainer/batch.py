@@ -51,5 +51,6 @@ def draw_rows(rows: Iterable[int], count: int, rng: BatchRandom) -> list[int]:
 
 def drop_prompts(text: Float[Tensor, "B T E"], empty: Float[Tensor, "T E"], share: float, rng: BatchRandom) -> Float[Tensor, "B T E"]:
     """Replace a share of the prompts by the empty prompt, so that the model learns the unconditional velocity that guidance needs."""
+    # One draw for each sample of the whole batch, of which this group takes its rows: [B].
     keep = draw_uniform((len(text),), rng.rng) >= share
     return torch.where(keep[:, None, None], text, empty.to(text))

@@ -28,6 +28,7 @@ class EMA(Generic[Model]):
         """Move the average towards the raw weights. Return |average - raw| / |raw| over the weights that learn."""
         # Choice: a rising decay in the first updates, so that a short run's average is not its starting point.
         decay = min(self.decay, (1 + self.done) / (10 + self.done)) if self.done >= self.start else 0.0
+        # With ZeRO 3 each raw weight is gathered in turn, so that never more than one is whole at a time.
         norms = []
         for mean, raw in zip(self.model.parameters(), gather_weights(self.source), strict=True):
             mean.lerp_(raw, 1 - decay)  # mean <- decay * mean + (1 - decay) * raw

@@ -31,8 +31,8 @@ class EngineSpec:
 
     def __post_init__(self) -> None:
         if self.use == "torch" and (self.zero or self.offload != "none"):
-            stated = f"use is torch, zero {self.zero}, offload {self.offload}"
-            raise ValueError(f"{stated}; only DeepSpeed splits and offloads: use zero 0 and offload none, or auto or deepspeed")
+            problem = f"use is torch, zero {self.zero}, offload {self.offload}"
+            raise ValueError(f"{problem}; only DeepSpeed splits and offloads: use zero 0 and offload none, or auto or deepspeed")
         if self.offload != "none" and not self.zero:
             raise ValueError(f"offload is {self.offload} and zero 0; DeepSpeed offloads what it splits: use zero 1, 2 or 3")
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -45,16 +45,18 @@ class EngineSpec:
 
     def count_groups(self, batch: int) -> int:
         """Return the number of groups in which each rank takes its share of a batch. Raises ValueError for a batch without such a split."""
+        # The ranks' shares must be equal, because their gradients are averaged without weights.
         share, rest = divmod(batch, count_ranks())
         if rest:
             fit = [n for n in range(1, batch + 1) if batch % n == 0]
             up = -batch % count_ranks() + batch
             raise ValueError(f"batch is {batch}, which {count_ranks()} ranks can't share evenly; use CF_RANKS of {fit}, or a batch of {up}")
+        # So must the groups' sizes, because `draw_rows` and the random numbers are cut into equal parts.
         micro = self.micro_batch or share
         if share % micro:
             fit = [n for n in range(1, share + 1) if share % n == 0]
-            stated = f"engine.micro_batch is {micro}, but of a batch of {batch} each of {count_ranks()} ranks takes {share} samples"
-            raise ValueError(f"{stated}, which are no whole groups of it; use a micro_batch of {fit}, or null")
+            problem = f"engine.micro_batch is {micro}, but of a batch of {batch} each of {count_ranks()} ranks takes {share} samples"
+            raise ValueError(f"{problem}, which are no whole groups of it; use a micro_batch of {fit}, or null")
         return share // micro
 
 
@@ -87,6 +89,7 @@ def average_gradients(model: nn.Module) -> None:
     if count_ranks() == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # All reductions are started before any is waited for, so that they overlap.
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
     torch._foreach_div_(gradients, count_ranks())
@@ -146,7 +149,9 @@ class Optimizer:
 
     def factor(self) -> float:
         """Return the learning rate's factor: rising over `warmup` updates, falling to a fiftieth over the last `decay` of all."""
+        # Warm-up: linear, so the first update already has a rate above 0.
         rise = min(1.0, (self.done + 1) / self.spec.warmup) if self.spec.warmup else 1.0
+        # Decay: linear over the last `decay` of the updates, down to a fiftieth.
         left = 1 - self.done / self.steps
         fall = min(1.0, max(0.02, left / self.spec.decay)) if self.spec.decay else 1.0
         return rise * fall

@@ -87,7 +87,8 @@ def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], None] | None
     """
     timer, latest = trainer.timer, dict[str, float]()
     bad, (path, first) = 0, checkpoint.find_newest_checkpoint(log.work)
-    saved = ranks.agree_on_start(first)  # before loading, because the ranks load some parts together
+    # Before loading, because the ranks load some parts together.
+    saved = ranks.agree_on_start(first)
     if path:
         checkpoint.load_checkpoint(path, trainer.state)
     if first:
@@ -95,10 +96,12 @@ def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], None] | None
     bar = log.progress(trainer.steps, "step", first)
     with log.listen() as stop_requested:
         for number in range(first, trainer.steps):
+            # A bad step is repeated by hand from the random state before it.
             random = trainer.state.get("random")
             random_before = random.state_dict() if random else {}
             timer.start()
             values, stop = ranks.average_values(trainer.step(number), stop_requested())
+            # A value that is not finite on any rank is so in the mean, so all ranks decide alike.
             not_finite = [name for name, value in values.items() if not math.isfinite(value)]
             with checkpoint.refuse_full_disk(log.work, "metrics.jsonl"):
                 log.log(number + 1, **values)
@@ -112,6 +115,7 @@ def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], None] | None
             if not_finite:
                 name = not_finite[0]
                 report_bad_step(log.work, number + 1, name, values[name], bad, {"random": random_before, "batch": {**trainer.newest_batch}})
+            # No checkpoint after a bad step, and none after the last: the stage's outs hold the model then.
             elif ((number + 1) % trainer.save_every == 0 and number + 1 < trainer.steps) or stop:
                 saved = number + 1
                 # Every rank asks for the state, because some of it is split over the ranks; only the first writes.

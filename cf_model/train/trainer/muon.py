@@ -44,7 +44,10 @@ class Muon(torch.optim.Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight.grad)
                 momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                # Nesterov: the update looks ahead along the momentum.
                 update = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                # Tall matrices get a larger step, so that an update's size does not depend on the shape.
                 rate = group["lr"] * max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+                # Decoupled weight decay, as AdamW's.
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(orthogonalize(update, choose_precision(weight.device)).to(weight.dtype), alpha=-rate)

@@ -41,11 +41,13 @@ def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> 
     if not at:
         return values
     tested = similarity[at]
-    promoted = torch.tensor([compared[n].decisions for n in at], dtype=torch.float64)  # [tested chunks, layers], or one column: scope=global
+    promoted = torch.tensor([compared[n].decisions for n in at], dtype=torch.float64)  # [tested, layers]; one column: scope=global
     values["promotion"] = float(promoted.mean())
+    # What each layer decides, or with scope=global would decide: its own similarity against tau.
     if spec.promote == "similarity":
         by_layer = promoted if spec.scope == "layer" else (tested < spec.tau).double()
         values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(by_layer.mean(dim=0).tolist())}
+    # What tau is compared with.
     against_tau = tested.flatten() if spec.scope == "layer" else tested.mean(dim=1)
     quantiles = against_tau.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
     return values | {f"similarity/q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
@@ -73,6 +75,7 @@ class StepTimer:
     def read_seconds(self) -> dict[str, float]:
         """Return the seconds since `start` by part, and their sum as `step`; what has no name is `rest`."""
         self.lap("rest")
+        # Wait for the GPU once a step, when its last event is recorded.
         if self.gpu:
             torch.cuda.synchronize()
         spent: dict[str, float] = {}

@@ -31,9 +31,11 @@ def trace_ode(
     yield x
     for high, low in pairwise(levels):
         sigma = x.new_full((len(x),), high)
+        # One bidirectional pass over all frames: [B, F, C, H, W].
         velocity = model.velocity(x, sigma, text)
         if guidance != 1:
             unconditional = model.velocity(x, sigma, null.expand_as(text))
             velocity = unconditional + guidance * (velocity - unconditional)
+        # Euler: dσ = low - high, below 0.
         x = x + (low - high) * velocity
         yield x

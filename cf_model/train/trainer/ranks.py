@@ -55,6 +55,7 @@ class BatchRandom:
         if self.count == 1:
             yield 0
             return
+        # The tape holds what the first group draws for the whole batch; later groups take their rows of it.
         before = self.rng.get_state()
         self.rng.tape, self._first_keys = [], []
         try:
@@ -73,9 +74,11 @@ class BatchRandom:
         Handed to the memories of a training batch (`ContextMemory.share_key`), so that all of them promote the same frames. The
         first video is the first rank's; with several groups the later ones repeat the keys of the first group.
         """
+        # A later group: the same decisions in the same order as the first group's.
         if self._first_keys is not None and self._group:
             self._next_key += 1
             return self._first_keys[self._next_key - 1]
+        # The batch's first video is on the first rank.
         if count_ranks() > 1:
             dist.broadcast(key, 0)
         if self._first_keys is not None:
@@ -89,6 +92,7 @@ class BatchRandom:
 
     def take_own(self, rows: Sequence[Row]) -> list[Row]:
         """Return those rows of the batch that this rank's current group computes."""
+        # A batch of P parts: part p has the rows p * B/P to (p + 1) * B/P - 1.
         each = len(rows) // self.rng.parts
         return list(rows[self.rng.part * each : (self.rng.part + 1) * each])
 
@@ -134,6 +138,7 @@ def average_values(values: Mapping[str, float], stop: bool) -> tuple[dict[str, f
     """Average a step's values over the ranks; the second answer is true where any rank was asked to stop."""
     if count_ranks() == 1:
         return dict(values), stop
+    # float64, so that a mean over ranks is exact to the six digits that are logged.
     sums = torch.tensor([float(stop), *values.values()], dtype=torch.float64, device=_choose_device())
     dist.all_reduce(sums)
     stops, *totals = sums.tolist()

@@ -30,13 +30,14 @@ class SampleSpec:
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.seed < 0 or min(self.prompts, self.frames) < 1:
-            stated = f"every is {self.every}, prompts {self.prompts}, frames {self.frames}, seed {self.seed}"
-            raise ValueError(f"{stated}; use 1 or more prompts and frames, a seed of 0 or more, and every: 0 for no samples")
+            problem = f"every is {self.every}, prompts {self.prompts}, frames {self.frames}, seed {self.seed}"
+            raise ValueError(f"{problem}; use 1 or more prompts and frames, a seed of 0 or more, and every: 0 for no samples")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf is {self.crf}; use 0..51")
 
     def rng(self, number: int, device: torch.device) -> torch.Generator:
         """Return the noise of prompt `number`'s video: apart from the training's random numbers, and the same in a resumed run."""
+        # 100,003 is prime and larger than any number of prompts, so no two pairs of seed and prompt meet.
         return torch.Generator(device).manual_seed(100_003 * (self.seed + 1) + number)
 
 
@@ -98,6 +99,7 @@ def sample_from_noise(
     null: Float[Tensor, "T E"],
 ) -> Iterator[Float[Tensor, "1 F C H W"]]:
     """Yield one window of the base model, which sees no past; `real` gives C, H, W only."""
+    # A full sampler, as at inference: x_0 is the last state of the ODE.
     noise, levels = draw_gaussian((1, spec.frames, *real.shape[2:]), rng), flow.sampler_sigmas(spec.sampler_steps)
     *_, x_0 = trace_ode(model, text, noise, levels=levels, guidance=spec.guidance, null=null)
     yield x_0
@@ -116,12 +118,13 @@ def sample_continuation(
 ) -> Iterator[Float[Tensor, "1 _ C H W"]]:
     """Yield a real beginning, then the teacher's window after it."""
     yield real
+    # The teacher sees what its view cuts out of the real beginning.
     context, shape = real[:, view.context_frames(spec.prefix)], (spec.frames - spec.prefix, *real.shape[2:])
     yield sample_window(
         model,
         text,
         context,
-        shape,  # type: ignore[arg-type]
+        shape,
         view=view,
         flow=flow,
         steps=spec.sampler_steps,
@@ -145,6 +148,7 @@ def sample_stream(
     flow: Flow,
 ) -> Iterator[Float[Tensor, "1 _ C H W"]]:
     """Yield chunk after chunk of a causal model, as at inference; `real` gives C, H, W only."""
+    # No `share_key`: every rank makes the same video from the same noise, so all of them decide alike.
     _, _, *size = real.shape
     shape = (size[0], size[1], size[2])
     chunks = stream(model, text, shape, sigmas=flow.shift_levels(levels), chunk=chunk, memory=empty_memory(memory), rng=rng)

@@ -32,8 +32,8 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec, steps: int, engine: E
     if not engine.is_deepspeed:
         return Optimizer(model, spec, steps)
     if engine.zero and spec.muon_lr:
-        stated = f"muon_lr is {spec.muon_lr}, and engine.zero {engine.zero}"
-        raise ValueError(f"{stated}: Muon needs whole matrices, which ZeRO splits; use engine.zero: 0, or muon_lr: 0.0")
+        problem = f"muon_lr is {spec.muon_lr}, and engine.zero {engine.zero}"
+        raise ValueError(f"{problem}: Muon needs whole matrices, which ZeRO splits; use engine.zero: 0, or muon_lr: 0.0")
     deepspeed = _import_deepspeed(next(model.parameters()).device)
     return ShardedOptimizer(model, spec, steps, engine, deepspeed) if engine.zero else ReplicatedOptimizer(model, spec, steps, deepspeed)
 
@@ -165,6 +165,7 @@ class ShardedOptimizer(Optimizer):
     def _create_moments(self, step: Tensor) -> None:
         """Create the moments, because DeepSpeed does so at the first update and a checkpoint is loaded before that."""
         flats = self.split.fp32_partitioned_groups_flat if self.stage == 3 else self.split.single_partition_of_fp32_groups
+        # AdamW here sees one flat tensor for each parameter group's part on this rank.
         for flat in flats:
             self.parts[0][0].state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in MOMENTS}}
         if self.stage < 3:
@@ -179,6 +180,7 @@ class GatheredWeights:
 
     def state_dict(self) -> dict[str, Tensor]:
         model = self.owner.model
+        # ZeRO 1 and 2 leave the weights whole on every rank.
         if self.owner.stage < 3:
             return dict(model.state_dict())
         names = {name for name, _ in model.named_parameters()}
@@ -196,6 +198,7 @@ class GatheredWeights:
                 if parameter._hp_mapping is not None:  # a rank has the master weights of its part only
                     parameter._hp_mapping.update_hp()
             return
+        # ZeRO 3: write the whole tensor once, then set this rank's part of the float32 master weights.
         for name, parameter in model.named_parameters():
             with _gather_parameter(parameter, write=True):
                 parameter.data.copy_(state[name])

@@ -12,7 +12,8 @@ from typing import Any
 
 import jinja2
 
-from tasks.files.step_rows import replace
+from cf_model.evaluate.report import format_number
+from tasks.files.atomic import write_atomically
 from tasks.params import yaml_file
 
 from . import results, revision
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
         a, b = (side(letter, name, Path(scratch)) for letter, name in (("A", given.a), ("B", given.b)))
         html = render(page(a, b))
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    replace(given.out, html)
+    write_atomically(given.out, html)
     print(f"{given.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
 
 
@@ -139,5 +140,5 @@ def render(values: Mapping[str, Any]) -> str:
     """Everything in the page is escaped but the figures made here."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = results.format_number
+    environment.filters["number"] = format_number
     return environment.get_template("page.html.j2").render(values)

@@ -11,8 +11,9 @@ from typing import Any
 from cf_model.codec.interface import SPACE, latent_frames
 from cf_model.model.checkpoint import CHECKPOINTS_TO_KEEP
 from cf_model.plan import need
-from cf_model.plan.cost import Costs
-from cf_model.plan.need import ZERO, Need
+from cf_model.plan.cost import ModelCosts
+from cf_model.plan.need import ZERO_STAGES, StageNeed
+from tasks.files.settings import read_settings
 from tasks.params.schema import Params
 
 from . import limits
@@ -31,22 +32,22 @@ class Hardware:
     said: str
 
 
-def costs(p: Params) -> Costs:
+def costs(p: Params) -> ModelCosts:
     channels = CHANNELS if p.codec.kind == "wan" else p.codec.linear.channels
     size = {"height": p.video.height // SPACE, "width": p.video.width // SPACE}
     text = {"text_channels": p.text.channels, "text_tokens": p.text.tokens}
-    return Costs(p.model, channels=channels, **text, **size, compute=p.compute)
+    return ModelCosts(p.model, channels=channels, **text, **size, compute=p.compute)
 
 
-def needs(p: Params) -> dict[str, Need]:
+def needs(p: Params) -> dict[str, StageNeed]:
     """Of every stage that trains."""
     one, made = costs(p), {}
     if p.base.init == "scratch":
-        made["base"] = need.of_base(p.base, one)
-    made["teacher"] = need.of_teacher(p.teacher, one)
-    made["causal_init"] = need.of_causal_init(p.causal_init, one)
-    made["stage1"] = need.of_student(p.stage1, one, p.teacher.view)
-    made["stage2"] = need.of_student(p.stage2, one, p.teacher.view)
+        made["base"] = need.estimate_base(p.base, one)
+    made["teacher"] = need.estimate_teacher(p.teacher, one)
+    made["causal_init"] = need.estimate_causal_init(p.causal_init, one)
+    made["stage1"] = need.estimate_student(p.stage1, one, p.teacher.view)
+    made["stage2"] = need.estimate_student(p.stage2, one, p.teacher.view)
     return made
 
 
@@ -82,19 +83,19 @@ def parts(batch: int, ranks: int) -> list[int]:
     return [share // n for n in range(1, share + 1) if share % n == 0]
 
 
-def fitting(one: Need, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
+def fitting(one: StageNeed, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
     """The stated number of samples at once, or the largest that fits; 0 if it doesn't, or not even one does."""
     return next((n for n in ([stated] if stated else parts(one.batch, ranks)) if one.peak(n, zero, ranks) <= memory), 0)
 
 
-def hours(one: Need, machine: Hardware) -> float:
+def hours(one: StageNeed, machine: Hardware) -> float:
     return one.total / (machine.ranks * machine.tflops * 1e12) / 3600
 
 
 def rows(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
     for stage, one in needs(p).items():
         states: dict[str, dict[str, float]] = {}
-        for zero in ZERO:
+        for zero in ZERO_STAGES:
             at_once = fitting(one, machine.memory, zero, machine.ranks, p.engine.micro_batch)
             parts_of = {name: held / GIB for name, held in one.states(zero, machine.ranks).items()}
             peak = one.peak(max(1, at_once), zero, machine.ranks) / GIB
@@ -118,7 +119,7 @@ def rows(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------------ refusal
 
 
-def checkpointed(p: Params, stage: str) -> Need | None:
+def checkpointed(p: Params, stage: str) -> StageNeed | None:
     """The same with checkpointing, where that is off."""
     leaner = p.model_copy(update={"compute": replace(p.compute, checkpointing=True)})
     return None if p.compute.checkpointing else needs(leaner)[stage]
@@ -126,9 +127,9 @@ def checkpointed(p: Params, stage: str) -> Need | None:
 
 def refuse(p: Params, stage: str, out: Path, work: Path) -> None:
     """One sentence before a training stage begins that can't end here. `CF_IGNORE_PLAN=1` is the way round it."""
-    if os.environ.get("CF_IGNORE_PLAN") == "1" or (one := needs(p).get(stage)) is None:
+    if read_settings().ignore_plan or (one := needs(p).get(stage)) is None:
         return
-    ranks = int(os.environ["CF_RANKS"]) if "CF_RANK" in os.environ else 1
+    ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     free = limits.memory() / (1 if limits.gpus() else ranks)  # ranks on the CPU have one machine's memory
     where = "GPU" if limits.gpus() else "machine" if ranks == 1 else "rank's share of the machine"
     split = limits.Split.of(p.engine, one.batch, ranks, gpu=limits.gpus() > 0)

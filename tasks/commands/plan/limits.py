@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cf_model.plan.need import Need
+from cf_model.plan.need import StageNeed
 from cf_model.train.trainer.engine import EngineSpec
 from tasks.params.yaml_file import Refused
 
@@ -59,23 +59,23 @@ class Split:
         zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
         return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
 
-    def peak(self, one: Need, at_once: int | None = None) -> float:
+    def peak(self, one: StageNeed, at_once: int | None = None) -> float:
         return one.peak(self.at_once if at_once is None else at_once, self.zero, self.ranks, offload=self.offload)
 
 
-def refuse_memory(stage: str, one: Need, leaner: Need | None, free: float, where: str, split: Split) -> None:
+def refuse_memory(stage: str, one: StageNeed, leaner: StageNeed | None, free: float, where: str, split: Split) -> None:
     """`free`: bytes that one rank has. `leaner`: the same with checkpointing, where that is off."""
     expected = split.peak(one)
     if expected <= MEMORY_MARGIN * free:
         return
-    fixed, each = number(split.peak(one, 0) / GIB), number(one.sample() / GIB)
+    fixed, each = number(split.peak(one, 0) / GIB), number(one.sample_bytes() / GIB)
     parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {split.at_once} samples at once"
     rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
     said = f"{rank} needs about {number(expected / GIB)} GiB ({parts}), but this {where} has {number(free / GIB)}"
     raise Refused(f"{said}; {way(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
 
 
-def way(one: Need, leaner: Need | None, free: float, split: Split) -> str:
+def way(one: StageNeed, leaner: StageNeed | None, free: float, split: Split) -> str:
     """The setting that would make it fit, as far as one would."""
     share = max(1, one.batch // split.ranks)
     fitting = [n for n in range(1, share + 1) if share % n == 0 and split.peak(one, n) <= free]

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cf_model.plan.need import ZERO
+from cf_model.plan.need import ZERO_STAGES
 from tasks.params import load
 from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused
@@ -49,7 +49,7 @@ def table(p: Params, machine: Hardware) -> str:
     on = "on" if p.compute.checkpointing else "off"
     lines = [
         f"profile {p.profile}: {one.parameters:,} parameters a network; a latent frame is {one.tokens} tokens and "
-        f"{size(one.memory_frame())} of keys and values a sample",
+        f"{size(one.frame_bytes())} of keys and values a sample",
         f"compute: products in {p.compute.dtype}, checkpointing {on}",
         f"hardware: {machine.said}",
         "",
@@ -72,7 +72,7 @@ def table(p: Params, machine: Hardware) -> str:
         f"{'stage':<12}{'ZeRO':>5}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'average':>9}{'keys, values':>14}{'activations':>13}"
         f"{'latents':>9}{'error bank':>12}{'at once':>11}{'peak':>8}",
     ]
-    lines += [memory_line(row, zero, scale) for row in found for zero in (ZERO if machine.ranks > 1 else ZERO[:1])]
+    lines += [memory_line(row, zero, scale) for row in found for zero in (ZERO_STAGES if machine.ranks > 1 else ZERO_STAGES[:1])]
     return "\n".join(lines)
 
 

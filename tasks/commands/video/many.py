@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cf_model.data.prompts import iterate_prompts
-from tasks.files.hashes import digest
-from tasks.files.step_rows import replace
+from tasks.files.atomic import write_atomically
+from tasks.files.hashes import hash_content
 from tasks.params.yaml_file import Refused
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callab
 
     stated = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize")
     settings = {name: getattr(args, name) for name in stated} | {
-        "model": digest(args.model),
+        "model": hash_content(args.model),
         "memory": asdict(pipe.recipe.memory),
-        "continue_from": args.continue_from and digest(args.continue_from),
+        "continue_from": args.continue_from and hash_content(args.continue_from),
     }
     made = begun(args.out, settings)
     for number, words in iterate_prompts(args.prompts_file):
@@ -37,7 +37,7 @@ def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callab
         if made.get(number, words) != words:
             raise Refused(f"{args.prompts_file} line {number} is not the prompt that {args.out} holds a video of; name another --out")
     args.out.mkdir(parents=True, exist_ok=True)
-    replace(args.out / "settings.json", json.dumps(settings, indent=2) + "\n")
+    write_atomically(args.out / "settings.json", json.dumps(settings, indent=2) + "\n")
     for number, words in iterate_prompts(args.prompts_file):
         if number not in made:
             out = args.out / f"{number:05d}.mp4"
@@ -61,6 +61,6 @@ def begun(out: Path, settings: dict[str, Any]) -> dict[int, str]:
     lines = index.read_text(encoding="utf-8").splitlines(keepends=True) if index.is_file() else []
     whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
     if len(whole) < len(lines):
-        replace(index, "".join(whole))
+        write_atomically(index, "".join(whole))
     rows = [json.loads(line) for line in whole]
     return {row["line"]: row["prompt"] for row in rows if (out / row["file"]).is_file()}

@@ -1,0 +1,48 @@
+"""Files of JSON lines: one object a line, as in metrics.jsonl, index.jsonl and the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_json_lines(path: Path, *, missing_ok: bool = False, growing: bool = False) -> list[Row]:
+    """Read the rows of a file, in its order; blank lines are skipped.
+
+    `missing_ok`: a file that does not exist has no rows. `growing`: a process may be appending to the file, or was killed while
+    it did, so a last line without its newline is left out. Raises ValueError with path and line number for what is no JSON object.
+    """
+    if missing_ok and not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON string
+    if growing:
+        lines.pop()
+    return [_parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def dump_json_lines(rows: Iterable[Mapping[str, Any]], **options: Any) -> str:
+    """Return the text of such a file; `options` are those of json.dumps."""
+    return "".join(json.dumps(row, **options) + "\n" for row in rows)
+
+
+def _parse_line(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is damaged: {line.strip()[:50]} has no names")
+    return row
+
+
+def read_json_object(path: Path) -> Row:
+    """Read a file of one JSON object for display or bookkeeping; empty if it is absent, half-written, or holds something else."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
