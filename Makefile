@@ -44,9 +44,10 @@ deploy: $(VENV)/.cpu ## pipeline, nightly and evaluate as deployments with run f
 test-week: $(VENV)/.dev ## seven nights on a project of seconds, and what goes wrong in them (10 minutes; not in CI)
 	@$(RUN) python -m tests.week.week
 
-lint: $(VENV)/.dev ## ruff and mypy
+lint: $(VENV)/.dev ## ruff, mypy, and who may import whom
 	@$(RUN) ruff check .
 	@$(RUN) mypy
+	@$(RUN) lint-imports --no-logo --no-cache
 
 deepspeed: $(VENV)/.deepspeed ## the engine for several ranks, into the same environment
 
