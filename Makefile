@@ -29,8 +29,8 @@ test: $(VENV)/.dev ## the tests, on two cores; WORKERS=4 on four
 test-quick: $(VENV)/.dev ## those that take no time, while one works
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE) -m "not slow" -q
 
-test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills; twelve minutes
-	@CF_SYSTEM=1 $(RUN) python -m pytest tests/system
+test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills
+	@CF_SYSTEM=1 $(RUN) python -m pytest $(SIDE_BY_SIDE) tests/system
 
 up: $(VENV)/.cpu ## the Prefect server, a worker and a watch over the nights, on 127.0.0.1; what runs already is left alone
 	@$(RUN) python -m tasks up
