@@ -35,8 +35,8 @@ test: $(VENV)/.dev ## the tests, on two cores; WORKERS=4 on four
 test-quick: $(VENV)/.dev ## those that take no time, while one works
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE) -m "not slow" -q
 
-test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills; twelve minutes
-	@CF_SYSTEM=1 $(RUN) python -m pytest tests/system
+test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills
+	@CF_SYSTEM=1 $(RUN) python -m pytest $(SIDE_BY_SIDE) tests/system
 
 up: $(VENV)/.cpu ## the Prefect server, a worker and a watch over the nights, on 127.0.0.1; what runs already is left alone
 	@$(RUN) python -m tasks up
@@ -50,9 +50,10 @@ deploy: $(VENV)/.cpu ## pipeline, nightly and evaluate as deployments with run f
 test-week: $(VENV)/.dev ## seven nights on a project of seconds, and what goes wrong in them (10 minutes; not in CI)
 	@$(RUN) python -m tests.week.week
 
-lint: $(VENV)/.dev ## ruff and mypy
+lint: $(VENV)/.dev ## ruff, mypy, and who may import whom
 	@$(RUN) ruff check .
 	@$(RUN) mypy
+	@$(RUN) lint-imports --no-logo --no-cache
 
 deepspeed: $(VENV)/.deepspeed ## the engine for several ranks, into the same environment
 

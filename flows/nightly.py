@@ -88,7 +88,7 @@ def plan_night(repo: Path, date: str | None, full: bool, log: Log) -> NightPlan:
     base = git.run_git(root, "merge-base", "HEAD", tip).strip()
     check_parameters(root)
     params = _read_parameters(repo, base)
-    settings, past, promoted = check_settings(params), read_nights(repo), registry.promoted(repo)
+    settings, past, promoted = check_settings(params), read_nights(repo), registry.find_promoted(repo)
     why = "it was asked for" if full else reason_for_full(date, settings.weekly, past)
     if not why:
         why = warm_start.reason_against_warm(repo, root, promoted, settings.keep) if promoted else "nothing is promoted yet"

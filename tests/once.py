@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-SHARED = "CF_TESTS_SHARED"
+SHARED = "SHARED_BY_TESTS"  # not CF_...: tests take those out of the environment
 
 
 def shared_folder() -> Path:

@@ -1,5 +1,5 @@
 """A `python` whose libraries are loaded already, for tests that run many stages. torch, diffusers and transformers take seconds to
-import, twelve times in a pipeline; here one process imports them, and each `python -m tasks ...` is a fork of it.
+import, twelve times in a pipeline; here one process imports them, and each `python -m MODULE` or `python -c CODE` is a fork of it.
 
 Of the project nothing is loaded: a fork imports it from its own folder, as a new interpreter would. `python_folder()` goes to the head
 of PATH; the `python` in it hands its words, folder, environment and open files to the server, and ends as the fork ends. When it is
@@ -19,19 +19,20 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 from tests.once import made_once, session_lives
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", "scipy.stats", "scipy.ndimage", "pydantic", "ruamel.yaml")
-LIBRARIES += ("wandb", "wandb.sdk.launch", "wandb.apis.public", "yaml", "av", "decord", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm")
-LIBRARIES += ("tokenizers", "jaxtyping", "psutil")
+LIBRARIES += ("yaml", "av", "decord", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
+LIBRARIES += ("wandb", "wandb.sdk.launch", "wandb.apis.public")  # which `wandb.init` imports
 CLIENT = """#!/bin/sh
 exec {python} -IS {folder}/client.py "$@"
 """
 CLIENT_PY = """import json, os, signal, socket, sys
 words = sys.argv[1:]
-if words[:1] != ["-m"]:
+if words[0] not in ("-m", "-c"):
     os.execv({python!r}, [{python!r}, *words])
 server = socket.socket(socket.AF_UNIX)
 server.connect({socket!r})
@@ -123,12 +124,20 @@ def main() -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[0] = folder
+    first, *words_left = words
+    sys.path[0] = folder if first == "-m" else ""
+    sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]
-    sys.argv = [words[1], *words[2:]]
     sys.orig_argv = [sys.executable, *words]
-    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    if first == "-c":
+        sys.argv = ["-c", *words_left[1:]]
+        module = types.ModuleType("__main__")
+        sys.modules["__main__"] = module
+        exec(compile(words_left[0], "<string>", "exec"), module.__dict__)
+    else:
+        sys.argv = words_left
+        runpy.run_module(words_left[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

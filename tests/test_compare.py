@@ -140,17 +140,17 @@ def test_what_is_absent_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None
 def test_params_and_stages() -> None:
     one = {"a": {"b": 1, "c": [1, 2]}, "tracking": {"wandb": "off"}}
     other = {"a": {"b": 2.0, "c": [1, 2], "d": None}, "tracking": {"wandb": "offline"}}
-    assert page.params_diff(one, other) == [("a.b", "1", "2.0"), ("a.d", "–", "null")]
+    assert page.list_changed_params(one, other) == [("a.b", "1", "2.0"), ("a.d", "–", "null")]
     deps = [{"path": "cf_model/x.py", "md5": "1"}, {"path": "data/latents", "md5": "1"}]
     before = {"base": {"deps": deps, "outs": [{"path": "models/base", "md5": "1"}], "params": {"params.yaml": {"base": {"steps": 1}}}}}
     after = json.loads(json.dumps(before).replace('x.py", "md5": "1"', 'x.py", "md5": "2"').replace('"steps": 1', '"steps": 2'))
-    assert page.stages_diff(before, after)[0]["same"] is True, "other code and parameters, the same outs"
+    assert page.compare_stages(before, after)[0]["same"] is True, "other code and parameters, the same outs"
     after["base"]["outs"][0]["md5"] = "2"
-    (row,) = page.stages_diff(before, after)
+    (row,) = page.compare_stages(before, after)
     assert row == {"stage": "base", "same": False, "code": ["cf_model/x.py"], "data": [], "params": ["base.steps"]}
-    assert page.stages_diff(before, {})[0]["absent"] == "B"
+    assert page.compare_stages(before, {})[0]["absent"] == "B"
     after["base"]["params"]["params.yaml"] = {"base": {"steps": 1}, "tracking": {"wandb": "online"}}
-    assert page.stages_diff(before, after)[0]["params"] == [], "what is told to W&B makes no other bytes"
+    assert page.compare_stages(before, after)[0]["params"] == [], "what is told to W&B makes no other bytes"
 
 
 def test_numbers_of_a_stage_are_b_minus_a(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_numbers_of_a_stage_are_b_minus_a(tmp_path: Path) -> None:
         file = tmp_path / letter / "metrics/base.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"loss": value, "same": 5, "word": letter}))
-    loss, word = page.numbers(tmp_path / "A", tmp_path / "B")
+    loss, word = page.compare_stage_metrics(tmp_path / "A", tmp_path / "B")
     assert (loss["a"], loss["b"], loss["change"]) == (1, 3, 2) and word["change"] is None
 
 

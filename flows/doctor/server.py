@@ -82,11 +82,11 @@ def check_worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Findin
         return
     if pool.is_paused:
         yield Finding("worker", "fail", f"the work pool {POOL} is paused: nothing starts", f"prefect work-pool resume {POOL}")
-    own = programs.find_process(machine, "worker")
+    process = programs.find_process(machine, "worker")
     late = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Late"]))))
-    text = f"process {own.pid}, pool {POOL}" if own else "none of this checkout runs"
+    text = f"process {process.pid}, pool {POOL}" if process else "none of this checkout runs"
     text += f"; {len(late)} runs are late" if late else ""
-    if own is None:
+    if process is None:
         yield Finding("worker", "fail" if late else "warn", text, "`make up` starts it")
     else:
         todo = "they wait for the run that is at work, or CF_RUNS=2 make down up" if late else ""

@@ -180,8 +180,7 @@ def check_remote(machine: Machine, fix: bool) -> Iterator[Finding]:
 
 def check_wandb(machine: Machine, fix: bool) -> Iterator[Finding]:
     """Check that W&B has a key where it is online, and count the runs that wait to be sent."""
-    stated = yaml_file.read_yaml(machine.root / "params.yaml").get("tracking", {}).get("wandb", "disabled")
-    mode = os.environ.get("WANDB_MODE") or stated
+    mode = os.environ.get("WANDB_MODE") or yaml_file.read_yaml(machine.root / "params.yaml").get("tracking", {}).get("wandb", "disabled")
     waiting = [run for run in machine.root.glob("runtime/wandb/offline-run-*") if not list(run.glob("*.synced"))]
     if mode == "online" and "WANDB_API_KEY" not in os.environ and not (Path.home() / ".netrc").exists():
         yield Finding("W&B", "fail", "online, and no key is known", "state WANDB_API_KEY in the environment, or WANDB_MODE=offline")

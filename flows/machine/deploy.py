@@ -1,6 +1,6 @@
 """`cf deploy`: the deployments of infra/prefect.yaml, with cron and timezone from params.yaml, sent to this machine's server.
 
-PREFECT_API_URL, CF_POOL and CF_ROOT, where they are stated, name another server, another work pool, and the project's folder on the
+PREFECT_API_URL, CF_POOL and CF_ROOT, where they are set, name another server, another work pool, and the project's folder on the
 machines that work for it (infra/README.md). What was paused stays paused.
 """
 
@@ -31,8 +31,8 @@ EMPTY = ("For further information visit", "An exception occurred.")  # beginning
 def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser("cf deploy", description=__doc__, formatter_class=form).parse_args(argv)
-    machine, stated = read_machine(), read_settings()
-    env = process_environment(machine) | WIDE | {"CF_POOL": stated.pool, "CF_ROOT": stated.root or str(machine.root)}
+    machine, values = read_machine(), read_settings()
+    env = process_environment(machine) | WIDE | {"CF_POOL": values.pool, "CF_ROOT": values.root or str(machine.root)}
     env["PREFECT_API_URL"] = os.environ.get("PREFECT_API_URL", env["PREFECT_API_URL"]).rstrip("/")
     config = YAML(typ="safe", pure=True).load(DEPLOYMENTS)
     # Prefect sends one deployment after the other and stops midway, so everything is checked before
@@ -79,12 +79,12 @@ def validate_params(root: Path, env: dict[str, str]) -> None:
 def keep_paused(deployments: list[dict[str, Any]], env: dict[str, str]) -> list[str]:
     """State in `deployments` what is paused at the server, so that it is resumed at no moment; return the names of those."""
     wanted = {"deployments": {"name": {"any_": [deployment["name"] for deployment in deployments]}}}
-    at_server = {(known["name"], known["entrypoint"]): known for known in ask_server(env, "/deployments/filter", wanted)}
+    at_server = {(current["name"], current["entrypoint"]): current for current in ask_server(env, "/deployments/filter", wanted)}
     paused = []
     for deployment in deployments:
-        known = at_server.get((deployment["name"], deployment["entrypoint"]), {})
-        off = {schedule["slug"] for schedule in known.get("schedules", []) if not schedule["active"]}
-        deployment["paused"] = bool(known.get("paused"))
+        current = at_server.get((deployment["name"], deployment["entrypoint"]), {})
+        off = {schedule["slug"] for schedule in current.get("schedules", []) if not schedule["active"]}
+        deployment["paused"] = bool(current.get("paused"))
         for schedule in deployment.get("schedules", []):
             schedule["active"] = schedule["slug"] not in off
         if deployment["paused"] or not all(schedule["active"] for schedule in deployment.get("schedules", [])):

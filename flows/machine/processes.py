@@ -25,11 +25,11 @@ def is_running(process: psutil.Process) -> bool:
 
 def find_marked(root: Path) -> list[psutil.Process]:
     """Find all that the machine of a checkout started, also what left its session or lost its parents; not this process or its parents."""
-    own = {os.getpid(), *(above.pid for above in psutil.Process().parents())}
+    ancestry = {os.getpid(), *(above.pid for above in psutil.Process().parents())}
     marked = []
     for process in psutil.process_iter():
         with suppress(*GONE):
-            if process.pid not in own and process.environ().get(MARK) == str(root) and is_running(process):
+            if process.pid not in ancestry and process.environ().get(MARK) == str(root) and is_running(process):
                 marked.append(process)
     return marked
 

@@ -43,9 +43,9 @@ def find_dead_runs(client: SyncPrefectClient, root: Path, silent: timedelta = ti
     Runs whose state is younger than `silent` are left out: beside a worker, a run that it has just taken has no process yet.
     """
     open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_filter_states(OPEN)))
-    alive, taken, now = processes.find_run_processes(root), read_taken_runs(root), datetime.now(UTC)
+    alive, submitted, now = processes.find_run_processes(root), read_taken_runs(root), datetime.now(UTC)
     old = [run for run in open_runs if run.state is None or now - run.state.timestamp >= silent]
-    return [run for run in old if str(run.id) in taken and str(run.id) not in alive]
+    return [run for run in old if str(run.id) in submitted and str(run.id) not in alive]
 
 
 def close_dead_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[str]:

@@ -52,12 +52,12 @@ class Machine:
 
 def read_machine() -> Machine:
     """Read this checkout's settings: CF_PORT and CF_HOST, else those of the last start, else 4200 and 127.0.0.1."""
-    root, stated = Path.cwd().resolve(), read_settings()
+    root, values = Path.cwd().resolve(), read_settings()
     if not (root / "dvc.yaml").exists():
         raise ValueError(f"{root} has no dvc.yaml; run cf at the root of the project")
-    if stated.host is not None:
-        refuse_open_host(stated.host, os.environ)
-    return Machine(root, stated.host or last_used(root, "host"), stated.port or int(last_used(root, "port")), stated.runs)
+    if values.host is not None:
+        refuse_open_host(values.host, os.environ)
+    return Machine(root, values.host or last_used(root, "host"), values.port or int(last_used(root, "port")), values.runs)
 
 
 def last_used(root: Path, what: str) -> str:
@@ -66,29 +66,29 @@ def last_used(root: Path, what: str) -> str:
     return file.read_text() if file.exists() else {"port": "4200", "host": "127.0.0.1"}[what]
 
 
-def refuse_open_host(host: str, given: Mapping[str, str]) -> None:
+def refuse_open_host(host: str, env: Mapping[str, str]) -> None:
     """Refuse an address beyond this machine without a password, because whoever reaches the API can run what deployments run."""
-    user, _, password = given.get(PASSWORD, "").partition(":")
+    user, _, password = env.get(PASSWORD, "").partition(":")
     if host not in LOOPBACK and not (user and password):
         raise ValueError(f"CF_HOST is {host}, which others can reach; state {PASSWORD}=USER:PASSWORD, or CF_HOST=127.0.0.1")
 
 
-def process_environment(machine: Machine, given: Mapping[str, str] = os.environ) -> dict[str, str]:
+def process_environment(machine: Machine, env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment of everything that talks to the server, without the secrets that only the server is told."""
-    inherited = {name: value for name, value in given.items() if name not in (DATABASE, PASSWORD, "PREFECT_PROFILE")}
-    if PASSWORD in given:
-        inherited.setdefault("PREFECT_API_AUTH_STRING", given[PASSWORD])
-    path = [str(machine.root), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
+    inherited = {name: value for name, value in env.items() if name not in (DATABASE, PASSWORD, "PREFECT_PROFILE")}
+    if PASSWORD in env:
+        inherited.setdefault("PREFECT_API_AUTH_STRING", env[PASSWORD])
+    path = [str(machine.root), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     return inherited | {
         processes.MARK: str(machine.root),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), given.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
         "PREFECT_HOME": str(machine.file("prefect")),
         "PREFECT_API_URL": f"{machine.url}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         # Prefect's default lets the page of any site, open in a browser here, run commands through the API
-        CORS: given.get(CORS, f"{machine.url},http://localhost:{machine.port}"),
+        CORS: env.get(CORS, f"{machine.url},http://localhost:{machine.port}"),
         # Prefect's default holds slots in the server's memory: after a restart they stay taken for ever (docs/operating.md)
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "45",
@@ -96,12 +96,12 @@ def process_environment(machine: Machine, given: Mapping[str, str] = os.environ)
     }
 
 
-def server_secrets(given: Mapping[str, str] = os.environ) -> tuple[dict[str, str], str]:
+def server_secrets(env: Mapping[str, str] = os.environ) -> tuple[dict[str, str], str]:
     """Return the variables that only the server is told, and words for its database that hold no password."""
-    secrets = {name: given[name] for name in (DATABASE, PASSWORD) if name in given}
-    if not given.get(DATABASE):
+    secrets = {name: env[name] for name in (DATABASE, PASSWORD) if name in env}
+    if not env.get(DATABASE):
         return secrets, "SQLite"
-    parts = urlsplit(given[DATABASE])
+    parts = urlsplit(env[DATABASE])
     if parts.scheme not in ("postgresql+asyncpg", "sqlite+aiosqlite"):
         raise ValueError(f"{DATABASE} begins with {parts.scheme}://; Prefect takes postgresql+asyncpg://USER:PASSWORD@HOST/NAME")
     return secrets, f"Postgres at {parts.hostname}" if parts.hostname else "SQLite"
@@ -116,16 +116,16 @@ def is_healthy(machine: Machine, timeout: float = 3.0) -> bool:
         return False
 
 
-def post_json(given: Mapping[str, str], path: str, body: Any, timeout: float) -> Any:
+def post_json(env: Mapping[str, str], path: str, body: Any, timeout: float) -> Any:
     """Send a request to the API in PREFECT_API_URL, with its password, and return the JSON answer.
 
     Prefect's client is not used, because it reads the server's address when it is imported and its version may be what is wrong.
     Raises HTTPError, another OSError or ValueError where no JSON comes back.
     """
-    password = given.get("PREFECT_API_AUTH_STRING", "")
+    password = env.get("PREFECT_API_AUTH_STRING", "")
     headers = {"Authorization": f"Basic {b64encode(password.encode()).decode()}"} if password else {}
     headers["Content-Type"] = "application/json"
-    request = urllib.request.Request(f"{given['PREFECT_API_URL']}{path}", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"{env['PREFECT_API_URL']}{path}", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.load(answer)

@@ -48,15 +48,15 @@ def start_machine(argv: list[str]) -> None:
             refuse_other_address(machine)
         else:
             prepare_start(machine)
-        taken = None if "reports" in running else processes.find_port_holder(machine.reports_port)
+        holder = None if "reports" in running else processes.find_port_holder(machine.reports_port)
         if states:
             restart_dead(machine, set(states) - running)
         else:
             programs.start_supervisor(machine, secrets)
         alert = f"a missing night is told to {alerts.ALERT_URL}" if alerts.ALERT_URL in os.environ else alerts.NO_URL
         announce(machine, "watch", "the watch is", alert, running)
-        if taken:
-            print(f"links to reports won't open: port {machine.reports_port} is taken by {taken}", flush=True)
+        if holder:
+            print(f"links to reports won't open: port {machine.reports_port} is taken by {holder}", flush=True)
         else:
             announce(machine, "reports", "reports are", f"http://127.0.0.1:{machine.reports_port}/RUN/report.html", running)
         wait_for(machine, "server", lambda: is_healthy(machine))
@@ -99,8 +99,8 @@ def prepare_start(machine: Machine) -> None:
     if orphans := processes.find_marked(machine.root):
         print(f"supervisor had died: ending {len(orphans)} processes that it left", flush=True)
         processes.end_processes(orphans, programs.GRACE)
-    if taken := processes.find_port_holder(machine.port):
-        raise ValueError(f"port {machine.port} is taken by {taken}; end it, or choose another: CF_PORT={machine.port + 1} make up")
+    if holder := processes.find_port_holder(machine.port):
+        raise ValueError(f"port {machine.port} is taken by {holder}; end it, or choose another: CF_PORT={machine.port + 1} make up")
     machine.file("port").write_text(str(machine.port))
     machine.file("host").write_text(machine.host)
 

@@ -18,8 +18,8 @@ def history_lines(repo: Path) -> list[str]:
     """Return what happened, oldest first, one line each: nights, versions, promotions, rollbacks."""
     # nights before the versions and promotions of the same second
     events = [(night.when, 0, f"night      {night.date}: {night.outcome}, {night.why}") for night in read_nights(repo)]
-    events += [(version.when, 1, f"version    {version.name}: {_reason(version.about)}") for version in registry.versions(repo)]
-    for assignment in registry.assignments(repo):
+    events += [(version.when, 1, f"version    {version.name}: {_reason(version.about)}") for version in registry.list_versions(repo)]
+    for assignment in registry.list_assignments(repo):
         word = "rollback  " if assignment.about.get("rollback") else "promoted  "
         events.append((assignment.when, 2, f"{word} {assignment.version.name}: {_reason(assignment.about)}"))
     return [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(when))}  {text}" for when, _, text in sorted(events)]
@@ -37,13 +37,13 @@ def promote_student(argv: list[str]) -> None:
     parser.add_argument("--why", default="by hand")
     args, repo = parser.parse_args(argv), Path.cwd()
     about = {"by": "hand", "why": args.why}
-    with registry.alone(repo):
+    with registry.lock_registry(repo):
         by_name = registry.VERSION.fullmatch(args.what)
-        version = registry.named(repo, args.what) if by_name else registry.register(repo, args.what, about)
-        if version == registry.promoted(repo):
+        version = registry.find_version(repo, args.what) if by_name else registry.register_version(repo, args.what, about)
+        if version == registry.find_promoted(repo):
             print(f"{version.name} is the promoted one already")
             return
-        tag = registry.assign(repo, version, about).tag
+        tag = registry.assign_version(repo, version, about).tag
     print(f"{version.name} is promoted ({tag}, commit {version.commit[:12]}); `git push origin {version.tag} {tag}` tells others")
 
 
@@ -54,8 +54,8 @@ def roll_back_student(argv: list[str]) -> None:
     parser.add_argument("version", nargs="?", help="such as v0.0.1; default: the one that it took the place of")
     parser.add_argument("--why", default="by hand")
     args = parser.parse_args(argv)
-    with registry.alone(Path.cwd()):
-        assignment = registry.rollback(Path.cwd(), args.version, args.why)
+    with registry.lock_registry(Path.cwd()):
+        assignment = registry.roll_back(Path.cwd(), args.version, args.why)
     print(f"{assignment.version.name} is promoted again ({assignment.tag}); `git push origin {assignment.tag}` tells others")
 
 
@@ -73,11 +73,11 @@ def show_promoted(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf promoted", description=about)
     parser.add_argument("--out", type=Path, help="a folder to put the weights into")
     args, repo = parser.parse_args(argv), Path.cwd()
-    now = registry.promoted(repo)
+    now = registry.find_promoted(repo)
     if now is None:
         raise ValueError("no student is promoted; a night promotes one, or `cf promote`")
     if args.out:
-        registry.fetch(repo, now, args.out)
+        registry.fetch_weights(repo, now, args.out)
     print(f"{now.name} {now.commit[:12]} {now.about.get('md5', '')}" + (f" in {args.out}" if args.out else ""))
 
 

@@ -128,8 +128,8 @@ def close_night(night: NightState, outcome: str, why: str) -> NightEnd:
     plan, verdict = night.plan, night.verdict
     handover.try_fetch(plan.repo, plan.log)  # dates and versions that other machines took meanwhile
     date = free_date(plan.repo, plan.date)
-    with registry.alone(plan.repo):
-        now = registry.promoted(plan.repo)
+    with registry.lock_registry(plan.repo):
+        now = registry.find_promoted(plan.repo)
         if outcome == "promoted" and verdict and now != plan.promoted:
             outcome, then = "refused", f"{plan.promoted.name if plan.promoted else 'no student'} was promoted when this night began"
             why = f"{then}, and {now.name if now else 'none'} is now: someone decided meanwhile, and with that one it was not compared"
@@ -141,8 +141,8 @@ def close_night(night: NightState, outcome: str, why: str) -> NightEnd:
         if outcome == "promoted" and verdict:
             about = {"by": "nightly", "date": date, "run": plan.run, "why": why}
             metrics = {finding.metric: finding.candidate for finding in verdict.findings}
-            version = registry.register(plan.repo, commit, {**about, "metrics": metrics})
-            registry.assign(plan.repo, version, about)
+            version = registry.register_version(plan.repo, commit, {**about, "metrics": metrics})
+            registry.assign_version(plan.repo, version, about)
     git.run_git(plan.repo, "branch", f"nightly/{date}", commit)
     plan.log(f"nightly/{date} is {commit[:12]}: {outcome}, {why}")
     return NightEnd(outcome, why, date, version.name if version else None)

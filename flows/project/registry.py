@@ -57,45 +57,45 @@ class Assignment:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def versions(repo: Path) -> list[Version]:
+def list_versions(repo: Path) -> list[Version]:
     """Oldest first."""
-    found = [Version(match[1], commit, when, about) for match, commit, when, about in _tags(repo, REGISTERED)]
-    return sorted(found, key=lambda one: _numbers(one.name))
+    found = [Version(match[1], commit, when, about) for match, commit, when, about in _read_tags(repo, REGISTERED)]
+    return sorted(found, key=lambda one: _version_key(one.name))
 
 
-def assignments(repo: Path) -> list[Assignment]:
+def list_assignments(repo: Path) -> list[Assignment]:
     """In their order. One of a commit that is no version is no assignment."""
-    known = {one.commit: one for one in versions(repo)}
-    found = [Assignment(int(m[1]), known[commit], when, about) for m, commit, when, about in _tags(repo, ASSIGNED) if commit in known]
+    known = {one.commit: one for one in list_versions(repo)}
+    found = [Assignment(int(m[1]), known[commit], when, about) for m, commit, when, about in _read_tags(repo, ASSIGNED) if commit in known]
     return sorted(found, key=lambda one: one.number)
 
 
-def promoted(repo: Path) -> Version | None:
-    last = assignments(repo)[-1:]
+def find_promoted(repo: Path) -> Version | None:
+    last = list_assignments(repo)[-1:]
     return last[0].version if last else None
 
 
-def named(repo: Path, name: str) -> Version:
+def find_version(repo: Path, name: str) -> Version:
     if not VERSION.fullmatch(name):
         raise ValueError(f"{name!r} is no version; versions are called v0.0.1")
-    for one in versions(repo):
+    for one in list_versions(repo):
         if one.name == name:
             return one
-    known = ", ".join(one.name for one in versions(repo)) or "none yet"
+    known = ", ".join(one.name for one in list_versions(repo)) or "none yet"
     raise ValueError(f"there is no {ARTIFACT}@{name}; known are {known}")
 
 
-def _tags(repo: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], str, int, dict[str, Any]]]:
+def _read_tags(repo: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], str, int, dict[str, Any]]]:
     form = "%00".join(f"%({field})" for field in FIELDS) + "%01"
     found = []
     for row in run_git(repo, "for-each-ref", f"--format={form}", "refs/tags").split("\1"):
         name, commit, when, message = [*row.strip("\n").split("\0"), "", "", ""][:4]
         if (match := pattern.fullmatch(name)) and commit and when:  # a lightweight tag has neither
-            found.append((match, commit, int(when), _body(message)))
+            found.append((match, commit, int(when), _parse_message(message)))
     return found
 
 
-def _body(message: str) -> dict[str, Any]:
+def _parse_message(message: str) -> dict[str, Any]:
     """Also of tags that a person or `gto` made."""
     try:
         about = json.loads(message)
@@ -110,7 +110,7 @@ def _taken(repo: Path, pattern: re.Pattern[str]) -> list[re.Match[str]]:
     return [match for name in names if (match := pattern.fullmatch(name))]
 
 
-def _numbers(name: str) -> tuple[int, ...]:
+def _version_key(name: str) -> tuple[int, ...]:
     return tuple(map(int, name.removeprefix("v").split(".")))
 
 
@@ -118,7 +118,7 @@ def _numbers(name: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def alone(repo: Path) -> Iterator[None]:
+def lock_registry(repo: Path) -> Iterator[None]:
     """Between reading what is promoted and tagging, nobody else tags: of all worktrees of the checkout. Freed by the kernel."""
     folder = Path(run_git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").strip())
     with (folder / "cf-registry.lock").open("a") as file:
@@ -126,29 +126,29 @@ def alone(repo: Path) -> Iterator[None]:
         yield
 
 
-def register(repo: Path, commit: str, about: dict[str, Any]) -> Version:
+def register_version(repo: Path, commit: str, about: dict[str, Any]) -> Version:
     """The commit's student as the next version; the one it is already, if it is."""
-    commit = resolved(repo, commit)
-    for one in versions(repo):
+    commit = resolve_commit(repo, commit)
+    for one in list_versions(repo):
         if one.commit == commit:
             return one
     weights = find_out(repo, commit, WEIGHTS)
-    *above, last = max((_numbers(match[1]) for match in _taken(repo, REGISTERED)), default=(0, 0, 0))
+    *above, last = max((_version_key(match[1]) for match in _taken(repo, REGISTERED)), default=(0, 0, 0))
     name = "v" + ".".join(map(str, [*above, last + 1]))
-    _tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
-    return named(repo, name)
+    _create_tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
+    return find_version(repo, name)
 
 
-def assign(repo: Path, version: Version, about: dict[str, Any]) -> Assignment:
+def assign_version(repo: Path, version: Version, about: dict[str, Any]) -> Assignment:
     number = max((int(match[1]) for match in _taken(repo, ASSIGNED)), default=0) + 1
-    _tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about)
-    return assignments(repo)[-1]
+    _create_tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about)
+    return list_assignments(repo)[-1]
 
 
-def rollback(repo: Path, name: str | None, why: str) -> Assignment:
+def roll_back(repo: Path, name: str | None, why: str) -> Assignment:
     """To a version that was promoted before: the one named, or what the promoted one took the place of when it first was promoted:
     so a second rollback goes further back, and not forth again."""
-    past = assignments(repo)
+    past = list_assignments(repo)
     if not past:
         raise ValueError("no student was ever promoted, so there is none to go back to")
     now = past[-1].version
@@ -159,24 +159,24 @@ def rollback(repo: Path, name: str | None, why: str) -> Assignment:
     if name is None and not first:
         known = ", ".join(dict.fromkeys(one.name for one in before))
         raise ValueError(f"{now.name} was the first to be promoted; name the version to go to: {known}")
-    target = named(repo, name) if name else past[first - 1].version
+    target = find_version(repo, name) if name else past[first - 1].version
     if target == now:
         raise ValueError(f"{target.name} is the promoted one already")
     if target not in before:
         raise ValueError(f"{target.name} was never promoted, so going there is no rollback; `cf promote {target.name}` promotes it")
-    return assign(repo, target, {"rollback": True, "from": now.name, "why": why})
+    return assign_version(repo, target, {"rollback": True, "from": now.name, "why": why})
 
 
-def resolved(repo: Path, commit: str) -> str:
+def resolve_commit(repo: Path, commit: str) -> str:
     try:
         return run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}").strip()
     except RuntimeError:
         raise ValueError(f"{commit!r} is no commit of {repo}") from None
 
 
-def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
+def _create_tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
     """git refuses a name that is taken: of two at once, one fails. A second later than the last one: GTO sorts by seconds."""
-    last = max([0, *(one.when for one in versions(repo)), *(one.when for one in assignments(repo))])
+    last = max([0, *(one.when for one in list_versions(repo)), *(one.when for one in list_assignments(repo))])
     date = f"{max(int(time.time()), last + 1)} +0000"
     message = json.dumps(about, sort_keys=True, ensure_ascii=False)
     words = ["git", *identity_options(repo), "tag", "--annotate", "--no-sign", "--cleanup=verbatim", "--message", message, "--", name, commit]
@@ -186,7 +186,7 @@ def _tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
         raise RuntimeError(f"the tag {name} could not be made: {' '.join(done.stderr.split())}")
 
 
-def fetch(repo: Path, version: Version, out: Path) -> None:
+def fetch_weights(repo: Path, version: Version, out: Path) -> None:
     """A version's weights, by its tag. They are compared with the md5 that its dvc.lock states."""
     weights = find_out(repo, version.commit, WEIGHTS)
     words = [sys.executable, "-m", "dvc", "get", "--rev", version.tag, "--out", str(out), str(repo), WEIGHTS]

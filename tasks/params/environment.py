@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from tasks.params.yaml_file import Refused
 
 PREFIX = "CF_"
-WHOLE = "a whole number from"
+INTEGER = "a whole number from"
 
 
 def _variable(default: Any, meaning: str, rule: str = "1 or 0", **limits: Any) -> Any:
@@ -32,10 +32,10 @@ class Environment(BaseSettings):
 
     # of cf up, cf deploy and the flows
     port: int | None = _variable(
-        None, "Port of the server; default: the checkout's last one, else 4200.", f"{WHOLE} 1 to 65535", ge=1, le=65535
+        None, "Port of the server; default: the checkout's last one, else 4200.", f"{INTEGER} 1 to 65535", ge=1, le=65535
     )
     host: str | None = _variable(None, "Address of the server; default: the checkout's last one, else 127.0.0.1. Others need a password.")
-    runs: int = _variable(1, "Flow runs at a time on this machine, of all deployments.", f"{WHOLE} 1 to 64", ge=1, le=64)
+    runs: int = _variable(1, "Flow runs at a time on this machine, of all deployments.", f"{INTEGER} 1 to 64", ge=1, le=64)
     reports: str | None = _variable(None, "Where links to reports lead; default: the server that `cf up` starts for them.")
     pool: str = _variable(
         "cf",
@@ -54,7 +54,7 @@ class Environment(BaseSettings):
     # of stages
     gpus: int | None = _variable(None, "GPUs to give away; default: all.", "the number of GPUs of this machine, 0 or more", ge=0)
     gpu_locks: Path | None = _variable(None, "Folder of the GPUs' locks; default: ~/.cache/cf/HOST.")
-    ranks: int | None = _variable(None, "Processes of a training stage; default: one a GPU.", f"{WHOLE} 1 on", ge=1)
+    ranks: int | None = _variable(None, "Processes of a training stage; default: one a GPU.", f"{INTEGER} 1 on", ge=1)
     grace: float = _variable(4.0, "Seconds between SIGTERM and SIGKILL for what a stage leaves behind.", "seconds, 0 or more", ge=0)
     clip_cache: str | None = _variable(None, "Folder of results of single clips, or off; default: work/kept.", validation_alias="CF_KEPT")
     run: str | None = _variable(None, "Name that W&B gives to all stages of one command; default: one drawn for them.")
@@ -91,10 +91,10 @@ def read_environment() -> Environment:
 
 def find_unknown() -> list[str]:
     """Say of each CF_* variable of the environment that the class doesn't know, which one may have been meant."""
-    known = {variable_name(field) for field in Environment.model_fields}
+    names = {variable_name(field) for field in Environment.model_fields}
     sentences = []
-    for name in sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known):
-        close = difflib.get_close_matches(name, known, 2)
+    for name in sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names):
+        close = difflib.get_close_matches(name, names, 2)
         sentences.append(f"{name} means nothing here; " + (f"did you mean {' or '.join(close)}?" if close else "`cf env` lists what does"))
     return sentences
 
@@ -105,8 +105,8 @@ def main(argv: list[str]) -> None:
     values = read_environment()
     for field, info in Environment.model_fields.items():
         value = getattr(values, field)
-        shown = "-" if value is None else "(set)" if isinstance(value, SecretStr) else value
+        text = "-" if value is None else "(set)" if isinstance(value, SecretStr) else value
         changed = "" if info.default in (None, value) else f" (default: {info.default})"
-        print(f"{variable_name(field):<20} {shown}{changed}\n{'':<20} {info.description}")
+        print(f"{variable_name(field):<20} {text}{changed}\n{'':<20} {info.description}")
     for sentence in find_unknown():
         print(f"warning: {sentence}")

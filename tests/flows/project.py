@@ -124,6 +124,11 @@ def make(folder: Path, seconds: float = 0.5) -> Path:
     return copy_of(f"four-stages-{seconds}", lambda at: write(at, seconds), folder)
 
 
+def make_done(folder: Path) -> Path:
+    """The same, after `dvc repro`, with its cache."""
+    return copy_of("four-stages-done", lambda at: dvc(make(at), "repro", "-q"), folder)
+
+
 def write(folder: Path, seconds: float) -> None:
     folder.mkdir(parents=True)
     for name, text in {

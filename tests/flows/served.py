@@ -28,7 +28,16 @@ ALL = dict.fromkeys(project.STAGES, "Completed")
 
 @pytest.fixture
 def root(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = project.make(tmp_path / "project", seconds=0.5)
+    return enter(project.make(tmp_path / "project", seconds=0.5), monkeypatch)
+
+
+@pytest.fixture
+def done_root(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """All stages were made, by `dvc repro`."""
+    return enter(project.make_done(tmp_path / "project"), monkeypatch)
+
+
+def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     for key in [key for key in os.environ if key.startswith(("CF_", "CUDA_"))]:
         monkeypatch.delenv(key)

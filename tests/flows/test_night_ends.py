@@ -31,7 +31,7 @@ def at_work(repo: Path, lines: list[str], **changed: Any) -> state.NightState:
     base = project.git(repo, "rev-parse", "main").strip()
     root = repo / ".runs/night"
     project.git(repo, "worktree", "add", "-q", "--detach", str(root))
-    given = {"past": [], "promoted": registry.promoted(repo), "date": "2026-01-07", "clips_folder": None, "full": False} | changed
+    given = {"past": [], "promoted": registry.find_promoted(repo), "date": "2026-01-07", "clips_folder": None, "full": False} | changed
     settings = state.read_night_settings(stated)
     return state.NightState(
         state.NightPlan(repo=repo, root=root, run="r", base=base, settings=settings, from_folder=True, log=lines.append, **given)
@@ -49,18 +49,18 @@ def promoting(night: state.NightState, md5: str) -> state.NightEnd:
 def test_a_night_promotes_and_waits_to_be_handed_over(repo: Path) -> None:
     one = at_work(repo, [])
     assert promoting(one, "aa") == state.NightEnd("promoted", "better", "2026-01-07", "v0.0.1")
-    now = registry.promoted(repo)
+    now = registry.find_promoted(repo)
     assert now and now.name == "v0.0.1" and handover.waiting_branches(repo) == ["nightly/2026-01-07"]
 
 
 def test_whoever_rolled_back_meanwhile_has_decided(repo: Path) -> None:
     for md5 in ("aa", "bb"):
-        registry.assign(repo, registry.register(repo, file(repo, "main", "dvc.lock", LOCK.format(md5)), {}), {})
+        registry.assign_version(repo, registry.register_version(repo, file(repo, "main", "dvc.lock", LOCK.format(md5)), {}), {})
     one = at_work(repo, [])
-    registry.rollback(repo, None, "it flickers")
+    registry.roll_back(repo, None, "it flickers")
     end = promoting(one, "cc")
     assert (end.outcome, end.version) == ("refused", None) and "v0.0.2 was promoted when this night began, and v0.0.1 is now" in end.why
-    now = registry.promoted(repo)
+    now = registry.find_promoted(repo)
     assert now and now.name == "v0.0.1"
     assert '"promote": false' in project.git(repo, "show", "nightly/2026-01-07:nightly/gate.json")
     assert [one.outcome for one in records.read_nights(repo)] == ["refused"]

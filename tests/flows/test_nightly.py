@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL
 
 from flows import nightly
 from flows.night import clips, handover, judge, records, steps, warm_start
 from flows.night.state import NightState
 from flows.project import dvc_graph, overrides
 from flows.project.registry import Version
+from tests.preloaded import python_folder
 from tests.week import project
 
 ROOT = project.ROOT
@@ -158,10 +160,8 @@ def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: P
     judge.write_parameters(tmp_path / "params.yaml", changed)
     assert overrides.parse_params((tmp_path / "params.yaml").read_text()) == changed
     shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
-    done = subprocess.run(
-        [sys.executable, "-m", "tasks", "validate", "--params", str(tmp_path / "params.yaml"), "--out", str(tmp_path / "out.json")],
-        cwd=tmp_path, env=project.environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    validated = [python_folder() / "python", "-m", "tasks", "validate", "--params", "params.yaml", "--out", "out.json"]
+    done = subprocess.run(validated, cwd=tmp_path, env=project.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -219,10 +219,10 @@ run("2026-01-12")
 """
 
 
-def test_nights_in_a_row(repo: Path, tmp_path: Path) -> None:
+def test_nights_in_a_row(server: None, repo: Path, tmp_path: Path) -> None:
     """From nothing; nothing new; one that is no video; one good clip, from the promoted student; and, after that night's branch was
     merged, a Sunday without its origin, which the next night finds again."""
-    environment = project.environment(PREFECT_HOME=str(tmp_path / "prefect"), PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180")
+    environment = project.environment(PREFECT_HOME=str(tmp_path / "prefect"), PREFECT_API_URL=str(PREFECT_API_URL.value()))
     done = subprocess.run([sys.executable, "-c", NIGHTS], cwd=repo, env=environment, capture_output=True, text=True, timeout=1500)
     told = [line.split(maxsplit=3)[1:] for line in done.stdout.splitlines() if line.startswith("NIGHT")]
     states = ["Promoted", "NoNewData", "NoGoodClips", "Promoted", "NotPushed", "NoNewData"]

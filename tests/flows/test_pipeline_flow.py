@@ -13,11 +13,11 @@ from prefect.states import Failed
 from flows.project import dvc_config, dvc_remote, run_lock, worktree
 from flows.run.stage_task import environment
 from tests.flows import project
-from tests.flows.served import ALL, change, go, root, seen
+from tests.flows.served import ALL, change, done_root, go, root, seen
 from tests.flows.served import rows as shown_rows
 
 pytestmark = pytest.mark.slow
-__all__ = ["root"]  # a fixture
+__all__ = ["done_root", "root"]  # fixtures
 
 
 def test_a_run_is_what_dvc_repro_makes_and_what_it_was_is_seen(root: Path, tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_a_run_is_what_dvc_repro_makes_and_what_it_was_is_seen(root: Path, tmp_p
     assert "| slow | Completed | `runtime/wandb/offline-run-1` |" in run.artifacts["run"].data
 
 
-def test_cached_restored_and_ran(root: Path) -> None:
-    assert go().result() == ALL
+def test_cached_restored_and_ran(done_root: Path) -> None:
+    root = done_root
     began = {stage: len(project.pids(root, stage)) for stage in project.STAGES}
     state = go()
     assert state.result() == dict.fromkeys(project.STAGES, "Cached")
@@ -77,8 +77,8 @@ def test_cached_restored_and_ran(root: Path) -> None:
     }
 
 
-def test_what_status_calls_unchanged_runs_when_something_before_it_ran_otherwise(root: Path) -> None:
-    assert go().result() == ALL
+def test_what_status_calls_unchanged_runs_when_something_before_it_ran_otherwise(done_root: Path) -> None:
+    root = done_root
     (root / "raw.txt").write_text("another row\n")
     # by `dvc status` only prepare has changed; what the two make of it is the same again
     assert go().result() == ALL | {"last": "Cached"}
@@ -117,8 +117,8 @@ def test_a_failure_carries_its_last_lines_and_what_follows_is_skipped(root: Path
     assert not any(psutil.pid_exists(pid) for pid in project.pids(root, "slow"))
 
 
-def test_a_stage_that_refuses_is_not_tried_again_and_what_was_there_stays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert go().result() == ALL
+def test_a_stage_that_refuses_is_not_tried_again_and_what_was_there_stays(done_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = done_root
     change(root, 'sys.exit("last: it was told to fail")', "sys.exit(int(os.environ.get('CODE', 2)))", "work.py")
     change(root, "    outs: [reports/report.html]\n", "    outs: [reports/report.html]\n    meta: {cf: {retries: 1}}\n", "dvc.yaml")
     change(root, "fail: false", "fail: true")
@@ -152,8 +152,8 @@ def test_a_part_of_the_stages_and_only_saying_so(root: Path) -> None:
     assert state.is_failed() and state.message == "slwo is no stage; did you mean slow? Known are prepare, slow, stubborn, last"
 
 
-def test_another_profile_runs_elsewhere_and_can_be_repeated_from_its_branch(root: Path, tmp_path: Path) -> None:
-    project.dvc(root, "repro", "-q")
+def test_another_profile_runs_elsewhere_and_can_be_repeated_from_its_branch(done_root: Path, tmp_path: Path) -> None:
+    root = done_root
     project.git(root, "add", "-A")
     project.git(root, "commit", "-qm", "made")
     state = go(profile="smoke", overrides=["last.times=4", "slow.rate=3e-6"])

@@ -52,15 +52,15 @@ def gto(repo: Path, *words: str) -> str:
 
 def test_versions_and_promotions_and_the_way_back_as_gto_reads_them(repo: Path) -> None:
     for md5 in ("aa", "bb", "cc"):
-        version = registry.register(repo, trained(repo, md5), {"metrics": {"recall": 0.5}, "why": f"because {md5}"})
-        registry.assign(repo, version, {"why": md5})
-    assert [one.name for one in registry.versions(repo)] == ["v0.0.1", "v0.0.2", "v0.0.3"]
-    assert registry.promoted(repo) == registry.versions(repo)[2]
-    assert registry.versions(repo)[0].about == {"path": "models/stage2", "md5": "aa.dir", "metrics": {"recall": 0.5}, "why": "because aa"}
-    made = registry.rollback(repo, None, "it flickers")
+        version = registry.register_version(repo, trained(repo, md5), {"metrics": {"recall": 0.5}, "why": f"because {md5}"})
+        registry.assign_version(repo, version, {"why": md5})
+    assert [one.name for one in registry.list_versions(repo)] == ["v0.0.1", "v0.0.2", "v0.0.3"]
+    assert registry.find_promoted(repo) == registry.list_versions(repo)[2]
+    assert registry.list_versions(repo)[0].about == {"path": "models/stage2", "md5": "aa.dir", "metrics": {"recall": 0.5}, "why": "because aa"}
+    made = registry.roll_back(repo, None, "it flickers")
     assert (made.number, made.version.name, made.about["from"]) == (4, "v0.0.2", "v0.0.3")
-    registry.rollback(repo, None, "that one too")
-    assert registry.promoted(repo) == registry.versions(repo)[0]
+    registry.roll_back(repo, None, "that one too")
+    assert registry.find_promoted(repo) == registry.list_versions(repo)[0]
     last = next(line for line in gto(repo, "show").splitlines() if "student" in line)
     assert last.split("│")[2:4] == [" v0.0.3   ", " v0.0.1      "], last
     said = gto(repo, "history", "student")
@@ -71,14 +71,14 @@ def test_versions_and_promotions_and_the_way_back_as_gto_reads_them(repo: Path) 
 
 def test_a_commit_is_one_version_and_a_taken_number_is_left_out(repo: Path) -> None:
     commit = trained(repo, "aa")
-    assert registry.register(repo, commit, {}) == registry.register(repo, commit, {"other": 1})
+    assert registry.register_version(repo, commit, {}) == registry.register_version(repo, commit, {"other": 1})
     git(repo, "tag", "student@v0.0.9")  # lightweight: no version, and in the way
-    assert registry.register(repo, trained(repo, "bb"), {}).name == "v0.0.10"
-    assert registry.register(repo, trained(repo, "cc"), {}).name == "v0.0.11", "v0.0.10 is younger than v0.0.9"
+    assert registry.register_version(repo, trained(repo, "bb"), {}).name == "v0.0.10"
+    assert registry.register_version(repo, trained(repo, "cc"), {}).name == "v0.0.11", "v0.0.10 is younger than v0.0.9"
     with pytest.raises(RuntimeError, match=r"student@v0\.0\.9 could not be made"):
-        registry._tag(repo, "student@v0.0.9", "HEAD", {})
+        registry._create_tag(repo, "student@v0.0.9", "HEAD", {})
     git(repo, "tag", "-a", "-m", "{}", "student#promoted#4", git(repo, "commit-tree", "-m", "no version", "HEAD^{tree}"))
-    assert registry.assign(repo, registry.named(repo, "v0.0.10"), {}).number == 5
+    assert registry.assign_version(repo, registry.find_version(repo, "v0.0.10"), {}).number == 5
 
 
 def test_what_others_tagged_is_read_or_left(repo: Path) -> None:
@@ -88,36 +88,36 @@ def test_what_others_tagged_is_read_or_left(repo: Path) -> None:
     git(repo, "tag", "-a", "-m", "x", "other@v9.0.0", commit)
     git(repo, "tag", "-a", "-m", "[1]", "student#promoted#1", commit)
     git(repo, "tag", "-a", "-m", "{}", "student#promoted#2", git(repo, "commit-tree", "-m", "no version", "HEAD^{tree}"))
-    assert [(one.name, one.about) for one in registry.versions(repo)] == [("v1.2.3", {"said": "by hand"})]
-    assert [one.number for one in registry.assignments(repo)] == [1]
-    assert registry.register(repo, trained(repo, "bb"), {}).name == "v1.2.4"
+    assert [(one.name, one.about) for one in registry.list_versions(repo)] == [("v1.2.3", {"said": "by hand"})]
+    assert [one.number for one in registry.list_assignments(repo)] == [1]
+    assert registry.register_version(repo, trained(repo, "bb"), {}).name == "v1.2.4"
 
 
 @pytest.mark.parametrize("name", ["v1", "1.0.0", "v0.0.1; rm -rf /", "--force", "v0.0.1\n", "HEAD", "../v0.0.1"])
 def test_names_are_checked_before_git_sees_them(repo: Path, name: str) -> None:
-    registry.assign(repo, registry.register(repo, trained(repo, "aa"), {}), {})
+    registry.assign_version(repo, registry.register_version(repo, trained(repo, "aa"), {}), {})
     with pytest.raises(ValueError, match="is no version"):
-        registry.rollback(repo, name, "")
+        registry.roll_back(repo, name, "")
 
 
 def test_what_can_not_be_rolled_back(repo: Path) -> None:
     with pytest.raises(ValueError, match="no student was ever promoted"):
-        registry.rollback(repo, None, "")
-    one = registry.register(repo, trained(repo, "aa"), {})
-    two = registry.register(repo, trained(repo, "bb"), {})
-    registry.assign(repo, one, {})
+        registry.roll_back(repo, None, "")
+    one = registry.register_version(repo, trained(repo, "aa"), {})
+    two = registry.register_version(repo, trained(repo, "bb"), {})
+    registry.assign_version(repo, one, {})
     with pytest.raises(ValueError, match="only student that was ever promoted"):
-        registry.rollback(repo, None, "")
+        registry.roll_back(repo, None, "")
     with pytest.raises(ValueError, match=r"v0\.0\.2 was never promoted"):
-        registry.rollback(repo, "v0.0.2", "")
+        registry.roll_back(repo, "v0.0.2", "")
     with pytest.raises(ValueError, match=r"no student@v0\.0\.9; known are v0\.0\.1, v0\.0\.2"):
-        registry.rollback(repo, "v0.0.9", "")
-    registry.assign(repo, two, {})
+        registry.roll_back(repo, "v0.0.9", "")
+    registry.assign_version(repo, two, {})
     with pytest.raises(ValueError, match=r"v0\.0\.2 is the promoted one already"):
-        registry.rollback(repo, "v0.0.2", "")
-    registry.rollback(repo, None, "")
+        registry.roll_back(repo, "v0.0.2", "")
+    registry.roll_back(repo, None, "")
     with pytest.raises(ValueError, match=r"v0\.0\.1 was the first to be promoted; name the version to go to: v0\.0\.2"):
-        registry.rollback(repo, None, "")
+        registry.roll_back(repo, None, "")
 
 
 def test_what_is_promoted_already_gets_no_second_tag(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,22 +126,22 @@ def test_what_is_promoted_already_gets_no_second_tag(repo: Path, monkeypatch: py
     for _ in range(2):
         promotion.promote_student(["HEAD"])
     promotion.promote_student(["v0.0.1"])
-    assert [one.number for one in registry.assignments(repo)] == [1]
+    assert [one.number for one in registry.list_assignments(repo)] == [1]
 
 
 @pytest.mark.parametrize("command", [lambda: promotion.promote_student(["HEAD"]), lambda: promotion.roll_back_student([])])
 def test_promoting_waits_for_whoever_is_at_it(repo: Path, command: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     for md5 in ("aa", "bb"):
-        registry.assign(repo, registry.register(repo, trained(repo, md5), {}), {})
+        registry.assign_version(repo, registry.register_version(repo, trained(repo, md5), {}), {})
     trained(repo, "cc")
     monkeypatch.chdir(repo)
     waiting = threading.Thread(target=command, daemon=True)
-    with registry.alone(repo):
+    with registry.lock_registry(repo):
         waiting.start()
         waiting.join(1)
-        assert waiting.is_alive() and len(registry.assignments(repo)) == 2
+        assert waiting.is_alive() and len(registry.list_assignments(repo)) == 2
     waiting.join(60)
-    assert len(registry.assignments(repo)) == 3
+    assert len(registry.list_assignments(repo)) == 3
 
 
 def test_a_commit_without_a_student_can_not_be_promoted(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,25 +192,25 @@ def test_verify_sees_what_dvc_status_does_not(made: Path) -> None:
 
 
 def test_weights_come_by_their_tag_from_the_cache_and_from_the_remote(made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    version = registry.register(made, "HEAD", {})
+    version = registry.register_version(made, "HEAD", {})
     got = tmp_path_factory.mktemp("got")
-    registry.fetch(made, version, got / "a")
+    registry.fetch_weights(made, version, got / "a")
     assert (got / "a/deep/er/é").read_text() == "x"
     dvc(made, "remote", "add", "-d", "store", str(got / "store"))
     dvc(made, "push", "-q")
     git(made, "add", "-A")
     git(made, "commit", "-qm", "remote")
-    version = registry.register(made, "HEAD", {})
+    version = registry.register_version(made, "HEAD", {})
     git(got, "clone", "-q", str(made), "clone")
-    registry.fetch(got / "clone", registry.named(got / "clone", version.name), got / "b")
+    registry.fetch_weights(got / "clone", registry.find_version(got / "clone", version.name), got / "b")
     assert (got / "b/deep/er/é").read_text() == "x"
 
 
 def test_damaged_weights_are_not_handed_out(made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """DVC trusts its cache."""
-    version = registry.register(made, "HEAD", {})
+    version = registry.register_version(made, "HEAD", {})
     (listed,) = [file for file in (made / ".dvc/cache").rglob("*") if file.is_file() and file.read_bytes() == b"y"]
     listed.chmod(0o644)
     listed.write_text("z")
     with pytest.raises(RuntimeError, match=r"the weights of student@v0\.0\.1 are not what its dvc\.lock says|could not be had"):
-        registry.fetch(made, version, tmp_path_factory.mktemp("got") / "a")
+        registry.fetch_weights(made, version, tmp_path_factory.mktemp("got") / "a")

@@ -15,6 +15,7 @@ import pytest
 
 from tasks.wandb_log import sync
 from tests.flows import wandb_server
+from tests.preloaded import python_folder
 
 SECRET = "5ec2e7" * 7
 STAGE = """
@@ -40,7 +41,7 @@ def start(root: Path, **more: str) -> subprocess.Popen[bytes]:
 
 
 def cf(root: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tasks", "wandb", *words]
+    command = [python_folder() / "python", "-m", "tasks", "wandb", *words]
     return subprocess.run(command, cwd=root, env=offline.environment(**more), capture_output=True, text=True, timeout=180)
 
 

@@ -68,7 +68,7 @@ def test_a_name_of_a_run_is_one_word(attack: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't be the name of a run"):
         worktree.make_worktree(repo, attack, profile=None, overrides={})
     with pytest.raises(ValueError, match="is no version"):
-        registry.named(repo, attack)
+        registry.find_version(repo, attack)
     assert not list(tmp_path.rglob("planted"))
 
 
@@ -90,7 +90,7 @@ def test_a_base_is_a_commit_and_no_option(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="rev-parse"):
             worktree.make_worktree(repo, "x", base=base, profile=None, overrides={})
         with pytest.raises(ValueError, match="is no commit of"):
-            registry.resolved(repo, base)
+            registry.resolve_commit(repo, base)
     assert not list(tmp_path.rglob("planted")) and not (repo / ".runs").exists()
 
 

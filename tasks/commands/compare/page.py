@@ -43,14 +43,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("compare.html"), help="default: compare.html")
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="cf-compare-") as scratch:
-        a, b = (side(letter, name, Path(scratch)) for letter, name in (("A", given.a), ("B", given.b)))
-        html = render(page(a, b))
+        a, b = (read_side(letter, name, Path(scratch)) for letter, name in (("A", given.a), ("B", given.b)))
+        html = render_page(build_page(a, b))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.out, html)
     print(f"{given.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
 
 
-def side(letter: str, name: str, scratch: Path) -> Side:
+def read_side(letter: str, name: str, scratch: Path) -> Side:
     root = revision.folder(name, scratch / letter)
     lock = root / "dvc.lock"
     told = revision.git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
@@ -60,7 +60,7 @@ def side(letter: str, name: str, scratch: Path) -> Side:
     return Side(letter, label, root, yaml_file.read_yaml(root / "params.yaml"), stages, commit, subject, date)
 
 
-def page(a: Side, b: Side) -> dict[str, Any]:
+def build_page(a: Side, b: Side) -> dict[str, Any]:
     rules = a.params.get("evaluate") or {}
     resamples, seed = int(rules.get("resamples", 1000)), int(a.params.get("seed", 0))
     found = [results.results(one.root, resamples, seed) for one in (a, b)]
@@ -69,35 +69,35 @@ def page(a: Side, b: Side) -> dict[str, Any]:
     return {
         "sides": [a, b],
         "colours": COLOURS,
-        "params": params_diff(a.params, b.params),
-        "stages": stages_diff(a.lock, b.lock),
+        "params": list_changed_params(a.params, b.params),
+        "stages": compare_stages(a.lock, b.lock),
         "suites": suites,
         "tally": results.tally(suites),
         "curves": results.over_time(a.root, b.root, COLOURS),
         "training": results.training(a.root, b.root, COLOURS),
         "videos": results.videos(a.root, b.root, suites, int(size.get("fps", 16))),
         "shape": (size.get("width", 1), size.get("height", 1)),
-        "numbers": numbers(a.root, b.root),
+        "numbers": compare_stage_metrics(a.root, b.root),
         "resamples": resamples,
     }
 
 
-def params_diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def list_changed_params(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Every value that differs, by its dotted key; where a run is tracked changes no result."""
-    one, other = (dict(flat({key: value for key, value in params.items() if key != "tracking"})) for params in (a, b))
+    one, other = (dict(flatten_tree({key: value for key, value in params.items() if key != "tracking"})) for params in (a, b))
     keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
     return [(key, one.get(key, ABSENT), other.get(key, ABSENT)) for key in keys]
 
 
-def flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def flatten_tree(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
-            yield from flat(inner, f"{key}.{name}" if key else str(name))
+            yield from flatten_tree(inner, f"{key}.{name}" if key else str(name))
     else:
         yield key, json.dumps(value, ensure_ascii=False)
 
 
-def stages_diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+def compare_stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
     """By dvc.lock: which stages made the same bytes, and of the others, which of their inputs differ."""
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys([*a, *b]):
@@ -105,21 +105,21 @@ def stages_diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, An
         if one is None or other is None:
             rows.append({"stage": name, "same": None, "absent": "A" if one is None else "B", "code": [], "data": [], "params": []})
             continue
-        deps = differing(one, other, "deps")
-        params = [dict(flat({k: v for file in entry.get("params", {}).values() for k, v in file.items()})) for entry in (one, other)]
+        deps = list_changed_entries(one, other, "deps")
+        params = [dict(flatten_tree({k: v for file in entry.get("params", {}).values() for k, v in file.items()})) for entry in (one, other)]
         keys = sorted(key for key in {*params[0], *params[1]} if params[0].get(key) != params[1].get(key) and "tracking" not in key)
         code = [path for path in deps if path.startswith(("cf_model/", "tasks/"))]
-        same = not differing(one, other, "outs")
+        same = not list_changed_entries(one, other, "outs")
         rows.append({"stage": name, "same": same, "code": code, "data": [path for path in deps if path not in code], "params": keys})
     return rows
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any], kind: str) -> list[str]:
+def list_changed_entries(one: Mapping[str, Any], other: Mapping[str, Any], kind: str) -> list[str]:
     first, second = ({entry["path"]: entry.get("md5") for entry in lock.get(kind, [])} for lock in (one, other))
     return sorted(path for path in {*first, *second} if first.get(path) != second.get(path))
 
 
-def numbers(a: Path, b: Path) -> list[dict[str, Any]]:
+def compare_stage_metrics(a: Path, b: Path) -> list[dict[str, Any]]:
     """metrics/<stage>.json of both, where a number differs; evaluate's have tables of their own."""
     rows = []
     names = dict.fromkeys(path.stem for root in (a, b) for path in sorted((root / "metrics").glob("*.json")))
@@ -136,7 +136,7 @@ def numbers(a: Path, b: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def render(values: Mapping[str, Any]) -> str:
+def render_page(values: Mapping[str, Any]) -> str:
     """Everything in the page is escaped but the figures made here."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
