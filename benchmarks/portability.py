@@ -41,7 +41,7 @@ def build_stage(stage: str, profile: str = "tiny") -> Any:
     from tasks.params import load
 
     p = load.load_params(HERE.parent / f"profiles/{profile}.yaml")
-    costs = forecast.costs(p)
+    costs = forecast.estimate_costs(p)
     shape = (costs.channels, costs.height, costs.width)
     models = [wan.build(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=p.compute) for i in range(3)]
     for model in models:  # a new head is 0, and with it nothing is promoted by similarity

@@ -53,8 +53,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.height % 16 or self.width % 16 or min(self.height, self.width, self.fps, self.chunk) < 1:
-            stated = f"height, width, fps and chunk are {self.height}, {self.width}, {self.fps}, {self.chunk}"
-            raise ValueError(f"{stated}; the first two are multiples of 16, all are above 0")
+            problem = f"height, width, fps and chunk are {self.height}, {self.width}, {self.fps}, {self.chunk}"
+            raise ValueError(f"{problem}; the first two are multiples of 16, all are above 0")
         self.memory.check_chunk(self.chunk)
         check_levels_fall(self.levels)
 

@@ -70,8 +70,8 @@ class ContextForcingPipeline:
             if ours != theirs:
                 raise ValueError(f"the {name} has {ours} channels, but the transformer's {key} is {theirs}; use what it was trained with")
         if recipe.memory.size > config.rope_max_seq_len:
-            stated = f"memory sink + slow + fast is {recipe.memory.size}"
-            raise ValueError(f"{stated}, but the RoPE table has {config.rope_max_seq_len} positions; hold fewer frames")
+            problem = f"memory sink + slow + fast is {recipe.memory.size}"
+            raise ValueError(f"{problem}, but the RoPE table has {config.rope_max_seq_len} positions; hold fewer frames")
         self.denoiser, self.codec, self.text, self.recipe = denoiser.eval(), codec, text, recipe
         self.device = torch.device("cpu")
 

@@ -47,8 +47,8 @@ def plan_request(
     chunks = -(-(-(-frames // TIME) if real else latent_frames(frames + TIME - 1)) // recipe.chunk)
     total = chunks * recipe.chunk + (latent_frames(real) if real else 0)
     if recipe.memory.positions == "absolute" and total > positions:
-        stated = f"memory.positions is absolute, whose table ends at latent frame {positions}, and {seconds:g} s of video need {total}"
-        raise ValueError(f"{stated}; use at most {video_frames(positions) // recipe.fps} s in all, or bounded positions (anchored)")
+        problem = f"memory.positions is absolute, whose table ends at latent frame {positions}, and {seconds:g} s of video need {total}"
+        raise ValueError(f"{problem}; use at most {video_frames(positions) // recipe.fps} s in all, or bounded positions (anchored)")
     lead = 0 if real else TIME - 1  # the first latent frame of a video is one frame, not four
     starts = [max(0, chunk * recipe.chunk * TIME - lead) / recipe.fps for chunk in range(chunks)]
     return RequestPlan(frames, chunks, place_prompts(timed, starts, seconds), real)
@@ -80,8 +80,8 @@ def check_prompt(words: str, text: TextEncoder) -> None:
     length = text.length(words)
     if length > text.tokens:
         excerpt = f"{words[:40]}…" if len(words) > 40 else words
-        stated = f"the prompt {excerpt!r} has {len(words.split())} words, which are {length} tokens"
-        raise ValueError(f"{stated}, but the text encoder reads {text.tokens}; shorten it")
+        problem = f"the prompt {excerpt!r} has {len(words.split())} words, which are {length} tokens"
+        raise ValueError(f"{problem}, but the text encoder reads {text.tokens}; shorten it")
 
 
 def usable_frames(recipe: Recipe, clip: np.ndarray | None) -> int:

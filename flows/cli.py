@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 
 
-def in_a_sentence(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+def one_line_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     """A command: what it refuses is one line, and no traceback."""
 
     @wraps(main)

@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from flows.machine import reconcile
 from flows.project import dvc_graph, git, run_lock, worktree
+from flows.project.dvc_command import run_dvc
 from flows.project.dvc_graph import Stage
 from flows.run.config import Overrides, Profile, StageName, parse_overrides
 from flows.run.frame import commit_results, name_run, run_framed
 from flows.run.repro import check_parameters, repro_stages
-from flows.run.stage_task import run_dvc
 from tasks.params.yaml_file import read_yaml
 
 # letters that git takes in a tag and a folder's name has: no option, no shell

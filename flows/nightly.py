@@ -51,7 +51,7 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the 
     on_cancellation=[reconcile.close_tasks],
 )
 def nightly(date: Date | None = None, full: bool = False) -> State[None]:
-    """One night. `full`: everything anew, whatever day it is."""
+    """Run one night. `full`: everything anew, whatever day it is."""
     return run_framed(lambda: _run_night(date, full))
 
 
@@ -213,7 +213,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--date", help="YYYY-MM-DD; default: today, in nightly.timezone")
     parser.add_argument("--full", action="store_true", help="everything anew, whatever day it is")
     args = parser.parse_args(argv)
-    command.mark()
+    command.mark_environment()
     try:
         check_date(args.date)
         state = nightly(date=args.date, full=args.full, return_state=True)

@@ -69,7 +69,7 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
             commit_results(repo, root, run)
         elif failure:
             dvc_graph.restore_outs(root)
-        if config.push and not command.stopping():
+        if config.push and not command.is_stopping():
             push_results(root, failure)
         if failure:
             raise failure
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         flag = flags.get(name, f"--{name.replace('_', '-')}")
         parser.add_argument(flag, dest=name, help=RunConfig.model_fields[name].description, **option)
     args = parser.parse_args(argv)
-    command.mark()
+    command.mark_environment()
     try:
         parse_overrides(args.overrides)  # its sentences are better than those of the form's patterns
         state = pipeline(RunConfig(**vars(args)), return_state=True)

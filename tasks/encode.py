@@ -83,9 +83,9 @@ class CaptionEncoder:
     def __init__(self, spec: Text) -> None:
         self.encoder: TextEncoder = open_text_encoder(spec).to(choose_device())
         files = list(list_encoder_files(getattr(self.encoder, "folder", None)))
-        stated = spec.model_dump(exclude={"negative"}) | {"files": files, "device": choose_device().type}
+        about = spec.model_dump(exclude={"negative"}) | {"files": files, "device": choose_device().type}
         modules = (type(self.encoder).__module__, "tasks.encode", "tasks.parts.text_encoder")
-        self.cache = ClipCache("text", stated, modules=modules, libraries=("torch", "transformers"))
+        self.cache = ClipCache("text", about, modules=modules, libraries=("torch", "transformers"))
 
     def encode(self, texts: list[str]) -> Tensor:
         """Encode texts to [B, T, E], with zeros past each text's end."""

@@ -105,8 +105,8 @@ def check_accepted(rows: list[Row], clips: Path, heldout: int) -> None:
     if not accepted:
         raise ValueError(f"no clip of {clips} passes the filter ({why}); add clips, or change filter in params.yaml")
     if accepted <= heldout:
-        stated = f"filter.heldout is {heldout}, but only {accepted} of {clips} pass the filter ({why})"
-        raise ValueError(f"{stated}; hold out fewer, or add clips")
+        problem = f"filter.heldout is {heldout}, but only {accepted} of {clips} pass the filter ({why})"
+        raise ValueError(f"{problem}; hold out fewer, or add clips")
 
 
 def split_heldout(rows: list[Row], heldout: int) -> None:

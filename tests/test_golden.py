@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tasks.__main__ as cf
-from tasks.commands.golden.check import cases, check, line
-from tasks.commands.golden.vectors import Golden
+from tasks.commands.golden.check import check_folder, list_cases, print_case
+from tasks.commands.golden.vectors import GoldenVectors
 from tasks.params.yaml_file import Refused
 from tests.golden_writer import CONFIG, Setting, Writer
 from tests.wan_reference import Wan, weights
@@ -63,13 +63,13 @@ def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 
 
 def test_the_vectors_given_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    check(GIVEN)
+    check_folder(GIVEN)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 + 28 and all(line.endswith(" ok") for line in said[1:]), "every array is read and every case passes"
 
 
 def test_a_folder_of_other_sizes_passes(other: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check(other)
+    check_folder(other)
     *said, absent = capsys.readouterr().out.splitlines()
     assert len(said) == 1 + 18 and all(line.endswith(" ok") for line in said[1:])
     assert absent == f"not in {other}, so not checked: selfforcing"
@@ -90,8 +90,8 @@ def test_what_writes_that_folder_is_the_peers_model_too() -> None:
 @torch.no_grad()
 def passes(folder: Path, case: str) -> bool:
     """One case only."""
-    golden = Golden(folder)
-    [found] = [line(*one) for one in cases(golden, golden.model()) if one[0] == case]
+    golden = GoldenVectors(folder)
+    [found] = [print_case(*one) for one in list_cases(golden, golden.model()) if one[0] == case]
     return found
 
 
@@ -112,7 +112,7 @@ def test_one_wrong_number_fails(copy: Path, capsys: pytest.CaptureFixture[str]) 
 
     change(copy, edit)
     with pytest.raises(ValueError, match=r"13 of .* cases differ by more than their tolerance: text, bi, "):
-        check(copy)
+        check_folder(copy)
     failed = {case: line.split()[-1] for case, line in lines(capsys).items() if "FAIL at" in line}
     assert failed == WRONG
 
@@ -149,7 +149,7 @@ def test_a_wrong_memory_or_position_fails(tmp_path: Path, capsys: pytest.Capture
     for file in ("selfforcing.npz", "longlive_rel.npz"):
         change(tmp_path, lambda arrays: [arrays.pop(name) for name in list(arrays) if ".cache." in name], file)
     with pytest.raises(ValueError, match="7 of"):
-        check(tmp_path)
+        check_folder(tmp_path)
     said = lines(capsys)
     assert {case for case, line in said.items() if "FAIL at" in line} == set(wrong)
     assert all(float(said[case].split()[0]) > 0.01 for case in wrong), "far beyond what rounding does"
@@ -161,7 +161,7 @@ def test_a_wrong_memory_or_position_fails(tmp_path: Path, capsys: pytest.Capture
 def test_what_is_not_there_is_said(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "longlive_rel.npz").unlink()
     change(copy, lambda arrays: arrays.update(another=np.zeros(1)))
-    check(copy)
+    check_folder(copy)
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [f"not in {copy}, so not checked: selfforcing, ll_abs, ll_rel", f"in {copy}, but no case reads it: another"]
 
@@ -224,7 +224,7 @@ def gone(pattern: str) -> Callable[[Path], object]:
 def test_a_broken_folder_is_one_sentence(copy: Path, damage: Callable[[Path], object], sentence: str) -> None:
     damage(copy)
     with pytest.raises(Refused, match=re.escape(sentence)) as refused:
-        check(copy)
+        check_folder(copy)
     assert "\n" not in str(refused.value)
 
 

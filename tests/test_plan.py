@@ -60,12 +60,12 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert stage2["gib"]["0"]["at_once"] == 0, "unsharded it is too much for 80 GiB"
     assert stage2["gib"]["2"]["at_once"] == 1 and stage2["gib"]["2"]["peak"] < 80, "a micro-batch of 1, as the profile states it"
     assert stage2["hours"] * 8 == pytest.approx(500 * stage2["tflop_per_step"] / (989 * 0.35) / 3600)
-    # docs/method.md 1.3 has about 200, 75 and 270 to 370 GPU hours, the last with rollouts of 105 latents for each update
+    # docs/method.md, "Cost", has about 200, 75 and 270 to 370 GPU hours, the last with rollouts of 105 latents for each update
     assert 140 < found["teacher"]["hours"] * 8 < 200 and 50 < found["stage1"]["hours"] * 8 < 75 and 130 < stage2["hours"] * 8 < 270
 
 
 def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> None:
-    for one in forecast.needs(wan).values():
+    for one in forecast.estimate_needs(wan).values():
         peaks = [one.peak(1, zero, 8) for zero in (0, 1, 2, 3)]
         assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
         assert one.peak(1, 3, 16) < one.peak(1, 3, 8) and one.peak(1, 0, 16) == one.peak(1, 0, 8)
@@ -73,11 +73,11 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> N
 
 def test_every_preset_can_be_planned() -> None:
     stated = yaml_file.read_yaml(WAN)
-    made = {name: forecast.needs(load.validate_params(preset.applied(stated, name), WAN))["stage2"] for name in preset.found()}
+    made = {name: forecast.estimate_needs(load.validate_params(preset.applied(stated, name), WAN))["stage2"] for name in preset.found()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"
     assert made["cf_memoryless_teacher"].operations < made["cf_default"].operations, "scores without a context are cheaper"
-    # rollouts of 84 to 105 latents, as docs/method.md 1.3 reckons with, but one for both updates
+    # rollouts of 84 to 105 latents, as docs/method.md, "Cost", reckons with, but one for both updates
     assert 200 < made["cf_released"].total / (989e12 * 0.35) / 3600 < 320
 
 
@@ -85,9 +85,9 @@ def test_hours_of_tiny_are_those_it_took(tiny: schema.Params) -> None:
     """On the machine whose speed the plan states, data and start included; one speed stands for five stages that reach 26 to 38
     GFLOP/s there."""
     measured = json.loads((ROOT / "benchmarks/results/plan-hours.json").read_text())["wall_seconds"]
-    machine = forecast.Hardware(1, GIB, table.CORE, "CPU", "")
-    for stage, one in forecast.needs(tiny).items():
-        assert 3600 * forecast.hours(one, machine) == pytest.approx(measured[stage], rel=0.25)
+    machine = forecast.Hardware(1, GIB, table.CPU_TFLOPS, "CPU", "")
+    for stage, one in forecast.estimate_needs(tiny).items():
+        assert 3600 * forecast.estimate_hours(one, machine) == pytest.approx(measured[stage], rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_what_makes_no_sense_is_refused(words: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("value, text", [(0, "0"), (1234.5, "1,234"), (12.34, "12.3"), (0.01234, "0.0123"), (0.000001, "1e-06")])
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert limits.number(value) == text
+    assert limits.format_number(value) == text
 
 
 def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
     from cf_model.train.trainer.ema import EMA
     from cf_model.train.trainer.engine import Optimizer
 
-    one = forecast.needs(tiny)["base"]
+    one = forecast.estimate_needs(tiny)["base"]
     made = wan.build_transformer(tiny.model, channels=12, text_channels=64, seed=0)
     optimizer = Optimizer(made, tiny.base.optimizer, 10)
     for parameter in made.parameters():
@@ -125,7 +125,7 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
     folder = checkpoint.save_checkpoint(tmp_path, 1, {name: part.state_dict() for name, part in parts.items()})
     assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(one.checkpoint, rel=0.01)
     wan.save_transformer(made, tmp_path / "out")
-    assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) == pytest.approx(forecast.disk(tiny, "base")["out"], rel=0.01)
+    assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) == pytest.approx(forecast.estimate_disk(tiny, "base")["out"], rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- the refusal
@@ -133,17 +133,17 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
 
 def refused(p: schema.Params, stage: str, free: float, split: int | None = None) -> str:
     with pytest.raises(Refused) as error:
-        one = forecast.needs(p)[stage]
-        limits.refuse_memory(stage, one, forecast.checkpointed(p, stage), free * GIB, "machine", limits.Split(split or one.batch, 0, 1))
+        one = forecast.estimate_needs(p)[stage]
+        limits.refuse_memory(stage, one, forecast.estimate_checkpointed(p, stage), free * GIB, "machine", limits.WorkSplit(split or one.batch, 0, 1))
     return str(error.value)
 
 
 def test_a_stage_that_fits_is_never_refused(tiny: schema.Params, wan: schema.Params, tmp_path: Path) -> None:
     for p, free in ((tiny, 0.25), (wan, 4000)):
-        for stage, one in forecast.needs(p).items():
-            limits.refuse_memory(stage, one, None, free * GIB, "machine", limits.Split(one.batch, 0, 1))
+        for stage, one in forecast.estimate_needs(p).items():
+            limits.refuse_memory(stage, one, None, free * GIB, "machine", limits.WorkSplit(one.batch, 0, 1))
             assert one.peak(one.batch) * 0.7 < free * GIB
-    forecast.refuse(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
+    forecast.refuse_unfit_stage(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
 
 
 def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, wan: schema.Params) -> None:
@@ -154,32 +154,32 @@ def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, 
     assert "one sample alone takes 85.8: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use engine.micro_batch: 4, or compute.checkpointing: true" in refused(tiny, "stage2", 0.1)
     large = tiny.model_copy(update={"video": tiny.video.model_copy(update={"height": 512, "width": 512})})
-    lean = forecast.checkpointed(large, "stage2")
+    lean = forecast.estimate_checkpointed(large, "stage2")
     assert lean and "use compute.checkpointing: true and engine.micro_batch: 1" in refused(large, "stage2", 1.01 * lean.peak(1) / GIB)
     for text in (message, refused(tiny, "stage2", 0.1)):
         assert text.count("\n") == 0
 
 
 def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
-    one = forecast.needs(wan)["stage2"]
-    limits.refuse_memory("stage2", one, None, 139 * GIB, "machine", limits.Split.of(wan.engine, one.batch, 1))
-    assert limits.Split.of(wan.engine, one.batch, 8) == limits.Split(1, 2, 8), "as the profile states it"
+    one = forecast.estimate_needs(wan)["stage2"]
+    limits.refuse_memory("stage2", one, None, 139 * GIB, "machine", limits.WorkSplit.of(wan.engine, one.batch, 1))
+    assert limits.WorkSplit.of(wan.engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "as the profile states it"
     with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* one sample alone takes 85.8"):
-        limits.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", limits.Split.of(wan.engine, one.batch, 8))
+        limits.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", limits.WorkSplit.of(wan.engine, one.batch, 8))
 
 
 def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schema.Params) -> None:
     shared = wan.model_copy(update={"stage2": replace(wan.stage2, rollouts="shared")})
-    each, kept = (forecast.needs(p)["stage2"] for p in (wan, shared))
+    each, kept = (forecast.estimate_needs(p)["stage2"] for p in (wan, shared))
     assert kept.peak(1, 2, 8) - each.peak(1, 2, 8) == 7 * kept.carried > 7 * each.memory
     assert kept.peak(8, 2, 8) == each.peak(8, 2, 8), "computed at once they are there anyway"
 
 
 def test_what_is_offloaded_is_not_on_the_gpu(wan: schema.Params) -> None:
-    one, engine = forecast.needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
-    away, here = (limits.Split.of(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
+    one, engine = forecast.estimate_needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
+    away, here = (limits.WorkSplit.of(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
     assert here.peak(one) - away.peak(one) == one.states(2, 8)["optimiser"] > 3 * GIB
-    assert limits.Split.of(engine, one.batch, 8) == limits.Split(1, 2, 8), "on a CPU it is the same memory"
+    assert limits.WorkSplit.of(engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "on a CPU it is the same memory"
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,30 +198,31 @@ def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes(TINY.read_bytes())
-    monkeypatch.setattr(limits, "memory", lambda: 0.01 * GIB)
+    Path("dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    monkeypatch.setattr(limits, "measure_memory", lambda: 0.01 * GIB)
     words = ["base", "--latents", "data/latents", "--codec", "models/codec", "--out", "models/base"]
     with pytest.raises(Refused, match=r"base needs about 0\.06"):
         cf.main(words)
-    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"params.yaml", "dvc.yaml"}
     monkeypatch.setenv("CF_IGNORE_PLAN", "1")
     with pytest.raises(ValueError, match=r"data/latents has no index\.json"):
         cf.main(words)
 
 
 def test_memory_is_the_machines_or_the_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(limits, "gpus", lambda: 0)
-    assert 0.05 * GIB < limits.memory() < 2**60
+    monkeypatch.setattr(limits, "count_gpus", lambda: 0)
+    assert 0.05 * GIB < limits.measure_memory() < 2**60
     limit, used = tmp_path / "max", tmp_path / "current"
     limit.write_text(f"{3 * 2**20}\n")
     used.write_text(f"{2**20}\n")
     monkeypatch.setattr(limits, "CGROUPS", ((str(limit), str(used)),))
-    assert limits.memory() == 2 * 2**20
+    assert limits.measure_memory() == 2 * 2**20
     limit.write_text("max\n")
-    assert limits.memory() > 2**20
+    assert limits.measure_memory() > 2**20
 
 
 def test_only_stages_that_train_are_asked(tiny: schema.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "memory", lambda: 1.0)
-    forecast.refuse(tiny, "evaluate", tmp_path, tmp_path)
-    assert set(forecast.needs(tiny)) == set(TRAINING_STAGES)
-    assert all(isinstance(one, StageNeed) for one in forecast.needs(tiny).values())
+    monkeypatch.setattr(limits, "measure_memory", lambda: 1.0)
+    forecast.refuse_unfit_stage(tiny, "evaluate", tmp_path, tmp_path)
+    assert set(forecast.estimate_needs(tiny)) == set(TRAINING_STAGES)
+    assert all(isinstance(one, StageNeed) for one in forecast.estimate_needs(tiny).values())

@@ -27,7 +27,7 @@ from tasks.params.project import Project
 from tasks.runner import ranks
 from tasks.runner.execute import execute
 if ranks.get_rank() is None and int(os.environ.get("CF_RANKS", "1")) > 1:
-    sys.exit(ranks.launch("toy", int(os.environ["CF_RANKS"])))
+    sys.exit(ranks.launch_ranks("toy", int(os.environ["CF_RANKS"])))
 import torch
 from safetensors.torch import save_file
 from cf_model.train.trainer.ema import EMA
@@ -76,7 +76,7 @@ def main(argv):
     project.params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
     store = None if ranks.get_rank() is None else ranks.join_ranks()
     if ranks.get_rank():
-        ranks.follow("toy", run, paths, project.params, store)
+        ranks.run_follower("toy", run, paths, project.params, store)
     else:
         execute("toy", run, paths, project, began=time.time(), announce=store and (lambda work: store.set("work", str(work))))
 

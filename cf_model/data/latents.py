@@ -79,10 +79,12 @@ def trim_padding(rows: Float[Tensor, "T E"]) -> Float[Tensor, "T_ E"]:
 
 
 def shard_name(number: int) -> str:
+    """Return the file name of a shard's latents."""
     return f"latents-{number:05d}.safetensors"
 
 
 def text_name(number: int) -> str:
+    """Return the file name of a shard's caption embeddings."""
     return f"text-{number:05d}.safetensors"
 
 

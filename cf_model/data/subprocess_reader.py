@@ -62,6 +62,7 @@ class ReaderProcess(Generic[T]):
     index: int | None
 
     def start(self) -> None:
+        """Start a process that imports the task and waits for paths."""
         # Choice: spawn, because forking a process that has run torch's threads can hang.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -104,11 +105,13 @@ class ReaderProcess(Generic[T]):
         return index, result
 
     def restart(self) -> None:
+        """Replace the process by a new one, and wait until that is ready."""
         self.end()
         self.start()
         self.wait_until_ready()
 
     def end(self) -> None:
+        """Kill the process, whatever it is doing."""
         self.process.kill()
         self.process.join()
         self.pipe.close()

@@ -101,11 +101,11 @@ def group_by_item(index: Iterable[Row], suite: str) -> dict[str, dict[str, Row]]
 
     An item with a real clip and no system is left out.
     """
-    found: dict[str, dict[str, Row]] = {}
+    items: dict[str, dict[str, Row]] = {}
     for row in index:
         if row["suite"] == suite:
-            found.setdefault(item_key(row), {}).setdefault(row["system"], row)
-    return {key: videos for key, videos in found.items() if set(videos) != {"real"}}
+            items.setdefault(item_key(row), {}).setdefault(row["system"], row)
+    return {key: videos for key, videos in items.items() if set(videos) != {"real"}}
 
 
 def fit_budget(items: Mapping[str, Mapping[str, Row]], most: int, budget: int, samples: Path) -> list[str]:

@@ -114,7 +114,7 @@ def format_number(value: float | int | None) -> str:
 
 def interval_ends(interval: Interval) -> tuple[float, float]:
     """Return the interval's ends, or the mean twice if there is no interval."""
-    return interval[1:] if interval.known else (interval.mean, interval.mean)
+    return interval[1:] if interval.has_ends else (interval.mean, interval.mean)
 
 
 def build_tables(results: Results, suite: str, systems: Sequence[str]) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ def build_tables(results: Results, suite: str, systems: Sequence[str]) -> list[d
 
 def state_verdict(change: Interval, better: str) -> str:
     """Say what a paired difference shows: better, worse, no clear difference, or why it shows nothing."""
-    if not change.known:
+    if not change.has_ends:
         return "no interval"
     if change.low <= 0 <= change.high:
         return "no clear difference"

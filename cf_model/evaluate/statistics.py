@@ -22,8 +22,8 @@ class Interval(NamedTuple):
     high: float
 
     @property
-    def known(self) -> bool:
-        """Whether there is an interval."""
+    def has_ends(self) -> bool:
+        """Whether the mean has an interval."""
         return not np.isnan(self.low)
 
 

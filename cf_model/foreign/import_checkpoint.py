@@ -89,18 +89,18 @@ def read_weights(
         below = _read_base(source, base, rest, heads)
         scale = lora.LoraScale(lora_alpha, source.adapter, rank={"pipe", "dit"} <= set(source.stripped))
         try:
-            state, found = lora.add_lora(below.state, pairs, scale, dtype)
+            state, lora_facts = lora.add_lora(below.state, pairs, scale, dtype)
         except ValueError as error:
             raise ValueError(f"{src}: {error}") from None
-        config, facts = below.config, {"layout": "LoRA", "lora": found, "base": below.facts}
+        config, facts = below.config, {"layout": "LoRA", "lora": lora_facts, "base": below.facts}
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in sorted(state.items())}
     return ImportedWeights(state, config, source.facts() | facts | _describe_weights(state, config))
 
 
-def _check_transformer(source: SourceWeights, found: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _check_transformer(source: SourceWeights, weights: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a complete transformer under diffusers' names, and its config; a ValueError names what is missing or misshapen."""
     try:
-        state = ensure_diffusers_names(found)
+        state = ensure_diffusers_names(weights)
         config = source.config or infer_config(state, heads)
         check_weights(state, expected_shapes(config))
     except ValueError as error:

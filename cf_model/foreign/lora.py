@@ -69,8 +69,8 @@ def add_lora(
     halves, alphas = _pair_matrices(lora)
     odd = [name for name, pair in halves.items() if not _fits_weight(base.get(name), pair)]
     if odd:
-        stated = f"the LoRA changes {list_first_names(odd)}, which the base lacks or has in another shape"
-        raise ValueError(f"{stated}; give the base it was trained on")
+        problem = f"the LoRA changes {list_first_names(odd)}, which the base lacks or has in another shape"
+        raise ValueError(f"{problem}; give the base it was trained on")
     merged, scales = dict(base), set()
     for name, (down, up) in halves.items():
         own = alphas.pop(name, None)

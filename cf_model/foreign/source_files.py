@@ -170,14 +170,14 @@ def read_transformer_config(folder: Path, required: bool) -> dict[str, Any] | No
     file = folder / "config.json"
     if not file.is_file():
         return None
-    stated = _read_json(file)
-    match stated.get("_class_name"):
+    config = _read_json(file)
+    match config.get("_class_name"):
         case "WanTransformer3DModel":
-            return {key: value for key, value in stated.items() if not key.startswith("_")}
+            return {key: value for key, value in config.items() if not key.startswith("_")}
         case "WanModel" | "CausalWanModel":
-            return translate_original_config(stated)
+            return translate_original_config(config)
     if required:
-        raise ValueError(f"{file} describes {stated.get('_class_name')}, not Wan's transformer (WanTransformer3DModel or WanModel)")
+        raise ValueError(f"{file} describes {config.get('_class_name')}, not Wan's transformer (WanTransformer3DModel or WanModel)")
     return None
 
 

@@ -74,8 +74,8 @@ def _rename_weights(state: Mapping[str, Value], rules: tuple[dict[str, str], ...
         else:
             renamed[f"{block or ''}{new}{kind or ''}"] = value
     if unknown:
-        stated = f"{list_first_names(unknown)} is no weight that {of}'s text-to-video transformer has"
-        raise ValueError(f"{stated}; use a checkpoint of its architecture")
+        problem = f"{list_first_names(unknown)} is no weight that {of}'s text-to-video transformer has"
+        raise ValueError(f"{problem}; use a checkpoint of its architecture")
     return renamed
 
 
@@ -97,20 +97,20 @@ def diffusers_config(spec: ModelSpec, *, channels: int, text_channels: int) -> d
     }
 
 
-def translate_original_config(stated: Mapping[str, Any]) -> dict[str, Any]:
+def translate_original_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the config.json of original Wan to diffusers' keys."""
-    dim, heads = stated.get("dim"), stated.get("num_heads")
+    dim, heads = config.get("dim"), config.get("num_heads")
     per_head = dim // heads if isinstance(dim, int) and isinstance(heads, int) and heads else None
     return {
-        "num_layers": stated.get("num_layers"),
+        "num_layers": config.get("num_layers"),
         "num_attention_heads": heads,
         "attention_head_dim": per_head,
-        "ffn_dim": stated.get("ffn_dim"),
-        "freq_dim": stated.get("freq_dim", 256),
-        "text_dim": stated.get("text_dim", 4096),
-        "in_channels": stated.get("in_dim"),
-        "out_channels": stated.get("out_dim"),
-        "eps": stated.get("eps", 1e-6),
+        "ffn_dim": config.get("ffn_dim"),
+        "freq_dim": config.get("freq_dim", 256),
+        "text_dim": config.get("text_dim", 4096),
+        "in_channels": config.get("in_dim"),
+        "out_channels": config.get("out_dim"),
+        "eps": config.get("eps", 1e-6),
     }
 
 
@@ -125,14 +125,14 @@ def infer_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[
     }
     odd = [name for name, rank in wanted.items() if name not in state or state[name].ndim != rank]
     if odd:
-        stated = f"{list_first_names(odd)} is missing or of another rank"
-        raise ValueError(f"{stated}, so the sizes of the transformer can't be read off its weights")
+        problem = f"{list_first_names(odd)} is missing or of another rank"
+        raise ValueError(f"{problem}, so the sizes of the transformer can't be read off its weights")
     patch, head, ffn, time, text = (state[name].shape for name in wanted)
     dim = patch[0]
     heads = heads or (dim // HEAD_DIM if dim % HEAD_DIM == 0 else None)
     if not heads or dim % heads:
-        stated = f"{heads} heads do" if heads else f"heads of {HEAD_DIM} do"
-        raise ValueError(f"the weights are {dim} wide, which {stated} not divide; state their number with --heads")
+        divisor = f"{heads} heads do" if heads else f"heads of {HEAD_DIM} do"
+        raise ValueError(f"the weights are {dim} wide, which {divisor} not divide; state their number with --heads")
     return {
         "patch_size": tuple(patch[2:]),
         "num_layers": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
@@ -152,8 +152,8 @@ def build_on_meta(sizes: Mapping[str, Any]) -> Any:
     if wrong:
         raise ValueError(f"the config states no usable sizes: {wrong[0]}; it must be a whole number above 0")
     if sizes["in_channels"] != sizes["out_channels"] or sizes.get("image_dim") or sizes.get("added_kv_proj_dim"):
-        stated = f"it takes {sizes['in_channels']} channels and gives {sizes['out_channels']}"
-        raise ValueError(f"this is an image-to-video transformer ({stated}, image_dim {sizes.get('image_dim')}); use a text-to-video one")
+        channels = f"it takes {sizes['in_channels']} channels and gives {sizes['out_channels']}"
+        raise ValueError(f"this is an image-to-video transformer ({channels}, image_dim {sizes.get('image_dim')}); use a text-to-video one")
     with torch.device("meta"):
         return WanTransformer3DModel.from_config(dict(sizes))
 

@@ -78,21 +78,21 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
 
 def load_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Load each part's state from a checkpoint that `find_newest_checkpoint` returned."""
-    stated = json.loads((path / "manifest.json").read_text())["state"]
+    skeleton = json.loads((path / "manifest.json").read_text())["state"]
     for name, part in state.items():
-        part.load_state_dict(_unflatten_state(stated[name], _read_tensors(path / f"{name}.safetensors")))
+        part.load_state_dict(_unflatten_state(skeleton[name], _read_tensors(path / f"{name}.safetensors")))
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest; raise ValueError if a file is missing or differs from the manifest's size or SHA-256."""
     manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-    for name, stated in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         file = path / name
         if not file.exists():
             raise ValueError(f"{name} is missing")
-        if (size := file.stat().st_size) != stated["bytes"]:
-            raise ValueError(f"{name} has {size} bytes, the manifest says {stated['bytes']}")
-        if _hash_file(file) != stated["sha256"]:
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise ValueError(f"{name} has {size} bytes, the manifest says {expected['bytes']}")
+        if _hash_file(file) != expected["sha256"]:
             raise ValueError(f"{name} is not what was written: its SHA-256 differs from the manifest's")
     return manifest
 
@@ -111,8 +111,8 @@ def refuse_full_disk(folder: Path, what: str) -> Iterator[None]:
             shutil.rmtree(rest, ignore_errors=True)
         last = max((path.name for path in folder.glob("step-????????")), default="none yet")
         free = shutil.disk_usage(folder).free / 2**20
-        stated = f"{folder} has no room for {what} ({os.strerror(code)}; {free:.0f} MiB are free)"
-        raise ValueError(f"{stated}; the last checkpoint, {last}, is intact: make room and start again") from None
+        problem = f"{folder} has no room for {what} ({os.strerror(code)}; {free:.0f} MiB are free)"
+        raise ValueError(f"{problem}; the last checkpoint, {last}, is intact: make room and start again") from None
 
 
 def _hash_file(path: Path) -> str:

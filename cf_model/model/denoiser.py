@@ -45,8 +45,8 @@ class Compute:
     def __post_init__(self) -> None:
         # flash and cuDNN kernels exist for half precision only
         if self.attention != "native" and self.dtype == "float32":
-            stated = f"attention is {self.attention}, which computes in bfloat16, but dtype is {self.dtype}"
-            raise ValueError(f"{stated}; use dtype: bfloat16, or attention: native")
+            problem = f"attention is {self.attention}, which computes in bfloat16, but dtype is {self.dtype}"
+            raise ValueError(f"{problem}; use dtype: bfloat16, or attention: native")
 
 
 EXACT = Compute(attention="native", dtype="float32", checkpointing=False)

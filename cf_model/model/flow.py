@@ -123,9 +123,9 @@ class BatchGenerator(torch.Generator):
     def __new__(cls, *_: object, **__: object) -> BatchGenerator:
         return super().__new__(cls)
 
-    def own_rows(self, whole: Tensor) -> Tensor:
+    def own_rows(self, batch: Tensor) -> Tensor:
         """Return this process's rows of a tensor with a row for every sample of the batch, where they are used."""
-        return whole.chunk(self.parts)[self.part].to(self.target)
+        return batch.chunk(self.parts)[self.part].to(self.target)
 
     def draw_rows(self, make: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
         """Draw for the complete batch and return this process's rows; `shape` is that of its own rows."""
@@ -137,17 +137,17 @@ class BatchGenerator(torch.Generator):
             self.set_state(after)
             return rows[group].to(self.target)
         # all rows of the batch, of which this process keeps its own
-        whole = make((shape[0] * self.parts, *shape[1:]), generator=self)
+        batch = make((shape[0] * self.parts, *shape[1:]), generator=self)
         # the first of several groups: keep the later groups' rows, and the state that follows
         if self.tape is not None:
-            own = whole.chunk(self.parts)[rank :: self.parts // self.groups]
-            self.tape.append(([rows.clone() for rows in own], self.get_state()))
-        return self.own_rows(whole)
+            parts = batch.chunk(self.parts)[rank :: self.parts // self.groups]
+            self.tape.append(([rows.clone() for rows in parts], self.get_state()))
+        return self.own_rows(batch)
 
 
-def own_rows(whole: Tensor, rng: Noise) -> Tensor:
+def own_rows(batch: Tensor, rng: Noise) -> Tensor:
     """Return this process's rows of a tensor with a row for every sample of the batch; any other generator means all of them."""
-    return rng.own_rows(whole) if isinstance(rng, BatchGenerator) else whole
+    return rng.own_rows(batch) if isinstance(rng, BatchGenerator) else batch
 
 
 def _draw_numbers(make: Callable[..., Tensor], shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:

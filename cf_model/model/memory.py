@@ -54,8 +54,8 @@ class MemorySpec:
         if not -1 <= self.tau <= 1:
             raise ValueError(f"tau is {self.tau}, but it bounds a cosine; use a value in -1..1")
         if self.when == "evict" and (self.fill, self.timing) != ("none", "clean"):
-            stated = f"fill is {self.fill} and timing {self.timing}, but when is evict"
-            raise ValueError(f"{stated}; use when: enqueue, or fill: none and timing: clean, since only kept clean frames can wait")
+            problem = f"fill is {self.fill} and timing {self.timing}, but when is evict"
+            raise ValueError(f"{problem}; use when: enqueue, or fill: none and timing: clean, since only kept clean frames can wait")
 
     def is_tested(self, chunk: int) -> bool:
         """Say whether the chunk of this number is a candidate for the slow part."""
@@ -252,7 +252,10 @@ class ContextMemory:
 
 @dataclass(frozen=True, eq=False)
 class LayerMemories:
-    """Memories of a model whose layers decide for themselves (scope layer): one ContextMemory of one layer for each."""
+    """Memories of a model whose layers decide for themselves (scope layer): a ContextMemory of a single layer for each.
+
+    Its methods are those of ContextMemory, done in every layer; `past` and positions are those of the layer that asks.
+    """
 
     spec: MemorySpec
     layers: tuple[ContextMemory, ...] = ()  # none before the first chunk tells how many there are

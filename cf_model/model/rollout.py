@@ -52,11 +52,11 @@ class RolloutSpec:
             raise ValueError(f"window is {self.window}, not whole chunks of {self.chunk} latent frames")
         check_levels_fall(self.levels)
         if not 0 <= self.skip_first <= self.full_first < self.window // self.chunk:
-            stated = f"skip_first is {self.skip_first}, full_first {self.full_first}, of {self.window // self.chunk} chunks in the window"
-            raise ValueError(f"{stated}; use 0 <= skip_first <= full_first, and leave one chunk that exits early")
+            problem = f"skip_first is {self.skip_first}, full_first {self.full_first}, of {self.window // self.chunk} chunks in the window"
+            raise ValueError(f"{problem}; use 0 <= skip_first <= full_first, and leave one chunk that exits early")
         if self.persist == "stream" and (self.place != "last" or not self.skip_first):
-            stated = f"place is {self.place} and skip_first {self.skip_first}, but persist is stream"
-            raise ValueError(f"{stated}: a stream's window is its end and overlaps the one before; use place: last and skip_first: 1")
+            problem = f"place is {self.place} and skip_first {self.skip_first}, but persist is stream"
+            raise ValueError(f"{problem}: a stream's window is its end and overlaps the one before; use place: last and skip_first: 1")
         if self.renoise == "own" and self.exit != "last":
             raise ValueError(f"exit is {self.exit}, but renoise is own: the window is made again from a finished video; use exit: last")
 
@@ -72,8 +72,8 @@ class HorizonSpec:
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.longest or self.decay < 0:
-            stated = f"shortest is {self.shortest}, longest {self.longest}, decay {self.decay}"
-            raise ValueError(f"{stated}; use 1 <= shortest <= longest and 0 <= decay")
+            problem = f"shortest is {self.shortest}, longest {self.longest}, decay {self.decay}"
+            raise ValueError(f"{problem}; use 1 <= shortest <= longest and 0 <= decay")
 
     def sample_length(self, step: int, chunk: int, rng: torch.Generator) -> int:
         """Draw L of alg. 1, line 6: Uniform(L0, L0 + s / s_d (L1 - L0)), in latent frames and whole chunks."""

@@ -56,11 +56,11 @@ class TeacherView:
 
     def __post_init__(self) -> None:
         if min(self.sink, self.slow, self.fast) < 0 or self.stride < 1:
-            stated = f"sink is {self.sink}, slow {self.slow}, fast {self.fast}, stride {self.stride}"
-            raise ValueError(f"{stated}; use 0 or more, and a stride of 1 or more")
+            problem = f"sink is {self.sink}, slow {self.slow}, fast {self.fast}, stride {self.stride}"
+            raise ValueError(f"{problem}; use 0 or more, and a stride of 1 or more")
         if self.context_pass == "own" and self.context_sigma != "zero":
-            stated = f"context_pass is own, which reads the context at level 0, but context_sigma is {self.context_sigma}"
-            raise ValueError(f"{stated}; use context_sigma: zero, or context_pass: joint")
+            problem = f"context_pass is own, which reads the context at level 0, but context_sigma is {self.context_sigma}"
+            raise ValueError(f"{problem}; use context_sigma: zero, or context_pass: joint")
 
     def context_frames(self, start: int) -> list[int]:
         """Return the latent frames of the context, in the order of time, for a target that begins at latent frame `start`."""

@@ -1,6 +1,6 @@
 """Count what one pass of a model costs, by arithmetic alone: parameters, operations, bytes of keys and values and of activations.
 
-The formulas of docs/method.md 1.3 for any `ModelSpec` and latent size. Operations count a multiply-add as two, in matrix products
+The formulas of docs/method.md, "Cost", for any `ModelSpec` and latent size. Operations count a multiply-add as two, in matrix products
 only. Operations and bytes are those of one sample. tests/train/test_cost.py compares all of them with PyTorch's own counting.
 """
 

@@ -164,7 +164,7 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     """Estimate stage 1 or 2: a rollout and an update of the critic at every step, at every `critic_updates`-th the student's too.
 
     For the student's update teacher (twice with guidance) and critic look at the window, then its chunks are replayed with gradient
-    (docs/performance.md 4.2). A context with a pass of its own is read by the critic once a step, and by the teacher once a prompt.
+    (docs/performance.md, "Replay"). A context with a pass of its own is read by the critic once a step, and by the teacher once a prompt.
     """
     roll = spec.rollout
     view = replace(view, context=spec.teacher.context)

@@ -132,7 +132,7 @@ def check_worktrees(machine: Machine, fix: bool) -> Iterator[Finding]:
 
 def check_gpus(machine: Machine, fix: bool) -> Iterator[Finding]:
     """Check that torch can use all GPUs, and that the holder of each GPU's lock lives."""
-    numbers = gpus.available()
+    numbers = gpus.list_gpus()
     if not numbers:
         yield Finding("GPU", "ok", "none; every stage runs on the CPU")
         return
@@ -142,10 +142,10 @@ def check_gpus(machine: Machine, fix: bool) -> Iterator[Finding]:
     if int(count) < len(numbers):
         text = f"{len(numbers)} are here, and torch {version} can use {count}"
         yield Finding("GPU", "fail", text, "install a CUDA build of torch that fits the driver (nvidia-smi shows which)")
-    for number, holder in gpus.holders().items():
+    for number, holder in gpus.find_holders().items():
         state = "free" if holder is None else f"held by process {holder}"
         stale = holder is not None and not psutil.pid_exists(holder)
-        todo = f"a child of it lives: `fuser -v {gpus.folder()}/gpu{number}.lock` shows which" if stale else ""
+        todo = f"a child of it lives: `fuser -v {gpus.lock_folder()}/gpu{number}.lock` shows which" if stale else ""
         yield Finding("GPU", "warn" if stale else "ok", f"{number} is {state}", todo)
 
 

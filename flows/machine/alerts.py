@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from flows.cli import in_a_sentence
+from flows.cli import one_line_errors
 from flows.machine import settings
 from tasks.params import yaml_file
 
@@ -171,7 +171,7 @@ def watch_nights(repo: Path, every: float, hours: float | None) -> None:
         time.sleep(every)
 
 
-@in_a_sentence
+@one_line_errors
 def main(argv: list[str]) -> None:
     about = "Exit code 1, and an alert, when no nightly has ended well for nightly.absent_hours. It needs no server."
     parser = argparse.ArgumentParser("cf nightly-check", description=about)

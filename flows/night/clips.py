@@ -12,7 +12,7 @@ from flows.night.inbox import Arrivals, copy_new_clips
 from flows.night.state import NightPlan, NightState
 from flows.night.warm_start import restore_outs
 from flows.project import dvc_lock, git
-from flows.run.stage_task import run_dvc
+from flows.project.dvc_command import run_dvc
 
 
 @task(name="new clips", cache_policy=NO_CACHE)

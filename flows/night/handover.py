@@ -14,7 +14,8 @@ from pathlib import Path
 from flows.project import dvc_config, dvc_remote, worktree
 from flows.project import git as project_git
 from flows.project.git import run_git
-from flows.run.stage_task import environment, run_logged
+from flows.run.stage_task import run_logged
+from flows.supervise.environment import environment
 from tasks.files.atomic import write_atomically
 
 WAITING_FILE = Path(".runs/handover.json")

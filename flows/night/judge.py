@@ -20,7 +20,8 @@ from flows.night.gate import Measured
 from flows.night.state import NightPlan
 from flows.project import dvc_lock
 from flows.project.dvc_graph import Stage
-from flows.run.stage_task import TAIL_LINES, count_gpus, environment, run_logged
+from flows.run.stage_task import TAIL_LINES, count_gpus, run_logged
+from flows.supervise.environment import environment
 from tasks.files.json_lines import read_json_lines
 from tasks.params.yaml_file import read_yaml
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.cli import in_a_sentence
+from flows.cli import one_line_errors
 from flows.night.records import read_nights
 from flows.project import registry
 
@@ -29,7 +29,7 @@ def _reason(about: Mapping[str, Any]) -> str:
     return str(about.get("why") or about.get("said") or about.get("by") or about.get("md5") or "by hand")
 
 
-@in_a_sentence
+@one_line_errors
 def promote_student(argv: list[str]) -> None:
     """Run `cf promote`: make a version, or a commit's student, the promoted one."""
     parser = argparse.ArgumentParser("cf promote", description="Makes a student the promoted one, by hand: no gate is asked.")
@@ -47,7 +47,7 @@ def promote_student(argv: list[str]) -> None:
     print(f"{version.name} is promoted ({tag}, commit {version.commit[:12]}); `git push origin {version.tag} {tag}` tells others")
 
 
-@in_a_sentence
+@one_line_errors
 def roll_back_student(argv: list[str]) -> None:
     """Run `cf rollback`: promote an earlier version again, by one more tag."""
     parser = argparse.ArgumentParser("cf rollback", description="Makes a student that was promoted before the promoted one again.")
@@ -59,14 +59,14 @@ def roll_back_student(argv: list[str]) -> None:
     print(f"{assignment.version.name} is promoted again ({assignment.tag}); `git push origin {assignment.tag}` tells others")
 
 
-@in_a_sentence
+@one_line_errors
 def show_history(argv: list[str]) -> None:
     """Run `cf history`."""
     argparse.ArgumentParser("cf history", description="Nights, versions, promotions and rollbacks, oldest first.").parse_args(argv)
     print("\n".join(history_lines(Path.cwd())) or "nothing yet: no night has run, and no student was promoted")
 
 
-@in_a_sentence
+@one_line_errors
 def show_promoted(argv: list[str]) -> None:
     """Run `cf promoted`: name the promoted student, and fetch its weights with --out."""
     about = "The promoted student, and its weights: the DVC cache has them, or the remote that the repository names."

@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 
 from flows.project import dvc_graph, dvc_lock, dvc_remote, overrides
+from flows.project.dvc_command import run_dvc
 from flows.project.git import run_git
 from flows.project.registry import WEIGHTS, Version
-from flows.run.stage_task import run_dvc
 from tasks.params.yaml_file import read_yaml
 
 CODEC = "models/codec"

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from flows.cli import in_a_sentence
+from flows.cli import one_line_errors
 from flows.project.dvc_graph import Stage
 from flows.project.git import run_git
 
@@ -86,7 +86,7 @@ def md5(path: Path) -> str:
     return hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
-@in_a_sentence
+@one_line_errors
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf verify", description="Hashes the workspace's outs again and compares them with dvc.lock.")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")

@@ -156,7 +156,7 @@ def mend_remote(root: Path) -> list[str]:
 
 def should_retry(task: Any, run: Any, state: Any) -> bool:
     """Prefect asks it between two attempts."""
-    return not supervise.stopping() and not isinstance(state.result(raise_on_failure=False), RemoteMisconfigured)
+    return not supervise.is_stopping() and not isinstance(state.result(raise_on_failure=False), RemoteMisconfigured)
 
 
 RETRIES: dict[str, Any] = {"retries": len(DELAYS), "retry_delay_seconds": DELAYS, "retry_condition_fn": should_retry}

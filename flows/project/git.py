@@ -46,3 +46,10 @@ def identity_options(repo: Path) -> list[str]:
     who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
     asked = {key: subprocess.run(["git", "config", key], cwd=repo, capture_output=True).returncode for key in who}
     return [word for key, value in who.items() if asked[key] for word in ("-c", f"{key}={value}")]
+
+
+def resolve_commit(repo: Path, commit: str) -> str:
+    try:
+        return run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}").strip()
+    except RuntimeError:
+        raise ValueError(f"{commit!r} is no commit of {repo}") from None

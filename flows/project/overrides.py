@@ -38,14 +38,14 @@ def apply_overrides(path: Path, overrides: Mapping[str, Any]) -> None:
             continue
         section[last] = fitting
         text = _replace_value(text, key.split("."), fitting)
-    if not _says(text, stated):
+    if not _parses_to(text, stated):
         raise ValueError(f"{path.name} says something twice, by an anchor or a key, so {', '.join(overrides)} can't be changed in it")
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
 
 
-def _says(text: str, stated: Mapping[str, Any]) -> bool:
+def _parses_to(text: str, stated: Mapping[str, Any]) -> bool:
     try:
         return parse_params(text) == stated
     except YAMLError:
@@ -72,7 +72,7 @@ def _dump_value(value: Any) -> str:
     """In one line, as it may stand anywhere."""
     yaml, text = YAML(typ="safe", pure=True), io.StringIO()
     yaml.default_flow_style, yaml.width = True, sys.maxsize
-    yaml.representer.add_representer(float, _float)
+    yaml.representer.add_representer(float, _represent_float)
     yaml.dump({"": value}, text)
     return text.getvalue().strip().removeprefix("{'': ").removesuffix("}")
 
@@ -101,7 +101,7 @@ def _convert_value(key: str, value: Any, now: Any) -> Any:
     return value
 
 
-def _float(representer: Any, value: float) -> Any:
+def _represent_float(representer: Any, value: float) -> Any:
     """With a point: PyYAML, which some of the user's tools may use, reads 2e-06 as a word."""
     text = repr(float(value))
     mantissa, sign, exponent = text.partition("e")

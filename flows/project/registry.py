@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.project.dvc_lock import find_out, describe_damage
-from flows.project.git import run_git, identity_options
+from flows.project.dvc_lock import describe_damage, find_out
+from flows.project.git import identity_options, resolve_commit, run_git
 
 ARTIFACT, STAGE, WEIGHTS = "student", "promoted", "models/stage2"
 VERSION = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
@@ -104,7 +104,7 @@ def _parse_message(message: str) -> dict[str, Any]:
     return about if isinstance(about, dict) else {"said": message.strip()}
 
 
-def _taken(repo: Path, pattern: re.Pattern[str]) -> list[re.Match[str]]:
+def _list_taken(repo: Path, pattern: re.Pattern[str]) -> list[re.Match[str]]:
     """All tags of that name, also those that say nothing: their numbers can't be had again."""
     names = run_git(repo, "for-each-ref", "--format=%(refname:strip=2)", "refs/tags").splitlines()
     return [match for name in names if (match := pattern.fullmatch(name))]
@@ -133,14 +133,14 @@ def register_version(repo: Path, commit: str, about: dict[str, Any]) -> Version:
         if one.commit == commit:
             return one
     weights = find_out(repo, commit, WEIGHTS)
-    *above, last = max((_version_key(match[1]) for match in _taken(repo, REGISTERED)), default=(0, 0, 0))
+    *above, last = max((_version_key(match[1]) for match in _list_taken(repo, REGISTERED)), default=(0, 0, 0))
     name = "v" + ".".join(map(str, [*above, last + 1]))
     _create_tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
     return find_version(repo, name)
 
 
 def assign_version(repo: Path, version: Version, about: dict[str, Any]) -> Assignment:
-    number = max((int(match[1]) for match in _taken(repo, ASSIGNED)), default=0) + 1
+    number = max((int(match[1]) for match in _list_taken(repo, ASSIGNED)), default=0) + 1
     _create_tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about)
     return list_assignments(repo)[-1]
 
@@ -165,13 +165,6 @@ def roll_back(repo: Path, name: str | None, why: str) -> Assignment:
     if target not in before:
         raise ValueError(f"{target.name} was never promoted, so going there is no rollback; `cf promote {target.name}` promotes it")
     return assign_version(repo, target, {"rollback": True, "from": now.name, "why": why})
-
-
-def resolve_commit(repo: Path, commit: str) -> str:
-    try:
-        return run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}").strip()
-    except RuntimeError:
-        raise ValueError(f"{commit!r} is no commit of {repo}") from None
 
 
 def _create_tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:

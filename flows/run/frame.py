@@ -27,7 +27,7 @@ FlowResult = TypeVar("FlowResult")
 
 def run_framed(body: Callable[[], FlowResult]) -> FlowResult | State[Any]:
     """Run the body of a flow. A refusal or a failed stage (ValueError, RuntimeError) becomes a failed state with its sentence."""
-    command.start()
+    command.allow_commands()
     try:
         clean_up_after_dead_runs(Path.cwd())
         return body()
@@ -35,14 +35,14 @@ def run_framed(body: Callable[[], FlowResult]) -> FlowResult | State[Any]:
         get_run_logger().error(str(error))
         return Failed(message=str(error))  # returned, not raised: Prefect would prefix the message with the exception's name
     finally:
-        command.stop()
+        command.stop_commands()
         deliver_logs()
 
 
 def clean_up_after_dead_runs(repo: Path) -> None:
     """End processes that runs killed before left, and close those runs and their tasks, which would say Running for ever."""
     logger = get_run_logger()
-    if ended := command.sweep():
+    if ended := command.end_orphans():
         logger.warning(f"ended processes that a killed run had left: {', '.join(map(str, ended))}")
     try:
         with get_client(sync_client=True) as client:

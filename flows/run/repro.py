@@ -16,8 +16,9 @@ from prefect.utilities.annotations import quote
 from flows.project import dvc_graph, dvc_lock, dvc_remote, git
 from flows.project.dvc_graph import Stage
 from flows.run import artifacts
-from flows.run.stage_task import SharedRun, environment, run_logged, run_stage
+from flows.run.stage_task import SharedRun, run_logged, run_stage
 from flows.supervise import command
+from flows.supervise.environment import environment
 
 RETRY_DELAY = 2.0  # seconds before a stage is tried again
 
@@ -56,7 +57,7 @@ def repro_stages(
         for future in futures.values():
             future.wait()
     except BaseException:  # also SIGTERM, which Prefect raises here as an exception
-        command.stop()
+        command.stop_commands()
         raise
     dvc_lock.sort_lock(root, committed, graph)
     states = {stage.name: shared.outcomes.get(stage.name, "Failed") for stage in chosen}

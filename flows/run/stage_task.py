@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +21,6 @@ from flows.run import artifacts
 from flows.supervise import command, gpus
 
 TAIL_LINES = 20  # lines of output that a failure carries
-SECRET = ("PREFECT_", "CF_ALERT_", "CF_HEARTBEAT_")  # of the environment, and none of a stage's business: there is a password in each
 DONE = ("Cached", "Restored", "Completed")
 CHATTER = (  # lines of DVC's that a run's log leaves out
     "To track the changes with git",
@@ -50,21 +47,9 @@ class SharedRun:
     output: dict[str, list[str]] = field(default_factory=dict)
 
 
-def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
-    """Of the stages: this interpreter's `python` and `dvc`, the run's name, and no password of Prefect or the alerts.
-
-    Offline runs of W&B, and what is kept of single clips, go to the checkout that the run's worktree belongs to: they outlive the
-    worktree.
-    """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(SECRET)}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    outlives = {} if root == repo else {"WANDB_DIR": str(repo / "runtime"), "CF_KEPT": str(repo / "work/kept")}
-    return {"CF_RUN": run, "AWS_MAX_ATTEMPTS": "3", **outlives, **kept, "PYTHONUNBUFFERED": "1", "PATH": path}
-
-
 def may_retry(task: object, run: object, state: State[Any]) -> bool:
     """Say whether a failed stage is tried again: not while the run is being stopped, and not after a refusal, which is exit code 2."""
-    return not command.stopping() and not re.search(r"exited with 2(?!\d)", state.message or "")
+    return not command.is_stopping() and not re.search(r"exited with 2(?!\d)", state.message or "")
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=may_retry)
@@ -135,7 +120,7 @@ def read_outcome(stage: str, lines: list[str]) -> str:
 def _hold_slot(slots: threading.Semaphore) -> Iterator[None]:
     """Hold one of the places for stages that run at the same time; waiting for a place ends when the run is stopped."""
     while not slots.acquire(timeout=0.5):
-        if command.stopping():
+        if command.is_stopping():
             raise command.Stopped("stopped while waiting for its turn")
     try:
         yield
@@ -149,7 +134,7 @@ def count_gpus(stage: Stage, log: Callable[[str], None]) -> int:
     Choice: a machine without any GPU runs every stage on its CPU, as `make repro` does; `cf plan` and the stages themselves refuse
     what such a machine can't do. A machine that has GPUs, and fewer than a stage asks for, is refused when the locks are taken.
     """
-    available = len(gpus.available())
+    available = len(gpus.list_gpus())
     if stage.gpus == "all" or not available:
         if not available and stage.gpus:
             log(f"{stage.name} states gpus: {stage.gpus}; this machine has none, so it runs on the CPU")
@@ -167,13 +152,3 @@ def run_logged(words: list[str], *, log: Callable[[str], object], **options: Any
             log(lines[-1])
 
     return command.run(words, line=read_line, **options), lines
-
-
-def run_dvc(root: Path, *words: str) -> None:
-    """Run a short command of DVC. Raises RuntimeError with what DVC complains of."""
-    variables = environment("dvc", root, root)
-    command_line = [sys.executable, "-m", "dvc", *words]
-    done = subprocess.run(command_line, cwd=root, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        complaint = " ".join((done.stderr or done.stdout).split()) or "it said nothing"
-        raise RuntimeError(f"`dvc {words[0]}` failed: {complaint[-500:]}")

@@ -38,7 +38,7 @@ def run(
     the wait for GPUs. The locks are the guardian's too: they are free when the last process of the command is dead.
     """
     word = secrets.token_hex(8)
-    with gpu_locks.locks(gpus, line, _stopping.is_set) as held:
+    with gpu_locks.lock_gpus(gpus, line, _stopping.is_set) as held:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, held))}
         process = subprocess.Popen(
             [sys.executable, "-I", guardian.__file__, word, str(read_settings().grace), *command],
@@ -52,21 +52,21 @@ def run(
             errors="replace",
             pass_fds=tuple(held.values()),
         )
-        return _follow(process, word, line, timeout)
+        return _follow_output(process, word, line, timeout)
 
 
-def _follow(process: subprocess.Popen[str], word: str, line: Callable[[str], None], timeout: float | None) -> int:
+def _follow_output(process: subprocess.Popen[str], word: str, line: Callable[[str], None], timeout: float | None) -> int:
     late = threading.Event()
-    watch = threading.Thread(target=_watch, args=(process, word, timeout, late), daemon=True)
+    watch = threading.Thread(target=_enforce_timeout, args=(process, word, timeout, late), daemon=True)
     _running.add(process)
     try:
         watch.start()
         if _stopping.is_set():
-            _terminate(process)
+            _terminate_process(process)
         for said in process.stdout or ():
             line(said.rstrip("\n"))
     finally:
-        _terminate(process)
+        _terminate_process(process)
         watch.join()
         _running.discard(process)
         for pipe in (process.stdin, process.stdout):
@@ -79,43 +79,43 @@ def _follow(process: subprocess.Popen[str], word: str, line: Callable[[str], Non
     return process.returncode
 
 
-def _watch(process: subprocess.Popen[str], word: str, timeout: float | None, late: threading.Event) -> None:
+def _enforce_timeout(process: subprocess.Popen[str], word: str, timeout: float | None, late: threading.Event) -> None:
     try:
         process.wait(timeout)
     except subprocess.TimeoutExpired:
         late.set()
-        _terminate(process)
+        _terminate_process(process)
         process.wait()
     if process.returncode < 0:  # the guardian was killed, and what it guarded may live and hold the pipe open
-        guardian.end(word, 0.0)
+        guardian.end_marked(word, 0.0)
 
 
-def _terminate(process: subprocess.Popen[str]) -> None:
+def _terminate_process(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
 
 
-def stop() -> None:
+def stop_commands() -> None:
     """Ends all commands of this process, and lets none start until start(). For a flow that ends before its stages."""
     _stopping.set()
     for process in list(_running):
-        _terminate(process)
+        _terminate_process(process)
 
 
-def start() -> None:
+def allow_commands() -> None:
     _stopping.clear()
 
 
-def stopping() -> bool:
+def is_stopping() -> bool:
     return _stopping.is_set()
 
 
-def mark() -> None:
+def mark_environment() -> None:
     """Lets sweep() find what this process starts without a guardian, once it is dead: Prefect's temporary server, for one."""
-    os.environ[guardian.MARK] = guardian.mark(secrets.token_hex(8))
+    os.environ[guardian.MARK] = guardian.make_mark(secrets.token_hex(8))
 
 
-def sweep() -> list[int]:
+def end_orphans() -> list[int]:
     """Ends what guardians that were themselves killed together with their starters have left; the process numbers."""
-    lost = {mark.split(":")[0] for _, mark in guardian.carriers() if not guardian.alive(mark)}
-    return sorted(pid for word in lost for pid in guardian.end(word, read_settings().grace))
+    lost = {mark.split(":")[0] for _, mark in guardian.find_marked() if not guardian.is_alive(mark)}
+    return sorted(pid for word in lost for pid in guardian.end_marked(word, read_settings().grace))

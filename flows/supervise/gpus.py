@@ -22,12 +22,12 @@ SAY_EVERY = 60.0
 DEVICES = Path("/dev")
 
 
-def folder() -> Path:
+def lock_folder() -> Path:
     """Shared by all checkouts of this user on this machine; its name is in there, because a home may be shared by machines."""
     return read_settings().gpu_locks or Path.home() / ".cache/cf" / (re.sub(r"[^\w-]", "_", platform.node()) or "here")
 
 
-def available() -> list[int]:
+def list_gpus() -> list[int]:
     """Numbers of the GPUs that this process may give away: CF_GPUS of them, or those it was given, or all of the machine."""
     count, visible = read_settings().gpus, os.environ.get("CUDA_VISIBLE_DEVICES")
     if count is not None:
@@ -42,20 +42,20 @@ def available() -> list[int]:
 
 
 @contextmanager
-def hold(count: int, line: Callable[[str], None]) -> Iterator[list[int]]:
+def hold_gpus(count: int, line: Callable[[str], None]) -> Iterator[list[int]]:
     """`count` GPUs, lowest free numbers first, for as long as the block lasts; waits for them and says so."""
-    with locks(count, line) as held:
+    with lock_gpus(count, line) as held:
         yield list(held)
 
 
 @contextmanager
-def locks(count: int, line: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> Iterator[dict[int, int]]:
+def lock_gpus(count: int, line: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> Iterator[dict[int, int]]:
     """The same, with the open file of each lock: whoever inherits it keeps the lock beyond this process.
 
     Choice: one process at a time collects locks, under a lock of its own, and keeps what it has until it has all. So a stage
     that wants eight can't be passed for ever by stages that want one, and two that want eight can't hold four each.
     """
-    known = available()
+    known = list_gpus()
     if count > len(known):
         way = "lower meta.cf.gpus in dvc.yaml, or run it on a machine that has them"
         raise ValueError(f"{count} GPUs are asked for, and this machine gives away {len(known)}; {way} (CF_GPUS states how many there are)")
@@ -63,24 +63,24 @@ def locks(count: int, line: Callable[[str], None], stop: Callable[[], bool] = la
         held: dict[int, int] = {}
         if count:
             with ExitStack() as turn:
-                _wait(lambda: _take(folder() / "gpus.lock", turn) is not None, line, "its turn to take GPUs", stop)
-                _wait(lambda: _collect(held, count, known, open_files), line, f"{count} of GPUs {known}", stop)
+                _wait_until(lambda: _take_lock(lock_folder() / "gpus.lock", turn) is not None, line, "its turn to take GPUs", stop)
+                _wait_until(lambda: _collect_locks(held, count, known, open_files), line, f"{count} of GPUs {known}", stop)
             held = dict(sorted(held.items()))
             line(f"GPUs {', '.join(map(str, held))}")
         yield held
 
 
-def _collect(held: dict[int, int], count: int, known: list[int], open_files: ExitStack) -> bool:
+def _collect_locks(held: dict[int, int], count: int, known: list[int], open_files: ExitStack) -> bool:
     for number in known:
         if len(held) < count and number not in held:
-            taken = _take(folder() / f"gpu{number}.lock", open_files)
+            taken = _take_lock(lock_folder() / f"gpu{number}.lock", open_files)
             held |= {} if taken is None else {number: taken}
     return len(held) == count
 
 
-def _take(path: Path, open_files: ExitStack) -> int | None:
+def _take_lock(path: Path, open_files: ExitStack) -> int | None:
     """The file is never removed: a lock on a removed file would be a lock that nobody else sees."""
-    file = _open(path)
+    file = _open_shared(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -93,7 +93,7 @@ def _take(path: Path, open_files: ExitStack) -> int | None:
     return file.fileno()
 
 
-def _open(path: Path) -> IO[str]:
+def _open_shared(path: Path) -> IO[str]:
     """For whoever else shares the folder too, whatever the umask of the one who makes the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _open(path: Path) -> IO[str]:
         raise ValueError(f"{path} is another user's: `chmod a+rw` it as that one, or state a folder of your own in CF_GPU_LOCKS") from None
 
 
-def _wait(ready: Callable[[], bool], line: Callable[[str], None], what: str, stop: Callable[[], bool]) -> None:
+def _wait_until(ready: Callable[[], bool], line: Callable[[str], None], what: str, stop: Callable[[], bool]) -> None:
     said = -SAY_EVERY
     while not ready():
         if stop():
@@ -116,18 +116,18 @@ def _wait(ready: Callable[[], bool], line: Callable[[str], None], what: str, sto
         time.sleep(PAUSE)
 
 
-def holders() -> dict[int, int | None]:
+def find_holders() -> dict[int, int | None]:
     """GPU -> process that holds its lock, None where it is free. For `cf doctor`."""
     found: dict[int, int | None] = {}
-    for number in available():
-        path = folder() / f"gpu{number}.lock"
+    for number in list_gpus():
+        path = lock_folder() / f"gpu{number}.lock"
         with ExitStack() as open_files:
-            free = not path.exists() or _free(path, open_files)
+            free = not path.exists() or _is_free(path, open_files)
             found[number] = None if free else int(path.read_text().strip() or 0)
     return found
 
 
-def _free(path: Path, open_files: ExitStack) -> bool:
+def _is_free(path: Path, open_files: ExitStack) -> bool:
     file = open_files.enter_context(path.open())
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -30,7 +30,7 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def began(pid: int) -> str:
+def read_start(pid: int) -> str:
     """With its number this is one process until the machine is off; in ticks since the start, because a clock may be set."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # not in every sandbox
@@ -39,19 +39,19 @@ def began(pid: int) -> str:
     return f"{psutil.Process(pid).create_time():.2f}"
 
 
-def namespace() -> str:
+def read_namespace() -> str:
     """Process numbers mean something inside of it only: on the host, those of a container are other processes'."""
     return os.readlink("/proc/self/ns/pid") if os.path.lexists("/proc/self/ns/pid") else ""
 
 
-def mark(word: str) -> str:
+def make_mark(word: str) -> str:
     """What this process puts into the environment of all that it starts."""
-    return f"{word}:{os.getpid()}:{began(os.getpid())}:{namespace()}"
+    return f"{word}:{os.getpid()}:{read_start(os.getpid())}:{read_namespace()}"
 
 
-def carriers() -> list[tuple[psutil.Process, str]]:
+def find_marked() -> list[tuple[psutil.Process, str]]:
     """All living processes of this user that any guardian of this namespace has started, with their marks."""
-    found, here = [], f":{namespace()}"
+    found, here = [], f":{read_namespace()}"
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             mark = "" if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE else process.environ().get(MARK, "")
@@ -60,20 +60,20 @@ def carriers() -> list[tuple[psutil.Process, str]]:
     return found
 
 
-def alive(mark: str) -> bool:
+def is_alive(mark: str) -> bool:
     """Is the guardian that wrote this mark still there? A number that another process has by now has another beginning."""
     _, pid, since, _ = mark.split(":", 3)
     with contextlib.suppress(psutil.Error):
-        return began(int(pid)) == since and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE  # which guards nothing
+        return read_start(int(pid)) == since and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE  # which guards nothing
     return False
 
 
-def end(word: str, grace: float, family: bool = False) -> list[int]:
+def end_marked(word: str, grace: float, family: bool = False) -> list[int]:
     """Ends all that carry the word in their marks, and with `family` all that descend from this process: SIGTERM once, SIGKILL
     after the grace, until none is left."""
     asked: set[int] = set()
     until = time.monotonic() + grace
-    while left := _left(word, family):
+    while left := _find_left(word, family):
         for process in left:
             with contextlib.suppress(psutil.Error):
                 if time.monotonic() >= until:
@@ -82,19 +82,19 @@ def end(word: str, grace: float, family: bool = False) -> list[int]:
                     process.terminate()
             asked.add(process.pid)
         if family:
-            _reap()
+            _reap_ended()
         time.sleep(0.05)
     return sorted(asked)
 
 
-def _left(word: str, family: bool) -> list[psutil.Process]:
-    found = {process.pid: process for process, mark in carriers() if mark.startswith(f"{word}:")}
+def _find_left(word: str, family: bool) -> list[psutil.Process]:
+    found = {process.pid: process for process, mark in find_marked() if mark.startswith(f"{word}:")}
     if family:
-        found |= {process.pid: process for process in _living(psutil.Process().children(recursive=True))}
+        found |= {process.pid: process for process in _drop_zombies(psutil.Process().children(recursive=True))}
     return list(found.values())
 
 
-def _living(processes: list[psutil.Process]) -> list[psutil.Process]:
+def _drop_zombies(processes: list[psutil.Process]) -> list[psutil.Process]:
     found = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -103,7 +103,7 @@ def _living(processes: list[psutil.Process]) -> list[psutil.Process]:
     return found
 
 
-def _reap(main: int | None = None) -> int | None:
+def _reap_ended(main: int | None = None) -> int | None:
     """Buries what has ended, orphans included; the exit code of `main` if it is among them."""
     code = None
     with contextlib.suppress(ChildProcessError):
@@ -116,7 +116,7 @@ def _reap(main: int | None = None) -> int | None:
     return code
 
 
-def guard(word: str, grace: float, command: list[str]) -> int:
+def guard_command(word: str, grace: float, command: list[str]) -> int:
     """The command's exit code; 128 + signal where one ended it, and 143 where this process was told to stop."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -130,7 +130,7 @@ def guard(word: str, grace: float, command: list[str]) -> int:
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, MARK: mark(word)},
+        env={**os.environ, MARK: make_mark(word)},
         start_new_session=True,
         preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # of this process, which has one thread
     )
@@ -142,10 +142,10 @@ def guard(word: str, grace: float, command: list[str]) -> int:
             told.append(signal.SIGHUP)  # whoever started this process is gone
         if bell in ready:
             os.read(bell, 512)
-        code = _reap(child.pid)
-    end(word, grace, family=True)
+        code = _reap_ended(child.pid)
+    end_marked(word, grace, family=True)
     return 143 if code is None else code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
-    sys.exit(guard(sys.argv[1], float(sys.argv[2]), sys.argv[3:]))
+    sys.exit(guard_command(sys.argv[1], float(sys.argv[2]), sys.argv[3:]))

@@ -1,18 +1,17 @@
-"""`cf curves`: what a training stage says of itself, as lines of text, while it runs and afterwards."""
+"""`cf curves`: the values that a training stage logs, as lines of text, while it runs and afterwards."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from tasks.files.json_lines import read_json_lines
 from tasks.params.yaml_file import Refused
 
 WIDTH = 40
-RAMPS = ("▁▂▃▄▅▆▇█", "_.-=+*%#")  # lowest to highest; the second for terminals that know no other letters
+RAMPS = ("▁▂▃▄▅▆▇█", "_.-=+*%#")  # lowest to highest; the second for terminals without Unicode
 
 
 def main(argv: list[str]) -> None:
@@ -24,8 +23,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("name", nargs="*", help="values, or how their names begin; all of them when none is named")
     parser.add_argument("--seconds", action="store_true", help="what the steps took, and the memory they were done in, instead")
     args = parser.parse_args(argv)
-    file = newest(args.stage, args.seconds)
-    rows = read(file)
+    file = find_newest_rows(args.stage, args.seconds)
+    rows = read_json_lines(file, growing=True)
     if not rows:
         raise Refused(f"{file} holds no step yet; wait for the first")
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]
@@ -36,40 +35,34 @@ def main(argv: list[str]) -> None:
     ramp = RAMPS[0] if "utf" in (sys.stdout.encoding or "").lower() else RAMPS[1]
     width = max(map(len, chosen))
     for name in chosen:
-        means = spread([row.get(name) for row in rows], WIDTH)
-        there = [mean for mean in means if mean is not None]
-        if there:
-            print(f"{name:<{width}} {line(means, ramp)} {min(there):.4g} .. {max(there):.4g}, last {there[-1]:.4g}")
+        means = average_neighbours([row.get(name) for row in rows], WIDTH)
+        if measured := [mean for mean in means if mean is not None]:
+            print(f"{name:<{width}} {draw_line(means, ramp)} {min(measured):.4g} .. {max(measured):.4g}, last {measured[-1]:.4g}")
 
 
-def newest(stage: str, seconds: bool) -> Path:
-    """Of the run that goes on, or was killed, if there is one; else of the one that was finished."""
-    name, done = "metrics.jsonl", Path(f"models/{stage}/metrics.jsonl")
+def find_newest_rows(stage: str, seconds: bool) -> Path:
+    """Return the file of rows of the newest run in work/, which goes on or was killed; without one, that of the finished run."""
+    name, finished = "metrics.jsonl", Path(f"models/{stage}/metrics.jsonl")
     if seconds:
-        name, done = "timing.jsonl", Path(f"runtime/{stage}.timing.jsonl")
+        name, finished = "timing.jsonl", Path(f"runtime/{stage}.timing.jsonl")
     running = sorted(Path("work").glob(f"{stage}/*/{name}"), key=lambda path: path.stat().st_mtime)
-    for file in [*running[::-1], done]:
+    for file in [*running[::-1], finished]:
         if file.exists():
             return file
-    raise Refused(f"there is neither work/{stage}/*/{name} nor {done}; name a training stage that was started here")
+    raise Refused(f"there is neither work/{stage}/*/{name} nor {finished}; name a training stage that was started here")
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """Without a last row that is still being written."""
-    return [json.loads(text) for text in file.read_text().splitlines(keepends=True) if text.endswith("\n")]
-
-
-def spread(values: Sequence[float | None], width: int) -> list[float | None]:
-    """Means of neighbouring values, `width` of them; None where none of the neighbours was measured."""
+def average_neighbours(values: Sequence[float | None], width: int) -> list[float | None]:
+    """Average neighbouring values to at most `width` means; a mean is None where none of its values was measured."""
     count = min(width, len(values))
     parts = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
-    held = [[value for value in part if value is not None] for part in parts]
-    return [sum(part) / len(part) if part else None for part in held]
+    measured = [[value for value in part if value is not None] for part in parts]
+    return [sum(part) / len(part) if part else None for part in measured]
 
 
-def line(means: Sequence[float | None], ramp: str) -> str:
-    """A letter each, by height between the lowest and the highest; a space where there is none."""
-    there = [mean for mean in means if mean is not None]
-    low, size = min(there), max(there) - min(there)
+def draw_line(means: Sequence[float | None], ramp: str) -> str:
+    """Return a character for each mean, by its height between the lowest and the highest; a space for None."""
+    measured = [mean for mean in means if mean is not None]
+    low, size = min(measured), max(measured) - min(measured)
     steps = [None if mean is None else round((mean - low) / size * (len(ramp) - 1)) if size else 0 for mean in means]
     return "".join(" " if step is None else ramp[step] for step in steps)

@@ -1,10 +1,19 @@
-"""`cf export`: a model of ours in one folder with all that it needs, or in the layout of another project."""
+"""`cf export`: a trained or imported model as a folder with all that it needs, or in the layout of another project."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from tasks.files.atomic import open_partial
+from tasks.params.yaml_file import Refused
+
+if TYPE_CHECKING:
+    from tasks.params.schema import Params, System
+
+CODEC_FOLDER = Path("models/codec")
 EXAMPLES = """examples:
   cf export --to diffusers --model models/stage2 --out out/student
   cf export --to diffusers --model models/wan --system stage2 --params profiles/wan-1.3b.yaml --codec WAN/vae --text WAN --out out/wan
@@ -12,7 +21,7 @@ EXAMPLES = """examples:
   cf export --to self-forcing --model models/stage2 --out stage2.safetensors
 
 diffusers: a folder with transformer, codec or VAE, text encoder, and the memory and rollout settings of a system in the
-params file: all that `cf generate --model` and ContextForcingPipeline.from_pretrained need.
+params file: all that `cf video` and ContextForcingPipeline.from_pretrained need.
 
 self-forcing: original Wan's names. A .pt holds them with `model.` before each, under generator and generator_ema, so that
 Self-Forcing's inference finds them with --use_ema and without; a .safetensors holds them flat."""
@@ -30,23 +39,21 @@ def main(argv: list[str]) -> None:
     only.add_argument("--codec", type=Path, metavar="DIR", help="default: models/codec; or Wan's own VAE")
     only.add_argument("--text", type=Path, metavar="DIR", help="with text_encoder/ and tokenizer/; default: text in the params file")
     only.add_argument("--licence", help="of the weights, for the model card; default: Apache-2.0, for imported ones: other")
-    stated = parser.parse_args(argv)
-    if stated.to == "self-forcing":
-        print(self_forcing(stated.model, stated.out))
-        return
-    from .pretrained import to_diffusers
-
-    print(to_diffusers(stated.model, stated.out, stated.params, stated.system, stated.codec, stated.text, stated.licence))
+    args = parser.parse_args(argv)
+    print(export_self_forcing(args.model, args.out) if args.to == "self-forcing" else export_diffusers(args))
 
 
-def self_forcing(model: Path, out: Path) -> str:
-    """Writes one file and says what is in it."""
+# Imports of torch and of what imports it are in the functions, so that --help does not wait for them.
+
+
+def export_self_forcing(model: Path, out: Path) -> str:
+    """Write the weights to one file under Self-Forcing's names and return a sentence for the user."""
     if out.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"--out is {out}; --to self-forcing writes a .pt or a .safetensors")
     if out.exists():
         raise ValueError(f"--out is {out}, which is there; name a new file")
 
-    import torch  # after the options
+    import torch
     from safetensors.torch import save_file
 
     from cf_model.foreign import import_checkpoint, weight_names
@@ -54,17 +61,88 @@ def self_forcing(model: Path, out: Path) -> str:
     weights = import_checkpoint.read_weights(model)
     state = weight_names.to_self_forcing(weights.state)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
+    with open_partial(out) as partial:
         if out.suffix == ".safetensors":
             save_file(state, partial, metadata={"format": "pt"})
         else:
             branch = {f"model.{name}": tensor for name, tensor in state.items()}
             torch.save({"generator": branch, "generator_ema": branch}, partial)
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
     heads, head_dim = weights.config["num_attention_heads"], weights.config["attention_head_dim"]
     odd = "" if head_dim == weight_names.HEAD_DIM else f"; it can't say that heads are {head_dim} wide: import it with --heads {heads}"
     return f"{out}: {len(state)} tensors under Self-Forcing's names{odd}"
 
+
+def export_diffusers(args: argparse.Namespace) -> str:
+    """Write a model folder for `cf video` and return a sentence for the user.
+
+    Weights come from --model, memory and rollout from a system in the params file, codec and text encoder from there too.
+    """
+    model, out, name = args.model, args.out, args.system or args.model.name
+    if out.exists():
+        raise Refused(f"--out is {out}, which is there; name a new folder")
+    if not (model / "config.json").is_file():
+        raise Refused(f"--model is {model}, which holds no transformer; name one that a stage or cf import-weights wrote")
+    if args.codec is None and not CODEC_FOLDER.is_dir():
+        raise Refused(f"{CODEC_FOLDER} is not there; run the stage codec, or name a codec's folder with --codec")
+
+    from cf_model.folder import Recipe
+    from cf_model.model import wan
+    from cf_model.pipeline import ContextForcingPipeline
+    from tasks.params import load
+    from tasks.parts.text_encoder import open_text_encoder
+
+    params = load.load_params(args.params)
+    system = find_system(params, name)
+    rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout  # as in the stage generate
+    made, licence = describe_origin(model, name, params)
+    assert system.memory is not None
+    recipe = Recipe(
+        memory=system.memory,
+        chunk=rollout.chunk,
+        levels=rollout.levels,
+        flow=params.flow,
+        fps=params.video.fps,
+        height=params.video.height,
+        width=params.video.width,
+        made=made,
+        licence=args.licence or licence,
+    )
+    text = params.text.model_copy(update={"kind": "umt5", "weights": str(args.text)}) if args.text else params.text
+    codec = load_any_codec(args.codec or CODEC_FOLDER)
+    ContextForcingPipeline(wan.load_transformer(model), codec, open_text_encoder(text), recipe).save_pretrained(out)
+    facts = f"{out}: {recipe.width} x {recipe.height}, memory and rollout of {name} in {args.params}"
+    return f"{facts}; now `cf video --model {out} --prompt ... --out video.mp4`"
+
+
+def find_system(params: Params, name: str) -> System:
+    """Return a causal system of generate.systems, or one of a causal stage's own memory, by its name; refuse an unknown name."""
+    from tasks.params.schema import CAUSAL, System
+    from tasks.parts.systems import as_trained
+
+    systems = {stage: System(weights=stage, memory=getattr(params, stage).memory, view=None, frames=1) for stage in CAUSAL}
+    systems |= {key: as_trained(params, system) for key, system in params.generate.systems.items() if system.weights in CAUSAL}
+    if name not in systems:
+        raise Refused(f"{name!r} is none of {', '.join(systems)}; say with --system which of them --model is run as")
+    return systems[name]
+
+
+def describe_origin(model: Path, system: str, params: Params) -> tuple[str, str]:
+    """Return two values for the model card: a sentence on how the weights were made, and the usual licence of such weights."""
+    file = model / "import.json"
+    if not file.is_file():
+        return f"By the stage `{system}` of context-forcing's pipeline, profile `{params.profile}`, seed {params.seed}.", "Apache-2.0"
+    facts: dict[str, Any] = json.loads(file.read_text())
+    source = Path(str(facts.get("source", "unknown"))).name
+    made = f"Not by this project: imported from {source} ({facts.get('layout', 'unknown')})"
+    return f"{made}, run with the settings of `{system}` in profile `{params.profile}`.", "other"
+
+
+def load_any_codec(folder: Path) -> Any:
+    """Load a codec that the stage `codec` wrote, or Wan's own VAE as it is published."""
+    from cf_model.codec.codec_file import load_codec
+
+    if (folder / "codec.json").is_file():
+        return load_codec(folder)
+    from cf_model.codec.wan_codec import load_wan_codec
+
+    return load_wan_codec(folder)

@@ -41,10 +41,10 @@ def main(argv: list[str]) -> None:
 
     src, out, dtype = (stated.pop(name) for name in ("src", "out", "dtype"))
     facts = import_checkpoint.import_transformer(src, out, dtype=dtype and getattr(torch, dtype), **stated)
-    print(f"{out}: {summary(facts)}")
+    print(f"{out}: {describe_import(facts)}")
 
 
-def summary(facts: dict[str, Any]) -> str:
+def describe_import(facts: dict[str, Any]) -> str:
     """One line for a person."""
     said = [facts["layout"]]
     if "branch" in facts:

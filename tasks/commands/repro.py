@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
             sys.exit(130 if interrupts else 1)
     finally:
         signal.signal(signal.SIGINT, before)
-    print(summarize_run(Path.cwd()))
+    if not {"-h", "--help"} & set(argv):
+        print(summarize_run(Path.cwd()))
 
 
 class Forecast:

@@ -24,11 +24,11 @@ def hash_content(path: Path) -> str:
 def compute_dvc_md5(path: Path, *, again: bool = False) -> str:
     """Return the md5 that dvc.lock has for a file or folder: a folder's is the md5 of its listing as JSON, and ends with .dir.
 
-    `again`: read every byte again, because a damaged file may have kept its time and size. Raises FileNotFoundError.
+    "absent" where nothing is. `again`: read every byte again, because a damaged file may have kept its time and size.
     """
     hash_one: Callable[[Path], str] = hash_file if again else _hash_file_once
     if not path.is_dir():
-        return hash_one(path)
+        return hash_one(path) if path.exists() else "absent"
     files = {file.relative_to(path).as_posix(): file for file in list_files(path)}
     listing = [{"md5": hash_one(files[name]), "relpath": name} for name in sorted(files)]
     return _hash_text(json.dumps(listing, sort_keys=True)) + ".dir"

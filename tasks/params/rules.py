@@ -6,6 +6,7 @@ Each rule raises ValueError with one sentence: key, value, rule, and the values 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 from cf_model.codec.interface import latent_frames
@@ -134,14 +135,5 @@ def check_samples(p: Params) -> None:
             raise ValueError(f"samples.{stage}.frames is {frames}, not whole chunks of {chunk} latent frames; use {fitting}")
 
 
-RULES = (
-    check_weights_are_named,
-    check_picture_size,
-    check_clip_lengths,
-    check_ode_frames,
-    check_student_layouts,
-    check_systems,
-    check_engine,
-    check_starts,
-    check_samples,
-)
+RULES: tuple[Callable[[Params], None], ...] = (check_weights_are_named, check_picture_size, check_clip_lengths, check_ode_frames)
+RULES += (check_student_layouts, check_systems, check_engine, check_starts, check_samples)

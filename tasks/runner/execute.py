@@ -94,22 +94,22 @@ def write_beside(paths: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         return
     new, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     out.parent.mkdir(parents=True, exist_ok=True)
-    _delete(new)
+    _delete_path(new)
     try:
         yield {**paths, "out": new}
     except BaseException:
-        _delete(new)
+        _delete_path(new)
         raise
     if not new.exists():
         raise RuntimeError(f"the stage ended without writing {new}")
-    _delete(old)
+    _delete_path(old)
     if out.exists():
         out.rename(old)
     new.rename(out)
-    _delete(old)
+    _delete_path(old)
 
 
-def _delete(path: Path) -> None:
+def _delete_path(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -133,13 +133,13 @@ def stop_on_sigterm(track: Track) -> Iterator[None]:
     A training loop first finishes its step and saves. A second SIGTERM does not wait for that, unless it comes within a
     second: flows/supervise asks a launcher and its ranks at once, and the launcher asks its ranks again.
     """
-    asked_at = 0.0
+    requested_at = 0.0
 
     def stop(number: int, frame: object) -> None:
-        nonlocal asked_at
-        if track.asked is None or (track.asked and time.monotonic() - asked_at > 1):
+        nonlocal requested_at
+        if track.stop_requested is None or (track.stop_requested and time.monotonic() - requested_at > 1):
             raise SystemExit(143)
-        track.asked, asked_at = True, asked_at or time.monotonic()
+        track.stop_requested, requested_at = True, requested_at or time.monotonic()
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

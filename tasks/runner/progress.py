@@ -10,15 +10,15 @@ PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
 
 
 class Progress:
-    """A count with its rate and the time left."""
+    """A count with its rate and the time left; `hidden` shows nothing."""
 
-    def __init__(self, name: str, total: int, unit: str, start: int) -> None:
+    def __init__(self, name: str, total: int, unit: str, start: int, *, hidden: bool = False) -> None:
         self.name, self.total, self.unit, self.start, self.done = name, total, unit, start, start
         self.began = self.printed = time.monotonic()
         self.values: dict[str, float] = {}
         self.bar: Any = None
-        self.closed = False
-        if sys.stderr.isatty():
+        self.closed = hidden
+        if sys.stderr.isatty() and not hidden:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=start, unit=f" {unit}", desc=name, dynamic_ncols=True, smoothing=0.1)
@@ -30,7 +30,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
             self.bar.update(n)
-        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS and not self.closed:
             self._print_line()
         if self.done >= self.total:
             self.close()

@@ -25,6 +25,7 @@ from tasks.params.yaml_file import Refused
 from tasks.wandb_log.lineage import name_pipeline_run
 
 from .execute import seed_generators, stop_on_sigterm
+from .progress import Progress
 from .track import Track
 from .working_folder import WORK
 
@@ -47,7 +48,7 @@ def count_ranks(stage: str, tree: Mapping[str, Any]) -> int:
 
 
 def _count_gpus() -> int:
-    """Count GPUs without torch, which takes seconds to import."""
+    """Count the GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -59,7 +60,7 @@ def count_nodes() -> int:
     return int(os.environ.get("PET_NNODES", "1").split(":")[-1])
 
 
-def launch(stage: str, count: int) -> int:
+def launch_ranks(stage: str, count: int) -> int:
     """Run this command in `count` ranks on this machine; return the exit code of the stage, 143 after SIGTERM.
 
     When a rank fails, torchrun ends the others, and the cause is printed as one sentence.
@@ -70,7 +71,7 @@ def launch(stage: str, count: int) -> int:
     from torch.distributed.run import config_from_args, get_args_parser
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what happened is said in our own sentence
-    # Each rank has a process group of its own, by which pipeline_run() would name each stage's run in W&B anew.
+    # Each rank has a process group of its own, by which name_pipeline_run() would name each stage's run in W&B anew.
     os.environ.setdefault("CF_RUN", name_pipeline_run(WORK))
     # DeepSpeed calls torch by deprecated names, which warn at every call.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
@@ -167,7 +168,7 @@ def report_failure(message: str, code: int) -> None:
     os._exit(code)
 
 
-def follow(stage: str, run: Callable[..., Any], paths: Mapping[str, Any], params: Any, store: Store) -> None:
+def run_follower(stage: str, run: Callable[..., Any], paths: Mapping[str, Any], params: Any, store: Store) -> None:
     """Run the stage in a rank other than the first: the same steps, nothing written. Rank 0 announces the working folder."""
     seed_generators(params)
     while not store.check(["work"]):
@@ -175,14 +176,6 @@ def follow(stage: str, run: Callable[..., Any], paths: Mapping[str, Any], params
     track = Follower(stage, Path(store.get("work").decode()))
     with stop_on_sigterm(track):
         run(params, track, **paths)
-
-
-class Silent:
-    """The progress of a follower."""
-
-    def update(self, n: int = 1, **values: float) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Follower(Track):
@@ -199,8 +192,8 @@ class Follower(Track):
 
     def resumed(self, step: int) -> None: ...
 
-    def progress(self, total: int, unit: str = "step", start: int = 0) -> Any:
-        return Silent()
+    def progress(self, total: int, unit: str = "step", start: int = 0) -> Progress:
+        return Progress(self.stage, total, unit, start, hidden=True)
 
     def stopped(self, step: int) -> None:
         raise SystemExit(0)

@@ -26,13 +26,15 @@ def run_stage(stage: str, argv: list[str], project: Project) -> None:
     del paths["params"]  # which `project` has read
     rank, params = ranks.get_rank(), project.params
     if rank is None and (count := ranks.count_ranks(stage, project.tree)) * ranks.count_nodes() > 1:
-        sys.exit(ranks.launch(stage, count))
+        sys.exit(ranks.launch_ranks(stage, count))
     store = None if rank is None else ranks.join_ranks()
     if rank and store:
-        ranks.follow(stage, run, paths, params, store)
+        ranks.run_follower(stage, run, paths, params, store)
         return
     if stage in ranks.TRAINING_STAGES:
-        importlib.import_module("tasks.commands.plan.forecast").refuse(params, stage, paths["out"], WORK / stage)
+        from tasks.commands.plan.forecast import refuse_unfit_stage  # here, because other stages need none of its imports
+
+        refuse_unfit_stage(params, stage, paths["out"], WORK / stage)
     announce = None if store is None else lambda work: store.set("work", str(work))
     execute(stage, run, paths, project, began=BEGAN, announce=announce)
 

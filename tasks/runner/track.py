@@ -35,7 +35,7 @@ class Track:
         self._mirror = mirror
         self._rows, self._times = StepRows(self.curve), StepRows(work / "timing.jsonl")
         self._shown = StepRows(work / "shown.jsonl")
-        self.asked: bool | None = None  # whether the loop was asked to stop; None while no loop can stop between two steps
+        self.stop_requested: bool | None = None  # whether the loop was asked to stop; None while no loop can stop between two steps
 
     def log(self, step: int, **values: float) -> None:
         """Write a row of metrics.jsonl. A value that is not finite becomes null, because JSON knows neither NaN nor infinity."""
@@ -68,11 +68,11 @@ class Track:
     @contextmanager
     def listen(self) -> Iterator[Callable[[], bool]]:
         """Yield a function that says whether to stop, for a loop that can stop between two steps: the first SIGTERM only asks it to."""
-        self.asked = False
+        self.stop_requested = False
         try:
-            yield lambda: bool(self.asked)
+            yield lambda: bool(self.stop_requested)
         finally:
-            self.asked = None
+            self.stop_requested = None
 
     def stopped(self, step: int) -> None:
         """End the process with code 143, after the loop has saved its step."""

@@ -24,7 +24,7 @@ def compute_key(stage: str, paths: Mapping[str, Any], project: Project) -> str:
     entry = project.stage(stage)
     deps = [Path(dep) for dep in entry.get("deps", [])]
     inputs = [value for name, value in paths.items() if name != "out" and isinstance(value, Path)]
-    deps += [path for path in inputs if not any(_overlap(path, dep) for dep in deps)]
+    deps += [path for path in inputs if not any(_paths_overlap(path, dep) for dep in deps)]
     # A file that a parameter names is no dependency of DVC's. A killed run must still not continue with another file's results.
     section = project.tree.get(stage, {})
     deps += [Path(section[name]) for name in USER_FILES if isinstance(section, Mapping) and section.get(name)]
@@ -36,7 +36,7 @@ def compute_key(stage: str, paths: Mapping[str, Any], project: Project) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _overlap(path: Path, other: Path) -> bool:
+def _paths_overlap(path: Path, other: Path) -> bool:
     return path.is_relative_to(other) or other.is_relative_to(path)
 
 

@@ -61,7 +61,7 @@ def build_table(out: Path, metrics: Mapping[str, Any], *, resamples: int, seed: 
         table |= {(suite, system, metric): (value, None, None, None) for metric, value in values.items()}
     for key, prompts in cells.items():
         interval = bootstrap(prompts, resamples=resamples, seed=seed)
-        ends = (interval.low, interval.high) if interval.known else (None, None)
+        ends = (interval.low, interval.high) if interval.has_ends else (None, None)
         table[key] = (interval.mean, *ends, sum(map(len, prompts.values())))
     return [(*place, *numbers) for place, numbers in sorted(table.items())]
 

@@ -43,7 +43,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 def test_one_prompt_has_no_interval() -> None:
     found = bootstrap({"a": [1.0, 3.0]}, resamples=100, seed=0)
-    assert found.mean == 2.0 and not found.known
+    assert found.mean == 2.0 and not found.has_ends
 
 
 def test_nothing_to_average_is_refused() -> None:

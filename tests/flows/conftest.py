@@ -9,4 +9,4 @@ from flows.supervise import command
 
 @pytest.fixture(autouse=True)
 def _nothing_is_stopped() -> None:
-    command.start()
+    command.allow_commands()

@@ -30,7 +30,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CF_GPU_LOCKS", str(tmp_path / "locks"))
     monkeypatch.setenv("CF_GPUS", "2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    command.start()
+    command.allow_commands()
 
 
 def holder(count: int) -> subprocess.Popen[str]:
@@ -54,12 +54,12 @@ def end(*processes: subprocess.Popen[str]) -> None:
 def test_the_lowest_free_ones_are_taken() -> None:
     one = holder(1)
     assert said(one) == "0"
-    with gpus.hold(1, print) as held:
+    with gpus.hold_gpus(1, print) as held:
         assert held == [1]
-        assert gpus.holders() == {0: one.pid, 1: os.getpid()}
-    assert gpus.holders() == {0: one.pid, 1: None}
+        assert gpus.find_holders() == {0: one.pid, 1: os.getpid()}
+    assert gpus.find_holders() == {0: one.pid, 1: None}
     end(one)
-    with gpus.hold(2, print) as held:
+    with gpus.hold_gpus(2, print) as held:
         assert held == [0, 1]
 
 
@@ -68,7 +68,7 @@ def test_the_kernel_frees_a_lock_when_its_holder_is_killed() -> None:
     assert said(one) == "0 1"
     two = holder(1)
     time.sleep(1)
-    assert two.poll() is None and gpus.holders() == {0: one.pid, 1: one.pid}
+    assert two.poll() is None and gpus.find_holders() == {0: one.pid, 1: one.pid}
     one.send_signal(signal.SIGKILL)
     killed = time.monotonic()
     assert said(two) == "0"
@@ -83,7 +83,7 @@ def test_one_that_wants_many_is_not_passed_by_those_that_want_few() -> None:
     heard = threading.Event()
 
     def take(name: str, count: int) -> None:
-        with gpus.hold(count, lambda text: heard.set()):
+        with gpus.hold_gpus(count, lambda text: heard.set()):
             order.append(name)
 
     many = threading.Thread(target=take, args=("many", 2))
@@ -104,10 +104,10 @@ def test_those_that_want_all_do_not_hold_half_of_them_each(monkeypatch: pytest.M
     got: list[int] = []
     given = [ExitStack() for _ in range(4)]
     for one in given:
-        one.enter_context(gpus.hold(1, print))
+        one.enter_context(gpus.hold_gpus(1, print))
 
     def take(number: int) -> None:
-        with gpus.hold(4, lambda text: None):
+        with gpus.hold_gpus(4, lambda text: None):
             got.append(number)
 
     threads = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(4)]
@@ -122,7 +122,7 @@ def test_those_that_want_all_do_not_hold_half_of_them_each(monkeypatch: pytest.M
 
 
 def test_more_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 GPUs are asked for, and this machine gives away 2"), gpus.hold(3, print):
+    with pytest.raises(ValueError, match=r"3 GPUs are asked for, and this machine gives away 2"), gpus.hold_gpus(3, print):
         pass
 
 
@@ -133,11 +133,11 @@ def test_who_waits_for_a_gpu_can_be_stopped(tmp_path: Path) -> None:
         with pytest.raises(InterruptedError, match="stopped while waiting"):
             command.run([sys.executable, "-c", ""], cwd=tmp_path, line=lambda text: waits.set(), gpus=1)
 
-    with gpus.hold(2, print):
+    with gpus.hold_gpus(2, print):
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         assert waits.wait(10)
-        command.stop()
+        command.stop_commands()
         thread.join(2)
         assert not thread.is_alive()
 
@@ -145,8 +145,8 @@ def test_who_waits_for_a_gpu_can_be_stopped(tmp_path: Path) -> None:
 def test_another_user_can_open_the_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.umask(0o077)
     try:
-        with gpus.hold(1, print):
-            files = list(gpus.folder().iterdir())
+        with gpus.hold_gpus(1, print):
+            files = list(gpus.lock_folder().iterdir())
     finally:
         os.umask(before)
     assert len(files) == 2 and all(file.stat().st_mode & 0o777 == 0o666 for file in files)
@@ -155,7 +155,7 @@ def test_another_user_can_open_the_locks(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError
 
     monkeypatch.setattr(gpus.os, "open", refuse)
-    with pytest.raises(ValueError, match=r"gpus\.lock is another user's: `chmod a\+rw` it"), gpus.hold(1, print):
+    with pytest.raises(ValueError, match=r"gpus\.lock is another user's: `chmod a\+rw` it"), gpus.hold_gpus(1, print):
         pass
 
 
@@ -164,24 +164,24 @@ def test_a_home_may_be_shared_by_machines(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, folder in {"node-1": "node-1", "../a.b": "___a_b", "": "here"}.items():
         monkeypatch.setattr(gpus.platform, "node", lambda name=name: name)
-        assert gpus.folder() == tmp_path / ".cache/cf" / folder
+        assert gpus.lock_folder() == tmp_path / ".cache/cf" / folder
 
 
 def test_which_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpus.available() == [0, 1]
+    assert gpus.list_gpus() == [0, 1]
     monkeypatch.delenv("CF_GPUS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert gpus.available() == [3, 5]
+    assert gpus.list_gpus() == [3, 5]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpus.available() == []
+    assert gpus.list_gpus() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7b2c")
     with pytest.raises(ValueError, match="by their numbers"):
-        gpus.available()
+        gpus.list_gpus()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     for name in ("nvidia3", "nvidia7", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     monkeypatch.setattr(gpus, "DEVICES", tmp_path)
-    assert gpus.available() == [0, 1], "as CUDA counts them in a container that has no others"
+    assert gpus.list_gpus() == [0, 1], "as CUDA counts them in a container that has no others"
 
 
 def test_a_command_sees_its_own_gpus_only(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_lock_is_kept_until_the_last_process_of_the_command_is_dead(tmp_path: 
     assert said(flow) == "GPUs 0, 1" and said(flow) == "up"
     flow.kill()
     time.sleep(1)
-    assert gpus.holders() == {0: flow.pid, 1: flow.pid}
+    assert gpus.find_holders() == {0: flow.pid, 1: flow.pid}
     end(flow)
-    with gpus.hold(2, print) as held:
+    with gpus.hold_gpus(2, print) as held:
         assert held == [0, 1]

@@ -115,8 +115,8 @@ def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_place_is_not_waited_for_when_the_run_is_stopped() -> None:
-    supervise.start()
-    threading.Timer(0.3, supervise.stop).start()
+    supervise.allow_commands()
+    threading.Timer(0.3, supervise.stop_commands).start()
     with pytest.raises(supervise.Stopped), stage_task._hold_slot(threading.Semaphore(0)):
         pass
-    supervise.start()
+    supervise.allow_commands()

@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
 from flows.project import dvc_config, dvc_remote, run_lock, worktree
-from flows.run.stage_task import environment
+from flows.supervise.environment import environment
 from tests.flows import project
 from tests.flows.served import ALL, change, done_root, go, root, seen
 from tests.flows.served import rows as shown_rows

@@ -39,9 +39,9 @@ supervise.run([sys.executable, "-c", sys.argv[1]], cwd=Path.cwd(), line=lambda s
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # with it a line is two writes, and those of two processes mix
-    supervise.start()
+    supervise.allow_commands()
     yield
-    supervise.start()
+    supervise.allow_commands()
 
 
 def gone(pids: list[int], within: float) -> bool:
@@ -127,7 +127,7 @@ def test_stop_ends_what_runs_and_lets_nothing_start(tmp_path: Path, monkeypatch:
     until = time.monotonic() + 30
     while len(said) < 4 and time.monotonic() < until:
         time.sleep(0.05)
-    supervise.stop()
+    supervise.stop_commands()
     thread.join(10)
     assert not thread.is_alive() and isinstance(raised[0], supervise.Stopped)
     assert gone([int(word) for words in said for word in words.split() if word.isdecimal()], within=0.5)
@@ -178,7 +178,7 @@ def test_what_outlives_both_is_swept_up_later() -> None:
         time.sleep(0.5)
         left = {pid for pid in family.pids if lives(pid)}
         assert left, "nothing was left, so this tests nothing"
-        assert left <= set(supervise.sweep())  # with what others on this machine have left, at most
+        assert left <= set(supervise.end_orphans())  # with what others on this machine have left, at most
         assert not any(lives(pid) for pid in family.pids)
 
 
@@ -189,27 +189,27 @@ def test_what_a_marked_process_has_started_is_swept_up_when_it_is_dead() -> None
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     flow = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
     left = int(flow.stdout.readline() if flow.stdout else 0)
-    assert left not in supervise.sweep() and lives(left)
+    assert left not in supervise.end_orphans() and lives(left)
     flow.kill()
     flow.wait()
     assert lives(left)
-    assert left in supervise.sweep() and not lives(left)
+    assert left in supervise.end_orphans() and not lives(left)
 
 
 def test_the_sweep_leaves_alone_what_has_its_guardian() -> None:
     with Family() as family:
-        assert {mark.split(":")[1] for process, mark in guardian.carriers() if process.pid in family.pids} == {str(family.guardian.pid)}
-        assert not set(supervise.sweep()) & set(family.pids)
+        assert {mark.split(":")[1] for process, mark in guardian.find_marked() if process.pid in family.pids} == {str(family.guardian.pid)}
+        assert not set(supervise.end_orphans()) & set(family.pids)
         assert all(lives(pid) for pid in family.pids)
 
 
 def test_a_mark_is_of_one_process_in_one_namespace() -> None:
-    own = guardian.mark("word")
-    assert guardian.alive(own)
-    assert not guardian.alive(f"word:{os.getpid()}:{guardian.began(1)}:{guardian.namespace()}"), "another had the number"
+    own = guardian.make_mark("word")
+    assert guardian.is_alive(own)
+    assert not guardian.is_alive(f"word:{os.getpid()}:{guardian.read_start(1)}:{guardian.read_namespace()}"), "another had the number"
     sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
     both = [subprocess.Popen(sleeper, env={**os.environ, guardian.MARK: mark}) for mark in (own, "word:1:2:pid:[3]")]
-    found = {process.pid for process, _ in guardian.carriers()} & {one.pid for one in both}
+    found = {process.pid for process, _ in guardian.find_marked()} & {one.pid for one in both}
     for one in both:
         one.kill()
         one.wait()
@@ -218,12 +218,12 @@ def test_a_mark_is_of_one_process_in_one_namespace() -> None:
 
 def test_the_guardian_has_no_mark_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(guardian.MARK, "")  # so that the one that mark() sets is gone after this test
-    supervise.mark()
+    supervise.mark_environment()
     said, carrying = list[str](), list[int]()
 
     def line(text: str) -> None:
         said.append(text)
-        carrying.extend(process.pid for process, _ in guardian.carriers())
+        carrying.extend(process.pid for process, _ in guardian.find_marked())
 
     script = "import os, time; print(os.getpid(), os.getppid(), flush=True); time.sleep(1)"
     supervise.run([sys.executable, "-c", script], cwd=tmp_path, line=line)

@@ -24,7 +24,7 @@ def test_warped_levels_of_the_neighbours(shift, levels, warped):
 
 
 def test_weights_of_levels_are_those_wan_was_trained_with():
-    # docs/method.md 1.4, measured on the original's table
+    # docs/method.md, "Flow matching": measured on the original's table
     table = Flow(5.0, 0.02, 0.98).warp(1 - torch.arange(1000) / 1000)
     rows = [int((table - t / 1000).abs().argmin()) for t in (1000, 937.5, 833.3333, 625, 500, 200, 20)]  # it looks up the nearest
     assert Flow(5.0, 0.02, 0.98).loss_weight(table[rows]).tolist() == pytest.approx([0, 0.398, 1.025, 1.914, 2.076, 1.214, 0.126], abs=1e-3)
@@ -39,7 +39,7 @@ def test_noise_and_back():
 
 
 def test_score_levels_have_the_published_quantiles():
-    # measured on Self-Forcing's law with a million draws (docs/method.md): mean 746, 5/25/50/75 % = 208/625/833/937.5
+    # measured on Self-Forcing's law with a million draws (docs/method.md, "Flow matching"): mean 746, 5/25/50/75 % = 208/625/833/937.5
     sigma = 1000 * Flow(5.0, 0.02, 0.98).sample_score_sigma(1_000_000, rng())
     assert abs(float(sigma.mean()) - 746) < 2
     assert torch.allclose(sigma.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75]))[:4], torch.tensor([208.0, 625.0, 833.0, 937.5]), atol=2)

@@ -27,7 +27,7 @@ def indices(frames: tuple[KeyValues, ...]) -> list[int]:
     return [frame.index for frame in frames]
 
 
-# docs/method.md 6.6, "proposed": what chunk c sees when every tested chunk is news
+# docs/method.md, "Promotion": what chunk c sees when every tested chunk is news
 TIMELINE = {
     0: ([], [], []),
     1: ([0, 1, 2], [], []),
@@ -113,7 +113,8 @@ def test_what_was_kept_on_the_first_call_are_that_passs_keys():
     during = memory.offer(noisy(2, 9, 1))
     assert during.promoted_count == memory.promoted_count
     during = during.offer(noisy(3, 1, 1))
-    assert during.promoted_count == memory.promoted_count + 1 and torch.equal(during.layer_memory(0).slow[1].keys[0], noisy(3, 1, 1)[0].keys[0])
+    assert during.promoted_count == memory.promoted_count + 1
+    assert torch.equal(during.layer_memory(0).slow[1].keys[0], noisy(3, 1, 1)[0].keys[0])
 
 
 def test_layers_decide_for_themselves():

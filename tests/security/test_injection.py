@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from flows import evaluate, nightly, pipeline
 from flows.evaluate import Checkpoint
-from flows.project import registry, worktree
+from flows.project import git, registry, worktree
 from flows.run.config import RunConfig
 from tests.flows import project
 
@@ -90,7 +90,7 @@ def test_a_base_is_a_commit_and_no_option(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="rev-parse"):
             worktree.make_worktree(repo, "x", base=base, profile=None, overrides={})
         with pytest.raises(ValueError, match="is no commit of"):
-            registry.resolve_commit(repo, base)
+            git.resolve_commit(repo, base)
     assert not list(tmp_path.rglob("planted")) and not (repo / ".runs").exists()
 
 

@@ -167,7 +167,7 @@ class Machine:
     def stages(self, run: str) -> list[psutil.Process]:
         """All that is alive of the run's stages: DVC, the stages, their children, wherever they have gone."""
         name = self.worktree(run).name
-        return [process for process, _ in guardian.carriers() if of(process, name)]
+        return [process for process, _ in guardian.find_marked() if of(process, name)]
 
     def gpu_is_held(self) -> bool:
         with (self.root / ".machine/gpus/gpu0.lock").open() as lock:

@@ -1,4 +1,4 @@
-"""What `cf plan` computes, against PyTorch's own counting and against the published figures (docs/method.md 1.3, 6.10)."""
+"""What `cf plan` computes, against PyTorch's own counting and against the published figures (docs/method.md, "Cost")."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def inputs(costs: ModelCosts, frames: int, batch: int = 1, levels: int = 1) -> t
 
 @pytest.fixture(scope="module")
 def wan_costs() -> ModelCosts:
-    return forecast.costs(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
+    return forecast.estimate_costs(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
 
 
 # -------------------------------------------------------------------------------------- against what PyTorch counts
@@ -53,7 +53,7 @@ def wan_costs() -> ModelCosts:
 
 @pytest.mark.parametrize("profile", ["tiny", "smoke"])
 def test_parameters_are_those_of_the_model(profile: str) -> None:
-    costs = forecast.costs(load.load_params(ROOT / f"profiles/{profile}.yaml"))
+    costs = forecast.estimate_costs(load.load_params(ROOT / f"profiles/{profile}.yaml"))
     made = model(costs)
     assert costs.parameters == sum(p.numel() for p in made.parameters())
     assert costs.matrices == sum(p.numel() for name, p in made.named_parameters() if ".blocks." in name and p.ndim == 2)
@@ -126,7 +126,7 @@ def test_a_remembered_frame_is_as_large_as_it_is() -> None:
 
 
 def law(costs: ModelCosts, frames: int, seen: int = 0) -> float:
-    """docs/method.md 1.3 counts the blocks' products and attention, with the prompt's keys and values computed once a video."""
+    """docs/method.md, "Cost", counts the blocks' products and attention, with the prompt's keys and values computed once a video."""
     made = costs.forward(frames, seen)
     return (made.linear + made.attention + made.cross) / TERA
 
@@ -176,7 +176,7 @@ def test_training_states_take_what_is_published(wan_costs: ModelCosts) -> None:
     exact = replace(wan_costs, compute=Compute("native", "float32", False))
     states = need.estimate_base(p.base, exact).states()
     assert (sum(states.values()) - states["average"]) / 1e9 == pytest.approx(22.7, abs=0.05), "16 bytes a parameter"
-    # docs/performance.md 4.3 keeps the frozen teacher in bfloat16; here it stays in float32, which is 2 bytes more
+    # docs/performance.md, "Memory of a GPU", keeps the frozen teacher in bfloat16; here it stays in float32, which is 2 bytes more
     stage2, teacher = need.estimate_student(p.stage2, wan_costs, p.teacher.view), 2 * wan_costs.parameters
     assert (sum(stage2.states().values()) - teacher) / 1e9 == pytest.approx(59.6, abs=0.1)
     # There, ZeRO on 8 GPUs takes 14.9 and 7.4 GB, with the average and bfloat16 weights split too. Ours keeps average and teacher
@@ -184,7 +184,7 @@ def test_training_states_take_what_is_published(wan_costs: ModelCosts) -> None:
     parts = {2: 8 + 4 + 4 + (8 + 16 + 8) / 8 + 4, 3: 4 + 4 + (8 + 8 + 16 + 8) / 8 + 4}
     for zero, each in parts.items():
         assert sum(stage2.states(zero, 8).values()) == pytest.approx(each * wan_costs.parameters)
-    assert forecast.clip(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
+    assert forecast.estimate_clip_bytes(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
 
 
 # -------------------------------------------------------------------------------------------------- what is averaged

@@ -199,7 +199,7 @@ def test_a_training_forward_writes_into_nothing_that_another_reads(float64):
     assert not any(tensor.requires_grad for tensor in held)
 
 
-# docs/method.md 6.5
+# docs/method.md, "Teacher's context"
 @pytest.mark.parametrize(
     ("start", "slow"),
     [(21, [3, 9]), (63, list(range(3, 52, 6))), (84, list(range(6, 73, 6)))],

@@ -51,9 +51,9 @@ def main(argv: list[str]) -> None:
 
 
 def read_side(letter: str, name: str, scratch: Path) -> Side:
-    root = revision.folder(name, scratch / letter)
+    root = revision.find_folder(name, scratch / letter)
     lock = root / "dvc.lock"
-    told = revision.git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
+    told = revision.run_git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
     commit, subject, date = told if len(told) == 3 else ("", "", "")
     label = root.resolve().name if Path(name).is_dir() else name
     stages = yaml_file.read_yaml(lock).get("stages", {}) if lock.exists() else {}

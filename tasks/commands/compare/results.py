@@ -103,11 +103,11 @@ def one_metric(a: Results, b: Results, suite: str, name: str, metric: str) -> di
     if found is None:  # only a whole system has it, or no video is the same one
         found = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
     # of pairs that are all equal, and of equal numbers without pairs
-    same = found.change.mean == 0 and (not found.change.known or found.change.low == found.change.high == 0)
+    same = found.change.mean == 0 and (not found.change.has_ends or found.change.low == found.change.high == 0)
     prompts = len({prompt for prompt, _ in x.keys() & y.keys()})
-    few = found.change.known and prompts < FEW
+    few = found.change.has_ends and prompts < FEW
     says = "the same" if same else "too few prompts" if few else state_verdict(found.change, describe_metric(metric).better)
-    known = found.change.known and not same
+    known = found.change.has_ends and not same
     reach = max(abs(found.change.low), abs(found.change.high), 1e-12) if known else 1.0
     bar = {"low": 50 + 50 * found.change.low / reach, "high": 50 + 50 * found.change.high / reach} if known else None
     clear = says in ("better", "worse", "higher", "lower")

@@ -1,93 +1,75 @@
-"""A run by its name: a folder, a Git revision, or an experiment of DVC. The last two are put into a folder of their own."""
+"""Finding a run by its name: a folder, a Git revision or an experiment of DVC, of which the last two are checked out."""
 
 from __future__ import annotations
 
-import configparser
-import io
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+from tasks.files.dvc_config import read_public_config
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused
 
-SHOWN = ("results", "samples", "data/manifest.jsonl")  # outs that a comparison reads; of the models only their curves
-CURVE = "metrics.jsonl"
-PLAIN = ("remote", "dir", "type", "url", "endpointurl", "region", "profile", "verify", "user", "port")  # of a DVC config
+COMPARED_OUTS = ("results", "samples", "data/manifest.jsonl")  # outs that a comparison reads; of the models it reads only the curves
+CURVE_FILE = "metrics.jsonl"
 
 
-def folder(name: str, into: Path) -> Path:
-    """Where the run lies; `into` is made only for a revision."""
-    here = Path(name)
-    if here.is_dir():
-        if not (here / "params.yaml").exists():
+def find_folder(name: str, into: Path) -> Path:
+    """Return the folder of the run `name`; `into` is created, and returned, only for a revision or an experiment."""
+    if (folder := Path(name)).is_dir():
+        if not (folder / "params.yaml").exists():
             raise Refused(f"{name} is a folder without params.yaml; name the root of a run, a revision or an experiment")
-        return here
-    sha = commit(name)
+        return folder
+    sha = find_commit(name)
     if sha is None:
         raise Refused(f"{name} is neither a folder, nor a revision of this repository, nor an experiment (`dvc exp list --all-commits`)")
-    return check_out(sha, into)
+    return check_out_revision(sha, into)
 
 
-def commit(name: str) -> str | None:
-    """Of a branch, tag or anything Git can name; or of an experiment, which `dvc exp show` names."""
+def find_commit(name: str) -> str | None:
+    """Return the commit of a branch, a tag or anything else Git can name, or of an experiment by its name in `dvc exp show`."""
     if name.startswith("-"):
         return None
-    found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}", check=False)
-    if found:
-        return found
-    refs = [line.split(" ", 1) for line in git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()]
+    if sha := run_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}", check=False):
+        return sha
+    refs = [line.split(" ", 1) for line in run_git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()]
     return next((sha for sha, ref in refs if ref.split("/")[-1] == name and len(ref.split("/")) == 5), None)
 
 
-def check_out(sha: str, into: Path) -> Path:
-    """A clone that shares Git's objects and DVC's cache with this repository: nothing of either is copied but what is shown.
+def check_out_revision(sha: str, into: Path) -> Path:
+    """Clone a revision into the folder `into`, with Git's objects and DVC's cache shared, and check out what a comparison reads.
 
-    Not `git worktree`: a comparison that is killed would leave one registered.
+    Not by `git worktree`, because a comparison that is killed would leave a registered worktree. The clone has this repository's
+    remotes without their secrets, because that killed comparison would leave the folder too.
     """
-    git("clone", "--quiet", "--shared", "--no-checkout", git("rev-parse", "--show-toplevel"), str(into))
-    git("-C", str(into), "checkout", "--quiet", "--detach", sha)
+    run_git("clone", "--quiet", "--shared", "--no-checkout", run_git("rev-parse", "--show-toplevel"), str(into))
+    run_git("-C", str(into), "checkout", "--quiet", "--detach", sha)
     if not (into / "dvc.lock").exists():
         return into
-    own = Path(".dvc/config.local")
-    if own.exists():  # where its remotes are
-        (into / ".dvc/config.local").write_text(without_secrets(own))
-    dvc("cache", "dir", "--local", dvc("cache", "dir", cwd=Path.cwd()) or "", cwd=into)
-    made = [out["path"] for stage in yaml_file.read_yaml(into / "dvc.lock")["stages"].values() for out in stage.get("outs", [])]
-    wanted = [path for path in made if path in SHOWN]
-    wanted += [f"{path}/{CURVE}" for path in made if path.startswith("models/")]
+    with (into / ".dvc/config.local").open("w") as file:
+        read_public_config(Path(".dvc/config.local")).write(file)
+    run_dvc("cache", "dir", "--local", run_dvc("cache", "dir", cwd=Path.cwd()) or "", cwd=into)
+    outs = [out["path"] for stage in yaml_file.read_yaml(into / "dvc.lock")["stages"].values() for out in stage.get("outs", [])]
+    wanted = [path for path in outs if path in COMPARED_OUTS]
+    wanted += [f"{path}/{CURVE_FILE}" for path in outs if path.startswith("models/")]
     wanted = [path for path in wanted if not (into / path).exists()]
-    if wanted and dvc("checkout", "--quiet", *wanted, cwd=into, check=False) is None:
-        for path in wanted:  # an out that is nowhere must not keep the others away, and the page says what is absent
-            if dvc("checkout", "--quiet", path, cwd=into, check=False) is None:
-                dvc("pull", "--quiet", path, cwd=into, check=False)
+    if wanted and run_dvc("checkout", "--quiet", *wanted, cwd=into, check=False) is None:
+        for path in wanted:  # one by one, because an absent out must not stop the others; the page says what is absent
+            if run_dvc("checkout", "--quiet", path, cwd=into, check=False) is None:
+                run_dvc("pull", "--quiet", path, cwd=into, check=False)
     return into
 
 
-def without_secrets(config: Path) -> str:
-    """Only what can hold none: a comparison that is killed leaves its folder. Secrets come from the environment."""
-    own = configparser.ConfigParser(interpolation=None)
-    own.read(config)
-    for section in own.values():
-        for key, value in list(section.items()):
-            if key not in PLAIN:
-                del section[key]
-            elif key.endswith("url"):  # ssh needs the user, and no other address does
-                section[key] = re.sub(r"(?<!ssh:)//[^/@]+@", "//", re.sub(r":[^/@:]*@", "@", value))
-    own.write(text := io.StringIO())
-    return text.getvalue()
-
-
-def git(*words: str, check: bool = True) -> str:
+def run_git(*words: str, check: bool = True) -> str:
+    """Run git and return its output; after a failure raise Refused, or return what there is if `check` is false."""
     done = subprocess.run(["git", *words], capture_output=True, text=True)
     if done.returncode and check:
         raise Refused(f"git {words[0]} failed: {' '.join(done.stderr.split())}")
     return done.stdout.strip()
 
 
-def dvc(*words: str, cwd: Path, check: bool = True) -> str | None:
-    """None where it failed and that is no reason to stop."""
+def run_dvc(*words: str, cwd: Path, check: bool = True) -> str | None:
+    """Run dvc in the folder `cwd` and return its output; after a failure raise Refused, or return None if `check` is false."""
     done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=cwd, capture_output=True, text=True)
     if done.returncode and check:
         raise Refused(f"dvc {words[0]} failed: {' '.join(done.stderr.split())[-300:]}")

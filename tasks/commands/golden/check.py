@@ -19,7 +19,7 @@ from cf_model.model.memory import Memory, empty_memory
 from cf_model.model.rollout import stream
 
 from . import schedule
-from .vectors import Golden, peer
+from .vectors import GoldenVectors, build_peer_memory
 
 EXAMPLE = """example:
   cf check-golden tests/golden/wan-causal
@@ -49,8 +49,8 @@ SCHEDULE = Tolerance(2e-6, 1e-6)
 GRADIENT = Tolerance(1e-5, 1e-5)
 LOSS = Tolerance(0, 1e-5)
 
-Made = Iterator[tuple[str, Tensor]]  # the name of a stored array, and what we make of the inputs
-Compared = Iterator[tuple[str, Tensor, Tensor]]  # what it is, ours, theirs
+Outputs = Iterator[tuple[str, Tensor]]  # the name of a stored array, and what we make of the inputs
+Comparisons = Iterator[tuple[str, Tensor, Tensor]]  # what it is, ours, theirs
 FAMILIES = ("text", "bi", "selfforcing", "diffusers", "causal", "mask", "sched", "dmd", "roll", "ll_abs", "ll_rel")
 
 
@@ -58,16 +58,16 @@ def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("cf check-golden", description=__doc__.split(": ", 1)[1], epilog=EXAMPLE, formatter_class=form)
     parser.add_argument("folder", type=Path, metavar="DIR", help="golden vectors in the format of tests/golden/wan-causal/README.md")
-    check(parser.parse_args(argv).folder)
+    check_folder(parser.parse_args(argv).folder)
 
 
 @torch.no_grad()
-def check(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """One line for every case of the folder. Refuses a broken folder; raises when a case is beyond its tolerance."""
-    golden = Golden(folder)
+    golden = GoldenVectors(folder)
     model = golden.model()
     print(f"{'case':<28}{'arrays':>7}  {'largest difference':<20}{'tolerance':<18}")
-    failed = [case for case, tolerance, compared in cases(golden, model) if not line(case, tolerance, compared)]
+    failed = [case for case, tolerance, compared in list_cases(golden, model) if not print_case(case, tolerance, compared)]
     if absent := [family for family in FAMILIES if not golden.names(rf"{family}[._].*")]:
         print(f"not in {folder}, so not checked: {', '.join(absent)}")
     if unread := golden.unread():
@@ -76,7 +76,7 @@ def check(folder: Path) -> None:
         raise ValueError(f"{len(failed)} of {folder}'s cases differ by more than their tolerance: {', '.join(failed)}")
 
 
-def line(case: str, tolerance: Tolerance, compared: Compared) -> bool:
+def print_case(case: str, tolerance: Tolerance, compared: Comparisons) -> bool:
     """Prints one case; the array that is furthest beyond the tolerance is named."""
     arrays, largest, worst, culprit = 0, 0.0, 0.0, ""
     for name, ours, theirs in compared:
@@ -90,46 +90,46 @@ def line(case: str, tolerance: Tolerance, compared: Compared) -> bool:
     return not culprit
 
 
-def cases(golden: Golden, model: Denoiser) -> Iterator[tuple[str, Tolerance, Compared]]:
+def list_cases(golden: GoldenVectors, model: Denoiser) -> Iterator[tuple[str, Tolerance, Comparisons]]:
     """In the order of the README; each is computed as it is compared."""
 
-    def stored(made: Made) -> Compared:
+    def stored(made: Outputs) -> Comparisons:
         return ((name, ours, golden.array(name, *ours.shape)) for name, ours in made)
 
-    yield "keymap", EXACT, keymap(golden)
+    yield "keymap", EXACT, compare_keymap(golden)
     if golden.names(r"text\..*"):
-        yield "text", EXACT, stored(padding(golden))
+        yield "text", EXACT, stored(pad_text(golden))
     if golden.names(r"bi\..*"):
-        yield "bi", OUTPUT, stored(bidirectional(golden, model, ["bi.out"]))
-        yield "bi, plain diffusers", EXACT, plain(golden, model)
+        yield "bi", OUTPUT, stored(run_bidirectional(golden, model, ["bi.out"]))
+        yield "bi, plain diffusers", EXACT, compare_plain_diffusers(golden, model)
     for family in ("selfforcing", "diffusers"):
         if names := golden.names(rf"{family}\.bi\d*\.out"):
-            yield family, OUTPUT, stored(bidirectional(golden, model, names))
+            yield family, OUTPUT, stored(run_bidirectional(golden, model, names))
     for case in dict.fromkeys(name.split(".")[0] for name in golden.names(r"(causal|ll)_.*")):
-        yield case, OUTPUT, stored(causal(golden, model, case))
+        yield case, OUTPUT, stored(run_causal(golden, model, case))
     if golden.names(r"mask\..*"):
-        yield "mask", OUTPUT, stored(masks(golden, model))
+        yield "mask", OUTPUT, stored(run_masks(golden, model))
     if golden.names(r"sched\..*"):
-        yield "sched", SCHEDULE, stored(schedule.schedule(golden))
+        yield "sched", SCHEDULE, stored(schedule.run_schedule(golden))
     if golden.names(r"dmd\..*"):
-        yield "dmd levels", SCHEDULE, stored(schedule.levels(golden))
-        yield "dmd gradients", GRADIENT, schedule.gradients(golden)
-        yield "dmd losses", LOSS, stored(schedule.losses(golden))
+        yield "dmd levels", SCHEDULE, stored(schedule.draw_levels(golden))
+        yield "dmd gradients", GRADIENT, schedule.compare_gradients(golden)
+        yield "dmd losses", LOSS, stored(schedule.compute_losses(golden))
     for name in golden.names(r"roll_.*"):
-        yield name.split(".")[0], ROLLOUT, stored(rolled(golden, model, name))
+        yield name.split(".")[0], ROLLOUT, stored(run_rollout(golden, model, name))
 
 
 # ------------------------------------------------------------------------------------------------- weights and text
 
 
-def keymap(golden: Golden) -> Compared:
+def compare_keymap(golden: GoldenVectors) -> Comparisons:
     """The converter's names against the folder's: 1 is a name that differs."""
     ours, theirs = {old: new for new, old in to_diffusers({name: name for name in golden.weights()}).items()}, golden.keymap()
     for name in sorted(ours.keys() | theirs.keys()):
         yield name, torch.tensor(float(ours.get(name) != theirs.get(name))), torch.tensor(0.0)
 
 
-def padding(golden: Golden) -> Made:
+def pad_text(golden: GoldenVectors) -> Outputs:
     """Rows past a prompt's end are zero."""
     text = golden.array("text.padded", None, None, None)
     yield "text.padded", text * (torch.arange(text.shape[1]) < golden.array("text.lens", len(text))[:, None])[..., None]
@@ -138,7 +138,7 @@ def padding(golden: Golden) -> Made:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def bidirectional(golden: Golden, model: Denoiser, names: list[str]) -> Made:
+def run_bidirectional(golden: GoldenVectors, model: Denoiser, names: list[str]) -> Outputs:
     """`bi500` is the same at t = 500 for every video."""
     x = golden.video("bi.x", None)
     t = golden.array("bi.t", len(x))
@@ -148,7 +148,7 @@ def bidirectional(golden: Golden, model: Denoiser, names: list[str]) -> Made:
         yield name, model.velocity(x, sigma, golden.text(len(x))).transpose(1, 2)
 
 
-def plain(golden: Golden, model: Denoiser) -> Compared:
+def compare_plain_diffusers(golden: GoldenVectors, model: Denoiser) -> Comparisons:
     """Without a memory it is diffusers' own WanTransformer3DModel to the bit."""
     x, ours = golden.video("bi.x", None), model.transformer
     t, text = golden.array("bi.t", len(x)), golden.text(len(x))
@@ -158,13 +158,13 @@ def plain(golden: Golden, model: Denoiser) -> Compared:
     yield "the same weights in diffusers", model.velocity(x, t / 1000, text), theirs.transpose(1, 2)
 
 
-def causal(golden: Golden, model: Denoiser, case: str) -> Made:
+def run_causal(golden: GoldenVectors, model: Denoiser, case: str) -> Outputs:
     """Chunk after chunk: a noisy pass and a clean one over the same memory, and what is cached after the last."""
     chunk, chunks = golden.chunk, max(golden.count(rf"{case}\.chunk(\d+)\..*"), 1)
     level = f"{case}.t_noisy"
     if case.startswith("ll_"):  # LongLive's passes are at Self-Forcing's level
         level = next(iter(golden.names(r"causal_(global|w\d+_s\d+)\.t_noisy")), "causal_global.t_noisy")
-    spec, text = peer(case, chunk * chunks), golden.text(1)
+    spec, text = build_peer_memory(case, chunk * chunks), golden.text(1)
     sigma = golden.array(level, 1, chunk) / 1000
     memory = before = empty_memory(spec)
     for k in range(chunks):
@@ -175,10 +175,10 @@ def causal(golden: Golden, model: Denoiser, case: str) -> Made:
     if cached := golden.names(rf"{case}\.cache\.layer\d+\.(v|k_roped|k_unroped)"):
         # a fast part that has room for the last chunk beside its past holds what the peers' caches do: the whole window
         window = model.remember(clean, text, replace(before, spec=replace(spec, fast=spec.fast + chunk)))
-        yield from caches(golden, model, window, clean, cached)
+        yield from read_caches(golden, model, window, clean, cached)
 
 
-def caches(golden: Golden, model: Denoiser, window: Memory, x: Tensor, names: list[str]) -> Made:
+def read_caches(golden: GoldenVectors, model: Denoiser, window: Memory, x: Tensor, names: list[str]) -> Outputs:
     """Keys before rotation, as we keep them, or at their absolute positions; a place that was never filled is zero."""
     frames = [index for part in window.frame_indices().values() for index in part]
     positions = model.transformer.rope.rotations(frames, x.transpose(1, 2))
@@ -190,20 +190,20 @@ def caches(golden: Golden, model: Denoiser, window: Memory, x: Tensor, names: li
         yield name, functional.pad(ours, (0, 0, 0, 0, 0, max(places - ours.shape[1], 0)))
 
 
-def masks(golden: Golden, model: Denoiser) -> Made:
+def run_masks(golden: GoldenVectors, model: Denoiser) -> Outputs:
     """The peers' training masks without a mask: a chunk sees what was noisy before it, or the clean frames of teacher forcing."""
     noisy = golden.video("mask.noisy", 1)
     clean, t = golden.video("mask.clean", 1, noisy.shape[1]), golden.array("mask.t", 1, noisy.shape[1])
     text, chunk, sigma = golden.text(1), golden.chunk, t / 1000
     for name, past, level in (("blockwise_causal_out", noisy, sigma), ("teacher_forcing_out", clean, torch.zeros_like(sigma))):
-        memory, made = empty_memory(peer("causal_global", noisy.shape[1])), []
+        memory, made = empty_memory(build_peer_memory("causal_global", noisy.shape[1])), []
         for x, s, seen, at in zip(*(whole.split(chunk, dim=1) for whole in (noisy, sigma, past, level)), strict=True):
             made.append(model.velocity(x, s, text, memory))
             memory = model.remember(seen, text, memory, sigma=at)
         yield f"mask.{name}", torch.cat(made, dim=1).transpose(1, 2)
 
 
-def rolled(golden: Golden, model: Denoiser, name: str) -> Made:
+def run_rollout(golden: GoldenVectors, model: Denoiser, name: str) -> Outputs:
     """The rollout of inference, fed with the noise that the peer drew."""
     noise = golden.array("roll.noise", 1, None, golden.size("in_dim"), None, None)
     sigmas = (golden.array("roll.denoising_steps", None) / 1000).tolist()
@@ -215,6 +215,6 @@ def rolled(golden: Golden, model: Denoiser, name: str) -> Made:
             for step in range(again):
                 yield golden.array(f"roll.renoise{k * again + step}", chunk, *shape)[None]
 
-    memory = empty_memory(peer(name.split(".")[0], frames))
+    memory = empty_memory(build_peer_memory(name.split(".")[0], frames))
     chunks = stream(model, golden.text(1), (shape[0], shape[1], shape[2]), sigmas=sigmas, chunk=chunk, memory=memory, rng=drawn())
     yield name, torch.cat(list(islice(chunks, frames // chunk)), dim=1)

@@ -15,14 +15,14 @@ from cf_model.model.view import TeacherView, sample_window
 from cf_model.train.distill import compute_generator_gradient, replay_window
 from tasks.params.yaml_file import Refused
 
-from .vectors import Golden, peer
+from .vectors import GoldenVectors, build_peer_memory
 
 SHIFT, LOWEST, HIGHEST = 5.0, 0.02, 0.98  # Self-Forcing's; another table says another shift
 GUIDANCE = 4.0  # the vectors' 3.0, which counts from the conditional score
-ALONE = TeacherView("none", 0, 0, 0, 1, "shared", "joint")
+PLAIN_VIEW = TeacherView("none", 0, 0, 0, 1, "shared", "joint")
 
 
-def flow_of(golden: Golden) -> Flow:
+def read_flow(golden: GoldenVectors) -> Flow:
     """With the shift that the stored table was made with."""
     if "sched.sigmas" not in golden.files:
         return Flow(SHIFT, LOWEST, HIGHEST)
@@ -34,12 +34,12 @@ def flow_of(golden: Golden) -> Flow:
     return Flow(round(shift, 3), LOWEST, HIGHEST)
 
 
-def rows(golden: Golden, t: Tensor) -> Tensor:
+def look_up_rows(golden: GoldenVectors, t: Tensor) -> Tensor:
     """The peers look σ up in a table of 1000 timesteps, nearest first; ours is exact."""
     if "sched.timesteps" in golden.files:
         table = golden.array("sched.timesteps", None)
     else:
-        table = 1000 * torch.tensor(flow_of(golden).sampler_sigmas(1000)[:-1])
+        table = 1000 * torch.tensor(read_flow(golden).sampler_sigmas(1000)[:-1])
     return (table - t.reshape(-1, 1)).abs().argmin(dim=1)
 
 
@@ -47,7 +47,7 @@ def rows(golden: Golden, t: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Between(Flow):
+class TwoLevelFlow(Flow):
     """A sampler's one step between two given levels."""
 
     ends: tuple[float, ...]
@@ -57,7 +57,7 @@ class Between(Flow):
 
 
 @dataclass(frozen=True, eq=False)
-class Always:
+class ConstantModel:
     """A model that always says the same."""
 
     said: Tensor
@@ -66,8 +66,8 @@ class Always:
         return self.said
 
 
-def schedule(golden: Golden) -> Iterator[tuple[str, Tensor]]:
-    flow = flow_of(golden)
+def run_schedule(golden: GoldenVectors) -> Iterator[tuple[str, Tensor]]:
+    flow = read_flow(golden)
     levels = flow.sampler_sigmas(len(golden.array("sched.sigmas", None)))  # 0 is the last
     table = torch.tensor(levels[:-1], dtype=torch.float64)
     yield "sched.sigmas", table
@@ -81,18 +81,18 @@ def schedule(golden: Golden) -> Iterator[tuple[str, Tensor]]:
     t = golden.array("sched.t", None)
     shape = golden.array("sched.x0", len(t), None, None, None).shape
     x_0, noise, x_t, velocity = (golden.array(f"sched.{name}", *shape) for name in ("x0", "noise", "xt", "flow"))
-    sigma = table[rows(golden, t)].float()
+    sigma = table[look_up_rows(golden, t)].float()
     yield "sched.xt", add_noise(x_0, noise, sigma)
     yield "sched.x0_from_flow", to_x0(x_t, velocity, sigma)
     yield "sched.training_weight", flow.loss_weight(sigma)
-    sigma = table[rows(golden, golden.array("sched.flow_from_x0.t", len(t)))].float()
+    sigma = table[look_up_rows(golden, golden.array("sched.flow_from_x0.t", len(t)))].float()
     yield "sched.flow_from_x0", to_velocity(x_t, x_0, sigma)
     stepped = []
-    for row, x, said in zip(rows(golden, golden.array("sched.euler_step.t", len(t))).tolist(), x_t, velocity, strict=True):
+    for row, x, said in zip(look_up_rows(golden, golden.array("sched.euler_step.t", len(t))).tolist(), x_t, velocity, strict=True):
         x, said, none = x[None, None], said[None, None], torch.zeros(1, 1, 1)
-        step = Between(flow.shift, LOWEST, HIGHEST, tuple(levels[row : row + 2]))
-        given = {"context": x[:, :0], "shape": tuple(x.shape[1:]), "view": ALONE, "null": none[0], "rng": iter([x])}
-        stepped.append(sample_window(Always(said), none, flow=step, steps=1, guidance=1, guidance_passes="apart", **given)[0])
+        step = TwoLevelFlow(flow.shift, LOWEST, HIGHEST, tuple(levels[row : row + 2]))
+        given = {"context": x[:, :0], "shape": tuple(x.shape[1:]), "view": PLAIN_VIEW, "null": none[0], "rng": iter([x])}
+        stepped.append(sample_window(ConstantModel(said), none, flow=step, steps=1, guidance=1, guidance_passes="apart", **given)[0])
     yield "sched.euler_step", torch.cat(stepped)
 
 
@@ -100,7 +100,7 @@ def schedule(golden: Golden) -> Iterator[tuple[str, Tensor]]:
 
 
 @dataclass(frozen=True)
-class Stub:
+class StubScore:
     """A score whose x_0 is `x` x_t + `t` t / 1000 + `text` mean(text) + `more`."""
 
     x: float
@@ -112,38 +112,38 @@ class Stub:
         return to_velocity(x_t, self.x * x_t + expand_sigma(self.t * sigma, x_t) + self.text * text.mean() + self.more, sigma)
 
 
-FAKE, REAL = Stub(0.70, -0.05, 0.10), Stub(0.60, 0.08, 0.30)
+FAKE, REAL = StubScore(0.70, -0.05, 0.10), StubScore(0.60, 0.08, 0.30)
 
 
-def latent(golden: Golden) -> Tensor:
+def read_latent(golden: GoldenVectors) -> Tensor:
     return golden.array("dmd.latent", None, None, None, None, None)
 
 
-def texts(golden: Golden) -> tuple[Tensor, Tensor]:
-    cond = golden.array("dmd.cond", len(latent(golden)), None, golden.size("text_dim"))
+def read_texts(golden: GoldenVectors) -> tuple[Tensor, Tensor]:
+    cond = golden.array("dmd.cond", len(read_latent(golden)), None, golden.size("text_dim"))
     return cond, golden.array("dmd.uncond", *cond.shape)
 
 
-def of_a_video(golden: Golden, name: str) -> Tensor:
+def read_level(golden: GoldenVectors, name: str) -> Tensor:
     """One number a video, which the vectors repeat for every frame."""
-    value = golden.array(name, *latent(golden).shape[:2])
+    value = golden.array(name, *read_latent(golden).shape[:2])
     if not (value == value[:, :1]).all():
         raise Refused(f"array {name} of {golden.folder} differs between frames of one video; our losses draw one level a video")
     return value[:, 0]
 
 
-def score(golden: Golden, x_t: Tensor, sigma: Tensor, fake: Stub = FAKE) -> tuple[Tensor, Tensor, Tensor]:
+def compute_scores(golden: GoldenVectors, x_t: Tensor, sigma: Tensor, fake: StubScore = FAKE) -> tuple[Tensor, Tensor, Tensor]:
     """Our gradient at given noisy frames: normalised, raw, and the mean size that is logged.
 
     The stubs look at the mean of all texts, so that every video is scored alone with that mean.
     """
-    flow, x = replace(flow_of(golden), sigma_min=0.0, sigma_max=1.0), latent(golden)  # these levels are clamped already
-    text, null = (words.mean(dim=0) for words in texts(golden))
+    flow, x = replace(read_flow(golden), sigma_min=0.0, sigma_max=1.0), read_latent(golden)  # these levels are clamped already
+    text, null = (words.mean(dim=0) for words in read_texts(golden))
     noise = (x_t - (1 - expand_sigma(sigma, x)) * x) / expand_sigma(sigma, x)
     draws = zip(sigma / (flow.shift - (flow.shift - 1) * sigma), noise, strict=True)  # the level before its shift
     found = [
         compute_generator_gradient(
-            one[None], text[None], real=REAL, fake=fake, context=one[None, :0], view=ALONE, flow=flow,
+            one[None], text[None], real=REAL, fake=fake, context=one[None, :0], view=PLAIN_VIEW, flow=flow,
             rng=iter([u[None], epsilon[None]]), guidance=GUIDANCE, guidance_passes="apart", null=null,
         )
         for one, (u, epsilon) in zip(x, draws, strict=True)
@@ -153,52 +153,52 @@ def score(golden: Golden, x_t: Tensor, sigma: Tensor, fake: Stub = FAKE) -> tupl
     return gradient, gradient * expand_sigma(normaliser, gradient), size.mean()[None]
 
 
-def losses_of(golden: Golden) -> list[str]:
+def list_losses(golden: GoldenVectors) -> list[str]:
     return list(dict.fromkeys(name.split(".")[1] for name in golden.names(r"dmd\.loss_\w+\..*")))
 
 
-def levels(golden: Golden) -> Iterator[tuple[str, Tensor]]:
+def draw_levels(golden: GoldenVectors) -> Iterator[tuple[str, Tensor]]:
     """The levels of the losses: drawn, shifted, clamped."""
-    for loss in losses_of(golden):
-        index = of_a_video(golden, f"dmd.{loss}.t_index")
-        sigma = flow_of(golden).sample_score_sigma(len(index), iter([index / 1000]))
-        yield f"dmd.{loss}.t_used", 1000 * sigma[:, None].expand(latent(golden).shape[:2])
+    for loss in list_losses(golden):
+        index = read_level(golden, f"dmd.{loss}.t_index")
+        sigma = read_flow(golden).sample_score_sigma(len(index), iter([index / 1000]))
+        yield f"dmd.{loss}.t_used", 1000 * sigma[:, None].expand(read_latent(golden).shape[:2])
 
 
-def gradients(golden: Golden) -> Iterator[tuple[str, Tensor, Tensor]]:
-    x_t, sigma = golden.array("dmd.noisy", *latent(golden).shape), of_a_video(golden, "dmd.t") / 1000
-    gradient, raw, size = score(golden, x_t, sigma)
+def compare_gradients(golden: GoldenVectors) -> Iterator[tuple[str, Tensor, Tensor]]:
+    x_t, sigma = golden.array("dmd.noisy", *read_latent(golden).shape), read_level(golden, "dmd.t") / 1000
+    gradient, raw, size = compute_scores(golden, x_t, sigma)
     made = {"grad_normalized": gradient, "grad_raw": raw, "grad_norm_log": size}
     for name in golden.names(r"dmd\.grad_fakecfg[\d.]+"):
         # our critic is never guided, so this one guides itself
-        cond, uncond = (words.mean() for words in texts(golden))
+        cond, uncond = (words.mean() for words in read_texts(golden))
         guided = replace(FAKE, more=FAKE.text * float(name.split("fakecfg")[1]) * float(cond - uncond))
-        made[name.removeprefix("dmd.")] = score(golden, x_t, sigma, guided)[0]
+        made[name.removeprefix("dmd.")] = compute_scores(golden, x_t, sigma, guided)[0]
     for name, ours in made.items():
         yield f"dmd.{name}", ours, golden.array(f"dmd.{name}", *ours.shape)
-    for loss in losses_of(golden):
-        name, (carried, _, ours) = f"dmd.{loss}.latent_grad", back_propagated(golden, loss)
+    for loss in list_losses(golden):
+        name, (carried, _, ours) = f"dmd.{loss}.latent_grad", back_propagate(golden, loss)
         # Choice: times the numbers that the loss is a mean of, or a gradient of 1e-5 were within any tolerance
         yield name, carried * ours, carried * golden.array(name, *ours.shape)
 
 
-def losses(golden: Golden) -> Iterator[tuple[str, Tensor]]:
-    for loss in losses_of(golden):
-        carried, gradient, _ = back_propagated(golden, loss)
+def compute_losses(golden: GoldenVectors) -> Iterator[tuple[str, Tensor]]:
+    for loss in list_losses(golden):
+        carried, gradient, _ = back_propagate(golden, loss)
         yield f"dmd.{loss}.value", 0.5 * (gradient.double().square().sum() / carried)[None]
 
 
-def back_propagated(golden: Golden, loss: str) -> tuple[int, Tensor, Tensor]:
+def back_propagate(golden: GoldenVectors, loss: str) -> tuple[int, Tensor, Tensor]:
     """A loss through the student's own replay, for a student that says what it is given: numbers in the mean, score, gradient."""
-    x, chunk = latent(golden), golden.chunk
-    sigma = of_a_video(golden, f"dmd.{loss}.t_used") / 1000
-    looked_up = torch.tensor(flow_of(golden).sampler_sigmas(1000))[rows(golden, 1000 * sigma)]
-    gradient, _, _ = score(golden, add_noise(x, golden.array(f"dmd.{loss}.noise", *x.shape), looked_up), sigma)
+    x, chunk = read_latent(golden), golden.chunk
+    sigma = read_level(golden, f"dmd.{loss}.t_used") / 1000
+    looked_up = torch.tensor(read_flow(golden).sampler_sigmas(1000))[look_up_rows(golden, 1000 * sigma)]
+    gradient, _, _ = compute_scores(golden, add_noise(x, golden.array(f"dmd.{loss}.noise", *x.shape), looked_up), sigma)
     first = chunk if loss == "loss_b" else 0  # the frame from which on there is a loss
     gradient[:, :first] = 0
     with torch.enable_grad():
         x.requires_grad_()
-        spec = peer("causal_global", x.shape[1])
+        spec = build_peer_memory("causal_global", x.shape[1])
         targets = [TargetChunk(at, x[:, at : at + chunk], 1.0, empty_memory(spec), at >= first) for at in range(0, x.shape[1], chunk)]
         made = Rollout(x.detach(), slice(0, x.shape[1]), tuple(targets), (), empty_memory(spec), ())
         replay_window(lambda x_t, *_: x_t, made, gradient, torch.zeros(len(x), 1, 1))

@@ -24,11 +24,11 @@ from tasks.params.yaml_file import Refused
 
 WEIGHTS = "weights_selfforcing_keys.safetensors"
 KEYMAP = "keymap_selfforcing_to_diffusers.json"
-CHUNK = 3  # where no input says it
+DEFAULT_CHUNK = 3  # where no input says it
 UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-class Golden:
+class GoldenVectors:
     """Arrays are read when asked for and checked for their shape; what was never asked for is known at the end."""
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class Golden:
             return self.video("causal.clean0", 1).shape[1]
         if "roll.renoise0" in self.files:
             return len(self.array("roll.renoise0", None, None, None, None))
-        return CHUNK
+        return DEFAULT_CHUNK
 
     # ------------------------------------------------------------------------------------------------------- arrays
 
@@ -153,7 +153,7 @@ class Golden:
         return Denoiser(transformer).eval().requires_grad_(False)
 
 
-def peer(case: str, frames: int) -> MemorySpec:
+def build_peer_memory(case: str, frames: int) -> MemorySpec:
     """A peer's window and sink as a memory: Self-Forcing's and LongLive's positions are absolute, LongLive's relative ones packed.
 
     The window counts the current chunk and the sink; a sink shorter than a chunk takes the chunk's first frames and leaves

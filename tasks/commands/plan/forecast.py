@@ -20,7 +20,7 @@ from . import limits
 from .limits import GIB
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
-CHANNELS = 16  # of Wan's codec
+WAN_CHANNELS = 16  # of Wan's codec
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Hardware:
     said: str
 
 
-def costs(p: Params) -> ModelCosts:
-    channels = CHANNELS if p.codec.kind == "wan" else p.codec.linear.channels
+def estimate_costs(p: Params) -> ModelCosts:
+    channels = WAN_CHANNELS if p.codec.kind == "wan" else p.codec.linear.channels
     size = {"height": p.video.height // SPACE, "width": p.video.width // SPACE}
     text = {"text_channels": p.text.channels, "text_tokens": p.text.tokens}
     return ModelCosts(p.model, channels=channels, **text, **size, compute=p.compute)
 
 
-def needs(p: Params) -> dict[str, StageNeed]:
+def estimate_needs(p: Params) -> dict[str, StageNeed]:
     """Of every stage that trains."""
-    one, made = costs(p), {}
+    one, made = estimate_costs(p), {}
     if p.base.init == "scratch":
         made["base"] = need.estimate_base(p.base, one)
     made["teacher"] = need.estimate_teacher(p.teacher, one)
@@ -54,19 +54,19 @@ def needs(p: Params) -> dict[str, StageNeed]:
 # ------------------------------------------------------------------------------------------------------------ disk
 
 
-def disk(p: Params, stage: str) -> dict[str, float]:
+def estimate_disk(p: Params, stage: str) -> dict[str, float]:
     """Bytes that a training stage writes: its out, and beside it checkpoints, the newest `KEEP` and the one being written."""
-    one, saves = needs(p)[stage], int(getattr(p, stage).save_every) < getattr(p, stage).steps
-    return {"out": 4.0 * costs(p).parameters, "checkpoints": (CHECKPOINTS_TO_KEEP + 1.0) * one.checkpoint if saves else 0.0}
+    one, saves = estimate_needs(p)[stage], int(getattr(p, stage).save_every) < getattr(p, stage).steps
+    return {"out": 4.0 * estimate_costs(p).parameters, "checkpoints": (CHECKPOINTS_TO_KEEP + 1.0) * one.checkpoint if saves else 0.0}
 
 
-def clip(p: Params) -> float:
+def estimate_clip_bytes(p: Params) -> float:
     """Bytes of one whole clip's latents; its caption's embedding comes to it, which is as long as the caption."""
-    one, number = costs(p), 4 if p.encode.dtype == "float32" else 2
+    one, number = estimate_costs(p), 4 if p.encode.dtype == "float32" else 2
     return number * latent_frames(p.clips.frames) * one.channels * one.height * one.width
 
 
-def clips(p: Params) -> int:
+def count_clips(p: Params) -> int:
     """That can be kept: rendered, or lying in the user's folder."""
     if p.clips.source == "worlds":
         return p.clips.count
@@ -77,26 +77,26 @@ def clips(p: Params) -> int:
 # ------------------------------------------------------------------------------------------------------------ what fits
 
 
-def parts(batch: int, ranks: int) -> list[int]:
+def list_micro_batches(batch: int, ranks: int) -> list[int]:
     """Samples that a rank may compute at once: its share of the batch in equal parts, the largest first."""
     share = max(1, batch // ranks)
     return [share // n for n in range(1, share + 1) if share % n == 0]
 
 
-def fitting(one: StageNeed, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
+def find_fitting_batch(one: StageNeed, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
     """The stated number of samples at once, or the largest that fits; 0 if it doesn't, or not even one does."""
-    return next((n for n in ([stated] if stated else parts(one.batch, ranks)) if one.peak(n, zero, ranks) <= memory), 0)
+    return next((n for n in ([stated] if stated else list_micro_batches(one.batch, ranks)) if one.peak(n, zero, ranks) <= memory), 0)
 
 
-def hours(one: StageNeed, machine: Hardware) -> float:
+def estimate_hours(one: StageNeed, machine: Hardware) -> float:
     return one.total / (machine.ranks * machine.tflops * 1e12) / 3600
 
 
-def rows(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
-    for stage, one in needs(p).items():
+def forecast_stages(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
+    for stage, one in estimate_needs(p).items():
         states: dict[str, dict[str, float]] = {}
         for zero in ZERO_STAGES:
-            at_once = fitting(one, machine.memory, zero, machine.ranks, p.engine.micro_batch)
+            at_once = find_fitting_batch(one, machine.memory, zero, machine.ranks, p.engine.micro_batch)
             parts_of = {name: held / GIB for name, held in one.states(zero, machine.ranks).items()}
             peak = one.peak(max(1, at_once), zero, machine.ranks) / GIB
             states[str(zero)] = parts_of | {"at_once": at_once, "peak": peak}
@@ -111,27 +111,27 @@ def rows(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
             "gib_shared": one.shared / GIB,
             "tflop_per_step": one.operations * one.batch / 1e12,
             "tflop_per_sample": one.operations / 1e12,
-            "hours": hours(one, machine),
-            "disk_gib": {name: written / GIB for name, written in disk(p, stage).items()},
+            "hours": estimate_hours(one, machine),
+            "disk_gib": {name: written / GIB for name, written in estimate_disk(p, stage).items()},
         }
 
 
 # ------------------------------------------------------------------------------------------------------------ refusal
 
 
-def checkpointed(p: Params, stage: str) -> StageNeed | None:
+def estimate_checkpointed(p: Params, stage: str) -> StageNeed | None:
     """The same with checkpointing, where that is off."""
     leaner = p.model_copy(update={"compute": replace(p.compute, checkpointing=True)})
-    return None if p.compute.checkpointing else needs(leaner)[stage]
+    return None if p.compute.checkpointing else estimate_needs(leaner)[stage]
 
 
-def refuse(p: Params, stage: str, out: Path, work: Path) -> None:
+def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:
     """One sentence before a training stage begins that can't end here. `CF_IGNORE_PLAN=1` is the way round it."""
-    if read_settings().ignore_plan or (one := needs(p).get(stage)) is None:
+    if read_settings().ignore_plan or (one := estimate_needs(p).get(stage)) is None:
         return
     ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    free = limits.memory() / (1 if limits.gpus() else ranks)  # ranks on the CPU have one machine's memory
-    where = "GPU" if limits.gpus() else "machine" if ranks == 1 else "rank's share of the machine"
-    split = limits.Split.of(p.engine, one.batch, ranks, gpu=limits.gpus() > 0)
-    limits.refuse_memory(stage, one, checkpointed(p, stage), free, where, split)
-    limits.refuse_disk(stage, disk(p, stage), out, work)
+    free = limits.measure_memory() / (1 if limits.count_gpus() else ranks)  # ranks on the CPU have one machine's memory
+    where = "GPU" if limits.count_gpus() else "machine" if ranks == 1 else "rank's share of the machine"
+    split = limits.WorkSplit.of(p.engine, one.batch, ranks, gpu=limits.count_gpus() > 0)
+    limits.refuse_memory(stage, one, estimate_checkpointed(p, stage), free, where, split)
+    limits.refuse_disk(stage, estimate_disk(p, stage), out, work)

@@ -22,15 +22,15 @@ CGROUPS = (  # limit and use, version 2 and 1
 )
 
 
-def gpus() -> int:
+def count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def memory() -> float:
+def measure_memory() -> float:
     """Bytes of the device that a stage computes on: all of a GPU, or what is free of the CPU's. Infinite where nobody says."""
-    if gpus():
+    if count_gpus():
         import torch
 
         return float(torch.cuda.get_device_properties(0).total_memory)
@@ -46,7 +46,7 @@ def memory() -> float:
 
 
 @dataclass(frozen=True)
-class Split:
+class WorkSplit:
     """How a stage is spread: what each rank computes at once, and what DeepSpeed splits among them."""
 
     at_once: int
@@ -55,7 +55,7 @@ class Split:
     offload: bool = False  # of the optimiser, from a GPU into the machine's memory
 
     @classmethod
-    def of(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> Split:
+    def of(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> WorkSplit:
         zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
         return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
 
@@ -63,19 +63,19 @@ class Split:
         return one.peak(self.at_once if at_once is None else at_once, self.zero, self.ranks, offload=self.offload)
 
 
-def refuse_memory(stage: str, one: StageNeed, leaner: StageNeed | None, free: float, where: str, split: Split) -> None:
+def refuse_memory(stage: str, one: StageNeed, leaner: StageNeed | None, free: float, where: str, split: WorkSplit) -> None:
     """`free`: bytes that one rank has. `leaner`: the same with checkpointing, where that is off."""
     expected = split.peak(one)
     if expected <= MEMORY_MARGIN * free:
         return
-    fixed, each = number(split.peak(one, 0) / GIB), number(one.sample_bytes() / GIB)
+    fixed, each = format_number(split.peak(one, 0) / GIB), format_number(one.sample_bytes() / GIB)
     parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {split.at_once} samples at once"
     rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
-    said = f"{rank} needs about {number(expected / GIB)} GiB ({parts}), but this {where} has {number(free / GIB)}"
-    raise Refused(f"{said}; {way(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
+    said = f"{rank} needs about {format_number(expected / GIB)} GiB ({parts}), but this {where} has {format_number(free / GIB)}"
+    raise Refused(f"{said}; {suggest_remedy(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
 
 
-def way(one: StageNeed, leaner: StageNeed | None, free: float, split: Split) -> str:
+def suggest_remedy(one: StageNeed, leaner: StageNeed | None, free: float, split: WorkSplit) -> str:
     """The setting that would make it fit, as far as one would."""
     share = max(1, one.batch // split.ranks)
     fitting = [n for n in range(1, share + 1) if share % n == 0 and split.peak(one, n) <= free]
@@ -92,7 +92,7 @@ def way(one: StageNeed, leaner: StageNeed | None, free: float, split: Split) -> 
         for zero in (2, 3):
             if ranks >= split.ranks and one.peak(1, zero, ranks) <= free:
                 return f"{ranks} such ranks with engine.zero: {zero} and engine.micro_batch: 1 would hold it"
-    alone = f"one sample alone takes {number(one.peak(1) / GIB)}"
+    alone = f"one sample alone takes {format_number(one.peak(1) / GIB)}"
     return f"{alone}: use a larger device, or a smaller model, video or memory (`cf plan` shows what takes most)"
 
 
@@ -107,11 +107,11 @@ def refuse_disk(stage: str, written: dict[str, float], out: Path, work: Path) ->
     for home, size in wanted.values():
         free = shutil.disk_usage(home).free
         if size > free * DISK_MARGIN:
-            said = f"{stage} writes up to {number(size / GIB)} GiB, but the disk of {home} has {number(free / GIB)} free"
+            said = f"{stage} writes up to {format_number(size / GIB)} GiB, but the disk of {home} has {format_number(free / GIB)} free"
             raise Refused(f"{said}; free some, or put the project on a larger disk; CF_IGNORE_PLAN=1 starts it all the same")
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three digits, and no exponent."""
     if value >= 100 or value == 0:
         return f"{value:,.0f}"

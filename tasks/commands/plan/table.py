@@ -16,12 +16,12 @@ from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused
 
 from . import limits
-from .forecast import Hardware, clip, clips, costs, rows
-from .limits import GIB, MIB, number
+from .forecast import Hardware, count_clips, estimate_clip_bytes, estimate_costs, forecast_stages
+from .limits import GIB, MIB, format_number
 
 # TFLOP/s that a process reaches in profile tiny on one core of an Intel Xeon: 26 to 38 GFLOP/s (benchmarks/results/plan-hours.json)
-CORE = 0.032
-H100 = 989.0  # TFLOP/s, bfloat16, by its data sheet
+CPU_TFLOPS = 0.032
+H100_TFLOPS = 989.0  # TFLOP/s, bfloat16, by its data sheet
 UTILISATION = 0.35
 DEFAULT_MEMORY = 80.0  # GiB of a GPU that nobody described
 EXAMPLES = """examples:
@@ -42,14 +42,14 @@ Not counted: codec, text encoder, data loading, communication, memory that an al
 evaluation of videos. Keep a tenth of the memory free."""
 
 
-def table(p: Params, machine: Hardware) -> str:
-    found, one = list(rows(p, machine)), costs(p)
+def format_table(p: Params, machine: Hardware) -> str:
+    found, one = list(forecast_stages(p, machine)), estimate_costs(p)
     small = max(row["gib"]["0"]["peak"] for row in found) < 1
     scale, unit = (GIB / MIB, "MiB") if small else (1.0, "GiB")
     on = "on" if p.compute.checkpointing else "off"
     lines = [
         f"profile {p.profile}: {one.parameters:,} parameters a network; a latent frame is {one.tokens} tokens and "
-        f"{size(one.frame_bytes())} of keys and values a sample",
+        f"{format_bytes(one.frame_bytes())} of keys and values a sample",
         f"compute: products in {p.compute.dtype}, checkpointing {on}",
         f"hardware: {machine.said}",
         "",
@@ -57,82 +57,82 @@ def table(p: Params, machine: Hardware) -> str:
         f"{'out':>10}{'checkpoints':>13}",
     ]
     for row in found:
-        out, saved = (size(row["disk_gib"][name] * GIB) for name in ("out", "checkpoints"))
+        out, saved = (format_bytes(row["disk_gib"][name] * GIB) for name in ("out", "checkpoints"))
         lines.append(
-            f"{row['stage']:<12}{count(row['parameters']):>10}{count(row['trained']):>10}{row['batch']:>7}{row['steps']:>7}"
-            f"{number(row['tflop_per_step']):>12}{duration(row['hours']):>10}{number(row['hours'] * machine.ranks):>13}{out:>10}{saved:>13}"
+            f"{row['stage']:<12}{format_count(row['parameters']):>10}{format_count(row['trained']):>10}{row['batch']:>7}{row['steps']:>7}"
+            f"{format_number(row['tflop_per_step']):>12}{format_duration(row['hours']):>10}{format_number(row['hours'] * machine.ranks):>13}{out:>10}{saved:>13}"
         )
-    total, many = sum(row["hours"] for row in found), clips(p)
-    there = f"; {many} clips: {size(many * clip(p))}" if many else f"; no video lies in {p.clips.folder} yet"
+    total, many = sum(row["hours"] for row in found), count_clips(p)
+    there = f"; {many} clips: {format_bytes(many * estimate_clip_bytes(p))}" if many else f"; no video lies in {p.clips.folder} yet"
     lines += [
-        f"{'together':<12}{duration(total):>56}{number(total * machine.ranks):>13}",
-        f"latents of a clip: {size(clip(p))}{there}",
+        f"{'together':<12}{format_duration(total):>56}{format_number(total * machine.ranks):>13}",
+        f"latents of a clip: {format_bytes(estimate_clip_bytes(p))}{there}",
         "",
-        f"{unit} on a {machine.unit} by ZeRO stage, with as many samples at once as fit in {number(machine.memory / GIB)} GiB:",
+        f"{unit} on a {machine.unit} by ZeRO stage, with as many samples at once as fit in {format_number(machine.memory / GIB)} GiB:",
         f"{'stage':<12}{'ZeRO':>5}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'average':>9}{'keys, values':>14}{'activations':>13}"
         f"{'latents':>9}{'error bank':>12}{'at once':>11}{'peak':>8}",
     ]
-    lines += [memory_line(row, zero, scale) for row in found for zero in (ZERO_STAGES if machine.ranks > 1 else ZERO_STAGES[:1])]
+    lines += [format_memory_line(row, zero, scale) for row in found for zero in (ZERO_STAGES if machine.ranks > 1 else ZERO_STAGES[:1])]
     return "\n".join(lines)
 
 
-def memory_line(row: dict[str, Any], zero: int, scale: float) -> str:
+def format_memory_line(row: dict[str, Any], zero: int, scale: float) -> str:
     made, each = row["gib"][str(zero)], row["gib_of_a_sample"]
     many = max(1, made["at_once"])
     fits = str(made["at_once"]) if made["at_once"] else "1 too many"
-    grows = [number(scale * many * each[name]) for name in ("keys_values", "activations", "latents")]
-    fixed = [number(scale * made[name]) for name in ("weights", "gradients", "optimiser", "average")]
+    grows = [format_number(scale * many * each[name]) for name in ("keys_values", "activations", "latents")]
+    fixed = [format_number(scale * made[name]) for name in ("weights", "gradients", "optimiser", "average")]
     return (
         f"{row['stage'] if zero == 0 else '':<12}{zero:>5}{fixed[0]:>9}{fixed[1]:>11}{fixed[2]:>11}{fixed[3]:>9}"
-        f"{grows[0]:>14}{grows[1]:>13}{grows[2]:>9}{number(scale * row['gib_shared']):>12}{fits:>11}{number(scale * made['peak']):>8}"
+        f"{grows[0]:>14}{grows[1]:>13}{grows[2]:>9}{format_number(scale * row['gib_shared']):>12}{fits:>11}{format_number(scale * made['peak']):>8}"
     )
 
 
-def count(value: int) -> str:
+def format_count(value: int) -> str:
     return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.2f} M"
 
 
-def size(value: float) -> str:
+def format_bytes(value: float) -> str:
     for unit, name in ((2**40, "TiB"), (GIB, "GiB"), (MIB, "MiB")):
         if value >= unit:
-            return f"{number(value / unit)} {name}"
-    return f"{number(value / 2**10)} KiB"
+            return f"{format_number(value / unit)} {name}"
+    return f"{format_number(value / 2**10)} KiB"
 
 
-def duration(hours: float) -> str:
-    return f"{number(hours / 24)} days" if hours >= 48 else f"{number(hours)} h" if hours >= 1 else f"{number(hours * 60)} min"
+def format_duration(hours: float) -> str:
+    return f"{format_number(hours / 24)} days" if hours >= 48 else f"{format_number(hours)} h" if hours >= 1 else f"{format_number(hours * 60)} min"
 
 
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-def hardware(gpus: int | None, memory: float | None, tflops: float | None, utilisation: float) -> Hardware:
+def describe_hardware(gpus: int | None, memory: float | None, tflops: float | None, utilisation: float) -> Hardware:
     """As stated; what isn't is this machine's."""
-    count = gpus if gpus is not None else 1 if memory else limits.gpus()
+    count = gpus if gpus is not None else 1 if memory else limits.count_gpus()
     if not count:
-        free, reached = limits.memory(), tflops * utilisation if tflops else CORE
-        said = f"1 process on the CPU, {number(free / GIB)} GiB free, {number(reached * 1000)} GFLOP/s"
+        free, reached = limits.measure_memory(), tflops * utilisation if tflops else CPU_TFLOPS
+        said = f"1 process on the CPU, {format_number(free / GIB)} GiB free, {format_number(reached * 1000)} GFLOP/s"
         return Hardware(1, free, reached, "CPU", said + ("" if tflops else " (what profile tiny reaches on one core)"))
-    held = memory * GIB if memory else limits.memory() if limits.gpus() else DEFAULT_MEMORY * GIB
-    peak = tflops or H100
-    said = f"{count} GPU{'s' * (count > 1)} of {number(held / GIB)} GiB, {utilisation:.0%} of {number(peak)} TFLOP/s each"
+    held = memory * GIB if memory else limits.measure_memory() if limits.count_gpus() else DEFAULT_MEMORY * GIB
+    peak = tflops or H100_TFLOPS
+    said = f"{count} GPU{'s' * (count > 1)} of {format_number(held / GIB)} GiB, {utilisation:.0%} of {format_number(peak)} TFLOP/s each"
     return Hardware(count, held, peak * utilisation, "GPU", said)
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser("cf plan", description=__doc__, epilog=EXAMPLES, formatter_class=form)
     made.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
     made.add_argument("--gpus", type=int, help="default: those of this machine; 0: one process on the CPU")
     made.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU; default: this machine's, or 80")
-    made.add_argument("--tflops", type=float, help=f"peak of one GPU; default: {H100:.0f}, an H100 in bfloat16")
+    made.add_argument("--tflops", type=float, help=f"peak of one GPU; default: {H100_TFLOPS:.0f}, an H100 in bfloat16")
     made.add_argument("--utilisation", type=float, default=UTILISATION, help=f"share of the peak that is reached; default: {UTILISATION}")
     made.add_argument("--json", action="store_true", help="the same as JSON")
     return made
 
 
 def main(argv: list[str]) -> None:
-    given = parser().parse_args(argv)
+    given = build_parser().parse_args(argv)
     if given.gpus is not None and given.gpus < 0:
         raise Refused(f"--gpus is {given.gpus}; use 0 for the CPU, or 1 and more")
     if not 0 < given.utilisation <= 1:
@@ -141,8 +141,8 @@ def main(argv: list[str]) -> None:
         if (value := getattr(given, name)) is not None and value <= 0:
             raise Refused(f"--{name.replace('_', '-')} is {value}; use a value above 0")
     p = load.load_params(given.params)
-    machine = hardware(given.gpus, given.gpu_memory, given.tflops, given.utilisation)
+    machine = describe_hardware(given.gpus, given.gpu_memory, given.tflops, given.utilisation)
     if given.json:
-        print(json.dumps({"profile": p.profile, "hardware": machine.said, "stages": list(rows(p, machine))}, indent=1))
+        print(json.dumps({"profile": p.profile, "hardware": machine.said, "stages": list(forecast_stages(p, machine))}, indent=1))
     else:
-        print(table(p, machine))
+        print(format_table(p, machine))
