@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.files.settings import find_unknown_settings, read_settings
+from tasks.files.settings import read_settings
 from tasks.params import environment
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_the_command_prints_them_and_no_secret(monkeypatch: pytest.MonkeyPatch, 
     assert all(f"\n{name} " in f"\n{printed}" for name in NAMES) and "hush" not in printed
     assert re.search(r"CF_RUNS +3 \(default: 1\)\n +Flow runs at a time", printed)
     assert "warning: CF_GPUSS means nothing here; did you mean CF_GPUS" in printed
-    assert len(find_unknown_settings()) == 1
+    assert len(read_settings().find_unknown()) == 1
 
 
 def test_help_does_not_pay_for_it() -> None:

@@ -73,7 +73,7 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> N
 
 def test_every_preset_can_be_planned() -> None:
     stated = yaml_file.read_yaml(WAN)
-    made = {name: forecast.estimate_needs(load.validate_params(preset.applied(stated, name), WAN))["stage2"] for name in preset.found()}
+    made = {name: forecast.estimate_needs(load.validate_params(preset.apply_preset(stated, name), WAN))["stage2"] for name in preset.list_presets()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"
     assert made["cf_memoryless_teacher"].operations < made["cf_default"].operations, "scores without a context are cheaper"

@@ -95,7 +95,7 @@ def noise(made: list[dict[str, Any]], learning: dict[str, Any]) -> str:
 
 def train(name: str, tracer: Tracer) -> dict[str, Any]:
     params = parameters(name)
-    stage = preset.read(name)["student"]
+    stage = preset.read_preset(name)["student"]
     spec = getattr(params, stage)
     spec = type(spec)(**{**vars(spec), "batch": 1, "critic_updates": 1, "steps": 9, "ema_start": 0})
     view = type(params.teacher.view)(**{**vars(params.teacher.view), "context": spec.teacher.context})
@@ -180,7 +180,7 @@ def generate(name: str, tracer: Tracer) -> list[str]:
 
 def parameters(name: str) -> Params:
     """wan-1.3b's, whose horizons are the papers'; with a threshold that small random models pass now and then."""
-    stated = preset.applied(read_yaml(ROOT / "profiles/wan-1.3b.yaml"), name)
+    stated = preset.apply_preset(read_yaml(ROOT / "profiles/wan-1.3b.yaml"), name)
     params = validate_params(stated, Path("params.yaml"))
     for stage in (params.causal_init, params.stage1, params.stage2):
         object.__setattr__(stage.memory, "tau", 0.88 if stage.memory.promote == "similarity" else stage.memory.tau)
@@ -205,14 +205,14 @@ def test_a_preset_is_laid_over_the_file_whose_comments_stay(tmp_path: Path, monk
     monkeypatch.chdir(ROOT)
     file = tmp_path / "params.yaml"
     file.write_text((ROOT / "profiles/tiny.yaml").read_text())
-    preset.write(file, "infinity_rope")
+    preset.write_preset(file, "infinity_rope")
     stated = read_yaml(file)
     steps = read_yaml(ROOT / "profiles/tiny.yaml")["stage1"]["steps"]
     assert "# of each of seven kinds" in file.read_text() and stated["stage1"]["steps"] == steps
     assert stated["stage1"]["memory"]["fast"] == 21
     system = validate_params(stated, Path("params.yaml")).generate.systems["infinity_rope"]
     assert system.weights == "stage1" and system.memory and (system.memory.sink, system.memory.fast) == (1, 5)
-    preset.write(file, "cf_default")  # back again: a preset states all that its method decides
+    preset.write_preset(file, "cf_default")  # back again: a preset states all that its method decides
     assert validate_params(read_yaml(file), Path("params.yaml")).stage2.memory.slow == 12
 
 
@@ -220,7 +220,7 @@ def test_a_preset_is_laid_over_the_file_whose_comments_stay(tmp_path: Path, monk
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    validate_params(preset.applied(read_yaml(ROOT / f"profiles/{profile}.yaml"), name), Path("params.yaml"))
+    validate_params(preset.apply_preset(read_yaml(ROOT / f"profiles/{profile}.yaml"), name), Path("params.yaml"))
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,10 +228,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkey
     file = tmp_path / "params.yaml"
     file.write_text((ROOT / "profiles/smoke.yaml").read_text())
     with pytest.raises(Refused, match=r"preset cf_released doesn't fit .*; start from another profile"):
-        preset.write(file, "cf_released")
+        preset.write_preset(file, "cf_released")
     assert file.read_text() == (ROOT / "profiles/smoke.yaml").read_text()
     with pytest.raises(Refused, match="preset cf isn't in presets/; known are cf_default, "):
-        preset.write(file, "cf")
+        preset.write_preset(file, "cf")
 
 
 def test_the_released_stage_1_never_teaches_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

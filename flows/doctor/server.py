@@ -11,14 +11,7 @@ from pathlib import Path
 
 import prefect
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateName,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
@@ -83,7 +76,9 @@ def check_worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Findin
     if pool.is_paused:
         yield Finding("worker", "fail", f"the work pool {POOL} is paused: nothing starts", f"prefect work-pool resume {POOL}")
     process = programs.find_process(machine, "worker")
-    late = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Late"]))))
+    late = client.read_flow_runs(
+        flow_run_filter=filters.FlowRunFilter(state=filters.FlowRunFilterState(name=filters.FlowRunFilterStateName(any_=["Late"])))
+    )
     text = f"process {process.pid}, pool {POOL}" if process else "none of this checkout runs"
     text += f"; {len(late)} runs are late" if late else ""
     if process is None:
@@ -128,16 +123,16 @@ def check_schedule(client: SyncPrefectClient, deployment: DeploymentResponse) ->
 
 def _read_runs(client: SyncPrefectClient, deployment: DeploymentResponse, state: StateType) -> list[FlowRun]:
     runs: list[FlowRun] = client.read_flow_runs(
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id])),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[state]))),
+        deployment_filter=filters.DeploymentFilter(id=filters.DeploymentFilterId(any_=[deployment.id])),
+        flow_run_filter=filters.FlowRunFilter(state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=[state]))),
     )
     return runs
 
 
 def check_stuck_runs(client: SyncPrefectClient, machine: Machine, fix: bool) -> Iterator[Finding]:
     """Find runs that say Running and have no process here, and slots that no run holds."""
-    states = FlowRunFilterState(type=FlowRunFilterStateType(any_=reconcile.OPEN))
-    open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=states))
+    states = filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=reconcile.OPEN))
+    open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(state=states))
     dead = [run.name for run in reconcile.find_dead_runs(client, machine.root, SOON)]
     if dead and fix:
         for sentence in reconcile.close_dead_runs(client, machine.root, SOON):

@@ -19,7 +19,7 @@ from flows.machine import processes, programs
 from flows.machine.settings import Machine, process_environment
 from flows.project import run_lock, worktree
 from flows.supervise import gpus
-from tasks.files.settings import find_unknown_settings
+from tasks.files.settings import read_settings
 from tasks.params import yaml_file
 
 
@@ -45,7 +45,7 @@ def check_versions(machine: Machine, fix: bool) -> Iterator[Finding]:
 
 def check_environment(machine: Machine, fix: bool) -> Iterator[Finding]:
     """Find CF_* variables that mean nothing, such as misspelt ones. Malformed ones are refused before any check."""
-    unknown = find_unknown_settings()
+    unknown = read_settings().find_unknown()
     for sentence in unknown:
         yield Finding("environment", "warn", sentence, "`cf env` lists what there is")
     if not unknown:

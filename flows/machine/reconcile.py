@@ -13,15 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    TaskRunFilter,
-    TaskRunFilterState,
-    TaskRunFilterStateType,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Crashed
 
@@ -42,7 +34,7 @@ def find_dead_runs(client: SyncPrefectClient, root: Path, silent: timedelta = ti
 
     Runs whose state is younger than `silent` are left out: beside a worker, a run that it has just taken has no process yet.
     """
-    open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=_filter_states(OPEN)))
+    open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(state=_filter_states(OPEN)))
     alive, submitted, now = processes.find_run_processes(root), read_taken_runs(root), datetime.now(UTC)
     old = [run for run in open_runs if run.state is None or now - run.state.timestamp >= silent]
     return [run for run in old if str(run.id) in submitted and str(run.id) not in alive]
@@ -74,8 +66,10 @@ def read_taken_runs(root: Path) -> set[str]:
 def close_dead_tasks(client: SyncPrefectClient, run: UUID | None = None) -> list[str]:
     """Set open tasks of a run, or of all runs that died, to Crashed, and to Skipped where they had not begun."""
     tasks = client.read_task_runs(
-        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])) if run else FlowRunFilter(state=_filter_states(DIED)),
-        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=OPEN))),
+        flow_run_filter=filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[run]))
+        if run
+        else filters.FlowRunFilter(state=_filter_states(DIED)),
+        task_run_filter=filters.TaskRunFilter(state=filters.TaskRunFilterState(type=filters.TaskRunFilterStateType(any_=OPEN))),
     )
     sentences = []
     for task in tasks:
@@ -93,8 +87,8 @@ def close_tasks(flow: object, flow_run: FlowRun, state: State[Any]) -> None:
         close_dead_tasks(client, flow_run.id)
 
 
-def _filter_states(types: list[StateType]) -> FlowRunFilterState:
-    return FlowRunFilterState(type=FlowRunFilterStateType(any_=types))
+def _filter_states(types: list[StateType]) -> filters.FlowRunFilterState:
+    return filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=types))
 
 
 if __name__ == "__main__":

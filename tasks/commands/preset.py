@@ -35,35 +35,35 @@ def main(argv: list[str]) -> None:
     use.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
     args = parser.parse_args(argv)
     if args.verb == "list":
-        for name, file in found().items():
+        for name, file in list_presets().items():
             print(f"{name:<22} {file.read_text().splitlines()[0].lstrip('# ')}")
         return
-    write(args.params, args.name)
+    write_preset(args.params, args.name)
     print(f"{args.params} now holds preset {args.name}; `git diff {args.params}` shows what it changed")
 
 
-def found() -> dict[str, Path]:
+def list_presets() -> dict[str, Path]:
     return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
 
-def read(name: str) -> dict[str, Any]:
+def read_preset(name: str) -> dict[str, Any]:
     """The preset, complete: one that begins with `from` states only what it does otherwise."""
-    files = found()
+    files = list_presets()
     if name not in files:
         raise Refused(f"preset {name} isn't in {FOLDER}/; known are {', '.join(files) or 'none'}")
     stated = yaml_file.read_yaml(files[name])
     parent = stated.pop("from", None)
-    return merged(read(parent), stated) if parent else stated
+    return merge_values(read_preset(parent), stated) if parent else stated
 
 
-def write(path: Path, name: str) -> None:
+def write_preset(path: Path, name: str) -> None:
     """Lays the preset over the file, whose comments stay."""
     from tasks.params.load import validate_params  # here, so that `cf preset list` needs no torch
 
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 140, True
     yaml_file.read_yaml(path)  # refuses what is no YAML, in one sentence
-    stated = applied(yaml.load(path.read_text()), name)
+    stated = apply_preset(yaml.load(path.read_text()), name)
     text = io.StringIO()
     yaml.dump(stated, text)
     try:
@@ -75,14 +75,14 @@ def write(path: Path, name: str) -> None:
     partial.replace(path)
 
 
-def applied(stated: Any, name: str) -> Any:
+def apply_preset(stated: Any, name: str) -> Any:
     """The parameters with the preset's values: its memory for every student, and a system of its own name."""
-    preset = read(name)
+    preset = read_preset(name)
     out = copy.deepcopy(stated)
     for stage in STUDENTS:
-        out[stage]["memory"] = merged(out[stage]["memory"], preset["memory"])
+        out[stage]["memory"] = merge_values(out[stage]["memory"], preset["memory"])
     for section in ("teacher", "stage1", "stage2"):
-        out[section] = merged(out[section], preset[section])
+        out[section] = merge_values(out[section], preset[section])
     memory = {**preset["memory"], **preset["generation"]} if preset["generation"] else None
     for suite in ("systems", "continuations"):
         frames = out["generate"][suite]["stage2"]["frames"]
@@ -90,11 +90,11 @@ def applied(stated: Any, name: str) -> Any:
     return out
 
 
-def merged(under: Any, over: Any) -> Any:
+def merge_values(under: Any, over: Any) -> Any:
     """`over` on `under`, key by key; the mapping's own type stays, and with it its comments."""
     if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
         return over
     out = copy.deepcopy(under)
     for key, value in over.items():
-        out[key] = merged(under[key], value) if key in under else value  # type: ignore[index]
+        out[key] = merge_values(under[key], value) if key in under else value  # type: ignore[index]
     return out

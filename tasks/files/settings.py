@@ -16,10 +16,3 @@ def read_settings() -> Environment:
     from tasks.params.environment import read_environment
 
     return read_environment()
-
-
-def find_unknown_settings() -> list[str]:
-    """Name CF_* variables of the environment that mean nothing, each with what may have been meant."""
-    from tasks.params.environment import find_unknown
-
-    return find_unknown()

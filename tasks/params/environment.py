@@ -72,6 +72,17 @@ class Environment(BaseSettings):
     nightly_cron: str | None = _variable(None, "Internal: nightly.cron of params.yaml, for infra/prefect.yaml.")
     nightly_timezone: str | None = _variable(None, "Internal: nightly.timezone of params.yaml, for infra/prefect.yaml.")
 
+    def find_unknown(self) -> list[str]:
+        """Say of each CF_* variable of the environment that has no field here, which variable may have been meant."""
+        names = {variable_name(field) for field in Environment.model_fields}
+        sentences = []
+        for name in sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names):
+            close = difflib.get_close_matches(name, names, 2)
+            sentences.append(
+                f"{name} means nothing here; " + (f"did you mean {' or '.join(close)}?" if close else "`cf env` lists what does")
+            )
+        return sentences
+
 
 def variable_name(field: str) -> str:
     return str(Environment.model_fields[field].validation_alias or f"{PREFIX}{field.upper()}")
@@ -89,16 +100,6 @@ def read_environment() -> Environment:
         raise Refused(f"{variable_name(field)} is {first['input']!r}; it must be {rule['rule']}") from None
 
 
-def find_unknown() -> list[str]:
-    """Say of each CF_* variable of the environment that the class doesn't know, which one may have been meant."""
-    names = {variable_name(field) for field in Environment.model_fields}
-    sentences = []
-    for name in sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names):
-        close = difflib.get_close_matches(name, names, 2)
-        sentences.append(f"{name} means nothing here; " + (f"did you mean {' or '.join(close)}?" if close else "`cf env` lists what does"))
-    return sentences
-
-
 def main(argv: list[str]) -> None:
     about = "Prints every CF_* variable with its value here, its default and its meaning, and warns of unknown ones."
     argparse.ArgumentParser("cf env", description=about).parse_args(argv)
@@ -108,5 +109,5 @@ def main(argv: list[str]) -> None:
         text = "-" if value is None else "(set)" if isinstance(value, SecretStr) else value
         changed = "" if info.default in (None, value) else f" (default: {info.default})"
         print(f"{variable_name(field):<20} {text}{changed}\n{'':<20} {info.description}")
-    for sentence in find_unknown():
+    for sentence in values.find_unknown():
         print(f"warning: {sentence}")

@@ -152,7 +152,9 @@ def broken() -> tuple[BaseTrainer, dict[str, Denoiser]]:
     return job, models
 
 
-def sampler(job: BaseTrainer | CausalInitTrainer | DistillationTrainer | TeacherTrainer, track: Track, codec: Path, every: int) -> SampleWriter:
+def sampler(
+    job: BaseTrainer | CausalInitTrainer | DistillationTrainer | TeacherTrainer, track: Track, codec: Path, every: int
+) -> SampleWriter:
     """Two videos of each set: a window, of the teacher after a real beginning, or a stream."""
     given = {"every": every, "prompts": 2, "seed": 1, "crf": 16}
     plan: SampleSpec

@@ -1,4 +1,4 @@
-"""`cf check-golden`: our model, memory, schedule, losses and rollouts against what Self-Forcing and LongLive computed."""
+"""`cf check-golden`: this code's model, memory, schedule, losses and rollouts against what Self-Forcing and LongLive computed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Every case prints its largest difference; the exit code is 1 when one is beyond 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """|ours - theirs| <= absolute + relative * |theirs|"""
+    """A bound: |ours - theirs| <= absolute + relative * |theirs|."""
 
     absolute: float
     relative: float
@@ -49,8 +49,8 @@ SCHEDULE = Tolerance(2e-6, 1e-6)
 GRADIENT = Tolerance(1e-5, 1e-5)
 LOSS = Tolerance(0, 1e-5)
 
-Outputs = Iterator[tuple[str, Tensor]]  # the name of a stored array, and what we make of the inputs
-Comparisons = Iterator[tuple[str, Tensor, Tensor]]  # what it is, ours, theirs
+Outputs = Iterator[tuple[str, Tensor]]  # the name of a stored array, and what our code computes from the inputs
+Comparisons = Iterator[tuple[str, Tensor, Tensor]]  # a name, our array, the stored one
 FAMILIES = ("text", "bi", "selfforcing", "diffusers", "causal", "mask", "sched", "dmd", "roll", "ll_abs", "ll_rel")
 
 
@@ -63,21 +63,21 @@ def main(argv: list[str]) -> None:
 
 @torch.no_grad()
 def check_folder(folder: Path) -> None:
-    """One line for every case of the folder. Refuses a broken folder; raises when a case is beyond its tolerance."""
+    """Print a line for every case of the folder. Raises Refused for a broken folder, ValueError for a case beyond its tolerance."""
     golden = GoldenVectors(folder)
-    model = golden.model()
+    model = golden.load_model()
     print(f"{'case':<28}{'arrays':>7}  {'largest difference':<20}{'tolerance':<18}")
     failed = [case for case, tolerance, compared in list_cases(golden, model) if not print_case(case, tolerance, compared)]
-    if absent := [family for family in FAMILIES if not golden.names(rf"{family}[._].*")]:
+    if absent := [family for family in FAMILIES if not golden.find_names(rf"{family}[._].*")]:
         print(f"not in {folder}, so not checked: {', '.join(absent)}")
-    if unread := golden.unread():
+    if unread := golden.list_unread():
         print(f"in {folder}, but no case reads it: {', '.join(unread)}")
     if failed:
         raise ValueError(f"{len(failed)} of {folder}'s cases differ by more than their tolerance: {', '.join(failed)}")
 
 
 def print_case(case: str, tolerance: Tolerance, compared: Comparisons) -> bool:
-    """Prints one case; the array that is furthest beyond the tolerance is named."""
+    """Print a case with the name of the array that is furthest beyond the tolerance; return whether all are within it."""
     arrays, largest, worst, culprit = 0, 0.0, 0.0, ""
     for name, ours, theirs in compared:
         ours, theirs = ours.double(), theirs.double()
@@ -91,67 +91,61 @@ def print_case(case: str, tolerance: Tolerance, compared: Comparisons) -> bool:
 
 
 def list_cases(golden: GoldenVectors, model: Denoiser) -> Iterator[tuple[str, Tolerance, Comparisons]]:
-    """In the order of the README; each is computed as it is compared."""
+    """Yield name, tolerance and comparisons of each case in the order of the vectors' README; arrays are computed as they are compared."""
 
-    def stored(made: Outputs) -> Comparisons:
-        return ((name, ours, golden.array(name, *ours.shape)) for name, ours in made)
+    def with_stored(outputs: Outputs) -> Comparisons:
+        return ((name, ours, golden.read_array(name, *ours.shape)) for name, ours in outputs)
 
     yield "keymap", EXACT, compare_keymap(golden)
-    if golden.names(r"text\..*"):
-        yield "text", EXACT, stored(pad_text(golden))
-    if golden.names(r"bi\..*"):
-        yield "bi", OUTPUT, stored(run_bidirectional(golden, model, ["bi.out"]))
+    if golden.find_names(r"text\..*"):
+        yield "text", EXACT, with_stored(pad_text(golden))
+    if golden.find_names(r"bi\..*"):
+        yield "bi", OUTPUT, with_stored(run_bidirectional(golden, model, ["bi.out"]))
         yield "bi, plain diffusers", EXACT, compare_plain_diffusers(golden, model)
     for family in ("selfforcing", "diffusers"):
-        if names := golden.names(rf"{family}\.bi\d*\.out"):
-            yield family, OUTPUT, stored(run_bidirectional(golden, model, names))
-    for case in dict.fromkeys(name.split(".")[0] for name in golden.names(r"(causal|ll)_.*")):
-        yield case, OUTPUT, stored(run_causal(golden, model, case))
-    if golden.names(r"mask\..*"):
-        yield "mask", OUTPUT, stored(run_masks(golden, model))
-    if golden.names(r"sched\..*"):
-        yield "sched", SCHEDULE, stored(schedule.run_schedule(golden))
-    if golden.names(r"dmd\..*"):
-        yield "dmd levels", SCHEDULE, stored(schedule.draw_levels(golden))
+        if names := golden.find_names(rf"{family}\.bi\d*\.out"):
+            yield family, OUTPUT, with_stored(run_bidirectional(golden, model, names))
+    for case in dict.fromkeys(name.split(".")[0] for name in golden.find_names(r"(causal|ll)_.*")):
+        yield case, OUTPUT, with_stored(run_causal(golden, model, case))
+    if golden.find_names(r"mask\..*"):
+        yield "mask", OUTPUT, with_stored(run_masks(golden, model))
+    if golden.find_names(r"sched\..*"):
+        yield "sched", SCHEDULE, with_stored(schedule.run_schedule(golden))
+    if golden.find_names(r"dmd\..*"):
+        yield "dmd levels", SCHEDULE, with_stored(schedule.draw_levels(golden))
         yield "dmd gradients", GRADIENT, schedule.compare_gradients(golden)
-        yield "dmd losses", LOSS, stored(schedule.compute_losses(golden))
-    for name in golden.names(r"roll_.*"):
-        yield name.split(".")[0], ROLLOUT, stored(run_rollout(golden, model, name))
-
-
-# ------------------------------------------------------------------------------------------------- weights and text
+        yield "dmd losses", LOSS, with_stored(schedule.compute_losses(golden))
+    for name in golden.find_names(r"roll_.*"):
+        yield name.split(".")[0], ROLLOUT, with_stored(run_rollout(golden, model, name))
 
 
 def compare_keymap(golden: GoldenVectors) -> Comparisons:
-    """The converter's names against the folder's: 1 is a name that differs."""
-    ours, theirs = {old: new for new, old in to_diffusers({name: name for name in golden.weights()}).items()}, golden.keymap()
+    """Compare the converter's names with the folder's: 1 stands for a name that differs."""
+    ours, theirs = {old: new for new, old in to_diffusers({name: name for name in golden.load_weights()}).items()}, golden.load_keymap()
     for name in sorted(ours.keys() | theirs.keys()):
         yield name, torch.tensor(float(ours.get(name) != theirs.get(name))), torch.tensor(0.0)
 
 
 def pad_text(golden: GoldenVectors) -> Outputs:
-    """Rows past a prompt's end are zero."""
-    text = golden.array("text.padded", None, None, None)
-    yield "text.padded", text * (torch.arange(text.shape[1]) < golden.array("text.lens", len(text))[:, None])[..., None]
-
-
-# ------------------------------------------------------------------------------------------------------------ model
+    """Yield the texts with zeros past each prompt's end."""
+    text = golden.read_array("text.padded", None, None, None)
+    yield "text.padded", text * (torch.arange(text.shape[1]) < golden.read_array("text.lens", len(text))[:, None])[..., None]
 
 
 def run_bidirectional(golden: GoldenVectors, model: Denoiser, names: list[str]) -> Outputs:
-    """`bi500` is the same at t = 500 for every video."""
-    x = golden.video("bi.x", None)
-    t = golden.array("bi.t", len(x))
+    """Yield the model's output without a memory, for arrays named like bi500.out with t = 500 for every video."""
+    x = golden.read_video("bi.x", None)
+    t = golden.read_array("bi.t", len(x))
     for name in names:
-        stated = re.search(r"bi(\d+)", name)
-        sigma = (torch.full_like(t, float(stated[1])) if stated else t) / 1000
-        yield name, model.velocity(x, sigma, golden.text(len(x))).transpose(1, 2)
+        level = re.search(r"bi(\d+)", name)
+        sigma = (torch.full_like(t, float(level[1])) if level else t) / 1000
+        yield name, model.velocity(x, sigma, golden.read_text(len(x))).transpose(1, 2)
 
 
 def compare_plain_diffusers(golden: GoldenVectors, model: Denoiser) -> Comparisons:
-    """Without a memory it is diffusers' own WanTransformer3DModel to the bit."""
-    x, ours = golden.video("bi.x", None), model.transformer
-    t, text = golden.array("bi.t", len(x)), golden.text(len(x))
+    """Compare the model without a memory with diffusers' WanTransformer3DModel, which must agree to the bit."""
+    x, ours = golden.read_video("bi.x", None), model.transformer
+    t, text = golden.read_array("bi.t", len(x)), golden.read_text(len(x))
     untouched = type(ours).from_config(ours.config).eval()
     untouched.load_state_dict(ours.state_dict(), strict=True)
     theirs = untouched(x.transpose(1, 2), 1000 * (t / 1000), text, return_dict=False)[0]
@@ -159,62 +153,65 @@ def compare_plain_diffusers(golden: GoldenVectors, model: Denoiser) -> Compariso
 
 
 def run_causal(golden: GoldenVectors, model: Denoiser, case: str) -> Outputs:
-    """Chunk after chunk: a noisy pass and a clean one over the same memory, and what is cached after the last."""
-    chunk, chunks = golden.chunk, max(golden.count(rf"{case}\.chunk(\d+)\..*"), 1)
+    """Yield for each chunk a noisy pass and a clean one over the same memory, and what is cached after the last chunk."""
+    chunk, chunks = golden.chunk, max(golden.count_arrays(rf"{case}\.chunk(\d+)\..*"), 1)
     level = f"{case}.t_noisy"
     if case.startswith("ll_"):  # LongLive's passes are at Self-Forcing's level
-        level = next(iter(golden.names(r"causal_(global|w\d+_s\d+)\.t_noisy")), "causal_global.t_noisy")
-    spec, text = build_peer_memory(case, chunk * chunks), golden.text(1)
-    sigma = golden.array(level, 1, chunk) / 1000
+        level = next(iter(golden.find_names(r"causal_(global|w\d+_s\d+)\.t_noisy")), "causal_global.t_noisy")
+    spec, text = build_peer_memory(case, chunk * chunks), golden.read_text(1)
+    sigma = golden.read_array(level, 1, chunk) / 1000
     memory = before = empty_memory(spec)
     for k in range(chunks):
-        noisy, clean = (golden.video(f"causal.{kind}{k}", 1, chunk) for kind in ("noisy", "clean"))
+        noisy, clean = (golden.read_video(f"causal.{kind}{k}", 1, chunk) for kind in ("noisy", "clean"))
         yield f"{case}.chunk{k}.noisy_out", model.velocity(noisy, sigma, text, memory).transpose(1, 2)
         yield f"{case}.chunk{k}.clean_out", model.velocity(clean, torch.zeros(1), text, memory).transpose(1, 2)
         before, memory = memory, model.remember(clean, text, memory)
-    if cached := golden.names(rf"{case}\.cache\.layer\d+\.(v|k_roped|k_unroped)"):
+    if cached := golden.find_names(rf"{case}\.cache\.layer\d+\.(v|k_roped|k_unroped)"):
         # a fast part that has room for the last chunk beside its past holds what the peers' caches do: the whole window
         window = model.remember(clean, text, replace(before, spec=replace(spec, fast=spec.fast + chunk)))
         yield from read_caches(golden, model, window, clean, cached)
 
 
 def read_caches(golden: GoldenVectors, model: Denoiser, window: Memory, x: Tensor, names: list[str]) -> Outputs:
-    """Keys before rotation, as we keep them, or at their absolute positions; a place that was never filled is zero."""
+    """Yield cached values, and keys before rotation or at their absolute positions; a place that was never filled is zero."""
     frames = [index for part in window.frame_indices().values() for index in part]
     positions = model.transformer.rope.rotations(frames, x.transpose(1, 2))
     for name in names:
         _, _, layer, kind = name.split(".")
         keys, values = (torch.cat(part, dim=1) for part in window.past(int(layer.removeprefix("layer"))))
         ours = {"v": values, "k_unroped": keys, "k_roped": apply_rope(keys, positions)}[kind]
-        places = golden.array(name, 1, None, *ours.shape[2:]).shape[1]
+        places = golden.read_array(name, 1, None, *ours.shape[2:]).shape[1]
         yield name, functional.pad(ours, (0, 0, 0, 0, 0, max(places - ours.shape[1], 0)))
 
 
 def run_masks(golden: GoldenVectors, model: Denoiser) -> Outputs:
-    """The peers' training masks without a mask: a chunk sees what was noisy before it, or the clean frames of teacher forcing."""
-    noisy = golden.video("mask.noisy", 1)
-    clean, t = golden.video("mask.clean", 1, noisy.shape[1]), golden.array("mask.t", 1, noisy.shape[1])
-    text, chunk, sigma = golden.text(1), golden.chunk, t / 1000
+    """Yield the outputs under the peers' training masks, computed chunk by chunk with a memory instead of a mask.
+
+    A chunk sees the noisy frames before it, or the clean ones with teacher forcing.
+    """
+    noisy = golden.read_video("mask.noisy", 1)
+    clean, t = golden.read_video("mask.clean", 1, noisy.shape[1]), golden.read_array("mask.t", 1, noisy.shape[1])
+    text, chunk, sigma = golden.read_text(1), golden.chunk, t / 1000
     for name, past, level in (("blockwise_causal_out", noisy, sigma), ("teacher_forcing_out", clean, torch.zeros_like(sigma))):
-        memory, made = empty_memory(build_peer_memory("causal_global", noisy.shape[1])), []
-        for x, s, seen, at in zip(*(whole.split(chunk, dim=1) for whole in (noisy, sigma, past, level)), strict=True):
-            made.append(model.velocity(x, s, text, memory))
-            memory = model.remember(seen, text, memory, sigma=at)
-        yield f"mask.{name}", torch.cat(made, dim=1).transpose(1, 2)
+        memory, outputs = empty_memory(build_peer_memory("causal_global", noisy.shape[1])), []
+        for x, s, remembered, at in zip(*(video.split(chunk, dim=1) for video in (noisy, sigma, past, level)), strict=True):
+            outputs.append(model.velocity(x, s, text, memory))
+            memory = model.remember(remembered, text, memory, sigma=at)
+        yield f"mask.{name}", torch.cat(outputs, dim=1).transpose(1, 2)
 
 
 def run_rollout(golden: GoldenVectors, model: Denoiser, name: str) -> Outputs:
-    """The rollout of inference, fed with the noise that the peer drew."""
-    noise = golden.array("roll.noise", 1, None, golden.size("in_dim"), None, None)
-    sigmas = (golden.array("roll.denoising_steps", None) / 1000).tolist()
+    """Yield the latents of inference's rollout, with the noise that the peer drew."""
+    noise = golden.read_array("roll.noise", 1, None, golden.read_size("in_dim"), None, None)
+    sigmas = (golden.read_array("roll.denoising_steps", None) / 1000).tolist()
     (frames, *shape), chunk, again = noise.shape[1:], golden.chunk, len(sigmas) - 1
 
-    def drawn() -> Iterator[Tensor]:
+    def noises() -> Iterator[Tensor]:
         for k, start in enumerate(noise.split(chunk, dim=1)):
             yield start
             for step in range(again):
-                yield golden.array(f"roll.renoise{k * again + step}", chunk, *shape)[None]
+                yield golden.read_array(f"roll.renoise{k * again + step}", chunk, *shape)[None]
 
     memory = empty_memory(build_peer_memory(name.split(".")[0], frames))
-    chunks = stream(model, golden.text(1), (shape[0], shape[1], shape[2]), sigmas=sigmas, chunk=chunk, memory=memory, rng=drawn())
+    chunks = stream(model, golden.read_text(1), (shape[0], shape[1], shape[2]), sigmas=sigmas, chunk=chunk, memory=memory, rng=noises())
     yield name, torch.cat(list(islice(chunks, frames // chunk)), dim=1)

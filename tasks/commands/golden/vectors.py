@@ -24,19 +24,19 @@ from tasks.params.yaml_file import Refused
 
 WEIGHTS = "weights_selfforcing_keys.safetensors"
 KEYMAP = "keymap_selfforcing_to_diffusers.json"
-DEFAULT_CHUNK = 3  # where no input says it
+DEFAULT_CHUNK = 3  # latent frames, where no input says it
 UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class GoldenVectors:
-    """Arrays are read when asked for and checked for their shape; what was never asked for is known at the end."""
+    """The arrays of a folder, each read and checked for its shape when it is needed; `list_unread` names the rest."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise Refused(f"{folder} isn't a folder; name one with vectors in the format of tests/golden/wan-causal")
         self.folder = folder
-        self.files: dict[str, tuple[Path, Any]] = {}  # array -> where it is
-        self.read: set[str] = set()
+        self.files: dict[str, tuple[Path, Any]] = {}  # array -> its file, by path and open
+        self.read_names: set[str] = set()
         for path in sorted(folder.glob("*.npz")):
             try:
                 file = np.load(path, allow_pickle=False)
@@ -45,33 +45,32 @@ class GoldenVectors:
             self.files |= dict.fromkeys(file.files, (path, file))
         if not self.files:
             raise Refused(f"{folder} holds no .npz file, so there is nothing to check; name a folder like tests/golden/wan-causal")
-        self.config = self._config()
+        self.config = self._read_config()
 
-    # ----------------------------------------------------------------------------------------------------- settings
-
-    def _config(self) -> dict[str, Any]:
+    def _read_config(self) -> dict[str, Any]:
         for path in sorted(self.folder.glob("meta_*.json")):
-            config = self._json(path.name).get("config")
+            config = self._read_json(path.name).get("config")
             if isinstance(config, dict):
                 return config
         raise Refused(f"{self.folder} holds no meta_*.json with a config, which states the model's sizes; copy meta_selfforcing.json too")
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self._there(name)
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self._find_file(name)
         try:
-            found = json.loads(path.read_text())
+            tree = json.loads(path.read_text())
         except ValueError as error:
             raise Refused(f"{path} is not JSON ({error}); copy it again") from None
-        if not isinstance(found, dict):
+        if not isinstance(tree, dict):
             raise Refused(f"{path} holds no keys; copy it again")
-        return found
+        return tree
 
-    def _there(self, name: str) -> Path:
+    def _find_file(self, name: str) -> Path:
         if not (self.folder / name).is_file():
             raise Refused(f"{self.folder / name} isn't there; copy the folder as a whole")
         return self.folder / name
 
-    def size(self, key: str) -> int:
+    def read_size(self, key: str) -> int:
+        """Return a size of the model's config, a whole number above 0."""
         value = self.config.get(key)
         if not isinstance(value, int) or value < 1:
             raise Refused(f"{key} is {value} in the config of {self.folder}/meta_*.json; it is a whole number above 0")
@@ -79,26 +78,24 @@ class GoldenVectors:
 
     @property
     def chunk(self) -> int:
-        """Latent frames made together."""
+        """Number of latent frames made together, as the shape of an input says."""
         if "causal.clean0" in self.files:
-            return self.video("causal.clean0", 1).shape[1]
+            return self.read_video("causal.clean0", 1).shape[1]
         if "roll.renoise0" in self.files:
-            return len(self.array("roll.renoise0", None, None, None, None))
+            return len(self.read_array("roll.renoise0", None, None, None, None))
         return DEFAULT_CHUNK
 
-    # ------------------------------------------------------------------------------------------------------- arrays
+    def find_names(self, pattern: str) -> list[str]:
+        """List the arrays whose whole name matches, in the order of the numbers in their names."""
+        names = [name for name in self.files if re.fullmatch(pattern, name)]
+        return sorted(names, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)])
 
-    def names(self, pattern: str) -> list[str]:
-        """Of the arrays whose whole name matches, in the order of their numbers."""
-        found = [name for name in self.files if re.fullmatch(pattern, name)]
-        return sorted(found, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)])
+    def count_arrays(self, pattern: str) -> int:
+        """Return one more than the highest number in the pattern's group, so that a gap in the numbers is a missing array."""
+        return max((int(match[1]) for name in self.files if (match := re.fullmatch(pattern, name))), default=-1) + 1
 
-    def count(self, pattern: str) -> int:
-        """One more than the highest number that the pattern's group finds: a gap is then an array that isn't there."""
-        return max((int(found[1]) for name in self.files if (found := re.fullmatch(pattern, name))), default=-1) + 1
-
-    def array(self, name: str, *shape: int | None) -> Tensor:
-        """Refused unless its shape fits; None stands for a size that the array itself says."""
+    def read_array(self, name: str, *shape: int | None) -> Tensor:
+        """Read an array and refuse it unless its shape is `shape`, in which None fits any size."""
         if name not in self.files:
             raise Refused(f"array {name} is in no .npz file of {self.folder}, and others there need it; copy the folder as a whole")
         path, file = self.files[name]
@@ -109,42 +106,41 @@ class GoldenVectors:
         if value.ndim != len(shape) or any(want not in (None, has) for want, has in zip(shape, value.shape, strict=True)):
             wanted = ", ".join("*" if size is None else str(size) for size in shape)
             raise Refused(f"array {name} of {path} has shape {list(value.shape)}, and only [{wanted}] fits the model and the other arrays")
-        self.read.add(name)
+        self.read_names.add(name)
         return value
 
-    def video(self, name: str, batch: int | None, frames: int | None = None) -> Tensor:
-        """An input of the model: stored [B, C, F, H, W], ours are [B, F, C, H, W]."""
-        stated = self.config.get("H"), self.config.get("W")
-        return self.array(name, batch, self.size("in_dim"), frames, *stated).float().transpose(1, 2)
+    def read_video(self, name: str, batch: int | None, frames: int | None = None) -> Tensor:
+        """Read an input of the model, stored as [B, C, F, H, W], as [B, F, C, H, W]."""
+        area = self.config.get("H"), self.config.get("W")
+        return self.read_array(name, batch, self.read_size("in_dim"), frames, *area).float().transpose(1, 2)
 
-    def text(self, batch: int) -> Tensor:
-        """Of the first videos; cases of one video use row 0."""
-        rows = self.array("text.padded", None, self.config.get("text_len"), self.size("text_dim")).float()
+    def read_text(self, batch: int) -> Tensor:
+        """Read the text embeddings [B, L, D] of the first `batch` videos; cases of one video use row 0."""
+        rows = self.read_array("text.padded", None, self.config.get("text_len"), self.read_size("text_dim")).float()
         if len(rows) < batch:
             raise Refused(f"array text.padded of {self.files['text.padded'][0]} has {len(rows)} rows for {batch} videos; copy it again")
         return rows[:batch]
 
-    def unread(self) -> list[str]:
-        return sorted(self.files.keys() - self.read)
+    def list_unread(self) -> list[str]:
+        """List the arrays that no case has read."""
+        return sorted(self.files.keys() - self.read_names)
 
-    # ------------------------------------------------------------------------------------------------------ weights
-
-    def weights(self) -> dict[str, Tensor]:
-        """As stored, under Self-Forcing's names."""
-        path = self._there(WEIGHTS)
+    def load_weights(self) -> dict[str, Tensor]:
+        """Load the weights under Self-Forcing's names, as they are stored."""
+        path = self._find_file(WEIGHTS)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise Refused(f"{path} can't be read ({error}); copy it again") from None
 
-    def keymap(self) -> dict[str, Any]:
-        return self._json(KEYMAP)
+    def load_keymap(self) -> dict[str, Any]:
+        return self._read_json(KEYMAP)
 
-    def model(self) -> Denoiser:
-        """Through our converter, strictly."""
+    def load_model(self) -> Denoiser:
+        """Build the model from the weights through our converter; refuse weights that are missing, unknown or misshapen."""
         sizes = translate_original_config(self.config) | {"patch_size": tuple(self.config.get("patch_size", (1, 2, 2)))}
         try:
-            weights = to_diffusers(self.weights())
+            weights = to_diffusers(self.load_weights())
             check_weights(weights, expected_shapes(sizes))
         except ValueError as error:
             raise Refused(f"{self.folder / WEIGHTS} is not the model of meta_*.json's config: {error}") from None
@@ -154,15 +150,15 @@ class GoldenVectors:
 
 
 def build_peer_memory(case: str, frames: int) -> MemorySpec:
-    """A peer's window and sink as a memory: Self-Forcing's and LongLive's positions are absolute, LongLive's relative ones packed.
+    """Return the memory with the window and sink of a case such as ll_rel_w6_s3. Positions are packed for ll_rel, else absolute.
 
     The window counts the current chunk and the sink; a sink shorter than a chunk takes the chunk's first frames and leaves
     the others to the window.
     """
-    found = re.fullmatch(r"(causal|roll|ll_abs|ll_rel)_(?:global|w(\d+)_s(\d+))(_per_frame_t)?", case)
-    if not found:
+    match = re.fullmatch(r"(causal|roll|ll_abs|ll_rel)_(?:global|w(\d+)_s(\d+))(_per_frame_t)?", case)
+    if not match:
         raise Refused(f"case {case} names neither a global window nor one like w6_s3, which says what is remembered; rename its arrays")
-    window, sink = (int(found[2]), int(found[3])) if found[2] else (frames, 0)
+    window, sink = (int(match[2]), int(match[3])) if match[2] else (frames, 0)
     return MemorySpec(
         sink=sink,
         slow=0,
@@ -176,6 +172,6 @@ def build_peer_memory(case: str, frames: int) -> MemorySpec:
         timing="clean",
         fill="none",
         scope="global",
-        positions="packed" if found[1] == "ll_rel" else "absolute",
+        positions="packed" if match[1] == "ll_rel" else "absolute",
         commit="all",
     )

@@ -1,4 +1,4 @@
-"""What the training stages of a params.yaml will take, as numbers; and the refusal of one that can't fit here."""
+"""Forecast of what the training stages of a params.yaml need, as numbers; and the refusal of a stage that can't fit here."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from cf_model.plan import need
 from cf_model.plan.cost import ModelCosts
 from cf_model.plan.need import ZERO_STAGES, StageNeed
 from tasks.files.settings import read_settings
+from tasks.files.videos import list_videos
 from tasks.params.schema import Params
 
 from . import limits
 from .limits import GIB
 
-VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
-WAN_CHANNELS = 16  # of Wan's codec
+WAN_CHANNELS = 16  # of a latent frame of Wan's codec
 
 
 @dataclass(frozen=True)
 class Hardware:
+    """What the stages will run on."""
+
     ranks: int
     memory: float  # bytes of one rank
     tflops: float  # that one rank reaches
     unit: str  # GPU or CPU
-    said: str
+    description: str
 
 
 def estimate_costs(p: Params) -> ModelCosts:
+    """Return the costs of the model at the video's latent size."""
     channels = WAN_CHANNELS if p.codec.kind == "wan" else p.codec.linear.channels
     size = {"height": p.video.height // SPACE, "width": p.video.width // SPACE}
     text = {"text_channels": p.text.channels, "text_tokens": p.text.tokens}
@@ -40,64 +43,59 @@ def estimate_costs(p: Params) -> ModelCosts:
 
 
 def estimate_needs(p: Params) -> dict[str, StageNeed]:
-    """Of every stage that trains."""
-    one, made = estimate_costs(p), {}
+    """Return the need of every stage that trains."""
+    one, needs = estimate_costs(p), dict[str, StageNeed]()
     if p.base.init == "scratch":
-        made["base"] = need.estimate_base(p.base, one)
-    made["teacher"] = need.estimate_teacher(p.teacher, one)
-    made["causal_init"] = need.estimate_causal_init(p.causal_init, one)
-    made["stage1"] = need.estimate_student(p.stage1, one, p.teacher.view)
-    made["stage2"] = need.estimate_student(p.stage2, one, p.teacher.view)
-    return made
-
-
-# ------------------------------------------------------------------------------------------------------------ disk
+        needs["base"] = need.estimate_base(p.base, one)
+    needs["teacher"] = need.estimate_teacher(p.teacher, one)
+    needs["causal_init"] = need.estimate_causal_init(p.causal_init, one)
+    needs["stage1"] = need.estimate_student(p.stage1, one, p.teacher.view)
+    needs["stage2"] = need.estimate_student(p.stage2, one, p.teacher.view)
+    return needs
 
 
 def estimate_disk(p: Params, stage: str) -> dict[str, float]:
-    """Bytes that a training stage writes: its out, and beside it checkpoints, the newest `KEEP` and the one being written."""
+    """Return the bytes that a training stage writes: its out, and checkpoints, the newest ones and the one being written."""
     one, saves = estimate_needs(p)[stage], int(getattr(p, stage).save_every) < getattr(p, stage).steps
     return {"out": 4.0 * estimate_costs(p).parameters, "checkpoints": (CHECKPOINTS_TO_KEEP + 1.0) * one.checkpoint if saves else 0.0}
 
 
 def estimate_clip_bytes(p: Params) -> float:
-    """Bytes of one whole clip's latents; its caption's embedding comes to it, which is as long as the caption."""
+    """Return the bytes of a whole clip's latents, without its caption's embedding, which is as long as the caption."""
     one, number = estimate_costs(p), 4 if p.encode.dtype == "float32" else 2
     return number * latent_frames(p.clips.frames) * one.channels * one.height * one.width
 
 
 def count_clips(p: Params) -> int:
-    """That can be kept: rendered, or lying in the user's folder."""
+    """Return how many clips there are before the filter: those to be rendered, or the videos in the user's folder."""
     if p.clips.source == "worlds":
         return p.clips.count
-    folder = p.clips.folder
-    return sum(1 for file in folder.rglob("*") if file.suffix.lower() in VIDEOS) if folder else 0
-
-
-# ------------------------------------------------------------------------------------------------------------ what fits
+    return len(list_videos(p.clips.folder)) if p.clips.folder else 0
 
 
 def list_micro_batches(batch: int, ranks: int) -> list[int]:
-    """Samples that a rank may compute at once: its share of the batch in equal parts, the largest first."""
+    """List the numbers of samples that a rank may compute at once: its share of the batch in equal parts, largest first."""
     share = max(1, batch // ranks)
     return [share // n for n in range(1, share + 1) if share % n == 0]
 
 
 def find_fitting_batch(one: StageNeed, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
-    """The stated number of samples at once, or the largest that fits; 0 if it doesn't, or not even one does."""
+    """Return the stated number of samples at once, or without it the largest that fits; 0 if that does not fit."""
     return next((n for n in ([stated] if stated else list_micro_batches(one.batch, ranks)) if one.peak(n, zero, ranks) <= memory), 0)
 
 
 def estimate_hours(one: StageNeed, machine: Hardware) -> float:
+    """Return the hours of a stage at the speed that the hardware reaches."""
     return one.total / (machine.ranks * machine.tflops * 1e12) / 3600
 
 
 def forecast_stages(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
+    """Yield a row for each training stage, as `cf plan --json` prints it."""
     for stage, one in estimate_needs(p).items():
         states: dict[str, dict[str, float]] = {}
         for zero in ZERO_STAGES:
             at_once = find_fitting_batch(one, machine.memory, zero, machine.ranks, p.engine.micro_batch)
-            parts_of = {name: held / GIB for name, held in one.states(zero, machine.ranks).items()}
+            parts_of = {name: size / GIB for name, size in one.states(zero, machine.ranks).items()}
             peak = one.peak(max(1, at_once), zero, machine.ranks) / GIB
             states[str(zero)] = parts_of | {"at_once": at_once, "peak": peak}
         yield {
@@ -116,22 +114,19 @@ def forecast_stages(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
         }
 
 
-# ------------------------------------------------------------------------------------------------------------ refusal
-
-
 def estimate_checkpointed(p: Params, stage: str) -> StageNeed | None:
-    """The same with checkpointing, where that is off."""
+    """Return the need of a stage with activation checkpointing, or None if that is on already."""
     leaner = p.model_copy(update={"compute": replace(p.compute, checkpointing=True)})
     return None if p.compute.checkpointing else estimate_needs(leaner)[stage]
 
 
 def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:
-    """One sentence before a training stage begins that can't end here. `CF_IGNORE_PLAN=1` is the way round it."""
+    """Raise Refused before a training stage begins that can't end here; CF_IGNORE_PLAN=1 skips this."""
     if read_settings().ignore_plan or (one := estimate_needs(p).get(stage)) is None:
         return
     ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     free = limits.measure_memory() / (1 if limits.count_gpus() else ranks)  # ranks on the CPU have one machine's memory
     where = "GPU" if limits.count_gpus() else "machine" if ranks == 1 else "rank's share of the machine"
-    split = limits.WorkSplit.of(p.engine, one.batch, ranks, gpu=limits.count_gpus() > 0)
+    split = limits.WorkSplit.from_engine(p.engine, one.batch, ranks, gpu=limits.count_gpus() > 0)
     limits.refuse_memory(stage, one, estimate_checkpointed(p, stage), free, where, split)
     limits.refuse_disk(stage, estimate_disk(p, stage), out, work)

@@ -23,31 +23,32 @@ CGROUPS = (  # limit and use, version 2 and 1
 
 
 def count_gpus() -> int:
+    """Return the number of GPUs that torch can use."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def measure_memory() -> float:
-    """Bytes of the device that a stage computes on: all of a GPU, or what is free of the CPU's. Infinite where nobody says."""
+    """Return the bytes of the device that a stage computes on: all of a GPU, or what is free of the CPU's; infinite if unknown."""
     if count_gpus():
         import torch
 
         return float(torch.cuda.get_device_properties(0).total_memory)
-    info, found = Path("/proc/meminfo"), [float("inf")]
+    info, free = Path("/proc/meminfo"), [float("inf")]
     if info.is_file():
-        found += [int(line.split()[1]) * 1024.0 for line in info.read_text().splitlines() if line.startswith("MemAvailable")]
+        free += [int(line.split()[1]) * 1024.0 for line in info.read_text().splitlines() if line.startswith("MemAvailable")]
     for limit, used in CGROUPS:
         try:
-            found.append(float(Path(limit).read_text()) - float(Path(used).read_text()))
-        except (OSError, ValueError):  # not there, or `max`
+            free.append(float(Path(limit).read_text()) - float(Path(used).read_text()))
+        except (OSError, ValueError):  # no such file, or its word is `max`
             continue
-    return min(found)
+    return min(free)
 
 
 @dataclass(frozen=True)
 class WorkSplit:
-    """How a stage is spread: what each rank computes at once, and what DeepSpeed splits among them."""
+    """How a stage is divided: samples that each rank computes at once, and what DeepSpeed splits among the ranks."""
 
     at_once: int
     zero: int
@@ -55,7 +56,7 @@ class WorkSplit:
     offload: bool = False  # of the optimiser, from a GPU into the machine's memory
 
     @classmethod
-    def of(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> WorkSplit:
+    def from_engine(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> WorkSplit:
         zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
         return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
 
@@ -64,19 +65,22 @@ class WorkSplit:
 
 
 def refuse_memory(stage: str, one: StageNeed, leaner: StageNeed | None, free: float, where: str, split: WorkSplit) -> None:
-    """`free`: bytes that one rank has. `leaner`: the same with checkpointing, where that is off."""
+    """Raise Refused if a stage needs more than `MEMORY_MARGIN` times the `free` bytes of a rank.
+
+    `leaner`: the need with activation checkpointing, where that is off. `where`: whose memory it is, for the sentence.
+    """
     expected = split.peak(one)
     if expected <= MEMORY_MARGIN * free:
         return
     fixed, each = format_number(split.peak(one, 0) / GIB), format_number(one.sample_bytes() / GIB)
     parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {split.at_once} samples at once"
     rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
-    said = f"{rank} needs about {format_number(expected / GIB)} GiB ({parts}), but this {where} has {format_number(free / GIB)}"
-    raise Refused(f"{said}; {suggest_remedy(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
+    need = f"{rank} needs about {format_number(expected / GIB)} GiB ({parts}), but this {where} has {format_number(free / GIB)}"
+    raise Refused(f"{need}; {suggest_remedy(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
 
 
 def suggest_remedy(one: StageNeed, leaner: StageNeed | None, free: float, split: WorkSplit) -> str:
-    """The setting that would make it fit, as far as one would."""
+    """Name the settings that would make a stage fit, or what it would take."""
     share = max(1, one.batch // split.ranks)
     fitting = [n for n in range(1, share + 1) if share % n == 0 and split.peak(one, n) <= free]
     ways = [f"engine.micro_batch: {fitting[-1]}"] if fitting else []
@@ -92,27 +96,30 @@ def suggest_remedy(one: StageNeed, leaner: StageNeed | None, free: float, split:
         for zero in (2, 3):
             if ranks >= split.ranks and one.peak(1, zero, ranks) <= free:
                 return f"{ranks} such ranks with engine.zero: {zero} and engine.micro_batch: 1 would hold it"
-    alone = f"one sample alone takes {format_number(one.peak(1) / GIB)}"
-    return f"{alone}: use a larger device, or a smaller model, video or memory (`cf plan` shows what takes most)"
+    smallest = f"one sample alone takes {format_number(one.peak(1) / GIB)}"
+    return f"{smallest}: use a larger device, or a smaller model, video or memory (`cf plan` shows what takes most)"
 
 
 def refuse_disk(stage: str, written: dict[str, float], out: Path, work: Path) -> None:
-    """Out and checkpoints may lie on two disks, or on one that must hold both. Checkpoints that are there already make room."""
+    """Raise Refused if a disk is too small for a stage's out or checkpoints, or for both where they lie on the same disk.
+
+    Checkpoints of an earlier attempt make room, because new ones replace them.
+    """
     wanted: dict[int, tuple[Path, float]] = {}
-    there = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
-    for path, size in ((out, written["out"]), (work, max(0.0, written["checkpoints"] - there))):
-        home = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    reused = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
+    for path, size in ((out, written["out"]), (work, max(0.0, written["checkpoints"] - reused))):
+        home = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         device = home.stat().st_dev
         wanted[device] = (home, wanted.get(device, (home, 0.0))[1] + size)
     for home, size in wanted.values():
         free = shutil.disk_usage(home).free
         if size > free * DISK_MARGIN:
-            said = f"{stage} writes up to {format_number(size / GIB)} GiB, but the disk of {home} has {format_number(free / GIB)} free"
-            raise Refused(f"{said}; free some, or put the project on a larger disk; CF_IGNORE_PLAN=1 starts it all the same")
+            problem = f"{stage} writes up to {format_number(size / GIB)} GiB, but the disk of {home} has {format_number(free / GIB)} free"
+            raise Refused(f"{problem}; free some, or put the project on a larger disk; CF_IGNORE_PLAN=1 starts it all the same")
 
 
 def format_number(value: float) -> str:
-    """Three digits, and no exponent."""
+    """Return a number with three digits and, above 0.0001, without exponent."""
     if value >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value >= 1e-4 else f"{value:.0e}"

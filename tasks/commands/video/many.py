@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cf_model.pipeline import ContextForcingPipeline
 
 
-def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callable[[str, Path], None]) -> None:
+def make_videos(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callable[[str, Path], None]) -> None:
     """NNNNN.mp4 for line NNNNN of the file, and index.jsonl; settings.json says what they were made with."""
     from cf_model.request import check_prompt
 
@@ -28,7 +28,7 @@ def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callab
         "memory": asdict(pipe.recipe.memory),
         "continue_from": args.continue_from and hash_content(args.continue_from),
     }
-    made = begun(args.out, settings)
+    made = read_finished(args.out, settings)
     for number, words in iterate_prompts(args.prompts_file):
         try:
             check_prompt(words, pipe.text)
@@ -47,7 +47,7 @@ def several(pipe: ContextForcingPipeline, args: argparse.Namespace, make: Callab
                 file.write(json.dumps({"line": number, "prompt": words, "file": out.name}, ensure_ascii=False) + "\n")
 
 
-def begun(out: Path, settings: dict[str, Any]) -> dict[int, str]:
+def read_finished(out: Path, settings: dict[str, Any]) -> dict[int, str]:
     """Line -> prompt of the videos that a run with the same settings has made here."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return {}

@@ -75,9 +75,9 @@ def main(argv: list[str]) -> None:
     pipe = loaded(args)
     clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
-        from .many import several
+        from .many import make_videos
 
-        several(pipe, args, lambda words, out: one(pipe, [(0.0, words)], clip, out, args))
+        make_videos(pipe, args, lambda words, out: one(pipe, [(0.0, words)], clip, out, args))
     else:
         one(pipe, [(0.0, args.prompt), *args.at], clip, args.out, args)
 
