@@ -1,4 +1,4 @@
-"""What every command of flows/ does with an error: one line, and no traceback."""
+"""What every command of flows/ does with a refusal: one line, and no traceback."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import wraps
 
 
 def one_line_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """A command: what it refuses is one line, and no traceback."""
+    """Make a command exit with one line, and code 1, for a ValueError or RuntimeError."""
 
     @wraps(main)
-    def told(argv: list[str]) -> None:
+    def run(argv: list[str]) -> None:
         try:
             main(argv)
         except (ValueError, RuntimeError) as error:
             sys.exit(f"cf: {' '.join(str(error).split())}")
 
-    return told
+    return run

@@ -9,16 +9,16 @@ it fails.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import date as calendar
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from prefect import flow, get_run_logger, runtime
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
@@ -57,9 +57,9 @@ def nightly(date: Date | None = None, full: bool = False) -> State[None]:
 
 def _run_night(date: str | None, full: bool) -> State[None]:
     repo, log = Path.cwd().resolve(), get_run_logger().info
-    with hold_night_lock(repo) as acquired:
-        if not acquired:
-            return Completed(name="StillRunning", message="the night before is still at work; this one leaves it alone")
+    if not (lock := lock_night(repo)):
+        return Completed(name="StillRunning", message="the night before is still at work; this one leaves it alone")
+    with lock:
         plan = plan_night(repo, date, full, log)
         end = _work_through(plan, asked=full)
         # The night has ended, perhaps with a promotion: what goes wrong from here on is told and does not make it a failed night.
@@ -144,17 +144,13 @@ def _try_to(step: Callable[[], str | None], log: Log) -> str | None:
 # What a night is planned by.
 
 
-@contextmanager
-def hold_night_lock(repo: Path) -> Iterator[bool]:
-    """Hold the lock that lets one night of a checkout work at a time; yield whether it was free. The kernel frees it on any death."""
+def lock_night(repo: Path) -> AcquireReturnProxy | None:
+    """Take the lock that lets one night of a checkout work at a time; return None while another night has it."""
     (repo / LOCK).parent.mkdir(exist_ok=True)
-    with (repo / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    try:
+        return FileLock(repo / LOCK).acquire(timeout=0)
+    except Timeout:
+        return None
 
 
 def check_date(date: str | None) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from prefect import flow, runtime
+from prefect import flow, get_run_logger, runtime
 from prefect.client.schemas.objects import State
 from pydantic import ValidationError
 
@@ -67,8 +67,8 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
             failure = error
         if apart:
             commit_results(repo, root, run)
-        elif failure:
-            dvc_graph.restore_outs(root)
+        elif failure and (reason := dvc_graph.restore_outs(root)):
+            get_run_logger().warning(f"not all results from before could be brought back: {reason}")
         if config.push and not command.is_stopping():
             push_results(root, failure)
         if failure:

@@ -46,7 +46,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "history": ("flows.night.promotion:show_history", "nights, versions, promotions and rollbacks, oldest first"),
         "nightly-check": ("flows.machine.alerts", "[--hours 26]: for cron; alerts when nights do not happen, without any server"),
         "env": ("tasks.params.environment", "every CF_* variable of the environment: its value here, its default and its meaning"),
-    "doctor": ("flows.doctor.command", "[--json] [--fix]: checks versions, ports, disk, GPU, remotes, schedules and locks"),
+        "doctor": ("flows.doctor.command", "[--json] [--fix]: checks versions, ports, disk, GPU, remotes, schedules and locks"),
     },
 }
 TARGETS = {name: target for group in COMMANDS.values() for name, (target, _) in group.items()}
@@ -75,7 +75,9 @@ def cli() -> NoReturn:
         with_traceback = os.environ.get("CF_TRACEBACK") == "1" or not is_deliberate(error)
         message, code = " ".join(str(error).split()), 2 if isinstance(error, Refused) else 1
         if "TORCHELASTIC_RUN_ID" in os.environ:  # a rank: its launcher prints the cause
-            importlib.import_module("tasks.runner.ranks").report_failure(traceback.format_exc() if with_traceback else message, code)
+            from tasks.runner.ranks import report_failure
+
+            report_failure(traceback.format_exc() if with_traceback else message, code)
         if with_traceback:
             raise
         print(f"cf {argv[0] if argv else ''}: {message}", file=sys.stderr)
@@ -104,7 +106,9 @@ def main(argv: list[str]) -> None:
     elif command in project.stages:
         # Before any library is imported, because they read it when they are loaded.
         os.environ["OMP_NUM_THREADS"] = str(project.tree.get("threads", 1))
-        importlib.import_module("tasks.runner.stage_command").run_stage(command, options, project)
+        from tasks.runner.stage_command import run_stage
+
+        run_stage(command, options, project)
     else:
         stages = "" if project.pipeline.exists() else f"; there is no {project.pipeline} here, run cf at the root of the project"
         raise Refused(f"{command} is neither a stage nor a command; known are {', '.join([*project.stages, *TARGETS])}{stages}")

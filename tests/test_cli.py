@@ -157,3 +157,12 @@ def test_params_and_dvc_yaml_are_read_once(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = [line.split()[1] for line in Path("counts").read_text().splitlines()]
     assert names.count("params.yaml") == 1 and names.count("dvc.yaml") == 1
+
+
+def test_a_video_has_a_command_of_its_own(project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its old name, which the stage has too, is understood and answered."""
+    monkeypatch.setitem(cf.TARGETS, "video", "builtins:print")
+    for command in ("video", "generate"):
+        cf.main([command, "--model", "m"])
+        shown = capsys.readouterr()
+        assert shown.out == "['--model', 'm']\n" and ("now called `cf video`" in shown.err) == (command == "generate")

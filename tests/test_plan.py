@@ -14,6 +14,7 @@ import tasks.__main__ as cf
 from cf_model.plan.need import StageNeed
 from tasks.commands import preset
 from tasks.commands.plan import forecast, limits, table
+from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.params import load, schema, yaml_file
 from tasks.params.yaml_file import Refused
 from tasks.runner.ranks import TRAINING_STAGES
@@ -49,6 +50,17 @@ def test_the_table_has_a_row_for_each_stage_that_trains(capsys: pytest.CaptureFi
     assert all(len(line) <= 140 for line in lines)
 
 
+def test_videos_of_every_ending_are_counted(tiny: schema.Params, tmp_path: Path) -> None:
+    """As the stage `clips` takes them: below subfolders too, in upper case too, and no folder that is named like a video."""
+    (tmp_path / "sub").mkdir()
+    for number, suffix in enumerate(VIDEO_SUFFIXES):
+        (tmp_path / "sub" / f"{number}{suffix.upper() if number % 2 else suffix}").touch()
+    (tmp_path / "text.txt").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    stated = tiny.model_copy(update={"clips": tiny.clips.model_copy(update={"source": "folder", "folder": tmp_path})})
+    assert forecast.count_clips(stated) == len(VIDEO_SUFFIXES) == 11
+
+
 def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--params", str(WAN), "--gpus", "8", "--gpu-memory", "80")
     out = said(capsys, *words)
@@ -73,7 +85,8 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> N
 
 def test_every_preset_can_be_planned() -> None:
     stated = yaml_file.read_yaml(WAN)
-    made = {name: forecast.estimate_needs(load.validate_params(preset.apply_preset(stated, name), WAN))["stage2"] for name in preset.list_presets()}
+    params = {name: load.validate_params(preset.apply_preset(stated, name), WAN) for name in preset.list_presets()}
+    made = {name: forecast.estimate_needs(p)["stage2"] for name, p in params.items()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"
     assert made["cf_memoryless_teacher"].operations < made["cf_default"].operations, "scores without a context are cheaper"
@@ -125,7 +138,8 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
     folder = checkpoint.save_checkpoint(tmp_path, 1, {name: part.state_dict() for name, part in parts.items()})
     assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(one.checkpoint, rel=0.01)
     wan.save_transformer(made, tmp_path / "out")
-    assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) == pytest.approx(forecast.estimate_disk(tiny, "base")["out"], rel=0.01)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert written == pytest.approx(forecast.estimate_disk(tiny, "base")["out"], rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- the refusal
@@ -134,7 +148,8 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
 def refused(p: schema.Params, stage: str, free: float, split: int | None = None) -> str:
     with pytest.raises(Refused) as error:
         one = forecast.estimate_needs(p)[stage]
-        limits.refuse_memory(stage, one, forecast.estimate_checkpointed(p, stage), free * GIB, "machine", limits.WorkSplit(split or one.batch, 0, 1))
+        leaner, work = forecast.estimate_checkpointed(p, stage), limits.WorkSplit(split or one.batch, 0, 1)
+        limits.refuse_memory(stage, one, leaner, free * GIB, "machine", work)
     return str(error.value)
 
 
@@ -162,10 +177,10 @@ def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, 
 
 def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
     one = forecast.estimate_needs(wan)["stage2"]
-    limits.refuse_memory("stage2", one, None, 139 * GIB, "machine", limits.WorkSplit.of(wan.engine, one.batch, 1))
-    assert limits.WorkSplit.of(wan.engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "as the profile states it"
+    limits.refuse_memory("stage2", one, None, 139 * GIB, "machine", limits.WorkSplit.from_engine(wan.engine, one.batch, 1))
+    assert limits.WorkSplit.from_engine(wan.engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "as the profile states it"
     with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* one sample alone takes 85.8"):
-        limits.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", limits.WorkSplit.of(wan.engine, one.batch, 8))
+        limits.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", limits.WorkSplit.from_engine(wan.engine, one.batch, 8))
 
 
 def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schema.Params) -> None:
@@ -177,9 +192,9 @@ def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schem
 
 def test_what_is_offloaded_is_not_on_the_gpu(wan: schema.Params) -> None:
     one, engine = forecast.estimate_needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
-    away, here = (limits.WorkSplit.of(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
+    away, here = (limits.WorkSplit.from_engine(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
     assert here.peak(one) - away.peak(one) == one.states(2, 8)["optimiser"] > 3 * GIB
-    assert limits.WorkSplit.of(engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "on a CPU it is the same memory"
+    assert limits.WorkSplit.from_engine(engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "on a CPU it is the same memory"
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_the_burnt_strip_shows_what_is_held(model: Path, tmp_path: Path) -> None
     chunk = dict(zip(("sink", "slow", "fast"), TIMELINE[4], strict=True)) | {"now": [12, 13, 14]}
     row = chunk | {"chunk": 4, "second": 2.8125, "promoted": [6], "real": False}
     picture = np.zeros((12, SIZE, SIZE, 3), np.uint8)
-    shown = memory_strip.burnt(picture, row, spec(), 10.0)
+    shown = memory_strip.burn_strip(picture, row, spec(), 10.0)
     assert shown.shape[0] == 12 and shown.shape[2] % SIZE == 0 and shown.shape[1] > shown.shape[2]
     below = shown[0, shown.shape[2] :]  # frames are square
 
@@ -144,7 +144,7 @@ def test_the_burnt_strip_shows_what_is_held(model: Path, tmp_path: Path) -> None
 
     full = {part: area(colour) for part, colour in memory_strip.COLOURS.items()}
     assert full["fast"] > 800 and full["sink"] > 800 and full["now"] > 800
-    empty = memory_strip.burnt(picture, row | {"slow": [], "promoted": []}, spec(), 10.0)[0, shown.shape[2] :]
+    empty = memory_strip.burn_strip(picture, row | {"slow": [], "promoted": []}, spec(), 10.0)[0, shown.shape[2] :]
     assert int((empty == rgb(memory_strip.COLOURS["slow"])).all(-1).sum()) < full["slow"] - 250
     assert area(memory_strip.FRESH) > 50  # the border of what was just promoted
     generate(model, "--out", tmp_path / "a.mp4", "--memory-strip", "burn")

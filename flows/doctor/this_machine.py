@@ -18,6 +18,7 @@ from flows.doctor.finding import Finding, Level
 from flows.machine import processes, programs
 from flows.machine.settings import Machine, process_environment
 from flows.project import run_lock, worktree
+from flows.project.dvc_command import run_dvc
 from flows.supervise import gpus
 from tasks.files.settings import read_settings
 from tasks.params import yaml_file
@@ -83,8 +84,7 @@ def check_disk(machine: Machine, fix: bool) -> Iterator[Finding]:
 
 def cache_folder(machine: Machine) -> Path:
     """Ask DVC for its cache, which all worktrees and perhaps other checkouts share."""
-    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], cwd=machine.root, capture_output=True, text=True)
-    return (machine.root / done.stdout.strip()).resolve()
+    return (machine.root / run_dvc(machine.root, "cache", "dir").strip()).resolve()
 
 
 def check_leftovers(machine: Machine, fix: bool) -> Iterator[Finding]:

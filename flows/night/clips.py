@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.night.inbox import Arrivals, copy_new_clips
 from flows.night.state import NightPlan, NightState
-from flows.night.warm_start import restore_outs
+from flows.night.warm_start import restore_targets
 from flows.project import dvc_lock, git
 from flows.project.dvc_command import run_dvc
 
@@ -38,7 +38,7 @@ def gather_clips(night: NightState) -> None:
         if folder.exists():
             aside.parent.mkdir(exist_ok=True)
             folder.rename(aside)
-        restore_outs(plan.root, [pointer], plan.log)
+        restore_targets(plan.root, [pointer], plan.log)
         if aside.exists():
             copy_new_clips(aside, folder, settle=0.0)
     if plan.settings.inbox is not None:

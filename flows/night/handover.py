@@ -15,7 +15,7 @@ from flows.project import dvc_config, dvc_remote, worktree
 from flows.project import git as project_git
 from flows.project.git import run_git
 from flows.run.stage_task import run_logged
-from flows.supervise.environment import environment
+from flows.supervise.environment import child_environment
 from tasks.files.atomic import write_atomically
 
 WAITING_FILE = Path(".runs/handover.json")
@@ -117,7 +117,7 @@ def fetch_origin(repo: Path, timeout: float = FETCH_TIMEOUT) -> None:
 
 def _run_with_origin(repo: Path, words: list[str], timeout: float) -> None:
     """Run git with a time limit, because git waits for ever for a server that stops answering. Raises RuntimeError, one sentence."""
-    variables = {**environment("nightly", repo, repo), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    variables = {**child_environment(), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     try:
         code, lines = run_logged([*project_git.PLAIN, *words], log=lambda _: None, cwd=repo, env=variables, timeout=timeout)
     except TimeoutError as error:

@@ -18,10 +18,10 @@ from ruamel.yaml import YAML
 
 from flows.night.gate import Measured
 from flows.night.state import NightPlan
-from flows.project import dvc_lock
 from flows.project.dvc_graph import Stage
 from flows.run.stage_task import TAIL_LINES, count_gpus, run_logged
-from flows.supervise.environment import environment
+from flows.supervise.environment import stage_environment
+from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import read_json_lines
 from tasks.params.yaml_file import read_yaml
 
@@ -44,7 +44,7 @@ def measure_student(
     rows = read_json_lines(samples / "index.jsonl")
     videos = [(str(row["prompt"]), int(row["seed"])) for row in rows if (row["suite"], row["system"]) == (SUITE, NAME)]
     numbers = json.loads((folder / f"metrics/{EVALUATE}.json").read_text())
-    return Measured(md5=dvc_lock.md5(student), numbers=numbers, videos=videos, version=version)
+    return Measured(md5=compute_dvc_md5(student, again=True), numbers=numbers, videos=videos, version=version)
 
 
 def write_parameters(path: Path, params: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ def _run_stage(plan: NightPlan, folder: Path, stage: Stage, paths: Mapping[str, 
     """Run a stage's command in `folder`, with the code of the night's worktree, without W&B. Raises RuntimeError with the last lines."""
     log = get_run_logger().info
     # PYTHONPATH, because in another folder `python -m tasks` would run the checkout that is installed
-    variables = {**environment(plan.run, plan.root, plan.repo), "PYTHONPATH": str(plan.root), "WANDB_MODE": "disabled"}
+    variables = {**stage_environment(plan.run, plan.root, plan.repo), "PYTHONPATH": str(plan.root), "WANDB_MODE": "disabled"}
     words, gpus = stage_command(plan.root, stage, paths), count_gpus(stage, log)
     code, lines = run_logged(words, log=log, cwd=folder, env=variables, gpus=gpus, timeout=stage.timeout)
     if code:

@@ -27,7 +27,7 @@ def restore_promoted(repo: Path, root: Path, version: Version, log: Callable[[st
     outs = [{**dvc_lock.find_out(repo, version.commit, path), "path": place} for path, place in ((WEIGHTS, STUDENT), (CODEC, ITS_CODEC))]
     head = f"# {version.tag}, by flows/night/warm_start.py\n"
     (root / POINTER).write_text(head + yaml.safe_dump({"outs": outs}, sort_keys=False))
-    restore_outs(root, [POINTER], log)
+    restore_targets(root, [POINTER], log)
 
 
 def start_warm(repo: Path, root: Path, version: Version, keep: list[str], log: Callable[[str], None]) -> None:
@@ -43,7 +43,7 @@ def start_warm(repo: Path, root: Path, version: Version, keep: list[str], log: C
     # metrics are in git and not in DVC's cache
     if in_git := run_git(root, "ls-tree", "-r", "--name-only", version.commit, "--", *paths).splitlines():
         run_git(root, "checkout", "--quiet", version.commit, "--", *in_git)
-    restore_outs(root, keep, log)
+    restore_targets(root, keep, log)
     dvc_graph.freeze_stages(root, keep)
     overrides.apply_overrides(root / "params.yaml", {START_KEY: STUDENT})
 
@@ -67,13 +67,13 @@ def reason_against_warm(repo: Path, root: Path, version: Version, keep: list[str
     return None
 
 
-def restore_outs(root: Path, targets: list[str], log: Callable[[str], None]) -> None:
+def restore_targets(root: Path, targets: list[str], log: Callable[[str], None]) -> None:
     """Restore the outs of stages or .dvc files from the cache, else from the remote. Raises RuntimeError for an out that neither has."""
     try:
         run_dvc(root, "checkout", "--force", *targets)
     except RuntimeError:
         log(f"the cache lacks some of {', '.join(targets)}; asking the remote")
-        dvc_remote.pull_outs(root, targets=targets, line=log)
+        dvc_remote.pull_outs(root, targets=targets, log=log)
     for name, outs in dvc_lock.read_outs(root).items():
         for out in outs:
             if name in targets and not (root / out["path"]).exists():

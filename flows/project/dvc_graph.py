@@ -1,6 +1,6 @@
-"""dvc.yaml as a graph: which stages there are, what each needs, and which have nothing to do. The only file that imports DVC.
+"""dvc.yaml as a graph: which stages exist, what each needs, and which have nothing to do. The only file that imports DVC.
 
-`Repo.index.graph` is no public API of DVC. tests/flows/test_stages.py compares what is read here with `dvc dag` and `dvc stage list`.
+`Repo.index.graph` is no public API of DVC; tests/flows/test_stages.py compares it with `dvc dag` and `dvc stage list`.
 """
 
 from __future__ import annotations
@@ -8,45 +8,53 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-KEYS: dict[str, tuple[type, ...]] = {"gpus": (int, str), "retries": (int,), "timeout": (int, float)}  # of meta.cf
+from flows.project.dvc_command import run_dvc
+from tasks.files.atomic import open_partial
+
+# keys of meta.cf in dvc.yaml -> types of their values
+KEYS: dict[str, tuple[type, ...]] = {"gpus": (int, str), "retries": (int,), "timeout": (int, float)}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A node: `prepare`, one of a foreach or matrix `evaluate@short`, or the file of tracked data `raw.dvc`."""
+    """A node of the graph: a stage `prepare`, an item of a foreach or matrix `evaluate@short`, or the file of tracked data `raw.dvc`."""
 
     name: str
     upstream: tuple[str, ...] = ()
     desc: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)  # meta.cf of dvc.yaml
     frozen: bool = False
     command: str = ""  # with every ${value} filled in; empty for tracked data
 
     @property
     def gpus(self) -> int | str:
-        """That it has to itself; "all" of the machine's."""
+        """Number of GPUs that the stage uses alone, or "all" of the machine."""
         return self.meta.get("gpus", 0)
 
     @property
     def retries(self) -> int:
+        """Number of attempts after the first."""
         return self.meta.get("retries", 0)
 
     @property
     def timeout(self) -> float | None:
+        """Seconds that one attempt may take."""
         return self.meta.get("timeout")
 
 
 def read_graph(root: Path) -> list[Stage]:
-    """All of the project, in the order in which `dvc repro` runs them: what comes first first."""
+    """Read all stages of a project, in the order in which `dvc repro` runs them. It takes a second: read it once, and hand it on.
+
+    Raises ValueError for a key or value of meta.cf that means nothing.
+    """
     from dvc.repo import Repo
     from networkx import dfs_postorder_nodes
 
@@ -56,7 +64,7 @@ def read_graph(root: Path) -> list[Stage]:
         return [
             Stage(
                 name=_stage_name(stage, root),
-                upstream=tuple(_stage_name(other, root) for other in order if other in set(graph.successors(stage))),
+                upstream=tuple(_stage_name(other, root) for other in order if graph.has_edge(stage, other)),
                 desc=" ".join((stage.desc or "").split()),
                 meta=_read_meta(stage, root),
                 frozen=bool(stage.frozen),
@@ -67,129 +75,132 @@ def read_graph(root: Path) -> list[Stage]:
 
 
 def _stage_name(stage: Any, root: Path) -> str:
-    """What `dvc repro` at the root calls it. DVC's own `addressing` depends on the folder that the process is in."""
+    """Return what `dvc repro` at the root calls a stage. DVC's own `addressing` depends on the working folder of the process."""
     file = Path(os.path.relpath(stage.path, root)).as_posix()
     name = getattr(stage, "name", None)
     return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
 
 
 def _read_meta(stage: Any, root: Path) -> Mapping[str, Any]:
-    name, stated = _stage_name(stage, root), (stage.meta or {}).get("cf", {}) if isinstance(stage.meta, Mapping) else {}
-    for key, value in stated.items():
+    """Return meta.cf of a stage, checked."""
+    name, meta = _stage_name(stage, root), (stage.meta or {}).get("cf", {}) if isinstance(stage.meta, Mapping) else {}
+    for key, value in meta.items():
         where = f"meta.cf.{key} of {name} in dvc.yaml is {value!r}"
         if key not in KEYS:
             raise ValueError(f"{where}, which means nothing; known are {', '.join(KEYS)}")
-        good = isinstance(value, KEYS[key]) and not isinstance(value, bool)
-        if not good or (isinstance(value, str) and value != "all") or (not isinstance(value, str) and value < 0):
+        is_kind = isinstance(value, KEYS[key]) and not isinstance(value, bool)
+        if not is_kind or (isinstance(value, str) and value != "all") or (not isinstance(value, str) and value < 0):
             raise ValueError(f"{where}; gpus is a number or all, retries a number, timeout seconds")
-    return dict(stated)
+    return dict(meta)
 
 
-def find_unchanged(root: Path, graph: Iterable[Stage] | None = None) -> set[str]:
-    """Stages that DVC would skip if nothing before them ran, by one `dvc status`: a whole second less for each of them."""
-    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "status", "--json"]
-    done = subprocess.run(words, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise RuntimeError(f"`dvc status` failed: {said[-1]}")
-    changed = set(json.loads(done.stdout[done.stdout.index("{") :]))
-    return {stage.name for stage in (read_graph(root) if graph is None else graph)} - changed
+def find_unchanged(root: Path, graph: Iterable[Stage]) -> set[str]:
+    """Return the stages of `graph` that DVC would skip if no stage before them ran.
+
+    One `dvc status` answers for all stages; asking DVC stage by stage takes a second for each. Raises RuntimeError if it fails.
+    """
+    status = run_dvc(root, "status", "--json")
+    return {stage.name for stage in graph} - set(json.loads(status[status.index("{") :]))
 
 
-def select_stages(known: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:
-    """Those named, or all; of them, what follows from `first` and what leads to `last`. The name of a foreach is all of its items."""
-    known = list(known)
+def select_stages(graph: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:
+    """Select the stages named in `only`, or all; of them, what follows from `first` and what leads to `last`.
+
+    The name of a foreach or matrix selects all its items. Raises ValueError for a name that is no stage, and for an empty selection.
+    """
+    graph = list(graph)
     for name in [*only, *filter(None, [first, last])]:
-        if not _match_name(known, name):
-            close = difflib.get_close_matches(name, [stage.name for stage in known], n=1)
+        if not _match_name(graph, name):
+            close = difflib.get_close_matches(name, [stage.name for stage in graph], n=1)
             way = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"{name} is no stage; {way}Known are {', '.join(stage.name for stage in known)}")
-    kept = {stage.name for name in only for stage in _match_name(known, name)} if only else {stage.name for stage in known}
+            raise ValueError(f"{name} is no stage; {way}Known are {', '.join(stage.name for stage in graph)}")
+    selected = set().union(*(_match_name(graph, name) for name in only)) if only else {stage.name for stage in graph}
     if first:
-        kept &= _add_downstream(known, {stage.name for stage in _match_name(known, first)})
+        selected &= _add_downstream(graph, _match_name(graph, first))
     if last:
-        kept &= _add_upstream(known, {stage.name for stage in _match_name(known, last)})
-    if not kept:
-        asked = f"stages {', '.join(only) or 'all'}, from {first or 'the beginning'}, to {last or 'the end'}"
-        raise ValueError(f"nothing is left to run of {asked}; no stage is all of that at once")
-    return [stage for stage in known if stage.name in kept]
+        selected &= _add_upstream(graph, _match_name(graph, last))
+    if not selected:
+        wanted = f"stages {', '.join(only) or 'all'}, from {first or 'the beginning'}, to {last or 'the end'}"
+        raise ValueError(f"nothing is left to run of {wanted}; no stage is all of that at once")
+    return [stage for stage in graph if stage.name in selected]
 
 
-def _match_name(known: list[Stage], name: str) -> list[Stage]:
-    return [stage for stage in known if name in (stage.name, stage.name.split("@")[0])]
+def _match_name(graph: list[Stage], name: str) -> set[str]:
+    return {stage.name for stage in graph if name in (stage.name, stage.name.split("@")[0])}
 
 
-def _add_downstream(known: list[Stage], found: set[str]) -> set[str]:
-    """With all that needs them: `known` is in running order."""
-    found = set(found)
-    for stage in known:
-        if found & set(stage.upstream):
-            found.add(stage.name)
-    return found
+def _add_downstream(graph: list[Stage], names: set[str]) -> set[str]:
+    """Return the stages with all that need them; `graph` is in running order."""
+    for stage in graph:
+        if names & set(stage.upstream):
+            names = names | {stage.name}
+    return names
 
 
-def _add_upstream(known: list[Stage], found: set[str]) -> set[str]:
-    found = set(found)
-    for stage in reversed(known):
-        if stage.name in found:
-            found |= set(stage.upstream)
-    return found
+def _add_upstream(graph: list[Stage], names: set[str]) -> set[str]:
+    """Return the stages with all that they need; `graph` is in running order."""
+    for stage in reversed(graph):
+        if stage.name in names:
+            names = names | set(stage.upstream)
+    return names
 
 
 def freeze_stages(root: Path, names: Iterable[str], frozen: bool = True) -> None:
-    """As `dvc freeze` and `dvc unfreeze`, which refuse a stage that has a ${value}."""
+    """Do what `dvc freeze` and `dvc unfreeze` do, also for a stage with a ${value}, which those two refuse."""
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 4096, True
     file = root / "dvc.yaml"
-    stated = yaml.load(file.read_text())
+    tree = yaml.load(file.read_text())
     for name in names:
-        stated["stages"][name].pop("frozen", None)
+        tree["stages"][name].pop("frozen", None)
         if frozen:
-            stated["stages"][name]["frozen"] = True
-    partial = file.with_suffix(".partial")
-    with partial.open("w") as opened:
-        yaml.dump(stated, opened)
-    partial.replace(file)
+            tree["stages"][name]["frozen"] = True
+    with open_partial(file) as partial:
+        yaml.dump(tree, partial)
 
 
-def restore_outs(root: Path) -> None:
-    """The last good outs of stages that failed: DVC removes a stage's outs before it runs it. What isn't in the cache stays away."""
-    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "checkout", "--quiet"]
-    subprocess.run(words, cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def restore_outs(root: Path) -> str | None:
+    """Bring back the last good outs of stages that failed, because DVC removes a stage's outs before it runs the stage.
+
+    Return DVC's reason where not all of them are in the cache.
+    """
+    try:
+        run_dvc(root, "checkout", "--quiet")
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def remove_damaged(root: Path) -> list[str]:
-    """What dvc.lock names and the default remote holds, but not as its name says: taken away there, with the lists that name it.
+    """Remove what dvc.lock names from the default remote where its content does not fit its name; return the names (md5s).
 
-    DVC alone sees the damage (`verify`) and makes the result anew, on every machine: its push sends what is missing, and a damaged
-    object is not missing. All of it is read, so this takes as long as a pull.
+    DVC itself only notices the damage (`verify`) and makes the result again on every machine: its push sends what is missing, and a
+    damaged object is not missing. Every byte is read, so this takes as long as a pull.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    import yaml
     from dvc.repo import Repo
     from dvc_objects.errors import ObjectFormatError
 
-    lock = yaml.safe_load((root / "dvc.lock").read_text())
-    named = {out["md5"] for stage in lock["stages"].values() for out in stage.get("outs", []) if "md5" in out}
-    with Repo(str(root)) as repo:
-        held = repo.cloud.get_remote_odb(command="mend")
+    lock = YAML(typ="safe", pure=True).load((root / "dvc.lock").read_text())
+    names = sorted({out["md5"] for stage in lock["stages"].values() for out in stage.get("outs", []) if "md5" in out})
+    with Repo(str(root)) as repo, ThreadPoolExecutor(8) as pool:
+        remote = repo.cloud.get_remote_odb(command="mend")
 
-        def broken(oid: str) -> bool:
+        def is_damaged(name: str) -> bool:
             try:
-                held.check(oid)  # removes what is damaged
+                remote.check(name)  # removes what is damaged
             except ObjectFormatError:
                 return True
             except FileNotFoundError:
                 pass
             return False
 
-        with ThreadPoolExecutor(8) as at_once:
-            tops = sorted(named)
-            bad = {oid for oid, is_bad in zip(tops, at_once.map(broken, tops), strict=True) if is_bad}
-            for oid in (oid for oid in tops if oid.endswith(".dir") and oid not in bad and held.exists(oid)):
-                entries = sorted({one["md5"] for one in json.loads(held.fs.cat_file(held.oid_to_path(oid)))})
-                if found := {entry for entry, is_bad in zip(entries, at_once.map(broken, entries), strict=True) if is_bad}:
-                    bad |= found
-                    held.fs.remove(held.oid_to_path(oid))  # while a list is there, DVC believes that all it names is
-    return sorted(bad)
+        def find_damaged(names: list[str]) -> set[str]:
+            return {name for name, damaged in zip(names, pool.map(is_damaged, names), strict=True) if damaged}
+
+        damaged = find_damaged(names)
+        for folder in (name for name in names if name.endswith(".dir") and name not in damaged and remote.exists(name)):
+            entries = find_damaged(sorted({entry["md5"] for entry in json.loads(remote.fs.cat_file(remote.oid_to_path(folder)))}))
+            if entries:
+                damaged |= entries
+                remote.fs.remove(remote.oid_to_path(folder))  # while a folder's list is there, DVC believes that its files are
+    return sorted(damaged)

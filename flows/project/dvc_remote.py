@@ -1,8 +1,8 @@
 """The DVC remote: the only way by which checkouts on different machines hand over to each other.
 
 `dvc push --run-cache` sends results together with what they were made from, and `dvc repro --pull` takes them where the same stage is
-asked for again, with nothing committed. Two things are stated for every remote. `verify`: without it a damaged object is restored
-under its good md5. Time limits: DVC waits for ever for a server that has stopped answering, and its own give up only on some of them.
+asked for again, with nothing committed. Two things are set for every remote. `verify`: without it a damaged object is restored
+under its good md5. Time limits: DVC waits for ever for a server that has stopped answering, and its own limits cover only some servers.
 Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or from a profile, never from .dvc/config.
 """
 
@@ -13,10 +13,9 @@ import configparser
 import os
 import re
 import socket
-import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,8 +24,10 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.project import dvc_graph
+from flows.project.dvc_command import dvc_words, find_reason, read_config, run_dvc
 from flows.project.dvc_config import is_secret
 from flows.supervise import command as supervise
+from flows.supervise.environment import child_environment
 
 LIMIT = 3600.0  # Choice: seconds of one attempt. What it has sent stays sent, so four attempts are four hours of sending.
 DELAYS = [30.0, 120.0, 600.0]  # Choice: a restarted server is back by the first, a rebooted machine by the second
@@ -48,31 +49,31 @@ EXAMPLES = """examples:
   cf remote check                            is it there, and is it set up so that damage is seen?
   cf remote push                             results and run cache, within an hour; again where it was cut
   dvc repro --pull                           on another machine: what was made elsewhere is taken, the rest is made here"""
+Log = Callable[[str], None]
 
 
 class RemoteAway(RuntimeError):
-    """The remote didn't answer, or not in time. Later it may."""
+    """The remote didn't answer, or not in time; it may answer later."""
 
 
 class RemoteMisconfigured(RuntimeError):
-    """A person must change something first."""
+    """A person must change something before another attempt."""
 
 
 def read_remote(root: Path) -> tuple[str, dict[str, str]]:
-    """Name and options of the default remote, from all of DVC's levels of configuration."""
-    done = subprocess.run([*_dvc(), "config", "--list"], cwd=root, env=_environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise RemoteMisconfigured(f"DVC can't read its configuration in {root}: {_last_complaint(done.stderr.splitlines())}")
-    stated = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    name = stated.get("core.remote")
-    if not name:
+    """Return name and options of the default remote, from all of DVC's levels of configuration. Raises RemoteMisconfigured."""
+    try:
+        config = read_config(root)
+    except RuntimeError as error:
+        raise RemoteMisconfigured(f"DVC can't read its configuration: {error}") from None
+    if not (name := config.get("core.remote")):
         raise RemoteMisconfigured(f"{root} has no DVC remote to hand over through; `cf remote add NAME URL` sets one up")
     prefix = f"remote.{name}."
-    return name, {key.removeprefix(prefix): value for key, value in stated.items() if key.startswith(prefix)}
+    return name, {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
 
 
 def check_remote(root: Path) -> str:
-    """The remote's name and URL, if it is set up as this file says and answers; one sentence otherwise."""
+    """Return the remote's name and URL if it is set up as this file says and answers. Raises RemoteAway or RemoteMisconfigured."""
     name, options = read_remote(root)
     url = options.get("url", "")
     if not url:
@@ -80,74 +81,82 @@ def check_remote(root: Path) -> str:
     if options.get("verify") != "true":
         way = f"`dvc remote modify {name} verify true`"
         raise RemoteMisconfigured(f"remote {name} doesn't state verify = true, so DVC would take damaged objects for good ones; {way}")
-    committed = configparser.ConfigParser(interpolation=None, strict=False)
-    committed.read(root / ".dvc/config")
-    for section in committed.sections():
-        if held := next(filter(is_secret, committed[section]), None):
-            raise RemoteMisconfigured(f"{section} holds {held} in .dvc/config, which is committed; state it in the environment instead")
-        if re.search(r"//[^/@:]*:[^/@]*@", committed[section].get("url", "")):
-            raise RemoteMisconfigured(f"{section} holds a password in its url in .dvc/config, which is committed; state it in the environment")
+    _refuse_committed_secrets(root)
     shown = re.sub(r"//[^/@]*@", "//", url)  # a person may have written a password into it
-    _check_answers(root, name, url, shown, options)
+    if "://" in url:
+        _refuse_silent_host(f"remote {name} ({shown})", url, options.get("endpointurl"))
+    elif not (root / ".dvc" / url).is_dir():  # DVC would make it, on the disk below an unmounted share, and call that a push
+        raise RemoteAway(f"remote {name} is the folder {url}, which is not there; mount its disk, or make it if it is new")
     return f"{name} ({shown})"
 
 
-def _check_answers(root: Path, name: str, url: str, shown: str, options: dict[str, str]) -> None:
-    """A folder must be there: DVC would make it, on the disk below an unmounted share, and call that a push."""
-    stated = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") if url.startswith("s3://") else None
-    address = urlsplit(options.get("endpointurl") or stated or url)
-    if "://" not in url:
-        if not (root / ".dvc" / url).is_dir():  # as DVC reads it, whose answer is absolute
-            raise RemoteAway(f"remote {name} is the folder {url}, which is not there; mount its disk, or make it if it is new")
-        return
-    host = HOSTS.get(address.scheme) or address.hostname
-    port = address.port or PORTS.get(address.scheme)
+def _refuse_committed_secrets(root: Path) -> None:
+    """Raise RemoteMisconfigured for a secret in .dvc/config, which is committed."""
+    committed = configparser.ConfigParser(interpolation=None, strict=False)
+    committed.read(root / ".dvc/config")
+    for section in committed.sections():
+        secret = next(filter(is_secret, committed[section]), None)
+        if not secret and re.search(r"//[^/@:]*:[^/@]*@", committed[section].get("url", "")):
+            secret = "a password in its url"
+        if secret:
+            raise RemoteMisconfigured(f"{section} holds {secret} in .dvc/config, which is committed; state it in the environment instead")
+
+
+def _refuse_silent_host(remote: str, url: str, endpoint: str | None) -> None:
+    """Raise RemoteAway if the remote's server takes no connection. Behind a proxy only DVC itself can tell."""
+    variable = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") if url.startswith("s3://") else None
+    address = urlsplit(endpoint or variable or url)
+    host, port = HOSTS.get(address.scheme) or address.hostname, address.port or PORTS.get(address.scheme)
     loopback = host in ("127.0.0.1", "::1", "localhost")
     if not host or not port or (urllib.request.getproxies() and not loopback):
-        return  # only DVC can tell
+        return
     try:
         socket.create_connection((host, port), timeout=CONNECT).close()
     except OSError as error:
         why = error.strerror or str(error) or type(error).__name__
-        raise RemoteAway(f"remote {name} ({shown}) doesn't answer at {host}:{port}: {why}; start it, or see to the network") from error
+        raise RemoteAway(f"{remote} doesn't answer at {host}:{port}: {why}; start it, or see to the network") from error
 
 
-def push_outs(root: Path, *, targets: list[str] | None = None, timeout: float = LIMIT, line: Callable[[str], None] = lambda _: None) -> None:
-    """Sends results and run cache, within `timeout` seconds. Away, or Misconfigured, in one sentence.
+def push_outs(root: Path, *, targets: Sequence[str] = (), timeout: float = LIMIT, log: Log = lambda _: None) -> None:
+    """Send results and run cache within `timeout` seconds; results that are there already are not sent again.
 
-    It holds DVC's lock on the checkout all the while: a stage that ends meanwhile waits to be recorded. So after the stages, or
-    with a short limit. Results that are already there are not sent again.
+    DVC's lock on the checkout is held meanwhile, and a stage that ends waits to be recorded: push after the stages, or with a short
+    limit. Raises RemoteAway or RemoteMisconfigured.
     """
-    _run_transfer(root, "push", targets, timeout, line)
+    _run_transfer(root, "push", targets, timeout, log)
 
 
-def pull_outs(root: Path, *, targets: list[str] | None = None, timeout: float = LIMIT, line: Callable[[str], None] = lambda _: None) -> None:
-    """Takes what dvc.lock names, and the run cache. One that was killed goes on where it was. Never beside a running stage: DVC
-    doesn't lock what it replaces. Without a dvc.lock there is nothing to name: `dvc repro --pull`."""
-    _run_transfer(root, "pull", targets, timeout, line)
+def pull_outs(root: Path, *, targets: Sequence[str] = (), timeout: float = LIMIT, log: Log = lambda _: None) -> None:
+    """Take what dvc.lock names, and the run cache, within `timeout` seconds; a pull that was killed goes on where it was.
+
+    Never beside a running stage, because DVC doesn't lock what it replaces. Without a dvc.lock use `dvc repro --pull`, because
+    dvc.lock names what to take. Raises RemoteAway or RemoteMisconfigured.
+    """
+    _run_transfer(root, "pull", targets, timeout, log)
 
 
-def _run_transfer(root: Path, verb: str, targets: list[str] | None, timeout: float, line: Callable[[str], None]) -> None:
-    where = check_remote(root)
-    said: list[str] = []
+def _run_transfer(root: Path, verb: str, targets: Sequence[str], timeout: float, log: Log) -> None:
+    remote = check_remote(root)
+    lines: list[str] = []
 
-    def hear(words: str) -> None:
-        if words.strip():
-            said.append(words)
-            line(words)
+    def read_line(line: str) -> None:
+        if line.strip():
+            lines.append(line)
+            log(line)
 
-    command = [*_dvc(), "--wait-for-lock", verb, "--run-cache", "--", *(targets or [])]
+    words = dvc_words(verb, "--run-cache", "--", *targets)
     try:
-        code = supervise.run(command, cwd=root, env=_environment(), line=hear, timeout=timeout)
+        code = supervise.run(words, cwd=root, env=child_environment(), line=read_line, timeout=timeout)
     except TimeoutError:
-        raise RemoteAway(f"remote {where} took more than {timeout:g} s for `dvc {verb}`; what was done stays done, and another goes on") from None
+        why = f"took more than {timeout:g} s for `dvc {verb}`; what was done stays done, and another goes on"
+        raise RemoteAway(f"remote {remote} {why}") from None
     if code:
-        kind = RemoteMisconfigured if any(word in words for word in FINAL for words in said) else RemoteAway
-        raise kind(f"`dvc {verb}` with remote {where} failed: {_last_complaint(said)}")
+        kind = RemoteMisconfigured if any(words in line for words in FINAL for line in lines) else RemoteAway
+        raise kind(f"`dvc {verb}` with remote {remote} failed: {find_reason(lines)}")
 
 
 def mend_remote(root: Path) -> list[str]:
-    """Takes away what is damaged on the remote, so that the next push of a machine that has it whole sends it again."""
+    """Remove what is damaged from the remote, so that the next push of a machine that has it undamaged sends it; return the md5s."""
     check_remote(root)
     if not (root / "dvc.lock").exists():
         raise RemoteMisconfigured(f"{root} has no dvc.lock, which names what is on the remote; run the pipeline first")
@@ -155,7 +164,7 @@ def mend_remote(root: Path) -> list[str]:
 
 
 def should_retry(task: Any, run: Any, state: Any) -> bool:
-    """Prefect asks it between two attempts."""
+    """Say whether a failed push is tried again: not while the run is being stopped, and not where a person must act first."""
     return not supervise.is_stopping() and not isinstance(state.result(raise_on_failure=False), RemoteMisconfigured)
 
 
@@ -163,60 +172,38 @@ RETRIES: dict[str, Any] = {"retries": len(DELAYS), "retry_delay_seconds": DELAYS
 
 
 @task(name="push", task_run_name="push", cache_policy=NO_CACHE, **RETRIES)
-def push_task(root: Path, targets: list[str] | None = None, timeout: float = LIMIT) -> str:
-    """A task of its own, so that a remote which is away never marks a finished stage as failed. Ask it for its state."""
-    push_outs(root, targets=targets, timeout=timeout, line=get_run_logger().info)
-    return f"pushed {', '.join(targets) if targets else 'everything'}"
-
-
-# --------------------------------------------------------------------------------------------------------------- DVC
-
-
-def _dvc() -> list[str]:
-    return [sys.executable, "-m", "dvc"]
-
-
-def _environment() -> dict[str, str]:
-    """A request is tried three times instead of five, with growing pauses: what is left to try is the task's to try."""
-    return {"AWS_MAX_ATTEMPTS": "3", **os.environ, "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
-
-
-def _last_complaint(lines: list[str]) -> str:
-    """DVC's last complaint; above it there may be one for every file."""
-    errors = [line.partition("ERROR: ")[2] for line in lines if "ERROR: " in line]
-    last = next(iter(errors[::-1]), "") or (lines[-1].strip() if lines else "without a word")
-    return " ".join(last.removeprefix("unexpected error - ").split())[:500]
+def push_task(root: Path, timeout: float = LIMIT) -> str:
+    """Push as a task of its own, so that a remote which is away never marks a finished stage as failed; ask it for its state."""
+    push_outs(root, timeout=timeout, log=get_run_logger().info)
+    return "pushed everything"
 
 
 def add_remote(root: Path, name: str, url: str, *, endpoint: str | None = None, local: bool = False) -> str:
-    """The default remote of this checkout, set up as this file says. Stating it again replaces it."""
+    """Make a remote the default of this checkout, set up as this file says, or replace it; return a sentence. RemoteMisconfigured."""
     if not NAME.fullmatch(name):
         raise RemoteMisconfigured(f"{name!r} can't be the name of a remote; use lower-case letters, digits, - and _, at most 63")
-    for words in filter(None, (url, endpoint)):
-        if words.startswith("-") or any(not character.isprintable() for character in words):
-            raise RemoteMisconfigured(f"{words!r} is neither a URL nor a folder")
-        parts = urlsplit(words)
-        if "://" in words and (parts.password or (parts.username and parts.scheme != "ssh") or parts.query):
-            raise RemoteMisconfigured("the remote's URL holds credentials, which DVC would write into a file; state them in the environment")
+    for address in filter(None, (url, endpoint)):
+        if address.startswith("-") or not address.isprintable():
+            raise RemoteMisconfigured(f"{address!r} is neither a URL nor a folder")
+        parts = urlsplit(address)
+        if "://" in address and (parts.password or (parts.username and parts.scheme != "ssh") or parts.query):
+            why = "which DVC would write into a file; state them in the environment"
+            raise RemoteMisconfigured(f"the remote's URL holds credentials, {why}")
     if endpoint and not url.startswith("s3://"):
         raise RemoteMisconfigured(f"--endpoint is for s3:// remotes, and {url} is none; leave it out")
     if "://" not in url:
         url = str((Path.cwd() / url).resolve())
-    options = {"verify": "true"}
+    options = {"verify": "true"} | ({"endpointurl": endpoint} if endpoint else {})
     if url.startswith(("s3://", "http://", "https://")):
         options |= {"connect_timeout": str(CONNECT), "read_timeout": str(READ)}
-    options |= {"endpointurl": endpoint} if endpoint else {}
     level = ["--local"] if local else []
-    _ask(root, "remote", "add", *level, "--force", "--default", name, url)
-    for key, value in options.items():
-        _ask(root, "remote", "modify", *level, name, key, value)
+    try:
+        run_dvc(root, "remote", "add", *level, "--force", "--default", name, url)
+        for key, value in options.items():
+            run_dvc(root, "remote", "modify", *level, name, key, value)
+    except RuntimeError as error:
+        raise RemoteMisconfigured(str(error)) from None
     return f"remote {name} is {url}, in .dvc/config{'.local' if local else '; commit it'}"
-
-
-def _ask(root: Path, *words: str) -> None:
-    done = subprocess.run([*_dvc(), *words], cwd=root, env=_environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise RemoteMisconfigured(f"`dvc {' '.join(words[:2])}` refused: {_last_complaint(done.stderr.splitlines())}")
 
 
 def main(argv: list[str]) -> None:
@@ -229,10 +216,10 @@ def main(argv: list[str]) -> None:
     new.add_argument("--endpoint", help="of an S3 server that isn't Amazon's")
     new.add_argument("--local", action="store_true", help="on this machine only: .dvc/config.local")
     verbs.add_parser("check", help="is it there, and set up right?")
-    for verb, said in (("push", "send results and run cache"), ("pull", "take what dvc.lock names, and the run cache")):
-        one = verbs.add_parser(verb, help=said)
-        one.add_argument("targets", nargs="*", help="stages; default: all")
-        one.add_argument("--timeout", type=float, default=LIMIT, help=f"seconds, {LIMIT:g} by default")
+    for verb, about in (("push", "send results and run cache"), ("pull", "take what dvc.lock names, and the run cache")):
+        transfer = verbs.add_parser(verb, help=about)
+        transfer.add_argument("targets", nargs="*", help="stages; default: all")
+        transfer.add_argument("--timeout", type=float, default=LIMIT, help=f"seconds, {LIMIT:g} by default")
     verbs.add_parser("mend", help="read all that dvc.lock names there; what is damaged goes, for the next push to send again")
     args = parser.parse_args(argv)
     root = Path.cwd()
@@ -242,10 +229,9 @@ def main(argv: list[str]) -> None:
         elif args.verb == "check":
             print(f"{check_remote(root)} is there, and set up right")
         elif args.verb == "mend":
-            gone = mend_remote(root)
-            print(f"{len(gone)} damaged objects removed{'; now push from a machine that has them: cf remote push' if gone else ''}")
+            removed = mend_remote(root)
+            print(f"{len(removed)} damaged objects removed{'; now push from a machine that has them: cf remote push' if removed else ''}")
         else:
-            transfer = push_outs if args.verb == "push" else pull_outs
-            transfer(root, targets=args.targets or None, timeout=args.timeout, line=print)
+            (push_outs if args.verb == "push" else pull_outs)(root, targets=args.targets, timeout=args.timeout, log=print)
     except (RemoteAway, RemoteMisconfigured) as error:
         sys.exit(f"cf remote {args.verb}: {error}")

@@ -1,4 +1,4 @@
-"""TODO: what flows.project.git is for."""
+"""The one place that starts git: answers as text, refusals as RuntimeError, and never a question to a person."""
 
 from __future__ import annotations
 
@@ -6,50 +6,48 @@ import os
 import subprocess
 from pathlib import Path
 
-# a run's branch is nobody's to sign, and the project's hooks are for people: `dvc install` puts one there that checks everything out
+# Commits of runs are signed by no person, and hooks are for people: `dvc install` adds one that checks everything out.
 PLAIN = ["git", "-c", "core.hooksPath=/dev/null", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false"]
+IDENTITY = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
 
 
-def commit_paths(folder: Path, paths: list[str], message: str) -> str:
-    """Only these, if they differ from what is committed; the commit that then is the run's."""
-    run_git(folder, "add", "--", *[path for path in paths if (folder / path).exists()])
-    if run_git(folder, "diff", "--cached", "--name-only").strip():
-        who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
-        stated = [word for key, value in who.items() if not _is_configured(folder, key) for word in ("-c", f"{key}={value}")]
-        run_git(folder, *stated, "commit", "--quiet", "--no-verify", "--message", message)
-    return run_git(folder, "rev-parse", "HEAD").strip()
-
-
-def read_committed(folder: Path, path: str) -> str:
-    """A file's text at the last commit; empty where it isn't in it."""
-    try:
-        return run_git(folder, "show", f"HEAD:{path}")
-    except RuntimeError:
-        return ""
-
-
-def run_git(folder: Path, *words: str) -> str:
-    """Git's answer, or its complaint in one sentence. Never asks for a password."""
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+def run_git(folder: Path, *words: str, **variables: str) -> str:
+    """Run git with `variables` added to the environment; return its output. Raises RuntimeError with git's complaint as one sentence."""
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", **variables}
     done = subprocess.run([*PLAIN, *words], cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`git {' '.join(words[:3])}` failed in {folder}: {' '.join(done.stderr.split()) or 'without a word'}")
     return done.stdout
 
 
-def _is_configured(folder: Path, key: str) -> bool:
-    return subprocess.run(["git", "config", key], cwd=folder, capture_output=True).returncode == 0
+def commit_paths(folder: Path, paths: list[str], message: str) -> str:
+    """Commit those of `paths` that differ from the last commit; return the last commit, which is the new one if any did."""
+    run_git(folder, "add", "--", *[path for path in paths if (folder / path).exists()])
+    if run_git(folder, "diff", "--cached", "--name-only").strip():
+        run_git(folder, *identity_options(folder), "commit", "--quiet", "--no-verify", "--message", message)
+    return run_git(folder, "rev-parse", "HEAD").strip()
 
 
-def identity_options(repo: Path) -> list[str]:
-    """Options for git where nobody has said who they are."""
-    who = {"user.name": "context-forcing", "user.email": "context-forcing@localhost"}
-    asked = {key: subprocess.run(["git", "config", key], cwd=repo, capture_output=True).returncode for key in who}
-    return [word for key, value in who.items() if asked[key] for word in ("-c", f"{key}={value}")]
+def read_committed(folder: Path, path: str) -> str:
+    """Return a file's text at the last commit; empty if that commit lacks the file."""
+    try:
+        return run_git(folder, "show", f"HEAD:{path}")
+    except RuntimeError:
+        return ""
 
 
 def resolve_commit(repo: Path, commit: str) -> str:
+    """Return the full id of a commit, branch or tag. Raises ValueError for what names no commit."""
     try:
         return run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}").strip()
     except RuntimeError:
         raise ValueError(f"{commit!r} is no commit of {repo}") from None
+
+
+def identity_options(repo: Path) -> list[str]:
+    """Return the options that name an author, for a machine where git knows no name or address; empty where it does."""
+    try:
+        configured = run_git(repo, "config", "--get-regexp", r"^user\.(name|email)$").lower()
+    except RuntimeError:
+        configured = ""  # git's exit code 1: neither is set
+    return [word for key, value in IDENTITY.items() if f"{key} " not in configured for word in ("-c", f"{key}={value}")]

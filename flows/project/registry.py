@@ -1,18 +1,17 @@
-"""Which students there are and which one is promoted: annotated git tags in GTO's format, so git is the registry.
+"""Which students exist and which is promoted: annotated git tags in GTO's format, so git is the registry.
 
-student@v0.0.1 is a version: a commit whose dvc.lock names the weights. student#promoted#1 says of a version's commit that from then
-on it is the promoted one; the highest number holds. Nothing is ever taken back: a rollback is one more assignment, of an older
-version. A tag's message is JSON: md5, numbers of the gate, runs. `gto show` and `gto history` read the same tags.
+student@v0.0.1 is a version: a commit whose dvc.lock names the weights. student#promoted#1 promotes the version of its commit; the
+highest number holds. No tag is ever removed: a rollback promotes an older version once more. A tag's message is JSON: md5, numbers of
+the gate, runs. `gto show` and `gto history` read the same tags.
+
+GTO's own API does not write them, because it gives a tag no date and orders tags by seconds: of two promotions within a second it shows
+the older. It also takes four seconds to import.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,22 +19,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from flows.project.dvc_command import run_dvc
 from flows.project.dvc_lock import describe_damage, find_out
 from flows.project.git import identity_options, resolve_commit, run_git
 
 ARTIFACT, STAGE, WEIGHTS = "student", "promoted", "models/stage2"
 VERSION = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
-REGISTERED = re.compile(rf"{ARTIFACT}@({VERSION.pattern})")
-ASSIGNED = re.compile(rf"{ARTIFACT}#{STAGE}#(\d{{1,9}})")
+VERSION_TAG = re.compile(rf"{ARTIFACT}@({VERSION.pattern})")
+PROMOTION_TAG = re.compile(rf"{ARTIFACT}#{STAGE}#(\d{{1,9}})")
 FIELDS = ("refname:strip=2", "*objectname", "taggerdate:unix", "contents")
 
 
 @dataclass(frozen=True)
 class Version:
+    """A student that was registered."""
+
     name: str  # v0.0.1
     commit: str
-    when: int
-    about: Mapping[str, Any]
+    when: int  # seconds since 1970
+    about: Mapping[str, Any]  # the tag's message
 
     @property
     def tag(self) -> str:
@@ -44,59 +48,56 @@ class Version:
 
 @dataclass(frozen=True)
 class Assignment:
+    """A promotion of a version, or a rollback to it."""
+
     number: int
     version: Version
-    when: int
-    about: Mapping[str, Any]
+    when: int  # seconds since 1970
+    about: Mapping[str, Any]  # the tag's message
 
     @property
     def tag(self) -> str:
         return f"{ARTIFACT}#{STAGE}#{self.number}"
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
 def list_versions(repo: Path) -> list[Version]:
-    """Oldest first."""
-    found = [Version(match[1], commit, when, about) for match, commit, when, about in _read_tags(repo, REGISTERED)]
-    return sorted(found, key=lambda one: _version_key(one.name))
+    """Return all versions, lowest first. A lightweight tag is no version, because it has neither date nor message."""
+    versions = [Version(match[1], commit, int(when), about) for match, commit, when, about in _read_tags(repo, VERSION_TAG) if when]
+    return sorted(versions, key=lambda version: _version_key(version.name))
 
 
 def list_assignments(repo: Path) -> list[Assignment]:
-    """In their order. One of a commit that is no version is no assignment."""
-    known = {one.commit: one for one in list_versions(repo)}
-    found = [Assignment(int(m[1]), known[commit], when, about) for m, commit, when, about in _read_tags(repo, ASSIGNED) if commit in known]
-    return sorted(found, key=lambda one: one.number)
+    """Return all promotions in their order. A tag at a commit that is no version is no promotion."""
+    known = {version.commit: version for version in list_versions(repo)}
+    tags = [tag for tag in _read_tags(repo, PROMOTION_TAG) if tag[1] in known]
+    return sorted((Assignment(int(m[1]), known[commit], int(when), about) for m, commit, when, about in tags), key=lambda a: a.number)
 
 
 def find_promoted(repo: Path) -> Version | None:
-    last = list_assignments(repo)[-1:]
-    return last[0].version if last else None
+    """Return the promoted version; None before the first promotion."""
+    return next((assignment.version for assignment in reversed(list_assignments(repo))), None)
 
 
 def find_version(repo: Path, name: str) -> Version:
+    """Return a version by its name. Raises ValueError for what is no version's name, and for a version that does not exist."""
     if not VERSION.fullmatch(name):
         raise ValueError(f"{name!r} is no version; versions are called v0.0.1")
-    for one in list_versions(repo):
-        if one.name == name:
-            return one
-    known = ", ".join(one.name for one in list_versions(repo)) or "none yet"
-    raise ValueError(f"there is no {ARTIFACT}@{name}; known are {known}")
+    versions = {version.name: version for version in list_versions(repo)}
+    if name not in versions:
+        raise ValueError(f"there is no {ARTIFACT}@{name}; known are {', '.join(versions) or 'none yet'}")
+    return versions[name]
 
 
-def _read_tags(repo: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], str, int, dict[str, Any]]]:
+def _read_tags(repo: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], str, str, dict[str, Any]]]:
+    """Return match of the name, commit, date and message of all tags that fit; commit and date are empty for a lightweight tag."""
     form = "%00".join(f"%({field})" for field in FIELDS) + "%01"
-    found = []
-    for row in run_git(repo, "for-each-ref", f"--format={form}", "refs/tags").split("\1"):
-        name, commit, when, message = [*row.strip("\n").split("\0"), "", "", ""][:4]
-        if (match := pattern.fullmatch(name)) and commit and when:  # a lightweight tag has neither
-            found.append((match, commit, int(when), _parse_message(message)))
-    return found
+    rows = run_git(repo, "for-each-ref", f"--format={form}", "refs/tags").split("\1")
+    fields = [[*row.strip("\n").split("\0"), "", "", ""][:4] for row in rows]
+    return [(match, commit, when, _parse_message(text)) for name, commit, when, text in fields if (match := pattern.fullmatch(name))]
 
 
 def _parse_message(message: str) -> dict[str, Any]:
-    """Also of tags that a person or `gto` made."""
+    """Parse a tag's message; the text of a tag that a person or `gto` made becomes the key `said`."""
     try:
         about = json.loads(message)
     except ValueError:
@@ -104,87 +105,89 @@ def _parse_message(message: str) -> dict[str, Any]:
     return about if isinstance(about, dict) else {"said": message.strip()}
 
 
-def _list_taken(repo: Path, pattern: re.Pattern[str]) -> list[re.Match[str]]:
-    """All tags of that name, also those that say nothing: their numbers can't be had again."""
-    names = run_git(repo, "for-each-ref", "--format=%(refname:strip=2)", "refs/tags").splitlines()
-    return [match for name in names if (match := pattern.fullmatch(name))]
-
-
 def _version_key(name: str) -> tuple[int, ...]:
     return tuple(map(int, name.removeprefix("v").split(".")))
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
 @contextmanager
 def lock_registry(repo: Path) -> Iterator[None]:
-    """Between reading what is promoted and tagging, nobody else tags: of all worktrees of the checkout. Freed by the kernel."""
+    """Hold the lock of all worktrees of the checkout, so that no other process tags between reading what is promoted and tagging."""
     folder = Path(run_git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").strip())
-    with (folder / "cf-registry.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / "cf-registry.lock"):
         yield
 
 
 def register_version(repo: Path, commit: str, about: dict[str, Any]) -> Version:
-    """The commit's student as the next version; the one it is already, if it is."""
+    """Register a commit's student as the next version, or return the version that it already is.
+
+    Numbers of lightweight tags are left out. Raises ValueError for a commit whose dvc.lock names no weights.
+    """
     commit = resolve_commit(repo, commit)
-    for one in list_versions(repo):
-        if one.commit == commit:
-            return one
+    for version in list_versions(repo):
+        if version.commit == commit:
+            return version
     weights = find_out(repo, commit, WEIGHTS)
-    *above, last = max((_version_key(match[1]) for match in _list_taken(repo, REGISTERED)), default=(0, 0, 0))
+    *above, last = max((_version_key(tag[0][1]) for tag in _read_tags(repo, VERSION_TAG)), default=(0, 0, 0))
     name = "v" + ".".join(map(str, [*above, last + 1]))
     _create_tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
     return find_version(repo, name)
 
 
 def assign_version(repo: Path, version: Version, about: dict[str, Any]) -> Assignment:
-    number = max((int(match[1]) for match in _list_taken(repo, ASSIGNED)), default=0) + 1
+    """Promote a version."""
+    number = max((int(tag[0][1]) for tag in _read_tags(repo, PROMOTION_TAG)), default=0) + 1
     _create_tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about)
     return list_assignments(repo)[-1]
 
 
 def roll_back(repo: Path, name: str | None, why: str) -> Assignment:
-    """To a version that was promoted before: the one named, or what the promoted one took the place of when it first was promoted:
-    so a second rollback goes further back, and not forth again."""
-    past = list_assignments(repo)
+    """Promote a version that was promoted before: `name`, or the version that was promoted just before the promoted one first was.
+
+    So a second rollback goes further back, and not forth again. Raises ValueError where there is no such version.
+    """
+    past = [assignment.version for assignment in list_assignments(repo)]
     if not past:
         raise ValueError("no student was ever promoted, so there is none to go back to")
-    now = past[-1].version
-    before = [one.version for one in past if one.version != now]
-    if name is None and not before:
+    now = past[-1]
+    earlier = list(dict.fromkeys(version.name for version in past if version != now))
+    if name is None and not earlier:
         raise ValueError(f"{now.name} is the only student that was ever promoted, so there is none to go back to")
-    first = next(place for place, one in enumerate(past) if one.version == now)
+    first = past.index(now)
     if name is None and not first:
-        known = ", ".join(dict.fromkeys(one.name for one in before))
-        raise ValueError(f"{now.name} was the first to be promoted; name the version to go to: {known}")
-    target = find_version(repo, name) if name else past[first - 1].version
+        raise ValueError(f"{now.name} was the first to be promoted; name the version to go to: {', '.join(earlier)}")
+    target = find_version(repo, name) if name else past[first - 1]
     if target == now:
         raise ValueError(f"{target.name} is the promoted one already")
-    if target not in before:
+    if target.name not in earlier:
         raise ValueError(f"{target.name} was never promoted, so going there is no rollback; `cf promote {target.name}` promotes it")
     return assign_version(repo, target, {"rollback": True, "from": now.name, "why": why})
 
 
 def _create_tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) -> None:
-    """git refuses a name that is taken: of two at once, one fails. A second later than the last one: GTO sorts by seconds."""
-    last = max([0, *(one.when for one in list_versions(repo)), *(one.when for one in list_assignments(repo))])
-    date = f"{max(int(time.time()), last + 1)} +0000"
+    """Tag a commit. Git refuses a name that exists, so of two processes at once the second fails.
+
+    The tag is dated at least a second after the last one, because GTO orders tags by seconds.
+    """
+    tags: list[Version | Assignment] = [*list_versions(repo), *list_assignments(repo)]
+    last = max((tag.when for tag in tags), default=0)
     message = json.dumps(about, sort_keys=True, ensure_ascii=False)
-    words = ["git", *identity_options(repo), "tag", "--annotate", "--no-sign", "--cleanup=verbatim", "--message", message, "--", name, commit]
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_COMMITTER_DATE": date}
-    done = subprocess.run(words, cwd=repo, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the tag {name} could not be made: {' '.join(done.stderr.split())}")
+    options = ["--annotate", "--no-sign", "--cleanup=verbatim", "--message", message]
+    date = f"{max(int(time.time()), last + 1)} +0000"
+    try:
+        run_git(repo, *identity_options(repo), "tag", *options, "--", name, commit, GIT_COMMITTER_DATE=date)
+    except RuntimeError as error:
+        raise RuntimeError(f"the tag {name} could not be made: {error}") from None
 
 
 def fetch_weights(repo: Path, version: Version, out: Path) -> None:
-    """A version's weights, by its tag. They are compared with the md5 that its dvc.lock states."""
+    """Write a version's weights to `out`, from the cache or the remote, and compare them with the md5 of its dvc.lock.
+
+    Raises RuntimeError for weights that can't be had or are damaged.
+    """
     weights = find_out(repo, version.commit, WEIGHTS)
-    words = [sys.executable, "-m", "dvc", "get", "--rev", version.tag, "--out", str(out), str(repo), WEIGHTS]
-    done = subprocess.run(words, cwd=repo, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the weights of {version.tag} could not be had: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    try:
+        run_dvc(repo, "get", "--rev", version.tag, "--out", str(out), str(repo), WEIGHTS)
+    except RuntimeError as error:
+        raise RuntimeError(f"the weights of {version.tag} could not be had: {error}") from None
     if problem := describe_damage(out, weights):
         raise RuntimeError(f"the weights of {version.tag} are not what its dvc.lock says: {problem}; delete {out}")

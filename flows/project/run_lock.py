@@ -1,15 +1,15 @@
-"""TODO: what flows.project.run_lock is for."""
+"""The lock that lets one run at a time use a checkout, and tells which run died while it held the checkout."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-LOCK = ".dvc/tmp/cf-run.lock"
+from flows.locks import read_holder, try_lock, write_holder
+
+LOCK = ".dvc/tmp/cf-run.lock"  # its text is "PROCESS RUN" while a run has the checkout, and empty after the run has ended
 
 
 class CheckoutBusy(RuntimeError):
@@ -18,48 +18,33 @@ class CheckoutBusy(RuntimeError):
 
 @contextmanager
 def hold_checkout(root: Path, run: str = "") -> Iterator[None]:
-    """One run a checkout: DVC refuses a stage that is started twice, hours into the first. The kernel frees the lock, and then the
-    name of the run is still in it: that one died."""
+    """Hold an exclusive lock on the checkout. Raises CheckoutBusy, because DVC itself refuses a stage that already runs only hours later.
+
+    If the process dies, the kernel frees the lock but the run's id stays in the file; `find_dead_run` reads it there.
+    """
     path = root / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().split(" ")[0] or "unknown"
-            raise CheckoutBusy(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree") from None
-        _write_owner(file, f"{os.getpid()} {run}")
+    path.touch()
+    file = try_lock(path)
+    if not file:
+        owner = path.read_text().split(" ")[0] or "unknown"
+        raise CheckoutBusy(f"{root} is in use by another run, process {owner}; wait for it, or give this one a worktree")
+    with file:
+        write_holder(file, f"{os.getpid()} {run}")
         try:
             yield
-        except Exception:  # it ends by itself, and says so
-            _write_owner(file, "")
+        except Exception:  # the run ends by itself; what ends the process (KeyboardInterrupt) leaves the id
+            write_holder(file, "")
             raise
-        _write_owner(file, "")
-
-
-def _write_owner(file: IO[str], text: str) -> None:
-    file.truncate(0)
-    file.write(text)
-    file.flush()
+        write_holder(file, "")
 
 
 def is_in_use(root: Path) -> bool:
-    return _read_owner(root) is None
+    """Say whether a run holds the checkout."""
+    return read_holder(root / LOCK)[0]
 
 
 def find_dead_run(root: Path) -> str:
-    """The run that had this checkout and didn't leave it, if nobody has it now."""
-    return (_read_owner(root) or " ").split(" ")[1]
-
-
-def _read_owner(root: Path) -> str | None:
-    """What a free lock says; None of one that is held."""
-    if not (root / LOCK).exists():
-        return " "
-    with (root / LOCK).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return file.read() or " "
+    """Return the id of the run that died while it held the checkout; empty if a run holds it now or the last one ended by itself."""
+    held, text = read_holder(root / LOCK)
+    return "" if held else text.partition(" ")[2]

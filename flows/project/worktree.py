@@ -1,7 +1,7 @@
-"""A checkout of its own for every run: .runs/<name>, on branch run/<name>, with the parameters that the run was asked for.
+"""A git worktree for every run: .runs/NAME, on branch run/NAME, with the run's parameters committed.
 
-All of them share the DVC cache of the checkout they come from, else nothing would ever be restored. The branch stays and the run
-can be repeated from it by `dvc repro`; the folder goes when it is old (`python -m flows.project.worktree prune`).
+All worktrees share the DVC cache of their checkout, so that results are restored from it. The branch stays, and `dvc repro` repeats the
+run from it; the folder is removed when it is old (`cf runs prune`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from flows.project import dvc_config
-from flows.project import overrides as laid
 from flows.project.git import commit_paths, run_git
+from flows.project.overrides import apply_overrides
 from flows.project.run_lock import is_in_use
 
 FOLDER = ".runs"
 KEEP = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
 EXAMPLES = """examples:
-  python -m flows.project.worktree list
-  python -m flows.project.worktree prune --keep 5     every finished run's folder but the five youngest; branches stay"""
+  cf runs list
+  cf runs prune --keep 5     every finished run's folder but the five youngest; branches stay"""
 
 
 def check_run_name(name: str) -> str:
-    """A name that is one folder, one git branch and one word to a shell, or ValueError."""
+    """Return a name that is one folder, one git branch and one word to a shell; raise ValueError for any other."""
     if not NAME.fullmatch(name) or ".." in name or name.endswith(".lock"):
         rule = "lower-case letters, digits, and . _ - between them, at most 100, without .. and not ending in .lock"
         raise ValueError(f"{name!r} can't be the name of a run; use {rule}")
@@ -40,56 +40,59 @@ def check_run_name(name: str) -> str:
 def make_worktree(
     repo: Path, name: str, *, base: str = "HEAD", profile: str | None, overrides: Mapping[str, Any], branch: str | None = None
 ) -> Path:
-    """The folder, with its parameters committed. One that is already there is taken as it is: a run that is retried finds its
-    working files, and its training goes on from the last checkpoint."""
+    """Create the worktree of a run on `branch` (default: run/NAME) from `base`, and commit its parameters; return its folder.
+
+    A worktree that exists is used as it is, so that a run that is tried again finds its files and training goes on from its last
+    checkpoint. Raises ValueError or RuntimeError for a name, profile or value that is refused; no value is changed then.
+    """
     repo, name = repo.resolve(), check_run_name(name)
     branch, folder = branch or f"run/{name}", repo / FOLDER / name
-    if not (folder / ".git").is_file():  # absent, or half made: there git would speak of the checkout around it
+    if not (folder / ".git").is_file():  # absent, or half made: in such a folder git would act on the checkout around it
         shutil.rmtree(folder, ignore_errors=True)
         run_git(repo, "worktree", "prune")
         start = run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip()
         known = run_git(repo, "branch", "--list", branch).strip()
         run_git(repo, "worktree", "add", "--quiet", *([] if known else ["-b", branch]), str(folder), branch if known else start)
-    # a kill in the middle of the checkout leaves files away; DVC takes metrics away itself, before it runs their stage
-    elif away := [file for file in run_git(folder, "ls-files", "-z", "--deleted").split("\0") if file and not file.startswith("metrics/")]:
-        run_git(folder, "checkout", "--quiet", "--", *away)
+    else:  # a kill during the checkout leaves files out; DVC itself removes metrics before it runs their stage
+        missing = [file for file in run_git(folder, "ls-files", "-z", "--deleted").split("\0") if not file.startswith("metrics/")]
+        if any(missing):
+            run_git(folder, "checkout", "--quiet", "--", *filter(None, missing))
     os.utime(folder)
     dvc_config.share_cache(repo, folder)
     try:
         if profile and profile != "params.yaml":
-            _use_profile(folder, "profile", "use", profile)
+            _use_profile(folder, profile)
         if overrides:
-            laid.apply_overrides(folder / "params.yaml", overrides)
+            apply_overrides(folder / "params.yaml", overrides)
     except (RuntimeError, ValueError):
         run_git(folder, "checkout", "--quiet", "--", "params.yaml")
         raise
-    said = [f"profile {profile or 'params.yaml'}", *(f"{key}={value}" for key, value in overrides.items())]
-    commit_paths(folder, ["params.yaml"], f"run {name}: {', '.join(said)}")
+    values = [f"profile {profile or 'params.yaml'}", *(f"{key}={value}" for key, value in overrides.items())]
+    commit_paths(folder, ["params.yaml"], f"run {name}: {', '.join(values)}")
     return folder
 
 
-def _use_profile(folder: Path, *words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "tasks", *words], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+def _use_profile(folder: Path, profile: str) -> None:
+    """Run `cf profile use` of the worktree's own commit. Raises RuntimeError with its last line."""
+    words = [sys.executable, "-m", "tasks", "profile", "use", profile]
+    done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or f"`cf {' '.join(words)}` failed").splitlines()[-1])
-
-
-# --------------------------------------------------------------------------------------------------- whose turn it is
-
-
-# ---------------------------------------------------------------------------------------------------------- old ones
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip() or "`cf profile` failed").splitlines()[-1])
 
 
 def list_worktrees(repo: Path) -> list[Path]:
-    """Folders of runs, youngest first."""
-    known = {path: path.stat().st_mtime for path in (repo / FOLDER).glob("*") if (path / ".git").is_file()}
-    return sorted(known, key=lambda path: -known[path])
+    """Return the folders of runs, last used first."""
+    folders = [path for path in (repo / FOLDER).glob("*") if (path / ".git").is_file()]
+    return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def prune_worktrees(repo: Path, keep: int = KEEP, line: Callable[[str], None] = lambda _: None) -> list[Path]:
-    """Removes the folders of all runs but the `keep` youngest, never one in use. What a run that died had finished is committed
-    first: the branch must be enough to repeat it. What git can't remove stays, and doesn't end the run that tidies up."""
-    gone = []
+    """Remove the folders of all runs but the `keep` last used and those in use; return the removed ones.
+
+    What a run that died had finished is committed first, so that its branch is enough to repeat it. A folder that git can't remove
+    stays and is told to `line`, because the run that tidies up must not fail for it.
+    """
+    removed = []
     for folder in list_worktrees(repo)[keep:]:
         if is_in_use(folder):
             continue
@@ -97,15 +100,15 @@ def prune_worktrees(repo: Path, keep: int = KEEP, line: Callable[[str], None] = 
             run_git(folder, "add", "--update")
             commit_paths(folder, ["dvc.lock", "metrics"], f"run {folder.name}: what it had finished")
             run_git(repo, "worktree", "remove", "--force", str(folder))
-            gone.append(folder)
+            removed.append(folder)
         except RuntimeError as error:
             line(f"{folder.name} was not removed: {error}")
-    return gone
+    return removed
 
 
 def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m flows.project.worktree", description=__doc__, epilog=EXAMPLES, formatter_class=form)
+    parser = argparse.ArgumentParser("cf runs", description=__doc__, epilog=EXAMPLES, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="runs that have a folder, youngest first")
     verbs.add_parser("prune", help="remove old folders").add_argument("--keep", type=int, default=KEEP)

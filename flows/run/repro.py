@@ -18,7 +18,7 @@ from flows.project.dvc_graph import Stage
 from flows.run import artifacts
 from flows.run.stage_task import SharedRun, run_logged, run_stage
 from flows.supervise import command
-from flows.supervise.environment import environment
+from flows.supervise.environment import stage_environment
 
 RETRY_DELAY = 2.0  # seconds before a stage is tried again
 
@@ -30,7 +30,7 @@ def check_parameters(root: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:  # not the path that the stage `validate` writes
         words = [sys.executable, "-m", "tasks", "validate", "--out", f"{folder}/params.json"]
-        code, lines = run_logged(words, log=get_run_logger().info, cwd=root, env=environment("validate", root, root), timeout=300)
+        code, lines = run_logged(words, log=get_run_logger().info, cwd=root, env=stage_environment("validate", root, root), timeout=300)
     if code:
         raise ValueError(lines[-1].strip().removeprefix("cf validate: ") if lines else f"`cf validate` ended with {code} and said nothing")
 
@@ -44,7 +44,7 @@ def repro_stages(
     worktree of, or `root` itself. Raises RuntimeError when a stage failed, after all that do not need it have ended.
     """
     logger = get_run_logger()
-    shared = SharedRun(root, environment(run, root, repo), _find_unchanged(root, graph), threading.Semaphore(at_once), pull)
+    shared = SharedRun(root, stage_environment(run, root, repo), _find_unchanged(root, graph), threading.Semaphore(at_once), pull)
     committed, futures = dvc_lock.list_recorded(git.read_committed(root, "dvc.lock")), dict[str, Any]()
     for stage in chosen:
         upstream = nearest_upstream(stage, graph, {stage.name for stage in chosen})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed
 
+from flows.project.dvc_command import dvc_words
 from flows.project.dvc_graph import Stage
 from flows.run import artifacts
 from flows.supervise import command, gpus
@@ -96,8 +96,8 @@ def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[
 
 
 def repro_stage(stage: Stage, run: SharedRun, log: Callable[[str], None], *, pull: bool) -> int:
-    """Run DVC on this stage alone; return its exit code. Without --wait-for-lock, results of parallel stages would be lost."""
-    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *(["--pull"] if pull else []), "--single-item", stage.name]
+    """Run DVC on this stage alone; return its exit code. DVC waits for its lock, else results of parallel stages would be lost."""
+    words = dvc_words("repro", *(["--pull"] if pull else []), "--single-item", stage.name)
     return command.run(words, cwd=run.root, env=run.environment, line=log, gpus=count_gpus(stage, log), timeout=stage.timeout)
 
 

@@ -1,4 +1,4 @@
-"""Runs a command so that nothing of it outlives its end, its cancellation, or the death of this process (flows/supervise/guardian.py)."""
+"""Commands of which no process outlives their end, their cancellation, or the death of this process (flows/supervise/guardian.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _stopping = threading.Event()
 
 
 class Stopped(RuntimeError):
-    """The run was cancelled or is failing: no command starts any more."""
+    """The run was cancelled or is failing, so its commands end and no command starts."""
 
 
 def run(
@@ -32,30 +32,32 @@ def run(
     gpus: int = 0,
     timeout: float | None = None,
 ) -> int:
-    """The command's exit code. Each line of its output goes to `line`, in this thread, as it comes.
+    """Run a command and return its exit code. Each line of its output goes to `line`, in this thread, as it comes.
 
-    It has `gpus` GPUs to itself and sees no others (with 0: none). TimeoutError after `timeout` seconds, which do not count
-    the wait for GPUs. The locks are the guardian's too: they are free when the last process of the command is dead.
+    The command has `gpus` GPUs to itself and sees no others (with 0: none). Raises TimeoutError after `timeout` seconds, which do not
+    count the wait for GPUs, and Stopped. The guardian inherits the locks of the GPUs, so they stay locked until the last process of
+    the command is dead.
     """
     word = secrets.token_hex(8)
-    with gpu_locks.lock_gpus(gpus, line, _stopping.is_set) as held:
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, held))}
+    with gpu_locks.lock_gpus(gpus, line, _stopping.is_set) as locks:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, locks))}
         process = subprocess.Popen(
             [sys.executable, "-I", guardian.__file__, word, str(read_settings().grace), *command],
             cwd=cwd,
-            # not the mark of this process: nobody is to sweep up the guardian while it cleans up
+            # without the mark of this process, because end_orphans() must not end a guardian that still cleans up
             env={key: value for key, value in (os.environ if env is None else env).items() if key != guardian.MARK} | visible,
             stdin=subprocess.PIPE,  # never written: it ends when this process does
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            pass_fds=tuple(held.values()),
+            pass_fds=tuple(locks.values()),
         )
         return _follow_output(process, word, line, timeout)
 
 
 def _follow_output(process: subprocess.Popen[str], word: str, line: Callable[[str], None], timeout: float | None) -> int:
+    """Hand on the lines of a guardian until its command has ended, however this function is left; return the exit code."""
     late = threading.Event()
     watch = threading.Thread(target=_enforce_timeout, args=(process, word, timeout, late), daemon=True)
     _running.add(process)
@@ -63,8 +65,8 @@ def _follow_output(process: subprocess.Popen[str], word: str, line: Callable[[st
         watch.start()
         if _stopping.is_set():
             _terminate_process(process)
-        for said in process.stdout or ():
-            line(said.rstrip("\n"))
+        for text in process.stdout or ():
+            line(text.rstrip("\n"))
     finally:
         _terminate_process(process)
         watch.join()
@@ -80,13 +82,14 @@ def _follow_output(process: subprocess.Popen[str], word: str, line: Callable[[st
 
 
 def _enforce_timeout(process: subprocess.Popen[str], word: str, timeout: float | None, late: threading.Event) -> None:
+    """Ask a guardian to end after `timeout` seconds, and clean up behind a guardian that was killed."""
     try:
         process.wait(timeout)
     except subprocess.TimeoutExpired:
         late.set()
         _terminate_process(process)
         process.wait()
-    if process.returncode < 0:  # the guardian was killed, and what it guarded may live and hold the pipe open
+    if process.returncode < 0:  # the guardian was killed; processes of the command may live and hold the pipe open
         guardian.end_marked(word, 0.0)
 
 
@@ -96,26 +99,28 @@ def _terminate_process(process: subprocess.Popen[str]) -> None:
 
 
 def stop_commands() -> None:
-    """Ends all commands of this process, and lets none start until start(). For a flow that ends before its stages."""
+    """End all commands of this process, and let none start until `allow_commands`. For a flow that ends before its stages."""
     _stopping.set()
     for process in list(_running):
         _terminate_process(process)
 
 
 def allow_commands() -> None:
+    """Let commands start again after `stop_commands`."""
     _stopping.clear()
 
 
 def is_stopping() -> bool:
+    """Say whether `stop_commands` was called, which every wait of a flow asks."""
     return _stopping.is_set()
 
 
 def mark_environment() -> None:
-    """Lets sweep() find what this process starts without a guardian, once it is dead: Prefect's temporary server, for one."""
+    """Mark this process, so that end_orphans() finds what it started without a guardian once it is dead: Prefect's temporary server."""
     os.environ[guardian.MARK] = guardian.make_mark(secrets.token_hex(8))
 
 
 def end_orphans() -> list[int]:
-    """Ends what guardians that were themselves killed together with their starters have left; the process numbers."""
-    lost = {mark.split(":")[0] for _, mark in guardian.find_marked() if not guardian.is_alive(mark)}
-    return sorted(pid for word in lost for pid in guardian.end_marked(word, read_settings().grace))
+    """End what guardians have left that were killed together with their starters; return the process numbers."""
+    words = {mark.split(":")[0] for _, mark in guardian.find_marked() if not guardian.is_alive(mark)}
+    return sorted(pid for word in words for pid in guardian.end_marked(word, read_settings().grace))

@@ -1,4 +1,4 @@
-"""TODO: what flows.supervise.environment is for."""
+"""The environment of processes that flows start: this interpreter's programs first, and no password that is the flows' alone."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import os
 import sys
 from pathlib import Path
 
-SECRET = ("PREFECT_", "CF_ALERT_", "CF_HEARTBEAT_")  # of the environment, and none of a stage's business: there is a password in each
+SECRETS = ("PREFECT_", "CF_ALERT_", "CF_HEARTBEAT_")  # beginnings of names; each of these variables may hold a password
 
 
-def environment(run: str, root: Path, repo: Path) -> dict[str, str]:
-    """Of the stages: this interpreter's `python` and `dvc`, the run's name, and no password of Prefect or the alerts.
+def child_environment() -> dict[str, str]:
+    """Return the environment of a DVC or git process.
 
-    Offline runs of W&B, and what is kept of single clips, go to the checkout that the run's worktree belongs to: they outlive the
-    worktree.
+    A request to S3 is tried three times instead of five, with growing pauses, because the task that pushes tries again itself.
     """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(SECRET)}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(SECRETS)}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    outlives = {} if root == repo else {"WANDB_DIR": str(repo / "runtime"), "CF_KEPT": str(repo / "work/kept")}
-    return {"CF_RUN": run, "AWS_MAX_ATTEMPTS": "3", **outlives, **kept, "PYTHONUNBUFFERED": "1", "PATH": path}
+    return {"AWS_MAX_ATTEMPTS": "3", "DVC_NO_ANALYTICS": "1", **inherited, "PYTHONUNBUFFERED": "1", "PATH": path}
+
+
+def stage_environment(run: str, root: Path, repo: Path) -> dict[str, str]:
+    """Return the environment of the stages of a run: the run's name, and folders that must outlive the run's worktree `root`.
+
+    These are offline runs of W&B and results for single clips; they go to `repo`, the checkout that the worktree belongs to.
+    """
+    lasting = {} if root == repo else {"WANDB_DIR": str(repo / "runtime"), "CF_KEPT": str(repo / "work/kept")}
+    return {"CF_RUN": run, **lasting, **child_environment()}

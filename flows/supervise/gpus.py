@@ -1,11 +1,10 @@
-"""Which GPUs a stage has to itself: one lock file each, which the kernel frees when its last holder dies, kill -9 included.
+"""Which GPUs a stage has to itself: one lock file a GPU, which the kernel frees when its last holder dies, kill -9 included.
 
-Prefect's concurrency limits are not used for this: after a restart of the server their slots stay taken for ever.
+Prefect's concurrency limits are not used for this, because after a restart of the server their slots stay taken for ever.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import re
@@ -13,124 +12,109 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
+from flows.locks import read_holder, try_lock, write_holder
 from tasks.files.settings import read_settings
 
-PAUSE = 0.5  # seconds between two looks at a lock that another holds
-SAY_EVERY = 60.0
+PAUSE = 0.5  # seconds between two attempts to take a lock
+SAY_EVERY = 60.0  # seconds between two lines of a wait
 DEVICES = Path("/dev")
+Line = Callable[[str], None]
 
 
 def lock_folder() -> Path:
-    """Shared by all checkouts of this user on this machine; its name is in there, because a home may be shared by machines."""
+    """Return the folder of the locks, which all checkouts of this user on this machine share.
+
+    The machine's name is part of the path, because machines may share a home.
+    """
     return read_settings().gpu_locks or Path.home() / ".cache/cf" / (re.sub(r"[^\w-]", "_", platform.node()) or "here")
 
 
 def list_gpus() -> list[int]:
-    """Numbers of the GPUs that this process may give away: CF_GPUS of them, or those it was given, or all of the machine."""
+    """Return the numbers of the GPUs that this process may give away: CF_GPUS of them, those it may see, or all of the machine."""
     count, visible = read_settings().gpus, os.environ.get("CUDA_VISIBLE_DEVICES")
     if count is not None:
         return list(range(count))
     if visible is not None:
-        named = [one.strip() for one in visible.split(",") if one.strip() not in ("", "-1")]
-        if not all(one.isdecimal() for one in named):
+        numbers = [word.strip() for word in visible.split(",") if word.strip() not in ("", "-1")]
+        if not all(number.isdecimal() for number in numbers):
             raise ValueError(f"CUDA_VISIBLE_DEVICES is {visible}; name GPUs by their numbers, since their locks are numbered")
-        return sorted({int(one) for one in named})
+        return sorted({int(number) for number in numbers})
     # CUDA counts those that are there: a container that is given GPU 3 has /dev/nvidia3, and calls it 0
     return list(range(len(list(DEVICES.glob("nvidia[0-9]*")))))
 
 
 @contextmanager
-def hold_gpus(count: int, line: Callable[[str], None]) -> Iterator[list[int]]:
-    """`count` GPUs, lowest free numbers first, for as long as the block lasts; waits for them and says so."""
-    with lock_gpus(count, line) as held:
-        yield list(held)
+def hold_gpus(count: int, line: Line) -> Iterator[list[int]]:
+    """Lock `count` GPUs, lowest free numbers first, for as long as the block lasts; wait for them and say so to `line`."""
+    with lock_gpus(count, line) as locks:
+        yield list(locks)
 
 
 @contextmanager
-def lock_gpus(count: int, line: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> Iterator[dict[int, int]]:
-    """The same, with the open file of each lock: whoever inherits it keeps the lock beyond this process.
+def lock_gpus(count: int, line: Line, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[int, int]]:
+    """Lock GPUs as `hold_gpus` does; yield the handle of each lock, which a child process may inherit to keep the lock.
 
+    Raises ValueError if the machine has fewer GPUs, and InterruptedError once `stop` says so.
     Choice: one process at a time collects locks, under a lock of its own, and keeps what it has until it has all. So a stage
     that wants eight can't be passed for ever by stages that want one, and two that want eight can't hold four each.
     """
-    known = list_gpus()
-    if count > len(known):
+    numbers = list_gpus()
+    if count > len(numbers):
         way = "lower meta.cf.gpus in dvc.yaml, or run it on a machine that has them"
-        raise ValueError(f"{count} GPUs are asked for, and this machine gives away {len(known)}; {way} (CF_GPUS states how many there are)")
-    with ExitStack() as open_files:
-        held: dict[int, int] = {}
+        raise ValueError(f"{count} GPUs are asked for, and this machine gives away {len(numbers)}; {way} (CF_GPUS states how many it has)")
+    locks: dict[int, int] = {}
+    with ExitStack() as files:
+
+        def collect() -> bool:
+            for number in numbers:
+                if len(locks) < count and number not in locks and (handle := _take_lock(_lock_file(number), files)) is not None:
+                    locks[number] = handle
+            return len(locks) == count
+
         if count:
             with ExitStack() as turn:
                 _wait_until(lambda: _take_lock(lock_folder() / "gpus.lock", turn) is not None, line, "its turn to take GPUs", stop)
-                _wait_until(lambda: _collect_locks(held, count, known, open_files), line, f"{count} of GPUs {known}", stop)
-            held = dict(sorted(held.items()))
-            line(f"GPUs {', '.join(map(str, held))}")
-        yield held
+                _wait_until(collect, line, f"{count} of GPUs {numbers}", stop)
+            line(f"GPUs {', '.join(map(str, sorted(locks)))}")
+        yield dict(sorted(locks.items()))
 
 
-def _collect_locks(held: dict[int, int], count: int, known: list[int], open_files: ExitStack) -> bool:
-    for number in known:
-        if len(held) < count and number not in held:
-            taken = _take_lock(lock_folder() / f"gpu{number}.lock", open_files)
-            held |= {} if taken is None else {number: taken}
-    return len(held) == count
+def _lock_file(number: int) -> Path:
+    return lock_folder() / f"gpu{number}.lock"
 
 
-def _take_lock(path: Path, open_files: ExitStack) -> int | None:
-    """The file is never removed: a lock on a removed file would be a lock that nobody else sees."""
-    file = _open_shared(path)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    open_files.enter_context(file)
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")  # for the person who looks who has it; the lock is the kernel's
-    file.flush()
-    return file.fileno()
+def _take_lock(path: Path, files: ExitStack) -> int | None:
+    """Lock a file until `files` closes; return its handle, or None while another process holds it.
 
-
-def _open_shared(path: Path) -> IO[str]:
-    """For whoever else shares the folder too, whatever the umask of the one who makes the file."""
+    Every user of the folder may open the file, whatever the umask of the process that makes it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
-            os.fchmod(made := os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), 0o666)
-            os.close(made)
-        return path.open("r+")
+            os.fchmod(handle := os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), 0o666)
+            os.close(handle)
+        file = try_lock(path)
     except PermissionError:
         raise ValueError(f"{path} is another user's: `chmod a+rw` it as that one, or state a folder of your own in CF_GPU_LOCKS") from None
+    if not file:
+        return None
+    write_holder(files.enter_context(file), f"{os.getpid()}\n")  # for a person who looks; the lock is the kernel's
+    return file.fileno()
 
 
-def _wait_until(ready: Callable[[], bool], line: Callable[[str], None], what: str, stop: Callable[[], bool]) -> None:
-    said = -SAY_EVERY
+def _wait_until(ready: Callable[[], bool], line: Line, what: str, stop: Callable[[], bool]) -> None:
+    last_line = -SAY_EVERY
     while not ready():
         if stop():
             raise InterruptedError(f"stopped while waiting for {what}")
-        if time.monotonic() - said >= SAY_EVERY:
-            said = time.monotonic()
+        if time.monotonic() - last_line >= SAY_EVERY:
+            last_line = time.monotonic()
             line(f"waits for {what}")
         time.sleep(PAUSE)
 
 
 def find_holders() -> dict[int, int | None]:
-    """GPU -> process that holds its lock, None where it is free. For `cf doctor`."""
-    found: dict[int, int | None] = {}
-    for number in list_gpus():
-        path = lock_folder() / f"gpu{number}.lock"
-        with ExitStack() as open_files:
-            free = not path.exists() or _is_free(path, open_files)
-            found[number] = None if free else int(path.read_text().strip() or 0)
-    return found
-
-
-def _is_free(path: Path, open_files: ExitStack) -> bool:
-    file = open_files.enter_context(path.open())
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    """Return the process that holds the lock of each GPU, None where it is free. For `cf doctor`."""
+    locks = {number: read_holder(_lock_file(number)) for number in list_gpus()}
+    return {number: int(text.strip() or 0) if held else None for number, (held, text) in locks.items()}

@@ -1,4 +1,4 @@
-"""Published methods as settings: presets/NAME.yaml, laid over the active params.yaml by `cf preset use NAME`.
+"""`cf preset`: published methods as settings; `cf preset use NAME` writes presets/NAME.yaml over the values of params.yaml.
 
 A preset states what its method decides (memory, rollouts, scores); sizes, steps and learning rates stay those of the profile.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from tasks.files.atomic import write_atomically
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused
 
@@ -43,11 +44,12 @@ def main(argv: list[str]) -> None:
 
 
 def list_presets() -> dict[str, Path]:
+    """Return name -> file of the presets."""
     return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The preset, complete: one that begins with `from` states only what it does otherwise."""
+    """Return a preset's values; of a preset with `from`, its parent's values with its own over them."""
     files = list_presets()
     if name not in files:
         raise Refused(f"preset {name} isn't in {FOLDER}/; known are {', '.join(files) or 'none'}")
@@ -57,12 +59,12 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def write_preset(path: Path, name: str) -> None:
-    """Lays the preset over the file, whose comments stay."""
-    from tasks.params.load import validate_params  # here, so that `cf preset list` needs no torch
+    """Write a preset's values into a params file, whose comments stay; raise Refused if the result is invalid."""
+    from tasks.params.load import validate_params  # here, because `cf preset list` must not wait for torch
 
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 140, True
-    yaml_file.read_yaml(path)  # refuses what is no YAML, in one sentence
+    yaml_file.read_yaml(path)  # refuses with a sentence what is no YAML
     stated = apply_preset(yaml.load(path.read_text()), name)
     text = io.StringIO()
     yaml.dump(stated, text)
@@ -70,13 +72,11 @@ def write_preset(path: Path, name: str) -> None:
         validate_params(YAML(typ="safe", pure=True).load(text.getvalue()), path)
     except Refused as error:
         raise Refused(f"preset {name} doesn't fit {error}; start from another profile") from None
-    partial = path.with_suffix(".partial")
-    partial.write_text(text.getvalue())
-    partial.replace(path)
+    write_atomically(path, text.getvalue())
 
 
 def apply_preset(stated: Any, name: str) -> Any:
-    """The parameters with the preset's values: its memory for every student, and a system of its own name."""
+    """Return the parameters with a preset's values: its memory for every student, and a system under its name in both suites."""
     preset = read_preset(name)
     out = copy.deepcopy(stated)
     for stage in STUDENTS:
@@ -91,7 +91,7 @@ def apply_preset(stated: Any, name: str) -> Any:
 
 
 def merge_values(under: Any, over: Any) -> Any:
-    """`over` on `under`, key by key; the mapping's own type stays, and with it its comments."""
+    """Return `under` with the values of `over`, key by key. The type of `under` stays, because it holds the file's comments."""
     if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
         return over
     out = copy.deepcopy(under)

@@ -1,4 +1,4 @@
-"""Files of JSON lines: one object a line, as in metrics.jsonl, index.jsonl and the manifest."""
+"""Files of JSON objects: one a line, as in metrics.jsonl, index.jsonl and the manifest, or one a file, as in metrics/*.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ def read_json_lines(path: Path, *, missing_ok: bool = False, growing: bool = Fal
     lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON string
     if growing:
         lines.pop()
-    return [_parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [_parse_object(line, path, f"line {number}: ") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def load_json_object(path: Path) -> Row:
+    """Read the object of a JSON file. Raises ValueError with its path if the file holds none; `read_json_object` forgives that."""
+    return _parse_object(path.read_text(encoding="utf-8"), path)
 
 
 def dump_json_lines(rows: Iterable[Mapping[str, Any]], **options: Any) -> str:
@@ -29,14 +34,14 @@ def dump_json_lines(rows: Iterable[Mapping[str, Any]], **options: Any) -> str:
     return "".join(json.dumps(row, **options) + "\n" for row in rows)
 
 
-def _parse_line(line: str, where: str) -> Row:
+def _parse_object(text: str, path: Path, where: str = "") -> Row:
     try:
-        row = json.loads(line)
+        values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is damaged: {line.strip()[:50]} has no names")
-    return row
+        raise ValueError(f"{path} is damaged: {where}{error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: {where}{text.strip()[:50]} has no names")
+    return values
 
 
 def read_json_object(path: Path) -> Row:

@@ -130,14 +130,14 @@ def round_metrics(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def stop_on_sigterm(track: Track) -> Iterator[None]:
     """End the stage on SIGTERM as an exception does: W&B is finished, the lock freed, the checkpoints stay.
 
-    A training loop first finishes its step and saves. A second SIGTERM does not wait for that, unless it comes within a
-    second: flows/supervise asks a launcher and its ranks at once, and the launcher asks its ranks again.
+    A training loop first finishes its step and saves. A second SIGTERM does not wait for that, unless it comes within two
+    seconds: flows/supervise asks a launcher and its ranks at once, and the launcher asks its ranks again.
     """
     requested_at = 0.0
 
     def stop(number: int, frame: object) -> None:
         nonlocal requested_at
-        if track.stop_requested is None or (track.stop_requested and time.monotonic() - requested_at > 1):
+        if track.stop_requested is None or (track.stop_requested and time.monotonic() - requested_at > 2):
             raise SystemExit(143)
         track.stop_requested, requested_at = True, requested_at or time.monotonic()
 

@@ -18,8 +18,8 @@ from flows.supervise import command, gpus
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
-from flows import gpus
-with gpus.hold(int(sys.argv[1]), lambda said: None) as held:
+from flows.supervise import gpus
+with gpus.hold_gpus(int(sys.argv[1]), lambda said: None) as held:
     print(*held, flush=True)
     time.sleep(600)
 """
@@ -200,8 +200,8 @@ def test_a_lock_is_kept_until_the_last_process_of_the_command_is_dead(tmp_path: 
     stage = (
         "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), exit())); print('up', flush=True); time.sleep(600)"
     )
-    starter = "import sys; from pathlib import Path; from flows import supervise; "
-    starter += "supervise.run([sys.executable, '-c', sys.argv[1]], cwd=Path.cwd(), line=lambda said: print(said, flush=True), gpus=2)"
+    starter = "import sys; from pathlib import Path; from flows.supervise import command; "
+    starter += "command.run([sys.executable, '-c', sys.argv[1]], cwd=Path.cwd(), line=lambda said: print(said, flush=True), gpus=2)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     flow = subprocess.Popen([sys.executable, "-c", starter, stage], env=environment, stdout=subprocess.PIPE, text=True)
     assert said(flow) == "GPUs 0, 1" and said(flow) == "up"

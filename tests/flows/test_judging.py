@@ -12,9 +12,10 @@ import pytest
 
 from flows.night import judge, state, steps, warm_start
 from flows.night.gate import Measured
-from flows.project import dvc_lock, registry
+from flows.project import registry
 from flows.project.dvc_graph import Stage
 from flows.run import stage_task
+from tasks.files.hashes import compute_dvc_md5
 from tests.flows import project
 
 DVC = """stages:
@@ -41,7 +42,7 @@ def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("stage2", "codec"):
         (root / "models" / name).mkdir(parents=True)
         (root / "models" / name / "weights").write_text(name)
-    hashes = [dvc_lock.md5(root / "models" / name).removesuffix(".dir") for name in ("stage2", "codec")]
+    hashes = [compute_dvc_md5(root / "models" / name).removesuffix(".dir") for name in ("stage2", "codec")]
     (root / "dvc.lock").write_text(LOCK.format(*hashes))
     monkeypatch.setattr(steps, "repro_stages", lambda *_, **__: {})
     for module in (steps, judge):

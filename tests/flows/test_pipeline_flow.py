@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
 from flows.project import dvc_config, dvc_remote, run_lock, worktree
-from flows.supervise.environment import environment
+from flows.supervise.environment import stage_environment
 from tests.flows import project
 from tests.flows.served import ALL, change, done_root, go, root, seen
 from tests.flows.served import rows as shown_rows
@@ -220,8 +220,8 @@ def test_stages_get_no_password_and_leave_what_outlives_their_worktree(monkeypat
         monkeypatch.setenv(name, "planted")
     for name in ("CF_RUN", "WANDB_DIR", "CF_KEPT"):
         monkeypatch.delenv(name, raising=False)
-    made = environment("a-run", tmp_path / ".runs/a-run", tmp_path)
+    made = stage_environment("a-run", tmp_path / ".runs/a-run", tmp_path)
     assert "planted" not in made.values()
     assert made["CF_RUN"] == "a-run" and made["PYTHONUNBUFFERED"] == "1"
     assert made["WANDB_DIR"] == str(tmp_path / "runtime") and made["CF_KEPT"] == str(tmp_path / "work/kept")
-    assert "WANDB_DIR" not in environment("a-run", tmp_path, tmp_path)
+    assert "WANDB_DIR" not in stage_environment("a-run", tmp_path, tmp_path)

@@ -121,7 +121,7 @@ def test_what_a_person_must_change_first(root: Path, config: str, said: str) -> 
 
 
 def test_the_command_says_one_sentence(root: Path) -> None:
-    command = "import sys; from flows import remote; remote.main(['check'])"
+    command = "import sys; from flows.project import dvc_remote; dvc_remote.main(['check'])"
     path = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", command], cwd=root, env=path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

@@ -31,8 +31,8 @@ time.sleep(600)
 STARTER = """
 import sys
 from pathlib import Path
-from flows import supervise
-supervise.run([sys.executable, "-c", sys.argv[1]], cwd=Path.cwd(), line=lambda said: print(said, flush=True))
+from flows.supervise import command
+command.run([sys.executable, "-c", sys.argv[1]], cwd=Path.cwd(), line=lambda said: print(said, flush=True))
 """
 
 
@@ -185,7 +185,7 @@ def test_what_outlives_both_is_swept_up_later() -> None:
 def test_what_a_marked_process_has_started_is_swept_up_when_it_is_dead() -> None:
     """As the temporary server of a flow that was killed."""
     sleep = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)"
-    script = f"from flows import supervise; import time; supervise.mark(); {sleep}; time.sleep(600)"
+    script = f"from flows.supervise import command; import time; command.mark_environment(); {sleep}; time.sleep(600)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     flow = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
     left = int(flow.stdout.readline() if flow.stdout else 0)

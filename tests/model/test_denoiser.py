@@ -181,6 +181,6 @@ def test_a_missing_weight_is_refused(tmp_path):
 def test_absolute_positions_end_with_the_table():
     model = denoiser()
     memory = ContextMemory(spec(**EVERYTHING))
-    object.__setattr__(memory, "seen", 254)
+    object.__setattr__(memory, "frame_count", 254)
     with pytest.raises(ValueError, match="RoPE table of 256 positions"):
         model.velocity(normal(2, 3, *SHAPE), torch.tensor([0.5, 0.9]), TEXT, memory)

@@ -49,7 +49,7 @@ def test_the_password_reaches_the_server_and_clients_and_no_stage(monkeypatch: p
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "cf:secret")
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql+asyncpg://cf:secret@127.0.0.1/prefect")
     monkeypatch.setenv("CF_ALERT_URL", "http://127.0.0.1:9/secret")
-    assert "secret" not in str(environment.environment("run", ROOT, ROOT))
+    assert "secret" not in str(environment.stage_environment("run", ROOT, ROOT))
     machine = settings.Machine(ROOT, "127.0.0.1", 4200, 1)
     told = settings.process_environment(machine, dict(os.environ))
     assert told["PREFECT_API_AUTH_STRING"] == "cf:secret" and "PREFECT_SERVER_API_AUTH_STRING" not in told

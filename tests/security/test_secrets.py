@@ -54,7 +54,7 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path, store: Store) -> None:
     home.mkdir()
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     env = environment(home)
-    add = "from pathlib import Path; from flows import remote; remote.add(Path.cwd(), 'lab', 's3://{}/cf', endpoint='{}', local=True)"
+    add = "from pathlib import Path; from flows.project import dvc_remote as remote; remote.add_remote(Path.cwd(), 'lab', 's3://{}/cf', endpoint='{}', local=True)"
     subprocess.run([sys.executable, "-c", add.format(BUCKET, store.url)], cwd=project, env=env, check=True)
     run = [sys.executable, "-m", "flows.pipeline", "--profile", "smoke", "--set", "seed=7", "--to", "clips", "--push"]
     done = subprocess.run(run, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
@@ -77,10 +77,10 @@ def test_a_run_that_fails_says_no_secret(tmp_path: Path) -> None:
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, cwd=project, env=env, check=True)
     script = (
-        "from pathlib import Path; from flows import remote; here = Path.cwd()\n"
-        "remote.add(here, 'lab', 's3://bucket/cf', endpoint='http://127.0.0.1:9')\n"
+        "from pathlib import Path; from flows.project import dvc_remote as remote; here = Path.cwd()\n"
+        "remote.add_remote(here, 'lab', 's3://bucket/cf', endpoint='http://127.0.0.1:9')\n"
         "remote.CONNECT = 1\n"
-        "remote.push(here)\n"
+        "remote.push_outs(here)\n"
     )
     env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, "-c", script], cwd=project, env=env, capture_output=True, text=True, timeout=120)

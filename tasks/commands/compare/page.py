@@ -1,4 +1,4 @@
-"""`cf compare A B`: two runs on one page that needs no other file: what differs, numbers with intervals, curves, videos."""
+"""`cf compare`: two runs on one page that needs no other file: what differs, numbers with intervals, curves, videos."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two runs, and what is known of it without looking at what it made."""
+    """A run to compare: its folder, and its parameters, dvc.lock and commit."""
 
     letter: str
     name: str
@@ -41,30 +41,31 @@ def main(argv: list[str]) -> None:
     parser.add_argument("a", help="a folder (the root of a run; . is this one), a Git revision, or an experiment of DVC")
     parser.add_argument("b", help="the same; differences are B minus A")
     parser.add_argument("--out", type=Path, default=Path("compare.html"), help="default: compare.html")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="cf-compare-") as scratch:
-        a, b = (read_side(letter, name, Path(scratch)) for letter, name in (("A", given.a), ("B", given.b)))
+        a, b = (read_side(letter, name, Path(scratch)) for letter, name in (("A", args.a), ("B", args.b)))
         html = render_page(build_page(a, b))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(given.out, html)
-    print(f"{given.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out, html)
+    print(f"{args.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
 
 
 def read_side(letter: str, name: str, scratch: Path) -> Side:
+    """Find the run `name`, in a folder below `scratch` if it is a revision, and read what describes it."""
     root = revision.find_folder(name, scratch / letter)
     lock = root / "dvc.lock"
-    told = revision.run_git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
-    commit, subject, date = told if len(told) == 3 else ("", "", "")
+    described = revision.run_git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
+    commit, subject, date = described if len(described) == 3 else ("", "", "")
     label = root.resolve().name if Path(name).is_dir() else name
     stages = yaml_file.read_yaml(lock).get("stages", {}) if lock.exists() else {}
     return Side(letter, label, root, yaml_file.read_yaml(root / "params.yaml"), stages, commit, subject, date)
 
 
 def build_page(a: Side, b: Side) -> dict[str, Any]:
+    """Return the values of the page's template."""
     rules = a.params.get("evaluate") or {}
     resamples, seed = int(rules.get("resamples", 1000)), int(a.params.get("seed", 0))
-    found = [results.results(one.root, resamples, seed) for one in (a, b)]
-    suites = results.suites(*found)
+    suites = results.compare_suites(*(results.read_results(side.root, resamples, seed) for side in (a, b)))
     size = a.params.get("video") or {}
     return {
         "sides": [a, b],
@@ -72,10 +73,10 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
         "params": list_changed_params(a.params, b.params),
         "stages": compare_stages(a.lock, b.lock),
         "suites": suites,
-        "tally": results.tally(suites),
-        "curves": results.over_time(a.root, b.root, COLOURS),
-        "training": results.training(a.root, b.root, COLOURS),
-        "videos": results.videos(a.root, b.root, suites, int(size.get("fps", 16))),
+        "tally": results.count_verdicts(suites),
+        "curves": results.draw_curves(a.root, b.root, COLOURS),
+        "training": results.draw_training(a.root, b.root, COLOURS),
+        "videos": results.embed_videos(a.root, b.root, suites, int(size.get("fps", 16))),
         "shape": (size.get("width", 1), size.get("height", 1)),
         "numbers": compare_stage_metrics(a.root, b.root),
         "resamples": resamples,
@@ -83,13 +84,14 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
 
 
 def list_changed_params(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Every value that differs, by its dotted key; where a run is tracked changes no result."""
+    """List every value that differs, by its dotted key, but for `tracking`, which changes no result."""
     one, other = (dict(flatten_tree({key: value for key, value in params.items() if key != "tracking"})) for params in (a, b))
     keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
     return [(key, one.get(key, ABSENT), other.get(key, ABSENT)) for key in keys]
 
 
 def flatten_tree(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the leaves of a tree as (dotted key, value as JSON)."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():
             yield from flatten_tree(inner, f"{key}.{name}" if key else str(name))
@@ -98,7 +100,7 @@ def flatten_tree(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def compare_stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """By dvc.lock: which stages made the same bytes, and of the others, which of their inputs differ."""
+    """Say of each stage in dvc.lock whether both made the same bytes, and which code, data and parameters differ."""
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys([*a, *b]):
         one, other = a.get(name), b.get(name)
@@ -106,7 +108,8 @@ def compare_stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str,
             rows.append({"stage": name, "same": None, "absent": "A" if one is None else "B", "code": [], "data": [], "params": []})
             continue
         deps = list_changed_entries(one, other, "deps")
-        params = [dict(flatten_tree({k: v for file in entry.get("params", {}).values() for k, v in file.items()})) for entry in (one, other)]
+        stated = ({key: value for file in entry.get("params", {}).values() for key, value in file.items()} for entry in (one, other))
+        params = [dict(flatten_tree(tree)) for tree in stated]
         keys = sorted(key for key in {*params[0], *params[1]} if params[0].get(key) != params[1].get(key) and "tracking" not in key)
         code = [path for path in deps if path.startswith(("cf_model/", "tasks/"))]
         same = not list_changed_entries(one, other, "outs")
@@ -115,19 +118,20 @@ def compare_stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str,
 
 
 def list_changed_entries(one: Mapping[str, Any], other: Mapping[str, Any], kind: str) -> list[str]:
+    """List the paths whose md5 differs between two entries of dvc.lock; `kind`: deps or outs."""
     first, second = ({entry["path"]: entry.get("md5") for entry in lock.get(kind, [])} for lock in (one, other))
     return sorted(path for path in {*first, *second} if first.get(path) != second.get(path))
 
 
 def compare_stage_metrics(a: Path, b: Path) -> list[dict[str, Any]]:
-    """metrics/<stage>.json of both, where a number differs; evaluate's have tables of their own."""
+    """List the values of metrics/<stage>.json that differ; those of `evaluate` have tables of their own."""
     rows = []
     names = dict.fromkeys(path.stem for root in (a, b) for path in sorted((root / "metrics").glob("*.json")))
     for name in names:
         if name in ("evaluate", "report"):
             continue
         files = [root / "metrics" / f"{name}.json" for root in (a, b)]
-        one, other = map(results.metrics, files)
+        one, other = map(results.read_metrics, files)
         for key in dict.fromkeys([*one, *other]):
             x, y = one.get(key), other.get(key)
             if x != y:
@@ -137,7 +141,7 @@ def compare_stage_metrics(a: Path, b: Path) -> list[dict[str, Any]]:
 
 
 def render_page(values: Mapping[str, Any]) -> str:
-    """Everything in the page is escaped but the figures made here."""
+    """Return the page as HTML, in which all is escaped but the figures drawn here."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = format_number

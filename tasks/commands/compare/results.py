@@ -1,11 +1,11 @@
-"""What two runs made, side by side: numbers with paired intervals, curves, videos. tasks/commands/compare/page.py puts it on a page."""
+"""Comparison of what two runs made: numbers with paired intervals, curves, videos, for the page of `cf compare`."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,166 +24,168 @@ from cf_model.evaluate.figures import (
 )
 from cf_model.evaluate.report import ARROWS, Results, describe_metric, state_verdict
 from cf_model.evaluate.statistics import Difference, paired, without_interval
+from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.yaml_file import Refused
 
-__all__ = ["number"]
-Row = dict[str, Any]
-
 SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
-PROMPTS = {"prompts": 4, "continuations": 2}  # whose videos are shown
-FEW = 6  # prompts. Choice: below that an interval is too narrow to be believed, and even equal signs could be chance (p > 0.03)
-BUDGET = 3_000_000  # bytes of one suite's videos, of each run
-TALL = 64  # pixels of a strip's frames
+SHOWN_PROMPTS = {"prompts": 4, "continuations": 2}  # whose videos are shown
+# Choice: with fewer prompts an interval is too narrow to be believed, and even equal signs could be chance (p > 0.03).
+FEWEST_PROMPTS = 6
+SUITE_BYTES = 3_000_000  # bytes of one suite's videos, of each run
+STRIP_HEIGHT = 64  # pixels of a strip's frames
 
 
-def lines(path: Path) -> list[Row]:
-    return [parsed(line, path) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a JSON lines file, none if it is absent; raise Refused for a damaged file."""
+    with _refuse_damage():
+        return read_json_lines(path, missing_ok=True)
 
 
-def metrics(path: Path) -> Row:
-    return parsed(path.read_text(), path) if path.exists() else {}
+def read_metrics(path: Path) -> Row:
+    """Read the values of a metrics file, none if it is absent; raise Refused for a damaged file."""
+    with _refuse_damage():
+        return load_json_object(path) if path.exists() else {}
 
 
-def parsed(text: str, path: Path) -> Row:
+@contextmanager
+def _refuse_damage() -> Iterator[None]:
     try:
-        found = json.loads(text)
+        yield
     except ValueError as error:
-        raise Refused(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise Refused(f"{path} is damaged: {text.strip()[:50]} has no names")
-    return found
+        raise Refused(str(error)) from None
 
 
-def results(root: Path, resamples: int, seed: int) -> Results:
+def read_results(root: Path, resamples: int, seed: int) -> Results:
+    """Read the measured values of a run and the means of its systems."""
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
-    for row in lines(root / "results/cells.jsonl"):
+    for row in read_rows(root / "results/cells.jsonl"):
         if row["value"] is not None:
             cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item_key(row), row["seed"]] = row["value"]
-    means = metrics(root / "metrics/evaluate.json")
-    kept = {suite: {name: v for name, v in systems.items() if isinstance(v, dict)} for suite, systems in means.items() if suite in SUITES}
-    return Results(cells, kept, resamples=resamples, seed=seed)
+    means = read_metrics(root / "metrics/evaluate.json")
+    systems = {suite: {name: v for name, v in means[suite].items() if isinstance(v, dict)} for suite in means if suite in SUITES}
+    return Results(cells, systems, resamples=resamples, seed=seed)
 
 
-# --------------------------------------------------------------------------------------------------------- numbers
-
-
-def suites(a: Results, b: Results) -> list[dict[str, Any]]:
-    """For each suite the systems of both runs; for each system its metrics, B minus A over the videos both have."""
-    found = []
+def compare_suites(a: Results, b: Results) -> list[dict[str, Any]]:
+    """Compare, for each suite, the systems of both runs: their metrics as B minus A over the videos that both have."""
+    rows = []
     for suite, title in SUITES.items():
-        here = [systems_of(one, suite) for one in (a, b)]
-        both = [name for name in here[0] if name in here[1]]
-        systems = [system(a, b, suite, name) for name in both]
-        only = {letter: [name for name in mine if name not in both] for letter, mine in zip("AB", here, strict=True)}
+        names = [list_systems(one, suite) for one in (a, b)]
+        both = [name for name in names[0] if name in names[1]]
+        systems = [compare_system(a, b, suite, name) for name in both]
+        only = {letter: [name for name in some if name not in both] for letter, some in zip("AB", names, strict=True)}
         if systems or any(only.values()):
-            differ = matrix([one for one in systems if not one["same"]])
-            found.append({"suite": suite, "title": title, "systems": systems, "only": only, "matrix": differ})
-    return found
+            differ = build_matrix([one for one in systems if not one["same"]])
+            rows.append({"suite": suite, "title": title, "systems": systems, "only": only, "matrix": differ})
+    return rows
 
 
-def systems_of(one: Results, suite: str) -> list[str]:
+def list_systems(one: Results, suite: str) -> list[str]:
+    """List the systems of a suite without the real clips."""
     names = dict.fromkeys([system for s, system, _ in one.cells if s == suite] + list(one.means.get(suite, {})))
     return [name for name in names if name != "real"]
 
 
-def system(a: Results, b: Results, suite: str, name: str) -> dict[str, Any]:
+def compare_system(a: Results, b: Results, suite: str, name: str) -> dict[str, Any]:
+    """Compare a system's metrics that both runs have; `clearly`: how many of them differ clearly."""
     metrics = [metric for metric in a.metrics(suite) if not metric.endswith("_videos") and metric != "videos"]
-    rows = [row for metric in metrics if (row := one_metric(a, b, suite, name, metric))]
+    rows = [row for metric in metrics if (row := compare_metric(a, b, suite, name, metric))]
     same = all(row["same"] for row in rows)
     return {"name": name, "rows": rows, "same": same, "clearly": sum(row["clear"] for row in rows)}
 
 
-def one_metric(a: Results, b: Results, suite: str, name: str, metric: str) -> dict[str, Any] | None:
+def compare_metric(a: Results, b: Results, suite: str, name: str, metric: str) -> dict[str, Any] | None:
+    """Compare a metric of a system: means, paired difference and verdict; None if a run lacks it."""
     first, second = (one.interval(suite, name, metric) for one in (a, b))
     if first is None or second is None:
         return None
     x, y = (one.cells.get((suite, name, metric), {}) for one in (a, b))
-    found = paired(x, y, resamples=a.resamples, seed=a.seed)
+    difference = paired(x, y, resamples=a.resamples, seed=a.seed)
     shared = len(x.keys() & y.keys())
-    if found is None:  # only a whole system has it, or no video is the same one
-        found = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
-    # of pairs that are all equal, and of equal numbers without pairs
-    same = found.change.mean == 0 and (not found.change.has_ends or found.change.low == found.change.high == 0)
+    if difference is None:  # a metric of all videos together, or no video that both runs have
+        difference = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
+    change = difference.change
+    # the same: pairs that are all equal, and equal numbers without pairs
+    same = change.mean == 0 and (not change.has_ends or change.low == change.high == 0)
     prompts = len({prompt for prompt, _ in x.keys() & y.keys()})
-    few = found.change.has_ends and prompts < FEW
-    says = "the same" if same else "too few prompts" if few else state_verdict(found.change, describe_metric(metric).better)
-    known = found.change.has_ends and not same
-    reach = max(abs(found.change.low), abs(found.change.high), 1e-12) if known else 1.0
-    bar = {"low": 50 + 50 * found.change.low / reach, "high": 50 + 50 * found.change.high / reach} if known else None
+    few = change.has_ends and prompts < FEWEST_PROMPTS
+    says = "the same" if same else "too few prompts" if few else state_verdict(change, describe_metric(metric).better)
+    drawable = change.has_ends and not same
+    reach = max(abs(change.low), abs(change.high), 1e-12) if drawable else 1.0
+    bar = {"low": 50 + 50 * change.low / reach, "high": 50 + 50 * change.high / reach} if drawable else None
     clear = says in ("better", "worse", "higher", "lower")
+    word = describe_metric(metric)
     return {
-        "metric": metric, "word": describe_metric(metric), "arrow": ARROWS[describe_metric(metric).better], "first": first, "second": second,
-        "found": found, "pairs": shared, "says": says, "bar": bar, "same": same, "clear": clear, "kind": kind(says),
+        "metric": metric, "word": word, "arrow": ARROWS[word.better], "first": first, "second": second,
+        "found": difference, "pairs": shared, "says": says, "bar": bar, "same": same, "clear": clear, "kind": classify_verdict(says),
     }  # fmt: skip
 
 
-def kind(says: str) -> str:
+def classify_verdict(says: str) -> str:
+    """Return the CSS class of a verdict."""
     return {"better": "good", "worse": "bad", "higher": "other", "lower": "other", "the same": "same"}.get(says, "none")
 
 
-def matrix(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Metric by system, in the report's order: where to look first."""
+def build_matrix(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Build the overview: a row for each metric in the report's order, a cell for each system."""
     cells = {(row["metric"], one["name"]): row for one in systems for row in one["rows"]}
     metrics = list(dict.fromkeys(row["metric"] for one in systems for row in one["rows"]))
     rows = []
     for metric in metrics:
-        found = [cells.get((metric, one["name"])) for one in systems]
-        rows.append({"word": describe_metric(metric), "arrow": ARROWS[describe_metric(metric).better], "cells": found})
+        word = describe_metric(metric)
+        rows.append({"word": word, "arrow": ARROWS[word.better], "cells": [cells.get((metric, one["name"])) for one in systems]})
     return rows
 
 
-def tally(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many differences there are, and how many of them chance alone would call clear."""
-    rows = [row for suite in found for one in suite["systems"] for row in one["rows"]]
-    tested = sum(row["bar"] is not None and row["says"] != "too few prompts" for row in rows)
-    return {"of": len(rows), "says": Counter(row["says"] for row in rows), "tested": tested, "by_chance": tested / 20, "few": FEW}
+def count_verdicts(suites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Count the differences by verdict, and how many of them would look clear by chance alone."""
+    rows = [row for suite in suites for one in suite["systems"] for row in one["rows"]]
+    tested, says = sum(row["bar"] is not None and row["says"] != "too few prompts" for row in rows), Counter(row["says"] for row in rows)
+    return {"of": len(rows), "says": says, "tested": tested, "by_chance": tested / 20, "few": FEWEST_PROMPTS}
 
 
-# ---------------------------------------------------------------------------------------------------------- curves
-
-
-def over_time(a: Path, b: Path, colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    """results/curves.csv of both: for each system whose curves differ, a chart for each metric."""
-    one, other = curves(a / "results/curves.csv"), curves(b / "results/curves.csv")
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def draw_curves(a: Path, b: Path, colours: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Draw results/curves.csv of both: for each system whose curves differ, a chart for each metric."""
+    one, other = read_curves(a / "results/curves.csv"), read_curves(b / "results/curves.csv")
+    systems: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key in [key for key in one if key in other and str(one[key]) != str(other[key])]:
-        drawn = [Line(colours[letter], *np.array(sorted(rows)).T.tolist()) for letter, rows in (("A", one[key]), ("B", other[key]))]
-        found.setdefault(key[:2], []).append({"title": describe_metric(key[2]).title, "svg": draw_chart(drawn, x="seconds")})
-    return [{"suite": SUITES.get(suite, suite), "system": name, "charts": charts} for (suite, name), charts in found.items()]
+        curves = [Line(colours[letter], *np.array(sorted(rows)).T.tolist()) for letter, rows in (("A", one[key]), ("B", other[key]))]
+        systems.setdefault(key[:2], []).append({"title": describe_metric(key[2]).title, "svg": draw_chart(curves, x="seconds")})
+    return [{"suite": SUITES.get(suite, suite), "system": name, "charts": charts} for (suite, name), charts in systems.items()]
 
 
-def curves(path: Path) -> dict[tuple[str, str, str], list[list[float]]]:
-    found: dict[tuple[str, str, str], list[list[float]]] = {}
+def read_curves(path: Path) -> dict[tuple[str, str, str], list[list[float]]]:
+    """Read (suite, system, metric) -> rows of second, mean, low and high; what was not measured is NaN."""
+    curves: dict[tuple[str, str, str], list[list[float]]] = {}
     if path.exists():
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                # numpy sorts out what was not measured
                 values = [float(row[name]) if row[name] else float("nan") for name in ("second", "mean", "low", "high")]
-                found.setdefault((row["suite"], row["system"], row["metric"]), []).append(values)
-    return found
+                curves.setdefault((row["suite"], row["system"], row["metric"]), []).append(values)
+    return curves
 
 
-def training(a: Path, b: Path, colours: Mapping[str, str]) -> dict[str, Any]:
-    """Running means of models/<stage>/metrics.jsonl of both; stages that were trained in the same way are only named."""
+def draw_training(a: Path, b: Path, colours: Mapping[str, str]) -> dict[str, Any]:
+    """Draw running means of models/<stage>/metrics.jsonl of both; stages with equal rows are only named."""
     stages, same = [], []
     for name in dict.fromkeys(path.parent.name for root in (a, b) for path in sorted(root.glob("models/*/metrics.jsonl"))):
-        one, other = (lines(root / "models" / name / "metrics.jsonl") for root in (a, b))
+        one, other = (read_rows(root / "models" / name / "metrics.jsonl") for root in (a, b))
         if one == other:
             same.append(name)
             continue
         charts = []
         for key in dict.fromkeys(key for row in [*one, *other] for key in row if key != "step"):
-            drawn = [running(colours[letter], rows, key) for letter, rows in (("A", one), ("B", other))]
-            kept = [line for line in drawn if line]
-            if kept:
-                values = np.concatenate([line.y for line in kept])
+            means = [draw_running_mean(colours[letter], rows, key) for letter, rows in (("A", one), ("B", other))]
+            if drawn := [line for line in means if line]:
+                values = np.concatenate([line.y for line in drawn])
                 log = bool((values > 0).all() and values.max() > 50 * values.min())
-                charts.append({"title": key.replace("_", " "), "svg": draw_chart(kept, x="step", log=log)})
+                charts.append({"title": key.replace("_", " "), "svg": draw_chart(drawn, x="step", log=log)})
         stages.append({"stage": name, "charts": charts})
     return {"stages": stages, "same": same}
 
 
-def running(colour: str, rows: Sequence[Row], key: str) -> Line | None:
+def draw_running_mean(colour: str, rows: Sequence[Row], key: str) -> Line | None:
+    """Return the running mean over a twentieth of the rows that have a number; None for fewer than two."""
     pairs = np.array([(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)], float)
     if len(pairs) < 2:
         return None
@@ -192,37 +194,35 @@ def running(colour: str, rows: Sequence[Row], key: str) -> Line | None:
     return Line(colour, pairs[width - 1 :, 0].tolist(), mean.tolist())
 
 
-# ---------------------------------------------------------------------------------------------------------- videos
-
-
-def videos(a: Path, b: Path, measured: Sequence[Mapping[str, Any]], fps: int) -> list[dict[str, Any]]:
-    """The first prompts of the index that both have, first seed: of each system that differs, A and B one beside the other."""
-    index = [lines(root / "samples/index.jsonl") for root in (a, b)]
-    found = []
+def embed_videos(a: Path, b: Path, measured: Sequence[Mapping[str, Any]], fps: int) -> list[dict[str, Any]]:
+    """Embed, of each system that differs, the videos of A and B for the first prompts that both indices have, first seed."""
+    index = [read_rows(root / "samples/index.jsonl") for root in (a, b)]
+    suites = []
     for suite in SUITES:
         same = {one["name"] for part in measured if part["suite"] == suite for one in part["systems"] if one["same"]}
         items = [group_by_item(rows, suite) for rows in index]
         shared = {key: {name: row for name, row in items[0][key].items() if name not in same} for key in items[0] if key in items[1]}
         rows = []
-        for key in fit_budget(shared, PROMPTS[suite], BUDGET, a / "samples"):
-            pairs = [pair(name, items[0][key][name], items[1][key].get(name), a, b, fps) for name in shared[key] if name != "real"]
+        for key in fit_budget(shared, SHOWN_PROMPTS[suite], SUITE_BYTES, a / "samples"):
+            pairs = [embed_pair(name, items[0][key][name], items[1][key].get(name), a, b, fps) for name in shared[key] if name != "real"]
             first, real = next(iter(items[0][key].values())), items[0][key].get("real")
             prefix = max(row["prefix_frames"] for row in items[0][key].values()) / fps
-            about = {"prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "pairs": [one for one in pairs if one]}
-            rows.append(about | {"real": embed_video(a / "samples" / real["file"]) if real else None})
+            facts = {"prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "pairs": [one for one in pairs if one]}
+            rows.append(facts | {"real": embed_video(a / "samples" / real["file"]) if real else None})
         rows = [row for row in rows if row["pairs"]]
         if rows:
-            found.append({"title": SUITES[suite], "rows": rows, "of": len(shared), "same": sorted(same)})
-    return found
+            suites.append({"title": SUITES[suite], "rows": rows, "of": len(shared), "same": sorted(same)})
+    return suites
 
 
-def pair(name: str, one: Mapping[str, Any], other: Mapping[str, Any] | None, a: Path, b: Path, fps: int) -> dict[str, Any] | None:
+def embed_pair(name: str, one: Mapping[str, Any], other: Mapping[str, Any] | None, a: Path, b: Path, fps: int) -> dict[str, Any] | None:
+    """Embed a system's videos of both runs with their frame strips; None unless both have the video with that seed."""
     if other is None or one["seed"] != other["seed"]:
         return None
     files = [root / "samples" / row["file"] for root, row in ((a, one), (b, other))]
     if not all(file.exists() for file in files):
         return None
-    taken = [read_strip_frames(file, fps) for file in files]
-    strips = [draw_strip(frames, TALL) for frames in taken if frames is not None]
-    times = [STRIP_SECONDS * k for k in range(max(len(frames) for frames in taken if frames is not None))]
+    readable = [frames for file in files if (frames := read_strip_frames(file, fps)) is not None]
+    strips = [draw_strip(frames, STRIP_HEIGHT) for frames in readable]
+    times = [STRIP_SECONDS * k for k in range(max(map(len, readable)))]
     return {"system": name, "sources": [embed_video(file) for file in files], "strips": strips, "times": times}

@@ -61,7 +61,8 @@ def format_table(p: Params, machine: Hardware) -> str:
         out, saved = (format_bytes(row["disk_gib"][name] * GIB) for name in ("out", "checkpoints"))
         lines.append(
             f"{row['stage']:<12}{format_count(row['parameters']):>10}{format_count(row['trained']):>10}{row['batch']:>7}{row['steps']:>7}"
-            f"{format_number(row['tflop_per_step']):>12}{format_duration(row['hours']):>10}{format_number(row['hours'] * machine.ranks):>13}{out:>10}{saved:>13}"
+            f"{format_number(row['tflop_per_step']):>12}{format_duration(row['hours']):>10}"
+            f"{format_number(row['hours'] * machine.ranks):>13}{out:>10}{saved:>13}"
         )
     total, many = sum(row["hours"] for row in stages), count_clips(p)
     all_clips = f"; {many} clips: {format_bytes(many * estimate_clip_bytes(p))}" if many else f"; no video lies in {p.clips.folder} yet"
@@ -84,9 +85,10 @@ def format_memory_line(row: dict[str, Any], zero: int, scale: float) -> str:
     fits = str(sizes["at_once"]) if sizes["at_once"] else "1 too many"
     grows = [format_number(scale * many * each[name]) for name in ("keys_values", "activations", "latents")]
     fixed = [format_number(scale * sizes[name]) for name in ("weights", "gradients", "optimiser", "average")]
+    shared, peak = format_number(scale * row["gib_shared"]), format_number(scale * sizes["peak"])
     return (
         f"{row['stage'] if zero == 0 else '':<12}{zero:>5}{fixed[0]:>9}{fixed[1]:>11}{fixed[2]:>11}{fixed[3]:>9}"
-        f"{grows[0]:>14}{grows[1]:>13}{grows[2]:>9}{format_number(scale * row['gib_shared']):>12}{fits:>11}{format_number(scale * sizes['peak']):>8}"
+        f"{grows[0]:>14}{grows[1]:>13}{grows[2]:>9}{shared:>12}{fits:>11}{peak:>8}"
     )
 
 
@@ -102,7 +104,8 @@ def format_bytes(value: float) -> str:
 
 
 def format_duration(hours: float) -> str:
-    return f"{format_number(hours / 24)} days" if hours >= 48 else f"{format_number(hours)} h" if hours >= 1 else f"{format_number(hours * 60)} min"
+    number, unit = (hours / 24, "days") if hours >= 48 else (hours, "h") if hours >= 1 else (hours * 60, "min")
+    return f"{format_number(number)} {unit}"
 
 
 def describe_hardware(gpus: int | None, memory: float | None, tflops: float | None, utilisation: float) -> Hardware:

@@ -20,13 +20,13 @@ from cf_model.pipeline import Chunk
 Row = dict[str, Any]
 # Choice: Tol's bright colours, which colour-blind readers can tell apart too
 COLOURS = {"sink": "#4477aa", "slow": "#ee6677", "fast": "#228833", "now": "#bbbbbb"}
-SAYS = {"sink": "sink", "slow": "slow (promoted)", "fast": "fast", "now": "being made"}
+LABELS = {"sink": "sink", "slow": "slow (promoted)", "fast": "fast", "now": "being made"}
 CELL, LINE, MARGIN = 30, 16, 8  # pixels of the burnt strip: a place of the memory, a line of text, the border
-LONG = 60.0  # seconds of video that one panel shows well
+PANEL_SECONDS = 60.0  # seconds of video that one panel shows well
 BACKGROUND, TEXT, FRESH = "#101010", "#f0f0f0", "#ffffff"
 
 
-def row(chunk: Chunk, number: int, second: float) -> Row:
+def build_row(chunk: Chunk, number: int, second: float) -> Row:
     """`second` is when the chunk begins in the video file."""
     return {
         "chunk": number,
@@ -40,25 +40,25 @@ def row(chunk: Chunk, number: int, second: float) -> Row:
     }
 
 
-def line(row: Mapping[str, Any]) -> str:
+def dump_row(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------- under each frame
 
 
-def burnt(frames: np.ndarray, row: Row, spec: MemorySpec, seconds: float) -> np.ndarray:
+def burn_strip(frames: np.ndarray, row: Row, spec: MemorySpec, seconds: float) -> np.ndarray:
     """A chunk's frames with the strip below; small ones are enlarged by a whole number, so that it can be read."""
     places = {"sink": spec.sink, "slow": spec.slow, "fast": max(spec.fast - len(row["now"]), 0), "now": len(row["now"])}
     places = {part: max(count, len(row[part])) for part, count in places.items()}
     wanted = 2 * MARGIN + CELL * sum(places.values()) + MARGIN * (len(places) - 1)
     factor = -(-wanted // frames.shape[2])
     large = frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    strip = np.asarray(drawn(row, places, large.shape[2], seconds))
+    strip = np.asarray(draw_strip(row, places, large.shape[2], seconds))
     return np.concatenate([large, np.broadcast_to(strip, (len(large), *strip.shape))], axis=1)
 
 
-def drawn(row: Row, places: Mapping[str, int], width: int, seconds: float) -> Image.Image:
+def draw_strip(row: Row, places: Mapping[str, int], width: int, seconds: float) -> Image.Image:
     """Places of the memory with the latent frames in them, and below it where those lie in the video."""
     image = Image.new("RGB", (width, 2 * MARGIN + 5 * LINE), BACKGROUND)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
@@ -92,7 +92,7 @@ def drawn(row: Row, places: Mapping[str, int], width: int, seconds: float) -> Im
 # ------------------------------------------------------------------------------------------------------ as a picture
 
 
-def picture(rows: Sequence[Row], path: Path, seconds: float) -> None:
+def draw_timeline(rows: Sequence[Row], path: Path, seconds: float) -> None:
     """A PNG: time runs to the right, latent frames upwards; a line is how long a frame was held, a triangle its promotion.
 
     A long video gets a second panel with its end, because its lines lie too close to be told apart.
@@ -102,14 +102,14 @@ def picture(rows: Sequence[Row], path: Path, seconds: float) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    long = seconds > LONG
+    long = seconds > PANEL_SECONDS
     figure, panels = pyplot.subplots(2 if long else 1, figsize=(11, 9 if long else 6), layout="constrained", squeeze=False)
     promoted = sum(len(row["promoted"]) for row in rows)
     title = f"What the model held of the past: {len(rows)} chunks, {promoted} promotions"
-    timeline(panels[0, 0], rows, seconds, 0.0, title)
+    draw_panel(panels[0, 0], rows, seconds, 0.0, title)
     if long:
         sink = f"; sink, held throughout: {', '.join(map(str, rows[-1]['sink'])) or 'none'}"
-        timeline(panels[1, 0], rows, seconds, seconds - LONG, f"the last {LONG:g} s{sink}")
+        draw_panel(panels[1, 0], rows, seconds, seconds - PANEL_SECONDS, f"the last {PANEL_SECONDS:g} s{sink}")
     figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=6, fontsize=9, frameon=False)
     part = path.with_name(f".{path.name}.partial")
     figure.savefig(part, format="png", dpi=130)
@@ -117,7 +117,7 @@ def picture(rows: Sequence[Row], path: Path, seconds: float) -> None:
     part.replace(path)
 
 
-def timeline(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title: str) -> None:
+def draw_panel(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title: str) -> None:
     """From second `begin` on; then without the sink, which lies far below."""
     from matplotlib.collections import LineCollection
 
@@ -127,8 +127,8 @@ def timeline(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title
     low, high = min(shown), max(shown)
     thick = max(1.2, min(8.0, 0.9 * 330 / (high - low + 1)))  # points; the axes are about 330 high
     for part in COLOURS:
-        spans = [((start, held), (end, held)) for (held, start), end in runs(rows, ends, part).items()]
-        axes.add_collection(LineCollection(spans, colors=COLOURS[part], linewidths=thick, label=SAYS[part], capstyle="butt"))
+        spans = [((start, held), (end, held)) for (held, start), end in find_spans(rows, ends, part).items()]
+        axes.add_collection(LineCollection(spans, colors=COLOURS[part], linewidths=thick, label=LABELS[part], capstyle="butt"))
     marks = [(row["second"], held) for row in rows for held in row["promoted"]]
     if marks:
         size = 14 if high - low < 400 else 3
@@ -146,7 +146,7 @@ def timeline(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title
     axes.set_title(title, loc="left", fontsize=11)
 
 
-def runs(rows: Sequence[Row], ends: list[float], part: str) -> dict[tuple[int, float], float]:
+def find_spans(rows: Sequence[Row], ends: list[float], part: str) -> dict[tuple[int, float], float]:
     """(latent frame, second from which on it was held) -> second until which it was."""
     found: dict[tuple[int, float], float] = {}
     since: dict[int, float] = {}

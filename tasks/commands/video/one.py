@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from cf_model.folder import Recipe
     from cf_model.pipeline import Chunk, ContextForcingPipeline
 
-TIMEOUT = 600.0  # seconds for reading the clip that is continued
-SWITCH = """what a new prompt does to the memory. recache: the newest frames are passed again with it (LongLive); flush: all
+READ_SECONDS = 600.0  # seconds for reading the clip that is continued
+SWITCH_HELP = """what a new prompt does to the memory. recache: the newest frames are passed again with it (LongLive); flush: all
 but the sink and two frames go (Infinity-RoPE); keep: nothing. default: recache"""
-STRIP = "show what is held of the past: under every frame, or in FILE.memory.png and FILE.memory.jsonl; default: none"
+STRIP_HELP = "show what is held of the past: under every frame, or in FILE.memory.png and FILE.memory.jsonl; default: none"
 EXAMPLES = """examples:
   cf export --to diffusers --model models/stage2 --out out/student     after dvc repro: the model folder
   cf generate --model out/student --prompt "a red disc over hills" --seconds 60 --out video.mp4
@@ -39,7 +39,7 @@ The video grows as video.partial.mp4, which plays at any moment, and gets its na
 give the same bytes on the same machine. Without --model, `cf generate` is the stage of dvc.yaml."""
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("cf generate", description="Videos from a model folder.", epilog=EXAMPLES, formatter_class=form)
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder that `cf export --to diffusers` wrote")
@@ -50,11 +50,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="default: 0; a line of a file gets the same video as its prompt alone")
     p.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
     p.add_argument("--at", nargs=2, action="append", default=[], metavar=("SECONDS", "TEXT"), help="another prompt from then on; repeat it")
-    p.add_argument("--switch", choices=("recache", "flush", "keep"), default="recache", help=SWITCH)
+    p.add_argument("--switch", choices=("recache", "flush", "keep"), default="recache", help=SWITCH_HELP)
     p.add_argument("--new-sink", action="store_true", help="recache makes the sink anew too")
     p.add_argument("--continue-from", type=Path, metavar="CLIP", help="a video that comes first and is gone on from")
     p.add_argument("--resize", action="store_true", help="bring CLIP to the model's size: cover it, cut the middle out")
-    p.add_argument("--memory-strip", choices=("burn", "beside", "none"), default="none", help=STRIP)
+    p.add_argument("--memory-strip", choices=("burn", "beside", "none"), default="none", help=STRIP_HELP)
     p.add_argument("--memory", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the memory to change")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products; default: float32")
     p.add_argument("--attention", choices=("native", "cudnn", "flash2", "flash3"), default="native", help="default: native")
@@ -64,25 +64,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-    args = parser().parse_args(argv)
-    possible(args)
+    args = build_parser().parse_args(argv)
+    refuse_impossible(args)
 
     import torch
 
     torch.set_num_threads(args.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-    pipe = loaded(args)
+    pipe = load_pipeline(args)
     clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
         from .many import make_videos
 
-        make_videos(pipe, args, lambda words, out: one(pipe, [(0.0, words)], clip, out, args))
+        make_videos(pipe, args, lambda words, out: make_video(pipe, [(0.0, words)], clip, out, args))
     else:
-        one(pipe, [(0.0, args.prompt), *args.at], clip, args.out, args)
+        make_video(pipe, [(0.0, args.prompt), *args.at], clip, args.out, args)
 
 
-def possible(args: argparse.Namespace) -> None:
+def refuse_impossible(args: argparse.Namespace) -> None:
     """What can be refused before a model is loaded."""
     if args.threads < 1:
         raise Refused(f"--threads is {args.threads}; use 1 or more")
@@ -102,18 +102,18 @@ def possible(args: argparse.Namespace) -> None:
         raise Refused(f"--at {' '.join(args.at[0])} does not begin with a time; write --at SECONDS TEXT") from None
 
 
-def loaded(args: argparse.Namespace) -> ContextForcingPipeline:
+def load_pipeline(args: argparse.Namespace) -> ContextForcingPipeline:
     from cf_model.pipeline import ContextForcingPipeline
     from tasks.parts.device import choose_device
 
     pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
     if args.memory:
-        recipe = replace(pipe.recipe, memory=changed(pipe.recipe.memory, args.memory))
+        recipe = replace(pipe.recipe, memory=change_memory(pipe.recipe.memory, args.memory))
         pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
     return pipe.to(choose_device())
 
 
-def changed(spec: Any, settings: list[str]) -> Any:
+def change_memory(spec: Any, settings: list[str]) -> Any:
     """The memory's spec with some values replaced by what KEY=VALUE says."""
     from cf_model.folder import build_typed
 
@@ -135,15 +135,15 @@ def read_clip(path: Path, recipe: Recipe, *, resize: bool) -> np.ndarray:
     """Read in a child process: the file is whatever a person has."""
     if not path.is_file():
         raise Refused(f"--continue-from {path} is not there; name a video file")
-    found = in_a_child(probe_video, path)
+    found = read_in_child(probe_video, path)
     if isinstance(found, VideoFacts) and (found.height, found.width) != (recipe.height, recipe.width) and not resize:
         stated = f"--continue-from {path} is {found.width} x {found.height}, but the model makes {recipe.width} x {recipe.height}"
         raise Refused(f"{stated}; add --resize to cover that size and cut the middle out")
-    return in_a_child(partial(read_video, height=recipe.height, width=recipe.width, fps=recipe.fps), path)
+    return read_in_child(partial(read_video, height=recipe.height, width=recipe.width, fps=recipe.fps), path)
 
 
-def in_a_child(task: Any, path: Path) -> Any:
-    [(_, answer)] = read_in_subprocess(task, [path], workers=1, timeout=TIMEOUT)
+def read_in_child(task: Any, path: Path) -> Any:
+    [(_, answer)] = read_in_subprocess(task, [path], workers=1, timeout=READ_SECONDS)
     if isinstance(answer, Unreadable):
         raise Refused(f"--continue-from {path}: {answer.sentence}")
     return answer
@@ -152,7 +152,9 @@ def in_a_child(task: Any, path: Path) -> Any:
 # ---------------------------------------------------------------------------------------------------------- one video
 
 
-def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace) -> None:
+def make_video(
+    pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace
+) -> None:
     """A video, and beside it what the strip is to show. Nothing is written before the first chunk is there."""
     from cf_model.request import usable_frames
 
@@ -168,13 +170,17 @@ def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.n
 
     def frames() -> Iterator[np.ndarray]:
         shown = 0
-        for number, chunk in enumerate(watched(made, new, fps, out)):
-            rows.append(memory_strip.row(chunk, number, shown / fps))
+        for number, chunk in enumerate(show_progress(made, new, fps, out)):
+            rows.append(memory_strip.build_row(chunk, number, shown / fps))
             shown += len(chunk.frames)
             if args.memory_strip == "beside":
                 with trace.open("a" if number else "w", encoding="utf-8") as file:
-                    file.write(memory_strip.line(rows[-1]))
-            yield from memory_strip.burnt(chunk.frames, rows[-1], pipe.recipe.memory, seconds) if args.memory_strip == "burn" else chunk.frames
+                    file.write(memory_strip.dump_row(rows[-1]))
+            yield from (
+                memory_strip.burn_strip(chunk.frames, rows[-1], pipe.recipe.memory, seconds)
+                if args.memory_strip == "burn"
+                else chunk.frames
+            )
 
     pictures = frames()
     first = next(pictures)
@@ -185,11 +191,11 @@ def one(pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.n
         print(f"stopped early; what was made is in {growing_path(out)}", file=sys.stderr)
         raise
     if args.memory_strip == "beside":
-        memory_strip.picture(rows, out.with_name(f"{out.stem}.memory.png"), seconds)
+        memory_strip.draw_timeline(rows, out.with_name(f"{out.stem}.memory.png"), seconds)
         trace.replace(out.with_name(f"{out.stem}.memory.jsonl"))
 
 
-def watched(made: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
+def show_progress(made: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
     """The chunks, with a bar: frames of new video, and how many seconds of it are made in a second."""
     from tasks.runner.progress import Progress
 
