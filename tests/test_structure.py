@@ -16,6 +16,7 @@ import pytest
 
 import tasks.__main__ as cf
 from tasks import params_file
+from tests.order import SECONDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cf_model", "tasks", "flows")
@@ -219,6 +220,10 @@ def test_stages_without_a_transformer_import_no_diffusers() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ sizes
+
+
+def test_files_that_are_said_to_be_slow_are_there() -> None:
+    assert [file for file in SECONDS if not (ROOT / "tests" / file).exists()] == []
 
 
 def test_files_and_functions_fit_a_screen_or_say_why() -> None:
