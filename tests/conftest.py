@@ -33,7 +33,7 @@ def server() -> Iterator[None]:
     """A real Prefect server, one for all tests of a worker, which have flow runs, and no deployments, in common."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=180):
+    with prefect_test_harness(server_startup_timeout=600):
         yield
 
 

@@ -9,7 +9,9 @@ killed, so is the fork. What is to be tested as a process (one that is killed, r
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -18,7 +20,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 import types
 from pathlib import Path
 
@@ -73,6 +77,8 @@ def serve(place: Path) -> tuple[list[str], str, dict[str, str]]:
     """Until the session of tests is over. In a fork, it returns what is to be run there."""
     for name in LIBRARIES:
         __import__(name)
+    gc.collect()
+    gc.freeze()  # or a fork's garbage collector would copy all of it
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(place.with_suffix(".partial")))
     listening.listen(64)
@@ -121,6 +127,26 @@ def _wait(asked: socket.socket, child: int) -> None:
 
 def main() -> None:
     words, folder, environment = serve(Path(sys.argv[1]))
+    code = 1
+    try:
+        run(words, folder, environment)
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
+        if code == 1 and not isinstance(left.code, int):
+            print(left.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 255)  # to take all that is loaded apart would take seconds
+
+
+def run(words: list[str], folder: str, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
