@@ -48,13 +48,13 @@ class Tracer:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passes: list[dict[str, Any]] = []
-        inner = Denoiser._pass
+        inner = Denoiser._run_transformer
 
         def traced(model: Denoiser, x_t: Any, sigma: Any, text: Any, memory: Any, taken: Any) -> Any:
             self.passes.append({"model": id(model), "x": x_t, "sigma": sigma, "memory": memory, "grad": torch.is_grad_enabled()})
             return inner(model, x_t, sigma, text, memory, taken)
 
-        monkeypatch.setattr(Denoiser, "_pass", traced)
+        monkeypatch.setattr(Denoiser, "_run_transformer", traced)
 
     def take(self) -> list[dict[str, Any]]:
         taken, self.passes = self.passes, []

@@ -94,7 +94,7 @@ def start_supervisor(machine: Machine, secrets: dict[str, str]) -> None:
         process = subprocess.Popen(
             command, cwd=machine.root, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
-    while connect(machine) is None:
+    while "STOPPED" in read_states(machine).values() or connect(machine) is None:  # STOPPED: not started yet
         if process.poll() is not None:
             raise ValueError(f"supervisor ended while it started, with: {read_log_tail(log)}; see {log}")
         time.sleep(0.1)

@@ -115,8 +115,9 @@ def announce(machine: Machine, name: str, subject: str, words: str, running: set
 def wait_for(machine: Machine, name: str, ready: Callable[[], bool]) -> None:
     """Wait until a program is ready; ValueError with the end of its log as soon as it has died."""
     deadline, log = time.monotonic() + PATIENCE, machine.file(f"{name}.log")
+    first = programs.find_process(machine, name)
     while not ready():
-        if programs.read_states(machine).get(name) not in programs.RUNNING:
+        if first is None or programs.find_process(machine, name) != first:  # supervisor may have started it again by now
             last = programs.read_log_tail(log)
             raise ValueError(f"the {name} ended while it started, with: {last}; `cf doctor` checks the versions, {log} has the rest")
         if time.monotonic() > deadline:

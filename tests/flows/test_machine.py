@@ -187,8 +187,11 @@ def test_only_the_server_is_told_the_secrets_by_supervisor(checkout: Path) -> No
         assert (settings.DATABASE in words and settings.PASSWORD in words) == (name != "server")
 
 
-def test_a_program_that_ends_while_it_starts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "read_states", lambda machine: {"server": "BACKOFF"})
+@pytest.mark.parametrize("later", [None, psutil.Process(1)])
+def test_a_program_that_ends_while_it_starts(checkout: Path, monkeypatch: pytest.MonkeyPatch, later: psutil.Process | None) -> None:
+    """Dead, or started again by supervisor before anybody looked."""
+    found = iter([psutil.Process(), psutil.Process(), later])
+    monkeypatch.setattr(programs, "find_process", lambda machine, name: next(found))
     (checkout / ".machine/server.log").write_text("first\nthe reason\n")
     with pytest.raises(ValueError, match=r"the server ended while it started, with: first \| the reason; `cf doctor` checks the versions"):
         up.wait_for(settings.read_machine(), "server", lambda: False)

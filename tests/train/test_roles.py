@@ -170,13 +170,13 @@ def test_only_the_teacher_is_asked_with_the_null_prompt_and_it_is_the_stated_one
     job.null, heard = NULL, {"student": [], "teacher": [], "critic": []}  # type: ignore[var-annotated]
     for name, texts in heard.items():
         model = getattr(job, name)
-        inside = model._pass
+        inside = model._run_transformer
 
         def listened(x: Tensor, sigma: Tensor, text: Tensor, *rest: Any, inside: Any = inside, texts: list[Tensor] = texts) -> Tensor:
             texts.append(text)
             return inside(x, sigma, text, *rest)
 
-        monkeypatch.setattr(model, "_pass", listened)
+        monkeypatch.setattr(model, "_run_transformer", listened)
     for number in range(2):
         job.step(number)
     null = {name: [bool((text == NULL).all()) for text in texts] for name, texts in heard.items()}
