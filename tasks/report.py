@@ -221,13 +221,8 @@ def run(
         "machine": {key: value for key, value in values.means.get("prompts", {}).get(student or "", {}).items() if "guess" in key},
         "galleries": galleries,
         "suites": [
-            {
-                "title": title,
-                "systems": present[suite],
-                "tables": build_tables(values, suite, present[suite]),
-                "charts": charts.get(suite, []),
-            }
-            for suite, title in SUITES.items()
+            {"title": title, "systems": present[s], "tables": build_tables(values, s, present[s]), "charts": charts.get(s, [])}
+            for s, title in SUITES.items()
         ],
         "compared": compare_stages(values, stages["stage1"], stages["stage2"]),
         "pairs": {suite: (name, stages["stage2"][suite]) for suite, name in stages["stage1"].items() if suite in stages["stage2"]},

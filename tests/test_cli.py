@@ -48,7 +48,7 @@ def test_a_stage_explains_itself(capsys: pytest.CaptureFixture[str], monkeypatch
     with pytest.raises(SystemExit):
         cf.main(["validate", "--help"])
     said = capsys.readouterr().out
-    assert "Checks every value" in said and "--out" in said and "python -m tasks validate --out build/params.json" in said
+    assert "Check every value" in said and "--out" in said and "python -m tasks validate --out build/params.json" in said
 
 
 def test_profiles_are_listed_and_used(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import tasks.__main__ as cf
 from cf_model.foreign import weight_names
+from tasks.runner.process import is_deliberate
 from tests.checkpoints import HEADS, WAN, State, before, flat, imported, pt, same
 from tests.small import normal
 
@@ -123,7 +123,7 @@ def test_merging_happens_in_float32(base: Path, tmp_path: Path) -> None:
 def refused(said: str, src: Path, *words: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
         imported(src, *HEADS, *words)
-    assert cf.deliberate(error.value) and "\n" not in str(error.value)
+    assert is_deliberate(error.value) and "\n" not in str(error.value)
     assert not (src.parent / "imported").exists() and not list(src.parent.glob("*.partial"))
 
 

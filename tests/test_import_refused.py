@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import tasks.__main__ as cf
+from tasks.runner.process import is_deliberate
 from tests.checkpoints import FILE, HEADS, ORIGINAL, OTHER, OURS, WAN, before, diffusers, flat, folder, imported, original, pt, sharded
 
 
 def refused(said: str, src: Path, *words: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
         imported(src, *words)
-    assert cf.deliberate(error.value) and "\n" not in str(error.value)
+    assert is_deliberate(error.value) and "\n" not in str(error.value)
     assert not (src.parent / "imported").exists() and not list(src.parent.glob("*.partial"))
 
 

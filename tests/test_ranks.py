@@ -102,7 +102,7 @@ def until(process: subprocess.Popen[str], step: int, rank: int = 0) -> int:
 
 
 def finished(process: subprocess.Popen[str], code: int) -> str:
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == code, said
     return said
 

@@ -18,6 +18,7 @@ from PIL import Image
 import tasks.__main__ as cf
 from cf_model.data import video
 from tasks.commands.video import memory_strip
+from tasks.runner.process import is_deliberate
 from tests.folders import SIZE, pipeline
 from tests.small import spec
 from tests.test_pipeline_class import TIMELINE, WORDS
@@ -223,7 +224,7 @@ def test_what_is_wrong_is_one_sentence(words: list[str], said: str, model: Path,
     before = names(tmp_path)
     with pytest.raises(ValueError, match=said) as refused:
         generate(model, "--out", "a.mp4", *words, seconds=5)
-    assert "\n" not in str(refused.value) and cf.deliberate(refused.value)
+    assert "\n" not in str(refused.value) and is_deliberate(refused.value)
     assert names(tmp_path) == before
 
 

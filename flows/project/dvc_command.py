@@ -17,12 +17,10 @@ def dvc_words(*words: str) -> list[str]:
 
 def run_dvc(root: Path, *words: str) -> str:
     """Run a short command of DVC and return what it prints. Raises RuntimeError with DVC's reason."""
-    done = subprocess.run(
-        dvc_words(*words), cwd=root, env=child_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )  # fmt: skip
+    env = child_environment()
+    done = subprocess.run(dvc_words(*words), cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        reason = find_reason((done.stderr or done.stdout).splitlines())
-        raise RuntimeError(f"`dvc {words[0]}` failed in {root}: {reason}")
+        raise RuntimeError(f"`dvc {words[0]}` failed in {root}: {find_reason((done.stderr or done.stdout).splitlines())}")
     return done.stdout
 
 

@@ -17,7 +17,7 @@ OVERRIDE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*=[^\r\n]{1,1000}$"
 def parse_overrides(lines: list[str]) -> dict[str, Any]:
     """Parse key=value lines by YAML 1.2, as params.yaml is read: 2e-6 is a number, none is a word, [1, 2] is a list.
 
-    Raises ValueError for the first line that is not key=value, has an anchor or an alias, repeats a key, or is not YAML.
+    Raises ValueError for the first line that is not key=value, has an anchor, an alias or ${, repeats a key, or is not YAML.
     """
     values: dict[str, Any] = {}
     for line in lines:
@@ -26,6 +26,8 @@ def parse_overrides(lines: list[str]) -> dict[str, Any]:
             raise ValueError(f"the override {line!r} is not key=value, with a dotted key of params.yaml: stage2.steps=300")
         if re.search(r"(^|[\s\[{,:])[&*][A-Za-z0-9]", text):
             raise ValueError(f"the override {key} has an anchor or an alias of YAML (& or *); write the value itself")
+        if "${" in text:
+            raise ValueError(f"the override {key} holds ${{, which DVC or a shell would fill in; write the value itself")
         if key in values:
             raise ValueError(f"the override {key} is stated twice; keep one of the two")
         try:

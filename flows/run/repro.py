@@ -107,7 +107,7 @@ def _find_unchanged(root: Path, graph: list[Stage]) -> set[str]:
 def remote_answers(root: Path) -> bool:
     """Say whether results can be pulled. A remote that does not answer is no reason not to run, because all it has can be made here.
 
-    Raises dvc_remote.Misconfigured for a remote that is set up wrong.
+    Raises dvc_remote.RemoteMisconfigured for a remote that is set up wrong.
     """
     try:
         get_run_logger().info(f"takes what {dvc_remote.check_remote(root)} has")

@@ -45,17 +45,12 @@ def list_gpus() -> list[int]:
 
 
 @contextmanager
-def hold_gpus(count: int, line: Line) -> Iterator[list[int]]:
-    """Lock `count` GPUs, lowest free numbers first, for as long as the block lasts; wait for them and say so to `line`."""
-    with lock_gpus(count, line) as locks:
-        yield list(locks)
-
-
-@contextmanager
 def lock_gpus(count: int, line: Line, stop: Callable[[], bool] = lambda: False) -> Iterator[dict[int, int]]:
-    """Lock GPUs as `hold_gpus` does; yield the handle of each lock, which a child process may inherit to keep the lock.
+    """Lock `count` GPUs, lowest free numbers first, for as long as the block lasts; wait for them and say so to `line`.
 
-    Raises ValueError if the machine has fewer GPUs, and InterruptedError once `stop` says so.
+    Yield GPU -> handle of its lock, which a child process may inherit to keep the lock. Raises ValueError if the machine has fewer
+    GPUs, and InterruptedError once `stop` says so.
+
     Choice: one process at a time collects locks, under a lock of its own, and keeps what it has until it has all. So a stage
     that wants eight can't be passed for ever by stages that want one, and two that want eight can't hold four each.
     """

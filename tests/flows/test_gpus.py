@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from flows.supervise import gpus
-with gpus.hold_gpus(int(sys.argv[1]), lambda said: None) as held:
+with gpus.lock_gpus(int(sys.argv[1]), lambda said: None) as held:
     print(*held, flush=True)
     time.sleep(600)
 """
@@ -54,13 +54,13 @@ def end(*processes: subprocess.Popen[str]) -> None:
 def test_the_lowest_free_ones_are_taken() -> None:
     one = holder(1)
     assert said(one) == "0"
-    with gpus.hold_gpus(1, print) as held:
-        assert held == [1]
+    with gpus.lock_gpus(1, print) as held:
+        assert list(held) == [1]
         assert gpus.find_holders() == {0: one.pid, 1: os.getpid()}
     assert gpus.find_holders() == {0: one.pid, 1: None}
     end(one)
-    with gpus.hold_gpus(2, print) as held:
-        assert held == [0, 1]
+    with gpus.lock_gpus(2, print) as held:
+        assert list(held) == [0, 1]
 
 
 def test_the_kernel_frees_a_lock_when_its_holder_is_killed() -> None:
@@ -83,7 +83,7 @@ def test_one_that_wants_many_is_not_passed_by_those_that_want_few() -> None:
     heard = threading.Event()
 
     def take(name: str, count: int) -> None:
-        with gpus.hold_gpus(count, lambda text: heard.set()):
+        with gpus.lock_gpus(count, lambda text: heard.set()):
             order.append(name)
 
     many = threading.Thread(target=take, args=("many", 2))
@@ -104,10 +104,10 @@ def test_those_that_want_all_do_not_hold_half_of_them_each(monkeypatch: pytest.M
     got: list[int] = []
     given = [ExitStack() for _ in range(4)]
     for one in given:
-        one.enter_context(gpus.hold_gpus(1, print))
+        one.enter_context(gpus.lock_gpus(1, print))
 
     def take(number: int) -> None:
-        with gpus.hold_gpus(4, lambda text: None):
+        with gpus.lock_gpus(4, lambda text: None):
             got.append(number)
 
     threads = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(4)]
@@ -122,7 +122,7 @@ def test_those_that_want_all_do_not_hold_half_of_them_each(monkeypatch: pytest.M
 
 
 def test_more_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 GPUs are asked for, and this machine gives away 2"), gpus.hold_gpus(3, print):
+    with pytest.raises(ValueError, match=r"3 GPUs are asked for, and this machine gives away 2"), gpus.lock_gpus(3, print):
         pass
 
 
@@ -133,7 +133,7 @@ def test_who_waits_for_a_gpu_can_be_stopped(tmp_path: Path) -> None:
         with pytest.raises(InterruptedError, match="stopped while waiting"):
             command.run([sys.executable, "-c", ""], cwd=tmp_path, line=lambda text: waits.set(), gpus=1)
 
-    with gpus.hold_gpus(2, print):
+    with gpus.lock_gpus(2, print):
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         assert waits.wait(10)
@@ -145,7 +145,7 @@ def test_who_waits_for_a_gpu_can_be_stopped(tmp_path: Path) -> None:
 def test_another_user_can_open_the_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.umask(0o077)
     try:
-        with gpus.hold_gpus(1, print):
+        with gpus.lock_gpus(1, print):
             files = list(gpus.lock_folder().iterdir())
     finally:
         os.umask(before)
@@ -155,7 +155,7 @@ def test_another_user_can_open_the_locks(tmp_path: Path, monkeypatch: pytest.Mon
         raise PermissionError
 
     monkeypatch.setattr(gpus.os, "open", refuse)
-    with pytest.raises(ValueError, match=r"gpus\.lock is another user's: `chmod a\+rw` it"), gpus.hold_gpus(1, print):
+    with pytest.raises(ValueError, match=r"gpus\.lock is another user's: `chmod a\+rw` it"), gpus.lock_gpus(1, print):
         pass
 
 
@@ -209,5 +209,5 @@ def test_a_lock_is_kept_until_the_last_process_of_the_command_is_dead(tmp_path: 
     time.sleep(1)
     assert gpus.find_holders() == {0: flow.pid, 1: flow.pid}
     end(flow)
-    with gpus.hold_gpus(2, print) as held:
-        assert held == [0, 1]
+    with gpus.lock_gpus(2, print) as held:
+        assert list(held) == [0, 1]

@@ -103,7 +103,8 @@ def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.Monkey
     asked: list[list[str]] = []
     monkeypatch.setattr(stage_task.command, "run", lambda words, **_: asked.append(words) or 0)
     run = stage_task.SharedRun(plain, {}, set(), threading.Semaphore(1), pull=True)
-    slow = dvc_graph.read_graph(plain)[1]
+    graph = dvc_graph.read_graph(plain)
+    slow = graph[1]
     for pull in (True, False):
         assert stage_task.repro_stage(slow, run, print, pull=pull) == 0
     common = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
@@ -111,7 +112,7 @@ def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.Monkey
     held = "import sys, time; from dvc.repo import Repo; Repo('.').lock.lock(); print('held', flush=True); time.sleep(5)"
     with subprocess.Popen([sys.executable, "-c", held], cwd=plain, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout and holder.stdout.readline() == "held\n"
-        assert dvc_graph.find_unchanged(plain) == set()
+        assert dvc_graph.find_unchanged(plain, graph) == set()
 
 
 def test_a_place_is_not_waited_for_when_the_run_is_stopped() -> None:

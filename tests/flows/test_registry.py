@@ -56,7 +56,8 @@ def test_versions_and_promotions_and_the_way_back_as_gto_reads_them(repo: Path) 
         registry.assign_version(repo, version, {"why": md5})
     assert [one.name for one in registry.list_versions(repo)] == ["v0.0.1", "v0.0.2", "v0.0.3"]
     assert registry.find_promoted(repo) == registry.list_versions(repo)[2]
-    assert registry.list_versions(repo)[0].about == {"path": "models/stage2", "md5": "aa.dir", "metrics": {"recall": 0.5}, "why": "because aa"}
+    first = registry.list_versions(repo)[0]
+    assert first.about == {"path": "models/stage2", "md5": "aa.dir", "metrics": {"recall": 0.5}, "why": "because aa"}
     made = registry.roll_back(repo, None, "it flickers")
     assert (made.number, made.version.name, made.about["from"]) == (4, "v0.0.2", "v0.0.3")
     registry.roll_back(repo, None, "that one too")

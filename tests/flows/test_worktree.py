@@ -125,7 +125,9 @@ def test_a_value_is_read_by_the_rules_of_params_yaml(text: str, value: Any) -> N
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("one", ["a", "=1", "a b=1", "a.=1", "a=", "a=1\nb", "-a=1", "$(id)=1", "a=[1", "a={b: ", "a;b=1"])
+@pytest.mark.parametrize(
+    "one", ["a", "=1", "a b=1", "a.=1", "a=", "a=1\nb", "-a=1", "$(id)=1", "a=[1", "a={b: ", "a;b=1", "a=${b}", "a=${oc.env:HOME}"]
+)
 def test_what_is_not_key_value_is_refused_by_the_form(one: str) -> None:
     with pytest.raises(ValidationError):
         RunConfig(overrides=[one])
@@ -188,7 +190,8 @@ def test_one_run_a_checkout(repo: Path) -> None:
     assert not run_lock.is_in_use(folder)
     with run_lock.hold_checkout(folder, "an-id"):
         assert run_lock.is_in_use(folder) and run_lock.find_dead_run(folder) == ""
-        with pytest.raises(run_lock.CheckoutBusy, match=r"is in use by another run, process \d+; wait for it"), run_lock.hold_checkout(folder):
+        busy = pytest.raises(run_lock.CheckoutBusy, match=r"is in use by another run, process \d+; wait for it")
+        with busy, run_lock.hold_checkout(folder):
             pass
     assert not run_lock.is_in_use(folder) and run_lock.find_dead_run(folder) == ""
     with pytest.raises(ValueError), run_lock.hold_checkout(folder, "an-id"):

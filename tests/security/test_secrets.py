@@ -54,8 +54,8 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path, store: Store) -> None:
     home.mkdir()
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     env = environment(home)
-    add = "from pathlib import Path; from flows.project import dvc_remote as remote; remote.add_remote(Path.cwd(), 'lab', 's3://{}/cf', endpoint='{}', local=True)"
-    subprocess.run([sys.executable, "-c", add.format(BUCKET, store.url)], cwd=project, env=env, check=True)
+    add = [sys.executable, "-m", "tasks", "remote", "add", "lab", f"s3://{BUCKET}/cf", "--endpoint", store.url, "--local"]
+    subprocess.run(add, cwd=project, env=env, check=True)
     run = [sys.executable, "-m", "flows.pipeline", "--profile", "smoke", "--set", "seed=7", "--to", "clips", "--push"]
     done = subprocess.run(run, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
     (home / "said.txt").write_text(done.stdout)

@@ -49,7 +49,7 @@ class TwoLevelFlow(Flow):
 
     ends: tuple[float, ...]
 
-    def levels(self, steps: int) -> list[float]:
+    def sampler_sigmas(self, steps: int) -> list[float]:
         return list(self.ends)
 
 
