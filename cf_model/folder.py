@@ -196,7 +196,7 @@ at a time, remembers at most {memory.size} of them, and goes on for as long as o
 
 ## Run it
 ```
-cf generate --model {name} --prompt "..." --seconds 60 --seed 0 --out video.mp4
+cf video --model {name} --prompt "..." --seconds 60 --seed 0 --out video.mp4
 ```
 ```python
 from cf_model.pipeline import ContextForcingPipeline

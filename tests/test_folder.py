@@ -40,7 +40,7 @@ def test_a_saved_model_makes_the_same_video_and_diffusers_reads_its_transformer(
     files = {str(file.relative_to(tmp_path / "m")) for file in (tmp_path / "m").rglob("*") if file.is_file()}
     assert {Path(file).suffix for file in files} == {".json", ".safetensors", ".md"}
     card = (tmp_path / "m/README.md").read_text()
-    assert "license: apache-2.0" in card and "By chance." in card and "cf generate --model m" in card
+    assert "license: apache-2.0" in card and "By chance." in card and "cf video --model m" in card
     with pytest.raises(ValueError, match="m is already there"):
         pipe.save_pretrained(tmp_path / "m")
 

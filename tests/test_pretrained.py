@@ -24,7 +24,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes((ROOT / "profiles/smoke.yaml").read_bytes())
     p = load.load_params()
-    wan.save_transformer(wan.build_transformer(p.model, channels=p.codec.linear.channels, text_channels=p.text.channels, seed=0), Path("models/stage2"))
+    transformer = wan.build_transformer(p.model, channels=p.codec.linear.channels, text_channels=p.text.channels, seed=0)
+    wan.save_transformer(transformer, Path("models/stage2"))
     save_codec(LinearCodec(p.codec.linear.channels, p.codec.linear.width), Path("models/codec"))
     return tmp_path
 
@@ -35,12 +36,12 @@ def export(*words: str) -> None:
 
 def test_export_then_generate(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export("--model", "models/stage2", "--out", "out/student")
-    assert "memory and rollout of stage2 in params.yaml; now `cf generate --model out/student" in capsys.readouterr().out
+    assert "memory and rollout of stage2 in params.yaml; now `cf video --model out/student" in capsys.readouterr().out
     p, recipe = load.load_params(), ContextForcingPipeline.from_pretrained("out/student").recipe
     assert recipe.memory == p.stage2.memory and recipe.levels == p.stage2.rollout.levels and recipe.flow == p.flow
     assert (recipe.chunk, recipe.fps, recipe.height, recipe.width) == (3, p.video.fps, p.video.height, p.video.width)
     assert "stage `stage2`" in Path("out/student/README.md").read_text() and recipe.licence == "Apache-2.0"
-    cf.main(["generate", "--model", "out/student", "--prompt", "a red disc", "--seconds", "1", "--out", "a.mp4"])
+    cf.main(["video", "--model", "out/student", "--prompt", "a red disc", "--seconds", "1", "--out", "a.mp4"])
     assert video.probe_video(Path("a.mp4")).frames == p.video.fps
 
 

@@ -1,4 +1,4 @@
-"""`cf generate --model`: the files it leaves, what it refuses, and what survives a kill."""
+"""`cf video`: the files it leaves, what it refuses, and what survives a kill."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def generate(model: Path, *words: object, seconds: float = 1.5, prompt: str | None = WORDS) -> None:
     given = [] if prompt is None else ["--prompt", prompt]
-    cf.main(["generate", "--model", str(model), *given, "--seconds", str(seconds), *map(str, words)])
+    cf.main(["video", "--model", str(model), *given, "--seconds", str(seconds), *map(str, words)])
 
 
 def md5(path: Path) -> str:
@@ -70,7 +70,7 @@ def test_the_file_holds_the_frames_of_the_pipeline(model: Path, tmp_path: Path) 
 
 
 def test_a_killed_run_leaves_a_video_that_plays_and_no_half_written_out(model: Path, tmp_path: Path) -> None:
-    words = ["generate", "--model", str(model), "--prompt", WORDS, "--seconds", "3000", "--out", str(tmp_path / "a.mp4")]
+    words = ["video", "--model", str(model), "--prompt", WORDS, "--seconds", "3000", "--out", str(tmp_path / "a.mp4")]
     run = subprocess.Popen([sys.executable, "-m", "tasks", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
     part, sizes = tmp_path / "a.partial.mp4", set[int]()
     try:
@@ -228,18 +228,17 @@ def test_what_is_wrong_is_one_sentence(words: list[str], said: str, model: Path,
     assert names(tmp_path) == before
 
 
-def test_help_explains_both_and_shows_examples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
-        cf.main(["generate", "--help"])
+        cf.main(["video", "--help"])
     said = capsys.readouterr().out
-    assert "examples:" in said and said.count("cf generate --model out/student") >= 4 and "--memory-strip" in said
-    assert "Without --model it is the stage" in said and "--causal-init" in said
+    assert "examples:" in said and said.count("cf video --model out/student") >= 4 and "--memory-strip" in said
 
 
 def test_the_command_needs_no_project_around_it(model: Path, tmp_path: Path) -> None:
     """No params.yaml and no dvc.yaml; one clear line on stderr, exit code 2."""
-    words = [sys.executable, "-m", "tasks", "generate", "--model", str(model.parent), "--prompt", WORDS, "--out", "a.mp4"]
+    words = [sys.executable, "-m", "tasks", "video", "--model", str(model.parent), "--prompt", WORDS, "--out", "a.mp4"]
     done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.startswith("cf generate: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("cf video: ") and done.stderr.count("\n") == 1, done.stderr
     assert "holds no model_index.json, so it is no model folder" in done.stderr

@@ -230,7 +230,7 @@ class DistillationTrainer:
             frames = spec.horizon.sample_length(number, spec.rollout.chunk, rng)
             if spec.rollout.persist == "stream":
                 stream.frames, stream.text, frames = frames, text, spec.rollout.window
-        # Lines 7 to 28: the random exit r, and chunk after chunk from noise with the memory C of eq. 7.
+        # Lines 7 to 28: the random exit r, and chunk after chunk from noise with the memory C of sec. 3.3.
         generated = rollout(
             self.student,
             text,

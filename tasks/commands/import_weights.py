@@ -1,4 +1,4 @@
-"""`cf import-weights`: somebody's checkpoint of Wan's transformer becomes a folder that every stage can load."""
+"""`cf import-weights`: a published checkpoint of Wan's transformer becomes a folder that every stage can load."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--heads", type=int, help="needed only without a config, where heads are not 128 wide")
     parser.add_argument("--lora-alpha", type=float, help="needed only where neither the LoRA nor adapter_config.json says it")
-    stated = vars(parser.parse_args(argv))
+    options = vars(parser.parse_args(argv))
 
-    import torch  # after the options, so that --help is there at once
+    import torch  # after the options, because --help must not wait for torch
 
     from cf_model.foreign import import_checkpoint
 
-    src, out, dtype = (stated.pop(name) for name in ("src", "out", "dtype"))
-    facts = import_checkpoint.import_transformer(src, out, dtype=dtype and getattr(torch, dtype), **stated)
+    src, out, dtype = (options.pop(name) for name in ("src", "out", "dtype"))
+    facts = import_checkpoint.import_transformer(src, out, dtype=dtype and getattr(torch, dtype), **options)
     print(f"{out}: {describe_import(facts)}")
 
 
 def describe_import(facts: dict[str, Any]) -> str:
-    """One line for a person."""
-    said = [facts["layout"]]
+    """Return the facts of an import as a line for the user."""
+    parts = [facts["layout"]]
     if "branch" in facts:
-        said.append(f"branch {facts['branch']} ({facts['container']}; there: {', '.join(facts['branches'])})")
+        parts.append(f"branch {facts['branch']} ({facts['container']}; there: {', '.join(facts['branches'])})")
     if facts["stripped"]:
-        said.append(f"without {', '.join(facts['stripped'])}")
+        parts.append(f"without {', '.join(facts['stripped'])}")
     if "lora" in facts:
         pairs, rank, alpha, origin = facts["lora"].values()
-        said.append(f"{pairs} pairs of rank {rank}, alpha {alpha} by {origin}, on {facts['base']['source']}")
+        parts.append(f"{pairs} pairs of rank {rank}, alpha {alpha} by {origin}, on {facts['base']['source']}")
     dtype = facts["dtype"] if isinstance(facts["dtype"], str) else " and ".join(facts["dtype"])
-    said.append(f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, {dtype}")
-    return "; ".join(said)
+    parts.append(f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, {dtype}")
+    return "; ".join(parts)

@@ -1,11 +1,10 @@
-"""The memory strip: which latent frames sit in sink, slow and fast while a chunk is made, and when one was promoted.
+"""The memory strip: which latent frames are in sink, slow and fast while a chunk is made, and when a frame was promoted.
 
 Three forms of the same rows: a trace (jsonl) for programs, a timeline (PNG) for people, and a strip under every frame.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,18 +15,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cf_model.model.memory import MemorySpec
 from cf_model.pipeline import Chunk
+from tasks.files.atomic import open_partial
+from tasks.files.json_lines import Row
 
-Row = dict[str, Any]
 # Choice: Tol's bright colours, which colour-blind readers can tell apart too
 COLOURS = {"sink": "#4477aa", "slow": "#ee6677", "fast": "#228833", "now": "#bbbbbb"}
 LABELS = {"sink": "sink", "slow": "slow (promoted)", "fast": "fast", "now": "being made"}
-CELL, LINE, MARGIN = 30, 16, 8  # pixels of the burnt strip: a place of the memory, a line of text, the border
+CELL, LINE, MARGIN = 30, 16, 8  # pixels of the strip: a place of the memory, a line of text, the border
 PANEL_SECONDS = 60.0  # seconds of video that one panel shows well
 BACKGROUND, TEXT, FRESH = "#101010", "#f0f0f0", "#ffffff"
 
 
 def build_row(chunk: Chunk, number: int, second: float) -> Row:
-    """`second` is when the chunk begins in the video file."""
+    """Return a chunk's row of the trace; `second` is when the chunk begins in the video file."""
     return {
         "chunk": number,
         "second": round(second, 4),
@@ -40,15 +40,8 @@ def build_row(chunk: Chunk, number: int, second: float) -> Row:
     }
 
 
-def dump_row(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------- under each frame
-
-
 def burn_strip(frames: np.ndarray, row: Row, spec: MemorySpec, seconds: float) -> np.ndarray:
-    """A chunk's frames with the strip below; small ones are enlarged by a whole number, so that it can be read."""
+    """Return a chunk's frames [F, H, W, 3] with the strip below; small ones are enlarged by a whole number, to make it legible."""
     places = {"sink": spec.sink, "slow": spec.slow, "fast": max(spec.fast - len(row["now"]), 0), "now": len(row["now"])}
     places = {part: max(count, len(row[part])) for part, count in places.items()}
     wanted = 2 * MARGIN + CELL * sum(places.values()) + MARGIN * (len(places) - 1)
@@ -59,7 +52,7 @@ def burn_strip(frames: np.ndarray, row: Row, spec: MemorySpec, seconds: float) -
 
 
 def draw_strip(row: Row, places: Mapping[str, int], width: int, seconds: float) -> Image.Image:
-    """Places of the memory with the latent frames in them, and below it where those lie in the video."""
+    """Draw the places of the memory with the latent frames in them, and below where those frames lie in the video."""
     image = Image.new("RGB", (width, 2 * MARGIN + 5 * LINE), BACKGROUND)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
     x, top = MARGIN, MARGIN + LINE
@@ -67,33 +60,30 @@ def draw_strip(row: Row, places: Mapping[str, int], width: int, seconds: float) 
         if count:
             draw.text((x, MARGIN), "now" if part == "now" else part, COLOURS[part], font)
         for place in range(count):
-            held = row[part][place] if place < len(row[part]) else None
+            frame = row[part][place] if place < len(row[part]) else None
             box = (x, top, x + CELL - 3, top + LINE + 4)
-            fresh = part == "slow" and held in row["promoted"]
-            draw.rectangle(box, COLOURS[part] if held is not None else None, FRESH if fresh else COLOURS[part], 2 if fresh else 1)
-            if held is not None:
-                draw.text((x + CELL / 2 - 1, top + LINE / 2 + 2), str(held), "#000000" if part == "now" else TEXT, font, "mm")
+            fresh = part == "slow" and frame in row["promoted"]
+            draw.rectangle(box, COLOURS[part] if frame is not None else None, FRESH if fresh else COLOURS[part], 2 if fresh else 1)
+            if frame is not None:
+                draw.text((x + CELL / 2 - 1, top + LINE / 2 + 2), str(frame), "#000000" if part == "now" else TEXT, font, "mm")
             x += CELL
         x += MARGIN if count else 0
     left, right, y = MARGIN, width - MARGIN, top + 2 * LINE
     per = (row["now"][0] * 4 - 3) / row["second"] if row["second"] else 16  # frames a second
     draw.line((left, y + 5, right, y + 5), "#606060")
     for part in places:
-        for held in row[part]:
-            at = left + (right - left) * min(1.0, max(0, 4 * held - 3) / per / seconds)
-            tall = 5 if part == "slow" and held in row["promoted"] else 0
+        for frame in row[part]:
+            at = left + (right - left) * min(1.0, max(0, 4 * frame - 3) / per / seconds)
+            tall = 5 if part == "slow" and frame in row["promoted"] else 0
             draw.rectangle((at - 1, y - tall, at + 1, y + 10), COLOURS[part])
-    said = f"{row['second']:6.2f} of {seconds:.2f} s   latent frames {row['now'][0]}-{row['now'][-1]}"
-    said += f"   promoted: {', '.join(map(str, row['promoted']))}" if row["promoted"] else ""
-    draw.text((left, y + LINE), said + ("   (the clip)" if row["real"] else ""), TEXT, font)
+    caption = f"{row['second']:6.2f} of {seconds:.2f} s   latent frames {row['now'][0]}-{row['now'][-1]}"
+    caption += f"   promoted: {', '.join(map(str, row['promoted']))}" if row["promoted"] else ""
+    draw.text((left, y + LINE), caption + ("   (the clip)" if row["real"] else ""), TEXT, font)
     return image
 
 
-# ------------------------------------------------------------------------------------------------------ as a picture
-
-
 def draw_timeline(rows: Sequence[Row], path: Path, seconds: float) -> None:
-    """A PNG: time runs to the right, latent frames upwards; a line is how long a frame was held, a triangle its promotion.
+    """Write a PNG: time runs to the right, latent frames upwards; a line is how long a frame was held, a triangle its promotion.
 
     A long video gets a second panel with its end, because its lines lie too close to be told apart.
     """
@@ -111,25 +101,24 @@ def draw_timeline(rows: Sequence[Row], path: Path, seconds: float) -> None:
         sink = f"; sink, held throughout: {', '.join(map(str, rows[-1]['sink'])) or 'none'}"
         draw_panel(panels[1, 0], rows, seconds, seconds - PANEL_SECONDS, f"the last {PANEL_SECONDS:g} s{sink}")
     figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=6, fontsize=9, frameon=False)
-    part = path.with_name(f".{path.name}.partial")
-    figure.savefig(part, format="png", dpi=130)
+    with open_partial(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
     pyplot.close(figure)
-    part.replace(path)
 
 
 def draw_panel(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title: str) -> None:
-    """From second `begin` on; then without the sink, which lies far below."""
+    """Draw the timeline from second `begin` on; after second 0 without the sink, which would lie far below."""
     from matplotlib.collections import LineCollection
 
     ends = [*(row["second"] for row in rows[1:]), seconds]
-    shown = [held for row, end in zip(rows, ends, strict=True) if end > begin for part in COLOURS for held in row[part]]
-    shown = [held for held in shown if not begin or held not in rows[-1]["sink"]]
-    low, high = min(shown), max(shown)
+    frames = [frame for row, end in zip(rows, ends, strict=True) if end > begin for part in COLOURS for frame in row[part]]
+    frames = [frame for frame in frames if not begin or frame not in rows[-1]["sink"]]
+    low, high = min(frames), max(frames)
     thick = max(1.2, min(8.0, 0.9 * 330 / (high - low + 1)))  # points; the axes are about 330 high
     for part in COLOURS:
-        spans = [((start, held), (end, held)) for (held, start), end in find_spans(rows, ends, part).items()]
+        spans = [((start, frame), (end, frame)) for (frame, start), end in find_spans(rows, ends, part).items()]
         axes.add_collection(LineCollection(spans, colors=COLOURS[part], linewidths=thick, label=LABELS[part], capstyle="butt"))
-    marks = [(row["second"], held) for row in rows for held in row["promoted"]]
+    marks = [(row["second"], frame) for row in rows for frame in row["promoted"]]
     if marks:
         size = 14 if high - low < 400 else 3
         axes.scatter(*zip(*marks, strict=True), s=size, marker="^", color="black", label="promotion", zorder=3, linewidths=0)
@@ -147,11 +136,11 @@ def draw_panel(axes: Any, rows: Sequence[Row], seconds: float, begin: float, tit
 
 
 def find_spans(rows: Sequence[Row], ends: list[float], part: str) -> dict[tuple[int, float], float]:
-    """(latent frame, second from which on it was held) -> second until which it was."""
-    found: dict[tuple[int, float], float] = {}
+    """Return (latent frame, second from which it was held) -> second until which it was held, for a part of the memory."""
+    spans: dict[tuple[int, float], float] = {}
     since: dict[int, float] = {}
     for row, end in zip(rows, ends, strict=True):
         second: float = row["second"]
-        since = {held: since.get(held, second) for held in row[part]}
-        found |= {(held, start): end for held, start in since.items()}
-    return found
+        since = {frame: since.get(frame, second) for frame in row[part]}
+        spans |= {(frame, start): end for frame, start in since.items()}
+    return spans

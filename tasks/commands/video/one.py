@@ -1,4 +1,4 @@
-"""`cf generate --model DIR`: a prompt in, a video file out, with a model folder and nothing of the pipeline around it."""
+"""`cf video`: a prompt in, a video file out, with a model folder and without the pipeline. `cf generate --model` is its old name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 from cf_model.data.prompts import iterate_prompts
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
 from cf_model.data.video import VideoFacts, grow_video, growing_path, probe_video, read_video
+from tasks.files.json_lines import dump_json_lines
 from tasks.params.yaml_file import Refused
 
 if TYPE_CHECKING:
@@ -29,19 +30,20 @@ but the sink and two frames go (Infinity-RoPE); keep: nothing. default: recache"
 STRIP_HELP = "show what is held of the past: under every frame, or in FILE.memory.png and FILE.memory.jsonl; default: none"
 EXAMPLES = """examples:
   cf export --to diffusers --model models/stage2 --out out/student     after dvc repro: the model folder
-  cf generate --model out/student --prompt "a red disc over hills" --seconds 60 --out video.mp4
-  cf generate --model out/student --prompt "a red disc" --at 12.5 "a blue disc" --at 20 "fog" --switch flush --out video.mp4
-  cf generate --model out/student --prompt "a red disc" --continue-from clip.mp4 --memory-strip burn --out longer.mp4
-  cf generate --model out/student --prompts-file prompts.txt --seconds 30 --out videos     one video a line; can be resumed
-  cf generate --model out/student --prompt "a red disc" --memory promote=uniform interval=4 --memory-strip beside --out video.mp4
+  cf video --model out/student --prompt "a red disc over hills" --seconds 60 --out video.mp4
+  cf video --model out/student --prompt "a red disc" --at 12.5 "a blue disc" --at 20 "fog" --switch flush --out video.mp4
+  cf video --model out/student --prompt "a red disc" --continue-from clip.mp4 --memory-strip burn --out longer.mp4
+  cf video --model out/student --prompts-file prompts.txt --seconds 30 --out videos     one video a line; can be resumed
+  cf video --model out/student --prompt "a red disc" --memory promote=uniform interval=4 --memory-strip beside --out video.mp4
 
-The video grows as video.partial.mp4, which plays at any moment, and gets its name when it is whole. The same seed and threads
-give the same bytes on the same machine. Without --model, `cf generate` is the stage of dvc.yaml."""
+The video grows as video.partial.mp4, which plays at any moment, and gets its name when it is complete. The same seed and
+threads give the same bytes on the same machine. The older `cf generate --model ...` does the same."""
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `cf video`."""
     form = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("cf generate", description="Videos from a model folder.", epilog=EXAMPLES, formatter_class=form)
+    p = argparse.ArgumentParser("cf video", description="Videos from a model folder.", epilog=EXAMPLES, formatter_class=form)
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder that `cf export --to diffusers` wrote")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT")
@@ -83,13 +85,13 @@ def main(argv: list[str]) -> None:
 
 
 def refuse_impossible(args: argparse.Namespace) -> None:
-    """What can be refused before a model is loaded."""
+    """Raise Refused for options that can be refused before a model is loaded."""
     if args.threads < 1:
         raise Refused(f"--threads is {args.threads}; use 1 or more")
     if args.prompts_file:
         if args.at:
             raise Refused("--at goes with --prompt; a line of --prompts-file is the one prompt of its video")
-        for _ in iterate_prompts(args.prompts_file):  # to its end: a bad line is said now, not after a night
+        for _ in iterate_prompts(args.prompts_file):  # read to its end, because a bad line must be refused now, not after a night
             pass
     else:
         if args.out.suffix != ".mp4":
@@ -103,6 +105,7 @@ def refuse_impossible(args: argparse.Namespace) -> None:
 
 
 def load_pipeline(args: argparse.Namespace) -> ContextForcingPipeline:
+    """Load the model folder onto the device, with its memory changed as --memory says."""
     from cf_model.pipeline import ContextForcingPipeline
     from tasks.parts.device import choose_device
 
@@ -114,13 +117,13 @@ def load_pipeline(args: argparse.Namespace) -> ContextForcingPipeline:
 
 
 def change_memory(spec: Any, settings: list[str]) -> Any:
-    """The memory's spec with some values replaced by what KEY=VALUE says."""
+    """Return the memory's spec with the values that KEY=VALUE settings name; raise Refused for a malformed setting."""
     from cf_model.folder import build_typed
 
     hints, values = get_type_hints(type(spec)), asdict(spec)
     for setting in settings:
-        name, is_there, value = setting.partition("=")
-        if not is_there:
+        name, equals, value = setting.partition("=")
+        if not equals:
             raise Refused(f"--memory {setting} has no =; write KEY=VALUE, such as interval=4")
         kind = hints.get(name, str)
         try:
@@ -132,36 +135,34 @@ def change_memory(spec: Any, settings: list[str]) -> Any:
 
 
 def read_clip(path: Path, recipe: Recipe, *, resize: bool) -> np.ndarray:
-    """Read in a child process: the file is whatever a person has."""
+    """Read the clip that is continued as frames [F, H, W, 3], in a child process, because any file may be named."""
     if not path.is_file():
         raise Refused(f"--continue-from {path} is not there; name a video file")
-    found = read_in_child(probe_video, path)
-    if isinstance(found, VideoFacts) and (found.height, found.width) != (recipe.height, recipe.width) and not resize:
-        stated = f"--continue-from {path} is {found.width} x {found.height}, but the model makes {recipe.width} x {recipe.height}"
-        raise Refused(f"{stated}; add --resize to cover that size and cut the middle out")
+    facts = read_in_child(probe_video, path)
+    if isinstance(facts, VideoFacts) and (facts.height, facts.width) != (recipe.height, recipe.width) and not resize:
+        sizes = f"--continue-from {path} is {facts.width} x {facts.height}, but the model makes {recipe.width} x {recipe.height}"
+        raise Refused(f"{sizes}; add --resize to cover that size and cut the middle out")
     return read_in_child(partial(read_video, height=recipe.height, width=recipe.width, fps=recipe.fps), path)
 
 
 def read_in_child(task: Any, path: Path) -> Any:
+    """Call `task` on a file in a child process; raise Refused if the file can't be read."""
     [(_, answer)] = read_in_subprocess(task, [path], workers=1, timeout=READ_SECONDS)
     if isinstance(answer, Unreadable):
         raise Refused(f"--continue-from {path}: {answer.sentence}")
     return answer
 
 
-# ---------------------------------------------------------------------------------------------------------- one video
-
-
 def make_video(
     pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace
 ) -> None:
-    """A video, and beside it what the strip is to show. Nothing is written before the first chunk is there."""
+    """Make a video from (second, prompt) pairs, with the memory strip as --memory-strip says. Nothing is written before the first chunk."""
     from cf_model.request import usable_frames
 
     from . import memory_strip
 
     fps = pipe.recipe.fps
-    made = pipe.chunks(timed, seconds=args.seconds, seed=args.seed, switch=args.switch, keep_sink=not args.new_sink, continue_from=clip)
+    chunks = pipe.chunks(timed, seconds=args.seconds, seed=args.seed, switch=args.switch, keep_sink=not args.new_sink, continue_from=clip)
     new, used = round(args.seconds * fps), usable_frames(pipe.recipe, clip)
     if clip is not None:
         print(f"goes on from the last {used} of the clip's {len(clip)} frames")
@@ -169,18 +170,17 @@ def make_video(
     trace = out.with_name(f"{out.stem}.memory.partial.jsonl")
 
     def frames() -> Iterator[np.ndarray]:
-        shown = 0
-        for number, chunk in enumerate(show_progress(made, new, fps, out)):
-            rows.append(memory_strip.build_row(chunk, number, shown / fps))
-            shown += len(chunk.frames)
+        frames_before = 0
+        for number, chunk in enumerate(show_progress(chunks, new, fps, out)):
+            rows.append(memory_strip.build_row(chunk, number, frames_before / fps))
+            frames_before += len(chunk.frames)
             if args.memory_strip == "beside":
                 with trace.open("a" if number else "w", encoding="utf-8") as file:
-                    file.write(memory_strip.dump_row(rows[-1]))
-            yield from (
-                memory_strip.burn_strip(chunk.frames, rows[-1], pipe.recipe.memory, seconds)
-                if args.memory_strip == "burn"
-                else chunk.frames
-            )
+                    file.write(dump_json_lines([rows[-1]], ensure_ascii=False))
+            if args.memory_strip == "burn":
+                yield from memory_strip.burn_strip(chunk.frames, rows[-1], pipe.recipe.memory, seconds)
+            else:
+                yield from chunk.frames
 
     pictures = frames()
     first = next(pictures)
@@ -195,12 +195,12 @@ def make_video(
         trace.replace(out.with_name(f"{out.stem}.memory.jsonl"))
 
 
-def show_progress(made: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
-    """The chunks, with a bar: frames of new video, and how many seconds of it are made in a second."""
+def show_progress(chunks: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
+    """Yield the chunks while a bar shows the frames of new video, and how many seconds of video are made in a second."""
     from tasks.runner.progress import Progress
 
     bar, began, done = Progress(out.name, frames, "frame", 0), time.monotonic(), 0
-    for chunk in made:
+    for chunk in chunks:
         yield chunk
         if chunk.real:
             began = time.monotonic()
