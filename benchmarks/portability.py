@@ -43,7 +43,7 @@ def build_stage(stage: str, profile: str = "tiny") -> Any:
     p = load.load_params(HERE.parent / f"profiles/{profile}.yaml")
     costs = forecast.estimate_costs(p)
     shape = (costs.channels, costs.height, costs.width)
-    models = [wan.build(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=p.compute) for i in range(3)]
+    models = [wan.build_transformer(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=p.compute) for i in range(3)]
     for model in models:  # a new head is 0, and with it nothing is promoted by similarity
         torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.05, generator=torch.Generator().manual_seed(0))
     clips = Noise(shape, p.text.tokens, p.text.channels)

@@ -116,7 +116,8 @@ def test_a_model_of_wans_parts_is_a_diffusers_pipeline_with_a_recipe(tmp_path: P
     sizes = ModelSpec(layers=1, heads=2, head_dim=12, ffn=32, freq=16, positions=64)
     student = wan.build_transformer(sizes, channels=4, text_channels=pretrained.WIDTH, seed=0)
     torch.nn.init.normal_(student.transformer.proj_out.weight, std=0.3, generator=torch.Generator().manual_seed(0))
-    pipe = ContextForcingPipeline(student, load_wan_codec(wans), build_text_encoder("umt5", wans, 12, pretrained.WIDTH), recipe(promote="uniform"))
+    text = build_text_encoder("umt5", wans, 12, pretrained.WIDTH)
+    pipe = ContextForcingPipeline(student, load_wan_codec(wans), text, recipe(promote="uniform"))
     pipe.save_pretrained(tmp_path / "m")
     index = json.loads((tmp_path / "m/model_index.json").read_text())
     theirs = {"transformer", "vae", "text_encoder", "tokenizer"}

@@ -18,14 +18,17 @@ ROOT = Path(__file__).parent.parent
 HALF = (torch.bfloat16, torch.float16)
 # The small tests of the half-precision path itself: its dtypes, its files, its memory, and its names.
 OF_THAT_PATH = {
-    "tests/commands/test_compute.py",
+    "tests/breaks.py",
+    "tests/data/test_latents.py",
     "tests/model/test_denoiser.py",
-    "tests/model/test_real_size.py",
     "tests/model/test_umt5.py",
+    "tests/model/test_wan_codec.py",
     "tests/test_half_precision.py",
     "tests/test_import_lora.py",
     "tests/test_import_weights.py",
     "tests/test_kept.py",
+    "tests/test_params.py",
+    "tests/test_wan_stages.py",
     "tests/train/test_cost.py",
     "tests/train/test_erft.py",
     "tests/train/test_muon.py",

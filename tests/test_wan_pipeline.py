@@ -16,7 +16,7 @@ from tests import pretrained
 from tests.preloaded import python_folder
 from tests.test_pipeline import ENVIRONMENT, STAGES, dvc, lay_out, ran
 
-# what the profile wan-1.3b has and smoke has not, but for bfloat16, which most CPUs emulate at a twentieth of the speed
+# what the profile wan-1.3b has and smoke has not, but for its precision: a CPU computes in float32
 REAL = {
     "kind: linear\n  weights: null": "kind: wan\n  weights: weights",
     'text: {kind: words, weights: null, tokens: 16, channels: 64, negative: ""}': (

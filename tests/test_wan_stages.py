@@ -86,7 +86,7 @@ def test_clips_and_captions_are_encoded(root: Path, made: dict[str, dict[str, fl
     vae = load_wan_codec(root / "weights")
     for row in range(3):
         assert torch.equal(store.window([row], [0], 18), vae.encode(clip(root, row)).bfloat16().float())
-    text = UMT5Encoder(root / "weights", TOKENS, pretrained.WIDTH, load_dtype=torch.bfloat16)
+    text = UMT5Encoder(root / "weights", TOKENS, pretrained.WIDTH)
     assert torch.equal(store.text([0, 1, 2]), text.encode(CAPTIONS).bfloat16().float())
     assert torch.equal(torch.stack([store.empty_text, store.null_text]), text.encode(["", "a sea"]).bfloat16().float())
 

@@ -25,7 +25,11 @@ def test_files_without_prompts_are_named(tmp_path: Path, content: bytes) -> None
 
 @pytest.mark.parametrize(
     ("bad", "why"),
-    [(b"caf\xe9", r"is not UTF-8 text \(byte 4\)"), (b"a" * (LONGEST_LINE + 1), "has more than 20,000 bytes"), (b"a\0b", "holds a zero byte")],
+    [
+        (b"caf\xe9", r"is not UTF-8 text \(byte 4\)"),
+        (b"a" * (LONGEST_LINE + 1), "has more than 20,000 bytes"),
+        (b"a\0b", "holds a zero byte"),
+    ],
 )
 def test_one_bad_line_among_many_is_named_when_it_is_reached(tmp_path: Path, bad: bytes, why: str) -> None:
     file = tmp_path / "prompts.txt"

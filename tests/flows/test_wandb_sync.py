@@ -145,4 +145,4 @@ def test_a_server_that_goes_away(here: Path) -> None:
     with wandb_server.serving() as server:
         done = cf(here, "sync", "--timeout", "60", **keyed | {"WANDB_BASE_URL": server.url})
         assert done.returncode == 0, done.stderr
-    assert [row["loss"] for row in server.history[run.run.id] if "loss" in row] == [0.5, 0.25]
+    assert [row["loss"] for row in server.history[run.id] if "loss" in row] == [0.5, 0.25]
