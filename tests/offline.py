@@ -12,7 +12,6 @@ from typing import Any
 
 from tasks.wandb_log import sync
 from tests.once import copy_of
-from tests.preloaded import python_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +70,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def stage(root: Path, name: str, out: str, body: str, wandb: str = "offline", **more: str) -> subprocess.CompletedProcess[str]:
     code = STAGE.replace("BODY", textwrap.indent(textwrap.dedent(body).strip(), "    "))
-    command = [python_folder() / "python", "-c", code, name, wandb, out]
+    command = [sys.executable, "-c", code, name, wandb, out]
     return subprocess.run(command, cwd=root, env=environment(**more), capture_output=True, text=True, timeout=120)
 
 

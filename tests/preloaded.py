@@ -30,7 +30,6 @@ from tests.once import made_once, session_lives
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", "scipy.stats", "scipy.ndimage", "pydantic", "ruamel.yaml")
 LIBRARIES += ("yaml", "av", "decord", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
-LIBRARIES += ("wandb", "wandb.sdk.launch", "wandb.apis.public")  # which `wandb.init` imports
 CLIENT = """#!/bin/sh
 exec {python} -IS {folder}/client.py "$@"
 """

@@ -128,7 +128,7 @@ def test_a_gpu_whose_holder_is_dead(machine: Machine, monkeypatch: pytest.Monkey
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     monkeypatch.setenv("CF_GPUS", "3")
-    monkeypatch.setattr(this_machine.gpus, "holders", lambda: {0: None, 1: os.getpid(), 2: dead.pid})
+    monkeypatch.setattr(this_machine.gpus, "find_holders", lambda: {0: None, 1: os.getpid(), 2: dead.pid})
     lines = [line for line in this_machine.check_gpus(machine, False) if "torch" not in line.said]
     assert [line.level for line in lines] == ["ok", "ok", "warn"] and "fuser -v" in lines[2].todo
 

@@ -38,7 +38,7 @@ class Counted(Denoiser):
 
     reads = looks = 0
 
-    def read(self, x_0: Tensor, text: Tensor) -> Any:
+    def read_context(self, x_0: Tensor, text: Tensor) -> Any:
         self.reads += 1
         return super().read_context(x_0, text)
 
