@@ -26,7 +26,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "compare": ("tasks.commands.compare.page", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
         "verify": ("flows.project.dvc_lock", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
         "check-golden": ("tasks.commands.golden.check", "DIR: this code against recorded numbers of Self-Forcing and LongLive"),
-        "wandb": ("tasks.wandb_log.sync", "sync | list: offline runs of W&B, and those of killed stages"),
+        "wandb": ("tasks.wandb_log.sync", "sync | list: runs of W&B that are on this machine, and sending them"),
         "remote": ("flows.project.dvc_remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
     },
     "models": {
