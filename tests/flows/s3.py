@@ -43,7 +43,7 @@ for number in range(int(count)):
 """
 PIPELINE = """stages:
   clips:
-    cmd: python stage.py clips 60
+    cmd: python stage.py clips 150
     deps: [stage.py]
     outs: [out/clips]
   teacher:
@@ -55,7 +55,7 @@ PIPELINE = """stages:
     deps: [stage.py, out/teacher]
     outs: [out/report]
 """
-FILES = 60
+FILES = 150
 
 
 class Store:

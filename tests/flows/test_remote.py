@@ -89,7 +89,7 @@ def test_without_its_run_cache_a_machine_hands_over_nothing(store: Store, machin
 
 def in_the_middle(store: Store, act: Callable[[], None]) -> threading.Thread:
     def watch() -> None:
-        wait(lambda: store.requests("PUT") >= 10, 60, "the push to be on its way")
+        wait(lambda: store.requests("PUT") >= 20, 60, "the push to be on its way")
         act()
 
     thread = threading.Thread(target=watch)
@@ -151,7 +151,7 @@ def test_a_killed_pull_goes_on_where_it_was(store: Store, machines: tuple[Machin
     store.forget_requests()
     command = [sys.executable, "-m", "dvc", "pull", "--run-cache"]
     with subprocess.Popen(command, cwd=two.root, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as pull:
-        wait(lambda: store.requests("GET") >= 15, 60, "the pull to be on its way")
+        wait(lambda: store.requests("GET") >= 40, 60, "the pull to be on its way")
         os.killpg(pull.pid, signal.SIGKILL)
     had = two.cached()
     assert 0 < had < OBJECTS, "it was to be killed in the middle"
