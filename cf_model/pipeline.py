@@ -19,7 +19,7 @@ from cf_model.text.encoder import TextEncoder
 from . import folder
 from .folder import Recipe
 from .model.denoiser import Attention, Compute, Denoiser, Precision
-from .model.memory import LayerMemories, Memory, empty_memory
+from .model.memory import Memory, empty_memory
 from .model.rollout import denoise_chunk
 from .request import Prompts, RequestPlan, Switch, plan_request
 
@@ -142,7 +142,7 @@ class ContextForcingPipeline:
             if number > 0 and number in text:
                 now = text[number]
                 memory = self._switch_prompt(memory, torch.cat(list(recent), dim=1), now, switch, keep_sink)
-            before, promoted = promoted, promoted_indices(memory)
+            before, promoted = promoted, tuple(memory.list_promoted())
             at = max(key for key in plan.prompts if key <= max(number, 0))
             chunk = Chunk(
                 first=(number + len(real)) * recipe.chunk,
@@ -150,7 +150,7 @@ class ContextForcingPipeline:
                 frames=np.zeros((0, recipe.height, recipe.width, 3), np.uint8),
                 context=memory.frame_indices(),
                 promoted=tuple(index for index in promoted if index not in before),
-                similarity=sum(memory.similarity) / len(memory.similarity) if memory.similarity else None,
+                similarity=None if memory.similarity is None else float(memory.similarity.mean()),
                 prompt=plan.prompts[at],
                 real=number < 0,
             )
@@ -170,7 +170,7 @@ class ContextForcingPipeline:
             return memory
         if switch == "flush":
             return memory.flushed(FLUSH_FRAMES)
-        last, sink = memory.frame_count, len(memory.frame_indices()["sink"]) if keep_sink else 0
+        last, sink = memory.frame_count, len(memory.sink) if keep_sink else 0
         first = max(last - recent.shape[1], sink)  # frames in the sink are not passed again
         memory = memory.restarted(first, keep_sink)
         while first < last:
@@ -201,9 +201,3 @@ class ContextForcingPipeline:
             else:
                 frames, left = frames[:left], left - len(frames[:left])
             yield replace(chunk, frames=frames)
-
-
-def promoted_indices(memory: Memory) -> tuple[int, ...]:
-    """Return the promoted latent frames in the slow part, of the first layer where layers differ."""
-    first = memory.layer_memory(0) if isinstance(memory, LayerMemories) else memory
-    return tuple(frame.index for frame in first.promoted_frames)

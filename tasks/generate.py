@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
@@ -18,6 +20,7 @@ from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
+from cf_model.model.flow import RowGenerators
 from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import stream
 from cf_model.model.view import sample_window
@@ -65,20 +68,23 @@ def run(
     weights = {"base": base, "teacher": teacher, "causal_init": causal_init, "stage1": stage1, "stage2": stage2}
     clips, pictures, text = Latents(latents), load_codec(codec).to(choose_device()), open_text_encoder(params.text).to(choose_device())
     todo = list(list_jobs(params, clips))
-    finished = track.work / "samples"  # a run that was killed is continued with the videos that are missing here
+    finished = track.work / "samples"  # a run that was killed is continued with the batches of which a video is missing here
     bar = track.progress(len(todo), "video")
     models: dict[str, Denoiser] = {}
-    for job in todo:
-        path = finished / job.file
-        if not path.exists():
-            if job.system and job.system.weights not in models:
-                models = {job.system.weights: wan.load_transformer(weights[job.system.weights], params.compute).to(choose_device())}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            prompt, null = text.encode([job.prompt]).to(choose_device()), clips.null_text.to(choose_device())
-            chunks = generate_latents(params, job, models, prompt, null)
-            frames = (frame for part in pictures.decode_stream(chunks) for frame in part[0].numpy())
-            write_video(path, frames, fps=params.video.fps, crf=params.generate.crf)
-        bar.update()
+    for jobs in group_jobs(todo, params.generate.batch):
+        if not all((finished / job.file).exists() for job in jobs):
+            system = jobs[0].system
+            if system and system.weights not in models:
+                models = {system.weights: wan.load_transformer(weights[system.weights], params.compute).to(choose_device())}
+            prompts, null = text.encode([job.prompt for job in jobs]).to(choose_device()), clips.null_text.to(choose_device())
+            pieces = list(generate_latents(params, jobs, models, prompts, null))
+            for row, job in enumerate(jobs):
+                (finished / job.file).parent.mkdir(parents=True, exist_ok=True)
+                # Decoded one video after the other, because pixels are many times the size of latents.
+                video = pictures.decode_stream(piece[row : row + 1] for piece in pieces)
+                frames = (frame for part in video for frame in part[0].numpy())
+                write_video(finished / job.file, frames, fps=params.video.fps, crf=params.generate.crf)
+        bar.update(len(jobs))
     bar.close()
     shutil.copytree(finished, out, dirs_exist_ok=True)
     (out / "index.jsonl").write_text(dump_json_lines(index_row(params, job) for job in todo))
@@ -120,20 +126,27 @@ def list_jobs(params: Params, clips: Latents) -> Iterator[VideoJob]:
             yield VideoJob("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
 
 
-def generate_latents(params: Params, job: VideoJob, models: dict[str, Denoiser], text: Tensor, null: Tensor) -> Iterator[Tensor]:
-    """Yield a video's latents chunk by chunk or window by window, after its real prefix.
+def group_jobs(todo: list[VideoJob], batch: int) -> Iterator[list[VideoJob]]:
+    """Yield the videos of one system, at most `batch` at once; real clips, whose lengths differ, each by itself."""
+    for _, group in groupby(todo, key=lambda job: (job.suite, job.name, None if job.system else job.number)):
+        jobs = list(group)
+        yield from (jobs[first : first + batch] for first in range(0, len(jobs), batch))
 
-    Videos are made one at a time, because a memory decides for a batch by its first video.
-    """
-    real = None if job.real is None else job.real.to(text.device)
+
+def generate_latents(
+    params: Params, jobs: Sequence[VideoJob], models: dict[str, Denoiser], text: Float[Tensor, "B T E"], null: Float[Tensor, "T E"]
+) -> Iterator[Float[Tensor, "B _ C H W"]]:
+    """Yield the latents of videos of one system, chunk by chunk or window by window, after their real prefixes."""
+    real = None if jobs[0].real is None else torch.cat([job.real for job in jobs if job.real is not None]).to(text.device)
     if real is not None:
         yield real
-    if job.system is None:
+    if jobs[0].system is None:
         return
-    system, model = as_trained(params, job.system), models[job.system.weights]
+    system, model = as_trained(params, jobs[0].system), models[jobs[0].system.weights]
     size = model.transformer.config.in_channels, params.video.height // SPACE, params.video.width // SPACE
     # the noise depends on seed and prompt alone, so that systems can be compared pair by pair
-    rng = torch.Generator(text.device).manual_seed(100_003 * (job.seed + 1) + job.number)
+    seeds = [100_003 * (job.seed + 1) + job.number for job in jobs]
+    rng = RowGenerators([torch.Generator(text.device).manual_seed(seed) for seed in seeds])
     if spec := system.memory:
         # causal_init has no levels of its own: it is trained at all of them
         rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
@@ -145,7 +158,7 @@ def generate_latents(params: Params, job: VideoJob, models: dict[str, Denoiser],
     view = system.view
     assert view
     length = params.base.window if system.weights == "base" else params.teacher.target
-    past = text.new_zeros(1, 0, *size) if real is None else real
+    past = text.new_zeros(len(jobs), 0, *size) if real is None else real
     while past.shape[1] < system.frames:
         start = past.shape[1]
         window = sample_window(

@@ -1,4 +1,4 @@
-"""Thirty deliberate breaks of the method and of its operation, each of which some test must notice.
+"""Deliberate breaks of the method and of its operation, each of which some test must notice.
 
   python -m tests.breaks [NUMBER ...]       about fifteen minutes of one core; not part of `make test`
 
@@ -16,13 +16,18 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MEMORY, ROLLOUT, FLOW, VIEW = (f"cf_model/model/{name}.py" for name in ("memory", "rollout", "flow", "view"))
+MEMORY, SLOW, ROLLOUT, FLOW, VIEW = (f"cf_model/model/{name}.py" for name in ("memory", "slow_part", "rollout", "flow", "view"))
 DISTILL, STUDENT, ERFT = (f"cf_model/train/{name}.py" for name in ("distill", "student", "erft"))
 # file, what stands there once, what stands there then, tests that must notice
 BREAKS = [
-    (MEMORY, "/ len(similarity) < spec.tau", "/ len(similarity) > spec.tau", "tests/model/test_memory.py"),
+    (MEMORY, "keepdim=True)) < spec.tau", "keepdim=True)) > spec.tau", "tests/model/test_memory.py"),
+    (MEMORY, "similarity.mean(dim=1, keepdim=True)", "similarity.mean(dim=1, keepdim=True)[:1]", "tests/model/test_batch_memory.py"),
+    (SLOW, "moved = torch.where(is_full,", "moved = torch.where(~is_full,", "tests/model/test_batch_memory.py"),
+    (SLOW, "moved.scatter(-1, place, number), before)", "moved.scatter(-1, place, number), moved)", "tests/model/test_batch_memory.py"),
+    ("cf_model/model/denoiser.py", "mask = past.join(rotary_emb.memory, self.layer, k, v), past.mask(self.layer)",
+     "mask = past.join(rotary_emb.memory, self.layer, k, v), None", "tests/model/test_batch_memory.py"),
     (MEMORY, "beyond_sink[:1]", "beyond_sink[-1:]", "tests/model/test_memory.py"),
-    (MEMORY, "*range(query - len(self.fast), query)", "*range(query - len(self.fast) - 1, query - 1)", "tests/model/test_memory.py"),
+    (MEMORY, "*range(query[0] - len(fast), query[0])", "*range(query[0] - len(fast) - 1, query[0] - 1)", "tests/model/test_memory.py"),
     (MEMORY, "first = min(self.frame_count, spec.size - frames)", "first = spec.size - frames", "tests/model/test_memory.py"),
     (MEMORY, "split_newest(self.fast + rest, max(spec.fast - length, 0))", "split_newest(self.fast + rest, spec.fast)",
      "tests/model/test_memory.py"),
@@ -44,7 +49,7 @@ BREAKS = [
     (DISTILL, "(x - real_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)", "(x - fake_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)",
      "tests/train/test_distill.py"),
     (DISTILL, "error = (velocity - (noise - x))", "error = (velocity - (x - noise))", "tests/train/test_distill.py"),
-    (DISTILL, "x_0 = student(target.x_t, sigma, text, target.memory)", "x_0 = student(target.x_t, sigma, text, made.memory)",
+    (DISTILL, "x_0 = student(target.x_t, sigma, text, target.memory)", "x_0 = student(target.x_t, sigma, text, generated.memory)",
      "tests/train/test_distill.py"),
     (STUDENT, "(number + 1) % self.spec.critic_updates == 0", "number % self.spec.critic_updates == 0",
      "tests/train/test_roles.py tests/test_presets.py"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from cf_model.model import checkpoint, wan
 from cf_model.model.denoiser import Denoiser, ModelSpec
 from cf_model.model.flow import Flow
-from cf_model.model.memory import MemorySpec
+from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import RolloutSpec
 
 SHAPE = (4, 4, 4)  # C, H, W: four tokens a frame
@@ -38,6 +38,19 @@ def denoiser(seed: int = 0, layers: int = 2, positions: int = 256) -> Denoiser:
     rng = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.3, generator=rng)
     return model.eval()
+
+
+def places(memory: Memory, frames: int, layer: int = 0) -> list[int]:
+    """The positions of what the first video remembers, without its empty places."""
+    mask, positions = memory.mask_empty(layer), torch.as_tensor(memory.key_positions(frames, layer))
+    positions = positions if positions.ndim == 1 else positions[0]
+    return (positions if mask is None else positions[mask[0]]).int().tolist()
+
+
+def queries(memory: Memory, frames: int, layer: int = 0) -> list[int]:
+    """The positions of the first video's next frames."""
+    positions = torch.as_tensor(memory.query_positions(frames, layer))
+    return (positions if positions.ndim == 1 else positions[0]).tolist()
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:

@@ -27,7 +27,7 @@ def video(p: schema.Params, system: str, *, seed: int = 0, number: int = 0, real
     job = generate.VideoJob("prompts", system, listed[system], number, seed, "a prompt", None, real)
     model = denoiser(3)
     text = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
-    return torch.cat(list(generate.generate_latents(p, job, {listed[system].weights: model}, text, torch.zeros(5, 8))), dim=1)
+    return torch.cat(list(generate.generate_latents(p, [job], {listed[system].weights: model}, text, torch.zeros(5, 8))), dim=1)
 
 
 def test_same_seed_same_video_other_seed_other_video(stated: schema.Params) -> None:
@@ -52,3 +52,30 @@ def test_a_stage_is_run_with_the_memory_it_was_trained_with(stated: schema.Param
     assert torch.equal(video(stated, "stage1"), video(other, "stage1"))
     assert not torch.equal(video(stated, "stage2"), video(other, "stage2"))
     assert torch.equal(video(stated, "stage2_without_slow"), video(other, "stage2_without_slow"))
+
+
+@pytest.mark.parametrize("system", ["base", "stage2", "stage2_without_slow", "teacher_slow_fast"])
+def test_videos_made_together_are_those_made_alone(stated: schema.Params, system: str) -> None:
+    """Also where videos promote different frames (`stage2`), and where each continues its own clip (`teacher_slow_fast`)."""
+    suite = "continuations" if system.startswith("teacher") else "prompts"
+    listed = stated.generate.continuations if suite == "continuations" else stated.generate.systems
+    real = torch.randn(3, 1, 21, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    begin = real if suite == "continuations" else [None] * 3
+    jobs = [generate.VideoJob(suite, system, listed[system], n, 0, f"prompt {n}", None, begin[n]) for n in range(3)]
+    models, text = {listed[system].weights: denoiser(3)}, torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+
+    def make(rows: list[int]) -> torch.Tensor:
+        pieces = generate.generate_latents(stated, [jobs[row] for row in rows], models, text[rows], torch.zeros(5, 8))
+        return torch.cat(list(pieces), dim=1)
+
+    together = make([0, 1, 2])
+    for row in range(3):
+        assert float((make([row])[0] - together[row]).abs().max()) < 1e-5
+
+
+def test_batches_are_of_one_system_and_the_same_after_a_kill(stated: schema.Params) -> None:
+    system = stated.generate.systems["stage2"]
+    jobs = [generate.VideoJob("prompts", name, system, n, 0, "", None, None) for name in ("one", "two") for n in range(5)]
+    real = [generate.VideoJob("prompts", "real", None, n, 0, "", "clip", None) for n in range(3)]
+    assert [len(group) for group in generate.group_jobs([*real, *jobs], 3)] == [1, 1, 1, 3, 2, 3, 2]
+    assert {job.name for group in generate.group_jobs(jobs, 3) for job in group[1:] if job.name != group[0].name} == set()

@@ -25,7 +25,7 @@ from tasks.commands import preset  # noqa: E402
 from tasks.params.load import validate_params  # noqa: E402
 from tasks.params.schema import Params  # noqa: E402
 from tasks.params.yaml_file import Refused, read_yaml  # noqa: E402
-from tests.small import FLOW, SHAPE, denoiser, normal  # noqa: E402
+from tests.small import FLOW, SHAPE, denoiser, normal, places, queries  # noqa: E402
 
 TABLE = ROOT / "tests/golden/presets.json"
 NAMES = sorted(file.stem for file in (ROOT / "presets").glob("*.yaml"))
@@ -65,7 +65,7 @@ def seen(one: dict[str, Any]) -> str:
     """What a student's pass attends to, and where: "sink | slow | fast @ their positions, itself @ its own"."""
     memory, frames = one["memory"], one["x"].shape[1]
     parts = " | ".join(ranges(part) for part in memory.frame_indices().values())
-    return f"{parts} @ {ranges(memory.key_positions(frames))}, self @ {ranges(memory.query_positions(frames))}"
+    return f"{parts} @ {ranges(places(memory, frames))}, self @ {ranges(queries(memory, frames))}"
 
 
 def lowered(one: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ submodule, whose output every block hands to its self-attention untouched. So `r
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .flow import to_x0
 from .key_values import KeyValues
-from .memory import LayerMemories, Memory, MemorySpec, ShareKey, empty_memory, fixed_memory
+from .memory import Memory, MemorySpec, Positions, empty_memory, fixed_memory, join_positions
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [1, L, 1, D]
 LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of one pass, each [B, L, N, D]
@@ -32,6 +32,7 @@ BACKENDS = {
     "flash2": ("flash", "flash_attn"),
     "flash3": ("_flash_3", "flash_attn_interface"),
 }
+WITHOUT_MASK = ("flash2", "flash3")  # kernels that attend to all keys or to none
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,74 @@ class Compute:
 EXACT = Compute(attention="native", dtype="float32", checkpointing=False)
 
 
+class PastView:
+    """The remembered frames as the passes over one chunk attend to them: keys at their places, values, and which places are filled.
+
+    The passes over a chunk share one view, so keys are rotated once a chunk. A layer's part is made when that layer first asks.
+    """
+
+    def __init__(self, rotations: list[Rotation], masks: list[Tensor | None], filled: list[Tensor] | None = None) -> None:
+        self.masks, self.filled = masks, filled  # filled: numbers of the tokens that are left of those that a memory hands out
+        self.rotations = rotations  # of the remembered frames and of the pass's own, for each layer or for all
+        self._layers: LayerKeyValues = {}
+
+    def join(self, memory: Memory, layer: int, k: Float[Tensor, "B L N D"], v: Float[Tensor, "B L N D"]) -> tuple[Tensor, Tensor]:
+        """Return the keys at their places and the values that a pass attends to, its own last: the KV cache of alg. 1."""
+        cos, sin = self.rotations[min(layer, len(self.rotations) - 1)]
+        if torch.is_grad_enabled():
+            # Nothing is kept: a checkpointed block must do the same again, and the memory may have a graph.
+            keys, values = self._read(memory, layer)
+            return apply_rope(torch.cat([*keys, k], dim=1), (cos, sin)), torch.cat([*values, v], dim=1)
+        own = k.shape[1]
+        if layer not in self._layers:
+            past_k, past_v = (torch.cat(part, dim=1) for part in self._read(memory, layer))
+            self._layers[layer] = apply_rope(past_k, (cos[:, :-own], sin[:, :-own])), past_v
+        past_k, past_v = self._layers[layer]
+        return torch.cat([past_k, apply_rope(k, (cos[:, -own:], sin[:, -own:]))], dim=1), torch.cat([past_v, v], dim=1)
+
+    def _read(self, memory: Memory, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what a memory hands out, without its empty places where the kernel takes no mask."""
+        keys, values = memory.past(layer)
+        if self.filled is None:
+            return keys, values
+        left = self.filled[min(layer, len(self.filled) - 1)]
+        return [torch.cat(keys, dim=1)[:, left]], [torch.cat(values, dim=1)[:, left]]
+
+    def mask(self, layer: int) -> Tensor | None:
+        """Return which keys a layer may attend to, the chunk's own among them: [B, 1, 1, (K + F) * S]; None: all."""
+        return self.masks[min(layer, len(self.masks) - 1)]
+
+
+def view_filled(rotations: list[Rotation], masks: list[Tensor | None], own: int) -> PastView:
+    """Return a view without empty places, for kernels that take no mask: a chunk's decisions are read, for which a GPU is waited for.
+
+    `own` counts the tokens of the pass itself, which are the last.
+    Raises ValueError where the videos of a batch remember different numbers of frames.
+    """
+    filled, left = [], []
+    for (cos, sin), mask in zip(rotations, masks, strict=True):
+        tokens = torch.ones(cos.shape[1], dtype=torch.bool, device=cos.device) if mask is None else mask[0, 0, 0]
+        if mask is not None and not bool((mask == tokens).all()):
+            problem = "the videos of a batch remember different numbers of frames, which this attention kernel cannot be told"
+            raise ValueError(f"{problem}; use attention: native or cudnn, or a batch of 1 a process (engine.micro_batch: 1)")
+        at = tokens.nonzero()[:, 0]
+        filled.append(at[:-own])
+        left.append((cos[:, at], sin[:, at]))
+    return PastView(left, [None] * len(masks), filled)
+
+
 @dataclass(eq=False)
 class PassView:
     """What one pass's self-attentions look at. Travels through diffusers where a table of rotations would."""
 
     memory: Memory | None
-    rotations: list[tuple[Rotation, Rotation]]  # of queries and of keys: a pair for each layer, or a single pair for all
+    past: PastView | None  # the view of that memory; None: nothing is remembered
+    rotations: list[Rotation]  # of the pass's own frames: one for each layer, or a single one for all
     captured: LayerKeyValues | None  # filled with this pass's keys and values; None: they are not wanted
 
-    def layer_rotations(self, layer: int) -> tuple[Rotation, Rotation]:
-        """Return a layer's rotations of queries and of keys."""
-        return self.rotations[layer if len(self.rotations) > 1 else 0]
+    def own_rotation(self, layer: int) -> Rotation:
+        """Return a layer's rotation of the pass's own queries and keys."""
+        return self.rotations[min(layer, len(self.rotations) - 1)]
 
 
 class MemoryRope(nn.Module):
@@ -73,48 +131,71 @@ class MemoryRope(nn.Module):
         self.table: Any = table  # diffusers' WanRotaryPosEmbed
         self.memory: Memory | None = None
         self.captured: LayerKeyValues | None = None
+        self.takes_mask = True  # whether the attention kernel does
+        # views by memory, each with the F, H, W of the passes that it serves
+        self._views: weakref.WeakKeyDictionary[Memory, tuple[torch.Size, PastView]] = weakref.WeakKeyDictionary()
 
     def forward(self, x: Float[Tensor, "B C F H W"]) -> PassView:
         """Return what the self-attentions of the pass over `x` look at, and its rotations."""
         frames = x.shape[2]
         # without a memory: plain Wan, whose frames are at 0, 1, 2, …
         if self.memory is None:
-            rotation = self.rotations(range(frames), x)
-            return PassView(None, [(rotation, rotation)], self.captured)
-        # With scope layer the layers remember different frames, so each has positions of its own; equal positions share a table.
-        layers = len(self.memory.layers) if isinstance(self.memory, LayerMemories) else 1
-        tables: dict[tuple[int, ...], Rotation] = {}
-        pairs = []
-        for layer in range(max(layers, 1)):
-            current = tuple(self.memory.query_positions(frames, layer))
-            keys = (*self.memory.key_positions(frames, layer), *current)
-            for positions in (current, keys):
-                if positions not in tables:
-                    tables[positions] = self.rotations(positions, x)
-            pairs.append((tables[current], tables[keys]))
-        return PassView(self.memory, pairs, self.captured)
+            return PassView(None, None, [self.rotations(range(frames), x)], self.captured)
+        # With scope layer the layers remember different frames, so each may have positions of its own.
+        groups = range(self.memory.groups)
+        own = [self.rotations(self.memory.query_positions(frames, group), x) for group in groups]
+        return PassView(self.memory, self._view_past(self.memory, x), own, self.captured)
 
-    def rotations(self, positions: Sequence[int], x: Tensor) -> Rotation:
-        """Return cos and sin for frames at these temporal positions, each [1, len(positions) * S, 1, D]."""
+    def _view_past(self, memory: Memory, x: Tensor) -> PastView | None:
+        """Return the view of a memory for passes over chunks like `x`, the same for all passes until `forget_view`."""
+        if not memory.places:
+            return None
+        shape, view = self._views.get(memory, (None, None))
+        if view is None or shape != x.shape[2:]:
+            groups, frames = range(memory.groups), x.shape[2]
+            positions = (join_positions(memory.key_positions(frames, group), memory.query_positions(frames, group)) for group in groups)
+            rotations = [self.rotations(both, x) for both in positions]
+            tokens = rotations[0][0].shape[1] // (memory.places + frames)  # S
+            masks = [self._spread_mask(memory.mask_empty(group), frames, tokens) for group in groups]
+            view = PastView(rotations, masks) if self.takes_mask else view_filled(rotations, masks, frames * tokens)
+            self._views[memory] = x.shape[2:], view
+        return view
+
+    def _spread_mask(self, filled: Tensor | None, frames: int, tokens: int) -> Tensor | None:
+        """Return a mask over places, [B, K], as one over the tokens of all places and of the pass: [B, 1, 1, (K + F) * S]."""
+        if filled is None:
+            return None
+        both = torch.cat([filled, filled.new_ones(len(filled), frames)], dim=1)
+        return both[:, None, None, :, None].expand(-1, -1, -1, -1, tokens).flatten(3)
+
+    def forget_view(self, memory: Memory) -> None:
+        """Let go of a memory's view, which holds a copy of everything remembered."""
+        self._views.pop(memory, None)
+
+    def rotations(self, positions: Positions | range, x: Tensor) -> Rotation:
+        """Return cos and sin for frames at these temporal positions, each [1 or B, K * S, 1, D] for K positions."""
         t = self.table
         # S = h * w tokens of one latent frame
         h, w = x.shape[3] // t.patch_size[1], x.shape[4] // t.patch_size[2]
-        if min(positions) < 0:
-            raise ValueError(f"frame {min(positions)} would lie before the video; memory.fast must hold at least the frames of a chunk")
-        if max(positions) >= len(t.freqs_cos):
-            raise ValueError(f"frame {max(positions)} lies beyond the RoPE table of {len(t.freqs_cos)} positions; use bounded positions")
-        at = torch.tensor(positions, device=x.device)
-        cos, sin = (self._select_rows(freqs, at, h, w) for freqs in (t.freqs_cos, t.freqs_sin))
+        if not isinstance(positions, Tensor):
+            if min(positions) < 0:
+                raise ValueError(f"frame {min(positions)} would lie before the video; memory.fast must hold at least the frames of a chunk")
+            if max(positions) >= len(t.freqs_cos):
+                last, rows = max(positions), len(t.freqs_cos)
+                raise ValueError(f"frame {last} lies beyond the RoPE table of {rows} positions; use bounded positions")
+            positions = torch.tensor([list(positions)], device=x.device)
+        cos, sin = (self._select_rows(freqs, positions, h, w) for freqs in (t.freqs_cos, t.freqs_sin))
         return cos, sin
 
     def _select_rows(self, freqs: Tensor, at: Tensor, h: int, w: int) -> Tensor:
-        """Return the table's rows for frames at the times `at` and an h x w grid of tokens: [1, len(at) * h * w, 1, D]."""
-        t = self.table
+        """Return the table's rows for frames at the times `at` [B, K] and an h x w grid of tokens: [B, K * h * w, 1, D]."""
+        t, (batch, frames) = self.table, at.shape
         # D is split into channels for time, row and column, as Wan splits it (128 = 44 + 42 + 42)
         # [positions, D] to a part for each axis; each part is spread over the two other axes
         time, row, column = freqs.split([t.t_dim, t.h_dim, t.w_dim], dim=1)
-        parts = time[at].view(-1, 1, 1, t.t_dim), row[:h].view(1, h, 1, t.h_dim), column[:w].view(1, 1, w, t.w_dim)
-        return torch.cat([p.expand(len(at), h, w, -1) for p in parts], dim=-1).reshape(1, -1, 1, t.attention_head_dim)
+        parts = time[at].view(batch, frames, 1, 1, t.t_dim), row[:h].view(1, 1, h, 1, t.h_dim), column[:w].view(1, 1, 1, w, t.w_dim)
+        grid = torch.cat([p.expand(batch, frames, h, w, -1) for p in parts], dim=-1)
+        return grid.reshape(batch, -1, 1, t.attention_head_dim)
 
 
 class MemoryAttention:
@@ -135,13 +216,15 @@ class MemoryAttention:
         # before RoPE: positions are given anew whenever the keys are used
         if rotary_emb.captured is not None:
             rotary_emb.captured[self.layer] = (k, v)
-        queries, keys = rotary_emb.layer_rotations(self.layer)
-        if rotary_emb.memory is not None:
-            past_k, past_v = rotary_emb.memory.past(self.layer)
-            # the KV cache of alg. 1: [B, (K + F) * S, N, D] for K remembered frames
-            k, v = torch.cat([*past_k, k], dim=1), torch.cat([*past_v, v], dim=1)
-        # no mask: causality is in what the memory holds, and the frames of a chunk see each other
-        out = dispatch_attention_fn(apply_rope(q, queries).to(v.dtype), apply_rope(k, keys), v, backend=self.backend)
+        rotation, past = rotary_emb.own_rotation(self.layer), rotary_emb.past
+        q = apply_rope(q, rotation).to(v.dtype)
+        # [B, (K + F) * S, N, D] for K remembered frames
+        if past is None or rotary_emb.memory is None:
+            k, mask = apply_rope(k, rotation), None
+        else:
+            (k, v), mask = past.join(rotary_emb.memory, self.layer, k, v), past.mask(self.layer)
+        # causality is in what the memory holds, and the frames of a chunk see each other; a mask hides places that are still empty
+        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self.backend)
         return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))
 
 
@@ -185,6 +268,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"attention is {compute.attention}, which needs a GPU, and there is none; use native")
         # the two seams: positions and memory by way of `rope`, attention by its processor
         transformer.rope = MemoryRope(transformer.rope)
+        transformer.rope.takes_mask = compute.attention not in WITHOUT_MASK
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
         # under autocast a norm's input is bfloat16 and its weights are float32
@@ -233,6 +317,7 @@ class Denoiser(nn.Module):
         # only ODE and teacher-forcing training let gradients through the memory; in alg. 1 the cache is a constant
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             self._run_transformer(x_0, level, text, memory.commit_context(frames), captured)
+        self.transformer.rope.forget_view(memory)  # this was the chunk's last pass
         return memory.remember(split_frames(captured, memory.frame_count, frames))
 
     def read_context(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"]) -> Memory:
@@ -256,10 +341,9 @@ class Denoiser(nn.Module):
         spec: MemorySpec,
         *,
         chunk: int,
-        share_key: ShareKey | None = None,
     ) -> Memory:
         """Return the memory after a clip that is passed chunk by chunk, as if the student had made it."""
-        memory = empty_memory(spec, share_key)
+        memory = empty_memory(spec)
         for part in x_0.split(chunk, dim=1):
             memory = self.remember(part, text, memory)
         return memory

@@ -14,7 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Noise = torch.Generator | Iterator[Tensor]  # a generator to draw from, or numbers that were drawn before, as golden vectors store them
+
+class RowGenerators:
+    """A generator for each video of a batch, so that a video's numbers do not depend on what is generated beside it."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
+
+    def draw_rows(self, make: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Draw each row of a tensor of this shape from its own generator."""
+        return torch.cat([make((1, *shape[1:]), generator=rng, device=rng.device) for rng in self.generators])
+
+
+# A generator to draw from, one for each video, or numbers that were drawn before, as golden vectors store them.
+Noise = torch.Generator | RowGenerators | Iterator[Tensor]
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,7 @@ def own_rows(batch: Tensor, rng: Noise) -> Tensor:
 
 
 def _draw_numbers(make: Callable[..., Tensor], shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
-    if isinstance(rng, BatchGenerator):
+    if isinstance(rng, BatchGenerator | RowGenerators):
         return rng.draw_rows(make, tuple(shape))
     # an iterator hands out numbers that were drawn elsewhere
     return make(shape, generator=rng, device=rng.device) if isinstance(rng, torch.Generator) else next(rng)

@@ -1,10 +1,11 @@
-"""Keys and values of latent frames, which the memories hold, and the mean key by which eq. 7 compares chunks."""
+"""Keys and values of latent frames, which a memory holds, and the mean key by which eq. 7 compares chunks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -19,6 +20,10 @@ class KeyValues:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
+    def copy(self) -> KeyValues:
+        """Return a copy, because a frame's tensors are slices of its chunk's, which would stay in memory with all their frames."""
+        return KeyValues(self.index, tuple(k.clone() for k in self.keys), tuple(v.clone() for v in self.values))
+
 
 Frames = tuple[KeyValues, ...]  # in the order of time
 
@@ -29,13 +34,9 @@ def split_newest(frames: Frames, keep: int) -> tuple[Frames, Frames]:
     return frames[:at], frames[at:]
 
 
-def mean_key(chunk: Frames) -> Tensor:
-    """Average the keys of the batch's first video over the chunk's tokens, in each layer: [layers, N * D].
-
-    Choice: one decision for the whole batch (its first video's) and, with scope global, for all layers (the mean of their
-    cosines). Layers that decide on their own remember different frames, and the teacher can't be shown the same ones. An
-    average over videos would be smoother than any one of them, and training would promote what inference does not.
-    """
+def mean_key(chunk: Frames) -> Float[Tensor, "B layers ND"]:
+    """Average each video's keys over the chunk's tokens, in each layer."""
     layers = range(len(chunk[0].keys))
-    # keys[layer][0] is [S, N, D]; stacked over the chunk [F, S, N, D], averaged [N, D], flattened [N * D]
-    return torch.stack([torch.stack([f.keys[layer][0] for f in chunk]).float().mean(dim=(0, 1)).flatten() for layer in layers]).detach()
+    # keys[layer] is [B, S, N, D]; over the chunk [F, B, S, N, D], averaged [B, N, D], flattened [B, N * D]
+    means = (torch.stack([f.keys[layer] for f in chunk]).float().mean(dim=(0, 2)).flatten(1) for layer in layers)
+    return torch.stack(list(means), dim=1).detach()

@@ -6,6 +6,8 @@ sink   the video's first frames, for ever
 slow   first frames of chunks that differed from the chunk before them (surprisal, eq. 7), the newest `slow` of them
 fast   the newest frames; the chunk that is being made counts into it
 
+Each video of a batch decides for itself which of its chunks are news, so a batch remembers what its videos would alone.
+
 A memory is a value: `remember` returns a new memory and nothing writes into the old one. That is what lets a rollout be
 replayed, checkpointed and resumed; caches that are written in place give wrong gradients there.
 """
@@ -13,16 +15,20 @@ replayed, checkpointed and resumed; caches that are written in place give wrong 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .key_values import Frames, KeyValues, mean_key, split_newest
+from .key_values import Frames, mean_key, split_newest
+from .slow_part import News, SlowPart, exclude_promoted
 
-ShareKey = Callable[[Tensor], Tensor]  # this process's mean key -> the mean key that every process decides by
+# temporal RoPE indices: the same for all videos, or [B, K] where they depend on what a video has promoted
+Positions = list[int] | Tensor
 
 
 @dataclass(frozen=True)
@@ -74,48 +80,104 @@ class MemorySpec:
 
 @dataclass(frozen=True, eq=False)
 class ContextMemory:
-    """The memory M of sec. 3.3, with one decision for all layers.
+    """The memory M of sec. 3.3 of every video of a batch.
 
-    Sink, slow and fast are disjoint and each in the order of time, unless `when` is enqueue or `fill` is early_raw.
+    Sink and fast part hold the same frames of every video, the slow part those that a video's own keys have promoted. Sink, slow
+    and fast are disjoint and each in the order of time, unless `when` is enqueue or `fill` is early_raw. With scope layer the layers
+    decide for themselves, and G below is their number; else G is 1.
     """
 
     spec: MemorySpec
+    slow: SlowPart
     sink: Frames = ()
-    promoted_frames: Frames = ()  # of the slow part, the newest `spec.slow`
     early: Frames = ()  # fill: early_raw; the first `spec.slow` frames after the sink
     fast: Frames = ()
-    pending: tuple[int, ...] = ()  # indices of frames in the fast part that enter the slow part when they leave it
-    last_mean_key: Tensor | None = None  # [layers, N * D], of the pass that the next pass is compared with
+    pending: Mapping[int, News] = field(default_factory=dict)  # frames of the fast part that may be promoted when they leave it
+    last_mean_key: Float[Tensor, "B layers ND"] | None = None  # of the pass that the next pass is compared with
     frame_count: int = 0  # latent frames since the video began
-    similarity: tuple[float, ...] | None = None  # of the newest chunk to the chunk before, in each layer, for the log
+    similarity: Float[Tensor, "B layers"] | None = None  # of the newest chunk to the chunk before, for the log
     noisy_passes: int = 0  # over the chunk that is being made (timing: first_call)
-    is_promoted: bool = False  # one of those passes has promoted the chunk
-    is_newest_news: bool | None = None  # decision on the newest chunk; None: not tested. For the log
-    promoted_count: int = 0  # frames promoted since the video began
-    share_key: ShareKey | None = None  # training's, where several processes or groups share a batch; None: decide by the own keys
-
-    @property
-    def slow(self) -> Frames:
-        """Promoted frames; with early_raw they overwrite the early frames from the left."""
-        return self.promoted_frames + self.early[len(self.promoted_frames) :]
+    is_promoted: News = False  # one of those passes has promoted the chunk
+    is_newest_news: News | None = None  # decision on the newest chunk; None: not tested. For the log
+    promoted_count: int | Tensor = 0  # frames promoted since the video began; [B, G] where videos differ
 
     @property
     def frames(self) -> Frames:
-        """Every remembered frame, in the order of RoPE positions (eq. 8): sink, slow, fast."""
-        return self.sink + self.slow + self.fast
-
-    def frame_indices(self) -> dict[str, list[int]]:
-        """Return the latent frame numbers in each part, for people."""
-        return {name: [frame.index for frame in getattr(self, name)] for name in ("sink", "slow", "fast")}
+        """Everything that is held, in the order of RoPE positions (eq. 8): sink, slow, fast. Of the slow part all candidates."""
+        return self.sink + self.slow.candidates + self.early[self.slow.places :] + self.fast
 
     @property
-    def decisions(self) -> tuple[bool, ...]:
-        """Whether the newest chunk is news: one value for all layers, or () when it was not tested."""
-        return () if self.is_newest_news is None else (self.is_newest_news,)
+    def slow_places(self) -> int:
+        """Places of the slow part in a pass, filled in some video; with early_raw the early frames fill those of the others."""
+        return max(self.slow.places, len(self.early))
+
+    @property
+    def places(self) -> int:
+        """Frames that a pass can attend to, empty places of the slow part among them."""
+        return len(self.sink) + self.slow_places + len(self.fast)
+
+    @property
+    def groups(self) -> int:
+        """Return G, the number of decisions for one video: 1, or with scope layer one a layer."""
+        return self.slow.groups
+
+    def frame_indices(self, video: int = 0, layer: int = 0) -> dict[str, list[int]]:
+        """Return the latent frame numbers in each part of a video's memory, for people: on a GPU this waits for it."""
+        promoted = self.list_promoted(video, layer)
+        slow = promoted + [frame.index for frame in self.early[len(promoted) :]]
+        return {"sink": [f.index for f in self.sink], "slow": slow, "fast": [f.index for f in self.fast]}
+
+    def list_promoted(self, video: int = 0, layer: int = 0) -> list[int]:
+        """Return the latent frame numbers that a video has promoted and still holds, for people."""
+        return self.slow.list_frames(video, min(layer, self.groups - 1))
+
+    def count_slow(self) -> Float[Tensor, ""]:
+        """Count the frames of the slow part, as a mean over videos and layers, for the log."""
+        promoted = torch.tensor(self.slow.places) if self.slow.count is None else self.slow.count
+        return promoted.clamp(min=len(self.early)).double().mean()
 
     def past(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the keys and the values that a layer attends to, in the order of `key_positions`."""
-        return [frame.keys[layer] for frame in self.frames], [frame.values[layer] for frame in self.frames]
+        """Return the keys and the values that a layer attends to, to be joined along the tokens: [B, K * S, N, D] for K places.
+
+        Their order is that of `key_positions`; `mask_empty` says which places hold a frame.
+        """
+        keys = [frame.keys[layer] for frame in self.sink]
+        values = [frame.values[layer] for frame in self.sink]
+        if self.slow_places:
+            slow_keys, slow_values = self._fill_slow(layer)
+            keys.append(slow_keys.flatten(1, 2))
+            values.append(slow_values.flatten(1, 2))
+        keys += [frame.keys[layer] for frame in self.fast]
+        values += [frame.values[layer] for frame in self.fast]
+        return keys, values
+
+    def _fill_slow(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the slow part's keys and values, [B, places, S, N, D]: promoted frames, then early frames where places are free."""
+        if not self.early:
+            return self.slow.read(layer)
+        early = tuple(torch.stack([getattr(f, name)[layer] for f in self.early], dim=1) for name in ("keys", "values"))
+        if not self.slow.places:
+            return early[0], early[1]
+        # Promoted frames overwrite the early frames from the left.
+        filled = []
+        for promoted, first in zip(self.slow.read(layer), early, strict=True):
+            free = first[:, promoted.shape[1] :]
+            if self.slow.order is not None:
+                held = self.slow.held()[:, min(layer, self.groups - 1), : first.shape[1], None, None, None]
+                both = torch.where(held, promoted[:, : first.shape[1]], first[:, : promoted.shape[1]])
+                promoted = torch.cat([both, promoted[:, first.shape[1] :]], dim=1)
+            filled.append(torch.cat([promoted, free], dim=1))
+        return filled[0], filled[1]
+
+    def mask_empty(self, layer: int = 0) -> Bool[Tensor, "B K"] | None:
+        """Return which remembered frames a layer may attend to, of those that `past` returns; None: all of them in every video."""
+        if self.slow.order is None or not self.slow.places:
+            return None
+        held = self.slow.held()[:, min(layer, self.groups - 1)]
+        held = torch.cat([held, held.new_zeros(len(held), self.slow_places - held.shape[1])], dim=1)
+        held = held | (torch.arange(self.slow_places, device=held.device) < len(self.early))
+        before, after = (held.new_ones(len(held), len(part)) for part in (self.sink, self.fast))
+        return torch.cat([before, held, after], dim=1)
 
     def remember(self, chunk: Frames) -> ContextMemory:
         """Return the memory after one more clean chunk.
@@ -125,12 +187,13 @@ class ContextMemory:
         """
         spec, length = self.spec, len(chunk)
         # eq. 7: is this chunk news? `candidates` are its frames that may enter the slow part.
-        tested, candidates = self._test_news(chunk)
-        is_news = self.is_promoted or bool(candidates) if spec.is_tested(self.frame_count // length) else None
-        if self.is_promoted:
-            candidates = ()
+        tested, news = self._test_news(chunk)
+        candidates = self._choose_candidates(chunk)
+        is_tested = spec.is_tested(self.frame_count // length)
+        decision = (news | self.is_promoted) if is_tested else None
+        news = exclude_promoted(news, self.is_promoted)
         if spec.when == "enqueue":
-            tested, candidates = tested._promote(candidates), ()
+            tested, news = tested._promote(candidates, news), False
         # The sink fills first and never changes afterwards.
         free = max(spec.sink - len(self.sink), 0)
         sink, rest = self.sink + chunk[:free], chunk[free:]
@@ -140,10 +203,12 @@ class ContextMemory:
         # The next chunk counts into the fast part, so what is left for the past is smaller by its length.
         leaving, fast = split_newest(self.fast + rest, max(spec.fast - length, 0))
         # Choice: promoted when it leaves the fast part, not when it is tested, so that no frame is there twice.
-        pending = {*self.pending, *(frame.index for frame in candidates)}
-        after = tested._promote(tuple(frame for frame in leaving if frame.index in pending))
-        still_pending = tuple(frame.index for frame in fast if frame.index in pending)
-        after = replace(after, sink=sink, early=early, fast=fast, pending=still_pending, is_newest_news=is_news)
+        pending = dict(self.pending) if news is False else {**self.pending, **{frame.index: news for frame in candidates}}
+        after = tested
+        for frame in leaving:
+            after = after._promote((frame,), pending.get(frame.index, False))
+        still_pending = {frame.index: pending[frame.index] for frame in fast if frame.index in pending}
+        after = replace(after, sink=sink, early=early, fast=fast, pending=still_pending, is_newest_news=decision)
         # ready for the next chunk, of which no pass was offered yet
         return replace(after, frame_count=self.frame_count + length, noisy_passes=0, is_promoted=False)
 
@@ -153,28 +218,36 @@ class ContextMemory:
         The chunk's first pass is compared with the clean pass of the chunk before, a later pass (the clean pass, too) with
         the pass before it, until two differ; the keys and values of that pass are promoted (docs/method.md, "Promotion").
         """
-        if self.spec.timing != "first_call" or self.is_promoted:
+        if self.spec.timing != "first_call":
             return self
-        tested, candidates = self._test_news(chunk)
-        return replace(tested._promote(candidates), noisy_passes=self.noisy_passes + 1, is_promoted=bool(candidates))
+        tested, news = self._test_news(chunk)
+        last = tested.last_mean_key
+        if isinstance(self.is_promoted, Tensor):
+            # A video whose chunk is promoted is compared no further: the next chunk is compared with the pass that was promoted.
+            assert last is not None and self.last_mean_key is not None
+            last = torch.where(self.is_promoted[..., None], self.last_mean_key, last)
+        elif self.is_promoted:
+            return self
+        after = tested._promote(self._choose_candidates(chunk), exclude_promoted(news, self.is_promoted))
+        return replace(after, last_mean_key=last, noisy_passes=self.noisy_passes + 1, is_promoted=news | self.is_promoted)
 
-    def _test_news(self, chunk: Frames) -> tuple[ContextMemory, Frames]:
-        """Compare a pass with the pass before; return the memory that knows it, and the frames to promote, () if it is no news."""
-        mean = mean_key(chunk)  # [layers, N * D]
-        if self.share_key is not None:
-            mean = self.share_key(mean)
-        similarity = None  # sim(k_t, k_(t-1)) of eq. 7, one cosine a layer
-        if self.last_mean_key is not None:
-            similarity = tuple(F.cosine_similarity(mean, self.last_mean_key, dim=-1).tolist())
-        # The log wants a chunk's first pass against the chunk before; later passes are compared with the chunk's own.
-        tested = replace(self, last_mean_key=mean, similarity=self.similarity if self.noisy_passes else similarity)
+    def _choose_candidates(self, chunk: Frames) -> Frames:
+        """Return the frames of a chunk that enter the slow part if it is news."""
         # frames that fill the sink are remembered anyway
         beyond_sink = chunk[max(self.spec.sink - len(self.sink), 0) :]
-        if not self._is_news(self.frame_count // len(chunk), similarity):
-            return tested, ()
-        return tested, beyond_sink if self.spec.keep == "all" else beyond_sink[:1]
+        return beyond_sink if self.spec.keep == "all" else beyond_sink[:1]
 
-    def _is_news(self, chunk: int, similarity: tuple[float, ...] | None) -> bool:
+    def _test_news(self, chunk: Frames) -> tuple[ContextMemory, News]:
+        """Compare a pass with the pass before; return the memory that knows it, and whether it is news."""
+        mean = mean_key(chunk)  # [B, layers, N * D]
+        similarity = None  # sim(k_t, k_(t-1)) of eq. 7, one cosine a layer
+        if self.last_mean_key is not None:
+            similarity = F.cosine_similarity(mean, self.last_mean_key, dim=-1)
+        # The log wants a chunk's first pass against the chunk before; later passes are compared with the chunk's own.
+        tested = replace(self, last_mean_key=mean, similarity=self.similarity if self.noisy_passes else similarity)
+        return tested, self._is_news(self.frame_count // len(chunk), similarity)
+
+    def _is_news(self, chunk: int, similarity: Float[Tensor, "B layers"] | None) -> News:
         """Decide by eq. 7 (similarity below tau), or by one of the rules that experiments put in its place."""
         # Choice: "at 2-chunk intervals" tests every second chunk against its immediate predecessor; it gives the one
         # latent in 24 frames of the teacher's data and the 20 seconds that the paper claims.
@@ -182,19 +255,20 @@ class ContextMemory:
         if not spec.is_tested(chunk):
             return False
         if spec.promote == "similarity":
-            return similarity is not None and sum(similarity) / len(similarity) < spec.tau
+            if similarity is None:
+                return False
+            # Choice: with scope global the layers' cosines are averaged to one decision a video.
+            return (similarity if spec.scope == "layer" else similarity.mean(dim=1, keepdim=True)) < spec.tau
         if spec.promote == "random":
             return random.Random(f"chunk {chunk}").random() < 0.5  # from the chunk's number alone, so a memory stays a value
         return spec.promote == "uniform"
 
-    def _promote(self, frames: Frames) -> ContextMemory:
-        """Return the memory with these frames in the slow part, which drops its oldest frames."""
-        if not self.spec.slow:
+    def _promote(self, frames: Frames, news: News) -> ContextMemory:
+        """Return the memory with these frames in the slow part of the videos to which they are news."""
+        if news is False or not self.spec.slow:
             return self
-        # A copy, because a frame's tensors are slices of its chunk's, which would stay in memory with all their frames.
-        copies = (KeyValues(f.index, tuple(k.clone() for k in f.keys), tuple(v.clone() for v in f.values)) for f in frames)
-        promoted_frames = (*self.promoted_frames, *copies)[-self.spec.slow :]
-        return replace(self, promoted_frames=promoted_frames, promoted_count=self.promoted_count + len(frames))
+        count = self.promoted_count + len(frames) * (news.long() if isinstance(news, Tensor) else 1)
+        return replace(self, slow=self.slow.promote(frames, news), promoted_count=count)
 
     def commit_context(self, frames: int) -> ContextMemory:
         """Return what the clean pass over the newest `frames` frames may look at (setting `commit`)."""
@@ -203,30 +277,30 @@ class ContextMemory:
         # by frame index, wherever a frame is stored: the newest frames that fit beside the chunk
         first = self.frame_count - max(self.spec.fast - frames, 0)
         recent = tuple(frame for frame in self.sink + self.early + self.fast if frame.index >= first)
-        return replace(self, sink=(), promoted_frames=(), early=(), fast=recent)
+        return replace(self, sink=(), slow=SlowPart(self.spec.slow), early=(), fast=recent)
 
     def flushed(self, recent: int) -> ContextMemory:
         """Return only the sink and the newest `recent` frames: the KV flush of Infinity-RoPE at a change of prompt."""
         # the early frames count among the newest while the video is short
         fast = split_newest(self.early + self.fast, recent)[1]
-        pending = tuple(frame.index for frame in fast if frame.index in self.pending)
-        return replace(self, promoted_frames=(), early=(), fast=fast, pending=pending)
+        pending = {frame.index: self.pending[frame.index] for frame in fast if frame.index in self.pending}
+        return replace(self, slow=SlowPart(self.spec.slow), early=(), fast=fast, pending=pending)
 
     def restarted(self, first: int, keep_sink: bool) -> ContextMemory:
         """Return a memory of the sink or of nothing, to be filled again from latent frame `first` on: LongLive's KV recache."""
-        sink = self.sink if keep_sink else ()
-        return ContextMemory(self.spec, sink=sink, frame_count=first, promoted_count=self.promoted_count, share_key=self.share_key)
+        empty = replace(empty_memory(self.spec), frame_count=first, promoted_count=self.promoted_count)
+        return replace(empty, sink=self.sink) if keep_sink else empty
 
-    def query_positions(self, frames: int, layer: int = 0) -> list[int]:
+    def query_positions(self, frames: int, layer: int = 0) -> Positions:
         """Return the temporal RoPE indices of the next `frames` frames: the end of eq. 8's window unless `positions` says otherwise.
 
         fixed is eq. 8 from the first chunk on, packed counts the remembered frames, absolute is the frame's own number.
         """
         spec = self.spec
+        if spec.positions == "packed":
+            return self._shift_by_slow(len(self.sink) + len(self.fast), frames, layer)
         if spec.positions == "absolute":
             first = self.frame_count
-        elif spec.positions == "packed":
-            first = len(self.frames)
         elif spec.positions == "anchored":
             # Choice: until the memory has filled, frames sit where they would without bounds, as the models were
             # trained; from then on the window's end is where eq. 8 has it.
@@ -235,115 +309,67 @@ class ContextMemory:
             first = spec.size - frames
         return list(range(first, first + frames))
 
-    def key_positions(self, frames: int, layer: int = 0) -> list[int]:
-        """Return the temporal RoPE index of every remembered frame, in the order of `frames`, for the next `frames` frames."""
+    def key_positions(self, frames: int, layer: int = 0) -> Positions:
+        """Return the temporal RoPE index of every remembered frame, in the order of `past`, for the next `frames` frames."""
+        sink, fast = [frame.index for frame in self.sink], [frame.index for frame in self.fast]
         if self.spec.positions == "absolute":
-            return [frame.index for frame in self.frames]
+            return join_positions(sink, self._number_slow(layer), fast)
+        places = range(self.slow_places)
         if self.spec.positions == "packed":
-            return list(range(len(self.frames)))
+            first = len(self.sink)
+            return join_positions(list(range(first)), [first + n for n in places], self._shift_by_slow(first, len(self.fast), layer))
         # eq. 8: the sink from 0 on, the slow part after the sink's places, the fast part just before the current chunk.
-        query = self.query_positions(frames)[0]
-        return [
-            *range(len(self.sink)),
-            *range(self.spec.sink, self.spec.sink + len(self.slow)),
-            *range(query - len(self.fast), query),
-        ]
+        query = self.query_positions(frames)
+        assert isinstance(query, list)
+        return [*range(len(sink)), *(self.spec.sink + n for n in places), *range(query[0] - len(fast), query[0])]
+
+    def _number_slow(self, layer: int) -> Positions:
+        """Return the latent frame number in every place of the slow part."""
+        early = [frame.index for frame in self.early]
+        if self.slow.index is None:
+            return [frame.index for frame in self.slow.candidates] + early[self.slow.places :]
+        group, places = min(layer, self.groups - 1), self.slow.places
+        numbers, held = self.slow.index[:, group, :places], self.slow.held()[:, group]
+        first = torch.tensor((early + [0] * places)[:places], device=numbers.device)
+        return join_positions(torch.where(held, numbers, first), early[places:])
+
+    def _shift_by_slow(self, first: int, frames: int, layer: int) -> Positions:
+        """Return the positions of `frames` frames from `first` on, moved up by the number of frames in a video's slow part."""
+        if self.slow.count is None:
+            return list(range(first + self.slow_places, first + self.slow_places + frames))
+        held = self.slow.count[:, min(layer, self.groups - 1), None].clamp(min=len(self.early))
+        return first + held + torch.arange(frames, device=held.device)
 
 
-@dataclass(frozen=True, eq=False)
-class LayerMemories:
-    """Memories of a model whose layers decide for themselves (scope layer): a ContextMemory of a single layer for each.
-
-    Its methods are those of ContextMemory, done in every layer; `past` and positions are those of the layer that asks.
-    """
-
-    spec: MemorySpec
-    layers: tuple[ContextMemory, ...] = ()  # none before the first chunk tells how many there are
-    share_key: ShareKey | None = None  # as in ContextMemory
-
-    def _apply_to_layers(self, step: Callable[[ContextMemory, Frames], ContextMemory], chunk: Frames) -> LayerMemories:
-        """Return the memories after `step` was done in every layer with that layer's share of a chunk."""
-        before = self.layers or (ContextMemory(self.spec, share_key=self.share_key),) * len(chunk[0].keys)
-        # a layer's memory sees frames of one layer
-        parts = [tuple(KeyValues(f.index, (f.keys[n],), (f.values[n],)) for f in chunk) for n in range(len(before))]
-        return replace(self, layers=tuple(step(memory, part) for memory, part in zip(before, parts, strict=True)))
-
-    def _map_layers(self, step: Callable[[ContextMemory], ContextMemory]) -> LayerMemories:
-        return replace(self, layers=tuple(step(memory) for memory in self.layers))
-
-    def remember(self, chunk: Frames) -> LayerMemories:
-        return self._apply_to_layers(ContextMemory.remember, chunk)
-
-    def offer(self, chunk: Frames) -> LayerMemories:
-        return self._apply_to_layers(ContextMemory.offer, chunk)
-
-    def commit_context(self, frames: int) -> LayerMemories:
-        return self._map_layers(lambda memory: memory.commit_context(frames))
-
-    def flushed(self, recent: int) -> LayerMemories:
-        return self._map_layers(lambda memory: memory.flushed(recent))
-
-    def restarted(self, first: int, keep_sink: bool) -> LayerMemories:
-        return self._map_layers(lambda memory: memory.restarted(first, keep_sink))
-
-    def past(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        return self.layer_memory(layer).past(0)
-
-    def query_positions(self, frames: int, layer: int = 0) -> list[int]:
-        return self.layer_memory(layer).query_positions(frames)
-
-    def key_positions(self, frames: int, layer: int = 0) -> list[int]:
-        return self.layer_memory(layer).key_positions(frames)
-
-    def layer_memory(self, layer: int) -> ContextMemory:
-        """Return a layer's memory, which is empty before the first chunk."""
-        return self.layers[layer] if self.layers else ContextMemory(self.spec)
-
-    def frame_indices(self) -> dict[str, list[int]]:
-        """Return the latent frame numbers in each part of the first layer, for people."""
-        return self.layer_memory(0).frame_indices()
-
-    @property
-    def frame_count(self) -> int:
-        """Latent frames since the video began."""
-        return self.layer_memory(0).frame_count
-
-    @property
-    def promoted_count(self) -> int:
-        """Frames promoted since the video began, summed over layers."""
-        return sum(memory.promoted_count for memory in self.layers)
-
-    @property
-    def similarity(self) -> tuple[float, ...] | None:
-        """The newest chunk's similarity to the chunk before, in each layer; None before the second chunk."""
-        values = [value for memory in self.layers for value in memory.similarity or ()]
-        return tuple(values) or None
-
-    @property
-    def decisions(self) -> tuple[bool, ...]:
-        """Whether the newest chunk is news, in each layer; () when it was not tested."""
-        return tuple(decision for memory in self.layers for decision in memory.decisions)
+def join_positions(*parts: Positions) -> Positions:
+    """Join positions, as a list where all are lists, else [B, K]."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if not tensors:
+        return [position for part in parts for position in part]
+    like = tensors[0]
+    rows = [torch.as_tensor(part, dtype=like.dtype, device=like.device).expand(len(like), -1) for part in parts if len(part)]
+    return torch.cat(rows, dim=1)
 
 
-Memory = ContextMemory | LayerMemories
+Memory = ContextMemory
 
 
 @dataclass(frozen=True)
 class ChunkComparison:
-    """A chunk beside the chunk before it, as eq. 7 compares them."""
+    """A chunk beside the chunk before it, as eq. 7 compares them: tensors, because reading them would wait for the GPU."""
 
-    similarity: tuple[float, ...]  # of their mean keys, in each layer
-    decisions: tuple[bool, ...]  # as the memory's
+    similarity: Float[Tensor, "B layers"]  # of their mean keys
+    decisions: News | None  # whether the chunk is news, [B, G]; None: not tested
 
 
 def compare_newest_chunk(memory: Memory) -> tuple[ChunkComparison, ...]:
     """Return the comparison of the newest chunk; () for a video's first chunk, which has none before it."""
-    return () if memory.similarity is None else (ChunkComparison(memory.similarity, memory.decisions),)
+    return () if memory.similarity is None else (ChunkComparison(memory.similarity, memory.is_newest_news),)
 
 
-def empty_memory(spec: MemorySpec, share_key: ShareKey | None = None) -> Memory:
-    """Return the memory before a video's first chunk. `share_key`: see `ContextMemory.share_key`."""
-    return LayerMemories(spec, share_key=share_key) if spec.scope == "layer" else ContextMemory(spec, share_key=share_key)
+def empty_memory(spec: MemorySpec) -> Memory:
+    """Return the memory before a video's first chunk."""
+    return ContextMemory(spec, SlowPart(spec.slow))
 
 
 def fixed_memory(frames: Frames) -> ContextMemory:
@@ -364,4 +390,4 @@ def fixed_memory(frames: Frames) -> ContextMemory:
         positions="packed",
         commit="all",
     )
-    return ContextMemory(spec, fast=frames, frame_count=len(frames))
+    return ContextMemory(spec, SlowPart(0), fast=frames, frame_count=len(frames))

@@ -1,42 +1,42 @@
-"""A memory as nested dictionaries and tensors, so that a checkpoint can hold a long video between two steps."""
+"""A memory as nested dictionaries and tensors, so that a checkpoint can hold a long video between two steps.
+
+Every tensor has a row for each video of the batch, so that the videos of several ranks and groups can be joined and parted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from .key_values import KeyValues
-from .memory import ContextMemory, LayerMemories, Memory, MemorySpec, ShareKey
+from .key_values import Frames, KeyValues
+from .memory import Memory, MemorySpec, empty_memory
+from .slow_part import SlowPart
 
-# A field of ContextMemory and its key in a checkpoint: the keys are older than the fields' names, and stay.
-PART_KEYS = {"sink": "sink", "promoted_frames": "kept", "early": "early", "fast": "fast"}
-VALUE_KEYS = {
-    "pending": "news",
-    "last_mean_key": "last",
-    "frame_count": "seen",
-    "similarity": "similarity",
-    "noisy_passes": "calls",
-    "is_promoted": "judged",
-    "is_newest_news": "chosen",
-    "promoted_count": "promoted",
-}
+FRAMES = ("sink", "early", "fast")
+VALUES = ("last_mean_key", "frame_count", "similarity", "noisy_passes", "is_promoted", "is_newest_news", "promoted_count")
 
 
 def dump_memory(memory: Memory) -> dict[str, Any]:
-    """Return a memory's state for `restore_memory`; its settings and `share_key` are not part of it."""
-    if isinstance(memory, LayerMemories):
-        return {"layers": [dump_memory(layer) for layer in memory.layers]}
-    return {key: getattr(memory, name) for name, key in VALUE_KEYS.items()} | {
-        key: [{"index": f.index, "keys": f.keys, "values": f.values} for f in getattr(memory, name)] for name, key in PART_KEYS.items()
-    }
+    """Return a memory's state for `restore_memory`; its settings are not part of it."""
+    slow = {name: getattr(memory.slow, name) for name in ("order", "index", "count")}
+    slow["candidates"] = _dump_frames(memory.slow.candidates)
+    pending = [{"index": index, "news": news} for index, news in memory.pending.items()]
+    frames = {name: _dump_frames(getattr(memory, name)) for name in FRAMES}
+    return {name: getattr(memory, name) for name in VALUES} | frames | {"pending": pending, "slow": slow}
 
 
-def restore_memory(spec: MemorySpec, state: Mapping[str, Any], share_key: ShareKey | None = None) -> Memory:
+def restore_memory(spec: MemorySpec, state: Mapping[str, Any]) -> Memory:
     """Return the memory that `dump_memory` described, under the settings it was made with."""
-    if "layers" in state:
-        layers = tuple(restore_memory(spec, layer, share_key) for layer in state["layers"])
-        return LayerMemories(spec, layers, share_key)  # type: ignore[arg-type]
-    values = {name: tuple(state[key]) if isinstance(state[key], list) else state[key] for name, key in VALUE_KEYS.items()}
-    for name, key in PART_KEYS.items():
-        values[name] = tuple(KeyValues(f["index"], tuple(f["keys"]), tuple(f["values"])) for f in state[key])
-    return ContextMemory(spec, **values, share_key=share_key)  # type: ignore[arg-type]
+    slow = SlowPart(spec.slow, **state["slow"] | {"candidates": _restore_frames(state["slow"]["candidates"])})
+    parts: dict[str, Any] = {name: _restore_frames(state[name]) for name in FRAMES} | {name: state[name] for name in VALUES}
+    pending = {item["index"]: item["news"] for item in state["pending"]}
+    return replace(empty_memory(spec), slow=slow, pending=pending, **parts)
+
+
+def _dump_frames(frames: Frames) -> list[dict[str, Any]]:
+    return [{"index": frame.index, "keys": frame.keys, "values": frame.values} for frame in frames]
+
+
+def _restore_frames(state: list[dict[str, Any]]) -> Frames:
+    return tuple(KeyValues(frame["index"], tuple(frame["keys"]), tuple(frame["values"])) for frame in state)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .flow import Flow, Noise, add_noise, check_levels_fall, draw_gaussian
-from .memory import ChunkComparison, Memory, MemorySpec, ShareKey, compare_newest_chunk, empty_memory
+from .memory import ChunkComparison, Memory, MemorySpec, compare_newest_chunk, empty_memory
 
 
 class CausalStudent(Protocol):
@@ -168,7 +168,6 @@ def rollout(
     flow: Flow,
     rng: torch.Generator,
     past: Rollout | None = None,
-    share_key: ShareKey | None = None,
 ) -> Rollout:
     """Make `frames` latent frames of the student's own video, without a graph; the loss replays its `targets`.
 
@@ -182,7 +181,7 @@ def rollout(
     start = place_window(frames, spec, rng)
     window = slice(start, start + spec.window)
     shared = int(torch.randint(len(sigmas), (), generator=rng))  # line 7: the random exit r
-    state = past.memory if past else empty_memory(memory, share_key)
+    state = past.memory if past else empty_memory(memory)
     video, targets, exits, comparisons = [past.video] if past else [], [], [], list[ChunkComparison]()
     for first in range(past.video.shape[1] if past else 0, window.stop, spec.chunk):  # line 8
         scored = first >= start

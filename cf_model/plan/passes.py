@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cf_model.model.key_values import KeyValues
-from cf_model.model.memory import ContextMemory, MemorySpec
+from cf_model.model.memory import MemorySpec, empty_memory
 from cf_model.model.rollout import HorizonSpec, RolloutSpec
 from cf_model.model.view import TeacherView
 from cf_model.train.student import StudentSpec
@@ -96,13 +96,13 @@ class ChunkPasses:
 def trace_memory(spec: MemorySpec, chunk: int) -> Iterator[ChunkPasses]:
     """Yield the passes of chunk after chunk, by the memory's own policy on frames of size 1. Every tested chunk counts as news."""
     promote = "uniform" if spec.promote in ("similarity", "random") else spec.promote
-    memory = ContextMemory(replace(spec, promote=promote, scope="global"))
+    memory = empty_memory(replace(spec, promote=promote, scope="global"))
     nothing, first = (torch.zeros(1, 1, 1, 1),), 0
     while True:
         chunk_frames = tuple(KeyValues(first + frame, nothing, nothing) for frame in range(chunk))
         memory = memory.offer(chunk_frames)
         past = memory.frames
-        yield ChunkPasses(len(past), len(memory.commit_context(chunk).frames), frozenset((*past, *chunk_frames)))
+        yield ChunkPasses(memory.places, memory.commit_context(chunk).places, frozenset((*past, *chunk_frames)))
         memory, first = memory.remember(chunk_frames), first + chunk
 
 

@@ -90,7 +90,8 @@ class CausalInitTrainer:
         norm = self.optimizer.step()
         distance = self.ema.update()
         self.timer.lap("update")
-        values = {"loss": average_groups(losses), "gradient": norm, "context_frames": float(sum(map(len, memory.frame_indices().values())))}
+        remembered = float(memory.count_slow()) + len(memory.sink) + len(memory.fast)
+        values = {"loss": average_groups(losses), "gradient": norm, "context_frames": remembered}
         return values | measure_promotion(self.spec.memory, self.comparisons) | {"ema_distance": distance}
 
     def _force_teacher(self) -> tuple[Tensor, Memory]:
@@ -107,9 +108,9 @@ class CausalInitTrainer:
         self.newest_batch |= self.random.label(clip=clip, text=text)
         self.timer.lap("data")
         # Fill the memory with the past, without gradient.
-        memory, share_key = empty_memory(spec.memory, self.random.share_key), self.random.share_key
+        memory = empty_memory(spec.memory)
         if past:
-            memory = self.model.remember_clip(clip[:, :past], text, spec.memory, chunk=spec.chunk, share_key=share_key)
+            memory = self.model.remember_clip(clip[:, :past], text, spec.memory, chunk=spec.chunk)
         loss, chunks = clip.new_zeros(()), clip[:, past:].split(spec.chunk, dim=1)  # each [B, chunk, C, H, W]
         for x in chunks:
             # Each chunk has its own noise level, and sees the clean chunks before it through the memory.
@@ -141,7 +142,7 @@ class CausalInitTrainer:
         self.timer.lap("data")
         parts = states.split(spec.chunk, dim=2)  # [B, K, F, C, H, W] to chunks of [B, K, chunk, C, H, W]
         sigmas = torch.tensor(trajectories.sigmas)[levels].to(states)  # [B, chunks]
-        loss, memory = states.new_zeros(()), empty_memory(spec.memory, self.random.share_key)
+        loss, memory = states.new_zeros(()), empty_memory(spec.memory)
         samples = torch.arange(len(states))
         for number, part in enumerate(parts):
             x_t, x_0, sigma = part[samples, levels[:, number]], part[:, -1], sigmas[:, number]

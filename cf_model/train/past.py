@@ -71,24 +71,23 @@ class RolloutStreams:
         # `groups` makes `own_rows` answer for each group in turn.
         for group in self.random.groups():
             part, stream = _map_batch_tensors(lambda rows: self.random.rng.own_rows(rows).contiguous(), state), self.groups[group]
-            memory = restore_memory(self.spec, _move_to_device(part["memory"], self.device), self.random.share_key)
+            memory = restore_memory(self.spec, _move_to_device(part["memory"], self.device))
             stream.frames, stream.text = part["frames"], part["text"]
             # Only the video and the memory are needed to continue it: window, target chunks and exits belong to a past step.
             stream.newest = Rollout(part["video"], slice(0), (), (), memory, ())
 
 
 def _map_batch_tensors(change: Callable[..., Tensor], *values: Any) -> Any:
-    """Apply `change` to the batch's tensors in nested dictionaries and lists, `values`, which all have the same keys.
+    """Apply `change` to the tensors in nested dictionaries and lists, `values`, which all have the same keys.
 
-    A tensor of three dimensions or more has a row for each video of the batch; anything else is the same in all and is copied.
+    Every tensor has a row for each video of the batch; anything else is the same in all `values` and is copied.
     """
-    # Keys and values of a frame are [B, S, N, D], videos [B, F, C, H, W], prompts [B, T, E]; a mean key [layers, N * D] is no batch's.
     first = values[0]
     if isinstance(first, Mapping):
         return {key: _map_batch_tensors(change, *(value[key] for value in values)) for key in first}
     if isinstance(first, list | tuple):
         return [_map_batch_tensors(change, *items) for items in zip(*values, strict=True)]
-    return change(*values) if isinstance(first, Tensor) and first.ndim > 2 else first
+    return change(*values) if isinstance(first, Tensor) else first
 
 
 def _move_to_device(value: Any, device: torch.device) -> Any:

@@ -196,7 +196,7 @@ class DistillationTrainer:
         values |= {"context_frames": float(context.shape[1]), "window": float(generated.window.start)}
         if generated.comparisons:
             values |= measure_promotion(self.spec.memory, generated.comparisons)
-            values["slow_frames"] = float(len(generated.memory.frame_indices()["slow"]))
+            values["slow_frames"] = float(generated.memory.count_slow())
         return values
 
     def _get_rollout(self, number: int, group: int) -> tuple[Rollout, Tensor]:
@@ -241,7 +241,6 @@ class DistillationTrainer:
             flow=self.flow,
             rng=rng,
             past=before,
-            share_key=self.random.share_key,
         )
         if spec.rollout.persist == "stream":
             stream.newest = generated

@@ -127,6 +127,7 @@ class Generate(Section):
     seeds: list[int]
     frames: PositiveInt  # latent frames of the real clips that are shown for comparison
     prefix: PositiveInt  # latent frames of a real clip that a continuation starts from
+    batch: PositiveInt  # videos that a model makes at once, as far as they have prompts of one system; changes results by rounding alone
     sampler_steps: PositiveInt  # of the bidirectional models; causal models use the levels they were trained with
     guidance: Annotated[float, Field(ge=1)]
     guidance_passes: GuidancePasses

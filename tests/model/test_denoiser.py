@@ -6,7 +6,7 @@ import torch
 
 from cf_model.model import wan
 from cf_model.model.denoiser import Compute, Denoiser, MemoryRope
-from cf_model.model.memory import ContextMemory, LayerMemories, empty_memory
+from cf_model.model.memory import empty_memory
 from tests.small import SHAPE, denoiser, normal, spec
 
 TEXT = normal(2, 5, 8, seed=3)
@@ -61,7 +61,7 @@ def test_chunk_after_chunk_is_block_causal_attention():
     zero = torch.zeros(2)
     with torch.no_grad():
         expected = reference(x.transpose(1, 2), zero, TEXT, return_dict=False)[0].transpose(1, 2)
-        memory = ContextMemory(spec(**EVERYTHING))
+        memory = empty_memory(spec(**EVERYTHING))
         for first in range(0, 9, chunk):
             part = x[:, first : first + chunk]
             assert torch.allclose(model.velocity(part, zero, TEXT, memory), expected[:, first : first + chunk], atol=2e-5)
@@ -84,41 +84,53 @@ def test_moving_every_position_changes_nothing():
 
 
 def test_what_was_forgotten_has_no_influence():
-    model, memory, seen = denoiser(), ContextMemory(spec(slow=2)), {}
-    for part in normal(2, 30, *SHAPE).split(3, dim=1):
+    """Neither a frame that has left the memory, nor a candidate in the videos that do not hold it."""
+    model, memory, seen = denoiser(), empty_memory(spec(slow=4, tau=0.45)), []
+    for part in normal(2, 60, *SHAPE).split(3, dim=1):
         memory = model.remember(part, TEXT, memory)
-        seen |= {frame.index: frame for frame in memory.frames}
-    forgotten = seen.keys() - {frame.index for frame in memory.frames}
-    assert len(forgotten) > 10
+        seen += [frame for frame in memory.frames if not any(frame is other for other in seen)]
+    held = memory.slow.held()[:, 0]  # [B, places]
+    assert held.any() and not held.all() and memory.slow.order is not None
+    forgotten = [frame for frame in seen if not any(frame is other for other in memory.frames)]
+    assert len(forgotten) > 20
     x, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     with torch.no_grad():
         before = model.velocity(x, sigma, TEXT, memory)
-        for index in forgotten:
-            for tensor in (*seen[index].keys, *seen[index].values):
+        for frame in forgotten:
+            for tensor in (*frame.keys, *frame.values):
                 tensor.add_(1.0)
+        for video in range(2):
+            mine = set(memory.slow.order[video, 0, : int(memory.slow.count[video, 0])].tolist())
+            for number, frame in enumerate(memory.slow.candidates):
+                for tensor in (*frame.keys, *frame.values):
+                    tensor[video].add_(0.0 if number in mine else 1.0)
+        model.transformer.rope.forget_view(memory)
         assert torch.equal(model.velocity(x, sigma, TEXT, memory), before)
-        memory.slow[0].keys[0].add_(1.0)  # what is remembered does have one
-        assert not torch.equal(model.velocity(x, sigma, TEXT, memory), before)
+        memory.slow.candidates[int(memory.slow.order[held[:, 0].int().argmax(), 0, 0])].keys[0].add_(1.0)
+        model.transformer.rope.forget_view(memory)
+        assert not torch.equal(model.velocity(x, sigma, TEXT, memory), before), "what is remembered does have influence"
 
 
 def test_layers_that_decide_alike_see_what_one_decision_shows_them():
     model, x = denoiser(), normal(2, 30, *SHAPE)
-    one, each = (model.remember_clip(x, TEXT, spec(slow=2, promote="uniform", scope=scope), chunk=3) for scope in ("global", "layer"))
-    assert one.frame_indices() == each.frame_indices() and len(each.layers) == 2
+    one, each = (model.remember_clip(x, TEXT, spec(slow=2, tau=1.0, scope=scope), chunk=3) for scope in ("global", "layer"))
+    assert one.frame_indices() == each.frame_indices(layer=1) and (one.groups, each.groups) == (1, 2)
     part, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     with torch.no_grad():
         assert torch.equal(model.velocity(part, sigma, TEXT, one), model.velocity(part, sigma, TEXT, each))
 
 
-def test_layers_of_different_occupancy_run_in_one_pass():
-    """Each layer's keys are rotated to its own places; with another layer's, the shapes would not fit."""
+@pytest.mark.parametrize("positions", ["anchored", "packed", "absolute"])
+def test_layers_of_different_occupancy_run_in_one_pass(positions):
+    """Each layer's keys are masked and rotated by its own decisions: without the frame that only layer 1 holds, the answer is another."""
     model = denoiser()
-    each = model.remember_clip(normal(2, 30, *SHAPE), TEXT, spec(scope="layer", promote="uniform"), chunk=3)
-    fewer = dataclasses.replace(each.layers[0], promoted_frames=each.layers[0].promoted_frames[1:])
-    uneven = LayerMemories(each.spec, (fewer, each.layers[1]))
+    each = model.remember_clip(normal(2, 30, *SHAPE), TEXT, spec(scope="layer", tau=1.0, positions=positions), chunk=3)
+    first_only = torch.tensor([0, 1])
+    uneven = dataclasses.replace(each, slow=dataclasses.replace(each.slow, count=each.slow.count - first_only))
+    assert len(uneven.frame_indices(layer=0)["slow"]) == len(uneven.frame_indices(layer=1)["slow"]) + 1
     part, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     with torch.no_grad():
-        assert not torch.equal(model.velocity(part, sigma, TEXT, uneven), model.velocity(part, sigma, TEXT, each))
+        assert not torch.allclose(model.velocity(part, sigma, TEXT, uneven), model.velocity(part, sigma, TEXT, each), atol=1e-4)
 
 
 def test_only_a_pass_that_remembers_takes_keys_and_values(monkeypatch):
@@ -180,7 +192,7 @@ def test_a_missing_weight_is_refused(tmp_path):
 
 def test_absolute_positions_end_with_the_table():
     model = denoiser()
-    memory = ContextMemory(spec(**EVERYTHING))
+    memory = empty_memory(spec(**EVERYTHING))
     object.__setattr__(memory, "frame_count", 254)
     with pytest.raises(ValueError, match="RoPE table of 256 positions"):
         model.velocity(normal(2, 3, *SHAPE), torch.tensor([0.5, 0.9]), TEXT, memory)

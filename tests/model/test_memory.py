@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cf_model.model.key_values import KeyValues, mean_key
-from cf_model.model.memory import ContextMemory, Memory, empty_memory
+from cf_model.model.memory import Memory, empty_memory
 from cf_model.model.memory_state import dump_memory, restore_memory
-from tests.small import rng, spec
+from tests.small import places, queries, rng, spec
 
 
 def chunk(first: int, alike: bool = False, length: int = 3) -> tuple[KeyValues, ...]:
@@ -16,8 +16,8 @@ def chunk(first: int, alike: bool = False, length: int = 3) -> tuple[KeyValues, 
     return tuple(KeyValues(first + i, (key,), (key,)) for i in range(length))
 
 
-def after(chunks: int, **changes: object) -> ContextMemory:
-    memory = ContextMemory(spec(**changes))
+def after(chunks: int, **changes: object) -> Memory:
+    memory = empty_memory(spec(**changes))
     for c in range(chunks):
         memory = memory.remember(chunk(3 * c))
     return memory
@@ -25,6 +25,21 @@ def after(chunks: int, **changes: object) -> ContextMemory:
 
 def indices(frames: tuple[KeyValues, ...]) -> list[int]:
     return [frame.index for frame in frames]
+
+
+def slow(memory: Memory, layer: int = 0) -> list[int]:
+    return memory.frame_indices(layer=layer)["slow"]
+
+
+def slow_key(memory: Memory, place: int, layer: int = 0) -> torch.Tensor:
+    """The key in one place of the slow part, [B, S, N, D]."""
+    return torch.cat(memory.past(layer)[0], dim=1).unflatten(1, (memory.places, -1))[:, len(memory.sink) + place]
+
+
+def held(memory: Memory, layer: int = 0) -> int:
+    """How many frames a pass of the first video attends to."""
+    mask = memory.mask_empty(layer)
+    return memory.places if mask is None else int(mask[0].sum())
 
 
 # docs/method.md, "Promotion": what chunk c sees when every tested chunk is news
@@ -71,7 +86,7 @@ QUERIES = {  # of the current chunk, after 0, 1, 2, … chunks
 @pytest.mark.parametrize("chunks", TIMELINE)
 def test_timeline_of_the_paper(chunks):
     memory = after(chunks)
-    assert (indices(memory.sink), indices(memory.slow), indices(memory.fast)) == TIMELINE[chunks]
+    assert tuple(memory.frame_indices().values()) == TIMELINE[chunks]
 
 
 def making(number: int, memory: Memory, layers: int = 1) -> tuple[Memory, Memory]:
@@ -92,9 +107,9 @@ def test_timeline_of_the_released_code():
         during, memory = making(c, memory, layers=2)
         assert tuple(during.frame_indices().values()) == expected
         first = min(3 * c, 18)
-        assert during.query_positions(3) == [first, first + 1, first + 2]
+        assert queries(during, 3) == [first, first + 1, first + 2]
         # slot = position: sink, slow and fast without a gap, right before the query
-        assert during.key_positions(3) == list(range(first))
+        assert places(during, 3) == list(range(first))
 
 
 def test_every_second_chunk_of_the_released_code():
@@ -108,13 +123,13 @@ def test_what_was_kept_on_the_first_call_are_that_passs_keys():
     memory = empty_memory(spec(**AS_RELEASED))
     for c in range(3):
         during, memory = making(c, memory)
-    assert torch.equal(during.layer_memory(0).slow[0].keys[0], noisy(2, 0, 1)[0].keys[0])
+    assert torch.equal(slow_key(during, 0), noisy(2, 0, 1)[0].keys[0])
     # a first pass like the chunk before it is not kept, a later pass that differs is
     during = memory.offer(noisy(2, 9, 1))
     assert during.promoted_count == memory.promoted_count
     during = during.offer(noisy(3, 1, 1))
     assert during.promoted_count == memory.promoted_count + 1
-    assert torch.equal(during.layer_memory(0).slow[1].keys[0], noisy(3, 1, 1)[0].keys[0])
+    assert torch.equal(slow_key(during, 1), noisy(3, 1, 1)[0].keys[0])
 
 
 def test_layers_decide_for_themselves():
@@ -125,28 +140,28 @@ def test_layers_decide_for_themselves():
     alone, together = empty_memory(spec(scope="layer")), empty_memory(spec(tau=0.2))
     for c in range(8):
         alone, together = alone.remember(chunk(c)), together.remember(chunk(c))
-    assert indices(alone.layer_memory(0).slow) == [] and indices(alone.layer_memory(1).slow) == [6, 12, 18]
-    assert len(alone.past(0)[0]) + 3 == len(alone.past(1)[0]) and alone.similarity[0] == pytest.approx(1)
-    assert torch.equal(alone.past(1)[0][3], chunk(2)[0].keys[1])
-    assert len(together.slow) == 0  # the mean of 1 and about 0 is above 0.2
+    assert slow(alone, 0) == [] and slow(alone, 1) == [6, 12, 18]
+    assert held(alone, 0) + 3 == held(alone, 1) and float(alone.similarity[0, 0]) == pytest.approx(1)
+    assert torch.equal(slow_key(alone, 0, layer=1), chunk(2)[0].keys[1])
+    assert slow(together) == []  # the mean of 1 and about 0 is above 0.2
 
 
 def test_keep_all_keeps_the_chunk_and_enqueue_keeps_it_twice():
-    assert indices(after(6, keep="all").slow) == [6, 7, 8, 12, 13, 14]
+    assert slow(after(6, keep="all")) == [6, 7, 8, 12, 13, 14]
     early = after(5, when="enqueue")  # chunk 4 has just been made
-    assert indices(early.slow) == [6, 12] and indices(early.fast) == [12, 13, 14]
+    assert slow(early) == [6, 12] and indices(early.fast) == [12, 13, 14]
 
 
 def test_uniform_random_and_where_it_begins():
-    assert indices(after(8, promote="uniform", interval=1).slow) == [3, 6, 9, 12, 15, 18]
-    assert indices(after(8, promote="uniform", interval=1, begin=3).slow) == [9, 12, 15, 18]
-    drawn = indices(after(60, promote="random", interval=1, slow=99).slow)
-    assert drawn == indices(after(60, promote="random", interval=1, slow=99).slow) and 15 < len(drawn) < 45
+    assert slow(after(8, promote="uniform", interval=1)) == [3, 6, 9, 12, 15, 18]
+    assert slow(after(8, promote="uniform", interval=1, begin=3)) == [9, 12, 15, 18]
+    drawn = slow(after(60, promote="random", interval=1, slow=99))
+    assert drawn == slow(after(60, promote="random", interval=1, slow=99)) and 15 < len(drawn) < 45
 
 
 def test_the_commit_pass_may_see_the_fast_part_only():
     memory = after(9, commit="fast")
-    assert indices(memory.commit_context(3).frames) == indices(memory.fast) and memory.commit_context(3).query_positions(3) == [18, 19, 20]
+    assert indices(memory.commit_context(3).frames) == indices(memory.fast) and queries(memory.commit_context(3), 3) == [18, 19, 20]
     assert after(9).commit_context(3).frame_indices() == after(9).frame_indices()
     assert indices(after(1, commit="fast").commit_context(3).frames) == [0, 1, 2], "recent frames count, wherever they are"
 
@@ -157,7 +172,7 @@ def test_flushed_and_restarted():
     again = memory.restarted(6, keep_sink=True)
     for c in range(2, 9):
         again = again.remember(chunk(3 * c))
-    assert again.frame_count == 27 and indices(again.fast) == [24, 25, 26] and again.slow[0].index >= 12
+    assert again.frame_count == 27 and indices(again.fast) == [24, 25, 26] and slow(again)[0] >= 12
     assert indices(memory.restarted(6, keep_sink=False).remember(chunk(6)).sink) == [6, 7, 8]
 
 
@@ -192,14 +207,14 @@ def test_the_log_shows_a_chunk_against_the_chunk_before():
         _, memory = making(c, memory)
     first = memory.offer(noisy(2, 0, 1))
     last = first.offer(noisy(2, 0, 1)).remember(noisy(2, 0, 1))
-    assert last.similarity == first.similarity and first.similarity[0] < 0.99
+    assert torch.equal(last.similarity, first.similarity) and float(first.similarity) < 0.99
 
 
 def test_the_mean_key_is_of_all_tokens_of_all_frames():
     keys = [torch.randn(2, 4, 2, 3, generator=rng(i)) for i in range(3)]
     frames = tuple(KeyValues(i, (key,), (key,)) for i, key in enumerate(keys))
-    expected = torch.stack([key[0] for key in keys]).mean(dim=(0, 1)).flatten()
-    assert torch.allclose(mean_key(frames)[0], expected, atol=1e-6)
+    expected = torch.stack(keys).mean(dim=(0, 2)).flatten(1)  # [B, N * D]
+    assert torch.allclose(mean_key(frames)[:, 0], expected, atol=1e-6)
 
 
 def test_layers_of_different_occupancy_have_positions_of_their_own():
@@ -207,8 +222,8 @@ def test_layers_of_different_occupancy_have_positions_of_their_own():
     for c in range(8):
         keys = (torch.ones(1, 2, 1, 8), torch.randn(1, 2, 1, 8, generator=rng(c)))
         memory = memory.remember(tuple(KeyValues(3 * c + i, keys, keys) for i in range(3)))
-    assert memory.key_positions(3, 0) == list(range(6)) and memory.key_positions(3, 1) == list(range(9))
-    assert memory.query_positions(3, 0) == [6, 7, 8] and memory.query_positions(3, 1) == [9, 10, 11]
+    assert places(memory, 3, 0) == list(range(6)) and places(memory, 3, 1) == list(range(9))
+    assert queries(memory, 3, 0) == [6, 7, 8] and queries(memory, 3, 1) == [9, 10, 11]
 
 
 @pytest.mark.parametrize("changes", [{}, AS_RELEASED], ids=["paper", "released"])
@@ -220,53 +235,53 @@ def test_a_memory_survives_a_checkpoint(changes):
     for c in range(9, 12):
         (seen, memory), (seen_again, again) = making(c, memory), making(c, again)
         assert seen.frame_indices() == seen_again.frame_indices()
-    assert all(torch.equal(a, b) for a, b in zip(memory.past(0)[0], again.past(0)[0], strict=True))
+    assert all(torch.equal(a, b) for one, two in zip(memory.past(0), again.past(0), strict=True) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("rule", QUERIES)
 def test_positions_over_time(rule):
     for chunks, first in enumerate(QUERIES[rule]):
         memory = after(chunks, positions=rule)
-        assert memory.query_positions(3) == [first, first + 1, first + 2]
-        keys = memory.key_positions(3)
+        assert queries(memory, 3) == [first, first + 1, first + 2]
+        keys = places(memory, 3)
         if rule in ("fixed", "anchored") and chunks > 1:
-            assert keys == [0, 1, 2, *range(3, 3 + len(memory.slow)), first - 3, first - 2, first - 1]
+            assert keys == [0, 1, 2, *range(3, 3 + len(slow(memory))), first - 3, first - 2, first - 1]
 
 
 def test_slow_part_is_full_after_chunk_26_and_then_drops_its_oldest():
-    assert indices(after(26).slow) == list(range(6, 73, 6))
-    assert indices(after(30).slow) == list(range(18, 85, 6))
+    assert slow(after(26)) == list(range(6, 73, 6))
+    assert slow(after(30)) == list(range(18, 85, 6))
 
 
 def test_what_resembles_its_predecessor_is_not_kept():
-    memory = ContextMemory(spec())
+    memory = empty_memory(spec())
     for c in range(12):
         memory = memory.remember(chunk(3 * c, alike=True))
-    assert memory.slow == () and memory.similarity == pytest.approx((1,))
+    assert slow(memory) == [] and float(memory.similarity) == pytest.approx(1)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     sink=st.integers(0, 4),
-    slow=st.integers(0, 5),
+    most=st.integers(0, 5),
     fast=st.integers(3, 9),
     interval=st.integers(1, 3),
     promote=st.sampled_from(["similarity", "uniform"]),
     positions=st.sampled_from(["fixed", "packed", "anchored"]),
     alike=st.lists(st.booleans(), min_size=1, max_size=25),
 )
-def test_invariants(sink, slow, fast, interval, promote, positions, alike):
-    memory = ContextMemory(spec(sink=sink, slow=slow, fast=fast, interval=interval, promote=promote, positions=positions))
+def test_invariants(sink, most, fast, interval, promote, positions, alike):
+    memory = empty_memory(spec(sink=sink, slow=most, fast=fast, interval=interval, promote=promote, positions=positions))
     for c, same in enumerate(alike):
         before = memory
         memory = memory.remember(chunk(3 * c, same))
         assert before.frame_count == 3 * c  # nothing was written into the old value
-        held = indices(memory.frames)
-        assert len(set(held)) == len(held) == len(memory.frames), "sink, slow and fast are disjoint"
-        assert indices(memory.slow) == sorted(indices(memory.slow))
-        assert len(memory.sink) <= sink and len(memory.slow) <= slow
+        numbers = [index for part in memory.frame_indices().values() for index in part]
+        assert len(set(numbers)) == len(numbers) == held(memory), "sink, slow and fast are disjoint"
+        assert slow(memory) == sorted(slow(memory))
+        assert len(memory.sink) <= sink and len(slow(memory)) <= most
         assert len(memory.fast) == min(max(fast - 3, 0), max(3 * (c + 1) - sink, 0)), "as many of the last frames as there is room for"
-        keys, query = memory.key_positions(3), memory.query_positions(3)
+        keys, query = places(memory, 3), queries(memory, 3)
         assert len(set(keys + query)) == len(keys) + 3, "no two frames at one place"
         assert min(keys + query) >= 0 and max(keys + query) < max(memory.spec.size, 3)
         assert max(keys, default=-1) < query[0] and keys == sorted(keys)
@@ -280,13 +295,13 @@ def test_invariants(sink, slow, fast, interval, promote, positions, alike):
 )
 def test_positions_depend_on_occupancy_alone(alike, other, positions):
     """Two histories that fill the parts alike place them alike, once the video is longer than the memory."""
-    one, two = ContextMemory(spec(positions=positions)), ContextMemory(spec(positions=positions))
+    one, two = empty_memory(spec(positions=positions)), empty_memory(spec(positions=positions))
     for c, same in enumerate(alike):
         one = one.remember(chunk(3 * c, same))
     for c, same in enumerate(other):
         two = two.remember(chunk(3 * c, same))
-    if len(one.slow) == len(two.slow):
-        assert one.key_positions(3) == two.key_positions(3) and one.query_positions(3) == two.query_positions(3)
+    if len(slow(one)) == len(slow(two)):
+        assert places(one, 3) == places(two, 3) and queries(one, 3) == queries(two, 3)
 
 
 @settings(deadline=None, max_examples=60)
@@ -306,12 +321,13 @@ def test_the_released_readings_stay_within_bounds(alike, keep, interval, begin, 
     for c, same in enumerate(alike):
         frames = chunk(3 * c, same)
         memory = memory.offer(frames).offer(frames).remember(frames)
-        held, keys, query = memory.frame_indices(), memory.key_positions(3), memory.query_positions(3)
-        assert len(held["sink"]) <= 3 and len(held["slow"]) <= 12 and len(held["fast"]) <= 3
-        assert len(memory.past(0)[0]) == len(keys) == sum(map(len, held.values()))
-        assert keys == sorted(set(keys)) and max(keys + query) < plan.size and max(keys) < query[0]
-        kept = memory.layer_memory(0).promoted_frames if scope == "layer" else memory.promoted_frames
-        assert indices(kept) == sorted(indices(kept)), "in the order of time"
+        parts, keys, query = memory.frame_indices(), places(memory, 3), queries(memory, 3)
+        assert len(parts["sink"]) <= 3 and len(parts["slow"]) <= 12 and len(parts["fast"]) <= 3
+        assert held(memory) == len(keys) == sum(map(len, parts.values()))
+        frames_at = set(zip(keys, (index for part in parts.values() for index in part), strict=True))
+        assert keys == sorted(keys) and max(keys + query) < plan.size and max(keys) < query[0]
+        assert len(frames_at) == len(set(keys)), "no two frames at one place; one frame may be in slow and fast part, at the same place"
+        assert memory.list_promoted() == sorted(memory.list_promoted()), "in the order of time"
 
 
 def test_a_chunk_has_room_in_the_fast_part():

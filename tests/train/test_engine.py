@@ -140,7 +140,7 @@ def test_rollouts_that_outlive_a_step_go_on_in_ranks_and_groups(job: str, traine
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_every_rank_makes_the_samples_and_the_first_writes_them(job: str, trained: Path) -> None:
-    """Two sets of a causal model too, whose memory asks the other ranks; a follower has no codec and would fail if it wrote."""
+    """Two sets of a causal model too; a follower has no codec and would fail if it wrote."""
     alone, shared = (trained / f"{count}/{job}/samples" for count in (1, 2))
     assert sorted(file.name for file in shared.iterdir()) == [f"step-{step:06d}-{n}.mp4" for step in (10, 20) for n in (0, 1)]
     for file in shared.iterdir():

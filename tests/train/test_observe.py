@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cf_model.model.memory import ContextMemory, empty_memory
+from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import rollout
 from cf_model.train.distill import measure_student_loss, replay_window
 from cf_model.train.trainer.ema import EMA
@@ -36,13 +36,14 @@ def test_promotion_is_what_counting_the_promoted_frames_gives(scope, changes):
     memory = spec(scope=scope, tau=median(plain), **changes)
     out = made(memory)
     rows, values = out.comparisons, measure_promotion(memory, out.comparisons)
-    layers = out.memory.layers if scope == "layer" else (out.memory,)
-    assert len(rows) == 14 and sum(bool(row.decisions) for row in rows) == 7
-    per_layer = [layer.promoted_count + len(layer.pending) for layer in layers]  # those that wait in the fast part, too
-    assert 0 < sum(per_layer) < 7 * len(layers), "tau lies within what is compared with it"
-    assert values["promotion"] == pytest.approx(sum(per_layer) / (7 * len(layers)))
+    layers = 2 if scope == "layer" else 1
+    assert len(rows) == 14 and sum(row.decisions is not None for row in rows) == 7
+    counts = out.memory.promoted_count + sum(out.memory.pending.values())  # [B, G]; those that wait in the fast part, too
+    assert counts.shape == (2, layers) and 0 < int(counts.sum()) < 7 * 2 * layers, "tau lies within what is compared with it"
+    assert values["promotion"] == pytest.approx(float(counts.sum()) / (7 * 2 * layers))
     if scope == "layer":
-        assert [values[f"promotion/layer_{n:02}"] for n in (0, 1)] == pytest.approx([count / 7 for count in per_layer])
+        by_layer = counts.double().mean(dim=0) / 7
+        assert [values[f"promotion/layer_{n:02}"] for n in (0, 1)] == pytest.approx(by_layer.tolist())
 
 
 def test_similarities_are_those_of_the_keys_and_tau_lies_among_their_quantiles():
@@ -52,10 +53,13 @@ def test_similarities_are_those_of_the_keys_and_tau_lies_among_their_quantiles()
     state, keys = empty_memory(memory), []
     for chunk in out.video.split(3, dim=1):
         state = model.remember(chunk, normal(2, 5, 8), state)
-        keys.append([torch.stack([f.keys[n][0] for f in (state.sink + state.fast)[-3:]]).mean(dim=(0, 1)).flatten() for n in (0, 1)])
-    cosines = torch.tensor([[torch.cosine_similarity(a, b, dim=0) for a, b in zip(x, y, strict=True)] for x, y in pairwise(keys)])
+        newest = (state.sink + state.fast)[-3:]
+        keys.append([torch.stack([f.keys[n] for f in newest]).mean(dim=(0, 2)).flatten(1) for n in (0, 1)])  # layers of [B, N * D]
+    # [chunks, layers, B], then chunks and videos together
+    cosines = torch.stack([torch.stack([torch.cosine_similarity(a, b) for a, b in zip(x, y, strict=True)]) for x, y in pairwise(keys)])
+    tested = cosines[1::2].transpose(1, 2).flatten(0, 1)
+    cosines = cosines.transpose(1, 2).flatten(0, 1)
     values = measure_promotion(memory, out.comparisons)
-    tested = cosines[1::2]
     assert values["similarity"] == pytest.approx(float(cosines.mean()), abs=1e-5)
     for n in (0, 1):
         assert values[f"similarity/layer_{n:02}"] == pytest.approx(float(cosines[:, n].mean()), abs=1e-5)
@@ -68,7 +72,7 @@ def test_similarities_are_those_of_the_keys_and_tau_lies_among_their_quantiles()
 def test_what_is_never_promoted_has_no_rate():
     values = measure_promotion(spec(slow=0, promote="none"), made(spec(slow=0, promote="none")).comparisons)
     assert "similarity" in values and not [name for name in values if name.startswith("promotion")]
-    assert measure_promotion(spec(), ()) == {} and ContextMemory(spec()).decisions == ()
+    assert measure_promotion(spec(), ()) == {}
     uniform = measure_promotion(spec(promote="uniform"), made(spec(promote="uniform")).comparisons)
     assert uniform["promotion"] == 1 and "promotion/layer_00" not in uniform
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cf_model.model.memory import ChunkComparison, MemorySpec
 
@@ -28,28 +29,30 @@ def select_progress_values(latest: Mapping[str, float]) -> dict[str, float]:
 def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> dict[str, float]:
     """Measure how similar neighbouring chunks are and how many of the tested chunks are promoted, as a guide to choosing tau (eq. 7).
 
-    `similarity/qNN` are quantiles of the numbers that eq. 7 compares with tau: a chunk's mean over layers, or with scope=layer each
-    layer's own. `promotion/layer_NN` is the share of chunks that this layer promotes. With scope=global layers do not decide; the
-    value is what the layer would have decided alone. Returns {} where nothing was compared.
+    All values are over the videos of the batch. `similarity/qNN` are quantiles of the numbers that eq. 7 compares with tau: a chunk's
+    mean over layers, or with scope=layer each layer's own. `promotion/layer_NN` is the share of chunks that this layer promotes. With
+    scope=global layers do not decide; the value is what the layer would have decided alone. Returns {} where nothing was compared.
     """
     if not compared:
         return {}
-    similarity = torch.tensor([chunk.similarity for chunk in compared], dtype=torch.float64)  # [chunks, layers]
+    similarity = torch.stack([chunk.similarity for chunk in compared]).double()  # [chunks, B, layers]
     values = {"similarity": float(similarity.mean())}
-    values |= {f"similarity/layer_{n:02}": value for n, value in enumerate(similarity.mean(dim=0).tolist())}
-    at = [n for n, chunk in enumerate(compared) if chunk.decisions]  # with interval 2 every second chunk is tested
-    if not at:
+    values |= {f"similarity/layer_{n:02}": value for n, value in enumerate(similarity.mean(dim=(0, 1)).tolist())}
+    decided = [(n, chunk.decisions) for n, chunk in enumerate(compared) if chunk.decisions is not None]  # every second, with interval 2
+    if not decided:
         return values
-    tested = similarity[at]
-    promoted = torch.tensor([compared[n].decisions for n in at], dtype=torch.float64)  # [tested, layers]; one column: scope=global
+    tested = similarity[[n for n, _ in decided]]
+    # A rule that does not look at the video decides alike for all.
+    same = tested.new_ones(tested.shape[1], 1)
+    promoted = torch.stack([news.double() if isinstance(news, Tensor) else same * news for _, news in decided])  # [tested, B, G]
     values["promotion"] = float(promoted.mean())
     # What each layer decides, or with scope=global would decide: its own similarity against tau.
     if spec.promote == "similarity":
         by_layer = promoted if spec.scope == "layer" else (tested < spec.tau).double()
-        values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(by_layer.mean(dim=0).tolist())}
+        values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(by_layer.mean(dim=(0, 1)).tolist())}
     # What tau is compared with.
-    against_tau = tested.flatten() if spec.scope == "layer" else tested.mean(dim=1)
-    quantiles = against_tau.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    against_tau = (tested if spec.scope == "layer" else tested.mean(dim=2)).flatten()
+    quantiles = against_tau.quantile(torch.tensor(QUANTILES, dtype=torch.float64, device=tested.device)).tolist()
     return values | {f"similarity/q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
 
 

@@ -43,12 +43,9 @@ class BatchRandom:
     def __init__(self, seed: int, device: torch.device | None = None, *, groups: int = 1) -> None:
         self.rng, self.count = BatchGenerator(device or "cpu", get_rank(), count_ranks() * groups, groups), groups
         self.rng.manual_seed(seed)
-        self._group = 0  # the group that is being computed
-        self._first_keys: list[Tensor] | None = None  # mean keys that the step's first group decided by; None: there is one group
-        self._next_key = 0  # the place in `_first_keys` that the current group has come to
 
     def groups(self) -> Iterator[int]:
-        """Yield the numbers of this rank's groups, and make `rng`, `take_own` and `share_key` answer for that group.
+        """Yield the numbers of this rank's groups, and make `rng` and `take_own` answer for that group.
 
         Every group begins at the same random state and takes its rows of the same draws, so all of them together are the batch.
         """
@@ -57,33 +54,14 @@ class BatchRandom:
             return
         # The tape holds what the first group draws for the whole batch; later groups take their rows of it.
         before = self.rng.get_state()
-        self.rng.tape, self._first_keys = [], []
+        self.rng.tape = []
         try:
             for group in range(self.count):
                 self.rng.set_state(before)
                 self.rng.part, self.rng.read = group * count_ranks() + get_rank(), 0
-                self._group, self._next_key = group, 0
                 yield group
         finally:
             self.rng.part, self.rng.tape = get_rank(), None
-            self._group, self._first_keys = 0, None
-
-    def share_key(self, key: Tensor) -> Tensor:
-        """Return the mean key of the batch's first video in place of `key`, of the same shape [layers, N * D] (eq. 7).
-
-        Handed to the memories of a training batch (`ContextMemory.share_key`), so that all of them promote the same frames. The
-        first video is the first rank's; with several groups the later ones repeat the keys of the first group.
-        """
-        # A later group: the same decisions in the same order as the first group's.
-        if self._first_keys is not None and self._group:
-            self._next_key += 1
-            return self._first_keys[self._next_key - 1]
-        # The batch's first video is on the first rank.
-        if count_ranks() > 1:
-            dist.broadcast(key, 0)
-        if self._first_keys is not None:
-            self._first_keys.append(key)
-        return key
 
     def label(self, **values: Tensor) -> dict[str, Tensor]:
         """Return the tensors of the current group under names of their own, for the record of a bad step."""

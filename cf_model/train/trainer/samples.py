@@ -148,7 +148,6 @@ def sample_stream(
     flow: Flow,
 ) -> Iterator[Float[Tensor, "1 _ C H W"]]:
     """Yield chunk after chunk of a causal model, as at inference; `real` gives C, H, W only."""
-    # No `share_key`: every rank makes the same video from the same noise, so all of them decide alike.
     _, _, *size = real.shape
     shape = (size[0], size[1], size[2])
     chunks = stream(model, text, shape, sigmas=flow.shift_levels(levels), chunk=chunk, memory=empty_memory(memory), rng=rng)
