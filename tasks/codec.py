@@ -38,8 +38,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
     quality = []
     for row in measured:
         quality.append(measure_psnr(params, codec, clips / row["file"]))
-        bar.update(1)
-    bar.close()
+        bar.update()
     return {"psnr": float(np.mean(quality)), "psnr_worst": float(np.min(quality)), "clips": float(fitted)}
 
 
@@ -52,9 +51,7 @@ def fit_linear_codec(params: Params, track: Track, files: list[Path]) -> Codec:
         track.log(step, loss=loss)
         bar.update(1, loss=loss)
 
-    codec = fit_codec(train, params.codec.linear, params.seed, tell)
-    bar.close()
-    return codec
+    return fit_codec(train, params.codec.linear, params.seed, tell)
 
 
 def measure_psnr(params: Params, codec: Codec, file: Path) -> float:

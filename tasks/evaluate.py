@@ -51,7 +51,6 @@ def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) 
                 for name in CURVES:
                     curves[row["suite"], row["system"], name, second][row["prompt"]].append(values[name])
         bar.update()
-    bar.close()
     out.mkdir(parents=True, exist_ok=True)
     (out / "cells.jsonl").write_text(dump_json_lines(cells))
     write_curves(out / "curves.csv", curves, params)
@@ -109,8 +108,7 @@ def summarise_systems(cells: list[dict[str, Any]], views: dict[tuple[str, str], 
     for cell in cells:
         values[cell["suite"]][cell["system"]][cell["metric"]].append(cell["value"])
     out: dict[str, Any] = {
-        suite: {system: mean_metrics(metrics) for system, metrics in systems.items()}
-        for suite, systems in values.items()
+        suite: {system: mean_metrics(metrics) for system, metrics in systems.items()} for suite, systems in values.items()
     }
     for (suite, system), videos in views.items():
         more = {

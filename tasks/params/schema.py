@@ -145,7 +145,7 @@ class Evaluate(Section):
 
 
 class Params(Section):
-    """All of params.yaml, each section valid by itself; tasks/params/rules.py checks the sections against one another."""
+    """All of params.yaml, each section valid by itself; tasks/params/load.py checks the sections against one another."""
 
     profile: str
     seed: Count

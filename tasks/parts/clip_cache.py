@@ -53,7 +53,7 @@ class ClipCache:
         except OSError:
             return None
         checksum, payload = stored[:CHECKSUM_BYTES], stored[CHECKSUM_BYTES:]
-        if len(stored) < CHECKSUM_BYTES or hashlib.sha256(payload).digest() != checksum:
+        if hashlib.sha256(payload).digest() != checksum:
             return None
         if path:
             os.utime(path)
