@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from evaluate.project import EVIL, make_params, write_project
 
+from cf_model.evaluate.report import Results
 from tasks.commands.compare import page, results
 from tasks.params.yaml_file import Refused
+from tasks.report import read_results
 
 PARAMS = "profile: tiny\nseed: 7\nvideo: {height: 32, width: 32, fps: 16}\nevaluate: {resamples: 200}\nstage2: {steps: 10, note: 'NOTE'}\n"
 
@@ -25,6 +27,10 @@ def write(root: Path, *, note: str = "a", prompts: int = 6) -> Path:
     write_project(root, make_params(), prompts=prompts, seconds=2)
     (root / "params.yaml").write_text(PARAMS.replace("NOTE", note))
     return root
+
+
+def read(root: Path) -> Results:
+    return read_results(root / "results", root / "metrics", resamples=200, seed=7)
 
 
 def edit_cells(root: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -66,7 +72,7 @@ def text(html: str) -> str:
 
 
 def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
-    a, b = (results.read_results(root, 200, 7) for root in pair)
+    a, b = (read(root) for root in pair)
     (prompts, _) = results.compare_suites(a, b)
     rows = {(one["name"], row["metric"]): row for one in prompts["systems"] for row in one["rows"]}
     sharp = rows["stage2", "sharpness"]
@@ -87,13 +93,13 @@ def test_only_videos_of_both_are_compared(pair: tuple[Path, Path], tmp_path: Pat
     other = tmp_path / "other"
     shutil.copytree(pair[1], other)
     edit_cells(other, lambda row: row.update(prompt="another"))
-    found = results.compare_suites(results.read_results(pair[0], 200, 7), results.read_results(other, 200, 7))
+    found = results.compare_suites(read(pair[0]), read(other))
     rows = [row for suite in found for one in suite["systems"] for row in one["rows"] if row["metric"] == "sharpness"]
     assert rows and all(row["pairs"] == 0 and row["says"] in ("no interval", "the same") for row in rows)
 
 
 def test_five_prompts_are_too_few(pair: tuple[Path, Path]) -> None:
-    a, b = (results.read_results(root, 200, 7) for root in pair)
+    a, b = (read(root) for root in pair)
     place = ("prompts", "stage2", "sharpness")
     short = {key: value for key, value in a.cells[place].items() if not key[0].startswith("00000 ")}
     row = results.compare_metric(replace(a, cells={place: short}), b, *place)
@@ -198,7 +204,7 @@ def test_videos_of_other_seeds_are_no_pair(pair: tuple[Path, Path], tmp_path: Pa
     index = tmp_path / "B/samples/index.jsonl"
     rows = [json.loads(line) for line in index.read_text().splitlines()]
     index.write_text("".join(json.dumps(row | {"seed": row["seed"] + 100}) + "\n" for row in rows))
-    measured = results.compare_suites(*(results.read_results(root, 200, 7) for root in pair))
+    measured = results.compare_suites(*(read(root) for root in pair))
     assert results.embed_videos(*pair, measured, 16) and results.embed_videos(pair[0], tmp_path / "B", measured, 16) == []
 
 

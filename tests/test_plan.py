@@ -13,7 +13,7 @@ import pytest
 import tasks.__main__ as cf
 from cf_model.plan.need import StageNeed
 from tasks.commands import preset
-from tasks.commands.plan import forecast, limits, table
+from tasks.commands.plan import forecast, table
 from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.params import load, schema, yaml_file
 from tasks.params.yaml_file import Refused
@@ -119,7 +119,7 @@ def test_what_makes_no_sense_is_refused(words: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("value, text", [(0, "0"), (1234.5, "1,234"), (12.34, "12.3"), (0.01234, "0.0123"), (0.000001, "1e-06")])
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert limits.format_number(value) == text
+    assert forecast.format_number(value) == text
 
 
 def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path) -> None:
@@ -148,15 +148,15 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
 def refused(p: schema.Params, stage: str, free: float, split: int | None = None) -> str:
     with pytest.raises(Refused) as error:
         one = forecast.estimate_needs(p)[stage]
-        leaner, work = forecast.estimate_checkpointed(p, stage), limits.WorkSplit(split or one.batch, 0, 1)
-        limits.refuse_memory(stage, one, leaner, free * GIB, "machine", work)
+        leaner, work = forecast.estimate_checkpointed(p, stage), forecast.WorkSplit(split or one.batch, 0, 1)
+        forecast.refuse_memory(stage, one, leaner, free * GIB, "machine", work)
     return str(error.value)
 
 
 def test_a_stage_that_fits_is_never_refused(tiny: schema.Params, wan: schema.Params, tmp_path: Path) -> None:
     for p, free in ((tiny, 0.25), (wan, 4000)):
         for stage, one in forecast.estimate_needs(p).items():
-            limits.refuse_memory(stage, one, None, free * GIB, "machine", limits.WorkSplit(one.batch, 0, 1))
+            forecast.refuse_memory(stage, one, None, free * GIB, "machine", forecast.WorkSplit(one.batch, 0, 1))
             assert one.peak(one.batch) * 0.7 < free * GIB
     forecast.refuse_unfit_stage(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
 
@@ -177,10 +177,10 @@ def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, 
 
 def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
     one = forecast.estimate_needs(wan)["stage2"]
-    limits.refuse_memory("stage2", one, None, 139 * GIB, "machine", limits.WorkSplit.from_engine(wan.engine, one.batch, 1))
-    assert limits.WorkSplit.from_engine(wan.engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "as the profile states it"
+    forecast.refuse_memory("stage2", one, None, 139 * GIB, "machine", forecast.WorkSplit.from_engine(wan.engine, one.batch, 1))
+    assert forecast.WorkSplit.from_engine(wan.engine, one.batch, 8) == forecast.WorkSplit(1, 2, 8), "as the profile states it"
     with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* one sample alone takes 85.8"):
-        limits.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", limits.WorkSplit.from_engine(wan.engine, one.batch, 8))
+        forecast.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", forecast.WorkSplit.from_engine(wan.engine, one.batch, 8))
 
 
 def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schema.Params) -> None:
@@ -192,29 +192,29 @@ def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schem
 
 def test_what_is_offloaded_is_not_on_the_gpu(wan: schema.Params) -> None:
     one, engine = forecast.estimate_needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
-    away, here = (limits.WorkSplit.from_engine(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
+    away, here = (forecast.WorkSplit.from_engine(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
     assert here.peak(one) - away.peak(one) == one.states(2, 8)["optimiser"] > 3 * GIB
-    assert limits.WorkSplit.from_engine(engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "on a CPU it is the same memory"
+    assert forecast.WorkSplit.from_engine(engine, one.batch, 8) == forecast.WorkSplit(1, 2, 8), "on a CPU it is the same memory"
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * GIB))
     written = {"out": 5.0 * GIB, "checkpoints": 5.0 * GIB}
-    limits.refuse_disk("base", written, tmp_path / "models/base", tmp_path / "work/base")
+    forecast.refuse_disk("base", written, tmp_path / "models/base", tmp_path / "work/base")
     message = r"base writes up to 25\.0 GiB, but the disk of .* has 10\.0 free; free some"
     with pytest.raises(Refused, match=message):
-        limits.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
+        forecast.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
     (tmp_path / "work/base/key").mkdir(parents=True)
     with (tmp_path / "work/base/key/step-00000001.safetensors").open("wb") as file:
         file.truncate(15 * GIB)  # of a run that goes on: it will be written over
-    limits.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
+    forecast.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
 
 
 def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes(TINY.read_bytes())
     Path("dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
-    monkeypatch.setattr(limits, "measure_memory", lambda: 0.01 * GIB)
+    monkeypatch.setattr(forecast, "measure_memory", lambda: 0.01 * GIB)
     words = ["base", "--latents", "data/latents", "--codec", "models/codec", "--out", "models/base"]
     with pytest.raises(Refused, match=r"base needs about 0\.06"):
         cf.main(words)
@@ -225,19 +225,19 @@ def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch
 
 
 def test_memory_is_the_machines_or_the_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(limits, "count_gpus", lambda: 0)
-    assert 0.05 * GIB < limits.measure_memory() < 2**60
+    monkeypatch.setattr(forecast, "count_gpus", lambda: 0)
+    assert 0.05 * GIB < forecast.measure_memory() < 2**60
     limit, used = tmp_path / "max", tmp_path / "current"
     limit.write_text(f"{3 * 2**20}\n")
     used.write_text(f"{2**20}\n")
-    monkeypatch.setattr(limits, "CGROUPS", ((str(limit), str(used)),))
-    assert limits.measure_memory() == 2 * 2**20
+    monkeypatch.setattr(forecast, "CGROUPS", ((str(limit), str(used)),))
+    assert forecast.measure_memory() == 2 * 2**20
     limit.write_text("max\n")
-    assert limits.measure_memory() > 2**20
+    assert forecast.measure_memory() > 2**20
 
 
 def test_only_stages_that_train_are_asked(tiny: schema.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "measure_memory", lambda: 1.0)
+    monkeypatch.setattr(forecast, "measure_memory", lambda: 1.0)
     forecast.refuse_unfit_stage(tiny, "evaluate", tmp_path, tmp_path)
     assert set(forecast.estimate_needs(tiny)) == set(TRAINING_STAGES)
     assert all(isinstance(one, StageNeed) for one in forecast.estimate_needs(tiny).values())

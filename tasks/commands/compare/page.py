@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from cf_model.evaluate.report import format_number
+from cf_model.evaluate.report import render_page
 from tasks.files.atomic import write_atomically
+from tasks.files.json_lines import load_json_object
 from tasks.params import yaml_file
+from tasks.report import read_results
 
 from . import results, revision
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="cf-compare-") as scratch:
         a, b = (read_side(letter, name, Path(scratch)) for letter, name in (("A", args.a), ("B", args.b)))
-        html = render_page(build_page(a, b))
+        html = render_page(build_page(a, b), Path(__file__).with_name("page.html.j2"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, html)
     print(f"{args.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
@@ -54,8 +54,8 @@ def read_side(letter: str, name: str, scratch: Path) -> Side:
     """Find the run `name`, in a folder below `scratch` if it is a revision, and read what describes it."""
     root = revision.find_folder(name, scratch / letter)
     lock = root / "dvc.lock"
-    described = revision.run_git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
-    commit, subject, date = described if len(described) == 3 else ("", "", "")
+    described = revision.run_program(revision.GIT, "log", "-1", "--format=%h%x00%s%x00%cs", cwd=root, check=False)
+    commit, subject, date = described.split("\0") if described else ("", "", "")
     label = root.resolve().name if Path(name).is_dir() else name
     stages = yaml_file.read_yaml(lock).get("stages", {}) if lock.exists() else {}
     return Side(letter, label, root, yaml_file.read_yaml(root / "params.yaml"), stages, commit, subject, date)
@@ -65,7 +65,8 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
     """Return the values of the page's template."""
     rules = a.params.get("evaluate") or {}
     resamples, seed = int(rules.get("resamples", 1000)), int(a.params.get("seed", 0))
-    suites = results.compare_suites(*(results.read_results(side.root, resamples, seed) for side in (a, b)))
+    measured = [read_results(side.root / "results", side.root / "metrics", resamples=resamples, seed=seed) for side in (a, b)]
+    suites = results.compare_suites(*measured)
     size = a.params.get("video") or {}
     return {
         "sides": [a, b],
@@ -130,19 +131,10 @@ def compare_stage_metrics(a: Path, b: Path) -> list[dict[str, Any]]:
     for name in names:
         if name in ("evaluate", "report"):
             continue
-        files = [root / "metrics" / f"{name}.json" for root in (a, b)]
-        one, other = map(results.read_metrics, files)
+        one, other = (load_json_object(root / "metrics" / f"{name}.json", missing_ok=True) for root in (a, b))
         for key in dict.fromkeys([*one, *other]):
             x, y = one.get(key), other.get(key)
             if x != y:
                 change = y - x if isinstance(x, int | float) and isinstance(y, int | float) else None
                 rows.append({"stage": name, "key": key.replace("_", " "), "a": x, "b": y, "change": change})
     return rows
-
-
-def render_page(values: Mapping[str, Any]) -> str:
-    """Return the page as HTML, in which all is escaped but the figures drawn here."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = format_number
-    return environment.get_template("page.html.j2").render(values)

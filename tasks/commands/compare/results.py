@@ -2,68 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cf_model.evaluate.figures import (
-    STRIP_SECONDS,
-    Line,
-    draw_chart,
-    draw_strip,
-    embed_video,
-    fit_budget,
-    group_by_item,
-    item_key,
-    read_strip_frames,
-)
+from cf_model.evaluate import figures
+from cf_model.evaluate.figures import Line, draw_chart, embed_video
 from cf_model.evaluate.report import ARROWS, Results, describe_metric, state_verdict
 from cf_model.evaluate.statistics import Difference, paired, without_interval
-from tasks.files.json_lines import Row, load_json_object, read_json_lines
-from tasks.params.yaml_file import Refused
+from tasks.files.json_lines import Row, read_json_lines
+from tasks.report import SUITES, average_rows, read_curves, wants_logarithm
 
-SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
 SHOWN_PROMPTS = {"prompts": 4, "continuations": 2}  # whose videos are shown
 # Choice: with fewer prompts an interval is too narrow to be believed, and even equal signs could be chance (p > 0.03).
 FEWEST_PROMPTS = 6
 SUITE_BYTES = 3_000_000  # bytes of one suite's videos, of each run
-STRIP_HEIGHT = 64  # pixels of a strip's frames
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a JSON lines file, none if it is absent; raise Refused for a damaged file."""
-    with _refuse_damage():
-        return read_json_lines(path, missing_ok=True)
-
-
-def read_metrics(path: Path) -> Row:
-    """Read the values of a metrics file, none if it is absent; raise Refused for a damaged file."""
-    with _refuse_damage():
-        return load_json_object(path) if path.exists() else {}
-
-
-@contextmanager
-def _refuse_damage() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(str(error)) from None
-
-
-def read_results(root: Path, resamples: int, seed: int) -> Results:
-    """Read the measured values of a run and the means of its systems."""
-    cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
-    for row in read_rows(root / "results/cells.jsonl"):
-        if row["value"] is not None:
-            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item_key(row), row["seed"]] = row["value"]
-    means = read_metrics(root / "metrics/evaluate.json")
-    systems = {suite: {name: v for name, v in means[suite].items() if isinstance(v, dict)} for suite in means if suite in SUITES}
-    return Results(cells, systems, resamples=resamples, seed=seed)
+CLEAR = {"better": "good", "worse": "bad", "higher": "other", "lower": "other"}  # verdict on a clear difference -> its CSS class
 
 
 def compare_suites(a: Results, b: Results) -> list[dict[str, Any]]:
@@ -100,41 +57,31 @@ def compare_metric(a: Results, b: Results, suite: str, name: str, metric: str) -
     if first is None or second is None:
         return None
     x, y = (one.cells.get((suite, name, metric), {}) for one in (a, b))
-    difference = paired(x, y, resamples=a.resamples, seed=a.seed)
-    shared = len(x.keys() & y.keys())
-    if difference is None:  # a metric of all videos together, or no video that both runs have
-        difference = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
-    change = difference.change
+    shared = x.keys() & y.keys()
+    # without a pair it is a metric of all videos together, or the runs have no video in common
+    unpaired = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
+    difference = paired(x, y, resamples=a.resamples, seed=a.seed) or unpaired
+    change, word = difference.change, describe_metric(metric)
     # the same: pairs that are all equal, and equal numbers without pairs
     same = change.mean == 0 and (not change.has_ends or change.low == change.high == 0)
-    prompts = len({prompt for prompt, _ in x.keys() & y.keys()})
-    few = change.has_ends and prompts < FEWEST_PROMPTS
-    says = "the same" if same else "too few prompts" if few else state_verdict(change, describe_metric(metric).better)
-    drawable = change.has_ends and not same
-    reach = max(abs(change.low), abs(change.high), 1e-12) if drawable else 1.0
-    bar = {"low": 50 + 50 * change.low / reach, "high": 50 + 50 * change.high / reach} if drawable else None
-    clear = says in ("better", "worse", "higher", "lower")
-    word = describe_metric(metric)
+    few = change.has_ends and len({prompt for prompt, _ in shared}) < FEWEST_PROMPTS
+    says = "the same" if same else "too few prompts" if few else state_verdict(change, word.better)
+    bar = None
+    if change.has_ends and not same:
+        reach = max(abs(change.low), abs(change.high), 1e-12)
+        bar = {"low": 50 + 50 * change.low / reach, "high": 50 + 50 * change.high / reach}
+    kind = "same" if same else CLEAR.get(says, "none")
     return {
-        "metric": metric, "word": word, "arrow": ARROWS[word.better], "first": first, "second": second,
-        "found": difference, "pairs": shared, "says": says, "bar": bar, "same": same, "clear": clear, "kind": classify_verdict(says),
+        "metric": metric, "word": word, "arrow": ARROWS[word.better], "first": first, "second": second, "found": difference,
+        "pairs": len(shared), "says": says, "bar": bar, "same": same, "clear": says in CLEAR, "kind": kind,
     }  # fmt: skip
-
-
-def classify_verdict(says: str) -> str:
-    """Return the CSS class of a verdict."""
-    return {"better": "good", "worse": "bad", "higher": "other", "lower": "other", "the same": "same"}.get(says, "none")
 
 
 def build_matrix(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Build the overview: a row for each metric in the report's order, a cell for each system."""
     cells = {(row["metric"], one["name"]): row for one in systems for row in one["rows"]}
-    metrics = list(dict.fromkeys(row["metric"] for one in systems for row in one["rows"]))
-    rows = []
-    for metric in metrics:
-        word = describe_metric(metric)
-        rows.append({"word": word, "arrow": ARROWS[word.better], "cells": [cells.get((metric, one["name"])) for one in systems]})
-    return rows
+    heads = {row["metric"]: {"word": row["word"], "arrow": row["arrow"]} for one in systems for row in one["rows"]}
+    return [heads[metric] | {"cells": [cells.get((metric, one["name"])) for one in systems]} for metric in heads]
 
 
 def count_verdicts(suites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -149,27 +96,16 @@ def draw_curves(a: Path, b: Path, colours: Mapping[str, str]) -> list[dict[str, 
     one, other = read_curves(a / "results/curves.csv"), read_curves(b / "results/curves.csv")
     systems: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for key in [key for key in one if key in other and str(one[key]) != str(other[key])]:
-        curves = [Line(colours[letter], *np.array(sorted(rows)).T.tolist()) for letter, rows in (("A", one[key]), ("B", other[key]))]
+        curves = [Line(colours["A"], *one[key]), Line(colours["B"], *other[key])]
         systems.setdefault(key[:2], []).append({"title": describe_metric(key[2]).title, "svg": draw_chart(curves, x="seconds")})
     return [{"suite": SUITES.get(suite, suite), "system": name, "charts": charts} for (suite, name), charts in systems.items()]
-
-
-def read_curves(path: Path) -> dict[tuple[str, str, str], list[list[float]]]:
-    """Read (suite, system, metric) -> rows of second, mean, low and high; what was not measured is NaN."""
-    curves: dict[tuple[str, str, str], list[list[float]]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                values = [float(row[name]) if row[name] else float("nan") for name in ("second", "mean", "low", "high")]
-                curves.setdefault((row["suite"], row["system"], row["metric"]), []).append(values)
-    return curves
 
 
 def draw_training(a: Path, b: Path, colours: Mapping[str, str]) -> dict[str, Any]:
     """Draw running means of models/<stage>/metrics.jsonl of both; stages with equal rows are only named."""
     stages, same = [], []
     for name in dict.fromkeys(path.parent.name for root in (a, b) for path in sorted(root.glob("models/*/metrics.jsonl"))):
-        one, other = (read_rows(root / "models" / name / "metrics.jsonl") for root in (a, b))
+        one, other = (read_json_lines(root / "models" / name / "metrics.jsonl", missing_ok=True) for root in (a, b))
         if one == other:
             same.append(name)
             continue
@@ -177,33 +113,30 @@ def draw_training(a: Path, b: Path, colours: Mapping[str, str]) -> dict[str, Any
         for key in dict.fromkeys(key for row in [*one, *other] for key in row if key != "step"):
             means = [draw_running_mean(colours[letter], rows, key) for letter, rows in (("A", one), ("B", other))]
             if drawn := [line for line in means if line]:
-                values = np.concatenate([line.y for line in drawn])
-                log = bool((values > 0).all() and values.max() > 50 * values.min())
+                log = wants_logarithm(np.concatenate([line.y for line in drawn]))
                 charts.append({"title": key.replace("_", " "), "svg": draw_chart(drawn, x="step", log=log)})
         stages.append({"stage": name, "charts": charts})
     return {"stages": stages, "same": same}
 
 
 def draw_running_mean(colour: str, rows: Sequence[Row], key: str) -> Line | None:
-    """Return the running mean over a twentieth of the rows that have a number; None for fewer than two."""
-    pairs = np.array([(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)], float)
-    if len(pairs) < 2:
+    """Return a value's running mean as a line; None for fewer than two numbers."""
+    if (found := average_rows(rows, key)) is None:
         return None
-    width = max(1, len(pairs) // 20)
-    mean = np.convolve(pairs[:, 1], np.ones(width) / width, "valid")
-    return Line(colour, pairs[width - 1 :, 0].tolist(), mean.tolist())
+    steps, _, mean = found
+    return Line(colour, steps[-len(mean) :].tolist(), mean.tolist())
 
 
 def embed_videos(a: Path, b: Path, measured: Sequence[Mapping[str, Any]], fps: int) -> list[dict[str, Any]]:
     """Embed, of each system that differs, the videos of A and B for the first prompts that both indices have, first seed."""
-    index = [read_rows(root / "samples/index.jsonl") for root in (a, b)]
+    index = [read_json_lines(root / "samples/index.jsonl", missing_ok=True) for root in (a, b)]
     suites = []
     for suite in SUITES:
         same = {one["name"] for part in measured if part["suite"] == suite for one in part["systems"] if one["same"]}
-        items = [group_by_item(rows, suite) for rows in index]
+        items = [figures.group_by_item(rows, suite) for rows in index]
         shared = {key: {name: row for name, row in items[0][key].items() if name not in same} for key in items[0] if key in items[1]}
         rows = []
-        for key in fit_budget(shared, SHOWN_PROMPTS[suite], SUITE_BYTES, a / "samples"):
+        for key in figures.fit_budget(shared, SHOWN_PROMPTS[suite], SUITE_BYTES, a / "samples"):
             pairs = [embed_pair(name, items[0][key][name], items[1][key].get(name), a, b, fps) for name in shared[key] if name != "real"]
             first, real = next(iter(items[0][key].values())), items[0][key].get("real")
             prefix = max(row["prefix_frames"] for row in items[0][key].values()) / fps
@@ -222,7 +155,6 @@ def embed_pair(name: str, one: Mapping[str, Any], other: Mapping[str, Any] | Non
     files = [root / "samples" / row["file"] for root, row in ((a, one), (b, other))]
     if not all(file.exists() for file in files):
         return None
-    readable = [frames for file in files if (frames := read_strip_frames(file, fps)) is not None]
-    strips = [draw_strip(frames, STRIP_HEIGHT) for frames in readable]
-    times = [STRIP_SECONDS * k for k in range(max(map(len, readable)))]
-    return {"system": name, "sources": [embed_video(file) for file in files], "strips": strips, "times": times}
+    readable = [frames for file in files if (frames := figures.read_strip_frames(file, fps)) is not None]
+    strips = [figures.draw_strip(frames, figures.STRIP_HEIGHT) for frames in readable]
+    return {"system": name, "sources": [embed_video(file) for file in files], "strips": strips}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.files.dvc_config import read_public_config
@@ -12,6 +13,7 @@ from tasks.params.yaml_file import Refused
 
 COMPARED_OUTS = ("results", "samples", "data/manifest.jsonl")  # outs that a comparison reads; of the models it reads only the curves
 CURVE_FILE = "metrics.jsonl"
+GIT, DVC = ("git",), (sys.executable, "-m", "dvc")
 
 
 def find_folder(name: str, into: Path) -> Path:
@@ -30,9 +32,10 @@ def find_commit(name: str) -> str | None:
     """Return the commit of a branch, a tag or anything else Git can name, or of an experiment by its name in `dvc exp show`."""
     if name.startswith("-"):
         return None
-    if sha := run_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}", check=False):
+    if sha := run_program(GIT, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}", check=False):
         return sha
-    refs = [line.split(" ", 1) for line in run_git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines()]
+    listed = run_program(GIT, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps") or ""
+    refs = [line.split(" ", 1) for line in listed.splitlines()]
     return next((sha for sha, ref in refs if ref.split("/")[-1] == name and len(ref.split("/")) == 5), None)
 
 
@@ -42,35 +45,27 @@ def check_out_revision(sha: str, into: Path) -> Path:
     Not by `git worktree`, because a comparison that is killed would leave a registered worktree. The clone has this repository's
     remotes without their secrets, because that killed comparison would leave the folder too.
     """
-    run_git("clone", "--quiet", "--shared", "--no-checkout", run_git("rev-parse", "--show-toplevel"), str(into))
-    run_git("-C", str(into), "checkout", "--quiet", "--detach", sha)
+    run_program(GIT, "clone", "--quiet", "--shared", "--no-checkout", run_program(GIT, "rev-parse", "--show-toplevel") or "", str(into))
+    run_program(GIT, "checkout", "--quiet", "--detach", sha, cwd=into)
     if not (into / "dvc.lock").exists():
         return into
     with (into / ".dvc/config.local").open("w") as file:
         read_public_config(Path(".dvc/config.local")).write(file)
-    run_dvc("cache", "dir", "--local", run_dvc("cache", "dir", cwd=Path.cwd()) or "", cwd=into)
+    run_program(DVC, "cache", "dir", "--local", run_program(DVC, "cache", "dir") or "", cwd=into)
     outs = [out["path"] for stage in yaml_file.read_yaml(into / "dvc.lock")["stages"].values() for out in stage.get("outs", [])]
     wanted = [path for path in outs if path in COMPARED_OUTS]
     wanted += [f"{path}/{CURVE_FILE}" for path in outs if path.startswith("models/")]
     wanted = [path for path in wanted if not (into / path).exists()]
-    if wanted and run_dvc("checkout", "--quiet", *wanted, cwd=into, check=False) is None:
+    if wanted and run_program(DVC, "checkout", "--quiet", *wanted, cwd=into, check=False) is None:
         for path in wanted:  # one by one, because an absent out must not stop the others; the page says what is absent
-            if run_dvc("checkout", "--quiet", path, cwd=into, check=False) is None:
-                run_dvc("pull", "--quiet", path, cwd=into, check=False)
+            if run_program(DVC, "checkout", "--quiet", path, cwd=into, check=False) is None:
+                run_program(DVC, "pull", "--quiet", path, cwd=into, check=False)
     return into
 
 
-def run_git(*words: str, check: bool = True) -> str:
-    """Run git and return its output; after a failure raise Refused, or return what there is if `check` is false."""
-    done = subprocess.run(["git", *words], capture_output=True, text=True)
+def run_program(program: Sequence[str], *words: str, cwd: Path | None = None, check: bool = True) -> str | None:
+    """Run GIT or DVC in the folder `cwd` and return its output; after a failure raise Refused, or return None if not `check`."""
+    done = subprocess.run([*program, *words], cwd=cwd, capture_output=True, text=True)
     if done.returncode and check:
-        raise Refused(f"git {words[0]} failed: {' '.join(done.stderr.split())}")
-    return done.stdout.strip()
-
-
-def run_dvc(*words: str, cwd: Path, check: bool = True) -> str | None:
-    """Run dvc in the folder `cwd` and return its output; after a failure raise Refused, or return None if `check` is false."""
-    done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=cwd, capture_output=True, text=True)
-    if done.returncode and check:
-        raise Refused(f"dvc {words[0]} failed: {' '.join(done.stderr.split())[-300:]}")
+        raise Refused(f"{program[-1]} {words[0]} failed: {' '.join(done.stderr.split())[-300:]}")
     return None if done.returncode else done.stdout.strip()

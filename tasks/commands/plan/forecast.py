@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from cf_model.codec.interface import SPACE, latent_frames
 from cf_model.model.checkpoint import CHECKPOINTS_TO_KEEP
 from cf_model.plan import need
 from cf_model.plan.cost import ModelCosts
 from cf_model.plan.need import ZERO_STAGES, StageNeed
+from cf_model.train.trainer.engine import EngineSpec
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
 from tasks.params.schema import Params
+from tasks.params.yaml_file import Refused
 
-from . import limits
-from .limits import GIB
-
+GIB, MIB = 2**30, 2**20
+# Choice: what the plan expects may be a third too much before a stage is refused; it was within a quarter wherever it was
+# measured (benchmarks/plan_memory.py), and a stage that would have fitted must never be refused.
+MEMORY_MARGIN = 1.5
+DISK_MARGIN = 1.1
+CGROUPS = (  # limit and use, version 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 WAN_CHANNELS = 16  # of a latent frame of Wan's codec
 
 
@@ -81,7 +94,8 @@ def list_micro_batches(batch: int, ranks: int) -> list[int]:
 
 def find_fitting_batch(one: StageNeed, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
     """Return the stated number of samples at once, or without it the largest that fits; 0 if that does not fit."""
-    return next((n for n in ([stated] if stated else list_micro_batches(one.batch, ranks)) if one.peak(n, zero, ranks) <= memory), 0)
+    candidates = [stated] if stated else list_micro_batches(one.batch, ranks)
+    return next((n for n in candidates if one.peak(n, zero, ranks) <= memory), 0)
 
 
 def estimate_hours(one: StageNeed, machine: Hardware) -> float:
@@ -120,13 +134,109 @@ def estimate_checkpointed(p: Params, stage: str) -> StageNeed | None:
     return None if p.compute.checkpointing else estimate_needs(leaner)[stage]
 
 
+def count_gpus() -> int:
+    """Return the number of GPUs that torch can use."""
+    return torch.cuda.device_count()
+
+
+def measure_memory() -> float:
+    """Return the bytes of the device that a stage computes on: all of a GPU, or what is free of the CPU's, in a container of its share."""
+    if count_gpus():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    free = [float(psutil.virtual_memory().available)]
+    for limit, used in CGROUPS:
+        try:
+            free.append(float(Path(limit).read_text()) - float(Path(used).read_text()))
+        except (OSError, ValueError):  # no such file, or its word is `max`
+            continue
+    return min(free)
+
+
+@dataclass(frozen=True)
+class WorkSplit:
+    """How a stage is divided: samples that each rank computes at once, and what DeepSpeed splits among the ranks."""
+
+    at_once: int
+    zero: int
+    ranks: int
+    offload: bool = False  # of the optimiser, from a GPU into the machine's memory
+
+    @classmethod
+    def from_engine(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> WorkSplit:
+        zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
+        return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
+
+    def peak(self, one: StageNeed, at_once: int | None = None) -> float:
+        return one.peak(self.at_once if at_once is None else at_once, self.zero, self.ranks, offload=self.offload)
+
+
+def refuse_memory(stage: str, one: StageNeed, leaner: StageNeed | None, free: float, where: str, split: WorkSplit) -> None:
+    """Raise Refused if a stage needs more than `MEMORY_MARGIN` times the `free` bytes of a rank.
+
+    `leaner`: the need with activation checkpointing, where that is off. `where`: whose memory it is, for the sentence.
+    """
+    expected = split.peak(one)
+    if expected <= MEMORY_MARGIN * free:
+        return
+    fixed, each = format_number(split.peak(one, 0) / GIB), format_number(one.sample_bytes() / GIB)
+    parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {split.at_once} samples at once"
+    rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
+    need = f"{rank} needs about {format_number(expected / GIB)} GiB ({parts}), but this {where} has {format_number(free / GIB)}"
+    raise Refused(f"{need}; {suggest_remedy(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
+
+
+def suggest_remedy(one: StageNeed, leaner: StageNeed | None, free: float, split: WorkSplit) -> str:
+    """Name the settings that would make a stage fit, or what it would take."""
+    ways = [f"engine.micro_batch: {n}" for n in list_micro_batches(one.batch, split.ranks) if split.peak(one, n) <= free][:1]
+    if leaner and split.peak(leaner) <= free:
+        ways.append("compute.checkpointing: true")
+    if split.zero and not split.offload and replace(split, offload=True).peak(one) <= free:
+        ways.append("engine.offload: optimizer")
+    if ways:
+        return f"use {', or '.join(ways)}"
+    if leaner and split.peak(leaner, 1) <= free:
+        return "use compute.checkpointing: true and engine.micro_batch: 1"
+    for ranks in (2, 4, 8, 16, 32, 64):
+        for zero in (2, 3):
+            if ranks >= split.ranks and one.peak(1, zero, ranks) <= free:
+                return f"{ranks} such ranks with engine.zero: {zero} and engine.micro_batch: 1 would hold it"
+    smallest = f"one sample alone takes {format_number(one.peak(1) / GIB)}"
+    return f"{smallest}: use a larger device, or a smaller model, video or memory (`cf plan` shows what takes most)"
+
+
+def refuse_disk(stage: str, written: dict[str, float], out: Path, work: Path) -> None:
+    """Raise Refused if a disk is too small for a stage's out or checkpoints, or for both where they lie on the same disk.
+
+    Checkpoints of an earlier attempt make room, because new ones replace them.
+    """
+    wanted: dict[int, tuple[Path, float]] = {}
+    reused = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
+    for path, size in ((out, written["out"]), (work, max(0.0, written["checkpoints"] - reused))):
+        home = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        device = home.stat().st_dev
+        wanted[device] = (home, wanted.get(device, (home, 0.0))[1] + size)
+    for home, size in wanted.values():
+        free = shutil.disk_usage(home).free
+        if size > free * DISK_MARGIN:
+            problem = f"{stage} writes up to {format_number(size / GIB)} GiB, but the disk of {home} has {format_number(free / GIB)} free"
+            raise Refused(f"{problem}; free some, or put the project on a larger disk; CF_IGNORE_PLAN=1 starts it all the same")
+
+
+def format_number(value: float) -> str:
+    """Return a number with three digits and, above 0.0001, without exponent."""
+    if value >= 100 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value >= 1e-4 else f"{value:.0e}"
+
+
 def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:
     """Raise Refused before a training stage begins that can't end here; CF_IGNORE_PLAN=1 skips this."""
     if read_settings().ignore_plan or (one := estimate_needs(p).get(stage)) is None:
         return
     ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    free = limits.measure_memory() / (1 if limits.count_gpus() else ranks)  # ranks on the CPU have one machine's memory
-    where = "GPU" if limits.count_gpus() else "machine" if ranks == 1 else "rank's share of the machine"
-    split = limits.WorkSplit.from_engine(p.engine, one.batch, ranks, gpu=limits.count_gpus() > 0)
-    limits.refuse_memory(stage, one, estimate_checkpointed(p, stage), free, where, split)
-    limits.refuse_disk(stage, estimate_disk(p, stage), out, work)
+    gpu = count_gpus() > 0
+    free = measure_memory() / (1 if gpu else ranks)  # ranks on the CPU have one machine's memory
+    where = "GPU" if gpu else "machine" if ranks == 1 else "rank's share of the machine"
+    split = WorkSplit.from_engine(p.engine, one.batch, ranks, gpu=gpu)
+    refuse_memory(stage, one, estimate_checkpointed(p, stage), free, where, split)
+    refuse_disk(stage, estimate_disk(p, stage), out, work)

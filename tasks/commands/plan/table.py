@@ -15,9 +15,8 @@ from tasks.params import load
 from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused
 
-from . import limits
-from .forecast import Hardware, count_clips, estimate_clip_bytes, estimate_costs, forecast_stages
-from .limits import GIB, MIB, format_number
+from . import forecast
+from .forecast import GIB, MIB, Hardware, forecast_stages, format_number
 
 # TFLOP/s that a process reaches in profile tiny on one core of an Intel Xeon: 26 to 38 GFLOP/s (benchmarks/results/plan-hours.json)
 CPU_TFLOPS = 0.032
@@ -44,14 +43,13 @@ evaluation of videos. Keep a tenth of the memory free."""
 
 def format_table(p: Params, machine: Hardware) -> str:
     """Return the two tables of `cf plan`: time and disk of each stage, and memory by ZeRO stage."""
-    stages, one = list(forecast_stages(p, machine)), estimate_costs(p)
+    stages, one = list(forecast_stages(p, machine)), forecast.estimate_costs(p)
     small = max(row["gib"]["0"]["peak"] for row in stages) < 1
     scale, unit = (GIB / MIB, "MiB") if small else (1.0, "GiB")
-    on = "on" if p.compute.checkpointing else "off"
+    clip, frame = forecast.estimate_clip_bytes(p), f"a latent frame is {one.tokens} tokens and {format_bytes(one.frame_bytes())}"
     lines = [
-        f"profile {p.profile}: {one.parameters:,} parameters a network; a latent frame is {one.tokens} tokens and "
-        f"{format_bytes(one.frame_bytes())} of keys and values a sample",
-        f"compute: products in {p.compute.dtype}, checkpointing {on}",
+        f"profile {p.profile}: {one.parameters:,} parameters a network; {frame} of keys and values a sample",
+        f"compute: products in {p.compute.dtype}, checkpointing {'on' if p.compute.checkpointing else 'off'}",
         f"hardware: {machine.description}",
         "",
         f"{'stage':<12}{'networks':>10}{'trained':>10}{'batch':>7}{'steps':>7}{'TFLOP/step':>12}{'time':>10}{machine.unit + ' hours':>13}"
@@ -64,11 +62,11 @@ def format_table(p: Params, machine: Hardware) -> str:
             f"{format_number(row['tflop_per_step']):>12}{format_duration(row['hours']):>10}"
             f"{format_number(row['hours'] * machine.ranks):>13}{out:>10}{saved:>13}"
         )
-    total, many = sum(row["hours"] for row in stages), count_clips(p)
-    all_clips = f"; {many} clips: {format_bytes(many * estimate_clip_bytes(p))}" if many else f"; no video lies in {p.clips.folder} yet"
+    total, many = sum(row["hours"] for row in stages), forecast.count_clips(p)
+    all_clips = f"; {many} clips: {format_bytes(many * clip)}" if many else f"; no video lies in {p.clips.folder} yet"
     lines += [
         f"{'together':<12}{format_duration(total):>56}{format_number(total * machine.ranks):>13}",
-        f"latents of a clip: {format_bytes(estimate_clip_bytes(p))}{all_clips}",
+        f"latents of a clip: {format_bytes(clip)}{all_clips}",
         "",
         f"{unit} on a {machine.unit} by ZeRO stage, with as many samples at once as fit in {format_number(machine.memory / GIB)} GiB:",
         f"{'stage':<12}{'ZeRO':>5}{'weights':>9}{'gradients':>11}{'optimiser':>11}{'average':>9}{'keys, values':>14}{'activations':>13}"
@@ -110,12 +108,12 @@ def format_duration(hours: float) -> str:
 
 def describe_hardware(gpus: int | None, memory: float | None, tflops: float | None, utilisation: float) -> Hardware:
     """Return the hardware as the options state it, and what they leave out as this machine has it."""
-    count = gpus if gpus is not None else 1 if memory else limits.count_gpus()
+    count = gpus if gpus is not None else 1 if memory else forecast.count_gpus()
     if not count:
-        free, reached = limits.measure_memory(), tflops * utilisation if tflops else CPU_TFLOPS
+        free, reached = forecast.measure_memory(), tflops * utilisation if tflops else CPU_TFLOPS
         cpu = f"1 process on the CPU, {format_number(free / GIB)} GiB free, {format_number(reached * 1000)} GFLOP/s"
         return Hardware(1, free, reached, "CPU", cpu + ("" if tflops else " (what profile tiny reaches on one core)"))
-    size = memory * GIB if memory else limits.measure_memory() if limits.count_gpus() else DEFAULT_MEMORY * GIB
+    size = memory * GIB if memory else forecast.measure_memory() if forecast.count_gpus() else DEFAULT_MEMORY * GIB
     peak = tflops or H100_TFLOPS
     gpu = f"{count} GPU{'s' * (count > 1)} of {format_number(size / GIB)} GiB, {utilisation:.0%} of {format_number(peak)} TFLOP/s each"
     return Hardware(count, size, peak * utilisation, "GPU", gpu)
