@@ -346,12 +346,12 @@ def empty_memory(spec: MemorySpec, share_key: ShareKey | None = None) -> Memory:
     return LayerMemories(spec, share_key=share_key) if spec.scope == "layer" else ContextMemory(spec, share_key=share_key)
 
 
-def fixed_memory(frames: Frames) -> ContextMemory:
-    """Return a memory of exactly these frames, at positions 0, 1, 2, …, that never promotes: a context read in one pass."""
-    spec = MemorySpec(
-        sink=0,
+def build_plain_spec(sink: int, fast: int, positions: Literal["packed", "absolute"]) -> MemorySpec:
+    """Return a memory of the first `sink` and the newest `fast` frames that never promotes."""
+    return MemorySpec(
+        sink=sink,
         slow=0,
-        fast=len(frames),
+        fast=fast,
         promote="none",
         tau=1.0,
         interval=1,
@@ -361,7 +361,11 @@ def fixed_memory(frames: Frames) -> ContextMemory:
         timing="clean",
         fill="none",
         scope="global",
-        positions="packed",
+        positions=positions,
         commit="all",
     )
-    return ContextMemory(spec, fast=frames, frame_count=len(frames))
+
+
+def fixed_memory(frames: Frames) -> ContextMemory:
+    """Return a memory of exactly these frames, at positions 0, 1, 2, …, that never promotes: a context read in one pass."""
+    return ContextMemory(build_plain_spec(0, len(frames), "packed"), fast=frames, frame_count=len(frames))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tasks.files.json_lines import read_json_lines
 
@@ -16,19 +16,12 @@ MOST_BYTES = 64_000_000  # of all videos together; W&B copies each
 TABLE_COLUMNS = ("suite", "system", "metric", "mean", "low", "high", "videos")
 
 
-class MediaFile(NamedTuple):
-    """A video (.mp4) or picture with its caption."""
-
-    file: Path
-    caption: str
-
-
-def select_videos(out: Path) -> dict[str, list[MediaFile]]:
-    """Select the first videos of each system in the order of the prompts: videos/<suite>/<system> -> files.
+def select_videos(out: Path) -> dict[str, list[tuple[Path, str]]]:
+    """Select the first videos of each system in the order of the prompts: videos/<suite>/<system> -> files with captions.
 
     Empty for an out that has no index.jsonl.
     """
-    selected: dict[str, list[MediaFile]] = {}
+    selected: dict[str, list[tuple[Path, str]]] = {}
     first_seeds: dict[tuple[str, str], int] = {}
     bytes_left = MOST_BYTES
     for row in read_json_lines(out / "index.jsonl", missing_ok=True):
@@ -37,7 +30,7 @@ def select_videos(out: Path) -> dict[str, list[MediaFile]]:
         if row["seed"] != seed or len(videos) == MOST_VIDEOS or not file.exists() or file.stat().st_size > bytes_left:
             continue
         bytes_left -= file.stat().st_size
-        videos.append(MediaFile(file, f"{row['prompt']} (seed {row['seed']})"))
+        videos.append((file, f"{row['prompt']} (seed {row['seed']})"))
     return {key: videos for key, videos in selected.items() if videos}
 
 

@@ -16,8 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from .run import explain_unreachable, hide_key
-from .unsent import is_marked, is_running
+from .run import MARK, explain_unreachable, hide_key, is_running
 
 SEND_SECONDS = 600  # for one run; W&B itself tries for ever
 HEADER_BYTES = 7  # of W&B's file, which holds nothing else when a run is killed in its first seconds
@@ -45,13 +44,14 @@ class LocalRun:
     @property
     def state(self) -> str:
         """runs | empty (killed in its first seconds) | killed (what its file has is not sent yet) | waits (to be sent) | sent."""
+        marked = (self.folder / MARK).exists()  # it lives, was killed, or ended before the server had taken all of it
         if is_running(self.folder):
             return "runs"
-        if any(self.folder.glob("*.wandb.synced")) or not (self.offline or is_marked(self.folder)):
+        if any(self.folder.glob("*.wandb.synced")) or not (self.offline or marked):
             return "sent"
         if sum(file.stat().st_size for file in self.folder.glob("*.wandb")) <= HEADER_BYTES:
             return "empty"
-        return "killed" if self.offline and is_marked(self.folder) else "waits"
+        return "killed" if self.offline and marked else "waits"
 
     @property
     def command(self) -> list[str]:

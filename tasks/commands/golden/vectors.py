@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 import zlib
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from cf_model.foreign.weight_names import expected_shapes, to_diffusers, translate_original_config
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.memory import MemorySpec
+from cf_model.model.memory import MemorySpec, build_plain_spec
 from cf_model.model.weights import check_weights
+from tasks.files.json_lines import load_json_object
 from tasks.params.yaml_file import Refused
 
 WEIGHTS = "weights_selfforcing_keys.safetensors"
@@ -49,20 +49,10 @@ class GoldenVectors:
 
     def _read_config(self) -> dict[str, Any]:
         for path in sorted(self.folder.glob("meta_*.json")):
-            config = self._read_json(path.name).get("config")
+            config = load_json_object(path).get("config")
             if isinstance(config, dict):
                 return config
         raise Refused(f"{self.folder} holds no meta_*.json with a config, which states the model's sizes; copy meta_selfforcing.json too")
-
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = self._find_file(name)
-        try:
-            tree = json.loads(path.read_text())
-        except ValueError as error:
-            raise Refused(f"{path} is not JSON ({error}); copy it again") from None
-        if not isinstance(tree, dict):
-            raise Refused(f"{path} holds no keys; copy it again")
-        return tree
 
     def _find_file(self, name: str) -> Path:
         if not (self.folder / name).is_file():
@@ -134,7 +124,7 @@ class GoldenVectors:
             raise Refused(f"{path} can't be read ({error}); copy it again") from None
 
     def load_keymap(self) -> dict[str, Any]:
-        return self._read_json(KEYMAP)
+        return load_json_object(self._find_file(KEYMAP))
 
     def load_model(self) -> Denoiser:
         """Build the model from the weights through our converter; refuse weights that are missing, unknown or misshapen."""
@@ -159,19 +149,4 @@ def build_peer_memory(case: str, frames: int) -> MemorySpec:
     if not match:
         raise Refused(f"case {case} names neither a global window nor one like w6_s3, which says what is remembered; rename its arrays")
     window, sink = (int(match[2]), int(match[3])) if match[2] else (frames, 0)
-    return MemorySpec(
-        sink=sink,
-        slow=0,
-        fast=window - sink,
-        promote="none",
-        tau=0.0,
-        interval=1,
-        begin=1,
-        keep="first",
-        when="evict",
-        timing="clean",
-        fill="none",
-        scope="global",
-        positions="packed" if match[1] == "ll_rel" else "absolute",
-        commit="all",
-    )
+    return build_plain_spec(sink, window - sink, "packed" if match[1] == "ll_rel" else "absolute")
