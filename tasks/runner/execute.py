@@ -1,12 +1,15 @@
-"""Runs one stage: its working folder, its outs, its metrics, its runtime facts. Knows nothing of what a stage does."""
+"""Runs one stage: its working folder, its outs, its metrics, its runtime facts. Knows nothing of what a stage does.
+
+Seconds, memory and machine differ between two runs that make the same bytes, so they go to runtime/<stage>.json, which DVC never sees.
+"""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import platform
 import random
-import re
+import resource
 import shutil
 import signal
 import sys
@@ -22,12 +25,11 @@ from tasks.files.atomic import write_atomically
 from tasks.params.project import Project
 from tasks.wandb_log import run as mirror
 
-from .runtime import RUNTIME, measure_runtime, write_runtime
 from .track import Track, round_value
 from .working_folder import compute_key, open_working_folder
 
 Run = Callable[..., Mapping[str, Any]]
-METRICS = Path("metrics")
+METRICS, RUNTIME = Path("metrics"), Path("runtime")
 
 
 def execute(
@@ -50,7 +52,9 @@ def execute(
                 metrics = round_metrics(stage, run(params, track, **partial_paths))
         except BaseException as error:
             track.close(exit_code=143 if isinstance(error, SystemExit) else 1)
-            if message := disk_full_message(error):
+            from cf_model.model.checkpoint import explain_full_disk  # here, because it imports torch
+
+            if isinstance(error, Exception) and (message := explain_full_disk(error)):
                 remedy = f"its checkpoints in {work} are intact: make room and start again"
                 raise ValueError(f"there is no room for what {stage} makes ({message}); {remedy}") from None
             raise
@@ -61,14 +65,6 @@ def execute(
         track.save_times(RUNTIME)
         write_runtime(stage, measure_runtime(began, params.threads) | track.facts)
         shutil.rmtree(work)
-
-
-def disk_full_message(error: BaseException) -> str | None:
-    """Return the system's message if the error means a full disk. safetensors raises it as text without an error number."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and type(error).__name__ == "SafetensorError":
-        number = int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
-    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 def seed_generators(params: Any) -> None:
@@ -146,3 +142,38 @@ def stop_on_sigterm(track: Track) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def measure_runtime(began: float, threads: int) -> dict[str, Any]:
+    """Measure this process since `began`, with the children that it has waited for."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss in a MiB
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
+        "wall_seconds": round(time.time() - began, 2),
+        "cpu_seconds": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 2),
+        "peak_mib": round(own.ru_maxrss / unit),
+        "peak_mib_of_a_child": round(children.ru_maxrss / unit),
+        "threads": threads,
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
+
+
+def write_runtime(stage: str, values: Mapping[str, Any]) -> None:
+    """Write runtime/<stage>.json, and all stages into a script, because a page that is opened from disk can load no JSON."""
+    RUNTIME.mkdir(exist_ok=True)
+    write_atomically(RUNTIME / f"{stage}.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    stages = {file.stem: json.loads(file.read_text()) for file in sorted(RUNTIME.glob("*.json"))}
+    write_atomically(RUNTIME / "runtime.js", f"window.CF_RUNTIME = {json.dumps(stages, indent=1, sort_keys=True)};\n")

@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.files.atomic import write_atomically
 from tasks.files.settings import read_settings
 from tasks.params.yaml_file import Refused
 from tasks.wandb_log.lineage import name_pipeline_run
 
 from .execute import seed_generators, stop_on_sigterm
-from .progress import Progress
-from .track import Track
+from .track import Progress, Track
 from .working_folder import WORK
 
 if TYPE_CHECKING:
@@ -159,10 +159,8 @@ def _end_with_the_launcher(parent: int) -> None:
 
 def report_failure(message: str, code: int) -> None:
     """Leave the cause of this rank's end to the launcher, and exit at once, because the other ranks wait for this one."""
-    report = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-    partial = report.with_name("error.partial")
-    partial.write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
-    partial.rename(report)
+    report = {"message": message, "timestamp": int(time.time())}
+    write_atomically(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(report))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -6,21 +6,69 @@ Only numbers that a rerun repeats go into metrics.jsonl, because DVC hashes it; 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.files.json_lines import dump_json_lines, read_json_lines
 from tasks.files.step_rows import StepRows, sum_step_times
-
-from .progress import Progress
 
 if TYPE_CHECKING:
     from tasks.wandb_log.run import WandbRun
+
+PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
+
+
+class Progress:
+    """A count with its rate and the time left on stderr: a bar in a terminal, lines elsewhere; `hidden` shows nothing."""
+
+    def __init__(self, name: str, total: int, unit: str, start: int, *, hidden: bool = False) -> None:
+        self.name, self.total, self.unit, self.start, self.done = name, total, unit, start, start
+        self.began = self.printed = time.monotonic()
+        self.values: dict[str, float] = {}
+        self.bar: Any = None
+        self.closed = hidden
+        if sys.stderr.isatty() and not hidden:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=start, unit=f" {unit}", desc=name, dynamic_ncols=True, smoothing=0.1)
+
+    def update(self, n: int = 1, **values: float) -> None:
+        """Count `n` more units, and show the latest values beside the count."""
+        self.done += n
+        self.values = values
+        if self.bar is not None:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            self.bar.update(n)
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS and not self.closed:
+            self._print_line()
+        if self.done >= self.total:
+            self.close()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self.printed = time.monotonic()
+        seconds = self.printed - self.began
+        rate = (self.done - self.start) / seconds if seconds else 0.0
+        parts = [f"{self.name}: {self.done} of {self.total} {self.unit}s"]
+        if rate:
+            left = (self.total - self.done) / rate
+            parts += [f"{rate:.3g} a second", f"{left:.0f} s left" if self.done < self.total else f"in {seconds:.0f} s"]
+        parts += [f"{name} {value:.4g}" for name, value in self.values.items()]
+        print(", ".join(parts), file=sys.stderr, flush=True)
 
 
 class Track:
@@ -93,7 +141,7 @@ class Track:
         if (self.work / "samples").is_dir():
             shutil.copytree(self.work / "samples", out / "samples")
         rows = self._rows.read()
-        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / "metrics.jsonl").write_text(dump_json_lines(rows))
         with (out / "metrics.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)) or ["step"], lineterminator="\n")
             table.writeheader()
@@ -125,7 +173,6 @@ def round_value(value: float) -> float | int | None:
 
 def mean_of_tail(out: Path, name: str) -> float | None:
     """Average a value over the last tenth of those rows of out/metrics.jsonl that have it, because single steps are noisy."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    values = [row[name] for row in rows if row.get(name) is not None]
+    values = [row[name] for row in read_json_lines(out / "metrics.jsonl") if row.get(name) is not None]
     last = values[-max(1, len(values) // 10) :]
     return sum(last) / len(last) if last else None

@@ -24,7 +24,7 @@ def compute_key(stage: str, paths: Mapping[str, Any], project: Project) -> str:
     entry = project.stage(stage)
     deps = [Path(dep) for dep in entry.get("deps", [])]
     inputs = [value for name, value in paths.items() if name != "out" and isinstance(value, Path)]
-    deps += [path for path in inputs if not any(_paths_overlap(path, dep) for dep in deps)]
+    deps += [path for path in inputs if not any(path.is_relative_to(dep) or dep.is_relative_to(path) for dep in deps)]
     # A file that a parameter names is no dependency of DVC's. A killed run must still not continue with another file's results.
     section = project.tree.get(stage, {})
     deps += [Path(section[name]) for name in USER_FILES if isinstance(section, Mapping) and section.get(name)]
@@ -36,33 +36,26 @@ def compute_key(stage: str, paths: Mapping[str, Any], project: Project) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _paths_overlap(path: Path, other: Path) -> bool:
-    return path.is_relative_to(other) or other.is_relative_to(path)
-
-
 def _select_params(entries: list[Any], tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Look up dvc.yaml's `params`: dotted keys, or {file: keys}, where no keys means the whole file."""
     for entry in entries:
         if isinstance(entry, str):
             yield entry, value_at(tree, entry)
-            continue
-        for keys in entry.values():
-            yield from _select_params(list(keys or tree), tree)
+        else:
+            for keys in entry.values():
+                yield from _select_params(list(keys or tree), tree)
 
 
 @contextmanager
 def open_working_folder(stage: str, key: str) -> Iterator[tuple[Path, bool]]:
-    """Lock work/<stage>/<key>, and yield it with whether an earlier process left files there. Refused if it is in use."""
+    """Lock work/<stage>/<key>, and yield it with whether an earlier process left files there. Refused if it is in use.
+
+    The lock holds our process id. The kernel frees it when the process ends, also by kill -9.
+    """
     work = WORK / stage / key
-    with _hold_lock(work / "lock"):
-        yield work, any(path.name != "lock" for path in work.iterdir())
-
-
-@contextmanager
-def _hold_lock(lock: Path) -> Iterator[None]:
-    """Hold the lock with our process id in it. The kernel frees it when the process ends, also by kill -9."""
+    lock = work / "lock"
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
         try:
             file = lock.open("a+")
         except FileNotFoundError:  # a stage that has just succeeded removed the folder between the two lines
@@ -73,11 +66,11 @@ def _hold_lock(lock: Path) -> Iterator[None]:
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip() or "unknown"
-                raise Refused(f"{lock.parent} is in use by process {owner}; wait for it to end, or end it, and start again") from None
+                raise Refused(f"{work} is in use by process {owner}; wait for it to end, or end it, and start again") from None
             if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue  # the file that we locked was removed meanwhile, and another process may have made it anew
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            yield work, any(path != lock for path in work.iterdir())
             return

@@ -197,7 +197,7 @@ def make_video(
 
 def show_progress(chunks: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
     """Yield the chunks while a bar shows the frames of new video, and how many seconds of video are made in a second."""
-    from tasks.runner.progress import Progress
+    from tasks.runner.track import Progress
 
     bar, began, done = Progress(out.name, frames, "frame", 0), time.monotonic(), 0
     for chunk in chunks:
