@@ -16,7 +16,7 @@ from tasks.runner.process import fix_environment, is_deliberate
 
 COMMANDS = {  # heading -> command -> its module (or module:function, instead of `main`), and what `cf --help` says
     "parameters": {
-        "profile": ("tasks.commands.profile", "list | use NAME: the complete parameter files in profiles/"),
+        "profile": ("tasks.commands.preset:use_profile", "list | use NAME: the complete parameter files in profiles/"),
         "preset": ("tasks.commands.preset", "list | use NAME: published methods in presets/, laid over params.yaml"),
         "plan": ("tasks.commands.plan.table", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
     },

@@ -85,7 +85,7 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> N
 
 def test_every_preset_can_be_planned() -> None:
     stated = yaml_file.read_yaml(WAN)
-    params = {name: load.validate_params(preset.apply_preset(stated, name), WAN) for name in preset.list_presets()}
+    params = {name: load.validate_params(preset.apply_preset(stated, name), WAN) for name in preset.list_files("preset")}
     made = {name: forecast.estimate_needs(p)["stage2"] for name, p in params.items()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"

@@ -10,13 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from tasks.commands.summary import summarize_run
 from tasks.params.project import Project
 
 DVC = ("dvc", "--wait-for-lock", "repro")
 COMMITTED = Path("benchmarks/results/tiny-runtime.json")  # runtime/*.json of the run of profile tiny that is committed
 ENOUGH = 10.0  # seconds of finished stages, in the committed run, from which this machine's speed is estimated
+SUMMARY = {  # label -> stage whose metrics/<stage>.json has the number, and the keys to it
+    "base, sprite recall": ("evaluate", "prompts", "base", "sprite_recall"),
+    "stage1, sprite recall": ("evaluate", "prompts", "stage1", "sprite_recall"),
+    "teacher, map error after 10 real seconds": ("evaluate", "continuations", "teacher_slow_fast", "map_error"),
+    "stage2, memory ratio (0 remembers all)": ("evaluate", "prompts", "stage2", "memory_ratio"),
+    "stage2, diversity between its videos": ("evaluate", "prompts", "stage2", "diversity"),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -74,3 +81,19 @@ def format_seconds(seconds: float) -> str:
     if seconds < 10:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds, -1):.0f} s" if seconds < 95 else f"{round(seconds / 60)} min"
+
+
+def summarize_run(root: Path) -> str:
+    """Return the lines for the project in `root`; a number that no stage has written is `not measured`."""
+    places = {"report": root / "reports/report.html", "videos": root / "samples"}
+    lines = [f"{name:<42} {path}" for name, path in places.items() if path.exists()]
+    lines += [f"{label:<42} {_read_metric(root / 'metrics', *keys)}" for label, keys in SUMMARY.items()]
+    return "\n".join(lines)
+
+
+def _read_metric(metrics: Path, stage: str, *keys: str) -> str:
+    file = metrics / f"{stage}.json"
+    value: Any = json.loads(file.read_text()) if file.exists() else None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return f"{value:.4g}" if isinstance(value, int | float) else "not measured"

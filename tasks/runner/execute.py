@@ -52,11 +52,12 @@ def execute(
                 metrics = round_metrics(stage, run(params, track, **partial_paths))
         except BaseException as error:
             track.close(exit_code=143 if isinstance(error, SystemExit) else 1)
-            from cf_model.model.checkpoint import explain_full_disk  # here, because it imports torch
+            if isinstance(error, Exception):
+                from cf_model.model.checkpoint import explain_full_disk  # here, because it imports torch
 
-            if isinstance(error, Exception) and (message := explain_full_disk(error)):
-                remedy = f"its checkpoints in {work} are intact: make room and start again"
-                raise ValueError(f"there is no room for what {stage} makes ({message}); {remedy}") from None
+                if message := explain_full_disk(error):
+                    remedy = f"its checkpoints in {work} are intact: make room and start again"
+                    raise ValueError(f"there is no room for what {stage} makes ({message}); {remedy}") from None
             raise
         if metrics:
             METRICS.mkdir(exist_ok=True)
