@@ -30,7 +30,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "remote": ("flows.project.dvc_remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
     },
     "models": {
-        "video": ("tasks.commands.video.one", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
+        "video": ("tasks.commands.video.command", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
         "export": ("tasks.commands.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf video`; the way back"),
         "import-weights": ("tasks.commands.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA"),
     },

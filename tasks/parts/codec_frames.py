@@ -17,6 +17,5 @@ PIECE = 64  # frames that are in memory at once: at 832 x 480 they take 77 MB
 
 def read_frames(path: Path, size: Video) -> Iterator[Tensor]:
     """Yield a clip's frames in pieces [1, V, Y, X, 3], 1 + 4k frames in all; what is left over, less than a latent, is dropped."""
-    shape = {"height": size.height, "width": size.width, "fps": size.fps}
-    pieces = read_pieces(path, **shape, size=PIECE, cut=lambda frames: video_frames(latent_frames(frames)))
+    pieces = read_pieces(path, **size.model_dump(), size=PIECE, cut=lambda frames: video_frames(latent_frames(frames)))
     return (torch.from_numpy(piece)[None] for piece in pieces)
