@@ -12,7 +12,7 @@ import numpy as np
 
 from cf_model.data.filter import REASONS, ClipMeasures, Rejection, find_broken_rule, measure_clip
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
-from tasks.files.hashes import hash_content
+from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
 from tasks.params.schema import Filter, Params
 from tasks.parts.clip_cache import ClipCache
@@ -51,7 +51,7 @@ def measure_files(files: list[Path], rules: Filter, track: Track, tell: Callable
     # Choice: an unreadable file is tried again each time, because it may have been too slow for a busy machine.
     """
     cache = ClipCache("measures", {}, modules=("cf_model.data.filter", "cf_model.data.video"), libraries=("av", "decord", "numpy"))
-    contents = [hash_content(file) for file in files]
+    contents = [compute_dvc_md5(file) for file in files]
     measures: dict[int, ClipMeasures | Unreadable] = {}
     for i, content in enumerate(contents):
         if payload := cache.get(content):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.files.atomic import write_atomically
-from tasks.files.hashes import hash_content
+from tasks.files.hashes import compute_dvc_md5
 from tasks.files.settings import read_settings
 
 WORK = Path("work")
@@ -35,7 +35,7 @@ class ClipCache:
     def __init__(self, name: str, on: Mapping[str, Any], *, modules: Sequence[str], libraries: Sequence[str]) -> None:
         folder = read_settings().clip_cache or str(WORK / "kept")
         self.folder = None if folder == "off" else Path(folder) / name
-        code = {module: hash_content(Path(str(sys.modules[module].__file__))) for module in modules}
+        code = {module: compute_dvc_md5(Path(str(sys.modules[module].__file__))) for module in modules}
         versions = {library: importlib.metadata.version(library) for library in libraries}
         self.basis = json.dumps([code, versions, on], sort_keys=True, default=str)
         self.new_entries = 0  # computed by this run

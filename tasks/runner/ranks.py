@@ -25,9 +25,8 @@ from tasks.files.settings import read_settings
 from tasks.params.yaml_file import Refused
 from tasks.wandb_log.lineage import name_pipeline_run
 
-from .execute import seed_generators, stop_on_sigterm
+from .execute import WORK, seed_generators, stop_on_sigterm
 from .track import Progress, Track
-from .working_folder import WORK
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

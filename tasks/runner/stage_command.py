@@ -14,9 +14,8 @@ from typing import Any
 from tasks.params.project import Project
 
 from . import ranks
-from .execute import execute
+from .execute import WORK, execute
 from .process import BEGAN
-from .working_folder import WORK
 
 
 def run_stage(stage: str, argv: list[str], project: Project) -> None:

@@ -6,17 +6,18 @@ Only numbers that a rerun repeats go into metrics.jsonl, because DVC hashes it; 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.files.json_lines import dump_json_lines, read_json_lines
-from tasks.files.step_rows import StepRows, sum_step_times
+from tasks.files.atomic import write_atomically
+from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
 
 if TYPE_CHECKING:
     from tasks.wandb_log.run import WandbRun
@@ -69,6 +70,32 @@ class Progress:
             parts += [f"{rate:.3g} a second", f"{left:.0f} s left" if self.done < self.total else f"in {seconds:.0f} s"]
         parts += [f"{name} {value:.4g}" for name, value in self.values.items()]
         print(", ".join(parts), file=sys.stderr, flush=True)
+
+
+class StepRows:
+    """The file of a stage's rows, such as metrics.jsonl. A killed attempt may have written rows after its last checkpoint: the first
+    row that the next attempt adds removes those of the same and of later steps.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._from_earlier_attempt = file.exists()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if self._from_earlier_attempt:
+            self.cut(row["step"] - 1)
+        with self.file.open("a") as file:
+            file.write(dump_json_lines([row]))
+
+    def cut(self, step: int) -> None:
+        """Remove the rows after `step`, and a last row that a kill left half-written."""
+        self._from_earlier_attempt = False
+        if self.file.exists():
+            lines = self.file.read_text().splitlines(keepends=True)
+            write_atomically(self.file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+    def read(self) -> list[Row]:
+        return read_json_lines(self.file, missing_ok=True)
 
 
 class Track:
@@ -176,3 +203,16 @@ def mean_of_tail(out: Path, name: str) -> float | None:
     values = [row[name] for row in read_json_lines(out / "metrics.jsonl") if row.get(name) is not None]
     last = values[-max(1, len(values) // 10) :]
     return sum(last) / len(last) if last else None
+
+
+def sum_step_times(times: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum rows of times: {"seconds": {name: seconds}}, and "cuda_peak_mib", the highest of the rows that have a GPU's peak."""
+    seconds: dict[str, float] = {}
+    sums: dict[str, Any] = {"seconds": seconds}
+    for row in times:
+        for name in [name for name in row if name.startswith("seconds/")]:
+            short = name.removeprefix("seconds/")
+            seconds[short] = round(seconds.get(short, 0.0) + row[name], 6)
+        if "cuda_peak_mib" in row:
+            sums["cuda_peak_mib"] = max(sums.get("cuda_peak_mib", 0.0), row["cuda_peak_mib"])
+    return sums

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tasks.files.atomic import write_atomically
-from tasks.files.hashes import compute_dvc_md5, hash_content, list_files
+from tasks.files.hashes import compute_dvc_md5, list_files
 from tasks.params.project import Project
 
 from . import lineage, media
@@ -225,7 +225,7 @@ def build_artifact(path: Path, about: Mapping[str, Any], *, by_this_run: bool = 
         metadata |= {"git_sha": git["sha"], "git_dirty": git["dirty"], "stage": about["job_type"], "run": about["group"]}
     artifact = wandb.Artifact(path.stem, type=ARTIFACT_TYPES.get(path.parts[0], "output"), metadata=metadata)
     entries = artifact.add_reference(path.absolute().as_uri(), name=str(path), checksum=False, max_objects=None)
-    md5s = {file.absolute().as_uri(): hash_content(file) for file in files}
+    md5s = {file.absolute().as_uri(): compute_dvc_md5(file) for file in files}
     for entry in entries:
         entry.digest = base64.b64encode(bytes.fromhex(md5s[Path(entry.ref.removeprefix("file://")).as_uri()])).decode()
     return artifact

@@ -22,7 +22,7 @@ from cf_model.data.prompts import iterate_prompts
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
 from cf_model.data.video import VideoFacts, grow_video, growing_path, probe_video, read_video
 from tasks.files.atomic import write_atomically
-from tasks.files.hashes import hash_content
+from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.params.yaml_file import Refused
 
@@ -220,9 +220,9 @@ def make_videos(pipe: ContextForcingPipeline, clip: np.ndarray | None, args: arg
 
     options = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize")
     settings = {name: getattr(args, name) for name in options} | {
-        "model": hash_content(args.model),
+        "model": compute_dvc_md5(args.model),
         "memory": asdict(pipe.recipe.memory),
-        "continue_from": args.continue_from and hash_content(args.continue_from),
+        "continue_from": args.continue_from and compute_dvc_md5(args.continue_from),
     }
     finished = read_finished(args.out, settings)
     for number, words in iterate_prompts(args.prompts_file):
