@@ -146,10 +146,7 @@ def seed_generators(params: Any) -> None:
 @contextmanager
 def write_beside(paths: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the paths with `<out>.partial` for `out`; on success move it into place, on failure leave the old `out` as it was."""
-    out = paths.get("out")
-    if out is None:
-        yield dict(paths)
-        return
+    out = paths["out"]
     new, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     out.parent.mkdir(parents=True, exist_ok=True)
     _delete_path(new)

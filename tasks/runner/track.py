@@ -159,9 +159,8 @@ class Track:
 
     def cut(self, step: int) -> None:
         """Drop the rows after `step`."""
-        self._rows.cut(step)
-        self._times.cut(step)
-        self._shown.cut(step)
+        for rows in (self._rows, self._times, self._shown):
+            rows.cut(step)
 
     def save(self, out: Path) -> None:
         """Copy samples and metrics.jsonl into the stage's out folder, and write the rows as metrics.csv too, because DVC plots that."""

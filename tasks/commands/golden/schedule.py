@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,20 +139,10 @@ def compute_scores(golden: GoldenVectors, x_t: Tensor, sigma: Tensor, fake: Stub
     text, null = (words.mean(dim=0) for words in read_texts(golden))
     noise = (x_t - (1 - expand_sigma(sigma, x)) * x) / expand_sigma(sigma, x)
     draws = zip(sigma / (flow.shift - (flow.shift - 1) * sigma), noise, strict=True)  # the level before its shift
+    options: dict[str, Any] = {"real": REAL, "fake": fake, "view": PLAIN_VIEW, "flow": flow, "guidance": GUIDANCE, "null": null}
+    options |= {"guidance_passes": "apart"}
     results = [
-        compute_generator_gradient(
-            one[None],
-            text[None],
-            real=REAL,
-            fake=fake,
-            context=one[None, :0],
-            view=PLAIN_VIEW,
-            flow=flow,
-            rng=iter([u[None], epsilon[None]]),
-            guidance=GUIDANCE,
-            guidance_passes="apart",
-            null=null,
-        )
+        compute_generator_gradient(one[None], text[None], context=one[None, :0], rng=iter([u[None], epsilon[None]]), **options)
         for one, (u, epsilon) in zip(x, draws, strict=True)
     ]
     gradient = torch.cat([one for one, _ in results])
