@@ -21,8 +21,7 @@ import secrets
 import socket
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import starmap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,11 +131,9 @@ class WandbRun:
         """Log (file, caption) pairs by key, with the numbers of a row."""
         import wandb
 
-        def convert(file: Path, caption: str) -> Any:
-            return wandb.Video(str(file), caption=caption, format="mp4")
-
         if videos:
-            self.run.log(row | {key: list(starmap(convert, some)) for key, some in videos.items()})
+            movies = {key: [wandb.Video(str(file), caption=words, format="mp4") for file, words in some] for key, some in videos.items()}
+            self.run.log(row | movies)
 
     def _log_table(self, out: Path, metrics: Mapping[str, Any]) -> None:
         config = self.about["config"]
@@ -311,17 +308,11 @@ def build_table(out: Path, metrics: Mapping[str, Any], *, resamples: int, seed: 
     from cf_model.evaluate.statistics import bootstrap
 
     table: dict[tuple[str, str, str], tuple[Any, ...]] = {}
-    for (suite, system), values in _list_systems(metrics):
-        table |= {(suite, system, metric): (value, None, None, None) for metric, value in values.items()}
+    for suite in metrics.keys() - {"compared"}:  # which are pairs of systems
+        for system, values in metrics[suite].items():
+            table |= {(suite, system, metric): (value, None, None, None) for metric, value in values.items()}
     for key, prompts in cells.items():
         interval = bootstrap(prompts, resamples=resamples, seed=seed)
         ends = (interval.low, interval.high) if interval.has_ends else (None, None)
         table[key] = (interval.mean, *ends, sum(map(len, prompts.values())))
     return [(*place, *numbers) for place, numbers in sorted(table.items())]
-
-
-def _list_systems(metrics: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Mapping[str, Any]]]:
-    """Yield ((suite, system), its numbers). Pairs of systems (`compared`) are left out: they belong to no single system."""
-    for suite, systems in metrics.items():
-        if isinstance(systems, Mapping) and suite != "compared":
-            yield from (((suite, system), values) for system, values in systems.items() if isinstance(values, Mapping))
