@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tasks.files.json_lines import load_json_object
 from tasks.params.project import Project
 
 DVC = ("dvc", "--wait-for-lock", "repro")
@@ -56,8 +56,7 @@ class Forecast:
 
     def __init__(self, project: Project, root: Path) -> None:
         self.stages, self.root, self.began = list(project.stages), root, time.time()
-        committed = root / COMMITTED
-        facts = json.loads(committed.read_text()) if project.tree.get("profile") == "tiny" and committed.exists() else {}
+        facts = load_json_object(root / COMMITTED, missing_ok=True) if project.tree.get("profile") == "tiny" else {}
         self.seconds: dict[str, float] = {stage: entry["wall_seconds"] for stage, entry in facts.items()}
 
     def describe(self, stage: str) -> str:
@@ -68,12 +67,10 @@ class Forecast:
 
     def scale(self) -> float:
         """Return how much longer than in the committed run the stages of this run took so far; 1 until they are long enough."""
-        files = [file for file in map(self._runtime_file, self.seconds) if file.exists() and file.stat().st_mtime >= self.began]
+        files = [self.root / "runtime" / f"{stage}.json" for stage in self.seconds]
+        files = [file for file in files if file.exists() and file.stat().st_mtime >= self.began]
         committed = sum(self.seconds[file.stem] for file in files)
-        return sum(json.loads(file.read_text())["wall_seconds"] for file in files) / committed if committed >= ENOUGH else 1.0
-
-    def _runtime_file(self, stage: str) -> Path:
-        return self.root / "runtime" / f"{stage}.json"
+        return sum(load_json_object(file)["wall_seconds"] for file in files) / committed if committed >= ENOUGH else 1.0
 
 
 def format_seconds(seconds: float) -> str:
@@ -92,8 +89,7 @@ def summarize_run(root: Path) -> str:
 
 
 def _read_metric(metrics: Path, stage: str, *keys: str) -> str:
-    file = metrics / f"{stage}.json"
-    value: Any = json.loads(file.read_text()) if file.exists() else None
+    value: Any = load_json_object(metrics / f"{stage}.json", missing_ok=True)
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return f"{value:.4g}" if isinstance(value, int | float) else "not measured"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import subprocess
 import time
@@ -14,11 +13,8 @@ from typing import Any
 import psutil
 
 from tasks.files.atomic import write_atomically
-from tasks.files.hashes import compute_dvc_md5
 from tasks.files.settings import read_settings
 from tasks.params.project import Project
-
-CODE_SUFFIXES = {".py", ".j2"}
 
 
 def describe_git() -> dict[str, Any]:
@@ -37,15 +33,6 @@ def describe_git() -> dict[str, Any]:
 
 def _run_git(*words: str) -> str:
     return subprocess.run(["git", *words], check=True, capture_output=True, text=True, timeout=60).stdout
-
-
-def describe_dependencies(stage: str, project: Project) -> dict[str, Any]:
-    """Return the stage's dependencies with the md5s that dvc.lock will have for them, computed from the files themselves.
-
-    Code is left out, because the commit and its list of changed files name it.
-    """
-    deps = [Path(dep) for dep in project.stage(stage).get("deps", [])]
-    return {"stage": stage, "deps": {str(dep): compute_dvc_md5(dep) for dep in deps if dep.suffix not in CODE_SUFFIXES}}
 
 
 def list_inputs(stage: str, project: Project) -> list[Path]:
@@ -93,8 +80,3 @@ def read_group_start(group: int) -> float:
         return float(psutil.Process(group).create_time())
     except psutil.Error:
         return 0.0
-
-
-def make_alias(group: str) -> str:
-    """Return a group's name as an alias of an artifact, in which W&B forbids / and :."""
-    return re.sub("[/:]", "-", group)

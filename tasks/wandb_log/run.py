@@ -47,6 +47,7 @@ class WandbRun:
     def __init__(self, stage: str, project: Project, mode: str, about: dict[str, Any]) -> None:
         """`about`: what wandb.init takes to name and describe the run."""
         self.stage, self.project, self.mode, self.about = stage, project, mode, about
+        self.alias = re.sub("[/:]", "-", about["group"])  # of artifacts; W&B forbids / and : there
         self.run: Any = None
         self.folder: str | None = None
         self.url: str | None = None
@@ -117,11 +118,11 @@ class WandbRun:
     def _use_input(self, path: Path) -> None:
         # run.use_artifact refuses when offline. This is the call that it makes online for an artifact that the server may lack:
         # the server finds the artifact by its digest, or creates it, and then records that this run used it.
-        use = {"aliases": [lineage.make_alias(self.about["group"])], "is_user_created": True, "use_after_commit": True}
+        use = {"aliases": [self.alias], "is_user_created": True, "use_after_commit": True}
         self.run._log_artifact(build_artifact(path, self.about, by_this_run=False), **use)
 
     def _log_outs(self, metrics: Mapping[str, Any]) -> None:
-        aliases = ["latest", lineage.make_alias(self.about["group"])]
+        aliases = ["latest", self.alias]
         for out in filter(Path.exists, lineage.list_outs(self.project.stage(self.stage))):
             self._attempt("sample videos", lambda out: self._log_videos(select_videos(out), {}), out)
             self._attempt("table", self._log_table, out, metrics)
@@ -186,7 +187,9 @@ def describe_run(stage: str, project: Project, work: Path) -> dict[str, Any]:
     attempt = before["attempt"] + 1
     words = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{group[-40:]}-{stage}-{attempt}").strip("-")
     run_id = f"{words}-{secrets.token_hex(2)}"
-    origins = {"git": lineage.describe_git(), "dvc": lineage.describe_dependencies(stage, project)}
+    # the md5s that dvc.lock will have; code is left out, because the commit and its list of changed files name it
+    deps = [Path(dep) for dep in project.stage(stage).get("deps", []) if not dep.endswith((".py", ".j2"))]
+    origins = {"git": lineage.describe_git(), "dvc": {"stage": stage, "deps": {str(dep): compute_dvc_md5(dep) for dep in deps}}}
     write_atomically(file, json.dumps({"attempt": attempt, "id": run_id}) + "\n")
     return {
         "id": run_id, "group": group, "job_type": stage, "project": project.params.tracking.project,

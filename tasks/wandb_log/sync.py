@@ -7,7 +7,6 @@ run whose process lives is left alone. Of a killed run W&B's file lacks the last
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .run import MARK, explain_unreachable, hide_key, is_running
 
@@ -90,12 +91,11 @@ def hold_sync_lock(root: Path) -> Iterator[None]:
     """Hold the lock of `cf wandb sync`, because two at once would send everything twice."""
     lock = root / "runtime/wandb-sync.lock"
     lock.parent.mkdir(exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError("another `cf wandb sync` is at work here; wait for it to end") from None
-        yield
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError("another `cf wandb sync` is at work here; wait for it to end") from None
 
 
 def send_runs(runs: list[LocalRun], seconds: float) -> int:
@@ -121,11 +121,6 @@ def send_runs(runs: list[LocalRun], seconds: float) -> int:
     return refused
 
 
-def format_table(runs: list[LocalRun]) -> str:
-    rows = [("state", "started", "id"), *((run.state, run.start, run.id) for run in runs)]
-    return "\n".join(f"{state:<6}  {start:<15}  {run_id}" for state, start, run_id in rows)
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf wandb", description="Runs that W&B's client wrote here: show them, send them.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -136,7 +131,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     root = Path.cwd()
     if args.command == "list":
-        print(format_table(list_runs(root)))
+        for state, start, run_id in [("state", "started", "id"), *((run.state, run.start, run.id) for run in list_runs(root))]:
+            print(f"{state:<6}  {start:<15}  {run_id}")
         return
     with nullcontext() if args.dry_run else hold_sync_lock(root):
         waiting = [run for run in list_runs(root) if run.state in ("waits", "killed")]
