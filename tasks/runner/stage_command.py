@@ -6,7 +6,6 @@ import argparse
 import importlib
 import inspect
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,19 +38,17 @@ def run_stage(stage: str, argv: list[str], project: Project) -> None:
 
 
 def build_parser(stage: str, run: Callable[..., Any], project: Project) -> argparse.ArgumentParser:
-    """Build a parser with one option for each keyword-only parameter of `run`, of its type, and required unless it has a default."""
+    """Build a parser with an option for each keyword-only parameter of `run`: a path, required unless the parameter has a default."""
     entry = project.stages.get(stage)
     epilog = f"in dvc.yaml:\n  {' '.join(entry['cmd'].split())}" if entry else None
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(f"cf {stage}", description=inspect.getdoc(run), epilog=epilog, formatter_class=form)
-    hints = typing.get_type_hints(run)
     for name, parameter in inspect.signature(run).parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
             continue
-        kind = next(option for option in (Path, str) if option in (hints[name], *typing.get_args(hints[name])))
         required = parameter.default is parameter.empty
-        text = None if required or parameter.default is None else f"default: {parameter.default}"
         default = None if required else parameter.default
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, required=required, default=default, help=text)
+        text = default and f"default: {default}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=required, default=default, help=text)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
     return parser

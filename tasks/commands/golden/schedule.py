@@ -25,7 +25,7 @@ PLAIN_VIEW = TeacherView("none", 0, 0, 0, 1, "shared", "joint")
 
 def read_flow(golden: GoldenVectors) -> Flow:
     """Return the flow with the shift that the stored table of levels was made with."""
-    if "sched.sigmas" not in golden.files:
+    if "sched.sigmas" not in golden.arrays:
         return Flow(SHIFT, LOWEST, HIGHEST)
     table = golden.read_array("sched.sigmas", None)
     u, sigma = 1 - (len(table) // 2) / len(table), float(table[len(table) // 2])
@@ -37,7 +37,7 @@ def read_flow(golden: GoldenVectors) -> Flow:
 
 def look_up_rows(golden: GoldenVectors, t: Tensor) -> Tensor:
     """Return the row of the nearest timestep for each `t`, because the peers look σ up in a table of 1000; ours is exact."""
-    if "sched.timesteps" in golden.files:
+    if "sched.timesteps" in golden.arrays:
         table = golden.read_array("sched.timesteps", None)
     else:
         table = 1000 * torch.tensor(read_flow(golden).sampler_sigmas(1000)[:-1])
