@@ -14,13 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks.files.atomic import write_atomically
 from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
-
-if TYPE_CHECKING:
-    from tasks.wandb_log.run import WandbRun
+from tasks.wandb_log.run import WandbRun
 
 PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
 

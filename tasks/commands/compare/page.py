@@ -121,8 +121,7 @@ def compare_stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str,
             continue
         deps = list_changed_entries(one, other, "deps")
         stated = ({key: value for file in entry.get("params", {}).values() for key, value in file.items()} for entry in (one, other))
-        params = [dict(flatten_tree(tree)) for tree in stated]
-        keys = sorted(key for key in {*params[0], *params[1]} if params[0].get(key) != params[1].get(key) and "tracking" not in key)
+        keys = sorted(key for key, _, _ in list_changed_params(*stated))
         code = [path for path in deps if path.startswith(("cf_model/", "tasks/"))]
         same = not list_changed_entries(one, other, "outs")
         rows.append({"stage": name, "same": same, "code": code, "data": [path for path in deps if path not in code], "params": keys})
