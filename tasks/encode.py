@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -89,17 +90,15 @@ class CaptionEncoder:
 
     def encode(self, texts: list[str]) -> Tensor:
         """Encode texts to [B, T, E], with zeros past each text's end."""
-        return torch.stack([self._encode_text(text) for text in texts])
-
-    def _encode_text(self, text: str) -> Tensor:
-        if payload := self.cache.get(text):
-            rows = load(payload)["text"]
-        else:
-            rows = trim_padding(self.encoder.encode([text])[0])
-            self.cache.put(text, save({"text": rows}))
-        padded = rows.new_zeros(self.encoder.tokens, rows.shape[1])
-        padded[: len(rows)] = rows
-        return padded
+        encoded = []
+        for text in texts:
+            if payload := self.cache.get(text):
+                rows = load(payload)["text"]
+            else:
+                rows = trim_padding(self.encoder.encode([text])[0])
+                self.cache.put(text, save({"text": rows}))
+            encoded.append(functional.pad(rows, (0, 0, 0, self.encoder.tokens - len(rows))))
+        return torch.stack(encoded)
 
 
 def list_encoder_files(folder: Path | None) -> Iterator[tuple[str, int, int]]:

@@ -84,12 +84,9 @@ def summarize_run(root: Path) -> str:
     """Return the lines for the project in `root`; a number that no stage has written is `not measured`."""
     places = {"report": root / "reports/report.html", "videos": root / "samples"}
     lines = [f"{name:<42} {path}" for name, path in places.items() if path.exists()]
-    lines += [f"{label:<42} {_read_metric(root / 'metrics', *keys)}" for label, keys in SUMMARY.items()]
+    for label, (stage, *keys) in SUMMARY.items():
+        value: Any = load_json_object(root / f"metrics/{stage}.json", missing_ok=True)
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        lines.append(f"{label:<42} " + (f"{value:.4g}" if isinstance(value, int | float) else "not measured"))
     return "\n".join(lines)
-
-
-def _read_metric(metrics: Path, stage: str, *keys: str) -> str:
-    value: Any = load_json_object(metrics / f"{stage}.json", missing_ok=True)
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return f"{value:.4g}" if isinstance(value, int | float) else "not measured"

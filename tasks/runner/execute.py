@@ -25,6 +25,7 @@ import numpy as np
 
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
+from tasks.files.json_lines import load_json_object
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused, value_at
 from tasks.wandb_log import run as mirror
@@ -68,7 +69,12 @@ def execute(
             write_atomically(METRICS / f"{stage}.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         track.close(metrics)
         track.save_times(RUNTIME)
-        write_runtime(stage, measure_runtime(began, params.threads) | track.facts)
+        RUNTIME.mkdir(exist_ok=True)
+        facts = measure_runtime(began, params.threads) | track.facts
+        write_atomically(RUNTIME / f"{stage}.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        # and all stages into a script, because a page that is opened from disk can load no JSON
+        stages = {file.stem: load_json_object(file) for file in sorted(RUNTIME.glob("*.json"))}
+        write_atomically(RUNTIME / "runtime.js", f"window.CF_RUNTIME = {json.dumps(stages, indent=1, sort_keys=True)};\n")
         shutil.rmtree(work)
 
 
@@ -207,6 +213,9 @@ def measure_runtime(began: float, threads: int) -> dict[str, Any]:
     """Measure this process since `began`, with the children that it has waited for."""
     own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss in a MiB
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
         "wall_seconds": round(time.time() - began, 2),
@@ -215,24 +224,9 @@ def measure_runtime(began: float, threads: int) -> dict[str, Any]:
         "peak_mib_of_a_child": round(children.ru_maxrss / unit),
         "threads": threads,
         "load": [round(value, 2) for value in os.getloadavg()],
-        "cpu": _cpu_name(),
+        "cpu": next(names, platform.processor() or "unknown"),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
-
-
-def write_runtime(stage: str, values: Mapping[str, Any]) -> None:
-    """Write runtime/<stage>.json, and all stages into a script, because a page that is opened from disk can load no JSON."""
-    RUNTIME.mkdir(exist_ok=True)
-    write_atomically(RUNTIME / f"{stage}.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
-    stages = {file.stem: json.loads(file.read_text()) for file in sorted(RUNTIME.glob("*.json"))}
-    write_atomically(RUNTIME / "runtime.js", f"window.CF_RUNTIME = {json.dumps(stages, indent=1, sort_keys=True)};\n")

@@ -38,20 +38,14 @@ SAVING_SECONDS = 24 * 3600  # that ranks may take to end their step and save it 
 
 def count_ranks(stage: str, tree: Mapping[str, Any]) -> int:
     """Return how many processes this machine should have for the stage, by its GPUs and CF_RANKS; 1 for a stage that does not train."""
-    gpus, stated = _count_gpus(), read_settings().ranks
+    visible, stated = os.environ.get("CUDA_VISIBLE_DEVICES"), read_settings().ranks
+    devices = list(Path("/dev").glob("nvidia[0-9]*")) if visible is None else visible.split(",")
+    gpus = sum(str(device).strip() not in ("", "-1") for device in devices)
     if stated and 1 <= gpus < stated:
         raise Refused(f"CF_RANKS is {stated}, but there are {gpus} GPUs; use at most that, or the CPU by CUDA_VISIBLE_DEVICES=''")
     if stage not in TRAINING_STAGES or (stage == "base" and tree.get("base", {}).get("init") == "wan"):
         return 1
     return stated or max(gpus, 1)
-
-
-def _count_gpus() -> int:
-    """Count the GPUs that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
 
 
 def count_nodes() -> int:

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,8 +172,13 @@ class Track:
             table.writerows(rows)
 
     def save_times(self, folder: Path) -> None:
-        """Copy timing.jsonl to folder/<stage>.timing.jsonl, and add its sums and highest values to the facts."""
-        self.facts |= sum_step_times(self._times.read())
+        """Copy timing.jsonl to folder/<stage>.timing.jsonl, and add to the facts the sum of each kind of seconds and the GPU's peak."""
+        times, seconds = self._times.read(), dict[str, float]()
+        for row in times:
+            for name in [name.removeprefix("seconds/") for name in row if name.startswith("seconds/")]:
+                seconds[name] = round(seconds.get(name, 0.0) + row[f"seconds/{name}"], 6)
+        peaks = [row["cuda_peak_mib"] for row in times if "cuda_peak_mib" in row]
+        self.facts |= {"seconds": seconds} | ({"cuda_peak_mib": max(peaks)} if peaks else {})
         if self._times.file.exists():
             folder.mkdir(exist_ok=True)
             shutil.copyfile(self._times.file, folder / f"{self.stage}.timing.jsonl")
@@ -200,16 +205,3 @@ def mean_of_tail(out: Path, name: str) -> float | None:
     values = [row[name] for row in read_json_lines(out / "metrics.jsonl") if row.get(name) is not None]
     last = values[-max(1, len(values) // 10) :]
     return sum(last) / len(last) if last else None
-
-
-def sum_step_times(times: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sum rows of times: {"seconds": {name: seconds}}, and "cuda_peak_mib", the highest of the rows that have a GPU's peak."""
-    seconds: dict[str, float] = {}
-    sums: dict[str, Any] = {"seconds": seconds}
-    for row in times:
-        for name in [name for name in row if name.startswith("seconds/")]:
-            short = name.removeprefix("seconds/")
-            seconds[short] = round(seconds.get(short, 0.0) + row[name], 6)
-        if "cuda_peak_mib" in row:
-            sums["cuda_peak_mib"] = max(sums.get("cuda_peak_mib", 0.0), row["cuda_peak_mib"])
-    return sums

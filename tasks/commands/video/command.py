@@ -77,10 +77,17 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from cf_model.pipeline import ContextForcingPipeline
+    from tasks.parts.device import choose_device
+
     torch.set_num_threads(args.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-    pipe = load_pipeline(args)
+    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
+    if args.memory:
+        recipe = replace(pipe.recipe, memory=change_memory(pipe.recipe.memory, args.memory))
+        pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
+    pipe = pipe.to(choose_device())
     clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
         make_videos(pipe, clip, args)
@@ -106,18 +113,6 @@ def refuse_impossible(args: argparse.Namespace) -> None:
         args.at = [(float(second), words) for second, words in args.at]
     except ValueError:
         raise Refused(f"--at {' '.join(args.at[0])} does not begin with a time; write --at SECONDS TEXT") from None
-
-
-def load_pipeline(args: argparse.Namespace) -> ContextForcingPipeline:
-    """Load the model folder onto the device, with its memory changed as --memory says."""
-    from cf_model.pipeline import ContextForcingPipeline
-    from tasks.parts.device import choose_device
-
-    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
-    if args.memory:
-        recipe = replace(pipe.recipe, memory=change_memory(pipe.recipe.memory, args.memory))
-        pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
-    return pipe.to(choose_device())
 
 
 def change_memory(spec: Any, settings: list[str]) -> Any:
