@@ -26,14 +26,15 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path,
     plan = params.samples.teacher
     make = partial(sample_continuation, teacher.ema.model, spec=plan, view=spec.view, flow=params.flow, null=clips.null_text)
     fit(teacher, track, SampleWriter(plan, track, clips, codec, make))
-    averaged = teacher.ema.model
     if spec.lora.rank:  # the merged model is written as any stage writes its own, and beside it the adapters that were trained
         assert spec.lora.alpha
-        merged, adapter = merge_lora(averaged.transformer.state_dict(), spec.lora.alpha)
-        averaged = wan.load_transformer(base)
-        averaged.transformer.load_state_dict(merged)
+        merged, adapter = merge_lora(teacher.ema.model.transformer.state_dict(), spec.lora.alpha)
+        plain = wan.load_transformer(base)
+        plain.transformer.load_state_dict(merged)
+        wan.save_transformer(plain, out)
         save_adapter(adapter, spec.lora, out / "adapter")
-    wan.save_transformer(averaged, out)
+    else:
+        wan.save_transformer(teacher.ema.model, out)
     teacher.bank.save(out)
     TeacherLayout(spec.view, spec.target, spec.longest).save(out)
     track.save(out)
