@@ -62,8 +62,6 @@ def _describe_error(error: Any, model: type[BaseModel]) -> str:
             return f"{where} is not a parameter; {_suggest_key(error['loc'], model)}"
         case "value_error":
             return _locate_spec_error(where, value, str(error["ctx"]["error"]))
-        case "literal_error":
-            return f"{where} is {value!r}; it must be {error['ctx']['expected']}"
     rule = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").split(", unable to")[0]
     stated = f"a section of {len(value)} keys" if isinstance(value, Mapping) else repr(value)
     return f"{where} is {stated}; it must be {rule}"
