@@ -1,7 +1,5 @@
 """The `cf` command, also `python -m tasks`: one stage of dvc.yaml by hand, and the commands around the pipeline."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import os

@@ -1,7 +1,5 @@
 """Stage `causal_init`: the base model becomes causal and few-step, by teacher forcing or by ODE regression."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

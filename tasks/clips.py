@@ -1,7 +1,5 @@
 """Stage `clips`: video files with captions, rendered from worlds (bad clips planted among them) or copied from a folder."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Iterator

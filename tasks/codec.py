@@ -1,7 +1,5 @@
 """Stage `codec`: the linear codec is fitted on accepted clips, or Wan's is copied; either is measured on held-out clips."""
 
-from __future__ import annotations
-
 from itertools import tee
 from pathlib import Path
 

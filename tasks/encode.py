@@ -1,7 +1,5 @@
 """Stage `encode`: accepted clips to latents and captions to embeddings, once, so that training never decodes a video."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

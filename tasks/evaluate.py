@@ -1,7 +1,5 @@
 """Stage `evaluate`: videos measured against the known world that they come from."""
 
-from __future__ import annotations
-
 import csv
 from collections import defaultdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stage `filter`: every clip is read to its end, once, and accepted if it is fit to learn from."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -3,8 +3,6 @@
 It reads what the other stages wrote, and names what is absent.
 """
 
-from __future__ import annotations
-
 import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Stage `teacher`: the base model learns to continue a long past, by error-recycling fine-tuning (sec. 3.4)."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

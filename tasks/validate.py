@@ -1,7 +1,5 @@
 """Stage `validate`: all of params.yaml against its types, before any other stage runs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A preset, in presets/, states what its method decides (memory, rollouts, scores); sizes, steps and learning rates stay the profile's.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import io

@@ -1,7 +1,5 @@
 """`cf repro`, which `make repro` runs: `dvc repro`, with each stage's number and about how long it takes, and a summary."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

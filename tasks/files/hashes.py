@@ -4,8 +4,6 @@ Each file is read once a process, however often its hash is asked for, as long a
 all that a stage depends on before the stage starts, and tasks/wandb_log names the same files to W&B afterwards.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Files of JSON objects: one a line, as in metrics.jsonl, index.jsonl and the manifest, or one a file, as in metrics/*.json."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

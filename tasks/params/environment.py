@@ -3,8 +3,6 @@
 Nothing here changes a result: what does is in params.yaml. Code reads the values through tasks/files/settings.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os

@@ -3,8 +3,6 @@
 Each rule raises ValueError with one sentence: key, value, rule, and the values that would pass. Pydantic's errors become such a sentence.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable, Mapping

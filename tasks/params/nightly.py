@@ -1,7 +1,5 @@
 """The sections `start` and `nightly` of params.yaml: what stages begin from, and how flows/nightly.py trains on new clips."""
 
-from __future__ import annotations
-
 import re
 from datetime import datetime
 from pathlib import Path

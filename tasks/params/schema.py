@@ -1,7 +1,5 @@
 """The sections of params.yaml as types. No field has a default, because every value that changes a result is stated in the file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal, Self
 

@@ -1,7 +1,5 @@
 """Reading params.yaml, profiles/*.yaml, dvc.yaml and dvc.lock as DVC reads them. Neither torch nor pydantic: flows imports this file."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ The cache lies beside a stage's outs and changes none of them: with it or withou
 (tests/test_kept.py). DVC's own cache can't do this, because to DVC a folder with a new file is another folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """Reading of clips in the pieces that a codec takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Weights that a parameter names: a local folder, or a repository on the Hugging Face Hub, of which the needed parts are fetched."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Sample videos of a training stage, as files and as W&B media."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Systems whose memory or view params.yaml leaves out: they are run as their weights were trained."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from tasks.params.schema import Params, System

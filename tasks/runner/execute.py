@@ -3,8 +3,6 @@
 Seconds, memory and machine differ between two runs that make the same bytes, so they go to runtime/<stage>.json, which DVC never sees.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The process around a stage: an environment that repeats results, and which errors are written for a person."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

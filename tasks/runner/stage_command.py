@@ -1,7 +1,5 @@
 """`cf STAGE`: the options of a stage, and its run in one process or in several ranks."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import inspect

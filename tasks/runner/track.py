@@ -3,8 +3,6 @@
 Only numbers that a rerun repeats go into metrics.jsonl, because DVC hashes it; seconds and the machine go to runtime/ and W&B.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math

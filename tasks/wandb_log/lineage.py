@@ -1,7 +1,5 @@
 """Where a stage's run comes from and what it makes, in Git's and DVC's terms: commit, md5s, and the stage's inputs and outs."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import subprocess

@@ -10,8 +10,6 @@ videos is the report's: the first prompts of the index, first seed.
 An attempt that continues a killed one logs the earlier steps again, so the last attempt's run has all of them.
 """
 
-from __future__ import annotations
-
 import base64
 import fcntl
 import json

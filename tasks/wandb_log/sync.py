@@ -4,8 +4,6 @@ Runs of this checkout and of the worktrees below .runs. Safe to start again at a
 run whose process lives is left alone. Of a killed run W&B's file lacks the last seconds; the attempt that continues it has them.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

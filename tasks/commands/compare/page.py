@@ -1,7 +1,5 @@
 """`cf compare`: two runs on one page that needs no other file: what differs, numbers with intervals, curves, videos."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

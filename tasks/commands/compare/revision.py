@@ -1,7 +1,5 @@
 """Finding a run by its name: a folder, a Git revision or an experiment of DVC, of which the last two are checked out."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Sequence

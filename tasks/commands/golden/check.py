@@ -1,7 +1,5 @@
 """`cf check-golden`: this code's model, memory, schedule, losses and rollouts against what Self-Forcing and LongLive computed."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterator

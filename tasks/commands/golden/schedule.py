@@ -1,7 +1,5 @@
 """Cases of `cf check-golden` that need no transformer: the noise schedule, and distribution matching between stub scores."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A folder of golden vectors in the format of tests/golden/wan-causal/README.md: arrays by name, settings, weights."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 import zlib

@@ -1,14 +1,12 @@
 """Forecast of what the training stages of a params.yaml need, as numbers; and the refusal of a stage that can't fit here."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -162,7 +160,7 @@ class WorkSplit:
     offload: bool = False  # of the optimiser, from a GPU into the machine's memory
 
     @classmethod
-    def from_engine(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> WorkSplit:
+    def from_engine(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> Self:
         zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
         return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
 

@@ -3,8 +3,6 @@
 All of it is arithmetic on params.yaml (cf_model/plan/cost.py, need.py); nothing is loaded and no GPU is needed.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -3,8 +3,6 @@
 Three forms of the same rows: a trace (jsonl) for programs, a timeline (PNG) for people, and a strip under every frame.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
