@@ -5,8 +5,6 @@ ranks compute their share of each batch and write nothing. Their number is no pa
 alone. Several machines meet by torchrun's own variables: PET_NNODES, PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT on each.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -18,7 +16,13 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.rendezvous import rendezvous
 
 from tasks.files.atomic import write_atomically
 from tasks.files.settings import read_settings
@@ -27,10 +31,6 @@ from tasks.wandb_log.lineage import name_pipeline_run
 
 from .execute import WORK, seed_generators, stop_on_sigterm
 from .track import Progress, Track
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 TRAINING_STAGES = ("base", "teacher", "causal_init", "stage1", "stage2")
 SAVING_SECONDS = 24 * 3600  # that ranks may take to end their step and save it after SIGTERM; torchrun's own limit is 30
@@ -59,7 +59,6 @@ def launch_ranks(stage: str, count: int) -> int:
     When a rank fails, torchrun ends the others, and the cause is printed as one sentence.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
 
@@ -131,10 +130,6 @@ def get_rank() -> int | None:
 
 def join_ranks() -> Store:
     """Meet the other ranks, and return the store in which they share words. Ends this process if the launcher dies."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
-
     threading.Thread(target=_end_with_the_launcher, args=(os.getppid(),), daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -178,9 +173,7 @@ class Follower(Track):
     first = False
 
     def log(self, step: int, **values: float) -> None: ...
-
     def time(self, step: int, seconds: Mapping[str, float], **memory: float) -> None: ...
-
     def resumed(self, step: int) -> None: ...
 
     def progress(self, total: int, unit: str = "step", start: int = 0) -> Progress:

@@ -59,7 +59,10 @@ def name_pipeline_run(work: Path) -> str:
     if stated := read_settings().run or os.environ.get("DVC_EXP_NAME"):
         return stated
     file, group = work / "run", os.getpgrp()
-    start = read_group_start(group)
+    try:  # exact to a few seconds only, because the system's clock is corrected now and then
+        start = float(psutil.Process(group).create_time())
+    except psutil.Error:  # the group's first process has ended
+        start = 0.0
     match file.read_text().split() if file.exists() else []:
         case [owner, since, name] if owner == str(group) and (not start or abs(start - float(since)) < 10):
             return name
@@ -67,14 +70,3 @@ def name_pipeline_run(work: Path) -> str:
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(file, f"{group} {start:.2f} {name}", shared=True)
     return name
-
-
-def read_group_start(group: int) -> float:
-    """Return when the first process of a group started, in seconds since 1970; 0 if it has ended.
-
-    Exact to a few seconds only, because the system's clock is corrected now and then.
-    """
-    try:
-        return float(psutil.Process(group).create_time())
-    except psutil.Error:
-        return 0.0

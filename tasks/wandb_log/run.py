@@ -110,14 +110,12 @@ class WandbRun:
             self._mark.close()
 
     def _use_inputs(self) -> None:
-        for path in lineage.list_inputs(self.stage, self.project):
-            self._attempt(f"input {path}", self._use_input, path)
-
-    def _use_input(self, path: Path) -> None:
         # run.use_artifact refuses when offline. This is the call that it makes online for an artifact that the server may lack:
         # the server finds the artifact by its digest, or creates it, and then records that this run used it.
-        use = {"aliases": [self.alias], "is_user_created": True, "use_after_commit": True}
-        self.run._log_artifact(build_artifact(path, self.about, by_this_run=False), **use)
+        use, about = {"aliases": [self.alias], "is_user_created": True, "use_after_commit": True}, self.about
+        for path in lineage.list_inputs(self.stage, self.project):
+            name = f"input {path}"
+            self._attempt(name, lambda path: self.run._log_artifact(build_artifact(path, about, by_this_run=False), **use), path)
 
     def _log_outs(self, metrics: Mapping[str, Any]) -> None:
         aliases = ["latest", self.alias]

@@ -6,6 +6,7 @@ run whose process lives is left alone. Of a killed run W&B's file lacks the last
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,19 +27,9 @@ class LocalRun:
     """A run's folder as W&B names it: <home>/wandb/[offline-]run-<start>-<id>."""
 
     folder: Path
-
-    @property
-    def id(self) -> str:
-        return self.folder.name.split("-", 2 + self.offline)[-1]
-
-    @property
-    def start(self) -> str:
-        """Local time, as YYYYMMDD_HHMMSS."""
-        return self.folder.name.split("-")[1 + self.offline]
-
-    @property
-    def offline(self) -> bool:
-        return self.folder.name.startswith("offline-")
+    offline: bool
+    start: str  # local time, as YYYYMMDD_HHMMSS
+    id: str
 
     @property
     def state(self) -> str:
@@ -62,7 +53,8 @@ def list_runs(root: Path) -> list[LocalRun]:
     """List the runs of WANDB_DIR, of this checkout and of its worktrees by start: what made an artifact comes before what used it."""
     homes = [Path(os.environ.get("WANDB_DIR") or root / "runtime"), root / "runtime", *sorted(root.glob(".runs/*/runtime"))]
     places = dict.fromkeys(home.resolve() / "wandb" for home in homes)
-    runs = [LocalRun(folder) for place in places for name in ("run-*-*", "offline-run-*-*") for folder in place.glob(name)]
+    named = [(folder, re.fullmatch(r"(offline-)?run-([^-]+)-(.+)", folder.name)) for place in places for folder in place.glob("*run-*-*")]
+    runs = [LocalRun(folder, bool(match[1]), match[2], match[3]) for folder, match in named if match]
     return sorted(runs, key=lambda run: (run.start, run.folder.stat().st_mtime))
 
 
