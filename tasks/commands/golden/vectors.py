@@ -92,7 +92,7 @@ class GoldenVectors:
             wanted = ", ".join("*" if size is None else str(size) for size in shape)
             raise Refused(f"array {name} of {path} has shape {list(value.shape)}, and only [{wanted}] fits the model and the other arrays")
         self.read_names.add(name)
-        return value
+        return value.clone()
 
     def read_video(self, name: str, batch: int | None, frames: int | None = None) -> Tensor:
         """Read an input of the model, stored as [B, C, F, H, W], as [B, F, C, H, W]."""

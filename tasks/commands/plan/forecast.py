@@ -55,14 +55,10 @@ def estimate_costs(p: Params) -> ModelCosts:
 
 def estimate_needs(p: Params) -> dict[str, StageNeed]:
     """Return the need of every stage that trains."""
-    one, needs = estimate_costs(p), dict[str, StageNeed]()
-    if p.base.init == "scratch":
-        needs["base"] = need.estimate_base(p.base, one)
-    needs["teacher"] = need.estimate_teacher(p.teacher, one)
-    needs["causal_init"] = need.estimate_causal_init(p.causal_init, one)
-    needs["stage1"] = need.estimate_student(p.stage1, one, p.teacher.view)
-    needs["stage2"] = need.estimate_student(p.stage2, one, p.teacher.view)
-    return needs
+    one, view = estimate_costs(p), p.teacher.view
+    needs = {"base": need.estimate_base(p.base, one)} if p.base.init == "scratch" else {}
+    needs |= {"teacher": need.estimate_teacher(p.teacher, one), "causal_init": need.estimate_causal_init(p.causal_init, one)}
+    return needs | {stage: need.estimate_student(getattr(p, stage), one, view) for stage in ("stage1", "stage2")}
 
 
 def estimate_disk(p: Params, stage: str) -> dict[str, float]:
@@ -90,12 +86,6 @@ def list_micro_batches(batch: int, ranks: int) -> list[int]:
     return [share // n for n in range(1, share + 1) if share % n == 0]
 
 
-def find_fitting_batch(one: StageNeed, memory: float, zero: int, ranks: int, stated: int | None = None) -> int:
-    """Return the stated number of samples at once, or without it the largest that fits; 0 if that does not fit."""
-    candidates = [stated] if stated else list_micro_batches(one.batch, ranks)
-    return next((n for n in candidates if one.peak(n, zero, ranks) <= memory), 0)
-
-
 def estimate_hours(one: StageNeed, machine: Hardware) -> float:
     """Return the hours of a stage at the speed that the hardware reaches."""
     return one.total / (machine.ranks * machine.tflops * 1e12) / 3600
@@ -105,8 +95,11 @@ def forecast_stages(p: Params, machine: Hardware) -> Iterator[dict[str, Any]]:
     """Yield a row for each training stage, as `cf plan --json` prints it."""
     for stage, one in estimate_needs(p).items():
         states: dict[str, dict[str, float]] = {}
+        candidates = [p.engine.micro_batch] if p.engine.micro_batch else list_micro_batches(one.batch, machine.ranks)
         for zero in ZERO_STAGES:
-            at_once = find_fitting_batch(one, machine.memory, zero, machine.ranks, p.engine.micro_batch)
+            at_once = next(
+                (n for n in candidates if one.peak(n, zero, machine.ranks) <= machine.memory), 0
+            )  # 0: none fits
             parts_of = {name: size / GIB for name, size in one.states(zero, machine.ranks).items()}
             peak = one.peak(max(1, at_once), zero, machine.ranks) / GIB
             states[str(zero)] = parts_of | {"at_once": at_once, "peak": peak}
