@@ -16,7 +16,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
     "parameters": {
         "profile": ("tasks.commands.preset:use_profile", "list | use NAME: the complete parameter files in profiles/"),
         "preset": ("tasks.commands.preset", "list | use NAME: published methods in presets/, laid over params.yaml"),
-        "plan": ("tasks.commands.plan.table", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
+        "plan": ("tasks.commands.plan", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
     },
     "runs": {
         "repro": ("tasks.commands.repro", "[DVC'S OPTIONS]: `dvc repro`, with each stage's number and about how long it takes"),

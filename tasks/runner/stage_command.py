@@ -28,7 +28,7 @@ def run_stage(stage: str, argv: list[str], project: Project) -> None:
         ranks.run_follower(stage, run, paths, params, store)
         return
     if stage in ranks.TRAINING_STAGES:
-        from tasks.commands.plan.forecast import refuse_unfit_stage  # here, because other stages need none of its imports
+        from tasks.commands.plan import refuse_unfit_stage  # here, because other stages need none of its imports
 
         refuse_unfit_stage(params, stage, paths["out"], WORK / stage)
     announce = None if store is None else lambda work: store.set("work", str(work))
