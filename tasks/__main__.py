@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     elif command in project.stages:
         # Before any library is imported, because they read it when they are loaded.
         os.environ["OMP_NUM_THREADS"] = str(project.tree.get("threads", 1))
-        from tasks.runner.stage_command import run_stage
+        from tasks.runner.ranks import run_stage
 
         run_stage(command, options, project)
     else:

@@ -17,7 +17,7 @@ import pytest
 
 from tasks.params import yaml_file
 from tasks.params.project import Project
-from tasks.runner.stage_command import build_parser
+from tasks.runner.ranks import build_parser
 from tests.order import SECONDS
 
 ROOT = Path(__file__).parent.parent

@@ -1,10 +1,13 @@
-"""Several processes for a training stage, started by torchrun: one for each GPU, or CF_RANKS of them on each machine.
+"""`cf STAGE`: the options of a stage, and its run in one process or, for a training stage, in several that torchrun starts.
 
-`cf stage2` is then the launcher and waits. Rank 0 runs the stage as a single process would (tasks/runner/execute.py); the other
+These ranks are one for each GPU, or CF_RANKS of them on each machine. `cf stage2` is then the launcher and waits. Rank 0 runs the stage as a single process would (tasks/runner/execute.py); the other
 ranks compute their share of each batch and write nothing. Their number is no parameter, because it changes results by rounding
 alone. Several machines meet by torchrun's own variables: PET_NNODES, PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT on each.
 """
 
+import argparse
+import importlib
+import inspect
 import json
 import logging
 import os
@@ -26,14 +29,53 @@ from torch.distributed.rendezvous import rendezvous
 
 from tasks.files.atomic import write_atomically
 from tasks.files.settings import read_settings
+from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 from tasks.wandb_log.lineage import name_pipeline_run
 
-from .execute import WORK, seed_generators, stop_on_sigterm
+from .execute import WORK, execute, seed_generators, stop_on_sigterm
+from .process import BEGAN
 from .track import Progress, Track
 
 TRAINING_STAGES = ("base", "teacher", "causal_init", "stage1", "stage2")
 SAVING_SECONDS = 24 * 3600  # that ranks may take to end their step and save it after SIGTERM; torchrun's own limit is 30
+
+
+def run_stage(stage: str, argv: list[str], project: Project) -> None:
+    """Run a stage. With several ranks this process only starts them, after it has validated options and parameters."""
+    run = importlib.import_module(f"tasks.{stage}").run
+    paths = vars(build_parser(stage, run, project).parse_args(argv))
+    del paths["params"]  # which `project` has read
+    rank, params = get_rank(), project.params
+    if rank is None and (count := count_ranks(stage, project.tree)) * count_nodes() > 1:
+        sys.exit(launch_ranks(stage, count))
+    store = None if rank is None else join_ranks()
+    if rank and store:
+        run_follower(stage, run, paths, params, store)
+        return
+    if stage in TRAINING_STAGES:
+        from tasks.commands.plan import refuse_unfit_stage  # here, because other stages need none of its imports
+
+        refuse_unfit_stage(params, stage, paths["out"], WORK / stage)
+    announce = None if store is None else lambda work: store.set("work", str(work))
+    execute(stage, run, paths, project, began=BEGAN, announce=announce)
+
+
+def build_parser(stage: str, run: Callable[..., Any], project: Project) -> argparse.ArgumentParser:
+    """Build a parser with an option for each keyword-only parameter of `run`: a path, required unless the parameter has a default."""
+    entry = project.stages.get(stage)
+    epilog = f"in dvc.yaml:\n  {' '.join(entry['cmd'].split())}" if entry else None
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"cf {stage}", description=inspect.getdoc(run), epilog=epilog, formatter_class=form)
+    for name, parameter in inspect.signature(run).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        required = parameter.default is parameter.empty
+        default = None if required else parameter.default
+        text = default and f"default: {default}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=required, default=default, help=text)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
+    return parser
 
 
 def count_ranks(stage: str, tree: Mapping[str, Any]) -> int:
