@@ -1,8 +1,9 @@
 """`cf STAGE`: the options of a stage, and its run in one process or, for a training stage, in several that torchrun starts.
 
-These ranks are one for each GPU, or CF_RANKS of them on each machine. `cf stage2` is then the launcher and waits. Rank 0 runs the stage as a single process would (tasks/runner/execute.py); the other
-ranks compute their share of each batch and write nothing. Their number is no parameter, because it changes results by rounding
-alone. Several machines meet by torchrun's own variables: PET_NNODES, PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT on each.
+These ranks are one for each GPU, or CF_RANKS of them on each machine. `cf stage2` is then the launcher and waits. Rank 0 runs the
+stage as a single process would (tasks/runner/execute.py); the other ranks compute their share of each batch and write nothing. Their
+number is no parameter, because it changes results by rounding alone. Several machines meet by torchrun's own variables: PET_NNODES,
+PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT on each.
 """
 
 import argparse
