@@ -132,7 +132,3 @@ def main(argv: list[str]) -> None:
             print(f"{len(waiting)} runs wait to be sent")
         elif send_runs(waiting, args.timeout):
             sys.exit(1)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
