@@ -298,14 +298,11 @@ def format_memory_line(row: dict[str, Any], zero: int, scale: float) -> str:
     """Return a stage's line of the memory table for a ZeRO stage; `scale` turns GiB into the table's unit."""
     sizes, each = row["gib"][str(zero)], row["gib_of_a_sample"]
     many = max(1, sizes["at_once"])
-    fits = str(sizes["at_once"]) if sizes["at_once"] else "1 too many"
-    grows = [format_number(scale * many * each[name]) for name in ("keys_values", "activations", "latents")]
-    fixed = [format_number(scale * sizes[name]) for name in ("weights", "gradients", "optimiser", "average")]
-    shared, peak = format_number(scale * row["gib_shared"]), format_number(scale * sizes["peak"])
-    return (
-        f"{row['stage'] if zero == 0 else '':<12}{zero:>5}{fixed[0]:>9}{fixed[1]:>11}{fixed[2]:>11}{fixed[3]:>9}"
-        f"{grows[0]:>14}{grows[1]:>13}{grows[2]:>9}{shared:>12}{fits:>11}{peak:>8}"
-    )
+    parts = [sizes[name] for name in ("weights", "gradients", "optimiser", "average")]
+    parts += [*(many * each[name] for name in ("keys_values", "activations", "latents")), row["gib_shared"]]
+    cells = "".join(f"{format_number(scale * part):>{width}}" for part, width in zip(parts, (9, 11, 11, 9, 14, 13, 9, 12), strict=True))
+    fits, peak = sizes["at_once"] or "1 too many", format_number(scale * sizes["peak"])
+    return f"{row['stage'] if zero == 0 else '':<12}{zero:>5}{cells}{fits:>11}{peak:>8}"
 
 
 def format_count(value: int) -> str:
@@ -337,7 +334,7 @@ def describe_hardware(gpus: int | None, memory: float | None, tflops: float | No
     return Hardware(count, size, peak * utilisation, "GPU", gpu)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: list[str]) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("cf plan", description=__doc__, epilog=EXAMPLES, formatter_class=form)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
@@ -346,11 +343,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tflops", type=float, help=f"peak of one GPU; default: {H100_TFLOPS:.0f}, an H100 in bfloat16")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help=f"share of the peak that is reached; default: {UTILISATION}")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
-    return parser
-
-
-def main(argv: list[str]) -> None:
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     if args.gpus is not None and args.gpus < 0:
         raise Refused(f"--gpus is {args.gpus}; use 0 for the CPU, or 1 and more")
     if not 0 < args.utilisation <= 1:
