@@ -1,7 +1,5 @@
 """The `cf` command, also `python -m tasks`: one stage of dvc.yaml by hand, and the commands around the pipeline."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import os
@@ -16,9 +14,9 @@ from tasks.runner.process import fix_environment, is_deliberate
 
 COMMANDS = {  # heading -> command -> its module (or module:function, instead of `main`), and what `cf --help` says
     "parameters": {
-        "profile": ("tasks.commands.profile", "list | use NAME: the complete parameter files in profiles/"),
+        "profile": ("tasks.commands.preset:use_profile", "list | use NAME: the complete parameter files in profiles/"),
         "preset": ("tasks.commands.preset", "list | use NAME: published methods in presets/, laid over params.yaml"),
-        "plan": ("tasks.commands.plan.table", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
+        "plan": ("tasks.commands.plan", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
     },
     "runs": {
         "repro": ("tasks.commands.repro", "[DVC'S OPTIONS]: `dvc repro`, with each stage's number and about how long it takes"),
@@ -30,7 +28,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "remote": ("flows.project.dvc_remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
     },
     "models": {
-        "video": ("tasks.commands.video.one", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
+        "video": ("tasks.commands.video.command", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
         "export": ("tasks.commands.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf video`; the way back"),
         "import-weights": ("tasks.commands.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA"),
     },
@@ -106,7 +104,7 @@ def main(argv: list[str]) -> None:
     elif command in project.stages:
         # Before any library is imported, because they read it when they are loaded.
         os.environ["OMP_NUM_THREADS"] = str(project.tree.get("threads", 1))
-        from tasks.runner.stage_command import run_stage
+        from tasks.runner.ranks import run_stage
 
         run_stage(command, options, project)
     else:

@@ -1,7 +1,5 @@
 """Stage `base`: a text-to-video model of one window, trained by flow matching, or imported: Wan."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path

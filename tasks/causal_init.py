@@ -1,7 +1,5 @@
 """Stage `causal_init`: the base model becomes causal and few-step, by teacher forcing or by ODE regression."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +22,8 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path,
     """Teach the base model to denoise a chunk after the chunks before it, which it sees through the student's memory."""
     spec, clips = params.causal_init, Latents(latents)
     model = wan.load_transformer(base, params.compute).to(choose_device())
-    init = CausalInitTrainer(
-        spec,
-        model=model,
-        latents=clips,
-        flow=params.flow,
-        seed=params.seed,
-        trajectories=_compute_trajectories(params, model, clips, track) if spec.method == "ode" else None,
-        engine=params.engine,
-    )
+    odes = _compute_trajectories(params, model, clips, track) if spec.method == "ode" else None
+    init = CausalInitTrainer(spec, model=model, latents=clips, flow=params.flow, seed=params.seed, engine=params.engine, trajectories=odes)
     plan, student = params.samples.causal_init, init.ema.model
     make = partial(sample_stream, student, spec=plan, levels=plan.levels, chunk=spec.chunk, memory=spec.memory, flow=params.flow)
     fit(init, track, SampleWriter(plan, track, clips, codec, make))

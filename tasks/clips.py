@@ -1,18 +1,15 @@
 """Stage `clips`: video files with captions, rendered from worlds (bad clips planted among them) or copied from a folder."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cf_model.data import worlds
 from cf_model.data.video import UNREADABLE_WIDTHS, read_video, write_video
-from tasks.files.json_lines import dump_json_lines
+from tasks.files.json_lines import Row, dump_json_lines
 from tasks.files.videos import VIDEO_SUFFIXES, list_videos
 from tasks.params.schema import Params
 from tasks.runner.track import Track
@@ -31,7 +28,6 @@ SHORT_SECONDS = 6
 WRONG_FPS = 8
 OVEREXPOSED = 0.4  # quantile of the picture's brightness that an overexposure turns white, with all that is brighter
 WORSE_CRF = 6  # added for the second encoding of a duplicate
-Row = dict[str, Any]
 
 
 def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
@@ -53,7 +49,7 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
     for i, kind in enumerate(kinds):
         # Two worlds for each clip, which no other clip has, nor any clip of another seed while there are fewer than half a million.
         world, other = (worlds.draw_world(params.seed * 1_000_000 + 2 * i + j) for j in range(2))
-        row = make_row(i, ".mp4", world.caption, planted=kind)
+        row = make_row(f"{i:05d}", ".mp4", world.caption, planted=kind)
         path, crf = out / row["file"], clips.crf
         if kind == "duplicate":
             twin = good[rng.integers(len(good))]
@@ -80,17 +76,14 @@ def check_size(params: Params) -> None:
             f"video.height is {height} and video.width {width}; a world's height is a multiple of 32, "
             f"its width even and none of {sorted(UNREADABLE_WIDTHS)}, which decord misreads: use 32 and 32"
         )
-    if params.clips.bad and not params.clips.count:
-        raise ValueError(f"clips.bad is {params.clips.bad} and clips.count 0; a duplicate needs a good clip: set clips.count to 1 or more")
 
 
 def draw_kinds(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:
     """Draw the kind of every clip; None is good. The first is good, so that a duplicate has a clip before it to repeat."""
     kinds: list[str | None] = [None] * count + [kind for kind in PLANTED for _ in range(bad)]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
-    if None in kinds:
-        first = kinds.index(None)
-        kinds[0], kinds[first] = kinds[first], kinds[0]
+    first = kinds.index(None)
+    kinds[0], kinds[first] = kinds[first], kinds[0]
     return kinds
 
 
@@ -129,16 +122,13 @@ def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
     progress = track.progress(len(files), unit="clip")
     for file in files:
         source = file.relative_to(folder).as_posix()
-        row = make_row(hash_name(source), file.suffix.lower(), read_caption(file), source=source)
+        # The id is made of the file's name alone, so that a new file changes no other clip's id, and so not its split.
+        name = hashlib.sha256(source.encode()).hexdigest()[:12]
+        row = make_row(name, file.suffix.lower(), read_caption(file), source=source)
         # Choice: copied, not linked. DVC write-protects what it caches, and a link would be the user's own file.
         shutil.copyfile(file, out / row["file"])
         progress.update()
         yield row
-
-
-def hash_name(source: str) -> str:
-    """Return an id from the file's name alone, so that a new file changes no other clip's id, and so not its split."""
-    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def read_caption(file: Path) -> str:
@@ -152,7 +142,7 @@ def read_caption(file: Path) -> str:
     return " ".join(words)
 
 
-def make_row(number: int | str, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:
-    """Return a clip's row of clips.jsonl, with a number or a hash in its id."""
-    name = f"clip-{number:05d}" if isinstance(number, int) else f"clip-{number}"
-    return {"id": name, "file": name + suffix, "caption": caption, "source": source, "planted": planted, "truth": None}
+def make_row(name: str, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:
+    """Return a clip's row of clips.jsonl; `name` is the number or the hash in its id."""
+    clip = f"clip-{name}"
+    return {"id": clip, "file": clip + suffix, "caption": caption, "source": source, "planted": planted, "truth": None}

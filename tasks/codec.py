@@ -1,7 +1,5 @@
 """Stage `codec`: the linear codec is fitted on accepted clips, or Wan's is copied; either is measured on held-out clips."""
 
-from __future__ import annotations
-
 from itertools import tee
 from pathlib import Path
 
@@ -38,8 +36,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
     quality = []
     for row in measured:
         quality.append(measure_psnr(params, codec, clips / row["file"]))
-        bar.update(1)
-    bar.close()
+        bar.update()
     return {"psnr": float(np.mean(quality)), "psnr_worst": float(np.min(quality)), "clips": float(fitted)}
 
 
@@ -52,9 +49,7 @@ def fit_linear_codec(params: Params, track: Track, files: list[Path]) -> Codec:
         track.log(step, loss=loss)
         bar.update(1, loss=loss)
 
-    codec = fit_codec(train, params.codec.linear, params.seed, tell)
-    bar.close()
-    return codec
+    return fit_codec(train, params.codec.linear, params.seed, tell)
 
 
 def measure_psnr(params: Params, codec: Codec, file: Path) -> float:

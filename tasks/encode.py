@@ -1,19 +1,18 @@
 """Stage `encode`: accepted clips to latents and captions to embeddings, once, so that training never decodes a video."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from safetensors.torch import load, save
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
 from cf_model.data.latents import trim_padding, write_latents
 from cf_model.text.encoder import TextEncoder
-from tasks.files.hashes import hash_content
+from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import read_json_lines
 from tasks.params.schema import Params, Text, Video
 from tasks.parts.clip_cache import ClipCache
@@ -59,14 +58,14 @@ class ClipEncoder:
 
     def __init__(self, codec: Path, video: Video, dtype: torch.dtype) -> None:
         self.codec, self.video, self.dtype = load_codec(codec).to(choose_device()), video, dtype
-        about = {"codec": hash_content(codec), "video": video.model_dump(), "dtype": str(dtype), "device": choose_device().type}
+        about = {"codec": compute_dvc_md5(codec), "video": video.model_dump(), "dtype": str(dtype), "device": choose_device().type}
         parts = ("cf_model.data.video", "cf_model.codec.interface", "tasks.encode", "tasks.parts.codec_frames")
         modules = (*parts, type(self.codec).__module__)
         self.cache = ClipCache("latents", about, modules=modules, libraries=("decord", "diffusers", "torch"))
 
     def encode(self, file: Path) -> tuple[Tensor, Tensor]:
         """Return a clip's latents [F, C, H, W] as they are stored, and the sums of the unrounded latents and of their squares."""
-        content = hash_content(file)
+        content = compute_dvc_md5(file)
         if payload := self.cache.get(content):
             entry = load(payload)
             return entry["latents"], entry["sums"]
@@ -89,17 +88,15 @@ class CaptionEncoder:
 
     def encode(self, texts: list[str]) -> Tensor:
         """Encode texts to [B, T, E], with zeros past each text's end."""
-        return torch.stack([self._encode_text(text) for text in texts])
-
-    def _encode_text(self, text: str) -> Tensor:
-        if payload := self.cache.get(text):
-            rows = load(payload)["text"]
-        else:
-            rows = trim_padding(self.encoder.encode([text])[0])
-            self.cache.put(text, save({"text": rows}))
-        padded = rows.new_zeros(self.encoder.tokens, rows.shape[1])
-        padded[: len(rows)] = rows
-        return padded
+        encoded = []
+        for text in texts:
+            if payload := self.cache.get(text):
+                rows = load(payload)["text"]
+            else:
+                rows = trim_padding(self.encoder.encode([text])[0])
+                self.cache.put(text, save({"text": rows}))
+            encoded.append(functional.pad(rows, (0, 0, 0, self.encoder.tokens - len(rows))))
+        return torch.stack(encoded)
 
 
 def list_encoder_files(folder: Path | None) -> Iterator[tuple[str, int, int]]:

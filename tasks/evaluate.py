@@ -1,7 +1,5 @@
 """Stage `evaluate`: videos measured against the known world that they come from."""
 
-from __future__ import annotations
-
 import csv
 from collections import defaultdict
 from pathlib import Path
@@ -32,13 +30,12 @@ def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) 
     """Score each video, then each system; results/cells.jsonl has every value, from which all other results are derived."""
     truths = {row["id"]: row["truth"] for row in read_json_lines(clips / "clips.jsonl")}
     videos = read_json_lines(samples / "index.jsonl")
-    size = {"height": params.video.height, "width": params.video.width, "fps": params.video.fps}
     bar = track.progress(len(videos), "video")
     cells: list[dict[str, Any]] = []
     curves: Curves = defaultdict(lambda: defaultdict(list))
     views: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in videos:
-        video = read_video(samples / row["file"], **size)
+        video = read_video(samples / row["file"], **params.video.model_dump())
         truth = truths.get(row["clip"])
         key = {name: row[name] for name in ("suite", "system", "prompt", "clip", "seed", "file")}
         for name, value in score_video(params, video, truth, row["prefix_frames"]).items():
@@ -47,11 +44,12 @@ def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) 
             new = video[row["prefix_frames"] :]
             view = {"map": oracle.build_map(new), "sky": truth["sky"], "heading": oracle.read_heading(new)[0]}
             views[row["suite"], row["system"]].append(view)
-            for second, values in score_windows(video, truth, params.video.fps):
+            step = WINDOW * params.video.fps
+            for first in range(0, len(video) - step + 1, step):
+                values = oracle.prompt_metrics(video[first : first + step], truth, params.video.fps)
                 for name in CURVES:
-                    curves[row["suite"], row["system"], name, second][row["prompt"]].append(values[name])
+                    curves[row["suite"], row["system"], name, first / params.video.fps][row["prompt"]].append(values[name])
         bar.update()
-    bar.close()
     out.mkdir(parents=True, exist_ok=True)
     (out / "cells.jsonl").write_text(dump_json_lines(cells))
     write_curves(out / "curves.csv", curves, params)
@@ -86,13 +84,6 @@ def score_video(params: Params, video: np.ndarray, truth: dict[str, Any] | None,
     return values
 
 
-def score_windows(video: np.ndarray, truth: dict[str, Any], fps: int) -> list[tuple[float, dict[str, float]]]:
-    """Score a video window by window: (second at which a window begins, its metrics)."""
-    step = WINDOW * fps
-    starts = range(0, len(video) - step + 1, step)
-    return [(first / fps, oracle.prompt_metrics(video[first : first + step], truth, fps)) for first in starts]
-
-
 def write_curves(path: Path, curves: Curves, params: Params) -> None:
     """Write curves.csv: each metric's mean over prompts and its interval, window by window."""
     with path.open("w", newline="") as file:
@@ -100,7 +91,7 @@ def write_curves(path: Path, curves: Curves, params: Params) -> None:
         table.writerow(["suite", "system", "metric", "second", "mean", "low", "high"])
         for key, values in curves.items():
             interval = bootstrap(values, resamples=params.evaluate.resamples, seed=params.seed)
-            table.writerow([*key, *("" if value is None else round_value(value) for value in (interval.mean, interval.low, interval.high))])
+            table.writerow([*key, *map(round_value, interval)])
 
 
 def summarise_systems(cells: list[dict[str, Any]], views: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
@@ -109,8 +100,7 @@ def summarise_systems(cells: list[dict[str, Any]], views: dict[tuple[str, str], 
     for cell in cells:
         values[cell["suite"]][cell["system"]][cell["metric"]].append(cell["value"])
     out: dict[str, Any] = {
-        suite: {system: mean_metrics(metrics) for system, metrics in systems.items()}
-        for suite, systems in values.items()
+        suite: {system: mean_metrics(metrics) for system, metrics in systems.items()} for suite, systems in values.items()
     }
     for (suite, system), videos in views.items():
         more = {

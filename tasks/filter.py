@@ -1,25 +1,20 @@
 """Stage `filter`: every clip is read to its end, once, and accepted if it is fit to learn from."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cf_model.data.filter import REASONS, ClipMeasures, Rejection, find_broken_rule, measure_clip
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
-from tasks.files.hashes import hash_content
-from tasks.files.json_lines import dump_json_lines, read_json_lines
-from tasks.params.schema import Params
+from tasks.files.hashes import compute_dvc_md5
+from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
+from tasks.params.schema import Filter, Params
 from tasks.parts.clip_cache import ClipCache
 from tasks.runner.track import Track
-
-Row = dict[str, Any]
 
 
 def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, float]:
@@ -31,11 +26,10 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     keys = ("id", "file", "caption", "source")
     about = [{key: row[key] for key in keys if row.get(key) is not None} for row in read_json_lines(listed)]
     rules, progress = params.filter, track.progress(len(about), unit="clip")
-    measures = measure_files([clips / row["file"] for row in about], rules.workers, rules.timeout, track, progress.update)
+    measures = measure_files([clips / row["file"] for row in about], rules, track, progress.update)
     signatures: dict[str, np.ndarray] = {}
     rows = []
-    for i, row in enumerate(about):
-        clip = measures[i]
+    for row, clip in zip(about, measures, strict=True):
         if isinstance(clip, Unreadable):
             rejection: Rejection | None = Rejection("unreadable", None, clip.sentence)
         else:
@@ -49,41 +43,29 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     return count_reasons(rows)
 
 
-def measure_files(
-    files: list[Path], workers: int, timeout: float, track: Track, tell: Callable[[], object]
-) -> list[ClipMeasures | Unreadable]:
+def measure_files(files: list[Path], rules: Filter, track: Track, tell: Callable[[], object]) -> list[ClipMeasures | Unreadable]:
     """Measure every file, and call `tell` after each; only files that no run has measured before are read.
 
     # Choice: an unreadable file is tried again each time, because it may have been too slow for a busy machine.
     """
     cache = ClipCache("measures", {}, modules=("cf_model.data.filter", "cf_model.data.video"), libraries=("av", "decord", "numpy"))
-    contents = [hash_content(file) for file in files]
+    contents = [compute_dvc_md5(file) for file in files]
     measures: dict[int, ClipMeasures | Unreadable] = {}
     for i, content in enumerate(contents):
         if payload := cache.get(content):
-            measures[i] = load_measures(payload)
+            values = json.loads(payload)
+            measures[i] = ClipMeasures(**values | {"signature": np.asarray(values["signature"], np.uint8)})
             tell()
     new = [i for i in range(len(files)) if i not in measures]
-    for j, result in read_in_subprocess(measure_clip, [files[i] for i in new], workers=workers, timeout=timeout):
+    for j, result in read_in_subprocess(measure_clip, [files[i] for i in new], workers=rules.workers, timeout=rules.timeout):
         measures[new[j]] = result
         if isinstance(result, ClipMeasures):
-            cache.put(contents[new[j]], dump_measures(result))
+            values = vars(result) | {"signature": result.signature.tolist()}
+            cache.put(contents[new[j]], json.dumps(values, sort_keys=True).encode())
         tell()
     cache.sweep()
     track.facts["measured"] = len(new)
     return [measures[i] for i in range(len(files))]
-
-
-def dump_measures(clip: ClipMeasures) -> bytes:
-    """Return measures as JSON for the cache."""
-    values = vars(clip) | {"signature": clip.signature.tolist()}
-    return json.dumps(values, sort_keys=True).encode()
-
-
-def load_measures(payload: bytes) -> ClipMeasures:
-    """Undo `dump_measures`."""
-    values = json.loads(payload)
-    return ClipMeasures(**values | {"signature": np.asarray(values["signature"], np.uint8)})
 
 
 def manifest_row(about: Row, clip: ClipMeasures | Unreadable, rejection: Rejection | None) -> Row:

@@ -3,10 +3,7 @@
 It reads what the other stages wrote, and names what is absent.
 """
 
-from __future__ import annotations
-
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +14,7 @@ import yaml
 
 from cf_model.evaluate.figures import GREY, PALETTE, STRIP_SECONDS, Line, build_gallery, build_guesses, draw_chart, item_key
 from cf_model.evaluate.report import Results, build_tables, check_goals, compare_memories, compare_stages, describe_metric, render_page
-from tasks.files.json_lines import Row, read_json_lines
+from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params, System
 from tasks.parts.systems import as_trained
 from tasks.runner.track import Track
@@ -39,19 +36,43 @@ STAGES = {
 }
 
 
-def draw_curves(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """Draw the charts of results/curves.csv by suite: a metric against time, with a line for each system."""
-    series: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
+def read_curves(path: Path) -> dict[tuple[str, str, str], Any]:
+    """Read results/curves.csv as (suite, system, metric) -> lists of second, mean, low and high; what was not measured is NaN."""
+    rows: dict[tuple[str, str, str], list[list[float]]] = {}
     if path.exists():
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 values = [float(row[name]) if row[name] else float("nan") for name in ("second", "mean", "low", "high")]
-                series.setdefault((row["suite"], row["metric"]), {}).setdefault(row["system"], []).append(values)
+                rows.setdefault((row["suite"], row["system"], row["metric"]), []).append(values)
+    return {key: np.array(sorted(some)).T.tolist() for key, some in rows.items()}
+
+
+def draw_curves(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """Draw the charts of results/curves.csv by suite: a metric against time, with a line for each system."""
+    lines: dict[tuple[str, str], list[Line]] = {}
+    for (suite, system, metric), columns in read_curves(path).items():
+        lines.setdefault((suite, metric), []).append(Line(colours.get(system, GREY), *columns))
     charts: dict[str, list[dict[str, Any]]] = {}
-    for (suite, metric), systems in series.items():
-        drawn = [Line(colours.get(name, GREY), *np.array(sorted(rows)).T.tolist()) for name, rows in systems.items()]
+    for (suite, metric), drawn in lines.items():
         charts.setdefault(suite, []).append({"word": describe_metric(metric), "svg": draw_chart(drawn, x="seconds")})
     return charts
+
+
+def average_rows(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return the steps that have a number under `name`, the numbers, and their running mean over a twentieth of the rows.
+
+    The mean ends at the last step and begins later than the first. None for fewer than two numbers.
+    """
+    pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
+    if len(pairs) < 2:
+        return None
+    width = max(1, len(pairs) // 20)
+    return pairs[:, 0], pairs[:, 1], np.convolve(pairs[:, 1], np.ones(width) / width, "valid")
+
+
+def wants_logarithm(values: np.ndarray) -> bool:
+    """Return whether a chart of the values needs a logarithmic axis: all are above zero, and the largest is 50 times the smallest."""
+    return bool((values > 0).all() and values.max() > 50 * values.min())
 
 
 def draw_training(models: Path) -> list[dict[str, Any]]:
@@ -60,15 +81,11 @@ def draw_training(models: Path) -> list[dict[str, Any]]:
     for path in sorted(models.glob("*/metrics.jsonl"), key=lambda path: stage_order(path.parent.name)):
         rows, charts = read_json_lines(path, missing_ok=True), []
         for name in dict.fromkeys(key for row in rows for key in row if key != "step"):
-            pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
-            if len(pairs) < 2:
-                continue
-            x, y = pairs.T
-            width = max(1, len(y) // 20)
-            mean = np.convolve(y, np.ones(width) / width, "valid")
-            log = bool((y > 0).all() and y.max() > 50 * y.min())
-            both = [Line(PALETTE[0], x.tolist(), y.tolist(), faint=True), Line(PALETTE[0], x[width - 1 :].tolist(), mean.tolist())]
-            charts.append({"name": name.replace("_", " "), "last": float(mean[-1]), "svg": draw_chart(both, x="step", log=log)})
+            if found := average_rows(rows, name):
+                x, y, mean = found
+                both = [Line(PALETTE[0], x.tolist(), y.tolist(), faint=True), Line(PALETTE[0], x[-len(mean) :].tolist(), mean.tolist())]
+                svg = draw_chart(both, x="step", log=wants_logarithm(y))
+                charts.append({"name": name.replace("_", " "), "last": float(mean[-1]), "svg": svg})
         stages.append({"stage": path.parent.name, "charts": charts, "steps": rows[-1]["step"] if rows else 0})
     return stages
 
@@ -84,10 +101,10 @@ def list_stages(metrics: Path) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys([*STAGES, *names]):
         path = metrics / f"{name}.json"
-        values = json.loads(path.read_text()) if path.exists() else None
-        scalars = {key: value for key, value in (values or {}).items() if isinstance(value, int | float)}
-        nested = len(values or {}) > len(scalars)  # evaluate's: they have tables of their own
-        rows.append({"stage": name, "does": STAGES.get(name, ""), "values": scalars, "absent": values is None, "nested": nested})
+        values = load_json_object(path, missing_ok=True)
+        scalars = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        nested = len(values) > len(scalars)  # evaluate's: they have tables of their own
+        rows.append({"stage": name, "does": STAGES.get(name, ""), "values": scalars, "absent": not path.exists(), "nested": nested})
     return rows
 
 
@@ -140,16 +157,14 @@ def by_weights(systems: Mapping[str, System], present: Iterable[str]) -> dict[st
     return representatives
 
 
-def read_results(params: Params, results: Path, metrics: Path) -> Results:
+def read_results(results: Path, metrics: Path, *, resamples: int, seed: int) -> Results:
     """Read the stage evaluate's cells and means; absent files give empty results."""
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
     for row in read_json_lines(results / "cells.jsonl", missing_ok=True):
         if row["value"] is not None:
             cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item_key(row), row["seed"]] = row["value"]
-    file = metrics / "evaluate.json"
-    means = json.loads(file.read_text()) if file.exists() else {}
-    suites = {suite: systems for suite, systems in means.items() if isinstance(systems, dict)}
-    return Results(cells, suites, resamples=params.evaluate.resamples, seed=params.seed)
+    means = load_json_object(metrics / "evaluate.json", missing_ok=True)
+    return Results(cells, {suite: systems for suite, systems in means.items() if suite in SUITES}, resamples, seed)
 
 
 def list_facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], gallery_rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -196,7 +211,8 @@ def run(
     `data` is the manifest; `clips`, if given, says which bad clips were planted. Times and hardware are not in the page
     itself: it loads ../runtime/runtime.js where there is one.
     """
-    index, values = read_json_lines(samples / "index.jsonl", missing_ok=True), read_results(params, results, metrics)
+    index = read_json_lines(samples / "index.jsonl", missing_ok=True)
+    values = read_results(results, metrics, resamples=params.evaluate.resamples, seed=params.seed)
     stated = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
     recipes = {suite: {name: as_trained(params, system) for name, system in systems.items()} for suite, systems in stated.items()}
     present = {suite: systems_of(suite, systems, index, values) for suite, systems in recipes.items()}

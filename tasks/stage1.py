@@ -1,7 +1,5 @@
 """Stage `stage1`: local distribution matching on one window (sec. 3.1, eqs. 3 and 4)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

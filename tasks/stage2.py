@@ -1,7 +1,5 @@
 """Stage `stage2`: contextual distribution matching on long rollouts (sec. 3.2, eqs. 5 and 6, alg. 1)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

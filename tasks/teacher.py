@@ -1,14 +1,11 @@
 """Stage `teacher`: the base model learns to continue a long past, by error-recycling fine-tuning (sec. 3.4)."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
 from cf_model.data.latents import Latents
 from cf_model.model import wan
-from cf_model.model.denoiser import Denoiser
-from cf_model.train.adapter import LoraSpec, merge_lora, save_adapter
+from cf_model.train.adapter import merge_lora, save_adapter
 from cf_model.train.layout import TeacherLayout
 from cf_model.train.teacher import TeacherTrainer
 from cf_model.train.trainer.loop import fit
@@ -27,21 +24,16 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, base: Path,
     plan = params.samples.teacher
     make = partial(sample_continuation, teacher.ema.model, spec=plan, view=spec.view, flow=params.flow, null=clips.null_text)
     fit(teacher, track, SampleWriter(plan, track, clips, codec, make))
-    if spec.lora.rank:
-        _save_merged(teacher.ema.model, spec.lora, base, out)
+    if spec.lora.rank:  # the merged model is written as any stage writes its own, and beside it the adapters that were trained
+        assert spec.lora.alpha
+        merged, adapter = merge_lora(teacher.ema.model.transformer.state_dict(), spec.lora.alpha)
+        plain = wan.load_transformer(base)
+        plain.transformer.load_state_dict(merged)
+        wan.save_transformer(plain, out)
+        save_adapter(adapter, spec.lora, out / "adapter")
     else:
         wan.save_transformer(teacher.ema.model, out)
     teacher.bank.save(out)
-    TeacherLayout(spec.view, spec.target, spec.longest).save(out)
+    TeacherLayout(spec.view, spec.target, teacher.starts.longest).save(out)
     track.save(out)
     return {"loss": mean_of_tail(out, "loss"), **teacher.bank.statistics()}
-
-
-def _save_merged(model: Denoiser, spec: LoraSpec, base: Path, out: Path) -> None:
-    """Write the merged model to `out` as any stage does, and the adapters that were trained on the model in `base` to `out`/adapter."""
-    assert spec.alpha
-    merged, adapter = merge_lora(model.transformer.state_dict(), spec.alpha)
-    plain = wan.load_transformer(base)
-    plain.transformer.load_state_dict(merged)
-    wan.save_transformer(plain, out)
-    save_adapter(adapter, spec, out / "adapter")

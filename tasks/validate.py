@@ -1,7 +1,5 @@
 """Stage `validate`: all of params.yaml against its types, before any other stage runs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -12,17 +10,11 @@ from tasks.runner.track import Track
 
 def run(params: Params, track: Track, *, out: Path = Path("build/params.json")) -> dict[str, float]:
     """Check every value of params.yaml, alone and against the others, and write them to build/params.json, sorted."""
-    prompts = params.generate.prompts_file
-    if prompts is not None:
-        _check_prompts(prompts)
+    file = params.generate.prompts_file
+    if file is not None:  # refused now, because `generate` would refuse it an hour later
+        if not file.is_file():
+            raise Refused(f"generate.prompts_file is {file}, which isn't there; name a file with one prompt a line, or null")
+        if not file.read_text().strip():
+            raise Refused(f"generate.prompts_file is {file}, which holds no prompt; write one a line, or null for the held-out captions")
     out.write_text(json.dumps(params.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
     return {}
-
-
-def _check_prompts(file: Path) -> None:
-    """Refuse a missing or empty file of prompts now, because `generate` would refuse it an hour later."""
-    if not file.is_file():
-        raise Refused(f"generate.prompts_file is {file}, which isn't there; name a file with one prompt a line, or null")
-    with file.open() as lines:
-        if not any(line.strip() for line in lines):
-            raise Refused(f"generate.prompts_file is {file}, which holds no prompt; write one a line, or null for the held-out captions")

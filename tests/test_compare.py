@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from evaluate.project import EVIL, make_params, write_project
 
-from tasks.commands.compare import page, results
+from cf_model.evaluate.report import Results
+from tasks.commands.compare import page
 from tasks.params.yaml_file import Refused
+from tasks.report import read_results
 
 PARAMS = "profile: tiny\nseed: 7\nvideo: {height: 32, width: 32, fps: 16}\nevaluate: {resamples: 200}\nstage2: {steps: 10, note: 'NOTE'}\n"
 
@@ -25,6 +27,10 @@ def write(root: Path, *, note: str = "a", prompts: int = 6) -> Path:
     write_project(root, make_params(), prompts=prompts, seconds=2)
     (root / "params.yaml").write_text(PARAMS.replace("NOTE", note))
     return root
+
+
+def read(root: Path) -> Results:
+    return read_results(root / "results", root / "metrics", resamples=200, seed=7)
 
 
 def edit_cells(root: Path, change: Callable[[dict[str, object]], object]) -> None:
@@ -66,8 +72,8 @@ def text(html: str) -> str:
 
 
 def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
-    a, b = (results.read_results(root, 200, 7) for root in pair)
-    (prompts, _) = results.compare_suites(a, b)
+    a, b = (read(root) for root in pair)
+    (prompts, _) = page.compare_suites(a, b)
     rows = {(one["name"], row["metric"]): row for one in prompts["systems"] for row in one["rows"]}
     sharp = rows["stage2", "sharpness"]
     assert sharp["found"].change.mean == pytest.approx(0.5) and sharp["found"].change.low == pytest.approx(0.5)
@@ -75,10 +81,10 @@ def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
     assert rows["stage2", "compass_coherence"]["says"] == "better"
     assert rows["stage1", "sharpness"]["says"] == "the same" and rows["stage2", "diversity"]["says"] == "the same"
     assert [one["name"] for one in prompts["systems"] if not one["same"]] == ["stage2"]
-    back = results.compare_suites(b, a)[0]["systems"]
+    back = page.compare_suites(b, a)[0]["systems"]
     (worse,) = [row for one in back for row in one["rows"] if row["metric"] == "compass_coherence" and not row["same"]]
     assert worse["says"] == "worse" and worse["found"].change.mean == pytest.approx(-0.2)
-    tally = results.count_verdicts(results.compare_suites(a, b))
+    tally = page.count_verdicts(page.compare_suites(a, b))
     assert tally["says"]["better"] == 1 and tally["says"]["higher"] == 1 and tally["tested"] == 2 and tally["by_chance"] == 0.1
 
 
@@ -87,16 +93,16 @@ def test_only_videos_of_both_are_compared(pair: tuple[Path, Path], tmp_path: Pat
     other = tmp_path / "other"
     shutil.copytree(pair[1], other)
     edit_cells(other, lambda row: row.update(prompt="another"))
-    found = results.compare_suites(results.read_results(pair[0], 200, 7), results.read_results(other, 200, 7))
+    found = page.compare_suites(read(pair[0]), read(other))
     rows = [row for suite in found for one in suite["systems"] for row in one["rows"] if row["metric"] == "sharpness"]
     assert rows and all(row["pairs"] == 0 and row["says"] in ("no interval", "the same") for row in rows)
 
 
 def test_five_prompts_are_too_few(pair: tuple[Path, Path]) -> None:
-    a, b = (results.read_results(root, 200, 7) for root in pair)
+    a, b = (read(root) for root in pair)
     place = ("prompts", "stage2", "sharpness")
     short = {key: value for key, value in a.cells[place].items() if not key[0].startswith("00000 ")}
-    row = results.compare_metric(replace(a, cells={place: short}), b, *place)
+    row = page.compare_metric(replace(a, cells={place: short}), b, *place)
     assert row is not None and row["pairs"] == 10 and row["says"] == "too few prompts" and not row["clear"]
 
 
@@ -186,8 +192,8 @@ def test_each_curve_has_the_colour_of_its_run(tmp_path: Path) -> None:
         (tmp_path / letter / "results/curves.csv").write_text("suite,system,metric,second,mean,low,high\n" + row.format(0) + row.format(1))
         rows = [json.dumps({"step": step, "loss": value}) + "\n" for step in range(4)]
         (tmp_path / letter / "models/base/metrics.jsonl").write_text("".join(rows))
-    (system,) = results.draw_curves(tmp_path / "A", tmp_path / "B", page.COLOURS)
-    (stage,) = results.draw_training(tmp_path / "A", tmp_path / "B", page.COLOURS)["stages"]
+    (system,) = page.draw_curves(tmp_path / "A", tmp_path / "B", page.COLOURS)
+    (stage,) = page.draw_training(tmp_path / "A", tmp_path / "B", page.COLOURS)["stages"]
     for charts in (system["charts"], stage["charts"]):
         (svg,) = [one["svg"] for one in charts]
         assert height(svg, "A") < height(svg, "B")
@@ -198,12 +204,12 @@ def test_videos_of_other_seeds_are_no_pair(pair: tuple[Path, Path], tmp_path: Pa
     index = tmp_path / "B/samples/index.jsonl"
     rows = [json.loads(line) for line in index.read_text().splitlines()]
     index.write_text("".join(json.dumps(row | {"seed": row["seed"] + 100}) + "\n" for row in rows))
-    measured = results.compare_suites(*(results.read_results(root, 200, 7) for root in pair))
-    assert results.embed_videos(*pair, measured, 16) and results.embed_videos(pair[0], tmp_path / "B", measured, 16) == []
+    measured = page.compare_suites(*(read(root) for root in pair))
+    assert page.embed_videos(*pair, measured, 16) and page.embed_videos(pair[0], tmp_path / "B", measured, 16) == []
 
 
 def test_running_means_are_means() -> None:
     rows = [{"step": k, "loss": float(k % 2)} for k in range(40)] + [{"step": 40, "loss": None}]
-    line = results.draw_running_mean("red", rows, "loss")
+    line = page.draw_running_mean("red", rows, "loss")
     assert line is not None and set(np.round(line.y, 6)) == {0.5} and line.x[0] == 1
-    assert results.draw_running_mean("red", rows[:1], "loss") is None
+    assert page.draw_running_mean("red", rows[:1], "loss") is None

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tasks.commands import summary
+from tasks.commands import repro
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,11 +92,11 @@ def test_the_last_words_of_make_repro(tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports/report.html").write_text("")
-    stage, *keys = next(iter(summary.METRICS.values()))
+    stage, *keys = next(iter(repro.SUMMARY.values()))
     value = "12.345678"
     for key in reversed(keys):
         value = f'{{"{key}": {value}}}'
     (tmp_path / f"metrics/{stage}.json").write_text(value)
-    said = summary.summarize_run(tmp_path).splitlines()
+    said = repro.summarize_run(tmp_path).splitlines()
     assert said[0].endswith(str(tmp_path / "reports/report.html"))
     assert len(said) == 6 and said[1].endswith("12.35") and said[2].endswith("not measured")

@@ -14,7 +14,7 @@ from typing import Any, cast
 import offline
 import pytest
 
-from tasks.files.hashes import compute_dvc_md5, hash_content
+from tasks.files.hashes import compute_dvc_md5
 from tasks.params import yaml_file
 from tasks.params.project import Project
 from tasks.wandb_log import lineage, run
@@ -35,15 +35,15 @@ def stated(tree: dict[str, Any]) -> Project:
 def test_digests_are_of_the_content_and_of_nothing_else(here: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Another checkout with the same files has the same version; another byte is another one."""
     about = {"config": {"git": {"sha": "1", "dirty": False}}, "job_type": "clips", "group": "g"}
-    one = run.build_artifact(lineage.TrackedPath(Path("data/clips")), about)
+    one = run.build_artifact(Path("data/clips"), about)
     other = offline.project(tmp_path_factory.mktemp("other"))
     os.chdir(other)
-    same = run.build_artifact(lineage.TrackedPath(Path("data/clips")), about | {"job_type": "else"})
+    same = run.build_artifact(Path("data/clips"), about | {"job_type": "else"})
     assert one.digest == same.digest
     entry = one.manifest.entries["data/clips/a b/ä.mp4"]
-    assert base64.b64decode(entry.digest).hex() == hash_content(other / "data/clips/a b/ä.mp4")
+    assert base64.b64decode(entry.digest).hex() == compute_dvc_md5(other / "data/clips/a b/ä.mp4")
     (other / "data/clips/a b/ä.mp4").write_bytes(b"clap")
-    assert run.build_artifact(lineage.TrackedPath(Path("data/clips")), about).digest != one.digest
+    assert run.build_artifact(Path("data/clips"), about).digest != one.digest
 
 
 def test_the_md5_that_dvc_writes(tmp_path: Path) -> None:
@@ -61,12 +61,12 @@ def test_the_md5_that_dvc_writes(tmp_path: Path) -> None:
 def test_outs_of_other_stages_are_inputs_whole(here: Path) -> None:
     Path("models/teacher").mkdir(parents=True)
     Path("results").mkdir()
-    assert [str(tracked.path) for tracked in lineage.list_inputs("report", stated({}))] == ["results", "models/teacher"]
+    assert [str(path) for path in lineage.list_inputs("report", stated({}))] == ["results", "models/teacher"]
     Path("dvc.yaml").write_text("stages: {filter: {deps: ['${clips.folder}'], outs: [kept]}}")
     Path("raw").mkdir()
     assert lineage.list_inputs("filter", stated({"clips": {"folder": "raw"}})) == []
     Path("raw.dvc").write_text("outs: []")
-    assert lineage.list_inputs("filter", stated({"clips": {"folder": "raw"}})) == [lineage.TrackedPath(Path("raw"))]
+    assert lineage.list_inputs("filter", stated({"clips": {"folder": "raw"}})) == [Path("raw")]
 
 
 def test_a_changed_tree_is_dirty_and_a_running_pipeline_is_not(here: Path) -> None:

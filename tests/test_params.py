@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from flows.run import config
-from tasks.params import explain, load, schema, yaml_file
+from tasks.params import load, schema, yaml_file
 from tasks.params.yaml_file import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def test_a_profile_states_every_value(file: Path) -> None:
         if key.rpartition(".")[0] not in FREE:
             with pytest.raises(ValidationError) as caught:
                 schema.Params.model_validate(without(stated, key))
-            assert f"{key} is missing; every value is stated" in explain.explain_first_error(caught.value, schema.Params, file)
+            assert f"{key} is missing; every value is stated" in load.explain_first_error(caught.value, schema.Params, file)
 
 
 @pytest.mark.parametrize("file", PROFILES, ids=lambda file: file.stem)

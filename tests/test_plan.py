@@ -12,8 +12,7 @@ import pytest
 
 import tasks.__main__ as cf
 from cf_model.plan.need import StageNeed
-from tasks.commands import preset
-from tasks.commands.plan import forecast, limits, table
+from tasks.commands import plan, preset
 from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.params import load, schema, yaml_file
 from tasks.params.yaml_file import Refused
@@ -58,7 +57,7 @@ def test_videos_of_every_ending_are_counted(tiny: schema.Params, tmp_path: Path)
     (tmp_path / "text.txt").touch()
     (tmp_path / "folder.mp4").mkdir()
     stated = tiny.model_copy(update={"clips": tiny.clips.model_copy(update={"source": "folder", "folder": tmp_path})})
-    assert forecast.count_clips(stated) == len(VIDEO_SUFFIXES) == 11
+    assert plan.count_clips(stated) == len(VIDEO_SUFFIXES) == 11
 
 
 def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +76,7 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> None:
-    for one in forecast.estimate_needs(wan).values():
+    for one in plan.estimate_needs(wan).values():
         peaks = [one.peak(1, zero, 8) for zero in (0, 1, 2, 3)]
         assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
         assert one.peak(1, 3, 16) < one.peak(1, 3, 8) and one.peak(1, 0, 16) == one.peak(1, 0, 8)
@@ -85,8 +84,8 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> N
 
 def test_every_preset_can_be_planned() -> None:
     stated = yaml_file.read_yaml(WAN)
-    params = {name: load.validate_params(preset.apply_preset(stated, name), WAN) for name in preset.list_presets()}
-    made = {name: forecast.estimate_needs(p)["stage2"] for name, p in params.items()}
+    params = {name: load.validate_params(preset.apply_preset(stated, name), WAN) for name in preset.list_files("preset")}
+    made = {name: plan.estimate_needs(p)["stage2"] for name, p in params.items()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"
     assert made["cf_memoryless_teacher"].operations < made["cf_default"].operations, "scores without a context are cheaper"
@@ -98,9 +97,9 @@ def test_hours_of_tiny_are_those_it_took(tiny: schema.Params) -> None:
     """On the machine whose speed the plan states, data and start included; one speed stands for five stages that reach 26 to 38
     GFLOP/s there."""
     measured = json.loads((ROOT / "benchmarks/results/plan-hours.json").read_text())["wall_seconds"]
-    machine = forecast.Hardware(1, GIB, table.CPU_TFLOPS, "CPU", "")
-    for stage, one in forecast.estimate_needs(tiny).items():
-        assert 3600 * forecast.estimate_hours(one, machine) == pytest.approx(measured[stage], rel=0.25)
+    machine = plan.Hardware(1, GIB, plan.CPU_TFLOPS, "CPU", "")
+    for stage, one in plan.estimate_needs(tiny).items():
+        assert 3600 * plan.estimate_hours(one, machine) == pytest.approx(measured[stage], rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +113,12 @@ def test_hours_of_tiny_are_those_it_took(tiny: schema.Params) -> None:
 )
 def test_what_makes_no_sense_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(Refused, match=message.replace("(", r"\(")):
-        table.main(["--params", str(TINY), *words])
+        plan.main(["--params", str(TINY), *words])
 
 
 @pytest.mark.parametrize("value, text", [(0, "0"), (1234.5, "1,234"), (12.34, "12.3"), (0.01234, "0.0123"), (0.000001, "1e-06")])
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert limits.format_number(value) == text
+    assert plan.format_number(value) == text
 
 
 def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
     from cf_model.train.trainer.ema import EMA
     from cf_model.train.trainer.engine import Optimizer
 
-    one = forecast.estimate_needs(tiny)["base"]
+    one = plan.estimate_needs(tiny)["base"]
     made = wan.build_transformer(tiny.model, channels=12, text_channels=64, seed=0)
     optimizer = Optimizer(made, tiny.base.optimizer, 10)
     for parameter in made.parameters():
@@ -139,7 +138,7 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
     assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(one.checkpoint, rel=0.01)
     wan.save_transformer(made, tmp_path / "out")
     written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
-    assert written == pytest.approx(forecast.estimate_disk(tiny, "base")["out"], rel=0.01)
+    assert written == pytest.approx(plan.estimate_disk(tiny, "base")["out"], rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- the refusal
@@ -147,18 +146,18 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
 
 def refused(p: schema.Params, stage: str, free: float, split: int | None = None) -> str:
     with pytest.raises(Refused) as error:
-        one = forecast.estimate_needs(p)[stage]
-        leaner, work = forecast.estimate_checkpointed(p, stage), limits.WorkSplit(split or one.batch, 0, 1)
-        limits.refuse_memory(stage, one, leaner, free * GIB, "machine", work)
+        one = plan.estimate_needs(p)[stage]
+        leaner, work = plan.estimate_checkpointed(p, stage), plan.WorkSplit(split or one.batch, 0, 1)
+        plan.refuse_memory(stage, one, leaner, free * GIB, "machine", work)
     return str(error.value)
 
 
 def test_a_stage_that_fits_is_never_refused(tiny: schema.Params, wan: schema.Params, tmp_path: Path) -> None:
     for p, free in ((tiny, 0.25), (wan, 4000)):
-        for stage, one in forecast.estimate_needs(p).items():
-            limits.refuse_memory(stage, one, None, free * GIB, "machine", limits.WorkSplit(one.batch, 0, 1))
+        for stage, one in plan.estimate_needs(p).items():
+            plan.refuse_memory(stage, one, None, free * GIB, "machine", plan.WorkSplit(one.batch, 0, 1))
             assert one.peak(one.batch) * 0.7 < free * GIB
-    forecast.refuse_unfit_stage(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
+    plan.refuse_unfit_stage(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
 
 
 def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, wan: schema.Params) -> None:
@@ -169,52 +168,52 @@ def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, 
     assert "one sample alone takes 85.8: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use engine.micro_batch: 4, or compute.checkpointing: true" in refused(tiny, "stage2", 0.1)
     large = tiny.model_copy(update={"video": tiny.video.model_copy(update={"height": 512, "width": 512})})
-    lean = forecast.estimate_checkpointed(large, "stage2")
+    lean = plan.estimate_checkpointed(large, "stage2")
     assert lean and "use compute.checkpointing: true and engine.micro_batch: 1" in refused(large, "stage2", 1.01 * lean.peak(1) / GIB)
     for text in (message, refused(tiny, "stage2", 0.1)):
         assert text.count("\n") == 0
 
 
 def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
-    one = forecast.estimate_needs(wan)["stage2"]
-    limits.refuse_memory("stage2", one, None, 139 * GIB, "machine", limits.WorkSplit.from_engine(wan.engine, one.batch, 1))
-    assert limits.WorkSplit.from_engine(wan.engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "as the profile states it"
+    one = plan.estimate_needs(wan)["stage2"]
+    plan.refuse_memory("stage2", one, None, 139 * GIB, "machine", plan.WorkSplit.from_engine(wan.engine, one.batch, 1))
+    assert plan.WorkSplit.from_engine(wan.engine, one.batch, 8) == plan.WorkSplit(1, 2, 8), "as the profile states it"
     with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* one sample alone takes 85.8"):
-        limits.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", limits.WorkSplit.from_engine(wan.engine, one.batch, 8))
+        plan.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", plan.WorkSplit.from_engine(wan.engine, one.batch, 8))
 
 
 def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schema.Params) -> None:
     shared = wan.model_copy(update={"stage2": replace(wan.stage2, rollouts="shared")})
-    each, kept = (forecast.estimate_needs(p)["stage2"] for p in (wan, shared))
+    each, kept = (plan.estimate_needs(p)["stage2"] for p in (wan, shared))
     assert kept.peak(1, 2, 8) - each.peak(1, 2, 8) == 7 * kept.carried > 7 * each.memory
     assert kept.peak(8, 2, 8) == each.peak(8, 2, 8), "computed at once they are there anyway"
 
 
 def test_what_is_offloaded_is_not_on_the_gpu(wan: schema.Params) -> None:
-    one, engine = forecast.estimate_needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
-    away, here = (limits.WorkSplit.from_engine(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
+    one, engine = plan.estimate_needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
+    away, here = (plan.WorkSplit.from_engine(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
     assert here.peak(one) - away.peak(one) == one.states(2, 8)["optimiser"] > 3 * GIB
-    assert limits.WorkSplit.from_engine(engine, one.batch, 8) == limits.WorkSplit(1, 2, 8), "on a CPU it is the same memory"
+    assert plan.WorkSplit.from_engine(engine, one.batch, 8) == plan.WorkSplit(1, 2, 8), "on a CPU it is the same memory"
 
 
 def test_a_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * GIB))
     written = {"out": 5.0 * GIB, "checkpoints": 5.0 * GIB}
-    limits.refuse_disk("base", written, tmp_path / "models/base", tmp_path / "work/base")
+    plan.refuse_disk("base", written, tmp_path / "models/base", tmp_path / "work/base")
     message = r"base writes up to 25\.0 GiB, but the disk of .* has 10\.0 free; free some"
     with pytest.raises(Refused, match=message):
-        limits.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
+        plan.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
     (tmp_path / "work/base/key").mkdir(parents=True)
     with (tmp_path / "work/base/key/step-00000001.safetensors").open("wb") as file:
         file.truncate(15 * GIB)  # of a run that goes on: it will be written over
-    limits.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
+    plan.refuse_disk("base", written | {"checkpoints": 20.0 * GIB}, tmp_path / "models/base", tmp_path / "work/base")
 
 
 def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_bytes(TINY.read_bytes())
     Path("dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
-    monkeypatch.setattr(limits, "measure_memory", lambda: 0.01 * GIB)
+    monkeypatch.setattr(plan, "measure_memory", lambda: 0.01 * GIB)
     words = ["base", "--latents", "data/latents", "--codec", "models/codec", "--out", "models/base"]
     with pytest.raises(Refused, match=r"base needs about 0\.06"):
         cf.main(words)
@@ -225,19 +224,19 @@ def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch
 
 
 def test_memory_is_the_machines_or_the_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(limits, "count_gpus", lambda: 0)
-    assert 0.05 * GIB < limits.measure_memory() < 2**60
+    monkeypatch.setattr(plan, "count_gpus", lambda: 0)
+    assert 0.05 * GIB < plan.measure_memory() < 2**60
     limit, used = tmp_path / "max", tmp_path / "current"
     limit.write_text(f"{3 * 2**20}\n")
     used.write_text(f"{2**20}\n")
-    monkeypatch.setattr(limits, "CGROUPS", ((str(limit), str(used)),))
-    assert limits.measure_memory() == 2 * 2**20
+    monkeypatch.setattr(plan, "CGROUPS", ((str(limit), str(used)),))
+    assert plan.measure_memory() == 2 * 2**20
     limit.write_text("max\n")
-    assert limits.measure_memory() > 2**20
+    assert plan.measure_memory() > 2**20
 
 
 def test_only_stages_that_train_are_asked(tiny: schema.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "measure_memory", lambda: 1.0)
-    forecast.refuse_unfit_stage(tiny, "evaluate", tmp_path, tmp_path)
-    assert set(forecast.estimate_needs(tiny)) == set(TRAINING_STAGES)
-    assert all(isinstance(one, StageNeed) for one in forecast.estimate_needs(tiny).values())
+    monkeypatch.setattr(plan, "measure_memory", lambda: 1.0)
+    plan.refuse_unfit_stage(tiny, "evaluate", tmp_path, tmp_path)
+    assert set(plan.estimate_needs(tiny)) == set(TRAINING_STAGES)
+    assert all(isinstance(one, StageNeed) for one in plan.estimate_needs(tiny).values())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_compare import PARAMS, edit_cells, text, write
 
-from tasks.commands.compare import page, revision
+from tasks.commands.compare import page
 from tasks.params.yaml_file import Refused
 
 
@@ -63,7 +63,7 @@ def test_revisions_and_experiments(repository: Path, monkeypatch: pytest.MonkeyP
 def test_what_a_revision_brings(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Outs by DVC's cache, of models the curve alone, metrics by Git."""
     monkeypatch.chdir(repository)
-    root = revision.find_folder("HEAD~1", tmp_path / "A")
+    root = page.find_folder("HEAD~1", tmp_path / "A")
     assert (root / "results/cells.jsonl").exists() and (root / "metrics/evaluate.json").exists()
     assert len(list(root.glob("samples/**/*.mp4"))) == len(list(repository.glob("samples/**/*.mp4")))
     assert (root / "models/base/metrics.jsonl").read_bytes() == (repository / "models/base/metrics.jsonl").read_bytes()
@@ -81,7 +81,7 @@ def test_outs_that_only_the_remote_has(repository: Path, monkeypatch: pytest.Mon
     command(root, *dvc, "push", "-q", "results", "samples", "-r", "store")
     shutil.rmtree(root / ".dvc/cache")
     monkeypatch.chdir(root)
-    found = revision.find_folder("HEAD", tmp_path / "A")
+    found = page.find_folder("HEAD", tmp_path / "A")
     assert (found / "results/cells.jsonl").read_bytes() == (repository / "results/cells.jsonl").read_bytes()
     assert not (found / "models/base").exists(), "never pushed"
     told = (found / ".dvc/config.local").read_text()
@@ -92,9 +92,9 @@ def test_outs_that_only_the_remote_has(repository: Path, monkeypatch: pytest.Mon
 def test_a_name_that_is_no_run(name: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(repository)
     with pytest.raises(Refused, match="neither a folder, nor a revision"):
-        revision.find_folder(name, tmp_path / "A")
+        page.find_folder(name, tmp_path / "A")
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"is a folder without params\.yaml"):
-        revision.find_folder(str(tmp_path), tmp_path / "A")
+        page.find_folder(str(tmp_path), tmp_path / "A")

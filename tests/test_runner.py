@@ -22,7 +22,6 @@ from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 from tasks.runner import execute as runner
 from tasks.runner import track as tracking
-from tasks.runner import working_folder
 
 ROOT = Path(__file__).parent.parent
 PARAMS = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
@@ -52,7 +51,7 @@ def execute(run: Any, out: str = "made/out.txt") -> None:
 
 
 def key(stated: dict[str, Any] = STATED, **paths: Path) -> str:
-    return working_folder.compute_key("toy", {"data": Path("data.txt"), "out": Path("out.txt"), **paths}, toy(stated))
+    return runner.compute_key("toy", {"data": Path("data.txt"), "out": Path("out.txt"), **paths}, toy(stated))
 
 
 def good(params: Any, track: tracking.Track, *, data: Path, out: Path) -> dict[str, Any]:

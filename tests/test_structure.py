@@ -17,14 +17,14 @@ import pytest
 
 from tasks.params import yaml_file
 from tasks.params.project import Project
-from tasks.runner.stage_command import build_parser
+from tasks.runner.ranks import build_parser
 from tests.order import SECONDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cf_model", "tasks", "flows")
 FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 STATED = yaml_file.read_yaml(ROOT / "params.yaml")
-STAGES: dict[str, dict[str, Any]] = yaml_file.read_stages(ROOT / "dvc.yaml", STATED)
+STAGES: dict[str, dict[str, Any]] = yaml_file.fill_in_values(yaml_file.read_yaml(ROOT / "dvc.yaml")["stages"], STATED)
 # The shell around the stages carries values and decides none (see the head of dvc.yaml), so no stage depends on it.
 SHELL = {
     *(file for room in ("runner", "files", "wandb_log", "params") for file in (ROOT / "tasks" / room).rglob("*.py")),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tasks.runner import progress
 from tasks.runner import track as tracking
 
 
@@ -39,7 +38,7 @@ def test_resumed_runs_log_again_what_came_after_the_checkpoint(tmp_path: Path, c
 
 
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.02)
+    monkeypatch.setattr(tracking, "PLAIN_SECONDS", 0.02)
     bar = tracking.Track("toy", tmp_path).progress(10, "clip", start=4)
     for _ in range(3):
         time.sleep(0.03)

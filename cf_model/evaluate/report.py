@@ -209,9 +209,9 @@ def check_goals(results: Results, prompts: Mapping[str, str], memories: Mapping[
     return [*rows, row(goal, errors, "{0}, fast only {1}", lambda slow, fast: slow <= 0.8 * fast)]
 
 
-def render_page(page: Mapping[str, Any]) -> str:
-    """Render the page; every value in it is escaped, except the figures that this package draws."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+def render_page(page: Mapping[str, Any], template: Path = Path(__file__).parent / "report.html.j2") -> str:
+    """Render a page; every value in it is escaped, except the figures that this package draws."""
+    loader = jinja2.FileSystemLoader(template.parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = format_number
-    return environment.get_template("report.html.j2").render(page)
+    return environment.get_template(template.name).render(page)

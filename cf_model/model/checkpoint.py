@@ -103,15 +103,13 @@ def refuse_full_disk(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors has no error number of its own, only the system's words
-        code = error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
-        if code not in DISK_FULL_ERRORS:
+        if (reason := explain_full_disk(error)) is None:
             raise
         for rest in folder.glob("*.partial"):
             shutil.rmtree(rest, ignore_errors=True)
         last = max((path.name for path in folder.glob("step-????????")), default="none yet")
         free = shutil.disk_usage(folder).free / 2**20
-        problem = f"{folder} has no room for {what} ({os.strerror(code)}; {free:.0f} MiB are free)"
+        problem = f"{folder} has no room for {what} ({reason}; {free:.0f} MiB are free)"
         raise ValueError(f"{problem}; the last checkpoint, {last}, is intact: make room and start again") from None
 
 
@@ -160,3 +158,12 @@ def _unflatten_state(value: dict[str, Any], tensors: Mapping[str, torch.Tensor])
     if kind == "list":
         return [_unflatten_state(item, tensors) for item in content]
     return content
+
+
+def explain_full_disk(error: BaseException) -> str | None:
+    """Return the system's words for an error that means a full disk, None for another error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError):
+        # it has no error number of its own, only the system's words
+        number = int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
+    return os.strerror(number) if number in DISK_FULL_ERRORS else None

@@ -372,12 +372,12 @@ def empty_memory(spec: MemorySpec) -> Memory:
     return ContextMemory(spec, SlowPart(spec.slow))
 
 
-def fixed_memory(frames: Frames) -> ContextMemory:
-    """Return a memory of exactly these frames, at positions 0, 1, 2, …, that never promotes: a context read in one pass."""
-    spec = MemorySpec(
-        sink=0,
+def build_plain_spec(sink: int, fast: int, positions: Literal["packed", "absolute"]) -> MemorySpec:
+    """Return a memory of the first `sink` and the newest `fast` frames that never promotes."""
+    return MemorySpec(
+        sink=sink,
         slow=0,
-        fast=len(frames),
+        fast=fast,
         promote="none",
         tau=1.0,
         interval=1,
@@ -387,7 +387,11 @@ def fixed_memory(frames: Frames) -> ContextMemory:
         timing="clean",
         fill="none",
         scope="global",
-        positions="packed",
+        positions=positions,
         commit="all",
     )
-    return ContextMemory(spec, SlowPart(0), fast=frames, frame_count=len(frames))
+
+
+def fixed_memory(frames: Frames) -> ContextMemory:
+    """Return a memory of exactly these frames, at positions 0, 1, 2, …, that never promotes: a context read in one pass."""
+    return ContextMemory(build_plain_spec(0, len(frames), "packed"), SlowPart(0), fast=frames, frame_count=len(frames))

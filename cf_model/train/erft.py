@@ -213,8 +213,9 @@ def _draw_errors(
 
 def _add_to_context(context: Float[Tensor, "K C H W"], error: Float[Tensor, "F C H W"], view: TeacherView, segments: str) -> None:
     """Add the last frames of an error to the chosen segments of one context, in place."""
-    # Frames at the context's beginning that stay clean; a context that is not sparse has no segments.
-    skip = {"all": 0, "slow_fast": view.sink, "fast": len(context) - view.fast}[segments] if view.context == "sparse" else 0
+    # Frames at the context's beginning that stay clean; a context that is not sparse has no segments. Early in a video the context is
+    # shorter than sink and fast part together, and what is in the sink counts there.
+    skip = {"all": 0, "slow_fast": view.sink, "fast": max(view.sink, len(context) - view.fast)}[segments] if view.context == "sparse" else 0
     # Choice: the error's last frames meet the context's last frames, as many as both have.
     skip = max(skip, len(context) - len(error), 0)
     if skip < len(context):

@@ -60,7 +60,8 @@ class StudentSpec:
     student_optimizer: OptimizerSpec
     critic_optimizer: OptimizerSpec
     ema: float
-    ema_start: int  # updates of the student before the average begins
+    ema_start: int  # updates of the student (not of the critic) before the average begins; until then it equals the raw weights
+    ema_ramp: bool  # the average's decay after n updates is at most (1 + n) / (10 + n), for short runs
     save_every: int
 
     def __post_init__(self) -> None:
@@ -124,7 +125,7 @@ class DistillationTrainer:
         self.steps, self.save_every = spec.steps, spec.save_every
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
         self.random = BatchRandom(seed, device, groups=engine.count_groups(spec.batch))
-        self.ema = EMA(student, spec.ema, spec.ema_start)  # before build_optimizer, which may split the student over the ranks
+        self.ema = EMA(student, spec.ema, spec.ema_start, ramp=spec.ema_ramp)  # before build_optimizer, which may split the student over the ranks
         self.student_optimizer = build_optimizer(student, spec.student_optimizer, spec.steps // spec.critic_updates, engine)
         self.critic_optimizer = build_optimizer(critic, spec.critic_optimizer, spec.steps, engine)
         self.streams = RolloutStreams(spec.memory, self.random, device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,6 +50,36 @@ class TeacherSpec:
             raise ValueError(f"longest is {self.longest}, less than shortest {self.shortest}; use at least that")
 
 
+class ClipsByLength:
+    """Rows of clips in the order of their lengths, so that those of at least a given length are found at once."""
+
+    def __init__(self, latents: EncodedClips, rows: Sequence[int]) -> None:
+        self.rows = sorted(rows, key=lambda row: (latents.frames(row), row))
+        self.lengths = [latents.frames(row) for row in self.rows]
+
+    @property
+    def longest(self) -> int:
+        """Return the longest clip's latent frames."""
+        return self.lengths[-1]
+
+    def at_least(self, frames: int) -> list[int]:
+        """Return the rows of clips that have at least so many latent frames."""
+        return self.rows[bisect_left(self.lengths, frames) :]
+
+
+class DrawnStarts:
+    """The longest start that was drawn in training, which a checkpoint holds and layout.json states."""
+
+    def __init__(self) -> None:
+        self.longest = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"longest": self.longest}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.longest = state["longest"]
+
+
 class TeacherTrainer:
     """Error-recycling fine-tuning of the base model on continuations of real clips."""
 
@@ -59,7 +90,9 @@ class TeacherTrainer:
         self.steps, self.save_every = spec.steps, spec.save_every
         if spec.lora.rank:
             attach_lora(model, spec.lora, seed)
-        self.rows = latents.rows("train", at_least=spec.shortest + spec.target)
+        self.clips = ClipsByLength(latents, latents.rows("train", at_least=spec.shortest + spec.target))
+        self.longest = min(spec.longest, self.clips.longest - spec.target)  # start that the clips allow
+        self.starts = DrawnStarts()
         self.device = next(model.parameters()).device
         self.random = BatchRandom(seed, self.device, groups=engine.count_groups(spec.batch))
         self.ema = EMA(model, spec.ema)  # before build_optimizer, which may split the model over the ranks
@@ -72,7 +105,7 @@ class TeacherTrainer:
     def state(self) -> Mapping[str, Any]:
         """Everything that a step changes, by its name in a checkpoint."""
         parts = {"model": self.optimizer.weights, "average": self.ema, "optimizer": self.optimizer}
-        return {**parts, "bank": self.bank, "random": self.random}
+        return {**parts, "bank": self.bank, "random": self.random, "starts": self.starts}
 
     def step(self, number: int) -> dict[str, float]:
         """Take one step on a batch, and let the error bank collect the batch's residuals."""
@@ -89,9 +122,10 @@ class TeacherTrainer:
         """Add the gradient of one group of the batch; return the group's values and residuals."""
         spec, rng = self.spec, self.random.rng
         # Draw how many latent frames of the past there are: none, or uniform in shortest..longest; the paper: 5 to 20 seconds (sec. 4).
-        rows = draw_rows(self.rows, spec.batch, self.random)
-        longest = min(spec.longest, *(self.latents.frames(row) - spec.target for row in rows))
-        start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, longest, 1)[0]
+        # Choice: the start first, then clips that are long enough for it, so that short clips do not shorten the past of the others.
+        start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, self.longest, 1)[0]
+        rows = draw_rows(self.clips.at_least(start + spec.target), spec.batch, self.random)
+        self.starts.longest = max(self.starts.longest, start)
         # Draw what the teacher sees of that past: the slow-fast view (Fig. 3), or its fast frames alone.
         view = replace(spec.view, sink=0, slow=0) if self.random.coin(spec.fast_only) else spec.view
         starts = [self.random.integers(0, self.latents.frames(row) - start - spec.target, 1)[0] for row in rows]
@@ -110,4 +144,5 @@ class TeacherTrainer:
         )
         self.optimizer.backward(loss / self.random.count)
         self.timer.lap("loss")
-        return {"loss" if start else "loss_without_context": loss.item(), "context_frames": float(context.shape[1])}, residuals
+        values = {"loss" if start else "loss_without_context": loss.item(), "start": float(start)}
+        return {**values, "context_frames": float(context.shape[1])}, residuals

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tasks.files.hashes import hash_content
+from tasks.files.hashes import compute_dvc_md5 as hash_content
 from tasks.files.videos import VIDEO_SUFFIXES
 
 UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".filepart")

@@ -1,7 +1,5 @@
 """`cf curves`: the values that a training stage logs, as lines of text, while it runs and afterwards."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

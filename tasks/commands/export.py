@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tasks.files.atomic import open_partial
+from tasks.files.json_lines import load_json_object
 from tasks.params.yaml_file import Refused
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def export_diffusers(args: argparse.Namespace) -> str:
     if args.codec is None and not CODEC_FOLDER.is_dir():
         raise Refused(f"{CODEC_FOLDER} is not there; run the stage codec, or name a codec's folder with --codec")
 
+    from cf_model.codec.codec_file import load_codec
+    from cf_model.codec.wan_codec import load_wan_codec
     from cf_model.folder import Recipe
     from cf_model.model import wan
     from cf_model.pipeline import ContextForcingPipeline
@@ -96,19 +98,11 @@ def export_diffusers(args: argparse.Namespace) -> str:
     rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout  # as in the stage generate
     made, licence = describe_origin(model, name, params)
     assert system.memory is not None
-    recipe = Recipe(
-        memory=system.memory,
-        chunk=rollout.chunk,
-        levels=rollout.levels,
-        flow=params.flow,
-        fps=params.video.fps,
-        height=params.video.height,
-        width=params.video.width,
-        made=made,
-        licence=args.licence or licence,
-    )
+    video, licence = params.video.model_dump(), args.licence or licence
+    recipe = Recipe(system.memory, rollout.chunk, rollout.levels, params.flow, **video, made=made, licence=licence)
     text = params.text.model_copy(update={"kind": "umt5", "weights": str(args.text)}) if args.text else params.text
-    codec = load_any_codec(args.codec or CODEC_FOLDER)
+    folder = args.codec or CODEC_FOLDER
+    codec = load_codec(folder) if (folder / "codec.json").is_file() else load_wan_codec(folder)  # our stage's, or Wan's own VAE
     ContextForcingPipeline(wan.load_transformer(model), codec, open_text_encoder(text), recipe).save_pretrained(out)
     facts = f"{out}: {recipe.width} x {recipe.height}, memory and rollout of {name} in {args.params}"
     return f"{facts}; now `cf video --model {out} --prompt ... --out video.mp4`"
@@ -131,18 +125,7 @@ def describe_origin(model: Path, system: str, params: Params) -> tuple[str, str]
     file = model / "import.json"
     if not file.is_file():
         return f"By the stage `{system}` of context-forcing's pipeline, profile `{params.profile}`, seed {params.seed}.", "Apache-2.0"
-    facts: dict[str, Any] = json.loads(file.read_text())
+    facts = load_json_object(file)
     source = Path(str(facts.get("source", "unknown"))).name
     made = f"Not by this project: imported from {source} ({facts.get('layout', 'unknown')})"
     return f"{made}, run with the settings of `{system}` in profile `{params.profile}`.", "other"
-
-
-def load_any_codec(folder: Path) -> Any:
-    """Load a codec that the stage `codec` wrote, or Wan's own VAE as it is published."""
-    from cf_model.codec.codec_file import load_codec
-
-    if (folder / "codec.json").is_file():
-        return load_codec(folder)
-    from cf_model.codec.wan_codec import load_wan_codec
-
-    return load_wan_codec(folder)

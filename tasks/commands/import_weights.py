@@ -1,7 +1,5 @@
 """`cf import-weights`: a published checkpoint of Wan's transformer becomes a folder that every stage can load."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

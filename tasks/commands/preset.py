@@ -1,9 +1,7 @@
-"""`cf preset`: published methods as settings; `cf preset use NAME` writes presets/NAME.yaml over the values of params.yaml.
+"""`cf profile use NAME` writes params.yaml from a complete file in profiles/; `cf preset use NAME` lays a published method over it.
 
-A preset states what its method decides (memory, rollouts, scores); sizes, steps and learning rates stay those of the profile.
+A preset, in presets/, states what its method decides (memory, rollouts, scores); sizes, steps and learning rates stay the profile's.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
@@ -18,7 +16,6 @@ from tasks.files.atomic import write_atomically
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused
 
-FOLDER = Path("presets")
 STUDENTS = ("causal_init", "stage1", "stage2")
 EXAMPLES = """examples:
   cf preset list
@@ -27,33 +24,55 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str]) -> None:
+    args = parse_verb("preset", "write a preset's values into params.yaml", argv)
+    if args.verb == "use":
+        write_preset(args.params, args.name)
+        print(f"{args.params} now holds preset {args.name}; `git diff {args.params}` shows what it changed")
+
+
+def use_profile(argv: list[str]) -> None:
+    args = parse_verb("profile", "write params.yaml from one of them", argv)
+    if args.verb == "use":
+        file = find_file("profile", args.name)
+        way = "change a value there, here, or with `dvc exp run -S key=value`.\n"
+        Path("params.yaml").write_text(f"# From {file.as_posix()} by `cf profile use {args.name}`; {way}{file.read_text()}")
+        print(f"params.yaml now holds profile {args.name}")
+
+
+def parse_verb(kind: str, use_help: str, argv: list[str]) -> argparse.Namespace:
+    """Parse `list` or `use NAME` of `cf profile` or `cf preset`; `list` is done here."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf preset", description=__doc__, epilog=EXAMPLES, formatter_class=form)
+    parser = argparse.ArgumentParser(f"cf {kind}", description=__doc__, epilog=EXAMPLES, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="their names, and what each says it is")
-    use = verbs.add_parser("use", help="write a preset's values into params.yaml")
+    use = verbs.add_parser("use", help=use_help)
     use.add_argument("name")
-    use.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
+    if kind == "preset":
+        use.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
     args = parser.parse_args(argv)
     if args.verb == "list":
-        for name, file in list_presets().items():
-            print(f"{name:<22} {file.read_text().splitlines()[0].lstrip('# ')}")
-        return
-    write_preset(args.params, args.name)
-    print(f"{args.params} now holds preset {args.name}; `git diff {args.params}` shows what it changed")
+        for name, file in list_files(kind).items():
+            first = file.read_text().split("\n", 1)[0]
+            print(f"{name:<22} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
+    return args
 
 
-def list_presets() -> dict[str, Path]:
-    """Return name -> file of the presets."""
-    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+def list_files(kind: str) -> dict[str, Path]:
+    """Return name -> file of the presets or profiles."""
+    return {file.stem: file for file in sorted(Path(f"{kind}s").glob("*.yaml"))}
+
+
+def find_file(kind: str, name: str) -> Path:
+    """Return the file of a preset or profile; raise Refused for an unknown name."""
+    files = list_files(kind)
+    if name not in files:
+        raise Refused(f"{kind} {name} isn't in {kind}s/; known are {', '.join(files) or 'none'}")
+    return files[name]
 
 
 def read_preset(name: str) -> dict[str, Any]:
     """Return a preset's values; of a preset with `from`, its parent's values with its own over them."""
-    files = list_presets()
-    if name not in files:
-        raise Refused(f"preset {name} isn't in {FOLDER}/; known are {', '.join(files) or 'none'}")
-    stated = yaml_file.read_yaml(files[name])
+    stated = yaml_file.read_yaml(find_file("preset", name))
     parent = stated.pop("from", None)
     return merge_values(read_preset(parent), stated) if parent else stated
 

@@ -1,8 +1,5 @@
 """`cf repro`, which `make repro` runs: `dvc repro`, with each stage's number and about how long it takes, and a summary."""
 
-from __future__ import annotations
-
-import json
 import os
 import re
 import signal
@@ -10,13 +7,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from tasks.commands.summary import summarize_run
+from tasks.files.json_lines import load_json_object
 from tasks.params.project import Project
 
 DVC = ("dvc", "--wait-for-lock", "repro")
 COMMITTED = Path("benchmarks/results/tiny-runtime.json")  # runtime/*.json of the run of profile tiny that is committed
 ENOUGH = 10.0  # seconds of finished stages, in the committed run, from which this machine's speed is estimated
+SUMMARY = {  # label -> stage whose metrics/<stage>.json has the number, and the keys to it
+    "base, sprite recall": ("evaluate", "prompts", "base", "sprite_recall"),
+    "stage1, sprite recall": ("evaluate", "prompts", "stage1", "sprite_recall"),
+    "teacher, map error after 10 real seconds": ("evaluate", "continuations", "teacher_slow_fast", "map_error"),
+    "stage2, memory ratio (0 remembers all)": ("evaluate", "prompts", "stage2", "memory_ratio"),
+    "stage2, diversity between its videos": ("evaluate", "prompts", "stage2", "diversity"),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -49,8 +54,7 @@ class Forecast:
 
     def __init__(self, project: Project, root: Path) -> None:
         self.stages, self.root, self.began = list(project.stages), root, time.time()
-        committed = root / COMMITTED
-        facts = json.loads(committed.read_text()) if project.tree.get("profile") == "tiny" and committed.exists() else {}
+        facts = load_json_object(root / COMMITTED, missing_ok=True) if project.tree.get("profile") == "tiny" else {}
         self.seconds: dict[str, float] = {stage: entry["wall_seconds"] for stage, entry in facts.items()}
 
     def describe(self, stage: str) -> str:
@@ -61,12 +65,10 @@ class Forecast:
 
     def scale(self) -> float:
         """Return how much longer than in the committed run the stages of this run took so far; 1 until they are long enough."""
-        files = [file for file in map(self._runtime_file, self.seconds) if file.exists() and file.stat().st_mtime >= self.began]
+        files = [self.root / "runtime" / f"{stage}.json" for stage in self.seconds]
+        files = [file for file in files if file.exists() and file.stat().st_mtime >= self.began]
         committed = sum(self.seconds[file.stem] for file in files)
-        return sum(json.loads(file.read_text())["wall_seconds"] for file in files) / committed if committed >= ENOUGH else 1.0
-
-    def _runtime_file(self, stage: str) -> Path:
-        return self.root / "runtime" / f"{stage}.json"
+        return sum(load_json_object(file)["wall_seconds"] for file in files) / committed if committed >= ENOUGH else 1.0
 
 
 def format_seconds(seconds: float) -> str:
@@ -74,3 +76,15 @@ def format_seconds(seconds: float) -> str:
     if seconds < 10:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds, -1):.0f} s" if seconds < 95 else f"{round(seconds / 60)} min"
+
+
+def summarize_run(root: Path) -> str:
+    """Return the lines for the project in `root`; a number that no stage has written is `not measured`."""
+    places = {"report": root / "reports/report.html", "videos": root / "samples"}
+    lines = [f"{name:<42} {path}" for name, path in places.items() if path.exists()]
+    for label, (stage, *keys) in SUMMARY.items():
+        value: Any = load_json_object(root / f"metrics/{stage}.json", missing_ok=True)
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        lines.append(f"{label:<42} " + (f"{value:.4g}" if isinstance(value, int | float) else "not measured"))
+    return "\n".join(lines)

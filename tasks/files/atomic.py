@@ -1,7 +1,5 @@
 """Writing of files that are either complete or absent: into a file beside the path, which then takes its name."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

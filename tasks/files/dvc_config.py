@@ -1,7 +1,5 @@
 """The part of a DVC configuration that can hold no secret, for folders that take over a checkout's remotes."""
 
-from __future__ import annotations
-
 import configparser
 import re
 from pathlib import Path

@@ -1,11 +1,11 @@
 """Files of JSON objects: one a line, as in metrics.jsonl, index.jsonl and the manifest, or one a file, as in metrics/*.json."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tasks.params.yaml_file import Refused
 
 Row = dict[str, Any]
 
@@ -14,7 +14,7 @@ def read_json_lines(path: Path, *, missing_ok: bool = False, growing: bool = Fal
     """Read the rows of a file, in its order; blank lines are skipped.
 
     `missing_ok`: a file that does not exist has no rows. `growing`: a process may be appending to the file, or was killed while
-    it did, so a last line without its newline is left out. Raises ValueError with path and line number for what is no JSON object.
+    it did, so a last line without its newline is left out. Raises Refused with path and line number for what is no JSON object.
     """
     if missing_ok and not path.exists():
         return []
@@ -24,9 +24,9 @@ def read_json_lines(path: Path, *, missing_ok: bool = False, growing: bool = Fal
     return [_parse_object(line, path, f"line {number}: ") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def load_json_object(path: Path) -> Row:
-    """Read the object of a JSON file. Raises ValueError with its path if the file holds none; `read_json_object` forgives that."""
-    return _parse_object(path.read_text(encoding="utf-8"), path)
+def load_json_object(path: Path, *, missing_ok: bool = False) -> Row:
+    """Read the object of a JSON file. Raises Refused with its path if the file holds none; `read_json_object` forgives that."""
+    return {} if missing_ok and not path.exists() else _parse_object(path.read_text(encoding="utf-8"), path)
 
 
 def dump_json_lines(rows: Iterable[Mapping[str, Any]], **options: Any) -> str:
@@ -38,16 +38,15 @@ def _parse_object(text: str, path: Path, where: str = "") -> Row:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {where}{error}") from None
+        raise Refused(f"{path} is damaged: {where}{error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: {where}{text.strip()[:50]} has no names")
+        raise Refused(f"{path} is damaged: {where}{text.strip()[:50]} has no names")
     return values
 
 
 def read_json_object(path: Path) -> Row:
     """Read a file of one JSON object for display or bookkeeping; empty if it is absent, half-written, or holds something else."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return load_json_object(path)
     except (OSError, ValueError):
         return {}
-    return tree if isinstance(tree, dict) else {}

@@ -1,7 +1,5 @@
 """Which files count as videos: for the stage `clips`, for the nightly inbox, and for the forecast of `cf plan`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")

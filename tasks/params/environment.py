@@ -3,8 +3,6 @@
 Nothing here changes a result: what does is in params.yaml. Code reads the values through tasks/files/settings.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os
@@ -77,10 +75,8 @@ class Environment(BaseSettings):
         names = {variable_name(field) for field in Environment.model_fields}
         sentences = []
         for name in sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names):
-            close = difflib.get_close_matches(name, names, 2)
-            sentences.append(
-                f"{name} means nothing here; " + (f"did you mean {' or '.join(close)}?" if close else "`cf env` lists what does")
-            )
+            close = " or ".join(difflib.get_close_matches(name, names, 2))
+            sentences.append(f"{name} means nothing here; " + (f"did you mean {close}?" if close else "`cf env` lists what does"))
         return sentences
 
 

@@ -1,17 +1,24 @@
-"""params.yaml as `Params`: every value by its type, then every rule between sections."""
+"""params.yaml as `Params`: every value by its type, then the rules between the sections, which no section can check by itself.
 
-from __future__ import annotations
+Each rule raises ValueError with one sentence: key, value, rule, and the values that would pass. Pydantic's errors become such a sentence.
+"""
 
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from .explain import explain_first_error
-from .rules import RULES
+from cf_model.codec.interface import latent_frames
+from cf_model.data.video import UNREADABLE_WIDTHS
+from cf_model.train.layout import TeacherLayout
+
+from .nightly import RENDERED
 from .schema import Params
-from .yaml_file import Refused, read_yaml
+from .yaml_file import COMPLETE, Refused, read_yaml
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -30,3 +37,180 @@ def validate_params(tree: Mapping[str, Any], path: Path) -> Params:
     except ValueError as error:
         raise Refused(f"{path}: {error}") from None
     return params
+
+
+def explain_first_error(error: ValidationError, model: type[BaseModel], path: Path) -> str:
+    """Describe the first error that names its cause, and count the others."""
+    errors = error.errors(include_url=False)
+    # A misspelled key is also a missing key. Unknown keys come first because their sentence names the right spelling.
+    errors.sort(key=lambda entry: entry["type"] not in ("extra_forbidden", "unexpected_keyword_argument"))
+    # Every error inside an optional section adds `should be None`, which says nothing beside the others.
+    first, *others = [entry for entry in errors if entry["type"] != "none_required"] or errors
+    more = f" ({len(others)} more after this one)" if others else ""
+    return f"{path}: {_describe_error(first, model)}{more}"
+
+
+def _describe_error(error: Any, model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    value = error.get("input")
+    match error["type"]:
+        case "missing":
+            return f"{where} is missing; {COMPLETE}"
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"{where} is not a parameter; {_suggest_key(error['loc'], model)}"
+        case "value_error":
+            return _locate_spec_error(where, value, str(error["ctx"]["error"]))
+    rule = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").split(", unable to")[0]
+    stated = f"a section of {len(value)} keys" if isinstance(value, Mapping) else repr(value)
+    return f"{where} is {stated}; it must be {rule}"
+
+
+def _locate_spec_error(where: str, value: Any, message: str) -> str:
+    """Put the section before a message of cf_model's dataclasses, which begins with a field's name and knows no section."""
+    name = re.split(r"\W", message, maxsplit=1)[0]
+    fields = value if isinstance(value, Mapping) else getattr(value, "kwargs", None) or {}
+    return f"{where}.{message}" if where and name in fields else f"{where}: {message}".removeprefix(": ")
+
+
+def _suggest_key(loc: tuple[Any, ...], model: type[BaseModel]) -> str:
+    schema = model.model_json_schema()
+    names = _list_keys(schema, schema, loc[:-1])
+    close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {'.'.join([*map(str, loc[:-1]), close[0]])}?"
+    return f"known there: {', '.join(names)}" if names else "take it out"
+
+
+def _list_keys(schema: dict[str, Any], node: dict[str, Any], loc: tuple[Any, ...]) -> list[str]:
+    """List the keys that the JSON schema allows at a location, in all alternatives of a union (`Memory | None`)."""
+    if "$ref" in node:
+        return _list_keys(schema, schema["$defs"][node["$ref"].rsplit("/", 1)[-1]], loc)
+    if "anyOf" in node:
+        return [name for branch in node["anyOf"] for name in _list_keys(schema, branch, loc)]
+    if not loc:
+        return list(node.get("properties", {}))
+    inner = node.get("properties", {}).get(loc[0]) or node.get("additionalProperties")
+    # The location of an error also names the branch of a union, which is no key of the file: such a part is skipped.
+    return _list_keys(schema, inner, loc[1:]) if isinstance(inner, dict) else _list_keys(schema, node, loc[1:])
+
+
+def check_weights_are_named(p: Params) -> None:
+    """Require a source of weights for every network that is imported, and none for those that are trained from scratch."""
+    kinds = {"codec": (p.codec.kind, "wan"), "text": (p.text.kind, "umt5"), "base": (p.base.init, "wan")}
+    for name, (kind, imported) in kinds.items():
+        section, key = getattr(p, name), "init" if name == "base" else "kind"
+        if kind == imported and section.weights is None:
+            raise ValueError(f"{name}.weights is null, but {name}.{key} is {imported}; name a folder, or a name on the Hugging Face Hub")
+        if kind != imported and section.weights is not None:
+            raise ValueError(f"{name}.weights is {section.weights}, but {name}.{key} is {kind}, which has no weights to read; use null")
+
+
+def check_picture_size(p: Params) -> None:
+    """Require whole tokens (16 pixels), whole units of a rendered world (1/32 of its height), and a width that decord reads."""
+    grid = 32 if p.clips.source == "worlds" else 16
+    for name, value, step in (("height", p.video.height, grid), ("width", p.video.width, 16)):
+        if value % step:
+            raise ValueError(f"video.{name} is {value}, not a multiple of {step}; use {value // step * step + step}")
+    if p.video.width in UNREADABLE_WIDTHS:
+        raise ValueError(f"video.width is {p.video.width}, which decord can't read; use 32 or 64")
+
+
+def check_clip_lengths(p: Params) -> None:
+    """Require rendered clips as long as the longest window of training, and more clips than are held out or generated from."""
+    if p.clips.source == "worlds":
+        available = latent_frames(p.clips.frames)
+        needed = {"base.window": p.base.window, "generate.prefix": p.generate.prefix}
+        needed |= {"teacher.longest + teacher.target": p.teacher.longest + p.teacher.target}
+        needed |= {"causal_init.longest + causal_init.frames": p.causal_init.longest + p.causal_init.frames}
+        for name, frames in needed.items():
+            if frames > available:
+                clips = f"clips.frames is {p.clips.frames}, so {available}"
+                raise ValueError(f"{name} is {frames} latent frames, but {clips}; use longer clips")
+        if p.clips.count <= p.filter.heldout:
+            raise ValueError(f"filter.heldout is {p.filter.heldout} of clips.count {p.clips.count}; leave some to train on")
+    for name, count in (("prompts", p.generate.prompts), ("continued", p.generate.continued)):
+        if count > p.filter.heldout and (name == "continued" or p.generate.prompts_file is None):
+            raise ValueError(f"generate.{name} is {count}, but only filter.heldout {p.filter.heldout} clips are held out; use at most that")
+
+
+def check_ode_frames(p: Params) -> None:
+    """Limit ODE regression to one window of the base model, because the base model makes the videos that it regresses on."""
+    if p.causal_init.method == "ode" and p.causal_init.frames > p.base.window:
+        lengths = f"causal_init.frames is {p.causal_init.frames}, but base.window is {p.base.window}"
+        raise ValueError(f"{lengths}, and by method ode the base model makes those frames; use at most that, or method: teacher_forcing")
+
+
+def check_student_layouts(p: Params) -> None:
+    """Require that the teacher judges layouts that it was trained on, and that all causal stages cut videos into the same chunks."""
+    context, window = p.stage2.teacher.context, p.stage2.rollout.window
+    judged = TeacherLayout(replace(p.teacher.view, context=context), window, p.stage2.horizon.longest - window)
+    TeacherLayout(p.teacher.view, p.teacher.target, p.teacher.longest).check(judged, accept=p.stage2.teacher.mismatch == "accept")
+    if p.stage1.teacher.context != "none":
+        raise ValueError(f"stage1.teacher.context is {p.stage1.teacher.context}, but the base model knows no context; use none")
+    chunk = p.stage2.rollout.chunk
+    for name, other in (("causal_init", p.causal_init.chunk), ("stage1.rollout", p.stage1.rollout.chunk)):
+        if other != chunk:
+            raise ValueError(f"{name}.chunk is {other}, but stage2.rollout.chunk is {chunk}; use the same")
+    if p.generate.prefix % chunk:
+        fitting = p.generate.prefix // chunk * chunk or chunk
+        raise ValueError(f"generate.prefix is {p.generate.prefix}, not whole chunks of {chunk} latent frames; use {fitting}")
+    lengths = {"frames": p.generate.frames} | {f"continuations.{n}.frames": s.frames for n, s in p.generate.continuations.items()}
+    for name, frames in lengths.items():
+        if frames <= p.generate.prefix:
+            raise ValueError(f"generate.{name} is {frames}, no more than generate.prefix {p.generate.prefix}; use more")
+
+
+def check_systems(p: Params) -> None:
+    """Require that the compared systems have names of folders, memories of whole chunks, and the teacher's way to read context."""
+    for name, system in [*p.generate.systems.items(), *p.generate.continuations.items()]:
+        if not re.fullmatch(r"[a-z0-9_]+", name) or name == "real":
+            raise ValueError(f"generate names a system {name!r}; use small letters, digits and _, and not real: it names a folder")
+        if system.memory:
+            system.memory.check_chunk(p.stage2.rollout.chunk)
+        read, trained = system.view and system.view.context != "none" and system.view.context_pass, p.teacher.view.context_pass
+        if read and read != trained:
+            raise ValueError(f"generate's {name} has view.context_pass {read}, but teacher.view.context_pass is {trained}; use the same")
+
+
+def check_engine(p: Params) -> None:
+    """Refuse ZeRO 3 with a context pass of its own and no checkpointing: the gradient of such a pass can't be gathered."""
+    if p.engine.zero == 3 and p.teacher.view.context_pass == "own" and not p.compute.checkpointing:
+        cause = "engine.zero is 3 and teacher.view.context_pass own, whose gradient ZeRO 3 can't take"
+        raise ValueError(f"{cause}; use compute.checkpointing: true, engine.zero: 2, or context_pass: joint")
+
+
+def check_starts(p: Params) -> None:
+    """Require that `start` and the night's inbox name what is used: DVC tracks the files that `start` names."""
+    used = p.clips.folder if p.clips.source == "folder" else RENDERED
+    if p.start.clips != used:
+        source = f"clips.source is {p.clips.source}" + (f" and clips.folder {p.clips.folder}" if p.clips.source == "folder" else "")
+        raise ValueError(f"start.clips is {p.start.clips}, but {source}; set start.clips to {used}, so that DVC sees when it changes")
+    if p.nightly.inbox is not None and (p.clips.folder is None or p.clips.folder.is_absolute()):
+        folders = f"nightly.inbox is {p.nightly.inbox}, but clips.folder is {p.clips.folder}"
+        raise ValueError(f"{folders}; name a folder of the project that `dvc add` tracks, such as raw, for new clips to go into")
+
+
+def check_samples(p: Params) -> None:
+    """Require sample videos that each training stage can make: held-out prompts, its window, and whole chunks."""
+    for stage in ("base", "teacher", "causal_init", "stage1", "stage2"):
+        spec = getattr(p.samples, stage)
+        if spec.every and spec.prompts > p.filter.heldout:
+            counts = f"samples.{stage}.prompts is {spec.prompts}, but only filter.heldout {p.filter.heldout} clips are held out"
+            raise ValueError(f"{counts}; use at most that")
+    if p.samples.base.frames > p.base.window:
+        raise ValueError(f"samples.base.frames is {p.samples.base.frames}, but base.window is {p.base.window}; use at most that")
+    teacher, most = p.samples.teacher, p.samples.teacher.prefix + p.teacher.target
+    if teacher.frames > most:
+        real = f"samples.teacher.frames is {teacher.frames}, of which {teacher.prefix} are real"
+        raise ValueError(f"{real}, but teacher.target is {p.teacher.target}; use at most {most}")
+    chunks = {"causal_init": p.causal_init.chunk, "stage1": p.stage1.rollout.chunk, "stage2": p.stage2.rollout.chunk}
+    for stage, chunk in chunks.items():
+        frames = getattr(p.samples, stage).frames
+        if frames % chunk:
+            down = frames // chunk * chunk
+            fitting = f"{down} or {down + chunk}" if down else f"{chunk}"
+            raise ValueError(f"samples.{stage}.frames is {frames}, not whole chunks of {chunk} latent frames; use {fitting}")
+
+
+RULES: tuple[Callable[[Params], None], ...] = (check_weights_are_named, check_picture_size, check_clip_lengths, check_ode_frames)
+RULES += (check_student_layouts, check_systems, check_engine, check_starts, check_samples)

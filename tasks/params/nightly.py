@@ -1,7 +1,5 @@
 """The sections `start` and `nightly` of params.yaml: what stages begin from, and how flows/nightly.py trains on new clips."""
 
-from __future__ import annotations
-
 import re
 from datetime import datetime
 from pathlib import Path
@@ -63,7 +61,7 @@ class Nightly(Section):
     absent_hours: PositiveFloat  # hours without a successful night before an alert is sent
 
     @model_validator(mode="after")
-    def _check_schedule(self) -> Self:
+    def _check_values(self) -> Self:
         if fault := _explain_cron_fault(self.cron):
             raise ValueError(f"cron is {self.cron!r}: {fault}; write minute, hour, day, month and day of the week, as in 0 2 * * *")
         try:
@@ -72,10 +70,6 @@ class Nightly(Section):
             raise ValueError(f"timezone is {self.timezone!r}, unknown to this system; use a name such as UTC or Europe/Berlin") from None
         if not BRANCH.fullmatch(self.branch) or ".." in self.branch:
             raise ValueError(f"branch is {self.branch!r}; use letters, digits, and . _ - / inside")
-        return self
-
-    @model_validator(mode="after")
-    def _check_margins(self) -> Self:
         if all(rule.margin < 0 for rule in self.rules):
             raise ValueError("rules has no margin of 0 or more, so that each night could promote a slightly worse student; raise one")
         return self

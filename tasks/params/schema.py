@@ -1,7 +1,5 @@
 """The sections of params.yaml as types. No field has a default, because every value that changes a result is stated in the file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -146,7 +144,7 @@ class Evaluate(Section):
 
 
 class Params(Section):
-    """All of params.yaml, each section valid by itself; tasks/params/rules.py checks the sections against one another."""
+    """All of params.yaml, each section valid by itself; tasks/params/load.py checks the sections against one another."""
 
     profile: str
     seed: Count

@@ -1,7 +1,5 @@
 """Reading params.yaml, profiles/*.yaml, dvc.yaml and dvc.lock as DVC reads them. Neither torch nor pydantic: flows imports this file."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,13 +42,8 @@ def value_at(tree: Any, key: str) -> Any:
     return tree
 
 
-def read_stages(path: Path, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the stages of a dvc.yaml, with ${key} replaced by the value in `tree`, as DVC does."""
-    return {name: fill_in_values(entry, tree) for name, entry in read_yaml(path)["stages"].items()}
-
-
 def fill_in_values(node: Any, tree: Mapping[str, Any]) -> Any:
-    """Replace ${key} by the value in `tree`, in all keys and values of a node of dvc.yaml."""
+    """Replace ${key} by the value in `tree`, in all keys and values of a node of dvc.yaml, as DVC does."""
     if isinstance(node, str):
         return re.sub(r"\$\{([\w.-]+)\}", lambda match: str(value_at(tree, match[1])), node)
     if isinstance(node, Mapping):

@@ -4,8 +4,6 @@ The cache lies beside a stage's outs and changes none of them: with it or withou
 (tests/test_kept.py). DVC's own cache can't do this, because to DVC a folder with a new file is another folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.files.atomic import write_atomically
-from tasks.files.hashes import hash_content
+from tasks.files.hashes import compute_dvc_md5
 from tasks.files.settings import read_settings
 
 WORK = Path("work")
@@ -35,7 +33,7 @@ class ClipCache:
     def __init__(self, name: str, on: Mapping[str, Any], *, modules: Sequence[str], libraries: Sequence[str]) -> None:
         folder = read_settings().clip_cache or str(WORK / "kept")
         self.folder = None if folder == "off" else Path(folder) / name
-        code = {module: hash_content(Path(str(sys.modules[module].__file__))) for module in modules}
+        code = {module: compute_dvc_md5(Path(str(sys.modules[module].__file__))) for module in modules}
         versions = {library: importlib.metadata.version(library) for library in libraries}
         self.basis = json.dumps([code, versions, on], sort_keys=True, default=str)
         self.new_entries = 0  # computed by this run
@@ -53,7 +51,7 @@ class ClipCache:
         except OSError:
             return None
         checksum, payload = stored[:CHECKSUM_BYTES], stored[CHECKSUM_BYTES:]
-        if len(stored) < CHECKSUM_BYTES or hashlib.sha256(payload).digest() != checksum:
+        if hashlib.sha256(payload).digest() != checksum:
             return None
         if path:
             os.utime(path)

@@ -1,7 +1,5 @@
 """Reading of clips in the pieces that a codec takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +15,5 @@ PIECE = 64  # frames that are in memory at once: at 832 x 480 they take 77 MB
 
 def read_frames(path: Path, size: Video) -> Iterator[Tensor]:
     """Yield a clip's frames in pieces [1, V, Y, X, 3], 1 + 4k frames in all; what is left over, less than a latent, is dropped."""
-
-    def cut(frames: int) -> int:
-        return video_frames(latent_frames(frames))
-
-    pieces = read_pieces(path, height=size.height, width=size.width, fps=size.fps, size=PIECE, cut=cut)
+    pieces = read_pieces(path, **size.model_dump(), size=PIECE, cut=lambda frames: video_frames(latent_frames(frames)))
     return (torch.from_numpy(piece)[None] for piece in pieces)

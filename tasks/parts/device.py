@@ -1,7 +1,5 @@
 """The device that a stage computes on."""
 
-from __future__ import annotations
-
 import torch
 
 

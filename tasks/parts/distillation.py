@@ -1,7 +1,5 @@
 """The distillation that the stages `stage1` and `stage2` run with different settings (secs. 3.1, 3.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,10 +1,9 @@
 """Weights that a parameter names: a local folder, or a repository on the Hugging Face Hub, of which the needed parts are fetched."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tasks.params.yaml_file import Refused
@@ -30,14 +29,12 @@ def resolve_weights(key: str, weights: str | None, parts: Sequence[str]) -> Path
     name, revision = named.groups()
     files = [f"{part}/{kind}" for part in parts for kind in ("*.json", "*.safetensors")]
     try:
-        try:
+        with suppress(errors.DryRunError):  # the Hub can't be asked: what was fetched before will do
             listed = snapshot_download(name, revision=revision, allow_patterns=files, dry_run=True)
             fetched = [file.file_size or 0 for file in listed if file.will_download]
             if fetched:
                 what = f"{len(fetched)} files, {sum(fetched) / 1e9:.2f} GB, of {name} ({', '.join(parts)})"
                 print(f"{key}: downloading {what} from {constants.ENDPOINT} to {constants.HF_HUB_CACHE}", file=sys.stderr, flush=True)
-        except errors.DryRunError:  # the Hub can't be asked: what was fetched before will do
-            pass
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split("\n")[0].split())

@@ -1,7 +1,5 @@
 """The manifest that the stage filter writes: every clip, and whether and where it is used."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tasks.files.json_lines import Row, read_json_lines

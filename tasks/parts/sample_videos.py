@@ -1,7 +1,5 @@
 """Sample videos of a training stage, as files and as W&B media."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -50,14 +48,10 @@ class SampleWriter:
             with torch.no_grad():
                 parts = list(self.make(text.to(choose_device()), real.to(choose_device()), self.spec.rng(number, choose_device())))
             if self.track.first:
-                files[f"samples/{number}"] = self._write(self.track.work / "samples" / f"step-{step:06d}-{number}.mp4", parts)
+                path = files[f"samples/{number}"] = self.track.work / "samples" / f"step-{step:06d}-{number}.mp4"
+                path.parent.mkdir(exist_ok=True)
+                frames = (frame for part in self.codec.decode_stream(parts) for frame in part[0].numpy())
+                with checkpoint.refuse_full_disk(self.track.work, path.name):
+                    write_video(path, frames, fps=self.clips.fps, crf=self.spec.crf)
         if files:
             self.track.show(step, files, dict(zip(files, self.clips.captions(self.rows), strict=True)))
-
-    def _write(self, path: Path, parts: list[Tensor]) -> Path:
-        """Decode latents, part by part, to the video file `path`; return `path`."""
-        path.parent.mkdir(exist_ok=True)
-        frames = (frame for part in self.codec.decode_stream(parts) for frame in part[0].numpy())
-        with checkpoint.refuse_full_disk(self.track.work, path.name):
-            write_video(path, frames, fps=self.clips.fps, crf=self.spec.crf)
-        return path

@@ -1,7 +1,5 @@
 """The text encoder that params.text names."""
 
-from __future__ import annotations
-
 from cf_model.text import encoder
 from cf_model.text.encoder import TextEncoder
 from tasks.params.schema import Text

@@ -1,12 +1,15 @@
-"""Runs one stage: its working folder, its outs, its metrics, its runtime facts. Knows nothing of what a stage does."""
+"""Runs one stage: its working folder, its outs, its metrics, its runtime facts. Knows nothing of what a stage does.
 
-from __future__ import annotations
+Seconds, memory and machine differ between two runs that make the same bytes, so they go to runtime/<stage>.json, which DVC never sees.
+"""
 
-import errno
+import fcntl
+import hashlib
 import json
 import os
+import platform
 import random
-import re
+import resource
 import shutil
 import signal
 import sys
@@ -19,15 +22,17 @@ from typing import Any
 import numpy as np
 
 from tasks.files.atomic import write_atomically
+from tasks.files.hashes import compute_dvc_md5
+from tasks.files.json_lines import load_json_object
 from tasks.params.project import Project
+from tasks.params.yaml_file import Refused, value_at
 from tasks.wandb_log import run as mirror
 
-from .runtime import RUNTIME, measure_runtime, write_runtime
 from .track import Track, round_value
-from .working_folder import compute_key, open_working_folder
 
 Run = Callable[..., Mapping[str, Any]]
-METRICS = Path("metrics")
+METRICS, RUNTIME, WORK = Path("metrics"), Path("runtime"), Path("work")
+USER_FILES = ("folder", "prompts_file")  # parameters that are paths of the user's own files
 
 
 def execute(
@@ -50,25 +55,82 @@ def execute(
                 metrics = round_metrics(stage, run(params, track, **partial_paths))
         except BaseException as error:
             track.close(exit_code=143 if isinstance(error, SystemExit) else 1)
-            if message := disk_full_message(error):
-                remedy = f"its checkpoints in {work} are intact: make room and start again"
-                raise ValueError(f"there is no room for what {stage} makes ({message}); {remedy}") from None
+            if isinstance(error, Exception):
+                from cf_model.model.checkpoint import explain_full_disk  # here, because it imports torch
+
+                if message := explain_full_disk(error):
+                    remedy = f"its checkpoints in {work} are intact: make room and start again"
+                    raise ValueError(f"there is no room for what {stage} makes ({message}); {remedy}") from None
             raise
         if metrics:
             METRICS.mkdir(exist_ok=True)
             write_atomically(METRICS / f"{stage}.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
         track.close(metrics)
         track.save_times(RUNTIME)
-        write_runtime(stage, measure_runtime(began, params.threads) | track.facts)
+        RUNTIME.mkdir(exist_ok=True)
+        facts = measure_runtime(began, params.threads) | track.facts
+        write_atomically(RUNTIME / f"{stage}.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        # and all stages into a script, because a page that is opened from disk can load no JSON
+        stages = {file.stem: load_json_object(file) for file in sorted(RUNTIME.glob("*.json"))}
+        write_atomically(RUNTIME / "runtime.js", f"window.CF_RUNTIME = {json.dumps(stages, indent=1, sort_keys=True)};\n")
         shutil.rmtree(work)
 
 
-def disk_full_message(error: BaseException) -> str | None:
-    """Return the system's message if the error means a full disk. safetensors raises it as text without an error number."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and type(error).__name__ == "SafetensorError":
-        number = int((re.findall(r"os error (\d+)", str(error)) or [0])[-1])
-    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
+def compute_key(stage: str, paths: Mapping[str, Any], project: Project) -> str:
+    """Hash everything that the stage's result depends on: command, contents of its dependencies, values of its parameters."""
+    entry = project.stage(stage)
+    deps = [Path(dep) for dep in entry.get("deps", [])]
+    inputs = [value for name, value in paths.items() if name != "out" and isinstance(value, Path)]
+    deps += [path for path in inputs if not any(path.is_relative_to(dep) or dep.is_relative_to(path) for dep in deps)]
+    # A file that a parameter names is no dependency of DVC's. A killed run must still not continue with another file's results.
+    section = project.tree.get(stage, {})
+    deps += [Path(section[name]) for name in USER_FILES if isinstance(section, Mapping) and section.get(name)]
+    parts = {
+        "command": sorted(f"--{name} {value}" for name, value in paths.items()),
+        "deps": {str(dep): compute_dvc_md5(dep) for dep in sorted(deps)},
+        "params": dict(_select_params(entry.get("params", []), project.tree)),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _select_params(entries: list[Any], tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Look up dvc.yaml's `params`: dotted keys, or {file: keys}, where no keys means the whole file."""
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry, value_at(tree, entry)
+        else:
+            for keys in entry.values():
+                yield from _select_params(list(keys or tree), tree)
+
+
+@contextmanager
+def open_working_folder(stage: str, key: str) -> Iterator[tuple[Path, bool]]:
+    """Lock work/<stage>/<key>, and yield it with whether an earlier process left files there. Refused if it is in use.
+
+    The lock holds our process id. The kernel frees it when the process ends, also by kill -9.
+    """
+    work = WORK / stage / key
+    lock = work / "lock"
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            file = lock.open("a+")
+        except FileNotFoundError:  # a stage that has just succeeded removed the folder between the two lines
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                raise Refused(f"{work} is in use by process {owner}; wait for it to end, or end it, and start again") from None
+            if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # the file that we locked was removed meanwhile, and another process may have made it anew
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield work, any(path != lock for path in work.iterdir())
+            return
 
 
 def seed_generators(params: Any) -> None:
@@ -88,10 +150,7 @@ def seed_generators(params: Any) -> None:
 @contextmanager
 def write_beside(paths: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the paths with `<out>.partial` for `out`; on success move it into place, on failure leave the old `out` as it was."""
-    out = paths.get("out")
-    if out is None:
-        yield dict(paths)
-        return
+    out = paths["out"]
     new, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     out.parent.mkdir(parents=True, exist_ok=True)
     _delete_path(new)
@@ -146,3 +205,26 @@ def stop_on_sigterm(track: Track) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def measure_runtime(began: float, threads: int) -> dict[str, Any]:
+    """Measure this process since `began`, with the children that it has waited for."""
+    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss in a MiB
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
+        "wall_seconds": round(time.time() - began, 2),
+        "cpu_seconds": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 2),
+        "peak_mib": round(own.ru_maxrss / unit),
+        "peak_mib_of_a_child": round(children.ru_maxrss / unit),
+        "threads": threads,
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "cpu": next(names, platform.processor() or "unknown"),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,12 +1,11 @@
 """The process around a stage: an environment that repeats results, and which errors are written for a person."""
 
-from __future__ import annotations
-
 import errno
+import linecache
 import os
 import sys
 import time
-from pathlib import Path
+import traceback
 
 from tasks.params.yaml_file import Refused
 
@@ -39,10 +38,6 @@ def is_deliberate(error: BaseException) -> bool:
         return True
     if not isinstance(error, ValueError | FileNotFoundError | NotImplementedError):
         return False
-    frame = error.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    if frame is None or not frame.tb_frame.f_globals.get("__name__", "").startswith(("tasks.", "cf_model.", "flows.")):
-        return False
-    lines = Path(frame.tb_frame.f_code.co_filename).read_text().splitlines()
-    return lines[frame.tb_lineno - 1].lstrip().startswith("raise ")
+    *_, (frame, number) = traceback.walk_tb(error.__traceback__)
+    is_ours = frame.f_globals.get("__name__", "").startswith(("tasks.", "cf_model.", "flows."))
+    return is_ours and linecache.getline(frame.f_code.co_filename, number).lstrip().startswith("raise ")

@@ -1,12 +1,14 @@
-"""Several processes for a training stage, started by torchrun: one for each GPU, or CF_RANKS of them on each machine.
+"""`cf STAGE`: the options of a stage, and its run in one process or, for a training stage, in several that torchrun starts.
 
-`cf stage2` is then the launcher and waits. Rank 0 runs the stage as a single process would (tasks/runner/execute.py); the other
-ranks compute their share of each batch and write nothing. Their number is no parameter, because it changes results by rounding
-alone. Several machines meet by torchrun's own variables: PET_NNODES, PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT on each.
+These ranks are one for each GPU, or CF_RANKS of them on each machine. `cf stage2` is then the launcher and waits. Rank 0 runs the
+stage as a single process would (tasks/runner/execute.py); the other ranks compute their share of each batch and write nothing. Their
+number is no parameter, because it changes results by rounding alone. Several machines meet by torchrun's own variables: PET_NNODES,
+PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT on each.
 """
 
-from __future__ import annotations
-
+import argparse
+import importlib
+import inspect
 import json
 import logging
 import os
@@ -18,41 +20,75 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.rendezvous import rendezvous
+
+from tasks.files.atomic import write_atomically
 from tasks.files.settings import read_settings
+from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 from tasks.wandb_log.lineage import name_pipeline_run
 
-from .execute import seed_generators, stop_on_sigterm
-from .progress import Progress
-from .track import Track
-from .working_folder import WORK
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from .execute import WORK, execute, seed_generators, stop_on_sigterm
+from .process import BEGAN
+from .track import Progress, Track
 
 TRAINING_STAGES = ("base", "teacher", "causal_init", "stage1", "stage2")
 SAVING_SECONDS = 24 * 3600  # that ranks may take to end their step and save it after SIGTERM; torchrun's own limit is 30
 
 
+def run_stage(stage: str, argv: list[str], project: Project) -> None:
+    """Run a stage. With several ranks this process only starts them, after it has validated options and parameters."""
+    run = importlib.import_module(f"tasks.{stage}").run
+    paths = vars(build_parser(stage, run, project).parse_args(argv))
+    del paths["params"]  # which `project` has read
+    rank, params = get_rank(), project.params
+    if rank is None and (count := count_ranks(stage, project.tree)) * count_nodes() > 1:
+        sys.exit(launch_ranks(stage, count))
+    store = None if rank is None else join_ranks()
+    if rank and store:
+        run_follower(stage, run, paths, params, store)
+        return
+    if stage in TRAINING_STAGES:
+        from tasks.commands.plan import refuse_unfit_stage  # here, because other stages need none of its imports
+
+        refuse_unfit_stage(params, stage, paths["out"], WORK / stage)
+    announce = None if store is None else lambda work: store.set("work", str(work))
+    execute(stage, run, paths, project, began=BEGAN, announce=announce)
+
+
+def build_parser(stage: str, run: Callable[..., Any], project: Project) -> argparse.ArgumentParser:
+    """Build a parser with an option for each keyword-only parameter of `run`: a path, required unless the parameter has a default."""
+    entry = project.stages.get(stage)
+    epilog = f"in dvc.yaml:\n  {' '.join(entry['cmd'].split())}" if entry else None
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"cf {stage}", description=inspect.getdoc(run), epilog=epilog, formatter_class=form)
+    for name, parameter in inspect.signature(run).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        required = parameter.default is parameter.empty
+        default = None if required else parameter.default
+        text = default and f"default: {default}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=required, default=default, help=text)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
+    return parser
+
+
 def count_ranks(stage: str, tree: Mapping[str, Any]) -> int:
     """Return how many processes this machine should have for the stage, by its GPUs and CF_RANKS; 1 for a stage that does not train."""
-    gpus, stated = _count_gpus(), read_settings().ranks
+    visible, stated = os.environ.get("CUDA_VISIBLE_DEVICES"), read_settings().ranks
+    devices = list(Path("/dev").glob("nvidia[0-9]*")) if visible is None else visible.split(",")
+    gpus = sum(str(device).strip() not in ("", "-1") for device in devices)
     if stated and 1 <= gpus < stated:
         raise Refused(f"CF_RANKS is {stated}, but there are {gpus} GPUs; use at most that, or the CPU by CUDA_VISIBLE_DEVICES=''")
     if stage not in TRAINING_STAGES or (stage == "base" and tree.get("base", {}).get("init") == "wan"):
         return 1
     return stated or max(gpus, 1)
-
-
-def _count_gpus() -> int:
-    """Count the GPUs that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
 
 
 def count_nodes() -> int:
@@ -66,7 +102,6 @@ def launch_ranks(stage: str, count: int) -> int:
     When a rank fails, torchrun ends the others, and the cause is printed as one sentence.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
 
@@ -138,10 +173,6 @@ def get_rank() -> int | None:
 
 def join_ranks() -> Store:
     """Meet the other ranks, and return the store in which they share words. Ends this process if the launcher dies."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
-
     threading.Thread(target=_end_with_the_launcher, args=(os.getppid(),), daemon=True).start()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -159,10 +190,8 @@ def _end_with_the_launcher(parent: int) -> None:
 
 def report_failure(message: str, code: int) -> None:
     """Leave the cause of this rank's end to the launcher, and exit at once, because the other ranks wait for this one."""
-    report = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
-    partial = report.with_name("error.partial")
-    partial.write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
-    partial.rename(report)
+    report = {"message": message, "timestamp": int(time.time())}
+    write_atomically(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(report))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -187,9 +216,7 @@ class Follower(Track):
     first = False
 
     def log(self, step: int, **values: float) -> None: ...
-
     def time(self, step: int, seconds: Mapping[str, float], **memory: float) -> None: ...
-
     def resumed(self, step: int) -> None: ...
 
     def progress(self, total: int, unit: str = "step", start: int = 0) -> Progress:

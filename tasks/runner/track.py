@@ -3,24 +3,95 @@
 Only numbers that a rerun repeats go into metrics.jsonl, because DVC hashes it; seconds and the machine go to runtime/ and W&B.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tasks.files.step_rows import StepRows, sum_step_times
+from tasks.files.atomic import write_atomically
+from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
+from tasks.wandb_log.run import WandbRun
 
-from .progress import Progress
+PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
 
-if TYPE_CHECKING:
-    from tasks.wandb_log.run import WandbRun
+
+class Progress:
+    """A count with its rate and the time left on stderr: a bar in a terminal, lines elsewhere; `hidden` shows nothing."""
+
+    def __init__(self, name: str, total: int, unit: str, start: int, *, hidden: bool = False) -> None:
+        self.name, self.total, self.unit, self.start, self.done = name, total, unit, start, start
+        self.began = self.printed = time.monotonic()
+        self.values: dict[str, float] = {}
+        self.bar: Any = None
+        self.closed = hidden
+        if sys.stderr.isatty() and not hidden:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=start, unit=f" {unit}", desc=name, dynamic_ncols=True, smoothing=0.1)
+
+    def update(self, n: int = 1, **values: float) -> None:
+        """Count `n` more units, and show the latest values beside the count."""
+        self.done += n
+        self.values = values
+        if self.bar is not None:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            self.bar.update(n)
+        elif time.monotonic() - self.printed >= PLAIN_SECONDS and not self.closed:
+            self._print_line()
+        if self.done >= self.total:
+            self.close()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self.printed = time.monotonic()
+        seconds = self.printed - self.began
+        rate = (self.done - self.start) / seconds if seconds else 0.0
+        parts = [f"{self.name}: {self.done} of {self.total} {self.unit}s"]
+        if rate:
+            left = (self.total - self.done) / rate
+            parts += [f"{rate:.3g} a second", f"{left:.0f} s left" if self.done < self.total else f"in {seconds:.0f} s"]
+        parts += [f"{name} {value:.4g}" for name, value in self.values.items()]
+        print(", ".join(parts), file=sys.stderr, flush=True)
+
+
+class StepRows:
+    """The file of a stage's rows, such as metrics.jsonl. A killed attempt may have written rows after its last checkpoint: the first
+    row that the next attempt adds removes those of the same and of later steps.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._from_earlier_attempt = file.exists()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        if self._from_earlier_attempt:
+            self.cut(row["step"] - 1)
+        with self.file.open("a") as file:
+            file.write(dump_json_lines([row]))
+
+    def cut(self, step: int) -> None:
+        """Remove the rows after `step`, and a last row that a kill left half-written."""
+        self._from_earlier_attempt = False
+        if self.file.exists():
+            lines = self.file.read_text().splitlines(keepends=True)
+            write_atomically(self.file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+    def read(self) -> list[Row]:
+        return read_json_lines(self.file, missing_ok=True)
 
 
 class Track:
@@ -84,24 +155,28 @@ class Track:
 
     def cut(self, step: int) -> None:
         """Drop the rows after `step`."""
-        self._rows.cut(step)
-        self._times.cut(step)
-        self._shown.cut(step)
+        for rows in (self._rows, self._times, self._shown):
+            rows.cut(step)
 
     def save(self, out: Path) -> None:
         """Copy samples and metrics.jsonl into the stage's out folder, and write the rows as metrics.csv too, because DVC plots that."""
         if (self.work / "samples").is_dir():
             shutil.copytree(self.work / "samples", out / "samples")
         rows = self._rows.read()
-        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / "metrics.jsonl").write_text(dump_json_lines(rows))
         with (out / "metrics.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)) or ["step"], lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
 
     def save_times(self, folder: Path) -> None:
-        """Copy timing.jsonl to folder/<stage>.timing.jsonl, and add its sums and highest values to the facts."""
-        self.facts |= sum_step_times(self._times.read())
+        """Copy timing.jsonl to folder/<stage>.timing.jsonl, and add to the facts the sum of each kind of seconds and the GPU's peak."""
+        times, seconds = self._times.read(), dict[str, float]()
+        for row in times:
+            for name in [name.removeprefix("seconds/") for name in row if name.startswith("seconds/")]:
+                seconds[name] = round(seconds.get(name, 0.0) + row[f"seconds/{name}"], 6)
+        peaks = [row["cuda_peak_mib"] for row in times if "cuda_peak_mib" in row]
+        self.facts |= {"seconds": seconds} | ({"cuda_peak_mib": max(peaks)} if peaks else {})
         if self._times.file.exists():
             folder.mkdir(exist_ok=True)
             shutil.copyfile(self._times.file, folder / f"{self.stage}.timing.jsonl")
@@ -125,7 +200,6 @@ def round_value(value: float) -> float | int | None:
 
 def mean_of_tail(out: Path, name: str) -> float | None:
     """Average a value over the last tenth of those rows of out/metrics.jsonl that have it, because single steps are noisy."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    values = [row[name] for row in rows if row.get(name) is not None]
+    values = [row[name] for row in read_json_lines(out / "metrics.jsonl") if row.get(name) is not None]
     last = values[-max(1, len(values) // 10) :]
     return sum(last) / len(last) if last else None

@@ -1,50 +1,18 @@
 """Where a stage's run comes from and what it makes, in Git's and DVC's terms: commit, md5s, and the stage's inputs and outs."""
 
-from __future__ import annotations
-
 import os
-import re
 import secrets
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tasks.files.atomic import write_atomically
-from tasks.files.hashes import compute_dvc_md5, list_files
 from tasks.files.settings import read_settings
 from tasks.params.project import Project
-
-ARTIFACT_TYPES = {"data": "dataset", "models": "model", "samples": "videos", "results": "evaluation", "reports": "report"}
-CODE_SUFFIXES = {".py", ".j2"}
-
-
-@dataclass(frozen=True)
-class TrackedPath:
-    """A file or folder that DVC tracks. Its name in W&B is the same wherever and whenever it is made."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-    @property
-    def kind(self) -> str:
-        return ARTIFACT_TYPES.get(self.path.parts[0], "output")
-
-    @property
-    def md5(self) -> str:
-        return compute_dvc_md5(self.path)
-
-    @property
-    def size(self) -> dict[str, int]:
-        sizes = [file.stat().st_size for file in list_files(self.path)]
-        return {"files": len(sizes), "bytes": sum(sizes)}
 
 
 def describe_git() -> dict[str, Any]:
@@ -65,35 +33,21 @@ def _run_git(*words: str) -> str:
     return subprocess.run(["git", *words], check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-def describe_dependencies(stage: str, project: Project) -> dict[str, Any]:
-    """Return the stage's dependencies with the md5s that dvc.lock will have for them, computed from the files themselves.
-
-    Code is left out, because the commit and its list of changed files name it.
-    """
-    deps = [Path(dep) for dep in project.stage(stage).get("deps", [])]
-    return {"stage": stage, "deps": {str(dep): compute_dvc_md5(dep) for dep in deps if dep.suffix not in CODE_SUFFIXES}}
-
-
-def list_inputs(stage: str, project: Project) -> list[TrackedPath]:
+def list_inputs(stage: str, project: Project) -> list[Path]:
     """List what a stage reads of other stages' outs and of data that a .dvc file names; the whole out where it reads a part."""
-    others = [out for name in project.stages if name != stage for out in _list_out_paths(project.stage(name))]
-    inputs: dict[Path, TrackedPath] = {}
+    others = [out for name in project.stages if name != stage for out in list_outs(project.stage(name))]
+    inputs: list[Path] = []
     for dep in map(Path, project.stage(stage).get("deps", [])):
         tracked = next((out for out in others if dep.is_relative_to(out)), None)
         if tracked is None and dep.with_name(dep.name + ".dvc").exists():
             tracked = dep
         if tracked is not None and tracked.exists():
-            inputs[tracked] = TrackedPath(tracked)
-    return list(inputs.values())
+            inputs.append(tracked)
+    return list(dict.fromkeys(inputs))
 
 
-def list_outs(stage: str, project: Project) -> list[TrackedPath]:
-    """List the stage's outs that exist: all of them once it has succeeded."""
-    return [TrackedPath(out) for out in _list_out_paths(project.stage(stage)) if out.exists()]
-
-
-def _list_out_paths(entry: Mapping[str, Any]) -> list[Path]:
-    """List the paths of `outs`; `metrics` are left out, because their values are in the run itself."""
+def list_outs(entry: Mapping[str, Any]) -> list[Path]:
+    """List the paths of a stage's `outs`; `metrics` are left out, because their values are in the run itself."""
     return [Path(out if isinstance(out, str) else next(iter(out))) for out in entry.get("outs", [])]
 
 
@@ -105,7 +59,10 @@ def name_pipeline_run(work: Path) -> str:
     if stated := read_settings().run or os.environ.get("DVC_EXP_NAME"):
         return stated
     file, group = work / "run", os.getpgrp()
-    start = read_group_start(group)
+    try:  # exact to a few seconds only, because the system's clock is corrected now and then
+        start = float(psutil.Process(group).create_time())
+    except psutil.Error:  # the group's first process has ended
+        start = 0.0
     match file.read_text().split() if file.exists() else []:
         case [owner, since, name] if owner == str(group) and (not start or abs(start - float(since)) < 10):
             return name
@@ -113,19 +70,3 @@ def name_pipeline_run(work: Path) -> str:
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(file, f"{group} {start:.2f} {name}", shared=True)
     return name
-
-
-def read_group_start(group: int) -> float:
-    """Return when the first process of a group started, in seconds since 1970; 0 if it has ended.
-
-    Exact to a few seconds only, because the system's clock is corrected now and then.
-    """
-    try:
-        return float(psutil.Process(group).create_time())
-    except psutil.Error:
-        return 0.0
-
-
-def make_alias(group: str) -> str:
-    """Return a group's name as an alias of an artifact, in which W&B forbids / and :."""
-    return re.sub("[/:]", "-", group)

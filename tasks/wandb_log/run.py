@@ -4,12 +4,14 @@ Group = one run of the pipeline, job type = stage. Outs are artifacts that refer
 outs of the stages before it: their digests are made of DVC's md5s, so that the versions are the same and W&B draws clips → latents →
 teacher → students → report. Whatever goes wrong here is a warning and never ends a stage.
 
+Videos and the table of results have the same keys in every run, because W&B puts runs with equal keys side by side. The choice of
+videos is the report's: the first prompts of the index, first seed.
+
 An attempt that continues a killed one logs the earlier steps again, so the last attempt's run has all of them.
 """
 
-from __future__ import annotations
-
 import base64
+import fcntl
 import json
 import os
 import re
@@ -22,14 +24,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from tasks.files.atomic import write_atomically
-from tasks.files.hashes import hash_content, list_files
+from tasks.files.hashes import compute_dvc_md5, list_files
+from tasks.files.json_lines import read_json_lines
 from tasks.params.project import Project
 
-from . import lineage, media
-from .unsent import mark_unsent
+from . import lineage
 
 FINISH_SECONDS = 120  # that a stage waits at its end for W&B to take what is left; W&B alone would wait for ever
 ATTEMPT_FILE = "wandb.json"  # in the stage's working folder, which a success removes: the id and number of the last attempt
+MARK = "unsent"  # file in the folder of a run that W&B's server may lack, locked as long as the stage's process lives
+MOST_VIDEOS = 4  # of each system
+MOST_BYTES = 64_000_000  # of all videos together; W&B copies each
+TABLE_COLUMNS = ("suite", "system", "metric", "mean", "low", "high", "videos")
+ARTIFACT_TYPES = {"data": "dataset", "models": "model", "samples": "videos", "results": "evaluation", "reports": "report"}
 
 
 class WandbRun:
@@ -38,6 +45,7 @@ class WandbRun:
     def __init__(self, stage: str, project: Project, mode: str, about: dict[str, Any]) -> None:
         """`about`: what wandb.init takes to name and describe the run."""
         self.stage, self.project, self.mode, self.about = stage, project, mode, about
+        self.alias = re.sub("[/:]", "-", about["group"])  # of artifacts; W&B forbids / and : there
         self.run: Any = None
         self.folder: str | None = None
         self.url: str | None = None
@@ -45,17 +53,15 @@ class WandbRun:
         self._mark: IO[str] | None = None
 
     def start(self) -> None:
-        self._require(self._open)
+        self._attempt(None, self._open)
         self._attempt("inputs", self._use_inputs)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        self._require(lambda: self.run.log(dict(row)))
+        self._attempt(None, lambda: self.run.log(dict(row)))
 
-    def show(self, step: int | None, files: Mapping[str, Path], captions: Mapping[str, str] | None = None) -> None:
-        """Show videos (.mp4) and pictures by key. W&B copies them into its folder, so they may be deleted afterwards."""
-        row = {} if step is None else {"step": step}
-        shown = {key: [media.MediaFile(file, (captions or {}).get(key, ""))] for key, file in files.items()}
-        self._attempt("media", self._log_media, shown, row)
+    def show(self, step: int, files: Mapping[str, Path], captions: Mapping[str, str]) -> None:
+        """Show videos by key. W&B copies them into its folder, so they may be deleted afterwards."""
+        self._attempt("media", self._log_videos, {key: [(file, captions[key])] for key, file in files.items()}, {"step": step})
 
     def replay(self, *tables: Sequence[Mapping[str, Any]]) -> None:
         """Log the rows of earlier attempts, and show their files, in the order of the steps.
@@ -71,8 +77,8 @@ class WandbRun:
     def finish(self, metrics: Mapping[str, Any], exit_code: int) -> None:
         if exit_code == 0:
             self._attempt("outs", self._log_outs, metrics)
-        self._require(lambda: self.run.summary.update(dict(metrics)))
-        self._require(lambda: self._close(exit_code))
+        self._attempt(None, lambda: self.run.summary.update(dict(metrics)))
+        self._attempt(None, self._close, exit_code)
 
     def _open(self) -> None:
         problem = explain_unreachable() if self.mode == "online" else None
@@ -88,7 +94,8 @@ class WandbRun:
             self.about["id"] += "-offline"  # W&B reserves the first id for the run that could not start
             self.run = open_run(self.about, "offline")
         folder = Path(self.run.dir).parent
-        self._mark = mark_unsent(folder)
+        self._mark = (folder / MARK).open("w")
+        fcntl.flock(self._mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends, also by kill -9
         self.folder = os.path.relpath(folder)
         self.url = self.run.url if self.mode == "online" else None
 
@@ -103,63 +110,49 @@ class WandbRun:
             self._mark.close()
 
     def _use_inputs(self) -> None:
-        for tracked in lineage.list_inputs(self.stage, self.project):
-            self._attempt(f"input {tracked.path}", self._use, tracked)
-
-    def _use(self, tracked: lineage.TrackedPath) -> None:
         # run.use_artifact refuses when offline. This is the call that it makes online for an artifact that the server may lack:
         # the server finds the artifact by its digest, or creates it, and then records that this run used it.
-        use = {"aliases": [lineage.make_alias(self.about["group"])], "is_user_created": True, "use_after_commit": True}
-        self.run._log_artifact(build_artifact(tracked, self.about, by_this_run=False), **use)
+        use, about = {"aliases": [self.alias], "is_user_created": True, "use_after_commit": True}, self.about
+        for path in lineage.list_inputs(self.stage, self.project):
+            name = f"input {path}"
+            self._attempt(name, lambda path: self.run._log_artifact(build_artifact(path, about, by_this_run=False), **use), path)
 
     def _log_outs(self, metrics: Mapping[str, Any]) -> None:
-        aliases = ["latest", lineage.make_alias(self.about["group"])]
-        for tracked in lineage.list_outs(self.stage, self.project):
-            self._attempt("sample videos", lambda out: self._log_media(media.select_videos(out), {}), tracked.path)
-            self._attempt("table", self._log_table, tracked.path, metrics)
-            self._attempt(f"out {tracked.path}", self._log_out, tracked, aliases)
+        aliases = ["latest", self.alias]
+        for out in filter(Path.exists, lineage.list_outs(self.project.stage(self.stage))):
+            self._attempt("sample videos", lambda out: self._log_videos(select_videos(out), {}), out)
+            self._attempt("table", self._log_table, out, metrics)
+            self._attempt(f"out {out}", lambda out: self.run.log_artifact(build_artifact(out, self.about), aliases=aliases), out)
 
-    def _log_out(self, tracked: lineage.TrackedPath, aliases: list[str]) -> None:
-        self.run.log_artifact(build_artifact(tracked, self.about), aliases=aliases)
-
-    def _log_media(self, files: Mapping[str, Iterable[media.MediaFile]], row: dict[str, Any]) -> None:
+    def _log_videos(self, videos: Mapping[str, Iterable[tuple[Path, str]]], row: dict[str, Any]) -> None:
+        """Log (file, caption) pairs by key, with the numbers of a row."""
         import wandb
 
-        def convert(shown: media.MediaFile) -> Any:
-            if shown.file.suffix == ".mp4":
-                return wandb.Video(str(shown.file), caption=shown.caption, format="mp4")
-            return wandb.Image(str(shown.file), caption=shown.caption)
-
-        if files:
-            self.run.log(row | {key: list(map(convert, some)) for key, some in files.items()})
+        if videos:
+            movies = {key: [wandb.Video(str(file), caption=words, format="mp4") for file, words in some] for key, some in videos.items()}
+            self.run.log(row | movies)
 
     def _log_table(self, out: Path, metrics: Mapping[str, Any]) -> None:
         config = self.about["config"]
         resamples = (config.get("evaluate") or {}).get("resamples", 1000)
-        if rows := media.build_table(out, metrics, resamples=resamples, seed=config.get("seed", 0)):
+        if rows := build_table(out, metrics, resamples=resamples, seed=config.get("seed", 0)):
             import wandb
 
-            self.run.log({"evaluation": wandb.Table(columns=list(media.TABLE_COLUMNS), data=[list(row) for row in rows])})
+            self.run.log({"evaluation": wandb.Table(columns=list(TABLE_COLUMNS), data=[list(row) for row in rows])})
 
-    def _require(self, action: Callable[[], Any]) -> None:
-        """Do what the run can't continue without; on the first failure stop using W&B."""
-        if self.broken:
-            return
-        try:
-            action()
-        except Exception as error:  # Choice: a tracker is never worth a training run, whatever it raises
-            self.broken = True
-            problem = f"W&B stopped working ({describe_error(error)}); {self.stage} goes on"
-            warnings.warn(f"{problem}, its values are in metrics.jsonl", stacklevel=3)
-
-    def _attempt(self, name: str, action: Callable[..., Any], *args: Any) -> None:
-        """Do what the run's numbers do not need; a failure is a warning that names the thing."""
+    def _attempt(self, name: str | None, action: Callable[..., Any], *args: Any) -> None:
+        """Do something in W&B; a failure is a warning that names the thing. Without a name it is what the run can't continue without:
+        after its first failure W&B is not used any more.
+        """
         if self.broken:
             return
         try:
             action(*args)
-        except Exception as error:
-            warnings.warn(f"{self.stage}: W&B did not get the {name} ({describe_error(error)})", stacklevel=3)
+        except Exception as error:  # Choice: a tracker is never worth a training run, whatever it raises
+            self.broken = name is None
+            lost = f"{self.stage}: W&B did not get the {name} ({describe_error(error)})"
+            stopped = f"W&B stopped working ({describe_error(error)}); {self.stage} goes on, its values are in metrics.jsonl"
+            warnings.warn(lost if name else stopped, stacklevel=3)
 
 
 def start_run(stage: str, project: Project, work: Path) -> WandbRun | None:
@@ -190,7 +183,9 @@ def describe_run(stage: str, project: Project, work: Path) -> dict[str, Any]:
     attempt = before["attempt"] + 1
     words = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{group[-40:]}-{stage}-{attempt}").strip("-")
     run_id = f"{words}-{secrets.token_hex(2)}"
-    origins = {"git": lineage.describe_git(), "dvc": lineage.describe_dependencies(stage, project)}
+    # the md5s that dvc.lock will have; code is left out, because the commit and its list of changed files name it
+    deps = [Path(dep) for dep in project.stage(stage).get("deps", []) if not dep.endswith((".py", ".j2"))]
+    origins = {"git": lineage.describe_git(), "dvc": {"stage": stage, "deps": {str(dep): compute_dvc_md5(dep) for dep in deps}}}
     write_atomically(file, json.dumps({"attempt": attempt, "id": run_id}) + "\n")
     return {
         "id": run_id, "group": group, "job_type": stage, "project": project.params.tracking.project,
@@ -203,7 +198,8 @@ def describe_run(stage: str, project: Project, work: Path) -> dict[str, Any]:
 def open_run(about: Mapping[str, Any], mode: str) -> Any:
     """Return W&B's run, without its telemetry, machine statistics, console and code."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash reports
-    (folder := wandb_folder()).mkdir(parents=True, exist_ok=True)
+    folder = Path(os.environ.get("WANDB_DIR") or "runtime")  # W&B writes wandb/ below it
+    folder.mkdir(parents=True, exist_ok=True)
     # tables wait in WANDB_DATA_DIR until they are sent: beside the run, where `cf wandb sync` of this checkout finds them
     os.environ.setdefault("WANDB_DATA_DIR", str(folder.absolute() / "wandb-data"))
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
@@ -218,20 +214,36 @@ def open_run(about: Mapping[str, Any], mode: str) -> Any:
     return run
 
 
-def build_artifact(tracked: lineage.TrackedPath, about: Mapping[str, Any], *, by_this_run: bool = True) -> Any:
-    """Return an artifact that names files without copying them; each entry's digest is the md5 that DVC has for the file."""
+def build_artifact(path: Path, about: Mapping[str, Any], *, by_this_run: bool = True) -> Any:
+    """Return an artifact that names what DVC tracks at `path` without copying it; each entry's digest is DVC's md5 of the file.
+
+    The artifact's name in W&B is the same wherever and whenever it is made.
+    """
     import wandb
 
-    git = about["config"]["git"]
-    metadata: dict[str, Any] = {"dvc_path": str(tracked.path), "dvc_md5": tracked.md5} | tracked.size
+    git, files = about["config"]["git"], list(list_files(path))
+    size = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+    metadata: dict[str, Any] = {"dvc_path": str(path), "dvc_md5": compute_dvc_md5(path)} | size
     if by_this_run:
         metadata |= {"git_sha": git["sha"], "git_dirty": git["dirty"], "stage": about["job_type"], "run": about["group"]}
-    artifact = wandb.Artifact(tracked.name, type=tracked.kind, metadata=metadata)
-    entries = artifact.add_reference(tracked.path.absolute().as_uri(), name=str(tracked.path), checksum=False, max_objects=None)
-    md5s = {file.absolute().as_uri(): hash_content(file) for file in list_files(tracked.path)}
+    artifact = wandb.Artifact(path.stem, type=ARTIFACT_TYPES.get(path.parts[0], "output"), metadata=metadata)
+    entries = artifact.add_reference(path.absolute().as_uri(), name=str(path), checksum=False, max_objects=None)
+    md5s = {file.absolute().as_uri(): compute_dvc_md5(file) for file in files}
     for entry in entries:
         entry.digest = base64.b64encode(bytes.fromhex(md5s[Path(entry.ref.removeprefix("file://")).as_uri()])).decode()
     return artifact
+
+
+def is_running(folder: Path) -> bool:
+    """Return whether the process lives that writes the run in `folder`, by the lock of its mark."""
+    try:
+        with (folder / MARK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def explain_unreachable() -> str | None:
@@ -251,11 +263,6 @@ def explain_unreachable() -> str | None:
     return None
 
 
-def wandb_folder() -> Path:
-    """Return the folder below which W&B writes wandb/."""
-    return Path(os.environ.get("WANDB_DIR") or "runtime")
-
-
 def describe_error(error: Exception) -> str:
     """Return an error as one line without W&B's key."""
     return hide_key(" ".join(str(error).split())[:300] or type(error).__name__)
@@ -264,3 +271,47 @@ def describe_error(error: Exception) -> str:
 def hide_key(text: str) -> str:
     key = os.environ.get("WANDB_API_KEY")
     return text.replace(key, "WANDB_API_KEY") if key else text
+
+
+def select_videos(out: Path) -> dict[str, list[tuple[Path, str]]]:
+    """Select the first videos of each system in the order of the prompts: videos/<suite>/<system> -> files with captions.
+
+    Empty for an out that has no index.jsonl.
+    """
+    selected: dict[str, list[tuple[Path, str]]] = {}
+    first_seeds: dict[tuple[str, str], int] = {}
+    bytes_left = MOST_BYTES
+    for row in read_json_lines(out / "index.jsonl", missing_ok=True):
+        videos = selected.setdefault(f"videos/{row['suite']}/{row['system']}", [])
+        seed, file = first_seeds.setdefault((row["suite"], row["prompt"]), row["seed"]), out / row["file"]
+        if row["seed"] != seed or len(videos) == MOST_VIDEOS or not file.exists() or file.stat().st_size > bytes_left:
+            continue
+        bytes_left -= file.stat().st_size
+        videos.append((file, f"{row['prompt']} (seed {row['seed']})"))
+    return {key: videos for key, videos in selected.items() if videos}
+
+
+def build_table(out: Path, metrics: Mapping[str, Any], *, resamples: int, seed: int) -> list[tuple[Any, ...]]:
+    """Build the rows of TABLE_COLUMNS, one for each suite, system and metric: mean over videos, 95 % interval over prompts.
+
+    From cells.jsonl of the out, and from `metrics` (without interval) for what only all videos of a system together have, such
+    as diversity. Empty for an out that has no cells.jsonl.
+    """
+    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in read_json_lines(out / "cells.jsonl", missing_ok=True):
+        if row["value"] is not None:
+            prompts = cells.setdefault((row["suite"], row["system"], row["metric"]), {})
+            prompts.setdefault(row["clip"] or row["prompt"], []).append(row["value"])
+    if not cells:
+        return []
+    from cf_model.evaluate.statistics import bootstrap
+
+    table: dict[tuple[str, str, str], tuple[Any, ...]] = {}
+    for suite in metrics.keys() - {"compared"}:  # which are pairs of systems
+        for system, values in metrics[suite].items():
+            table |= {(suite, system, metric): (value, None, None, None) for metric, value in values.items()}
+    for key, prompts in cells.items():
+        interval = bootstrap(prompts, resamples=resamples, seed=seed)
+        ends = (interval.low, interval.high) if interval.has_ends else (None, None)
+        table[key] = (interval.mean, *ends, sum(map(len, prompts.values())))
+    return [(*place, *numbers) for place, numbers in sorted(table.items())]

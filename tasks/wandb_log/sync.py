@@ -4,11 +4,9 @@ Runs of this checkout and of the worktrees below .runs. Safe to start again at a
 run whose process lives is left alone. Of a killed run W&B's file lacks the last seconds; the attempt that continues it has them.
 """
 
-from __future__ import annotations
-
 import argparse
-import fcntl
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +14,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from .run import explain_unreachable, hide_key
-from .unsent import is_marked, is_running
+from filelock import FileLock, Timeout
+
+from .run import MARK, explain_unreachable, hide_key, is_running
 
 SEND_SECONDS = 600  # for one run; W&B itself tries for ever
 HEADER_BYTES = 7  # of W&B's file, which holds nothing else when a run is killed in its first seconds
@@ -28,30 +27,21 @@ class LocalRun:
     """A run's folder as W&B names it: <home>/wandb/[offline-]run-<start>-<id>."""
 
     folder: Path
-
-    @property
-    def id(self) -> str:
-        return self.folder.name.split("-", 2 + self.offline)[-1]
-
-    @property
-    def start(self) -> str:
-        """Local time, as YYYYMMDD_HHMMSS."""
-        return self.folder.name.split("-")[1 + self.offline]
-
-    @property
-    def offline(self) -> bool:
-        return self.folder.name.startswith("offline-")
+    offline: bool
+    start: str  # local time, as YYYYMMDD_HHMMSS
+    id: str
 
     @property
     def state(self) -> str:
         """runs | empty (killed in its first seconds) | killed (what its file has is not sent yet) | waits (to be sent) | sent."""
+        marked = (self.folder / MARK).exists()  # it lives, was killed, or ended before the server had taken all of it
         if is_running(self.folder):
             return "runs"
-        if any(self.folder.glob("*.wandb.synced")) or not (self.offline or is_marked(self.folder)):
+        if any(self.folder.glob("*.wandb.synced")) or not (self.offline or marked):
             return "sent"
         if sum(file.stat().st_size for file in self.folder.glob("*.wandb")) <= HEADER_BYTES:
             return "empty"
-        return "killed" if self.offline and is_marked(self.folder) else "waits"
+        return "killed" if self.offline and marked else "waits"
 
     @property
     def command(self) -> list[str]:
@@ -63,7 +53,8 @@ def list_runs(root: Path) -> list[LocalRun]:
     """List the runs of WANDB_DIR, of this checkout and of its worktrees by start: what made an artifact comes before what used it."""
     homes = [Path(os.environ.get("WANDB_DIR") or root / "runtime"), root / "runtime", *sorted(root.glob(".runs/*/runtime"))]
     places = dict.fromkeys(home.resolve() / "wandb" for home in homes)
-    runs = [LocalRun(folder) for place in places for name in ("run-*-*", "offline-run-*-*") for folder in place.glob(name)]
+    named = [(folder, re.fullmatch(r"(offline-)?run-([^-]+)-(.+)", folder.name)) for place in places for folder in place.glob("*run-*-*")]
+    runs = [LocalRun(folder, bool(match[1]), match[2], match[3]) for folder, match in named if match]
     return sorted(runs, key=lambda run: (run.start, run.folder.stat().st_mtime))
 
 
@@ -90,12 +81,11 @@ def hold_sync_lock(root: Path) -> Iterator[None]:
     """Hold the lock of `cf wandb sync`, because two at once would send everything twice."""
     lock = root / "runtime/wandb-sync.lock"
     lock.parent.mkdir(exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError("another `cf wandb sync` is at work here; wait for it to end") from None
-        yield
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError("another `cf wandb sync` is at work here; wait for it to end") from None
 
 
 def send_runs(runs: list[LocalRun], seconds: float) -> int:
@@ -121,11 +111,6 @@ def send_runs(runs: list[LocalRun], seconds: float) -> int:
     return refused
 
 
-def format_table(runs: list[LocalRun]) -> str:
-    rows = [("state", "started", "id"), *((run.state, run.start, run.id) for run in runs)]
-    return "\n".join(f"{state:<6}  {start:<15}  {run_id}" for state, start, run_id in rows)
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf wandb", description="Runs that W&B's client wrote here: show them, send them.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -136,7 +121,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     root = Path.cwd()
     if args.command == "list":
-        print(format_table(list_runs(root)))
+        for state, start, run_id in [("state", "started", "id"), *((run.state, run.start, run.id) for run in list_runs(root))]:
+            print(f"{state:<6}  {start:<15}  {run_id}")
         return
     with nullcontext() if args.dry_run else hold_sync_lock(root):
         waiting = [run for run in list_runs(root) if run.state in ("waits", "killed")]
@@ -146,7 +132,3 @@ def main(argv: list[str]) -> None:
             print(f"{len(waiting)} runs wait to be sent")
         elif send_runs(waiting, args.timeout):
             sys.exit(1)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -20,7 +20,7 @@ from tests.preloaded import python_folder
 SECRET = "5ec2e7" * 7
 STAGE = """
 track.log(10, loss=0.5); track.log(20, loss=0.25)
-track._mirror.show(20, {"samples/0": Path("given.mp4")}) if Path("given.mp4").exists() else None
+track._mirror.show(20, {"samples/0": Path("given.mp4")}, {"samples/0": ""}) if Path("given.mp4").exists() else None
 Path("reached").write_text("")
 time.sleep(120)
 """

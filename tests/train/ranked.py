@@ -109,7 +109,7 @@ def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, di
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
     scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}
-    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, **COMMON, **(more or {})}
+    plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, "ema_ramp": True, **COMMON, **(more or {})}
     job = DistillationTrainer(
         StudentSpec(**plan),  # type: ignore[arg-type]
         student=denoiser(0),

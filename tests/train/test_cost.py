@@ -17,7 +17,7 @@ from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import HorizonSpec
 from cf_model.plan import need, passes
 from cf_model.plan.cost import ModelCosts
-from tasks.commands.plan import forecast
+from tasks.commands import plan
 from tasks.params import load
 from tests.small import normal, spec
 
@@ -45,7 +45,7 @@ def inputs(costs: ModelCosts, frames: int, batch: int = 1, levels: int = 1) -> t
 
 @pytest.fixture(scope="module")
 def wan_costs() -> ModelCosts:
-    return forecast.estimate_costs(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
+    return plan.estimate_costs(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
 
 
 # -------------------------------------------------------------------------------------- against what PyTorch counts
@@ -53,7 +53,7 @@ def wan_costs() -> ModelCosts:
 
 @pytest.mark.parametrize("profile", ["tiny", "smoke"])
 def test_parameters_are_those_of_the_model(profile: str) -> None:
-    costs = forecast.estimate_costs(load.load_params(ROOT / f"profiles/{profile}.yaml"))
+    costs = plan.estimate_costs(load.load_params(ROOT / f"profiles/{profile}.yaml"))
     made = model(costs)
     assert costs.parameters == sum(p.numel() for p in made.parameters())
     assert costs.matrices == sum(p.numel() for name, p in made.named_parameters() if ".blocks." in name and p.ndim == 2)
@@ -184,7 +184,7 @@ def test_training_states_take_what_is_published(wan_costs: ModelCosts) -> None:
     parts = {2: 8 + 4 + 4 + (8 + 16 + 8) / 8 + 4, 3: 4 + 4 + (8 + 8 + 16 + 8) / 8 + 4}
     for zero, each in parts.items():
         assert sum(stage2.states(zero, 8).values()) == pytest.approx(each * wan_costs.parameters)
-    assert forecast.estimate_clip_bytes(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
+    assert plan.estimate_clip_bytes(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
 
 
 # -------------------------------------------------------------------------------------------------- what is averaged

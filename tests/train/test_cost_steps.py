@@ -17,7 +17,7 @@ from cf_model.plan.cost import ModelCosts
 from cf_model.train.base import BaseTrainer
 from cf_model.train.student import DistillationTrainer
 from cf_model.train.teacher import TeacherTrainer
-from tasks.commands.plan import forecast
+from tasks.commands import plan
 from tasks.params import load, schema
 from tests.allocations import Allocations
 from tests.small import normal
@@ -67,7 +67,7 @@ def tiny(context_pass: str, checkpointing: bool = False) -> tuple[schema.Params,
     view = replace(p.teacher.view, context_pass=context_pass)  # type: ignore[arg-type]
     compute = replace(p.compute, checkpointing=checkpointing)
     p = p.model_copy(update={"compute": compute, "teacher": replace(p.teacher, view=view)})
-    return p, forecast.estimate_costs(p)
+    return p, plan.estimate_costs(p)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -96,7 +96,7 @@ def test_a_step_of_tiny_takes_the_operations_that_are_planned(stage: str, contex
 
 def test_an_own_context_costs_less_and_is_read_once_for_both_updates() -> None:
     p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
-    wan_costs = forecast.estimate_costs(p)
+    wan_costs = plan.estimate_costs(p)
     own = replace(p.teacher.view, context_sigma="zero", context_pass="own")
     at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"), critic_updates=1)
     made = {name: need.estimate_student(at_105, wan_costs, view).operations for name, view in (("joint", p.teacher.view), ("own", own))}

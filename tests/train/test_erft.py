@@ -92,6 +92,16 @@ def test_segments(segments, first):
     assert context.flatten(1).mean(1).tolist() == [0.0] * first + [1.0] * (12 - first)
 
 
+@pytest.mark.parametrize("start", range(1, 60))
+def test_the_fast_segment_is_the_newest_frames_and_never_the_sink(start):
+    """Early in a video the context is shorter than sink and fast part together."""
+    frames = VIEW.context_frames(start)
+    context = torch.zeros(len(frames), *SHAPE)
+    _add_to_context(context, torch.ones(21, *SHAPE), VIEW, "fast")
+    perturbed = [frame for frame, value in zip(frames, context.flatten(1).mean(1).tolist(), strict=True) if value]
+    assert perturbed == [frame for frame in range(max(0, start - VIEW.fast), start) if frame >= VIEW.sink]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bank_goes_through_a_checkpoint(tmp_path, dtype):
     bank = ErrorBank(errors(dtype=dtype, per_grid=3), (6, *SHAPE))

@@ -189,6 +189,7 @@ def distillation(**changes):
         "critic_optimizer": optimizer(muon_lr=0.0),
         "ema": 0.9,
         "ema_start": 0,
+        "ema_ramp": True,
         "save_every": 10,
     }
     view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")

@@ -16,18 +16,20 @@ Model = TypeVar("Model", bound=nn.Module)
 class EMA(Generic[Model]):
     """Exponential moving average of a model's weights. Videos are generated with the average, rollouts use the raw weights.
 
-    `model` is the averaged copy, whole on every rank. The average follows the raw weights exactly for the first `start` updates.
+    `model` is the averaged copy, whole on every rank. The average equals the raw weights for the first `start` updates. With `ramp` the
+    decay rises to `decay` over the updates.
     """
 
-    def __init__(self, model: Model, decay: float, start: int = 0) -> None:
-        self.source, self.decay, self.start, self.done = model, decay, start, 0
+    def __init__(self, model: Model, decay: float, start: int = 0, *, ramp: bool = True) -> None:
+        self.source, self.decay, self.start, self.ramp, self.done = model, decay, start, ramp, 0
         self.model: Model = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
     def update(self) -> float:
         """Move the average towards the raw weights. Return |average - raw| / |raw| over the weights that learn."""
-        # Choice: a rising decay in the first updates, so that a short run's average is not its starting point.
-        decay = min(self.decay, (1 + self.done) / (10 + self.done)) if self.done >= self.start else 0.0
+        # Choice: with `ramp` a rising decay, so that a short run's average is not its starting point.
+        rising = (1 + self.done) / (10 + self.done) if self.ramp else 1.0
+        decay = min(self.decay, rising) if self.done >= self.start else 0.0
         # With ZeRO 3 each raw weight is gathered in turn, so that never more than one is whole at a time.
         norms = []
         for mean, raw in zip(self.model.parameters(), gather_weights(self.source), strict=True):

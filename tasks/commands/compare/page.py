@@ -1,25 +1,42 @@
-"""`cf compare`: two runs on one page that needs no other file: what differs, numbers with intervals, curves, videos."""
+"""`cf compare`: two runs on one page that needs no other file: what differs, numbers with intervals, curves, videos.
 
-from __future__ import annotations
+A run is a folder, a Git revision or an experiment of DVC, of which the last two are checked out.
+"""
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import numpy as np
 
-from cf_model.evaluate.report import format_number
+from cf_model.evaluate import figures
+from cf_model.evaluate.figures import Line, draw_chart, embed_video
+from cf_model.evaluate.report import ARROWS, Results, describe_metric, render_page, state_verdict
+from cf_model.evaluate.statistics import Difference, paired, without_interval
 from tasks.files.atomic import write_atomically
+from tasks.files.dvc_config import read_public_config
+from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params import yaml_file
-
-from . import results, revision
+from tasks.params.yaml_file import Refused
+from tasks.report import SUITES, average_rows, read_curves, read_results, wants_logarithm
 
 COLOURS = {"A": "#3f83c9", "B": "#e0813a"}
 ABSENT = "–"
+COMPARED_OUTS = ("results", "samples", "data/manifest.jsonl")  # outs that a comparison reads; of the models it reads only the curves
+CURVE_FILE = "metrics.jsonl"
+GIT, DVC = ("git",), (sys.executable, "-m", "dvc")
+SHOWN_PROMPTS = {"prompts": 4, "continuations": 2}  # whose videos are shown
+# Choice: with fewer prompts an interval is too narrow to be believed, and even equal signs could be chance (p > 0.03).
+FEWEST_PROMPTS = 6
+SUITE_BYTES = 3_000_000  # bytes of one suite's videos, of each run
+CLEAR = {"better": "good", "worse": "bad", "higher": "other", "lower": "other"}  # verdict on a clear difference -> its CSS class
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="cf-compare-") as scratch:
         a, b = (read_side(letter, name, Path(scratch)) for letter, name in (("A", args.a), ("B", args.b)))
-        html = render_page(build_page(a, b))
+        html = render_page(build_page(a, b), Path(__file__).with_name("page.html.j2"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, html)
     print(f"{args.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
@@ -52,10 +69,10 @@ def main(argv: list[str]) -> None:
 
 def read_side(letter: str, name: str, scratch: Path) -> Side:
     """Find the run `name`, in a folder below `scratch` if it is a revision, and read what describes it."""
-    root = revision.find_folder(name, scratch / letter)
+    root = find_folder(name, scratch / letter)
     lock = root / "dvc.lock"
-    described = revision.run_git("-C", str(root), "log", "-1", "--format=%h%x00%s%x00%cs", check=False).split("\0")
-    commit, subject, date = described if len(described) == 3 else ("", "", "")
+    described = run_program(GIT, "log", "-1", "--format=%h%x00%s%x00%cs", cwd=root, check=False)
+    commit, subject, date = described.split("\0") if described else ("", "", "")
     label = root.resolve().name if Path(name).is_dir() else name
     stages = yaml_file.read_yaml(lock).get("stages", {}) if lock.exists() else {}
     return Side(letter, label, root, yaml_file.read_yaml(root / "params.yaml"), stages, commit, subject, date)
@@ -65,7 +82,8 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
     """Return the values of the page's template."""
     rules = a.params.get("evaluate") or {}
     resamples, seed = int(rules.get("resamples", 1000)), int(a.params.get("seed", 0))
-    suites = results.compare_suites(*(results.read_results(side.root, resamples, seed) for side in (a, b)))
+    measured = [read_results(side.root / "results", side.root / "metrics", resamples=resamples, seed=seed) for side in (a, b)]
+    suites = compare_suites(*measured)
     size = a.params.get("video") or {}
     return {
         "sides": [a, b],
@@ -73,10 +91,10 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
         "params": list_changed_params(a.params, b.params),
         "stages": compare_stages(a.lock, b.lock),
         "suites": suites,
-        "tally": results.count_verdicts(suites),
-        "curves": results.draw_curves(a.root, b.root, COLOURS),
-        "training": results.draw_training(a.root, b.root, COLOURS),
-        "videos": results.embed_videos(a.root, b.root, suites, int(size.get("fps", 16))),
+        "tally": count_verdicts(suites),
+        "curves": draw_curves(a.root, b.root, COLOURS),
+        "training": draw_training(a.root, b.root, COLOURS),
+        "videos": embed_videos(a.root, b.root, suites, int(size.get("fps", 16))),
         "shape": (size.get("width", 1), size.get("height", 1)),
         "numbers": compare_stage_metrics(a.root, b.root),
         "resamples": resamples,
@@ -109,8 +127,7 @@ def compare_stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str,
             continue
         deps = list_changed_entries(one, other, "deps")
         stated = ({key: value for file in entry.get("params", {}).values() for key, value in file.items()} for entry in (one, other))
-        params = [dict(flatten_tree(tree)) for tree in stated]
-        keys = sorted(key for key in {*params[0], *params[1]} if params[0].get(key) != params[1].get(key) and "tracking" not in key)
+        keys = sorted(key for key, _, _ in list_changed_params(*stated))
         code = [path for path in deps if path.startswith(("cf_model/", "tasks/"))]
         same = not list_changed_entries(one, other, "outs")
         rows.append({"stage": name, "same": same, "code": code, "data": [path for path in deps if path not in code], "params": keys})
@@ -130,8 +147,7 @@ def compare_stage_metrics(a: Path, b: Path) -> list[dict[str, Any]]:
     for name in names:
         if name in ("evaluate", "report"):
             continue
-        files = [root / "metrics" / f"{name}.json" for root in (a, b)]
-        one, other = map(results.read_metrics, files)
+        one, other = (load_json_object(root / "metrics" / f"{name}.json", missing_ok=True) for root in (a, b))
         for key in dict.fromkeys([*one, *other]):
             x, y = one.get(key), other.get(key)
             if x != y:
@@ -140,9 +156,193 @@ def compare_stage_metrics(a: Path, b: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def render_page(values: Mapping[str, Any]) -> str:
-    """Return the page as HTML, in which all is escaped but the figures drawn here."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = format_number
-    return environment.get_template("page.html.j2").render(values)
+def compare_suites(a: Results, b: Results) -> list[dict[str, Any]]:
+    """Compare, for each suite, the systems of both runs: their metrics as B minus A over the videos that both have."""
+    rows = []
+    for suite, title in SUITES.items():
+        names = [list_systems(one, suite) for one in (a, b)]
+        both = [name for name in names[0] if name in names[1]]
+        systems = [compare_system(a, b, suite, name) for name in both]
+        only = {letter: [name for name in some if name not in both] for letter, some in zip("AB", names, strict=True)}
+        if systems or any(only.values()):
+            differ = build_matrix([one for one in systems if not one["same"]])
+            rows.append({"suite": suite, "title": title, "systems": systems, "only": only, "matrix": differ})
+    return rows
+
+
+def list_systems(one: Results, suite: str) -> list[str]:
+    """List the systems of a suite without the real clips."""
+    names = dict.fromkeys([system for s, system, _ in one.cells if s == suite] + list(one.means.get(suite, {})))
+    return [name for name in names if name != "real"]
+
+
+def compare_system(a: Results, b: Results, suite: str, name: str) -> dict[str, Any]:
+    """Compare a system's metrics that both runs have; `clearly`: how many of them differ clearly."""
+    metrics = [metric for metric in a.metrics(suite) if not metric.endswith("_videos") and metric != "videos"]
+    rows = [row for metric in metrics if (row := compare_metric(a, b, suite, name, metric))]
+    same = all(row["same"] for row in rows)
+    return {"name": name, "rows": rows, "same": same, "clearly": sum(row["clear"] for row in rows)}
+
+
+def compare_metric(a: Results, b: Results, suite: str, name: str, metric: str) -> dict[str, Any] | None:
+    """Compare a metric of a system: means, paired difference and verdict; None if a run lacks it."""
+    first, second = (one.interval(suite, name, metric) for one in (a, b))
+    if first is None or second is None:
+        return None
+    x, y = (one.cells.get((suite, name, metric), {}) for one in (a, b))
+    shared = x.keys() & y.keys()
+    # without a pair it is a metric of all videos together, or the runs have no video in common
+    unpaired = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
+    difference = paired(x, y, resamples=a.resamples, seed=a.seed) or unpaired
+    change, word = difference.change, describe_metric(metric)
+    # the same: pairs that are all equal, and equal numbers without pairs
+    same = change.mean == 0 and (not change.has_ends or change.low == change.high == 0)
+    few = change.has_ends and len({prompt for prompt, _ in shared}) < FEWEST_PROMPTS
+    says = "the same" if same else "too few prompts" if few else state_verdict(change, word.better)
+    bar = None
+    if change.has_ends and not same:
+        reach = max(abs(change.low), abs(change.high), 1e-12)
+        bar = {"low": 50 + 50 * change.low / reach, "high": 50 + 50 * change.high / reach}
+    kind = "same" if same else CLEAR.get(says, "none")
+    return {
+        "metric": metric, "word": word, "arrow": ARROWS[word.better], "first": first, "second": second, "found": difference,
+        "pairs": len(shared), "says": says, "bar": bar, "same": same, "clear": says in CLEAR, "kind": kind,
+    }  # fmt: skip
+
+
+def build_matrix(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Build the overview: a row for each metric in the report's order, a cell for each system."""
+    cells = {(row["metric"], one["name"]): row for one in systems for row in one["rows"]}
+    heads = {row["metric"]: {"word": row["word"], "arrow": row["arrow"]} for one in systems for row in one["rows"]}
+    return [heads[metric] | {"cells": [cells.get((metric, one["name"])) for one in systems]} for metric in heads]
+
+
+def count_verdicts(suites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Count the differences by verdict, and how many of them would look clear by chance alone."""
+    rows = [row for suite in suites for one in suite["systems"] for row in one["rows"]]
+    tested, says = sum(row["bar"] is not None and row["says"] != "too few prompts" for row in rows), Counter(row["says"] for row in rows)
+    return {"of": len(rows), "says": says, "tested": tested, "by_chance": tested / 20, "few": FEWEST_PROMPTS}
+
+
+def draw_curves(a: Path, b: Path, colours: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Draw results/curves.csv of both: for each system whose curves differ, a chart for each metric."""
+    one, other = read_curves(a / "results/curves.csv"), read_curves(b / "results/curves.csv")
+    systems: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key in [key for key in one if key in other and str(one[key]) != str(other[key])]:
+        curves = [Line(colours["A"], *one[key]), Line(colours["B"], *other[key])]
+        systems.setdefault(key[:2], []).append({"title": describe_metric(key[2]).title, "svg": draw_chart(curves, x="seconds")})
+    return [{"suite": SUITES.get(suite, suite), "system": name, "charts": charts} for (suite, name), charts in systems.items()]
+
+
+def draw_training(a: Path, b: Path, colours: Mapping[str, str]) -> dict[str, Any]:
+    """Draw running means of models/<stage>/metrics.jsonl of both; stages with equal rows are only named."""
+    stages, same = [], []
+    for name in dict.fromkeys(path.parent.name for root in (a, b) for path in sorted(root.glob("models/*/metrics.jsonl"))):
+        one, other = (read_json_lines(root / "models" / name / "metrics.jsonl", missing_ok=True) for root in (a, b))
+        if one == other:
+            same.append(name)
+            continue
+        charts = []
+        for key in dict.fromkeys(key for row in [*one, *other] for key in row if key != "step"):
+            means = [draw_running_mean(colours[letter], rows, key) for letter, rows in (("A", one), ("B", other))]
+            if drawn := [line for line in means if line]:
+                log = wants_logarithm(np.concatenate([line.y for line in drawn]))
+                charts.append({"title": key.replace("_", " "), "svg": draw_chart(drawn, x="step", log=log)})
+        stages.append({"stage": name, "charts": charts})
+    return {"stages": stages, "same": same}
+
+
+def draw_running_mean(colour: str, rows: Sequence[Row], key: str) -> Line | None:
+    """Return a value's running mean as a line; None for fewer than two numbers."""
+    if (found := average_rows(rows, key)) is None:
+        return None
+    steps, _, mean = found
+    return Line(colour, steps[-len(mean) :].tolist(), mean.tolist())
+
+
+def embed_videos(a: Path, b: Path, measured: Sequence[Mapping[str, Any]], fps: int) -> list[dict[str, Any]]:
+    """Embed, of each system that differs, the videos of A and B for the first prompts that both indices have, first seed."""
+    index = [read_json_lines(root / "samples/index.jsonl", missing_ok=True) for root in (a, b)]
+    suites = []
+    for suite in SUITES:
+        same = {one["name"] for part in measured if part["suite"] == suite for one in part["systems"] if one["same"]}
+        items = [figures.group_by_item(rows, suite) for rows in index]
+        shared = {key: {name: row for name, row in items[0][key].items() if name not in same} for key in items[0] if key in items[1]}
+        rows = []
+        for key in figures.fit_budget(shared, SHOWN_PROMPTS[suite], SUITE_BYTES, a / "samples"):
+            pairs = [embed_pair(name, items[0][key][name], items[1][key].get(name), a, b, fps) for name in shared[key] if name != "real"]
+            first, real = next(iter(items[0][key].values())), items[0][key].get("real")
+            prefix = max(row["prefix_frames"] for row in items[0][key].values()) / fps
+            facts = {"prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "pairs": [one for one in pairs if one]}
+            rows.append(facts | {"real": embed_video(a / "samples" / real["file"]) if real else None})
+        rows = [row for row in rows if row["pairs"]]
+        if rows:
+            suites.append({"title": SUITES[suite], "rows": rows, "of": len(shared), "same": sorted(same)})
+    return suites
+
+
+def embed_pair(name: str, one: Mapping[str, Any], other: Mapping[str, Any] | None, a: Path, b: Path, fps: int) -> dict[str, Any] | None:
+    """Embed a system's videos of both runs with their frame strips; None unless both have the video with that seed."""
+    if other is None or one["seed"] != other["seed"]:
+        return None
+    files = [root / "samples" / row["file"] for root, row in ((a, one), (b, other))]
+    if not all(file.exists() for file in files):
+        return None
+    readable = [frames for file in files if (frames := figures.read_strip_frames(file, fps)) is not None]
+    strips = [figures.draw_strip(frames, figures.STRIP_HEIGHT) for frames in readable]
+    return {"system": name, "sources": [embed_video(file) for file in files], "strips": strips}
+
+
+def find_folder(name: str, into: Path) -> Path:
+    """Return the folder of the run `name`; `into` is created, and returned, only for a revision or an experiment."""
+    if (folder := Path(name)).is_dir():
+        if not (folder / "params.yaml").exists():
+            raise Refused(f"{name} is a folder without params.yaml; name the root of a run, a revision or an experiment")
+        return folder
+    sha = find_commit(name)
+    if sha is None:
+        raise Refused(f"{name} is neither a folder, nor a revision of this repository, nor an experiment (`dvc exp list --all-commits`)")
+    return check_out_revision(sha, into)
+
+
+def find_commit(name: str) -> str | None:
+    """Return the commit of a branch, a tag or anything else Git can name, or of an experiment by its name in `dvc exp show`."""
+    if name.startswith("-"):
+        return None
+    if sha := run_program(GIT, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}", check=False):
+        return sha
+    listed = run_program(GIT, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps") or ""
+    refs = [line.split(" ", 1) for line in listed.splitlines()]
+    return next((sha for sha, ref in refs if ref.split("/")[-1] == name and len(ref.split("/")) == 5), None)
+
+
+def check_out_revision(sha: str, into: Path) -> Path:
+    """Clone a revision into the folder `into`, with Git's objects and DVC's cache shared, and check out what a comparison reads.
+
+    Not by `git worktree`, because a comparison that is killed would leave a registered worktree. The clone has this repository's
+    remotes without their secrets, because that killed comparison would leave the folder too.
+    """
+    run_program(GIT, "clone", "--quiet", "--shared", "--no-checkout", run_program(GIT, "rev-parse", "--show-toplevel") or "", str(into))
+    run_program(GIT, "checkout", "--quiet", "--detach", sha, cwd=into)
+    if not (into / "dvc.lock").exists():
+        return into
+    with (into / ".dvc/config.local").open("w") as file:
+        read_public_config(Path(".dvc/config.local")).write(file)
+    run_program(DVC, "cache", "dir", "--local", run_program(DVC, "cache", "dir") or "", cwd=into)
+    outs = [out["path"] for stage in yaml_file.read_yaml(into / "dvc.lock")["stages"].values() for out in stage.get("outs", [])]
+    wanted = [path for path in outs if path in COMPARED_OUTS]
+    wanted += [f"{path}/{CURVE_FILE}" for path in outs if path.startswith("models/")]
+    wanted = [path for path in wanted if not (into / path).exists()]
+    if wanted and run_program(DVC, "checkout", "--quiet", *wanted, cwd=into, check=False) is None:
+        for path in wanted:  # one by one, because an absent out must not stop the others; the page says what is absent
+            if run_program(DVC, "checkout", "--quiet", path, cwd=into, check=False) is None:
+                run_program(DVC, "pull", "--quiet", path, cwd=into, check=False)
+    return into
+
+
+def run_program(program: Sequence[str], *words: str, cwd: Path | None = None, check: bool = True) -> str | None:
+    """Run GIT or DVC in the folder `cwd` and return its output; after a failure raise Refused, or return None if not `check`."""
+    done = subprocess.run([*program, *words], cwd=cwd, capture_output=True, text=True)
+    if done.returncode and check:
+        raise Refused(f"{program[-1]} {words[0]} failed: {' '.join(done.stderr.split())[-300:]}")
+    return None if done.returncode else done.stdout.strip()

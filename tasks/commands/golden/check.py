@@ -1,7 +1,5 @@
 """`cf check-golden`: this code's model, memory, schedule, losses and rollouts against what Self-Forcing and LongLive computed."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterator
@@ -17,9 +15,10 @@ from cf_model.foreign.weight_names import to_diffusers
 from cf_model.model.denoiser import Denoiser, apply_rope
 from cf_model.model.memory import Memory, empty_memory
 from cf_model.model.rollout import stream
+from tasks.files.json_lines import load_json_object
 
 from . import schedule
-from .vectors import GoldenVectors, build_peer_memory
+from .vectors import KEYMAP, GoldenVectors, build_peer_memory
 
 EXAMPLE = """example:
   cf check-golden tests/golden/wan-causal
@@ -35,8 +34,7 @@ class Tolerance:
     relative: float
 
     def __str__(self) -> str:
-        parts = [f"{self.absolute:g}"] if self.absolute or not self.relative else []
-        return " + ".join([*parts, f"{self.relative:g}|x|"] if self.relative else parts)
+        return f"{self.absolute:g} + {self.relative:g}|x|" if self.relative else f"{self.absolute:g}"
 
 
 # what the README of the vectors recommends
@@ -121,7 +119,8 @@ def list_cases(golden: GoldenVectors, model: Denoiser) -> Iterator[tuple[str, To
 
 def compare_keymap(golden: GoldenVectors) -> Comparisons:
     """Compare the converter's names with the folder's: 1 stands for a name that differs."""
-    ours, theirs = {old: new for new, old in to_diffusers({name: name for name in golden.load_weights()}).items()}, golden.load_keymap()
+    ours = {old: new for new, old in to_diffusers({name: name for name in golden.load_weights()}).items()}
+    theirs = load_json_object(golden.find_file(KEYMAP))
     for name in sorted(ours.keys() | theirs.keys()):
         yield name, torch.tensor(float(ours.get(name) != theirs.get(name))), torch.tensor(0.0)
 

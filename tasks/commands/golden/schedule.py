@@ -1,9 +1,8 @@
 """Cases of `cf check-golden` that need no transformer: the noise schedule, and distribution matching between stub scores."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ PLAIN_VIEW = TeacherView("none", 0, 0, 0, 1, "shared", "joint")
 
 def read_flow(golden: GoldenVectors) -> Flow:
     """Return the flow with the shift that the stored table of levels was made with."""
-    if "sched.sigmas" not in golden.files:
+    if "sched.sigmas" not in golden.arrays:
         return Flow(SHIFT, LOWEST, HIGHEST)
     table = golden.read_array("sched.sigmas", None)
     u, sigma = 1 - (len(table) // 2) / len(table), float(table[len(table) // 2])
@@ -36,7 +35,7 @@ def read_flow(golden: GoldenVectors) -> Flow:
 
 def look_up_rows(golden: GoldenVectors, t: Tensor) -> Tensor:
     """Return the row of the nearest timestep for each `t`, because the peers look σ up in a table of 1000; ours is exact."""
-    if "sched.timesteps" in golden.files:
+    if "sched.timesteps" in golden.arrays:
         table = golden.read_array("sched.timesteps", None)
     else:
         table = 1000 * torch.tensor(read_flow(golden).sampler_sigmas(1000)[:-1])
@@ -138,20 +137,10 @@ def compute_scores(golden: GoldenVectors, x_t: Tensor, sigma: Tensor, fake: Stub
     text, null = (words.mean(dim=0) for words in read_texts(golden))
     noise = (x_t - (1 - expand_sigma(sigma, x)) * x) / expand_sigma(sigma, x)
     draws = zip(sigma / (flow.shift - (flow.shift - 1) * sigma), noise, strict=True)  # the level before its shift
+    options: dict[str, Any] = {"real": REAL, "fake": fake, "view": PLAIN_VIEW, "flow": flow, "guidance": GUIDANCE, "null": null}
+    options |= {"guidance_passes": "apart"}
     results = [
-        compute_generator_gradient(
-            one[None],
-            text[None],
-            real=REAL,
-            fake=fake,
-            context=one[None, :0],
-            view=PLAIN_VIEW,
-            flow=flow,
-            rng=iter([u[None], epsilon[None]]),
-            guidance=GUIDANCE,
-            guidance_passes="apart",
-            null=null,
-        )
+        compute_generator_gradient(one[None], text[None], context=one[None, :0], rng=iter([u[None], epsilon[None]]), **options)
         for one, (u, epsilon) in zip(x, draws, strict=True)
     ]
     gradient = torch.cat([one for one, _ in results])

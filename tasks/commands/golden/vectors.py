@@ -1,8 +1,5 @@
 """A folder of golden vectors in the format of tests/golden/wan-causal/README.md: arrays by name, settings, weights."""
 
-from __future__ import annotations
-
-import json
 import re
 import zipfile
 import zlib
@@ -18,53 +15,45 @@ from torch import Tensor
 
 from cf_model.foreign.weight_names import expected_shapes, to_diffusers, translate_original_config
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.memory import MemorySpec
+from cf_model.model.memory import MemorySpec, build_plain_spec
 from cf_model.model.weights import check_weights
+from tasks.files.json_lines import load_json_object
 from tasks.params.yaml_file import Refused
 
 WEIGHTS = "weights_selfforcing_keys.safetensors"
 KEYMAP = "keymap_selfforcing_to_diffusers.json"
 DEFAULT_CHUNK = 3  # latent frames, where no input says it
-UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class GoldenVectors:
-    """The arrays of a folder, each read and checked for its shape when it is needed; `list_unread` names the rest."""
+    """The arrays of a folder, each checked for its shape when it is needed; `list_unread` names the rest."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise Refused(f"{folder} isn't a folder; name one with vectors in the format of tests/golden/wan-causal")
         self.folder = folder
-        self.files: dict[str, tuple[Path, Any]] = {}  # array -> its file, by path and open
+        self.arrays: dict[str, tuple[Path, Tensor]] = {}  # by name, with the file that each is in
         self.read_names: set[str] = set()
         for path in sorted(folder.glob("*.npz")):
             try:
-                file = np.load(path, allow_pickle=False)
+                with np.load(path, allow_pickle=False) as file:
+                    self.arrays |= {name: (path, torch.from_numpy(file[name])) for name in file.files}
             except UNREADABLE as error:
                 raise Refused(f"{path} can't be read ({error}); copy it again") from None
-            self.files |= dict.fromkeys(file.files, (path, file))
-        if not self.files:
+        if not self.arrays:
             raise Refused(f"{folder} holds no .npz file, so there is nothing to check; name a folder like tests/golden/wan-causal")
         self.config = self._read_config()
 
     def _read_config(self) -> dict[str, Any]:
         for path in sorted(self.folder.glob("meta_*.json")):
-            config = self._read_json(path.name).get("config")
+            config = load_json_object(path).get("config")
             if isinstance(config, dict):
                 return config
         raise Refused(f"{self.folder} holds no meta_*.json with a config, which states the model's sizes; copy meta_selfforcing.json too")
 
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = self._find_file(name)
-        try:
-            tree = json.loads(path.read_text())
-        except ValueError as error:
-            raise Refused(f"{path} is not JSON ({error}); copy it again") from None
-        if not isinstance(tree, dict):
-            raise Refused(f"{path} holds no keys; copy it again")
-        return tree
-
-    def _find_file(self, name: str) -> Path:
+    def find_file(self, name: str) -> Path:
+        """Return a file of the folder; refuse a folder that lacks it."""
         if not (self.folder / name).is_file():
             raise Refused(f"{self.folder / name} isn't there; copy the folder as a whole")
         return self.folder / name
@@ -79,35 +68,31 @@ class GoldenVectors:
     @property
     def chunk(self) -> int:
         """Number of latent frames made together, as the shape of an input says."""
-        if "causal.clean0" in self.files:
+        if "causal.clean0" in self.arrays:
             return self.read_video("causal.clean0", 1).shape[1]
-        if "roll.renoise0" in self.files:
+        if "roll.renoise0" in self.arrays:
             return len(self.read_array("roll.renoise0", None, None, None, None))
         return DEFAULT_CHUNK
 
     def find_names(self, pattern: str) -> list[str]:
         """List the arrays whose whole name matches, in the order of the numbers in their names."""
-        names = [name for name in self.files if re.fullmatch(pattern, name)]
+        names = [name for name in self.arrays if re.fullmatch(pattern, name)]
         return sorted(names, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)])
 
     def count_arrays(self, pattern: str) -> int:
         """Return one more than the highest number in the pattern's group, so that a gap in the numbers is a missing array."""
-        return max((int(match[1]) for name in self.files if (match := re.fullmatch(pattern, name))), default=-1) + 1
+        return max((int(match[1]) for name in self.arrays if (match := re.fullmatch(pattern, name))), default=-1) + 1
 
     def read_array(self, name: str, *shape: int | None) -> Tensor:
         """Read an array and refuse it unless its shape is `shape`, in which None fits any size."""
-        if name not in self.files:
+        if name not in self.arrays:
             raise Refused(f"array {name} is in no .npz file of {self.folder}, and others there need it; copy the folder as a whole")
-        path, file = self.files[name]
-        try:
-            value = torch.from_numpy(file[name])
-        except (*UNREADABLE, TypeError) as error:
-            raise Refused(f"array {name} of {path} can't be read ({error}); copy the file again") from None
+        path, value = self.arrays[name]
         if value.ndim != len(shape) or any(want not in (None, has) for want, has in zip(shape, value.shape, strict=True)):
             wanted = ", ".join("*" if size is None else str(size) for size in shape)
             raise Refused(f"array {name} of {path} has shape {list(value.shape)}, and only [{wanted}] fits the model and the other arrays")
         self.read_names.add(name)
-        return value
+        return value.clone()
 
     def read_video(self, name: str, batch: int | None, frames: int | None = None) -> Tensor:
         """Read an input of the model, stored as [B, C, F, H, W], as [B, F, C, H, W]."""
@@ -118,23 +103,20 @@ class GoldenVectors:
         """Read the text embeddings [B, L, D] of the first `batch` videos; cases of one video use row 0."""
         rows = self.read_array("text.padded", None, self.config.get("text_len"), self.read_size("text_dim")).float()
         if len(rows) < batch:
-            raise Refused(f"array text.padded of {self.files['text.padded'][0]} has {len(rows)} rows for {batch} videos; copy it again")
+            raise Refused(f"array text.padded of {self.arrays['text.padded'][0]} has {len(rows)} rows for {batch} videos; copy it again")
         return rows[:batch]
 
     def list_unread(self) -> list[str]:
         """List the arrays that no case has read."""
-        return sorted(self.files.keys() - self.read_names)
+        return sorted(self.arrays.keys() - self.read_names)
 
     def load_weights(self) -> dict[str, Tensor]:
         """Load the weights under Self-Forcing's names, as they are stored."""
-        path = self._find_file(WEIGHTS)
+        path = self.find_file(WEIGHTS)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise Refused(f"{path} can't be read ({error}); copy it again") from None
-
-    def load_keymap(self) -> dict[str, Any]:
-        return self._read_json(KEYMAP)
 
     def load_model(self) -> Denoiser:
         """Build the model from the weights through our converter; refuse weights that are missing, unknown or misshapen."""
@@ -159,19 +141,4 @@ def build_peer_memory(case: str, frames: int) -> MemorySpec:
     if not match:
         raise Refused(f"case {case} names neither a global window nor one like w6_s3, which says what is remembered; rename its arrays")
     window, sink = (int(match[2]), int(match[3])) if match[2] else (frames, 0)
-    return MemorySpec(
-        sink=sink,
-        slow=0,
-        fast=window - sink,
-        promote="none",
-        tau=0.0,
-        interval=1,
-        begin=1,
-        keep="first",
-        when="evict",
-        timing="clean",
-        fill="none",
-        scope="global",
-        positions="packed" if match[1] == "ll_rel" else "absolute",
-        commit="all",
-    )
+    return build_plain_spec(sink, window - sink, "packed" if match[1] == "ll_rel" else "absolute")

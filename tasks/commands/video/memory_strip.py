@@ -3,8 +3,6 @@
 Three forms of the same rows: a trace (jsonl) for programs, a timeline (PNG) for people, and a strip under every frame.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +56,7 @@ def draw_strip(row: Row, places: Mapping[str, int], width: int, seconds: float) 
     x, top = MARGIN, MARGIN + LINE
     for part, count in places.items():
         if count:
-            draw.text((x, MARGIN), "now" if part == "now" else part, COLOURS[part], font)
+            draw.text((x, MARGIN), part, COLOURS[part], font)
         for place in range(count):
             frame = row[part][place] if place < len(row[part]) else None
             box = (x, top, x + CELL - 3, top + LINE + 4)
@@ -87,13 +85,11 @@ def draw_timeline(rows: Sequence[Row], path: Path, seconds: float) -> None:
 
     A long video gets a second panel with its end, because its lines lie too close to be told apart.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     long = seconds > PANEL_SECONDS
-    figure, panels = pyplot.subplots(2 if long else 1, figsize=(11, 9 if long else 6), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(11, 9 if long else 6), layout="constrained")
+    panels = figure.subplots(2 if long else 1, squeeze=False)
     promoted = sum(len(row["promoted"]) for row in rows)
     title = f"What the model held of the past: {len(rows)} chunks, {promoted} promotions"
     draw_panel(panels[0, 0], rows, seconds, 0.0, title)
@@ -103,7 +99,6 @@ def draw_timeline(rows: Sequence[Row], path: Path, seconds: float) -> None:
     figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=6, fontsize=9, frameon=False)
     with open_partial(path) as partial:
         figure.savefig(partial, format="png", dpi=130)
-    pyplot.close(figure)
 
 
 def draw_panel(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title: str) -> None:

@@ -1,8 +1,12 @@
-"""`cf video`: a prompt in, a video file out, with a model folder and without the pipeline. `cf generate --model` is its old name."""
+"""`cf video`: a prompt in, a video file out, with a model folder and without the pipeline. `cf generate --model` is its old name.
+
+With --prompts-file the answer is a folder with a video for each line of the file, which a second start completes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +21,9 @@ import numpy as np
 from cf_model.data.prompts import iterate_prompts
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
 from cf_model.data.video import VideoFacts, grow_video, growing_path, probe_video, read_video
-from tasks.files.json_lines import dump_json_lines
+from tasks.files.atomic import write_atomically
+from tasks.files.hashes import compute_dvc_md5
+from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.params.yaml_file import Refused
 
 if TYPE_CHECKING:
@@ -71,15 +77,20 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from cf_model.pipeline import ContextForcingPipeline
+    from tasks.parts.device import choose_device
+
     torch.set_num_threads(args.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-    pipe = load_pipeline(args)
+    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
+    if args.memory:
+        recipe = replace(pipe.recipe, memory=change_memory(pipe.recipe.memory, args.memory))
+        pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
+    pipe = pipe.to(choose_device())
     clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
-        from .many import make_videos
-
-        make_videos(pipe, args, lambda words, out: make_video(pipe, [(0.0, words)], clip, out, args))
+        make_videos(pipe, clip, args)
     else:
         make_video(pipe, [(0.0, args.prompt), *args.at], clip, args.out, args)
 
@@ -102,18 +113,6 @@ def refuse_impossible(args: argparse.Namespace) -> None:
         args.at = [(float(second), words) for second, words in args.at]
     except ValueError:
         raise Refused(f"--at {' '.join(args.at[0])} does not begin with a time; write --at SECONDS TEXT") from None
-
-
-def load_pipeline(args: argparse.Namespace) -> ContextForcingPipeline:
-    """Load the model folder onto the device, with its memory changed as --memory says."""
-    from cf_model.pipeline import ContextForcingPipeline
-    from tasks.parts.device import choose_device
-
-    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
-    if args.memory:
-        recipe = replace(pipe.recipe, memory=change_memory(pipe.recipe.memory, args.memory))
-        pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
-    return pipe.to(choose_device())
 
 
 def change_memory(spec: Any, settings: list[str]) -> Any:
@@ -197,7 +196,7 @@ def make_video(
 
 def show_progress(chunks: Iterator[Chunk], frames: int, fps: int, out: Path) -> Iterator[Chunk]:
     """Yield the chunks while a bar shows the frames of new video, and how many seconds of video are made in a second."""
-    from tasks.runner.progress import Progress
+    from tasks.runner.track import Progress
 
     bar, began, done = Progress(out.name, frames, "frame", 0), time.monotonic(), 0
     for chunk in chunks:
@@ -208,3 +207,49 @@ def show_progress(chunks: Iterator[Chunk], frames: int, fps: int, out: Path) -> 
         done += len(chunk.frames)
         bar.update(len(chunk.frames), **{"seconds of video a second": done / fps / (time.monotonic() - began)})
     bar.close()
+
+
+def make_videos(pipe: ContextForcingPipeline, clip: np.ndarray | None, args: argparse.Namespace) -> None:
+    """Make NNNNN.mp4 for each line NNNNN of the file that has none yet, with index.jsonl, and settings.json for the next start."""
+    from cf_model.request import check_prompt
+
+    options = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize")
+    settings = {name: getattr(args, name) for name in options} | {
+        "model": compute_dvc_md5(args.model),
+        "memory": asdict(pipe.recipe.memory),
+        "continue_from": args.continue_from and compute_dvc_md5(args.continue_from),
+    }
+    finished = read_finished(args.out, settings)
+    for number, words in iterate_prompts(args.prompts_file):
+        try:
+            check_prompt(words, pipe.text)
+        except ValueError as error:
+            raise Refused(f"{args.prompts_file} line {number}: {error}") from None
+        if finished.get(number, words) != words:
+            raise Refused(f"{args.prompts_file} line {number} is not the prompt that {args.out} holds a video of; name another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out / "settings.json", json.dumps(settings, indent=2) + "\n")
+    for number, words in iterate_prompts(args.prompts_file):
+        if number not in finished:
+            out = args.out / f"{number:05d}.mp4"
+            make_video(pipe, [(0.0, words)], clip, out, args)
+            # a line whose video was lost is made again and has two rows, of which the later one counts
+            with (args.out / "index.jsonl").open("a", encoding="utf-8") as file:
+                file.write(dump_json_lines([{"line": number, "prompt": words, "file": out.name}], ensure_ascii=False))
+
+
+def read_finished(out: Path, settings: dict[str, Any]) -> dict[int, str]:
+    """Return line -> prompt of the videos that an earlier start has made in `out`; refuse a folder of other settings."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return {}
+    file, index = out / "settings.json", out / "index.jsonl"
+    if not file.is_file():
+        raise Refused(f"{out} is already there and not from an earlier run of this command; name another --out")
+    before = load_json_object(file)
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise Refused(f"{out} was begun with another --{name.replace('_', '-')}; use the same, or name another --out")
+    rows = read_json_lines(index, missing_ok=True, growing=True)
+    if index.is_file():  # without the half line that a kill may have left
+        write_atomically(index, dump_json_lines(rows, ensure_ascii=False))
+    return {row["line"]: row["prompt"] for row in rows if (out / row["file"]).is_file()}
