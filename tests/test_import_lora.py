@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cf_model.foreign import weight_names
+from tasks.commands import import_weights
 from tasks.runner.process import is_deliberate
 from tests.checkpoints import HEADS, WAN, State, before, flat, imported, pt, same
 from tests.small import normal
@@ -108,6 +109,34 @@ def test_a_base_and_its_lora_in_one_file(tmp_path: Path) -> None:
     assert same(state, merged(1.0)) and facts["container"] == "generator + generator_lora"
 
 
+def test_differences_of_weights_and_biases_are_added_as_they_are(base: Path, tmp_path: Path) -> None:
+    """As in lightx2v's LoRAs of Self-Forcing (ComfyUI's names): beside the pairs, biases, norms and modulations."""
+    deltas = {
+        "blocks.0.self_attn.q.diff_b": normal(*WAN["blocks.0.self_attn.q.bias"].shape, seed=71),
+        "blocks.1.self_attn.norm_k.diff": normal(*WAN["blocks.1.self_attn.norm_k.weight"].shape, seed=72),
+        "blocks.1.modulation.diff": normal(*WAN["blocks.1.modulation"].shape, seed=73),
+        "head.head.diff": normal(*WAN["head.head.weight"].shape, seed=74),
+    }
+    targets = ("blocks.0.self_attn.q.bias", "blocks.1.self_attn.norm_k.weight", "blocks.1.modulation", "head.head.weight")
+    file = halves("diffusion_model.", "lora_down.weight", "lora_up.weight") | alphas(2.0)
+    file |= {f"diffusion_model.{name}": tensor for name, tensor in deltas.items()}
+    state, facts = imported(flat(tmp_path, file), "--base", str(base), *HEADS)
+    changed = {name: WAN[name] + delta for name, delta in zip(targets, deltas.values(), strict=True)}
+    expected = merged(0.5)
+    for name in targets:
+        (ours,) = weight_names.to_diffusers({name: WAN[name]})
+        expected[ours] = changed[name]
+    assert same(state, expected) and facts["lora"]["deltas"] == 4 and facts["lora"]["pairs"] == 20
+
+
+def test_a_lora_that_changes_nothing_is_said_to(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one that was saved before its training: every B is 0."""
+    untrained = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in svi().items()}
+    state, facts = imported(flat(tmp_path, untrained), "--base", str(base), *HEADS)
+    assert same(state, merged(0.0)) and facts["lora"]["changes"].startswith("nothing")
+    assert "it changes nothing: all its products are 0" in import_weights.describe_import(facts)
+
+
 def test_merging_happens_in_float32(base: Path, tmp_path: Path) -> None:
     half = {name: tensor.bfloat16() for name, tensor in WAN.items()}
     torch.save({"generator": half}, base)
@@ -151,7 +180,11 @@ def pair(name: str) -> dict[str, Tensor]:
         (pair("head.head"), r"changes proj_out\.weight"),
         (pair("patch_embedding"), r"changes patch_embedding\.weight"),
         (pair("blocks.0.self_attn.k_img"), r"blocks\.0\.self_attn\.k_img\.weight is no weight that"),
-        ({f"{Q}.diff_b": torch.zeros(24)}, r"holds blocks\.0\.self_attn\.q\.diff_b beside LoRA matrices, but no whole transformer"),
+        ({f"{Q}.diff_b": torch.zeros(23)}, r"changes blocks\.0\.attn1\.to_q\.bias, which the base lacks or has in another shape"),
+        ({f"{Q}.dora_scale": torch.zeros(24)}, r"holds blocks\.0\.self_attn\.q\.dora_scale beside LoRA matrices, but no whole"),
+        ({f"{Q}.lora_B.weight": torch.full((24, 4), torch.nan)}, r"holds NaN or infinity in \S*blocks\.0\.self_attn\.q\.lora_B\.weight"),
+        (pair("blocks.7.self_attn.q"), r"the LoRA has blocks up to number 7, the base 2 blocks\); give the base"),
+        ({f"{Q}.lora_A.weight": torch.zeros(4, 40)}, r"the LoRA is for a width of 40, the base is 24 wide"),
         ({f"{Q}.lora_A.other.weight": torch.zeros(4, 24)}, r"blocks\.0\.self_attn\.q\.weight has two LoRA pairs in one file"),
         ({"blocks.0.modulation.alpha": torch.tensor(1.0)}, r"states alpha for blocks\.0\.scale_shift_table\.weight without a pair"),
     ],

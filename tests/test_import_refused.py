@@ -49,7 +49,7 @@ def test_the_same_weight_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_heads_must_be_known_and_agree(tmp_path: Path) -> None:
-    refused("24 wide, which heads of 128 do not divide; state their number with --heads", flat(tmp_path))
+    refused(r"24 wide, narrower than Wan's smallest \(1536\), and do not say .*; state their number with --heads", flat(tmp_path))
     refused("--heads is 3, but .*config says 2; leave the option out", diffusers(tmp_path), "--heads", "3")
 
 

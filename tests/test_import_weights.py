@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 import tasks.__main__ as cf
 from cf_model.model import wan
 from cf_model.model.memory import empty_memory
+from tasks.commands import export
+from tasks.params import load
 from tests.checkpoints import (
     FILE,
     HEADS,
@@ -33,6 +35,8 @@ from tests.checkpoints import (
     wrapped,
 )
 from tests.small import SHAPE, normal, spec
+
+ROOT = Path(__file__).parent.parent
 
 LAYOUTS: dict[str, tuple[Callable[[Path], Path], list[str], dict[str, Any]]] = {
     "diffusers folder": (diffusers, [], {"layout": "diffusers"}),
@@ -128,3 +132,24 @@ def test_export_overwrites_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which is there; name a new file"):
         cf.main(["export", "--to", "self-forcing", "--model", str(model), "--out", str(tmp_path / "x.pt")])
     assert not (tmp_path / "x.pt").stat().st_size
+
+
+def test_a_card_says_which_stage_made_the_weights_and_what_is_not_a_finished_student() -> None:
+    params = load.load_params(ROOT / "profiles/smoke.yaml")
+    finished, licence = export.describe_origin(Path("models/stage2"), "stage2", params)
+    assert finished == "By the stage `stage2` of context-forcing's pipeline, profile `smoke`, seed 2602." and licence == "Apache-2.0"
+    between, _ = export.describe_origin(Path("models/stage1"), "stage2", params)
+    assert "By the stage `stage1`" in between and "with the settings of `stage2`" in between and "an intermediate of the pipeline" in between
+    assert "which knows only real videos; the finished" in export.describe_origin(Path("models/causal_init"), "causal_init", params)[0]
+    assert "(folder winner)" in export.describe_origin(Path("runs/winner"), "stage2", params)[0]
+
+
+@pytest.mark.parametrize("stage", ["base", "teacher"])
+def test_a_bidirectional_model_is_not_exported_as_a_student(stage: str, tmp_path: Path) -> None:
+    model, codec = tmp_path / stage, tmp_path / "codec"
+    model.mkdir()
+    codec.mkdir()
+    (model / "config.json").write_text("{}")
+    words = ["--to", "diffusers", "--model", str(model), "--codec", str(codec), "--system", "stage2", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="a bidirectional model, which can't be run as stage2; name models/stage2"):
+        export.main([*words, "--params", str(ROOT / "profiles/smoke.yaml")])

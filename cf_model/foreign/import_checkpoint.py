@@ -24,7 +24,7 @@ from cf_model.model.weights import WEIGHTS, check_weights, list_first_names
 
 from . import lora
 from .source_files import Branch, SourceWeights, open_source
-from .weight_names import build_on_meta, ensure_diffusers_names, expected_shapes, infer_config
+from .weight_names import HEAD_DIM, build_on_meta, ensure_diffusers_names, expected_shapes, infer_config
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,11 @@ def read_weights(
         except ValueError as error:
             raise ValueError(f"{src}: {error}") from None
         config, facts = below.config, {"layout": "LoRA", "lora": lora_facts, "base": below.facts}
+    if heads is None and source.config is None and base is None:
+        facts["assumed"] = f"heads are {HEAD_DIM} wide, as in every published Wan; --heads states another number"
     state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in sorted(state.items())}
+    if broken := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"{src} holds NaN or infinity in {list_first_names(broken)}; its training had failed, or the file is damaged")
     return ImportedWeights(state, config, source.facts() | facts | _describe_weights(state, config))
 
 

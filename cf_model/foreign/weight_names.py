@@ -41,6 +41,7 @@ NAME = re.compile(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?")
 ONLY_DIFFUSERS = re.compile(r"condition_embedder|\.attn[12]\.|\.ffn\.net\.|^proj_out|scale_shift_table")
 
 HEAD_DIM = 128  # of every published Wan
+WIDTH = 1536  # of the smallest published model, Wan2.1 1.3B
 
 
 def to_diffusers(state: Mapping[str, Value]) -> dict[str, Value]:
@@ -129,7 +130,10 @@ def infer_config(state: Mapping[str, Tensor], heads: int | None = None) -> dict[
         raise ValueError(f"{problem}, so the sizes of the transformer can't be read off its weights")
     patch, head, ffn, time, text = (state[name].shape for name in wanted)
     dim = patch[0]
-    heads = heads or (dim // HEAD_DIM if dim % HEAD_DIM == 0 else None)
+    stated, heads = heads, heads or (dim // HEAD_DIM if dim % HEAD_DIM == 0 else None)
+    if stated is None and dim < WIDTH:
+        problem = f"the weights are {dim} wide, narrower than Wan's smallest ({WIDTH}), and do not say how many heads that is"
+        raise ValueError(f"{problem}; state their number with --heads")
     if not heads or dim % heads:
         divisor = f"{heads} heads do" if heads else f"heads of {HEAD_DIM} do"
         raise ValueError(f"the weights are {dim} wide, which {divisor} not divide; state their number with --heads")

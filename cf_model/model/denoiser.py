@@ -252,6 +252,16 @@ class ModelSpec:
     freq: int
     positions: int  # rows of the RoPE table
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; use 1 or more")
+        # RoPE turns pairs of channels, a share of them for each of time, row and column; the time embedding is cosines and sines.
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(f"head_dim is {self.head_dim}, but RoPE turns pairs of channels along three axes; use an even number of 6 or more")
+        if self.freq % 2:
+            raise ValueError(f"freq is {self.freq}, but each frequency has a cosine and a sine; use an even number")
+
 
 class Denoiser(nn.Module):
     """Predictor of x_0 from x_σ, the prompt and the remembered frames.

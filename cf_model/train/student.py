@@ -125,7 +125,8 @@ class DistillationTrainer:
         self.steps, self.save_every = spec.steps, spec.save_every
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
         self.random = BatchRandom(seed, device, groups=engine.count_groups(spec.batch))
-        self.ema = EMA(student, spec.ema, spec.ema_start, ramp=spec.ema_ramp)  # before build_optimizer, which may split the student over the ranks
+        # before build_optimizer, which may split the student over the ranks
+        self.ema = EMA(student, spec.ema, spec.ema_start, ramp=spec.ema_ramp)
         self.student_optimizer = build_optimizer(student, spec.student_optimizer, spec.steps // spec.critic_updates, engine)
         self.critic_optimizer = build_optimizer(critic, spec.critic_optimizer, spec.steps, engine)
         self.streams = RolloutStreams(spec.memory, self.random, device)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tasks.params.schema import Params, System
 
 CODEC_FOLDER = Path("models/codec")
+INTERMEDIATE = {"causal_init": "which knows only real videos", "stage1": "which has learned short videos without a context"}
 EXAMPLES = """examples:
   cf export --to diffusers --model models/stage2 --out out/student
   cf export --to diffusers --model models/wan --system stage2 --params profiles/wan-1.3b.yaml --codec WAN/vae --text WAN --out out/wan
@@ -95,6 +96,9 @@ def export_diffusers(args: argparse.Namespace) -> str:
 
     params = load.load_params(args.params)
     system = find_system(params, name)
+    if model.name in ("base", "teacher") and not (model / "import.json").is_file():
+        problem = f"--model is {model}, which the stage {model.name} made: a bidirectional model, which can't be run as {name}"
+        raise Refused(f"{problem}; name models/stage2, or another causal model")
     rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout  # as in the stage generate
     made, licence = describe_origin(model, name, params)
     assert system.memory is not None
@@ -122,9 +126,17 @@ def find_system(params: Params, name: str) -> System:
 
 def describe_origin(model: Path, system: str, params: Params) -> tuple[str, str]:
     """Return two values for the model card: a sentence on how the weights were made, and the usual licence of such weights."""
+    from tasks.params.schema import CAUSAL
+
     file = model / "import.json"
     if not file.is_file():
-        return f"By the stage `{system}` of context-forcing's pipeline, profile `{params.profile}`, seed {params.seed}.", "Apache-2.0"
+        stage = f"the stage `{model.name}` of context-forcing's pipeline"
+        maker = stage if model.name in CAUSAL else f"context-forcing (folder {model.name})"
+        made = f"By {maker}, profile `{params.profile}`, seed {params.seed}"
+        made += "." if model.name == system else f", run with the settings of `{system}`."
+        if model.name in INTERMEDIATE:
+            made += f" It is an intermediate of the pipeline, {INTERMEDIATE[model.name]}; the finished student is that of stage2."
+        return made, "Apache-2.0"
     facts = load_json_object(file)
     source = Path(str(facts.get("source", "unknown"))).name
     made = f"Not by this project: imported from {source} ({facts.get('layout', 'unknown')})"

@@ -50,8 +50,13 @@ def describe_import(facts: dict[str, Any]) -> str:
     if facts["stripped"]:
         parts.append(f"without {', '.join(facts['stripped'])}")
     if "lora" in facts:
-        pairs, rank, alpha, origin = facts["lora"].values()
-        parts.append(f"{pairs} pairs of rank {rank}, alpha {alpha} by {origin}, on {facts['base']['source']}")
+        lora = facts["lora"]
+        if lora["pairs"]:
+            parts.append(f"{lora['pairs']} pairs of rank {lora['rank']}, alpha {lora['alpha']} by {lora['alpha_from']}")
+        parts += [f"{lora['deltas']} weights and biases added as they are"] if "deltas" in lora else []
+        parts += [f"on {facts['base']['source']}"]
+        parts += [f"it changes {lora['changes']}"] if "changes" in lora else []
+    parts += [f"assumed: {facts['assumed']}"] if "assumed" in facts else []
     dtype = facts["dtype"] if isinstance(facts["dtype"], str) else " and ".join(facts["dtype"])
     parts.append(f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, {dtype}")
     return "; ".join(parts)
