@@ -1,4 +1,4 @@
-"""The pipeline under Prefect. Nothing here knows what a stage does: no torch, no cf_model, no tasks."""
+"""The pipeline under Prefect. Nothing here knows what a stage does: no torch, no cf_model; of tasks what reads and writes files."""
 
 import os
 

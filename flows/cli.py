@@ -1,7 +1,5 @@
 """What every command of flows/ does with a refusal: one line, and no traceback."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from functools import wraps

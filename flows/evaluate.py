@@ -4,17 +4,14 @@ The flow works in a worktree of its own, on whose branch the stage is frozen and
 commit repeats the run, and the model is never mistaken for one that the stage made.
 """
 
-from __future__ import annotations
-
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
 
 from flows.machine import reconcile
 from flows.project import dvc_graph, git, run_lock, worktree
@@ -29,10 +26,8 @@ from tasks.params.yaml_file import read_yaml
 PLACE_PATTERN = r"^[A-Za-z0-9_./~][A-Za-z0-9_./@#~+-]{0,300}$"
 
 
-class Checkpoint(BaseModel):
+class Checkpoint(BaseModel, extra="forbid"):
     """Which checkpoint, and what is measured."""
-
-    model_config = ConfigDict(extra="forbid")
 
     checkpoint: Annotated[str, StringConstraints(pattern=PLACE_PATTERN)] = Field(
         description="A folder of the worker's machine, such as models/stage2 elsewhere, or a version, tag or commit: student@v0.0.1."
@@ -86,19 +81,14 @@ def place_checkpoint(repo: Path, root: Path, checkpoint: str, stage: str, measur
     stages = read_yaml(root / "dvc.yaml")["stages"]
     out = find_model_folder(stages, stage)
     place = root / out
-    (root / ".dvc/tmp").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root / ".dvc/tmp") as temporary:
-        folder, commit = fetch_checkpoint(repo, checkpoint, out, Path(temporary) / "model")
-        shutil.rmtree(place, ignore_errors=True)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(folder, place)
+    commit = fetch_checkpoint(repo, checkpoint, out, place)
     for dep in {dep for name in measured for dep in stages.get(name, {}).get("deps", []) if Path(dep).is_relative_to(out)}:
         if not (root / dep).exists():
             raise ValueError(f"{checkpoint} has no {Path(dep).relative_to(out)}, which {', '.join(measured)} read; measure fewer stages")
     # the stage's metrics are of another training: they are replaced by the checkpoint's own, or by none
     for file in _out_paths(stages[stage], "metrics"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(git.run_git(repo, "show", f"{commit}:{file}") if commit else "{}\n")
+        (root / file).write_text((commit and git.read_committed(repo, commit, file)) or "{}\n")
     dvc_graph.freeze_stages(root, [stage])
     run_dvc(root, "commit", "--force", "--no-relink", stage)
     sizes = [file.stat().st_size for file in place.rglob("*") if file.is_file()]
@@ -121,8 +111,8 @@ def find_model_folder(stages: dict[str, Any], stage: str) -> str:
     return models[0]
 
 
-def fetch_checkpoint(repo: Path, checkpoint: str, out: str, into: Path) -> tuple[Path, str | None]:
-    """Return a folder as it is, and None; or `into` with what a commit's dvc.lock names, from cache or remote, and that commit.
+def fetch_checkpoint(repo: Path, checkpoint: str, out: str, place: Path) -> str | None:
+    """Replace `place` by a copy of a folder, or by what a commit's dvc.lock names, from cache or remote; return that commit, or None.
 
     Raises ValueError for a folder that is empty or holds links, and for a word that is neither a folder nor a commit.
     """
@@ -133,10 +123,14 @@ def fetch_checkpoint(repo: Path, checkpoint: str, out: str, into: Path) -> tuple
             raise ValueError(f"{odd} is a link or no plain file; a checkpoint is a folder of plain files")
         if not any(file.is_file() for file in files):
             raise ValueError(f"{folder} is empty; name the folder that holds the model's files, such as models/stage2")
-        return folder, None
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder, place)
+        return None
     try:
-        commit = git.run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{checkpoint}^{{commit}}").strip()
-    except RuntimeError:
+        commit = git.resolve_commit(repo, checkpoint)
+    except ValueError:
         raise ValueError(f"{checkpoint} is neither a folder in {repo} nor a version, tag or commit; `cf history` lists versions") from None
-    run_dvc(repo, "get", ".", out, "--rev", commit, "--out", str(into))
-    return into, commit
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    run_dvc(repo, "get", ".", out, "--rev", commit, "--out", str(place))
+    return commit

@@ -5,8 +5,6 @@ The lock here does two things more: its file's text says which process or run ho
 inherits the open file keeps it locked.
 """
 
-from __future__ import annotations
-
 import fcntl
 from pathlib import Path
 from typing import IO

@@ -6,8 +6,6 @@ NoGoodClips or TheSameAgain; as NotPushed, when that could not be handed over; a
 it fails.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from flows.machine import alerts, reconcile
 from flows.night import handover, warm_start
 from flows.night.clips import gather_clips
 from flows.night.records import NightRecord, read_nights
-from flows.night.state import NightEnd, NightPlan, NightState, check_settings, read_night_settings, tracked_clips_folder
+from flows.night.state import NightEnd, NightPlan, NightSettings, NightState, check_settings, tracked_clips_folder
 from flows.night.steps import has_news, prepare_start, train_candidate
 from flows.project import git, overrides, registry, run_lock, worktree
 from flows.run.frame import discard_worktree, run_framed
@@ -63,11 +61,11 @@ def _run_night(date: str | None, full: bool) -> State[None]:
         plan = plan_night(repo, date, full, log)
         end = _work_through(plan, asked=full)
         # The night has ended, perhaps with a promotion: what goes wrong from here on is told and does not make it a failed night.
-        name, settings = STATE_NAMES[end.outcome], plan.settings
-        _try_to(lambda: alert_outcome(end, log), log)
-        late = _try_to(
-            lambda: handover.send_waiting(repo, timeout=settings.push_timeout, pauses=settings.push_again_after, log=log), log
-        )
+        name = STATE_NAMES[end.outcome]
+        if end.outcome != NOTHING_NEW:
+            alerts.send_alert(end.outcome, f"nightly {end.date} {end.outcome}: {end.why}", log, date=end.date, version=end.version)
+        timeout, pauses = plan.settings.push_timeout, plan.settings.push_again_after
+        late = _try_to(lambda: handover.send_waiting(repo, timeout=timeout, pauses=pauses, log=log), log)
         _try_to(lambda: _tidy_up(repo, end, late, log), log)
         return Completed(name="NotPushed", message=f"{name}: {end.why}. {late}") if late else Completed(name=name, message=end.why)
 
@@ -83,7 +81,8 @@ def plan_night(repo: Path, date: str | None, full: bool, log: Log) -> NightPlan:
     remove_failed_worktrees(repo, log)
     branch = str(_read_parameters(repo, "HEAD")["nightly"]["branch"])
     tip = tracked_commit(repo, branch)
-    date = date or datetime.now(ZoneInfo(read_night_settings(_read_parameters(repo, tip)).timezone)).date().isoformat()
+    timezone = NightSettings.model_validate(_read_parameters(repo, tip)["nightly"]).timezone
+    date = date or datetime.now(ZoneInfo(timezone)).date().isoformat()
     root = worktree.make_worktree(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
     base = git.run_git(root, "merge-base", "HEAD", tip).strip()
     check_parameters(root)
@@ -112,13 +111,6 @@ def _work_through(plan: NightPlan, *, asked: bool) -> NightEnd:
             return NightEnd(NOTHING_NEW, why + (f"; {away} were turned away" if away else ""), plan.date)
         prepare_start(night)
         return train_candidate(night)
-
-
-def alert_outcome(end: NightEnd, log: Log) -> None:
-    """Send an alert with the night's outcome, unless there was nothing to do."""
-    if end.outcome != NOTHING_NEW:
-        text = f"nightly {end.date} {end.outcome}: {end.why}"
-        alerts.send_alert(end.outcome, text, log, date=end.date, version=end.version)
 
 
 def _tidy_up(repo: Path, end: NightEnd, late: str | None, log: Log) -> None:

@@ -4,8 +4,6 @@ Without options the flow runs in this checkout, as `dvc repro` would, and ends w
 get a git worktree of their own (flows/project/worktree.py), as every run of a deployment does, so no file of the checkout changes.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -17,6 +15,7 @@ from pydantic import ValidationError
 
 from flows.machine import reconcile
 from flows.project import dvc_graph, run_lock, worktree
+from flows.project.dvc_command import run_dvc
 from flows.run.config import RunConfig, parse_overrides
 from flows.run.frame import commit_results, discard_worktree, name_run, run_framed
 from flows.run.repro import check_parameters, plan_stages, push_results, remote_answers, repro_stages
@@ -48,7 +47,7 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
     # 1. Where: in this checkout, or in a worktree with the parameters committed.
     apart = runtime.deployment.id is not None or config.overrides or config.profile != "params.yaml"
     run = name_run() if apart else str(runtime.flow_run.name)
-    root = worktree.make_worktree(repo, run, profile=config.profile, overrides=config.changes()) if apart else repo
+    root = worktree.make_worktree(repo, run, profile=config.profile, overrides=parse_overrides(config.overrides)) if apart else repo
     with run_lock.hold_checkout(root, str(runtime.flow_run.id)):
         # 2. What: DVC's graph is built here, once, and handed on.
         check_parameters(root)
@@ -67,9 +66,12 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
             failure = error
         if apart:
             commit_results(repo, root, run)
-        elif failure and (reason := dvc_graph.restore_outs(root)):
-            get_run_logger().warning(f"not all results from before could be brought back: {reason}")
-        if config.push and not command.is_stopping():
+        elif failure:
+            try:  # DVC removes a stage's outs before it runs the stage: the last good ones come back from the cache
+                run_dvc(root, "checkout", "--quiet")
+            except RuntimeError as error:
+                get_run_logger().warning(f"not all results from before could be brought back: {error}")
+        if config.push and not command.stopping.is_set():
             push_results(root, failure)
         if failure:
             raise failure

@@ -258,7 +258,8 @@ class ModelSpec:
                 raise ValueError(f"{name} is {value}; use 1 or more")
         # RoPE turns pairs of channels, a share of them for each of time, row and column; the time embedding is cosines and sines.
         if self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(f"head_dim is {self.head_dim}, but RoPE turns pairs of channels along three axes; use an even number of 6 or more")
+            problem = f"head_dim is {self.head_dim}, but RoPE turns pairs of channels along three axes"
+            raise ValueError(f"{problem}; use an even number of 6 or more")
         if self.freq % 2:
             raise ValueError(f"freq is {self.freq}, but each frequency has a cosine and a sine; use an even number")
 

@@ -1,7 +1,5 @@
 """`cf doctor`: what a machine needs and what it may lack, one line each, and what to do about it."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -9,7 +7,7 @@ import sys
 from dataclasses import asdict
 
 from flows.doctor import this_machine
-from flows.doctor.finding import Check, Finding
+from flows.doctor.finding import Finding
 from flows.machine.settings import Machine, process_environment, read_machine
 
 
@@ -29,11 +27,11 @@ def main(argv: list[str]) -> None:
 
 
 def examine_machine(machine: Machine, fix: bool = False) -> list[Finding]:
-    """Make all checks. One that can't be made says so in its finding, and the others are made."""
+    """Make all checks, and with `fix` mend what is stale. One that can't be made says so in its finding, and the others are made."""
     os.environ.update(process_environment(machine))
     from flows.doctor import server  # imports Prefect, which reads the environment
 
-    checks: list[Check] = [
+    checks = [
         this_machine.check_versions,
         this_machine.check_environment,
         this_machine.check_port,

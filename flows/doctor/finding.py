@@ -1,12 +1,7 @@
-"""A finding of `cf doctor`: one line of its report, and the type of a check."""
+"""A finding of `cf doctor`: one line of its report."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
-
-from flows.machine.settings import Machine
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -19,6 +14,3 @@ class Finding:
     level: Level
     said: str
     todo: str = ""
-
-
-Check = Callable[[Machine, bool], Iterator[Finding]]  # with True as the second argument it also mends what is stale

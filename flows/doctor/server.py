@@ -3,15 +3,13 @@
 Imported after the environment says where the server is (flows/doctor/command.py), because Prefect reads that when it is imported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import prefect
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas import filters
+from prefect.client.schemas.filters import DeploymentFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
@@ -76,9 +74,7 @@ def check_worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Findin
     if pool.is_paused:
         yield Finding("worker", "fail", f"the work pool {POOL} is paused: nothing starts", f"prefect work-pool resume {POOL}")
     process = programs.find_process(machine, "worker")
-    late = client.read_flow_runs(
-        flow_run_filter=filters.FlowRunFilter(state=filters.FlowRunFilterState(name=filters.FlowRunFilterStateName(any_=["Late"])))
-    )
+    late = client.read_flow_runs(flow_run_filter=reconcile.filter_runs("name", ["Late"]))
     text = f"process {process.pid}, pool {POOL}" if process else "none of this checkout runs"
     text += f"; {len(late)} runs are late" if late else ""
     if process is None:
@@ -122,17 +118,13 @@ def check_schedule(client: SyncPrefectClient, deployment: DeploymentResponse) ->
 
 
 def _read_runs(client: SyncPrefectClient, deployment: DeploymentResponse, state: StateType) -> list[FlowRun]:
-    runs: list[FlowRun] = client.read_flow_runs(
-        deployment_filter=filters.DeploymentFilter(id=filters.DeploymentFilterId(any_=[deployment.id])),
-        flow_run_filter=filters.FlowRunFilter(state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=[state]))),
-    )
-    return runs
+    of_deployment = DeploymentFilter.model_validate({"id": {"any_": [deployment.id]}})
+    return client.read_flow_runs(deployment_filter=of_deployment, flow_run_filter=reconcile.filter_runs("type", [state]))
 
 
 def check_stuck_runs(client: SyncPrefectClient, machine: Machine, fix: bool) -> Iterator[Finding]:
     """Find runs that say Running and have no process here, and slots that no run holds."""
-    states = filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=reconcile.OPEN))
-    open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(state=states))
+    open_runs = client.read_flow_runs(flow_run_filter=reconcile.filter_runs("type", reconcile.OPEN))
     dead = [run.name for run in reconcile.find_dead_runs(client, machine.root, SOON)]
     if dead and fix:
         for sentence in reconcile.close_dead_runs(client, machine.root, SOON):

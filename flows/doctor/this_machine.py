@@ -1,7 +1,5 @@
 """What `cf doctor` checks without asking a server: packages, port, disk, caches, locks, GPUs, remote and tracker."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -12,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from ruamel.yaml import YAML
 
 from flows.doctor.finding import Finding, Level
 from flows.machine import processes, programs
 from flows.machine.settings import Machine, process_environment
-from flows.project import run_lock, worktree
+from flows.project import dvc_lock, run_lock, worktree
 from flows.project.dvc_command import run_dvc
 from flows.supervise import gpus
 from tasks.files.settings import read_settings
@@ -66,9 +63,7 @@ def check_port(machine: Machine, fix: bool) -> Iterator[Finding]:
 
 def check_disk(machine: Machine, fix: bool) -> Iterator[Finding]:
     """Compare free space with what a whole run takes, because a full disk ends a stage after its work and before its record."""
-    lock = machine.root / "dvc.lock"
-    stages = (YAML(typ="safe").load(lock.read_text()) or {}).get("stages", {}) if lock.exists() else {}
-    outs = sum(out.get("size", 0) for stage in stages.values() for out in stage.get("outs", []))
+    outs = sum(out.get("size", 0) for made in dvc_lock.read_lock(machine.root).values() for out in made)
     cache = cache_folder(machine)
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())  # DVC makes the cache when it needs it
     disks = {folder.stat().st_dev: folder for folder in (existing, machine.root)}
@@ -91,16 +86,15 @@ def check_leftovers(machine: Machine, fix: bool) -> Iterator[Finding]:
     """Find <md5>.tmp files in the cache: DVC renames them when they are complete, and a killed run or a full disk leaves them."""
     hour_ago = time.time() - 3600
     stale = [file for file in (cache_folder(machine) / "files/md5").rglob("*.tmp") if file.is_file() and file.stat().st_mtime < hour_ago]
+    text = f"{len(stale)} leftovers of interrupted copies ({sum(file.stat().st_size for file in stale) / 2**20:.0f} MiB)"
     if not stale:
         yield Finding("cache", "ok", "no leftovers of interrupted copies")
-        return
-    size = sum(file.stat().st_size for file in stale) / 2**20
-    if fix:
+    elif not fix:
+        yield Finding("cache", "warn", text, "`cf doctor --fix` removes them")
+    else:
         for file in stale:
             file.unlink(missing_ok=True)
-        yield Finding("cache", "ok", f"removed {len(stale)} leftovers of interrupted copies ({size:.0f} MiB)")
-    else:
-        yield Finding("cache", "warn", f"{len(stale)} leftovers of interrupted copies ({size:.0f} MiB)", "`cf doctor --fix` removes them")
+        yield Finding("cache", "ok", f"removed {text}")
 
 
 def check_locks(machine: Machine, fix: bool) -> Iterator[Finding]:
@@ -115,10 +109,8 @@ def check_locks(machine: Machine, fix: bool) -> Iterator[Finding]:
             file.write_text("{}")
         elif dead:
             stale.append(f"{file} names processes that are dead ({', '.join(map(str, sorted(dead)))})")
-    if stale:
-        yield Finding("locks", "warn", "; ".join(stale), "the next `dvc repro` there takes them away, `cf doctor --fix` does it now")
-    else:
-        yield Finding("locks", "ok", "no stale lock of DVC")
+    todo = "the next `dvc repro` there takes them away, `cf doctor --fix` does it now" if stale else ""
+    yield Finding("locks", "warn" if stale else "ok", "; ".join(stale) or "no stale lock of DVC", todo)
 
 
 def check_worktrees(machine: Machine, fix: bool) -> Iterator[Finding]:
@@ -168,14 +160,11 @@ def check_remote(machine: Machine, fix: bool) -> Iterator[Finding]:
 
     try:
         dvc_remote.check_remote(machine.root)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:
+        yield Finding("remote", "ok", "reached, and what comes from it is verified")
+    except (dvc_remote.RemoteAway, dvc_remote.RemoteMisconfigured) as error:
         text = " ".join(str(error).split())
-        mistake = type(error).__name__ == "Misconfigured" and "has no DVC remote" not in text
+        mistake = isinstance(error, dvc_remote.RemoteMisconfigured) and "has no DVC remote" not in text
         yield Finding("remote", "fail" if mistake else "warn", text, "" if "`" in text else "`cf remote check` tries it again")
-        return
-    yield Finding("remote", "ok", "reached, and what comes from it is verified")
 
 
 def check_wandb(machine: Machine, fix: bool) -> Iterator[Finding]:
@@ -184,7 +173,6 @@ def check_wandb(machine: Machine, fix: bool) -> Iterator[Finding]:
     waiting = [run for run in machine.root.glob("runtime/wandb/offline-run-*") if not list(run.glob("*.synced"))]
     if mode == "online" and "WANDB_API_KEY" not in os.environ and not (Path.home() / ".netrc").exists():
         yield Finding("W&B", "fail", "online, and no key is known", "state WANDB_API_KEY in the environment, or WANDB_MODE=offline")
-    elif waiting:
-        yield Finding("W&B", "ok", f"{mode}; {len(waiting)} offline runs are kept here", "`cf wandb sync` sends them" * (mode == "online"))
     else:
-        yield Finding("W&B", "ok", mode)
+        todo = "`cf wandb sync` sends them" if waiting and mode == "online" else ""
+        yield Finding("W&B", "ok", f"{mode}; {len(waiting)} offline runs are kept here" if waiting else mode, todo)

@@ -8,31 +8,26 @@ A night writes down how it ended. Whether the last good end is too long ago is l
 that `cf up` starts or by `cf nightly-check` from cron.
 """
 
-from __future__ import annotations
-
 import argparse
-import http.client
-import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from flows.cli import one_line_errors
 from flows.machine import settings
+from tasks.files.json_lines import read_json_object, write_json
 from tasks.params import yaml_file
 
 ALERT_URL, HEARTBEAT_URL = "CF_ALERT_URL", "CF_HEARTBEAT_URL"
 TRIES, PAUSE, LIMIT = 3, 2.0, 10.0
 STATE_FILE = Path(".runs/nightly.json")  # in the checkout that nights are started in
 GOOD_OUTCOMES = ("Promoted", "Refused", "NoNewData", "NoGoodClips", "TheSameAgain", "NotPushed")  # of a night that took place
-NO_URL = f"{ALERT_URL} isn't set, so it can tell nobody"
 AGAIN = 24 * 3600.0  # Choice: seconds until an absence that goes on is told again
 
 
@@ -42,7 +37,7 @@ def send_alert(event: str, text: str, line: Callable[[str], None], **facts: Any)
     if not url:
         line(f"nobody is told ({event}): {ALERT_URL} is not set")
         return False
-    body = json.dumps({"text": f"context-forcing: {text}", "event": event, "time": int(time.time()), **facts}).encode()
+    body = {"text": f"context-forcing: {text}", "event": event, "time": int(time.time()), **facts}
     for attempt in range(TRIES):
         time.sleep(PAUSE if attempt else 0)
         failure = _request(url, body)
@@ -60,44 +55,38 @@ def send_heartbeat(line: Callable[[str], None]) -> None:
         line(f"warning: no heartbeat was sent: {failure}; see {HEARTBEAT_URL}" if failure else "a heartbeat was sent")
 
 
-def _request(url: str, body: bytes | None = None) -> str | None:
+def _request(url: str, body: dict[str, Any] | None = None) -> str | None:
     """POST a body of JSON, or GET without one: over https, or to this machine. Return what failed, in words without the URL."""
     try:
         parts = urlsplit(url)
         if parts.scheme != "https" and (parts.scheme != "http" or (body is None and parts.hostname not in settings.LOOPBACK)):
             return "its address is neither https nor on this machine"
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=LIMIT):
+        with settings.open_url(url, body, timeout=LIMIT):
             return None
-    except urllib.error.HTTPError as error:
+    except HTTPError as error:
         return f"HTTP {error.code}"
-    except (OSError, ValueError, http.client.HTTPException) as error:  # the error's text may hold the URL
+    except (OSError, ValueError) as error:  # the error's text may hold the URL
         return type(error).__name__
 
 
-def on_failure(flow: Any, flow_run: Any, state: Any) -> None:
-    """Alert that a night failed; Prefect calls this hook in the flow's process."""
-    _report_run("failed", flow_run, state)
+def on_failure(flow: Any, flow_run: Any, state: Any, event: str = "failed") -> None:
+    """Alert that a night failed, and write that down in the working folder: the checkout that nights are started in. A hook of Prefect."""
+    message = " ".join(str(state.message or "").split())[:500]
+    send_alert(event, f"nightly {flow_run.name} {event}: {message}", _print, run=str(flow_run.id), name=flow_run.name)
+    record_end(Path.cwd(), event, good=False)
 
 
 def on_crashed(flow: Any, flow_run: Any, state: Any) -> None:
     """Alert that a night crashed; after a kill -9 of the flow it is the worker that calls this hook."""
-    _report_run("crashed", flow_run, state)
-
-
-def _report_run(event: str, run: Any, state: Any) -> None:
-    """Send the alert, and write the end down in the working folder: the checkout that nights are started in."""
-    message = " ".join(str(state.message or "").split())[:500]
-    send_alert(event, f"nightly {run.name} {event}: {message}", _print, run=str(run.id), name=run.name)
-    record_end(Path.cwd(), event, good=False)
+    on_failure(flow, flow_run, state, "crashed")
 
 
 def record_end(repo: Path, outcome: str, *, good: bool) -> None:
     """Write down how a night ended. A full disk doesn't change that the night has ended, so it is only a line of the log."""
     now = time.time()
-    state = _read_state(repo) | {"outcome": outcome, "ended": now} | ({"good": now} if good else {})
+    state = read_json_object(repo / STATE_FILE) | {"outcome": outcome, "ended": now} | ({"good": now} if good else {})
     try:
-        _write_state(repo, state)
+        write_json(repo / STATE_FILE, state, shared=True)
     except OSError as error:
         _print(f"{STATE_FILE} could not be written: {error.strerror}")
 
@@ -107,11 +96,11 @@ def report_absence(repo: Path, hours: float, line: Callable[[str], None] = lambd
 
     The hours count from the first call where no night has ended yet, and anew where a clock that was ahead wrote a time to come.
     """
-    now, state = time.time(), _read_state(repo)
+    now, state = time.time(), read_json_object(repo / STATE_FILE)
     past = [state[name] for name in ("good", "since") if name in state and state[name] <= now]
     if not past:
         state["since"] = now
-        _write_state(repo, state)
+        write_json(repo / STATE_FILE, state, shared=True)
     elsewhere = last_good_end_elsewhere()
     since = max([*(past or [now]), elsewhere if elsewhere <= now else 0.0])
     if now - since <= hours * 3600:
@@ -120,7 +109,7 @@ def report_absence(repo: Path, hours: float, line: Callable[[str], None] = lambd
     sentence = f"no nightly has ended well for {(now - since) / 3600:.1f} hours ({last}); `cf doctor` on its machine says more"
     due = abs(now - state.get("told", 0)) > AGAIN
     if due and send_alert("absent", sentence, line, hours=round((now - since) / 3600, 2)):
-        _write_state(repo, state | {"told": now})
+        write_json(repo / STATE_FILE, state | {"told": now}, shared=True)
     return sentence
 
 
@@ -134,22 +123,6 @@ def last_good_end_elsewhere() -> float:
         return max((datetime.fromisoformat(run["end_time"]).timestamp() for run in runs), default=0.0)
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
-
-
-def _read_state(repo: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((repo / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
-
-
-def _write_state(repo: Path, state: dict[str, Any]) -> None:
-    path = repo / STATE_FILE
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(state, sort_keys=True) + "\n")
-    partial.replace(path)
 
 
 def _print(text: str) -> None:

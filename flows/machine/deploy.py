@@ -4,8 +4,6 @@ PREFECT_API_URL, CF_POOL and CF_ROOT, where they are set, name another server, a
 machines that work for it (infra/README.md). What was paused stays paused.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -37,7 +35,9 @@ def main(argv: list[str]) -> None:
     config = YAML(typ="safe", pure=True).load(DEPLOYMENTS)
     # Prefect sends one deployment after the other and stops midway, so everything is checked before
     refuse_incomplete(config["deployments"], machine.root, env)
-    validate_params(machine.root, env)
+    if (machine.root / "tasks/validate.py").exists():  # as the flow does (flows/run/repro.py)
+        with tempfile.TemporaryDirectory() as folder:  # not where the stage of that name writes
+            run_module(["tasks", "validate", "--out", f"{folder}/params.json"], machine.root, env, "cf validate")
     env |= read_schedule(machine.root)
     paused = keep_paused(config["deployments"], env)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,13 +67,6 @@ def refuse_incomplete(deployments: list[dict[str, Any]], root: Path, env: dict[s
     if env["CF_POOL"] not in pools:
         way = "`make up` makes it" if env["CF_POOL"] == POOL else "infra/README.md says how to make one"
         raise ValueError(f"{env['PREFECT_API_URL']} has no work pool {env['CF_POOL']}; {way} (there: {', '.join(pools) or 'none'})")
-
-
-def validate_params(root: Path, env: dict[str, str]) -> None:
-    """Check params.yaml as the flow does (flows/pipeline.py); a project without the stage `validate` has nothing to check."""
-    if (root / "tasks/validate.py").exists():
-        with tempfile.TemporaryDirectory() as folder:  # not where the stage of that name writes
-            run_module(["tasks", "validate", "--out", f"{folder}/params.json"], root, env, "cf validate")
 
 
 def keep_paused(deployments: list[dict[str, Any]], env: dict[str, str]) -> list[str]:

@@ -1,8 +1,5 @@
 """Processes of one checkout's machine: found by a mark in their environment, and ended with all that they started."""
 
-from __future__ import annotations
-
-import os
 import socket
 import time
 from collections.abc import Iterable
@@ -11,34 +8,22 @@ from pathlib import Path
 
 import psutil
 
+from flows.supervise.guardian import is_running, read_environments
+
 MARK = "CF_MACHINE"  # in the environment of the server, the worker and everything below them: the checkout they belong to
-GONE = (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess)
-
-
-def is_running(process: psutil.Process) -> bool:
-    """Tell whether a process runs. A zombie doesn't: in a container without an init its parent may never collect it."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except GONE:
-        return False
 
 
 def find_marked(root: Path) -> list[psutil.Process]:
     """Find all that the machine of a checkout started, also what left its session or lost its parents; not this process or its parents."""
-    ancestry = {os.getpid(), *(above.pid for above in psutil.Process().parents())}
-    marked = []
-    for process in psutil.process_iter():
-        with suppress(*GONE):
-            if process.pid not in ancestry and process.environ().get(MARK) == str(root) and is_running(process):
-                marked.append(process)
-    return marked
+    above = psutil.Process().parents()
+    return [process for process, environment in read_environments() if environment.get(MARK) == str(root) and process not in above]
 
 
 def find_run_processes(root: Path) -> dict[str, list[psutil.Process]]:
     """Map flow run ids to the flow's own process, which Prefect tells the id, and what inherits its environment; stages do not."""
     runs: dict[str, list[psutil.Process]] = {}
     for process in find_marked(root):
-        with suppress(*GONE):
+        with suppress(psutil.Error):
             if run := process.environ().get("PREFECT__FLOW_RUN_ID"):
                 runs.setdefault(run, []).append(process)
     return runs
@@ -48,12 +33,12 @@ def end_processes(processes: Iterable[psutil.Process], grace: float) -> list[psu
     """Send SIGTERM, and SIGKILL to what still runs after `grace` seconds; return what had to be killed."""
     remaining = []
     for process in processes:
-        with suppress(*GONE):
+        with suppress(psutil.Error):
             process.terminate()
             remaining.append(process)
     remaining = _wait(remaining, grace)
     for process in remaining:
-        with suppress(*GONE):
+        with suppress(psutil.Error):
             process.kill()
     _wait(remaining, 5)  # the kernel takes its time with many GiB
     return remaining
@@ -76,7 +61,7 @@ def find_port_holder(port: int) -> str | None:
             return None
         except OSError:
             pass
-    with suppress(*GONE):
+    with suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
                 return f"process {connection.pid} ({' '.join(psutil.Process(connection.pid).cmdline())[:80]})"

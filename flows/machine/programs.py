@@ -3,8 +3,6 @@
 supervisor starts each again within seconds of its death and rotates its log. It listens at a unix socket that only this user opens.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess
@@ -18,7 +16,6 @@ from xmlrpc.client import Error, ServerProxy
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
-from flows.machine import processes
 from flows.machine.settings import DATABASE, PASSWORD, Machine, process_environment
 
 GRACE = 8.0  # seconds between SIGTERM and SIGKILL
@@ -71,29 +68,24 @@ def read_commands(machine: Machine) -> dict[str, list[str]]:
     }
 
 
-def write_config(machine: Machine) -> Path:
-    """Write supervisor's configuration. No secret is in it, because programs inherit supervisor's environment."""
+def start_supervisor(machine: Machine, secrets: dict[str, str]) -> None:
+    """Start supervisor and with it all programs, in a session of its own, so that closing the terminal ends nothing.
+
+    No secret is in its configuration, because programs inherit supervisor's environment.
+    """
+    socket, config, log = (machine.file(name) for name in ("socket", "supervisor.conf", "supervisor.log"))
+    if (length := len(os.fsencode(socket))) > SOCKET_PATH:
+        raise ValueError(f"{socket} has {length} bytes, a unix socket's path {SOCKET_PATH} at most; move the checkout to a shorter path")
     text = SUPERVISOR
     for name, words in read_commands(machine).items():
         # the worker is killed, because it would wait for its runs; `cf down` ends these afterwards, with their grace
         signal = "KILL" if name == "worker" else "TERM"
         text += PROGRAM.format(name=name, command=shlex.join(words).replace("%", "%%"), signal=signal, grace=GRACE)
-    config = machine.file("supervisor.conf")
     config.write_text(text)
-    return config
-
-
-def start_supervisor(machine: Machine, secrets: dict[str, str]) -> None:
-    """Start supervisor and with it all programs, in a session of its own, so that closing the terminal ends nothing."""
-    socket = machine.file("socket")
-    if (length := len(os.fsencode(socket))) > SOCKET_PATH:
-        raise ValueError(f"{socket} has {length} bytes, a unix socket's path {SOCKET_PATH} at most; move the checkout to a shorter path")
-    command = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(write_config(machine))]
-    env, log = process_environment(machine) | secrets, machine.file("supervisor.log")
+    command, env = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(config)], process_environment(machine) | secrets
     with log.open("ab") as out:
-        process = subprocess.Popen(
-            command, cwd=machine.root, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=machine.root, env=env, start_new_session=True, **streams)
     while "STOPPED" in read_states(machine).values() or connect(machine) is None:  # STOPPED: not started yet
         if process.poll() is not None:
             raise ValueError(f"supervisor ended while it started, with: {read_log_tail(log)}; see {log}")
@@ -123,7 +115,7 @@ def find_process(machine: Machine, name: str) -> psutil.Process | None:
     pid = interface.getProcessInfo(name)["pid"] if interface else 0
     try:
         return psutil.Process(pid) if pid else None
-    except processes.GONE:
+    except psutil.Error:
         return None
 
 

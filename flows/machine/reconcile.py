@@ -3,10 +3,9 @@
 Prefect leaves a task of a crashed run at Running for ever. `close_tasks` is a hook for the flows; the worker does the rest at its start.
 """
 
-from __future__ import annotations
-
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,12 @@ OPEN = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 DIED = [StateType.CRASHED, StateType.CANCELLED, StateType.FAILED]
 
 
-def main(root: Path) -> None:
-    with get_client(sync_client=True) as client:
-        for sentence in [*close_dead_runs(client, root), *close_dead_tasks(client)]:
-            print(sentence)
-
-
 def find_dead_runs(client: SyncPrefectClient, root: Path, silent: timedelta = timedelta(0)) -> list[FlowRun]:
     """Find open runs that this machine's worker took and that have no process here.
 
     Runs whose state is younger than `silent` are left out: beside a worker, a run that it has just taken has no process yet.
     """
-    open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(state=_filter_states(OPEN)))
+    open_runs: list[FlowRun] = client.read_flow_runs(flow_run_filter=filter_runs("type", OPEN))
     alive, submitted, now = processes.find_run_processes(root), read_taken_runs(root), datetime.now(UTC)
     old = [run for run in open_runs if run.state is None or now - run.state.timestamp >= silent]
     return [run for run in old if str(run.id) in submitted and str(run.id) not in alive]
@@ -65,14 +58,10 @@ def read_taken_runs(root: Path) -> set[str]:
 
 def close_dead_tasks(client: SyncPrefectClient, run: UUID | None = None) -> list[str]:
     """Set open tasks of a run, or of all runs that died, to Crashed, and to Skipped where they had not begun."""
-    tasks = client.read_task_runs(
-        flow_run_filter=filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[run]))
-        if run
-        else filters.FlowRunFilter(state=_filter_states(DIED)),
-        task_run_filter=filters.TaskRunFilter(state=filters.TaskRunFilterState(type=filters.TaskRunFilterStateType(any_=OPEN))),
-    )
+    runs = filters.FlowRunFilter.model_validate({"id": {"any_": [run]}}) if run else filter_runs("type", DIED)
+    at_work = filters.TaskRunFilter.model_validate({"state": {"type": {"any_": OPEN}}})
     sentences = []
-    for task in tasks:
+    for task in client.read_task_runs(flow_run_filter=runs, task_run_filter=at_work):
         state: State[Any] = Crashed(message="The run ended while this task was at work.")
         if task.state_type != StateType.RUNNING:
             state = Cancelled(name="Skipped", message="The run ended before this task began.")
@@ -87,9 +76,12 @@ def close_tasks(flow: object, flow_run: FlowRun, state: State[Any]) -> None:
         close_dead_tasks(client, flow_run.id)
 
 
-def _filter_states(types: list[StateType]) -> filters.FlowRunFilterState:
-    return filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=types))
+def filter_runs(field: str, values: Sequence[str]) -> filters.FlowRunFilter:
+    """Return Prefect's filter of the flow runs whose state's `field`, its type or its name, is one of `values`."""
+    return filters.FlowRunFilter.model_validate({"state": {field: {"any_": values}}})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with get_client(sync_client=True) as client:
+        for sentence in [*close_dead_runs(client, Path(sys.argv[1])), *close_dead_tasks(client)]:
+            print(sentence)

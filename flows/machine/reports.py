@@ -3,8 +3,6 @@
 Nothing else is served, and to this machine only. Started by `cf up`.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

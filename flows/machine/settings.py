@@ -1,13 +1,12 @@
 """Settings of a checkout's Prefect server, and the environment that its processes are started with."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
 import urllib.request
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -33,10 +32,6 @@ class Machine:
     runs: int  # flow runs at a time
 
     @property
-    def folder(self) -> Path:
-        return self.root / ".machine"
-
-    @property
     def url(self) -> str:
         local = "127.0.0.1" if self.host in ("0.0.0.0", "localhost", "::") else self.host
         return f"http://[{local}]:{self.port}" if ":" in local else f"http://{local}:{self.port}"
@@ -45,6 +40,10 @@ class Machine:
     def reports_port(self) -> int:
         """Port of flows/machine/reports.py: the server's plus 1000, or minus 1000 where there is none so high."""
         return self.port + 1000 if self.port <= 64535 else self.port - 1000
+
+    @property
+    def folder(self) -> Path:
+        return self.root / ".machine"
 
     def file(self, name: str) -> Path:
         return self.folder / name
@@ -57,13 +56,15 @@ def read_machine() -> Machine:
         raise ValueError(f"{root} has no dvc.yaml; run cf at the root of the project")
     if values.host is not None:
         refuse_open_host(values.host, os.environ)
-    return Machine(root, values.host or last_used(root, "host"), values.port or int(last_used(root, "port")), values.runs)
+    host, port = read_last_address(root)
+    return Machine(root, values.host or host, values.port or int(port), values.runs)
 
 
-def last_used(root: Path, what: str) -> str:
-    """Return the port or the host that the server had when it was started last, else the default."""
-    file = root / ".machine" / what
-    return file.read_text() if file.exists() else {"port": "4200", "host": "127.0.0.1"}[what]
+def read_last_address(root: Path) -> tuple[str, str]:
+    """Return host and port that the server had when it was started last, else the defaults."""
+    files = (root / ".machine/host", "127.0.0.1"), (root / ".machine/port", "4200")
+    host, port = (file.read_text() if file.exists() else default for file, default in files)
+    return host, port
 
 
 def refuse_open_host(host: str, env: Mapping[str, str]) -> None:
@@ -107,10 +108,10 @@ def server_secrets(env: Mapping[str, str] = os.environ) -> tuple[dict[str, str],
     return secrets, f"Postgres at {parts.hostname}" if parts.hostname else "SQLite"
 
 
-def is_healthy(machine: Machine, timeout: float = 3.0) -> bool:
+def is_healthy(machine: Machine) -> bool:
     """Does Prefect answer at the port? Whose server that is, supervisor knows (flows/machine/programs.py)."""
     try:
-        with urllib.request.urlopen(f"{machine.url}/api/health", timeout=timeout) as answer:
+        with open_url(f"{machine.url}/api/health", timeout=3.0) as answer:
             return bool(json.load(answer) is True)
     except (OSError, ValueError):
         return False
@@ -124,10 +125,17 @@ def post_json(env: Mapping[str, str], path: str, body: Any, timeout: float) -> A
     """
     password = env.get("PREFECT_API_AUTH_STRING", "")
     headers = {"Authorization": f"Basic {b64encode(password.encode()).decode()}"} if password else {}
-    headers["Content-Type"] = "application/json"
-    request = urllib.request.Request(f"{env['PREFECT_API_URL']}{path}", json.dumps(body).encode(), headers)
+    with open_url(f"{env['PREFECT_API_URL']}{path}", body, timeout=timeout, **headers) as answer:
+        return json.load(answer)
+
+
+@contextmanager
+def open_url(url: str, body: Any = None, *, timeout: float, **headers: str) -> Iterator[Any]:
+    """POST a body as JSON to a URL, or GET it without a body, and yield the open answer. Raises HTTPError, another OSError, ValueError."""
+    data = None if body is None else json.dumps(body).encode()
     try:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return json.load(answer)
+            yield answer
     except HTTPException as error:  # what listens there speaks another protocol
         raise ConnectionError(type(error).__name__) from None

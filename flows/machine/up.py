@@ -4,8 +4,6 @@ Beside them run a watch, which sends an alert when nights don't happen and needs
 Prefect's UI open. supervisor restarts what dies (flows/machine/programs.py); `make up` from cron brings back supervisor itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess
@@ -18,17 +16,8 @@ from xmlrpc.client import Fault
 import psutil
 from filelock import FileLock, Timeout
 
-from flows.machine import alerts, processes, programs
-from flows.machine.settings import (
-    DATABASE,
-    Machine,
-    is_healthy,
-    last_used,
-    process_environment,
-    read_machine,
-    refuse_open_host,
-    server_secrets,
-)
+from flows.machine import alerts, processes, programs, settings
+from flows.machine.settings import DATABASE, Machine, is_healthy, process_environment, read_machine
 from tasks.files.settings import read_settings
 
 POOL = "cf"
@@ -40,7 +29,7 @@ def start_machine(argv: list[str]) -> None:
     argparse.ArgumentParser("cf up", description=about).parse_args(argv)
     machine = read_machine()
     with lock_machine(machine):
-        states, (secrets, database) = programs.read_states(machine), server_secrets()
+        states, (secrets, database) = programs.read_states(machine), settings.server_secrets()
         running = {name for name, state in states.items() if state in programs.RUNNING}
         worker_log = machine.file("worker.log")
         log_size = worker_log.stat().st_size if worker_log.exists() else 0
@@ -49,11 +38,13 @@ def start_machine(argv: list[str]) -> None:
         else:
             prepare_start(machine)
         holder = None if "reports" in running else processes.find_port_holder(machine.reports_port)
-        if states:
-            restart_dead(machine, set(states) - running)
-        else:
+        if not states:
             programs.start_supervisor(machine, secrets)
-        alert = f"a missing night is told to {alerts.ALERT_URL}" if alerts.ALERT_URL in os.environ else alerts.NO_URL
+        for name in set(states) - running:  # what supervisor has given up, or a `cf down` that was killed had stopped
+            with suppress(Fault):  # supervisor may be about to try again by itself
+                programs.connect(machine).startProcess(name, False)
+        told = alerts.ALERT_URL in os.environ
+        alert = f"a missing night is told to {alerts.ALERT_URL}" if told else f"{alerts.ALERT_URL} isn't set, so it can tell nobody"
         announce(machine, "watch", "the watch is", alert, running)
         if holder:
             print(f"links to reports won't open: port {machine.reports_port} is taken by {holder}", flush=True)
@@ -80,22 +71,16 @@ def lock_machine(machine: Machine) -> Iterator[None]:
 
 def refuse_other_address(machine: Machine) -> None:
     """Refuse a CF_PORT or CF_HOST that is not where this checkout's server runs."""
-    for what, wanted in (("port", str(machine.port)), ("host", machine.host)):
-        name, current = f"CF_{what.upper()}", last_used(machine.root, what)
+    host, port = settings.read_last_address(machine.root)
+    for what, current, wanted in (("port", port, str(machine.port)), ("host", host, machine.host)):
         if current != wanted:
+            name = f"CF_{what.upper()}"
             raise ValueError(f"this checkout is up at {what} {current} and {name} is {wanted}; `cf down` first, or leave {name} out")
-
-
-def restart_dead(machine: Machine, names: set[str]) -> None:
-    """Start programs that supervisor has given up, or that `cf down` had stopped when it was killed."""
-    for name in names:
-        with suppress(Fault):  # supervisor may be about to try again by itself
-            programs.connect(machine).startProcess(name, False)
 
 
 def prepare_start(machine: Machine) -> None:
     """End what a supervisor that was killed has left, refuse an address that can't be used, and note the address for later commands."""
-    refuse_open_host(machine.host, os.environ)
+    settings.refuse_open_host(machine.host, os.environ)
     if orphans := processes.find_marked(machine.root):
         print(f"supervisor had died: ending {len(orphans)} processes that it left", flush=True)
         processes.end_processes(orphans, programs.GRACE)

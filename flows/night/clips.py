@@ -1,7 +1,5 @@
 """The clips of a night: clips.folder as earlier nights and people left it, and what arrived since."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -51,20 +49,12 @@ def gather_clips(night: NightState) -> None:
 def commits_with_clips(plan: NightPlan, pointer: str) -> list[str]:
     """Return the commits whose clips go in: the tracked branch's, the last night's, or both if both changed since they parted."""
     last = plan.past[-1].ref if plan.past else None
-    of_branch = read_at_commit(plan.repo, plan.base, pointer)
-    of_night = read_at_commit(plan.repo, last, pointer) if last else None
+    of_branch = git.read_committed(plan.repo, plan.base, pointer)
+    of_night = git.read_committed(plan.repo, last, pointer) if last else None
     if last is None or of_night is None or of_night == of_branch:
         return [plan.base] if of_branch else []
     parted = git.run_git(plan.repo, "merge-base", plan.base, last).strip()
-    before = read_at_commit(plan.repo, parted, pointer)
+    before = git.read_committed(plan.repo, parted, pointer)
     if of_branch in (None, before):
         return [last]
     return [plan.base] if of_night == before else [plan.base, last]
-
-
-def read_at_commit(repo: Path, ref: str, path: str) -> str | None:
-    """Return a file's text at a commit, or None if it is not there."""
-    try:
-        return git.run_git(repo, "show", "--end-of-options", f"{ref}:{path}")
-    except RuntimeError:
-        return None

@@ -3,17 +3,15 @@
 Both students are measured on the same prompts and seeds. What was not measured, or is not a number, is never a reason to promote.
 """
 
-from __future__ import annotations
-
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, FiniteFloat
 
-from tasks.files.atomic import write_atomically
+from tasks.files.json_lines import write_json
+from tasks.files.trees import list_nodes
 
 # metrics of tasks/evaluate.py that compare a video with what its clip was rendered from
 NEED_TRUTH = (
@@ -23,10 +21,8 @@ NEED_TRUTH = (
 )
 
 
-class Rule(BaseModel):
+class Rule(BaseModel, extra="forbid", frozen=True):
     """One entry of nightly.rules; tasks/params/nightly.py explains each value."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     metric: str
     better: Literal["higher", "lower"]
@@ -44,10 +40,8 @@ class Finding(Rule):
     said: str  # one sentence
 
 
-class Verdict(BaseModel):
+class Verdict(BaseModel, frozen=True):
     """What the gate decided, and all it decided by. Written to gate.json."""
-
-    model_config = ConfigDict(frozen=True)
 
     promote: bool
     why: str  # the sentences of the rules that refuse, or of all rules
@@ -61,14 +55,11 @@ class Verdict(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        write_json(path, self.model_dump(), indent=1, sort_keys=True, ensure_ascii=False)
 
 
-class Measured(BaseModel):
+class Measured(BaseModel, frozen=True):
     """A student, and what evaluate measured on its videos."""
-
-    model_config = ConfigDict(frozen=True)
 
     md5: str
     numbers: dict[str, Any]
@@ -101,42 +92,27 @@ def decide_promotion(candidate: Measured, promoted: Measured | None, rules: Sequ
 
 def check_rule(rule: Rule, candidate: Mapping[str, Any], promoted: Mapping[str, Any] | None) -> Finding:
     """Compare one metric of both students' numbers by one rule."""
-    mine = find_number(candidate, rule.metric)
-    theirs = None if promoted is None else find_number(promoted, rule.metric)
+    mine, theirs = find_number(candidate, rule.metric), find_number(promoted or {}, rule.metric)
     sign = 1 if rule.better == "higher" else -1
     gain = None if mine is None or theirs is None else sign * (mine - theirs)
-    passed, sentence = _apply_rule(rule, mine, theirs, gain, compare=promoted is not None)
+    needed = f"{rule.margin:g} better" if rule.margin > 0 else f"no more than {-rule.margin:g} worse" if rule.margin < 0 else "no worse"
+    passed = False
+    if mine is None:
+        sentence = "was not measured for the candidate"
+    elif promoted is not None and theirs is None:
+        sentence = f"is {mine:g}, but was not measured for the promoted student"
+    elif rule.bound is not None and sign * (mine - rule.bound) < 0:
+        sentence = f"is {mine:g}, {'below' if rule.better == 'higher' else 'above'} its bound {rule.bound:g}"
+    elif gain is not None and gain < rule.margin:
+        sentence = f"is {mine:g}, and must be {needed} than the promoted student's {theirs:g}"
+    else:
+        passed, sentence = True, f"is {mine:g}" if theirs is None else f"{mine:g} after {theirs:g}"
     values = {"candidate": mine, "promoted": theirs, "gain": gain, "passed": passed, "said": f"{rule.metric} {sentence}"}
     return Finding(**rule.model_dump(), **values)
 
 
-def _apply_rule(rule: Rule, mine: float | None, theirs: float | None, gain: float | None, *, compare: bool) -> tuple[bool, str]:
-    """Return whether the rule lets the candidate pass, and the sentence that follows the metric's name."""
-    if mine is None:
-        return False, "was not measured for the candidate"
-    if compare and theirs is None:
-        return False, f"is {mine:g}, but was not measured for the promoted student"
-    above = rule.better == "lower"  # a bound of a metric that is to be low holds from above
-    if rule.bound is not None and (mine > rule.bound if above else mine < rule.bound):
-        return False, f"is {mine:g}, {'above' if above else 'below'} its bound {rule.bound:g}"
-    if gain is None:
-        return True, f"is {mine:g}"
-    needed = f"{rule.margin:g} better" if rule.margin > 0 else f"no more than {-rule.margin:g} worse" if rule.margin < 0 else "no worse"
-    if gain < rule.margin:
-        return False, f"is {mine:g}, and must be {needed} than the promoted student's {theirs:g}"
-    return True, f"{mine:g} after {theirs:g}"
-
-
 def find_number(tree: Mapping[str, Any], path: str) -> float | None:
-    """Return the finite number at a dotted path, or None. A name in the tree may hold dots itself: the longest that fits is taken."""
-    node: Any = tree
-    while path:
-        if not isinstance(node, Mapping):
-            return None
-        fits = [str(name) for name in node if path == name or path.startswith(f"{name}.")]
-        if not fits:
-            return None
-        name = max(fits, key=len)
-        node, path = node[name], path[len(name) + 1 :]
-    number = isinstance(node, int | float) and not isinstance(node, bool) and math.isfinite(node)
-    return float(node) if number else None
+    """Return the finite number at a dotted path, or None. A name in the tree may hold dots itself."""
+    value: Any = dict(list_nodes(tree)).get(path)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None

@@ -3,8 +3,6 @@
 Branches that could not go are noted in .runs/handover.json, and the next night sends them first.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -12,38 +10,31 @@ from contextlib import suppress
 from pathlib import Path
 
 from flows.project import dvc_config, dvc_remote, worktree
-from flows.project import git as project_git
-from flows.project.git import run_git
-from flows.run.stage_task import run_logged
+from flows.project.dvc_command import read_config
+from flows.project.git import PLAIN, run_git
+from flows.supervise.command import run_logged
 from flows.supervise.environment import child_environment
-from tasks.files.atomic import write_atomically
+from tasks.files.json_lines import write_json
 
 WAITING_FILE = Path(".runs/handover.json")
 TAGS = ("refs/tags/student@*", "refs/tags/student#*")  # of versions and promotions
 FETCH_TIMEOUT = 600.0  # Choice: seconds for a fetch, which brings commits and tags alone
 WAY_OUT = "keep one: `git push origin :{0}` deletes it there, `git tag -d {0}` (of a branch: `git branch -D {0}`) here"
 REJECTIONS = "would clobber existing tag|already exists|non-fast-forward|fetch first"  # in git's words
-CONFLICT = re.compile(rf"\[rejected\]\s+(?:\S+\s+->\s+(\S+)\s+)?\((?:{REJECTIONS})\)")
+# a line about a branch or tag that is another one at origin: of a push, which names it first, or of a fetch, which names it last
+CONFLICT = re.compile(rf"(?:!\t\S+:refs/(?:heads|tags)/(\S+)\t)?\[rejected\]\s+(?:\S+\s+->\s+(\S+)\s+)?\((?:{REJECTIONS})\)")
 
 
 def waiting_branches(repo: Path) -> list[str]:
     """Return the branches that only this machine has, oldest first."""
-    try:
-        names = json.loads((repo / WAITING_FILE).read_text())
-    except (OSError, ValueError):
-        return []
-    return [str(name) for name in names] if isinstance(names, list) else []
+    with suppress(OSError, ValueError, TypeError):
+        return [str(name) for name in json.loads((repo / WAITING_FILE).read_text())]
+    return []
 
 
 def add_waiting(repo: Path, branch: str) -> None:
     """Note a branch before anything of it is sent, so that a machine that dies meanwhile still knows of it."""
-    _write_waiting(repo, list(dict.fromkeys([*waiting_branches(repo), branch])))
-
-
-def _write_waiting(repo: Path, names: list[str]) -> None:
-    path = repo / WAITING_FILE
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps(names) + "\n")
+    write_json(repo / WAITING_FILE, list(dict.fromkeys([*waiting_branches(repo), branch])))
 
 
 def send_waiting(repo: Path, *, timeout: float, pauses: Sequence[float], log: Callable[[str], None]) -> str | None:
@@ -55,7 +46,7 @@ def send_waiting(repo: Path, *, timeout: float, pauses: Sequence[float], log: Ca
     for branch in waiting_branches(repo):
         if run_git(repo, "for-each-ref", f"refs/heads/{branch}").strip():  # else its night died before it had ended
             try:
-                if has_dvc_remote(repo):
+                if read_config(repo).get("core.remote"):  # a project without a remote keeps everything in its cache
                     _send_data(repo, branch, timeout, pauses)
                 if "origin" in run_git(repo, "remote").split():
                     refs = [f"refs/heads/{branch}", *_tags_to_push(repo, without=late)]
@@ -66,17 +57,8 @@ def send_waiting(repo: Path, *, timeout: float, pauses: Sequence[float], log: Ca
                 pauses = []  # a remote that does not answer is asked once for each further branch, and not again
                 continue
             log(f"handed over {branch}")
-        _write_waiting(repo, [name for name in waiting_branches(repo) if name != branch])
+        write_json(repo / WAITING_FILE, [name for name in waiting_branches(repo) if name != branch])
     return f"{', '.join(late)} could not be handed over: {'; '.join(dict.fromkeys(late.values()))}" if late else None
-
-
-def has_dvc_remote(repo: Path) -> bool:
-    """Say whether the project names a DVC remote. A project without a remote keeps everything in its cache."""
-    try:
-        dvc_remote.read_remote(repo)
-    except dvc_remote.RemoteMisconfigured as error:
-        return "has no DVC remote" not in str(error)  # what else is wrong is reported by the attempt to send
-    return True
 
 
 def _send_data(repo: Path, branch: str, timeout: float, pauses: Sequence[float]) -> None:
@@ -119,18 +101,10 @@ def _run_with_origin(repo: Path, words: list[str], timeout: float) -> None:
     """Run git with a time limit, because git waits for ever for a server that stops answering. Raises RuntimeError, one sentence."""
     variables = {**child_environment(), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     try:
-        code, lines = run_logged([*project_git.PLAIN, *words], log=lambda _: None, cwd=repo, env=variables, timeout=timeout)
+        code, lines = run_logged([*PLAIN, *words], log=lambda _: None, cwd=repo, env=variables, timeout=timeout)
     except TimeoutError as error:
         raise RuntimeError(f"`git {words[0]}` {error}") from None
     if code:
-        if refs := [ref for line in lines if (ref := _conflicting_ref(line))]:
+        if refs := [pushed or fetched for line in lines for pushed, fetched in CONFLICT.findall(line) if pushed or fetched]:
             raise RuntimeError(f"origin has another {', another '.join(refs)}; {WAY_OUT.format(refs[0])}")
         raise RuntimeError(f"`git {words[0]}` with origin failed: {' '.join(lines)[:300]}")
-
-
-def _conflicting_ref(line: str) -> str | None:
-    """Return the branch or tag of a line in which git says that origin's is another one."""
-    if not (conflict := CONFLICT.search(line)):
-        return None
-    pushed = re.match(r"!\t\S+:refs/(?:heads|tags)/(\S+)\t", line)
-    return pushed[1] if pushed else conflict[1]

@@ -1,13 +1,12 @@
 """New clips: copied from the folder in which they arrive into the folder that `dvc add` tracks. The filter judges their content."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tasks.files.atomic import open_partial
 from tasks.files.hashes import compute_dvc_md5 as hash_content
 from tasks.files.videos import VIDEO_SUFFIXES
 
@@ -60,7 +59,9 @@ def copy_new_clips(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
             elif file.suffix == CAPTION and place.is_file() and hash_content(place) == content:
                 arrivals.duplicates += 1
             else:
-                _copy_file(file, place)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with open_partial(place) as partial:  # a copy and no link, because DVC write-protects what it adds
+                    shutil.copyfile(file, partial)
                 by_content[content] = place
                 arrivals.copied.append(place.relative_to(folder).as_posix())
         except OSError as error:
@@ -106,15 +107,3 @@ def _choose_place(file: Path, name: Path, folder: Path, content: str, renamed: d
         place = place.with_name(f"{place.stem}-{content[:8]}{place.suffix}")
         renamed[stem] = place.relative_to(folder).with_suffix("")
     return place
-
-
-def _copy_file(file: Path, place: Path) -> None:
-    """Copy a file completely or not at all. A copy and no link, because DVC write-protects what it adds."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(place.name + ".partial")
-    try:
-        shutil.copyfile(file, partial)
-        partial.replace(place)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

@@ -2,8 +2,6 @@
 paths and one system, in a folder of their own. Candidate and promoted student are measured the same way, so they can be compared.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
@@ -19,7 +17,8 @@ from ruamel.yaml import YAML
 from flows.night.gate import Measured
 from flows.night.state import NightPlan
 from flows.project.dvc_graph import Stage
-from flows.run.stage_task import TAIL_LINES, count_gpus, run_logged
+from flows.run.stage_task import TAIL_LINES, count_gpus
+from flows.supervise.command import run_logged
 from flows.supervise.environment import stage_environment
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import read_json_lines

@@ -1,7 +1,5 @@
 """`cf promote`, `cf rollback`, `cf promoted`, `cf history`: the registry (flows/project/registry.py) by hand."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -1,7 +1,5 @@
 """One night: what it is given, what it has found so far, how it ended, and what it needs of params.yaml."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,11 +69,6 @@ class NightEnd:
     version: str | None = None
 
 
-def read_night_settings(params: dict[str, Any]) -> NightSettings:
-    """Return the section `nightly` of params.yaml's tree."""
-    return NightSettings.model_validate(params["nightly"])
-
-
 def tracked_clips_folder(params: dict[str, Any]) -> str | None:
     """Return clips.folder by its plain name, or None if DVC is not to track it. Raises ValueError for a folder inside another folder."""
     if params["clips"]["source"] != "folder" or Path(params["clips"]["folder"]).is_absolute():
@@ -87,11 +80,10 @@ def tracked_clips_folder(params: dict[str, Any]) -> str | None:
 
 
 def check_settings(params: dict[str, Any]) -> NightSettings:
-    """Return the settings. Raises ValueError for a rule whose metric no clip of this night can be measured by."""
-    settings = read_night_settings(params)
-    if params["clips"]["source"] == "folder" or settings.prompts_file:
-        for rule in settings.rules:
-            if rule.metric.rpartition(".")[2] in gate.NEED_TRUTH:
-                why = "is only known of clips that are rendered (clips.source: worlds), on their own captions"
-                raise ValueError(f"nightly.rules asks for {rule.metric}, which {why}; name sharpness or motion, or a metric of your own")
+    """Return the section `nightly` of the parameters. Raises ValueError for a rule whose metric no clip of this night is measured by."""
+    settings = NightSettings.model_validate(params["nightly"])
+    unknown = [rule.metric for rule in settings.rules if rule.metric.rpartition(".")[2] in gate.NEED_TRUTH]
+    if unknown and (params["clips"]["source"] == "folder" or settings.prompts_file):
+        why = "is only known of clips that are rendered (clips.source: worlds), on their own captions"
+        raise ValueError(f"nightly.rules asks for {unknown[0]}, which {why}; name sharpness or motion, or a metric of your own")
     return settings

@@ -1,13 +1,10 @@
 """The steps of a night (flows/nightly.py), each on its worktree."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from prefect import get_run_logger
 
 from flows.night import gate, handover, warm_start
-from flows.night.clips import read_at_commit
 from flows.night.judge import measure_student
 from flows.night.records import GATE, PROMPTS, RECORD, NightRecord, free_date
 from flows.night.state import NightEnd, NightState
@@ -57,8 +54,9 @@ def train_candidate(night: NightState) -> NightEnd:
     night.data = {out["path"]: out["md5"] for name in data_stages for out in outs.get(name, [])}
     # a full night's record also lists base and teacher, so compare as a subset
     if not plan.full and plan.past and night.data.items() <= plan.past[-1].data.items():
-        new = len(night.arrivals.copied)
-        return close_night(night, "no good clips", f"{new} new files, and the filter kept none of them{_rejection_text(root)}")
+        counts = ", ".join(f"{count} {reason}" for reason, count in _rejection_counts(root).items())
+        why = f"{len(night.arrivals.copied)} new files, and the filter kept none of them"
+        return close_night(night, "no good clips", why + (f" (of all clips it rejects {counts})" if counts else ""))
     # 2. The student, and what else the project makes of it.
     repro_stages(root, graph, [stage for stage in stages if stage not in before], run=plan.run, repo=plan.repo)
     outs = dvc_lock.read_outs(root)
@@ -77,15 +75,13 @@ def judge_candidate(night: NightState, graph: list[Stage]) -> gate.Verdict:
     """Measure candidate and promoted student, each in a task of its own, apply the rules, and write gate.json."""
     plan, root, prompts = night.plan, night.plan.root, choose_prompts(night)
     stages = {stage.name: stage for stage in graph}
-    mine = measure_student.with_options(task_run_name="judge candidate")(
-        plan, "candidate", stages, student=root / registry.WEIGHTS, codec=root / warm_start.CODEC, prompts=prompts
-    )
-    theirs = None
-    if version := plan.promoted and plan.promoted.name:
-        student, codec = root / warm_start.STUDENT, root / warm_start.ITS_CODEC
-        theirs = measure_student.with_options(task_run_name=f"judge {version}")(
-            plan, "promoted", stages, student=student, codec=codec, prompts=prompts, version=version
-        )
+
+    def measure(name: str, student: str, codec: str, version: str | None = None) -> gate.Measured:
+        judge = measure_student.with_options(task_run_name=f"judge {version or name}")
+        return judge(plan, name, stages, student=root / student, codec=root / codec, prompts=prompts, version=version)
+
+    mine = measure("candidate", registry.WEIGHTS, warm_start.CODEC)
+    theirs = measure("promoted", warm_start.STUDENT, warm_start.ITS_CODEC, plan.promoted.name) if plan.promoted else None
     verdict = gate.decide_promotion(mine, theirs, plan.settings.rules)
     verdict.write(root / GATE)
     if plan.from_folder and prompts is None:
@@ -110,8 +106,8 @@ def choose_prompts(night: NightState) -> Path | None:
     last = next((record for record in reversed(plan.past) if record.outcome in ("promoted", "refused")), None)
     if last is None:
         return None
-    its_settings = overrides.parse_params(read_at_commit(plan.repo, last.ref, "params.yaml") or "{}").get("nightly", {})
-    text = read_at_commit(plan.repo, last.ref, PROMPTS)
+    its_settings = overrides.parse_params(git.read_committed(plan.repo, last.ref, "params.yaml") or "{}").get("nightly", {})
+    text = git.read_committed(plan.repo, last.ref, PROMPTS)
     if not text or (its_settings.get("prompts"), its_settings.get("prompts_file")) != (settings.prompts, None):
         return None
     file.parent.mkdir(exist_ok=True)
@@ -170,8 +166,3 @@ def _rejection_counts(root: Path) -> dict[str, int]:
     """Return how many of all clips the filter rejects, by reason, from its metrics; nothing before the filter has run."""
     metrics = read_json_object(root / "metrics/filter.json")
     return {name.removeprefix("rejected_"): int(value) for name, value in metrics.items() if name.startswith("rejected_") and value}
-
-
-def _rejection_text(root: Path) -> str:
-    counts = ", ".join(f"{count} {reason}" for reason, count in _rejection_counts(root).items())
-    return f" (of all clips it rejects {counts})" if counts else ""

@@ -1,7 +1,5 @@
 """What a night begins with: the promoted student's weights as DVC data and, on warm nights, all that was made before stage 2."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,7 +72,7 @@ def restore_targets(root: Path, targets: list[str], log: Callable[[str], None]) 
     except RuntimeError:
         log(f"the cache lacks some of {', '.join(targets)}; asking the remote")
         dvc_remote.pull_outs(root, targets=targets, log=log)
-    for name, outs in dvc_lock.read_outs(root).items():
-        for out in outs:
-            if name in targets and not (root / out["path"]).exists():
-                raise RuntimeError(f"{name}: {out['path']} is neither in the DVC cache nor at the remote, so the night can't begin with it")
+    recorded = [(name, out["path"]) for name, outs in dvc_lock.read_outs(root).items() for out in outs if name in targets]
+    for name, path in recorded:
+        if not (root / path).exists():
+            raise RuntimeError(f"{name}: {path} is neither in the DVC cache nor at the remote, so the night can't begin with it")

@@ -1,7 +1,5 @@
 """The one place that starts DVC. Commands that may take long are built here and run by flows/supervise/command.py."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a worktree takes over from the checkout it belongs to: its DVC cache, and its remotes without their secrets."""
 
-from __future__ import annotations
-
 import configparser
 import re
 from pathlib import Path

@@ -1,19 +1,17 @@
-"""dvc.yaml as a graph: which stages exist, what each needs, and which have nothing to do. The only file that imports DVC.
+"""dvc.yaml as a graph: which stages exist, what each needs, and which have nothing to do.
 
 `Repo.index.graph` is no public API of DVC; tests/flows/test_stages.py compares it with `dvc dag` and `dvc stage list`.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import networkx
 from ruamel.yaml import YAML
 
 from flows.project.dvc_command import run_dvc
@@ -30,24 +28,12 @@ class Stage:
     name: str
     upstream: tuple[str, ...] = ()
     desc: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)  # meta.cf of dvc.yaml
     frozen: bool = False
     command: str = ""  # with every ${value} filled in; empty for tracked data
-
-    @property
-    def gpus(self) -> int | str:
-        """Number of GPUs that the stage uses alone, or "all" of the machine."""
-        return self.meta.get("gpus", 0)
-
-    @property
-    def retries(self) -> int:
-        """Number of attempts after the first."""
-        return self.meta.get("retries", 0)
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds that one attempt may take."""
-        return self.meta.get("timeout")
+    # meta.cf of dvc.yaml
+    gpus: int | str = 0  # number of GPUs that the stage uses alone, or "all" of the machine
+    retries: int = 0  # attempts after the first
+    timeout: float | None = None  # seconds that one attempt may take
 
 
 def read_graph(root: Path) -> list[Stage]:
@@ -56,19 +42,18 @@ def read_graph(root: Path) -> list[Stage]:
     Raises ValueError for a key or value of meta.cf that means nothing.
     """
     from dvc.repo import Repo
-    from networkx import dfs_postorder_nodes
 
     with Repo(str(root)) as repo:
         graph = repo.index.graph  # from a stage to what it needs
-        order = list(dfs_postorder_nodes(graph))
+        order = list(networkx.dfs_postorder_nodes(graph))
         return [
             Stage(
                 name=_stage_name(stage, root),
                 upstream=tuple(_stage_name(other, root) for other in order if graph.has_edge(stage, other)),
                 desc=" ".join((stage.desc or "").split()),
-                meta=_read_meta(stage, root),
                 frozen=bool(stage.frozen),
                 command=stage.cmd if isinstance(stage.cmd, str) else "\n".join(stage.cmd or ()),
+                **_read_meta(stage, root),
             )
             for stage in order
         ]
@@ -81,7 +66,7 @@ def _stage_name(stage: Any, root: Path) -> str:
     return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
 
 
-def _read_meta(stage: Any, root: Path) -> Mapping[str, Any]:
+def _read_meta(stage: Any, root: Path) -> dict[str, Any]:
     """Return meta.cf of a stage, checked."""
     name, meta = _stage_name(stage, root), (stage.meta or {}).get("cf", {}) if isinstance(stage.meta, Mapping) else {}
     for key, value in meta.items():
@@ -94,12 +79,16 @@ def _read_meta(stage: Any, root: Path) -> Mapping[str, Any]:
     return dict(meta)
 
 
-def find_unchanged(root: Path, graph: Iterable[Stage]) -> set[str]:
+def find_unchanged(root: Path, graph: Iterable[Stage], warn: Callable[[str], object] = print) -> set[str]:
     """Return the stages of `graph` that DVC would skip if no stage before them ran.
 
-    One `dvc status` answers for all stages; asking DVC stage by stage takes a second for each. Raises RuntimeError if it fails.
+    One `dvc status` answers for all stages; asking DVC stage by stage takes a second for each. None where it fails, so each asks.
     """
-    status = run_dvc(root, "status", "--json")
+    try:
+        status = run_dvc(root, "status", "--json")
+    except RuntimeError as error:
+        warn(str(error))
+        return set()
     return {stage.name for stage in graph} - set(json.loads(status[status.index("{") :]))
 
 
@@ -115,10 +104,12 @@ def select_stages(graph: Iterable[Stage], only: Iterable[str] = (), first: str |
             way = f"did you mean {close[0]}? " if close else ""
             raise ValueError(f"{name} is no stage; {way}Known are {', '.join(stage.name for stage in graph)}")
     selected = set().union(*(_match_name(graph, name) for name in only)) if only else {stage.name for stage in graph}
+    edges = networkx.DiGraph([(other, stage.name) for stage in graph for other in stage.upstream])
+    edges.add_nodes_from(stage.name for stage in graph)
     if first:
-        selected &= _add_downstream(graph, _match_name(graph, first))
+        selected &= set().union(*(networkx.descendants(edges, name) | {name} for name in _match_name(graph, first)))
     if last:
-        selected &= _add_upstream(graph, _match_name(graph, last))
+        selected &= set().union(*(networkx.ancestors(edges, name) | {name} for name in _match_name(graph, last)))
     if not selected:
         wanted = f"stages {', '.join(only) or 'all'}, from {first or 'the beginning'}, to {last or 'the end'}"
         raise ValueError(f"nothing is left to run of {wanted}; no stage is all of that at once")
@@ -127,22 +118,6 @@ def select_stages(graph: Iterable[Stage], only: Iterable[str] = (), first: str |
 
 def _match_name(graph: list[Stage], name: str) -> set[str]:
     return {stage.name for stage in graph if name in (stage.name, stage.name.split("@")[0])}
-
-
-def _add_downstream(graph: list[Stage], names: set[str]) -> set[str]:
-    """Return the stages with all that need them; `graph` is in running order."""
-    for stage in graph:
-        if names & set(stage.upstream):
-            names = names | {stage.name}
-    return names
-
-
-def _add_upstream(graph: list[Stage], names: set[str]) -> set[str]:
-    """Return the stages with all that they need; `graph` is in running order."""
-    for stage in reversed(graph):
-        if stage.name in names:
-            names = names | set(stage.upstream)
-    return names
 
 
 def freeze_stages(root: Path, names: Iterable[str], frozen: bool = True) -> None:
@@ -157,50 +132,3 @@ def freeze_stages(root: Path, names: Iterable[str], frozen: bool = True) -> None
             tree["stages"][name]["frozen"] = True
     with open_partial(file) as partial:
         yaml.dump(tree, partial)
-
-
-def restore_outs(root: Path) -> str | None:
-    """Bring back the last good outs of stages that failed, because DVC removes a stage's outs before it runs the stage.
-
-    Return DVC's reason where not all of them are in the cache.
-    """
-    try:
-        run_dvc(root, "checkout", "--quiet")
-    except RuntimeError as error:
-        return str(error)
-    return None
-
-
-def remove_damaged(root: Path) -> list[str]:
-    """Remove what dvc.lock names from the default remote where its content does not fit its name; return the names (md5s).
-
-    DVC itself only notices the damage (`verify`) and makes the result again on every machine: its push sends what is missing, and a
-    damaged object is not missing. Every byte is read, so this takes as long as a pull.
-    """
-    from dvc.repo import Repo
-    from dvc_objects.errors import ObjectFormatError
-
-    lock = YAML(typ="safe", pure=True).load((root / "dvc.lock").read_text())
-    names = sorted({out["md5"] for stage in lock["stages"].values() for out in stage.get("outs", []) if "md5" in out})
-    with Repo(str(root)) as repo, ThreadPoolExecutor(8) as pool:
-        remote = repo.cloud.get_remote_odb(command="mend")
-
-        def is_damaged(name: str) -> bool:
-            try:
-                remote.check(name)  # removes what is damaged
-            except ObjectFormatError:
-                return True
-            except FileNotFoundError:
-                pass
-            return False
-
-        def find_damaged(names: list[str]) -> set[str]:
-            return {name for name, damaged in zip(names, pool.map(is_damaged, names), strict=True) if damaged}
-
-        damaged = find_damaged(names)
-        for folder in (name for name in names if name.endswith(".dir") and name not in damaged and remote.exists(name)):
-            entries = find_damaged(sorted({entry["md5"] for entry in json.loads(remote.fs.cat_file(remote.oid_to_path(folder)))}))
-            if entries:
-                damaged |= entries
-                remote.fs.remove(remote.oid_to_path(folder))  # while a folder's list is there, DVC believes that its files are
-    return sorted(damaged)

@@ -4,12 +4,10 @@ DVC trusts its state database: a damaged file that has kept its time and size is
 `cf verify` hashes everything again, before a model is judged and before it is promoted.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +15,35 @@ import yaml
 
 from flows.cli import one_line_errors
 from flows.project.dvc_graph import Stage
-from flows.project.git import run_git
+from flows.project.git import read_committed
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
 
 Out = Mapping[str, Any]  # path, md5, and size or nfiles, as DVC writes them
 
 
-def parse_outs(text: str) -> dict[str, list[Out]]:
-    """Parse the text of a dvc.lock: stage -> its outs."""
-    stages = (yaml.safe_load(text) or {}).get("stages", {})
-    return {name: stage.get("outs", []) for name, stage in stages.items()}
+def read_lock(root: Path) -> dict[str, list[Out]]:
+    """Read the outs of each stage that the workspace's dvc.lock records; empty before the first stage has run."""
+    lock = root / "dvc.lock"
+    return _parse_outs(lock.read_text() if lock.is_file() else "")
 
 
 def read_outs(root: Path) -> dict[str, list[Out]]:
     """Read the outs that the workspace's dvc.lock records, and data that `dvc add` tracks (raw.dvc)."""
-    lock = root / "dvc.lock"
-    outs = parse_outs(lock.read_text()) if lock.is_file() else {}
-    for file in sorted(root.glob("*.dvc")):
-        if file.is_file():
-            outs[file.name] = (yaml.safe_load(file.read_text()) or {}).get("outs", [])
-    return outs
+    tracked = {file.name: yaml.safe_load(file.read_text()) or {} for file in sorted(root.glob("*.dvc")) if file.is_file()}
+    return read_lock(root) | {name: data.get("outs", []) for name, data in tracked.items()}
 
 
 def read_outs_at(repo: Path, commit: str) -> dict[str, list[Out]]:
     """Read the outs that a commit's dvc.lock records. Raises ValueError for a commit without dvc.lock."""
-    try:
-        return parse_outs(run_git(repo, "show", "--end-of-options", f"{commit}:dvc.lock"))
-    except RuntimeError:
-        raise ValueError(f"{commit[:12]} has no dvc.lock, so it says nothing about what its stages made") from None
+    if (text := read_committed(repo, commit, "dvc.lock")) is None:
+        raise ValueError(f"{commit[:12]} has no dvc.lock, so it says nothing about what its stages made")
+    return _parse_outs(text)
+
+
+def _parse_outs(text: str) -> dict[str, list[Out]]:
+    stages = (yaml.safe_load(text) or {}).get("stages", {})
+    return {name: stage.get("outs", []) for name, stage in stages.items()}
 
 
 def find_out(repo: Path, commit: str, path: str) -> Out:
@@ -57,21 +55,16 @@ def find_out(repo: Path, commit: str, path: str) -> Out:
     raise ValueError(f"the dvc.lock of {commit[:12]} has no {path}; run the pipeline and commit dvc.lock first")
 
 
-def find_damage(root: Path, names: Iterable[str] | None = None) -> list[str]:
+def find_damage(root: Path, names: Collection[str] = ()) -> list[str]:
     """Hash the outs of the stages `names`, or of all; return a sentence for each that is not what dvc.lock records.
 
     Raises ValueError for a stage that dvc.lock does not have.
     """
-    outs = _select_outs(root, names)
-    return [f"{name}: {damage}" for name, out in outs if (damage := describe_damage(root / out["path"], out))]
-
-
-def _select_outs(root: Path, names: Iterable[str] | None) -> list[tuple[str, Out]]:
     recorded = read_outs(root)
-    names = list(names or recorded)
     if unknown := [name for name in names if name not in recorded]:
         raise ValueError(f"dvc.lock has no stage {unknown[0]}; it has {', '.join(recorded) or 'none'}")
-    return [(name, out) for name, outs in recorded.items() if name in names for out in outs]
+    outs = [(name, out) for name, outs in recorded.items() if name in (names or recorded) for out in outs]
+    return [f"{name}: {damage}" for name, out in outs if (damage := describe_damage(root / out["path"], out))]
 
 
 def describe_damage(path: Path, out: Out) -> str | None:
@@ -120,7 +113,7 @@ def main(argv: list[str]) -> None:
     if damage := find_damage(root, names):
         print("\n".join(damage))
         sys.exit(1)
-    print(f"{len(_select_outs(root, names))} outs are what dvc.lock says")
+    print(f"{sum(len(outs) for name, outs in read_outs(root).items() if name in names or not names)} outs are what dvc.lock says")
 
 
 if __name__ == "__main__":

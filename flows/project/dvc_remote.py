@@ -6,16 +6,17 @@ under its good md5. Time limits: DVC waits for ever for a server that has stoppe
 Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or from a profile, never from .dvc/config.
 """
 
-from __future__ import annotations
-
 import argparse
 import configparser
+import json
 import os
 import re
 import socket
 import sys
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,9 +24,9 @@ from urllib.parse import urlsplit
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.project import dvc_graph
 from flows.project.dvc_command import dvc_words, find_reason, read_config, run_dvc
 from flows.project.dvc_config import is_secret
+from flows.project.dvc_lock import read_lock
 from flows.supervise import command as supervise
 from flows.supervise.environment import child_environment
 
@@ -117,36 +118,16 @@ def _refuse_silent_host(remote: str, url: str, endpoint: str | None) -> None:
         raise RemoteAway(f"{remote} doesn't answer at {host}:{port}: {why}; start it, or see to the network") from error
 
 
-def push_outs(root: Path, *, targets: Sequence[str] = (), timeout: float = LIMIT, log: Log = lambda _: None) -> None:
-    """Send results and run cache within `timeout` seconds; results that are there already are not sent again.
+def transfer_outs(verb: str, root: Path, *, targets: Sequence[str] = (), timeout: float = LIMIT, log: Log = lambda _: None) -> None:
+    """Push or pull what dvc.lock names, and the run cache, within `timeout` seconds; what is there already is not sent again.
 
-    DVC's lock on the checkout is held meanwhile, and a stage that ends waits to be recorded: push after the stages, or with a short
-    limit. Raises RemoteAway or RemoteMisconfigured.
+    Push after the stages, or with a short limit: DVC's lock on the checkout is held meanwhile, and a stage that ends waits to be
+    recorded. Never pull beside a running stage, because DVC doesn't lock what it replaces; without a dvc.lock use `dvc repro --pull`.
+    Raises RemoteAway or RemoteMisconfigured.
     """
-    _run_transfer(root, "push", targets, timeout, log)
-
-
-def pull_outs(root: Path, *, targets: Sequence[str] = (), timeout: float = LIMIT, log: Log = lambda _: None) -> None:
-    """Take what dvc.lock names, and the run cache, within `timeout` seconds; a pull that was killed goes on where it was.
-
-    Never beside a running stage, because DVC doesn't lock what it replaces. Without a dvc.lock use `dvc repro --pull`, because
-    dvc.lock names what to take. Raises RemoteAway or RemoteMisconfigured.
-    """
-    _run_transfer(root, "pull", targets, timeout, log)
-
-
-def _run_transfer(root: Path, verb: str, targets: Sequence[str], timeout: float, log: Log) -> None:
-    remote = check_remote(root)
-    lines: list[str] = []
-
-    def read_line(line: str) -> None:
-        if line.strip():
-            lines.append(line)
-            log(line)
-
-    words = dvc_words(verb, "--run-cache", "--", *targets)
+    remote, words = check_remote(root), dvc_words(verb, "--run-cache", "--", *targets)
     try:
-        code = supervise.run(words, cwd=root, env=child_environment(), line=read_line, timeout=timeout)
+        code, lines = supervise.run_logged(words, log=log, cwd=root, env=child_environment(), timeout=timeout)
     except TimeoutError:
         why = f"took more than {timeout:g} s for `dvc {verb}`; what was done stays done, and another goes on"
         raise RemoteAway(f"remote {remote} {why}") from None
@@ -155,17 +136,49 @@ def _run_transfer(root: Path, verb: str, targets: Sequence[str], timeout: float,
         raise kind(f"`dvc {verb}` with remote {remote} failed: {find_reason(lines)}")
 
 
+push_outs, pull_outs = partial(transfer_outs, "push"), partial(transfer_outs, "pull")
+
+
 def mend_remote(root: Path) -> list[str]:
-    """Remove what is damaged from the remote, so that the next push of a machine that has it undamaged sends it; return the md5s."""
+    """Remove what dvc.lock names from the remote where its content does not fit its name; return the names (md5s).
+
+    The next push of a machine that has it undamaged sends it. DVC itself only notices the damage (`verify`) and makes the result again
+    on every machine: its push sends what is missing, and a damaged object is not missing. Every byte is read, as in a pull.
+    """
+    from dvc.repo import Repo
+    from dvc_objects.errors import ObjectFormatError
+
     check_remote(root)
-    if not (root / "dvc.lock").exists():
+    if not (recorded := read_lock(root)):
         raise RemoteMisconfigured(f"{root} has no dvc.lock, which names what is on the remote; run the pipeline first")
-    return dvc_graph.remove_damaged(root)
+    names = sorted({out["md5"] for outs in recorded.values() for out in outs if "md5" in out})
+    with Repo(str(root)) as repo, ThreadPoolExecutor(8) as pool:
+        remote = repo.cloud.get_remote_odb(command="mend")
+
+        def is_damaged(name: str) -> bool:
+            try:
+                remote.check(name)  # removes what is damaged
+            except ObjectFormatError:
+                return True
+            except FileNotFoundError:
+                pass
+            return False
+
+        def find_damaged(names: list[str]) -> set[str]:
+            return {name for name, damaged in zip(names, pool.map(is_damaged, names), strict=True) if damaged}
+
+        damaged = find_damaged(names)
+        for folder in (name for name in names if name.endswith(".dir") and name not in damaged and remote.exists(name)):
+            entries = find_damaged(sorted({entry["md5"] for entry in json.loads(remote.fs.cat_file(remote.oid_to_path(folder)))}))
+            if entries:
+                damaged |= entries
+                remote.fs.remove(remote.oid_to_path(folder))  # while a folder's list is there, DVC believes that its files are
+    return sorted(damaged)
 
 
 def should_retry(task: Any, run: Any, state: Any) -> bool:
     """Say whether a failed push is tried again: not while the run is being stopped, and not where a person must act first."""
-    return not supervise.is_stopping() and not isinstance(state.result(raise_on_failure=False), RemoteMisconfigured)
+    return not supervise.stopping.is_set() and not isinstance(state.result(raise_on_failure=False), RemoteMisconfigured)
 
 
 RETRIES: dict[str, Any] = {"retries": len(DELAYS), "retry_delay_seconds": DELAYS, "retry_condition_fn": should_retry}
@@ -232,6 +245,6 @@ def main(argv: list[str]) -> None:
             removed = mend_remote(root)
             print(f"{len(removed)} damaged objects removed{'; now push from a machine that has them: cf remote push' if removed else ''}")
         else:
-            (push_outs if args.verb == "push" else pull_outs)(root, targets=args.targets, timeout=args.timeout, log=print)
+            transfer_outs(args.verb, root, targets=args.targets, timeout=args.timeout, log=print)
     except (RemoteAway, RemoteMisconfigured) as error:
         sys.exit(f"cf remote {args.verb}: {error}")

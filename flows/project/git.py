@@ -1,7 +1,5 @@
 """The one place that starts git: answers as text, refusals as RuntimeError, and never a question to a person."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path
@@ -28,12 +26,12 @@ def commit_paths(folder: Path, paths: list[str], message: str) -> str:
     return run_git(folder, "rev-parse", "HEAD").strip()
 
 
-def read_committed(folder: Path, path: str) -> str:
-    """Return a file's text at the last commit; empty if that commit lacks the file."""
+def read_committed(repo: Path, commit: str, path: str) -> str | None:
+    """Return a file's text at a commit, branch or tag; None if that lacks the file, or if there is no such commit."""
     try:
-        return run_git(folder, "show", f"HEAD:{path}")
+        return run_git(repo, "show", "--end-of-options", f"{commit}:{path}")
     except RuntimeError:
-        return ""
+        return None
 
 
 def resolve_commit(repo: Path, commit: str) -> str:

@@ -4,12 +4,10 @@ DVC's `-S` (hydra's grammar) is not used: it reformats the whole file, checks no
 `${oc.env:NAME}`, which would put the environment into a committed file.
 """
 
-from __future__ import annotations
-
 import difflib
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from tasks.files.atomic import write_atomically
+from tasks.files.trees import list_nodes
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list", dict: "a section"}
 
@@ -34,16 +33,14 @@ def apply_overrides(path: Path, overrides: Mapping[str, Any]) -> None:
     """
     text = path.read_text()
     params = parse_params(text)
-    known = list(_list_keys(params))
     for key, value in overrides.items():
+        known = dict(list_nodes(params))
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             way = f"did you mean {close[0]}?" if close else f"known sections are {', '.join(map(str, params))}"
             raise ValueError(f"{key} is not a parameter of {path.name}; {way}")
-        *sections, last = key.split(".")
-        section = params
-        for name in sections:
-            section = section[name]
+        above, _, last = key.rpartition(".")
+        section = known[above] if above else params
         converted = _convert_value(key, value, section[last])
         if (converted, type(converted)) != (section[last], type(section[last])):
             section[last] = converted
@@ -74,27 +71,14 @@ def _replace_value(text: str, key: list[str], value: Any) -> str:
 
 
 def _dump_value(value: Any) -> str:
-    """Return a value as YAML in one line, which may stand after any key or within brackets."""
+    """Return a value as YAML in one line, which may stand after any key or within brackets.
+
+    Written by the rules of YAML 1.1, so that PyYAML reads the same value: it takes 2e-06 without a point for a word.
+    """
     yaml, text = YAML(typ="safe", pure=True), io.StringIO()
-    yaml.default_flow_style, yaml.width = True, sys.maxsize
-    yaml.representer.add_representer(float, _represent_float)
+    yaml.version, yaml.default_flow_style, yaml.width = "1.1", True, sys.maxsize
     yaml.dump({"": value}, text)
-    return text.getvalue().strip().removeprefix("{'': ").removesuffix("}")
-
-
-def _represent_float(representer: Any, value: float) -> Any:
-    """Write a number with a point, because PyYAML reads 2e-06 as a word."""
-    mantissa, sign, exponent = repr(float(value)).partition("e")
-    point = ".0" if sign and "." not in mantissa else ""
-    return representer.represent_scalar("tag:yaml.org,2002:float", f"{mantissa}{point}{sign}{exponent}")
-
-
-def _list_keys(section: Any, above: str = "") -> Iterator[str]:
-    """Yield the dotted keys of sections and of values."""
-    for key, value in section.items():
-        yield f"{above}{key}"
-        if isinstance(value, Mapping):
-            yield from _list_keys(value, f"{above}{key}.")
+    return text.getvalue().strip().partition("{'': ")[2].removesuffix("}")
 
 
 def _convert_value(key: str, value: Any, current: Any) -> Any:

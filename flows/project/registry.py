@@ -8,18 +8,15 @@ GTO's own API does not write them, because it gives a tag no date and orders tag
 the older. It also takes four seconds to import.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 
 from flows.project.dvc_command import run_dvc
 from flows.project.dvc_lock import describe_damage, find_out
@@ -62,20 +59,20 @@ class Assignment:
 
 def list_versions(repo: Path) -> list[Version]:
     """Return all versions, lowest first. A lightweight tag is no version, because it has neither date nor message."""
-    versions = [Version(match[1], commit, int(when), about) for match, commit, when, about in _read_tags(repo, VERSION_TAG) if when]
-    return sorted(versions, key=lambda version: _version_key(version.name))
+    return [Version(name, commit, when, about) for name, commit, when, about in _read_tags(repo, VERSION_TAG) if when]
 
 
 def list_assignments(repo: Path) -> list[Assignment]:
     """Return all promotions in their order. A tag at a commit that is no version is no promotion."""
     known = {version.commit: version for version in list_versions(repo)}
-    tags = [tag for tag in _read_tags(repo, PROMOTION_TAG) if tag[1] in known]
-    return sorted((Assignment(int(m[1]), known[commit], int(when), about) for m, commit, when, about in tags), key=lambda a: a.number)
+    tags = _read_tags(repo, PROMOTION_TAG)
+    return [Assignment(int(number), known[commit], when, about) for number, commit, when, about in tags if commit in known]
 
 
 def find_promoted(repo: Path) -> Version | None:
     """Return the promoted version; None before the first promotion."""
-    return next((assignment.version for assignment in reversed(list_assignments(repo))), None)
+    assignments = list_assignments(repo)
+    return assignments[-1].version if assignments else None
 
 
 def find_version(repo: Path, name: str) -> Version:
@@ -88,12 +85,17 @@ def find_version(repo: Path, name: str) -> Version:
     return versions[name]
 
 
-def _read_tags(repo: Path, pattern: re.Pattern[str]) -> list[tuple[re.Match[str], str, str, dict[str, Any]]]:
-    """Return match of the name, commit, date and message of all tags that fit; commit and date are empty for a lightweight tag."""
+def _read_tags(repo: Path, pattern: re.Pattern[str]) -> list[tuple[str, str, int, dict[str, Any]]]:
+    """Return the pattern's group, commit, date and message of all tags that fit it, lowest number first.
+
+    A lightweight tag has an empty commit and the date 0.
+    """
     form = "%00".join(f"%({field})" for field in FIELDS) + "%01"
     rows = run_git(repo, "for-each-ref", f"--format={form}", "refs/tags").split("\1")
     fields = [[*row.strip("\n").split("\0"), "", "", ""][:4] for row in rows]
-    return [(match, commit, when, _parse_message(text)) for name, commit, when, text in fields if (match := pattern.fullmatch(name))]
+    found = [(pattern.fullmatch(name), commit, when, text) for name, commit, when, text in fields]
+    tags = [(match[1], commit, int(when or 0), _parse_message(text)) for match, commit, when, text in found if match]
+    return sorted(tags, key=lambda tag: _find_numbers(tag[0]))
 
 
 def _parse_message(message: str) -> dict[str, Any]:
@@ -105,16 +107,14 @@ def _parse_message(message: str) -> dict[str, Any]:
     return about if isinstance(about, dict) else {"said": message.strip()}
 
 
-def _version_key(name: str) -> tuple[int, ...]:
-    return tuple(map(int, name.removeprefix("v").split(".")))
+def _find_numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
 
 
-@contextmanager
-def lock_registry(repo: Path) -> Iterator[None]:
-    """Hold the lock of all worktrees of the checkout, so that no other process tags between reading what is promoted and tagging."""
+def lock_registry(repo: Path) -> BaseFileLock:
+    """Return the lock of all worktrees of the checkout, to hold from reading what is promoted until a tag is made."""
     folder = Path(run_git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir").strip())
-    with FileLock(folder / "cf-registry.lock"):
-        yield
+    return FileLock(folder / "cf-registry.lock")
 
 
 def register_version(repo: Path, commit: str, about: dict[str, Any]) -> Version:
@@ -127,7 +127,7 @@ def register_version(repo: Path, commit: str, about: dict[str, Any]) -> Version:
         if version.commit == commit:
             return version
     weights = find_out(repo, commit, WEIGHTS)
-    *above, last = max((_version_key(tag[0][1]) for tag in _read_tags(repo, VERSION_TAG)), default=(0, 0, 0))
+    *above, last = max((_find_numbers(name) for name, *_ in _read_tags(repo, VERSION_TAG)), default=[0, 0, 0])
     name = "v" + ".".join(map(str, [*above, last + 1]))
     _create_tag(repo, f"{ARTIFACT}@{name}", commit, {"path": WEIGHTS, "md5": weights["md5"]} | about)
     return find_version(repo, name)
@@ -135,7 +135,7 @@ def register_version(repo: Path, commit: str, about: dict[str, Any]) -> Version:
 
 def assign_version(repo: Path, version: Version, about: dict[str, Any]) -> Assignment:
     """Promote a version."""
-    number = max((int(tag[0][1]) for tag in _read_tags(repo, PROMOTION_TAG)), default=0) + 1
+    number = max((int(number) for number, *_ in _read_tags(repo, PROMOTION_TAG)), default=0) + 1
     _create_tag(repo, f"{ARTIFACT}#{STAGE}#{number}", version.commit, {"version": version.name} | about)
     return list_assignments(repo)[-1]
 
@@ -168,8 +168,7 @@ def _create_tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) ->
 
     The tag is dated at least a second after the last one, because GTO orders tags by seconds.
     """
-    tags: list[Version | Assignment] = [*list_versions(repo), *list_assignments(repo)]
-    last = max((tag.when for tag in tags), default=0)
+    last = max((when for pattern in (VERSION_TAG, PROMOTION_TAG) for _, _, when, _ in _read_tags(repo, pattern)), default=0)
     message = json.dumps(about, sort_keys=True, ensure_ascii=False)
     options = ["--annotate", "--no-sign", "--cleanup=verbatim", "--message", message]
     date = f"{max(int(time.time()), last + 1)} +0000"

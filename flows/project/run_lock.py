@@ -1,7 +1,5 @@
 """The lock that lets one run at a time use a checkout, and tells which run died while it held the checkout."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ All worktrees share the DVC cache of their checkout, so that results are restore
 run from it; the folder is removed when it is old (`cf runs prune`).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -37,16 +35,14 @@ def check_run_name(name: str) -> str:
     return name
 
 
-def make_worktree(
-    repo: Path, name: str, *, base: str = "HEAD", profile: str | None, overrides: Mapping[str, Any], branch: str | None = None
-) -> Path:
-    """Create the worktree of a run on `branch` (default: run/NAME) from `base`, and commit its parameters; return its folder.
+def make_worktree(repo: Path, name: str, *, base: str = "HEAD", profile: str | None, overrides: Mapping[str, Any]) -> Path:
+    """Create the worktree of a run on branch run/NAME from `base`, and commit its parameters; return its folder.
 
     A worktree that exists is used as it is, so that a run that is tried again finds its files and training goes on from its last
     checkpoint. Raises ValueError or RuntimeError for a name, profile or value that is refused; no value is changed then.
     """
     repo, name = repo.resolve(), check_run_name(name)
-    branch, folder = branch or f"run/{name}", repo / FOLDER / name
+    branch, folder = f"run/{name}", repo / FOLDER / name
     if not (folder / ".git").is_file():  # absent, or half made: in such a folder git would act on the checkout around it
         shutil.rmtree(folder, ignore_errors=True)
         run_git(repo, "worktree", "prune")

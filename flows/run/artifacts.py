@@ -3,27 +3,20 @@
 No artifact is worth a run: whatever fails here is a line in the log, written by `complain`.
 """
 
-from __future__ import annotations
-
 import contextvars
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect import artifacts as prefect_artifacts
 
 from tasks.files.json_lines import read_json_object
 from tasks.files.settings import read_settings
+from tasks.files.trees import list_nodes
 
 UPDATE_EVERY = 2.0  # seconds between two updates of a bar
 STEPS = re.compile(r"(?P<stage>[\w@./:-]+): (?P<done>\d+) of (?P<total>\d+) \w+")
@@ -72,41 +65,43 @@ class ProgressBar:
         self.update = self.executor.submit(contextvars.copy_context().run, self._send, percent, line)
 
     def _send(self, percent: float, line: str) -> None:
-        try:
-            if self.artifact is None:
-                self.artifact = cast(UUID, create_progress_artifact(percent, key=f"progress-{artifact_key(self.stage)}", description=line))
-            else:
-                update_progress_artifact(self.artifact, percent, description=line)
-        except Exception as error:
-            self.complain(f"progress is not shown: {' '.join(str(error).split())[:200]}")
+        if self.artifact is None:
+            create, key = prefect_artifacts.create_progress_artifact, f"progress-{artifact_key(self.stage)}"
+            self.artifact = _show(self.complain, create, percent, key=key, description=line)
+        else:
+            _show(self.complain, prefect_artifacts.update_progress_artifact, self.artifact, percent, description=line)
 
 
 def show_results(root: Path, run: str, states: Mapping[str, str], complain: Complain) -> None:
     """Show what each stage did, all metrics in one table, and links to the report and to W&B's runs."""
     places = wandb_places(root)
-    _show(complain, create_markdown_artifact, _summary_text(root, run, states, places), key="run", description=f"run {run}")
-    if rows := list(_metric_rows(root)):
+    create_link, summary = prefect_artifacts.create_link_artifact, _summary_text(root, run, states, places)
+    _show(complain, prefect_artifacts.create_markdown_artifact, summary, key="run", description=f"run {run}")
+    metrics = {file.stem: read_json_object(file) for file in sorted((root / "metrics").glob("*.json"))}
+    values = [(stage, *node) for stage, tree in metrics.items() for node in list_nodes(tree) if not isinstance(node[1], Mapping)]
+    if rows := [{"stage": stage, "metric": name, "value": value} for stage, name, value in values]:
         show_table(rows, "metrics", f"metrics of run {run}", complain)
     report = root / "reports/report.html"
     if report.exists():
         server = (read_settings().reports or "").rstrip("/")
         link = f"{server}/{root.name}/report.html" if server and root.parent.name == ".runs" else report.as_uri()
-        _show(complain, create_link_artifact, link, "report", key="report", description=f"the report of run {run}, {report}")
+        _show(complain, create_link, link, "report", key="report", description=f"the report of run {run}, {report}")
     for stage, place in places.items():
         if place.startswith(("http://", "https://")):
-            _show(complain, create_link_artifact, place, f"{stage} of run {run} in W&B", key=f"wandb-{artifact_key(stage)}")
+            _show(complain, create_link, place, f"{stage} of run {run} in W&B", key=f"wandb-{artifact_key(stage)}")
 
 
 def show_table(rows: list[dict[str, Any]], key: str, description: str, complain: Complain) -> None:
     """Show rows of equal keys as a table."""
-    _show(complain, create_table_artifact, rows, key=key, description=description)
+    _show(complain, prefect_artifacts.create_table_artifact, rows, key=key, description=description)
 
 
-def _show(complain: Complain, create: Callable[..., object], *values: object, **options: object) -> None:
+def _show(complain: Complain, create: Callable[..., Any], *values: object, **options: object) -> Any:
     try:
-        create(*values, **options)
+        return create(*values, **options)
     except Exception as error:
         complain(f"an artifact is not shown: {' '.join(str(error).split())[:200]}")
+        return None
 
 
 def _summary_text(root: Path, run: str, states: Mapping[str, str], places: Mapping[str, str]) -> str:
@@ -125,18 +120,3 @@ def wandb_places(root: Path) -> dict[str, str]:
     facts = {file.stem: read_json_object(file) for file in sorted((root / "runtime").glob("*.json"))}
     places = {stage: values.get("wandb_url") or values.get("wandb") for stage, values in facts.items()}
     return {stage: str(place) for stage, place in places.items() if place}
-
-
-def _metric_rows(root: Path) -> Iterator[dict[str, Any]]:
-    for file in sorted((root / "metrics").glob("*.json")):
-        for name, value in _flatten(read_json_object(file)):
-            yield {"stage": file.stem, "metric": name, "value": value}
-
-
-def _flatten(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a tree by their dotted names."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value

@@ -1,11 +1,9 @@
 """What one run of the pipeline is asked to do: the form in Prefect's UI, and the options of `python -m flows.pipeline`."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -49,14 +47,10 @@ Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
 Overrides = Annotated[list[Override], Field(max_length=50), AfterValidator(_refuse_unreadable)]
 
 
-class RunConfig(BaseModel):
+class RunConfig(BaseModel, extra="forbid"):
     """Which parameters and which stages one run takes. Everything that is not stated is as committed."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    profile: Profile = Field(
-        "params.yaml", description="The parameters to start from: params.yaml as it is committed, or one of profiles/."
-    )
+    profile: Profile = Field("params.yaml", description="The parameters to start from: params.yaml as committed, or one of profiles/.")
     overrides: Overrides = Field(
         default_factory=list,
         description="Values laid over them, one key=value each, for example stage2.steps=300 or stage2.teacher.context=none.",
@@ -72,7 +66,3 @@ class RunConfig(BaseModel):
     dry_run: bool = Field(False, description="Only say which stages would run, and why.")
     pull: bool = Field(False, description="Take a stage's result from the DVC remote, where another machine has made the same.")
     push: bool = Field(False, description="Afterwards send results and run cache to the DVC remote.")
-
-    def changes(self) -> dict[str, Any]:
-        """Return the overrides as values by their dotted keys."""
-        return parse_overrides(self.overrides)

@@ -1,18 +1,15 @@
 """What every flow begins and ends with: dead runs are closed first, results are committed, and the log is delivered to the last line."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import UUID
 
 from prefect import get_run_logger, runtime
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import State
-from prefect.exceptions import ObjectNotFound
 from prefect.logging.handlers import APILogWorker
 from prefect.states import Crashed, Failed
 
@@ -47,22 +44,15 @@ def clean_up_after_dead_runs(repo: Path) -> None:
     try:
         with get_client(sync_client=True) as client:
             # without this run itself, which may have died before and is being tried again
-            for run in {run_lock.find_dead_run(root) for root in [repo, *worktree.list_worktrees(repo)]} - {"", str(runtime.flow_run.id)}:
-                _close_run(client, UUID(run))
+            dead = {run_lock.find_dead_run(root) for root in [repo, *worktree.list_worktrees(repo)]} - {"", str(runtime.flow_run.id)}
+            for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [*dead]}})):
+                # a run that has ended, or waits to be tried again, stays as it is
+                if run.state is None or run.state.is_running() or run.state.is_cancelling():
+                    client.set_flow_run_state(run.id, Crashed(message="Its process was gone when the next run began."), force=True)
             for line in reconcile.close_dead_tasks(client):
                 logger.info(line)
     except Exception as error:
         logger.warning(f"tasks of runs that died were not closed: {' '.join(str(error).split())[:200]}")
-
-
-def _close_run(client: SyncPrefectClient, run: UUID) -> None:
-    """Mark a run as crashed whose process was killed while it had a checkout, unless it has ended, or another server has it."""
-    try:
-        state = client.read_flow_run(run).state
-    except ObjectNotFound:
-        return
-    if state is None or state.is_running() or state.is_cancelling():  # a run that waits to be tried again stays as it is
-        client.set_flow_run_state(run, Crashed(message="Its process was gone when the next run began."), force=True)
 
 
 def name_run() -> str:

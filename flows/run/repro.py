@@ -1,7 +1,5 @@
 """dvc.yaml's stages under Prefect: parameters checked first, each stage as soon as its inputs exist, results pushed afterwards."""
 
-from __future__ import annotations
-
 import re
 import sys
 import tempfile
@@ -16,7 +14,7 @@ from prefect.utilities.annotations import quote
 from flows.project import dvc_graph, dvc_lock, dvc_remote, git
 from flows.project.dvc_graph import Stage
 from flows.run import artifacts
-from flows.run.stage_task import SharedRun, run_logged, run_stage
+from flows.run.stage_task import SharedRun, run_stage
 from flows.supervise import command
 from flows.supervise.environment import stage_environment
 
@@ -30,7 +28,8 @@ def check_parameters(root: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:  # not the path that the stage `validate` writes
         words = [sys.executable, "-m", "tasks", "validate", "--out", f"{folder}/params.json"]
-        code, lines = run_logged(words, log=get_run_logger().info, cwd=root, env=stage_environment("validate", root, root), timeout=300)
+        log, environment = get_run_logger().info, stage_environment("validate", root, root)
+        code, lines = command.run_logged(words, log=log, cwd=root, env=environment, timeout=300)
     if code:
         raise ValueError(lines[-1].strip().removeprefix("cf validate: ") if lines else f"`cf validate` ended with {code} and said nothing")
 
@@ -44,8 +43,9 @@ def repro_stages(
     worktree of, or `root` itself. Raises RuntimeError when a stage failed, after all that do not need it have ended.
     """
     logger = get_run_logger()
-    shared = SharedRun(root, stage_environment(run, root, repo), _find_unchanged(root, graph), threading.Semaphore(at_once), pull)
-    committed, futures = dvc_lock.list_recorded(git.read_committed(root, "dvc.lock")), dict[str, Any]()
+    unchanged = dvc_graph.find_unchanged(root, graph, logger.warning)
+    shared = SharedRun(root, stage_environment(run, root, repo), unchanged, threading.Semaphore(at_once), pull)
+    committed, futures = dvc_lock.list_recorded(git.read_committed(root, "HEAD", "dvc.lock") or ""), dict[str, Any]()
     for stage in chosen:
         upstream = nearest_upstream(stage, graph, {stage.name for stage in chosen})
         options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
@@ -75,14 +75,15 @@ def plan_stages(root: Path, chosen: list[Stage]) -> dict[str, str]:
 
     A stage that makes the same bytes again lets the stages after it rest, so fewer may run than are said to.
     """
-    unchanged, states, rows = _find_unchanged(root, chosen), dict[str, str](), list[dict[str, str]]()
+    logger, states, rows = get_run_logger(), dict[str, str](), list[dict[str, str]]()
+    unchanged = dvc_graph.find_unchanged(root, chosen, logger.warning)
     for stage in chosen:
         after = [other for other in stage.upstream if states.get(other, "Cached") != "Cached"]
         states[stage.name] = "Cached" if stage.name in unchanged and not after else "Would run"
         why = "nothing changed" if states[stage.name] == "Cached" else f"after {', '.join(after)}" if after else "it changed"
         rows.append({"stage": stage.name, "state": states[stage.name], "why": why})
-        get_run_logger().info(f"{stage.name}: {states[stage.name]}, {why}")
-    artifacts.show_table(rows, "dry-run", "what would run", get_run_logger().warning)
+        logger.info(f"{stage.name}: {states[stage.name]}, {why}")
+    artifacts.show_table(rows, "dry-run", "what would run", logger.warning)
     return states
 
 
@@ -93,15 +94,6 @@ def nearest_upstream(stage: Stage, graph: list[Stage], chosen: set[str]) -> tupl
     for other in stage.upstream:
         nearest |= {other: None} if other in chosen else dict.fromkeys(nearest_upstream(by_name[other], graph, chosen))
     return tuple(nearest)
-
-
-def _find_unchanged(root: Path, graph: list[Stage]) -> set[str]:
-    """Return the stages that have nothing to do, which saves a second for each; none where `dvc status` fails, so each asks DVC itself."""
-    try:
-        return dvc_graph.find_unchanged(root, graph)
-    except RuntimeError as error:
-        get_run_logger().warning(str(error))
-        return set()
 
 
 def remote_answers(root: Path) -> bool:

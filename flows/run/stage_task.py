@@ -1,7 +1,5 @@
 """One stage of dvc.yaml as a Prefect task: DVC in a process of its own, and the state that DVC's output means."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +47,7 @@ class SharedRun:
 
 def may_retry(task: object, run: object, state: State[Any]) -> bool:
     """Say whether a failed stage is tried again: not while the run is being stopped, and not after a refusal, which is exit code 2."""
-    return not command.is_stopping() and not re.search(r"exited with 2(?!\d)", state.message or "")
+    return not command.stopping.is_set() and not re.search(r"exited with 2(?!\d)", state.message or "")
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=may_retry)
@@ -120,7 +118,7 @@ def read_outcome(stage: str, lines: list[str]) -> str:
 def _hold_slot(slots: threading.Semaphore) -> Iterator[None]:
     """Hold one of the places for stages that run at the same time; waiting for a place ends when the run is stopped."""
     while not slots.acquire(timeout=0.5):
-        if command.is_stopping():
+        if command.stopping.is_set():
             raise command.Stopped("stopped while waiting for its turn")
     try:
         yield
@@ -140,15 +138,3 @@ def count_gpus(stage: Stage, log: Callable[[str], None]) -> int:
             log(f"{stage.name} states gpus: {stage.gpus}; this machine has none, so it runs on the CPU")
         return available
     return int(stage.gpus)
-
-
-def run_logged(words: list[str], *, log: Callable[[str], object], **options: Any) -> tuple[int, list[str]]:
-    """Run a command as `flows.supervise.command.run` does; return its exit code and its lines, each of which was logged as it came."""
-    lines: list[str] = []
-
-    def read_line(line: str) -> None:
-        if line.strip():
-            lines.append(line.rstrip())
-            log(lines[-1])
-
-    return command.run(words, line=read_line, **options), lines

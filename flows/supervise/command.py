@@ -1,22 +1,20 @@
 """Commands of which no process outlives their end, their cancellation, or the death of this process (flows/supervise/guardian.py)."""
 
-from __future__ import annotations
-
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flows.supervise import gpus as gpu_locks
 from flows.supervise import guardian
 from tasks.files.settings import read_settings
 
 _running: set[subprocess.Popen[str]] = set()
-_stopping = threading.Event()
+stopping = threading.Event()  # set by `stop_commands`; every wait of a flow asks it
 
 
 class Stopped(RuntimeError):
@@ -39,9 +37,9 @@ def run(
     the command is dead.
     """
     word = secrets.token_hex(8)
-    with gpu_locks.lock_gpus(gpus, line, _stopping.is_set) as locks:
+    with gpu_locks.lock_gpus(gpus, line, stopping.is_set) as locks:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, locks))}
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-I", guardian.__file__, word, str(read_settings().grace), *command],
             cwd=cwd,
             # without the mark of this process, because end_orphans() must not end a guardian that still cleans up
@@ -52,8 +50,20 @@ def run(
             text=True,
             errors="replace",
             pass_fds=tuple(locks.values()),
-        )
-        return _follow_output(process, word, line, timeout)
+        ) as process:
+            return _follow_output(process, word, line, timeout)
+
+
+def run_logged(words: list[str], *, log: Callable[[str], object], **options: Any) -> tuple[int, list[str]]:
+    """Run a command as `run` does; return its exit code and its lines but for blank ones. Each line goes to `log` as it comes."""
+    lines: list[str] = []
+
+    def read_line(line: str) -> None:
+        if line.strip():
+            lines.append(line.rstrip())
+            log(lines[-1])
+
+    return run(words, line=read_line, **options), lines
 
 
 def _follow_output(process: subprocess.Popen[str], word: str, line: Callable[[str], None], timeout: float | None) -> int:
@@ -63,20 +73,17 @@ def _follow_output(process: subprocess.Popen[str], word: str, line: Callable[[st
     _running.add(process)
     try:
         watch.start()
-        if _stopping.is_set():
-            _terminate_process(process)
+        if stopping.is_set():
+            process.terminate()
         for text in process.stdout or ():
             line(text.rstrip("\n"))
     finally:
-        _terminate_process(process)
+        process.terminate()
         watch.join()
         _running.discard(process)
-        for pipe in (process.stdin, process.stdout):
-            if pipe:
-                pipe.close()
     if late.is_set():
         raise TimeoutError(f"took longer than its {timeout:g} s and was ended")
-    if _stopping.is_set():
+    if stopping.is_set():
         raise Stopped("ended because the run was stopped")
     return process.returncode
 
@@ -87,32 +94,22 @@ def _enforce_timeout(process: subprocess.Popen[str], word: str, timeout: float |
         process.wait(timeout)
     except subprocess.TimeoutExpired:
         late.set()
-        _terminate_process(process)
+        process.terminate()
         process.wait()
     if process.returncode < 0:  # the guardian was killed; processes of the command may live and hold the pipe open
         guardian.end_marked(word, 0.0)
 
 
-def _terminate_process(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-
-
 def stop_commands() -> None:
     """End all commands of this process, and let none start until `allow_commands`. For a flow that ends before its stages."""
-    _stopping.set()
+    stopping.set()
     for process in list(_running):
-        _terminate_process(process)
+        process.terminate()
 
 
 def allow_commands() -> None:
     """Let commands start again after `stop_commands`."""
-    _stopping.clear()
-
-
-def is_stopping() -> bool:
-    """Say whether `stop_commands` was called, which every wait of a flow asks."""
-    return _stopping.is_set()
+    stopping.clear()
 
 
 def mark_environment() -> None:

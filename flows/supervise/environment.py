@@ -1,7 +1,5 @@
 """The environment of processes that flows start: this interpreter's programs first, and no password that is the flows' alone."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

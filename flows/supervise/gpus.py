@@ -3,8 +3,6 @@
 Prefect's concurrency limits are not used for this, because after a restart of the server their slots stay taken for ever.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -63,27 +61,24 @@ def lock_gpus(count: int, line: Line, stop: Callable[[], bool] = lambda: False) 
 
         def collect() -> bool:
             for number in numbers:
-                if len(locks) < count and number not in locks and (handle := _take_lock(_lock_file(number), files)) is not None:
+                if len(locks) < count and number not in locks and (handle := _take_lock(f"gpu{number}", files)) is not None:
                     locks[number] = handle
             return len(locks) == count
 
         if count:
             with ExitStack() as turn:
-                _wait_until(lambda: _take_lock(lock_folder() / "gpus.lock", turn) is not None, line, "its turn to take GPUs", stop)
+                _wait_until(lambda: _take_lock("gpus", turn) is not None, line, "its turn to take GPUs", stop)
                 _wait_until(collect, line, f"{count} of GPUs {numbers}", stop)
             line(f"GPUs {', '.join(map(str, sorted(locks)))}")
         yield dict(sorted(locks.items()))
 
 
-def _lock_file(number: int) -> Path:
-    return lock_folder() / f"gpu{number}.lock"
-
-
-def _take_lock(path: Path, files: ExitStack) -> int | None:
-    """Lock a file until `files` closes; return its handle, or None while another process holds it.
+def _take_lock(name: str, files: ExitStack) -> int | None:
+    """Lock NAME.lock until `files` closes; return the file's handle, or None while another process holds it.
 
     Every user of the folder may open the file, whatever the umask of the process that makes it.
     """
+    path = lock_folder() / f"{name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
@@ -111,5 +106,5 @@ def _wait_until(ready: Callable[[], bool], line: Line, what: str, stop: Callable
 
 def find_holders() -> dict[int, int | None]:
     """Return the process that holds the lock of each GPU, None where it is free. For `cf doctor`."""
-    locks = {number: read_holder(_lock_file(number)) for number in list_gpus()}
+    locks = {number: read_holder(lock_folder() / f"gpu{number}.lock") for number in list_gpus()}
     return {number: int(text.strip() or 0) if held else None for number, (held, text) in locks.items()}

@@ -6,8 +6,6 @@ those that have lost their parents. They are found by family (as a subreaper, th
 environment, which also finds them after the guardian itself was killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -16,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -49,22 +48,32 @@ def make_mark(word: str) -> str:
     return f"{word}:{os.getpid()}:{read_start(os.getpid())}:{read_namespace()}"
 
 
-def find_marked() -> list[tuple[psutil.Process, str]]:
-    """Return the living processes of this user that any guardian of this namespace has started, with their marks."""
-    marked, namespace = [], f":{read_namespace()}"
+def is_running(process: psutil.Process) -> bool:
+    """Say whether a process runs. A zombie doesn't: in a container without an init its parent may never collect it."""
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def read_environments() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """Yield the running processes of this user, but for this one, with their environments."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            mark = "" if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE else process.environ().get(MARK, "")
-            if mark.endswith(namespace):
-                marked.append((process, mark))
-    return marked
+            if process.pid != os.getpid() and is_running(process):
+                yield process, process.environ()
+
+
+def find_marked() -> list[tuple[psutil.Process, str]]:
+    """Return the running processes of this user that any guardian of this namespace has started, with their marks."""
+    marked = [(process, environment.get(MARK, "")) for process, environment in read_environments()]
+    return [(process, mark) for process, mark in marked if mark.endswith(f":{read_namespace()}")]
 
 
 def is_alive(mark: str) -> bool:
     """Say whether the guardian that wrote a mark lives; a process that has its number by now has another beginning."""
     _, pid, since, _ = mark.split(":", 3)
     with contextlib.suppress(psutil.Error):
-        return read_start(int(pid)) == since and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE  # which guards nothing
+        return read_start(int(pid)) == since and is_running(psutil.Process(int(pid)))
     return False
 
 
@@ -90,19 +99,8 @@ def end_marked(word: str, grace: float, family: bool = False) -> list[int]:
 
 
 def _find_left(word: str, family: bool) -> list[psutil.Process]:
-    left = {process.pid: process for process, mark in find_marked() if mark.startswith(f"{word}:")}
-    if family:
-        left |= {process.pid: process for process in _drop_zombies(psutil.Process().children(recursive=True))}
-    return list(left.values())
-
-
-def _drop_zombies(processes: list[psutil.Process]) -> list[psutil.Process]:
-    living = []
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                living.append(process)
-    return living
+    left = {process for process, mark in find_marked() if mark.startswith(f"{word}:")}
+    return [*left.union(filter(is_running, psutil.Process().children(recursive=True) if family else ()))]
 
 
 def _reap_ended(main: int | None = None) -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tasks.files.atomic import write_atomically
 from tasks.params.yaml_file import Refused
 
 Row = dict[str, Any]
@@ -27,6 +28,12 @@ def read_json_lines(path: Path, *, missing_ok: bool = False, growing: bool = Fal
 def load_json_object(path: Path, *, missing_ok: bool = False) -> Row:
     """Read the object of a JSON file. Raises Refused with its path if the file holds none; `read_json_object` forgives that."""
     return {} if missing_ok and not path.exists() else _parse_object(path.read_text(encoding="utf-8"), path)
+
+
+def write_json(path: Path, values: Any, *, shared: bool = False, **options: Any) -> None:
+    """Write a JSON file, whole or not at all, and make its folder; `shared` as in write_atomically, `options` as in json.dumps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(values, **options) + "\n", shared=shared)
 
 
 def dump_json_lines(rows: Iterable[Mapping[str, Any]], **options: Any) -> str:

@@ -32,7 +32,7 @@ def at_work(repo: Path, lines: list[str], **changed: Any) -> state.NightState:
     root = repo / ".runs/night"
     project.git(repo, "worktree", "add", "-q", "--detach", str(root))
     given = {"past": [], "promoted": registry.find_promoted(repo), "date": "2026-01-07", "clips_folder": None, "full": False} | changed
-    settings = state.read_night_settings(stated)
+    settings = state.NightSettings.model_validate(stated["nightly"])
     return state.NightState(
         state.NightPlan(repo=repo, root=root, run="r", base=base, settings=settings, from_folder=True, log=lines.append, **given)
     )

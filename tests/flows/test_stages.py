@@ -9,6 +9,7 @@ import pytest
 
 from flows.project import dvc_graph, dvc_lock
 from flows.project.dvc_graph import Stage, select_stages
+from tasks.params.yaml_file import read_yaml
 from tests.flows import project
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,7 @@ def test_a_stage_that_is_not_there_is_one_sentence() -> None:
 
 
 def test_every_stage_of_this_project_says_what_it_needs() -> None:
+    stated = read_yaml(ROOT / "dvc.yaml")["stages"]
     for stage in dvc_graph.read_graph(ROOT):
-        assert {"gpus", "retries"} <= set(stage.meta), f"{stage.name} in dvc.yaml states no meta.cf.gpus or retries"
+        assert {"gpus", "retries"} <= set(stated[stage.name]["meta"]["cf"]), f"{stage.name} in dvc.yaml states no meta.cf.gpus or retries"
         assert stage.timeout is None or not stage.retries, f"{stage.name}: training takes as long as it takes"

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from flows import evaluate, nightly, pipeline
 from flows.evaluate import Checkpoint
 from flows.project import git, registry, worktree
-from flows.run.config import RunConfig
+from flows.run.config import RunConfig, parse_overrides
 from tests.flows import project
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def test_a_form_takes_no_command(attack: str) -> None:
     for override in (f"{attack}=1", f"seed{attack}=1", f"seed.{attack}=1"):
         if not re.fullmatch(r"seed=+1", override):
             with pytest.raises((ValidationError, ValueError)):
-                RunConfig.model_validate({"overrides": [override]}).changes()
+                parse_overrides(RunConfig.model_validate({"overrides": [override]}).overrides)
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=repr)
@@ -113,7 +113,7 @@ def test_a_value_stays_a_value(attack: str, repo: Path) -> None:
         with pytest.raises(ValueError, match=r"the override profile holds \$\{"):
             RunConfig(overrides=[f"profile='{quoted}'"])
         return
-    changes = RunConfig(overrides=[f"profile='{quoted}'"]).changes()
+    changes = parse_overrides(RunConfig(overrides=[f"profile='{quoted}'"]).overrides)
     assert changes == {"profile": attack}
     root = worktree.make_worktree(repo, f"x{TEXTS.index(attack)}", profile=None, overrides=changes)
     assert project.git(root, "show", "HEAD:params.yaml").count("touch planted") == attack.count("touch planted")
