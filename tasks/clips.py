@@ -1,4 +1,7 @@
-"""Stage `clips`: video files with captions, rendered from worlds (bad clips planted among them) or copied from a folder."""
+"""Stage `clips`: make the clips that all later stages start from, rendered from worlds or copied from the user's folder.
+
+Among rendered clips there are bad ones on purpose ("planted"), so that tests and the report can say whether the stage filter finds them.
+"""
 
 import hashlib
 import shutil
@@ -14,7 +17,8 @@ from tasks.files.videos import VIDEO_SUFFIXES, list_videos
 from tasks.params.schema import Params
 from tasks.runner.track import Track
 
-# Kinds of bad clips that are planted, and the filter's reason for each; only tests and the report may read which clip is which.
+# Kinds of bad clips that are planted, and the reason for which the stage filter should reject each. Only tests and the report may read
+# a row's `planted`, because the filter must find the bad clips from the video alone.
 PLANTED = {
     "too_short": "too_short",
     "frozen": "frozen",
@@ -24,14 +28,18 @@ PLANTED = {
     "truncated": "unreadable",
     "wrong_fps": "wrong_fps",
 }
-SHORT_SECONDS = 6
-WRONG_FPS = 8
-OVEREXPOSED = 0.4  # quantile of the picture's brightness that an overexposure turns white, with all that is brighter
-WORSE_CRF = 6  # added for the second encoding of a duplicate
+SHORT_SECONDS = 6  # length of a clip that is too short
+WRONG_FPS = 8  # frame rate of a clip that has too few frames a second
+OVEREXPOSED = 0.4  # quantile, over all frames, of each pixel's darkest channel; the pixels above it become white
+WORSE_CRF = 6  # added to clips.crf for the second encoding of a duplicate, which is then coarser than the first
 
 
 def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
-    """Write data/clips: video files and clips.jsonl, with id, file and caption of each and, for rendered clips, the truth."""
+    """Write the video files and clips.jsonl to `out`; return the numbers of all clips and of planted ones.
+
+    A row has id, file, caption, source (the path in the user's folder), planted (the kind of fault) and truth (`World.truth`). Only good
+    rendered clips have a truth: the others show no known world, or do not show it unchanged.
+    """
     out.mkdir(parents=True, exist_ok=True)
     rows = list((copy_folder if params.clips.source == "folder" else render_worlds)(params, track, out))
     (out / "clips.jsonl").write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
@@ -39,7 +47,7 @@ def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
 
 
 def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
-    """Render worlds to clips and yield their rows. A clip's kind is drawn, so neither its number nor its neighbours give it away."""
+    """Render worlds to clips and yield their rows. The kinds are shuffled, because otherwise a clip's number would tell its kind."""
     fps, size, clips = params.video.fps, (params.video.height, params.video.width), params.clips
     check_size(params)
     rng = np.random.default_rng(params.seed)
@@ -47,7 +55,8 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
     progress = track.progress(len(kinds), unit="clip")
     good: list[Row] = []
     for i, kind in enumerate(kinds):
-        # Two worlds for each clip, which no other clip has, nor any clip of another seed while there are fewer than half a million.
+        # Each clip has two seeds of worlds for itself, because a hard cut needs a second world. Each value of params.seed has a million
+        # seeds of worlds, so runs of different seeds share none.
         world, other = (worlds.draw_world(params.seed * 1_000_000 + 2 * i + j) for j in range(2))
         row = make_row(f"{i:05d}", ".mp4", world.caption, planted=kind)
         path, crf = out / row["file"], clips.crf
@@ -69,7 +78,7 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
 
 
 def check_size(params: Params) -> None:
-    """Raise ValueError for sizes that a world or decord can't have."""
+    """Raise ValueError for a size that a world cannot be rendered in, or that decord would read wrongly."""
     height, width = params.video.height, params.video.width
     if height % 32 or width % 2 or width in UNREADABLE_WIDTHS:
         raise ValueError(
@@ -79,7 +88,7 @@ def check_size(params: Params) -> None:
 
 
 def draw_kinds(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:
-    """Draw the kind of every clip; None is good. The first is good, so that a duplicate has a clip before it to repeat."""
+    """Shuffle `count` good clips (None) and `bad` clips of each kind. The first is good, because a duplicate repeats an earlier one."""
     kinds: list[str | None] = [None] * count + [kind for kind in PLANTED for _ in range(bad)]
     kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     first = kinds.index(None)
@@ -90,21 +99,21 @@ def draw_kinds(count: int, bad: int, rng: np.random.Generator) -> list[str | Non
 def render_kind(
     kind: str | None, world: worlds.World, other: worlds.World, frames: int, size: tuple[int, int], fps: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Render a clip of some kind; faults of the file, not of its pictures, are added after it is written."""
+    """Render the frames of a clip of some kind, uint8 [frames, *size, 3]. Of a truncated clip the file is cut after it is written."""
 
-    def pictures(of: worlds.World, frames: int, fps: int = fps) -> np.ndarray:
+    def render(of: worlds.World, frames: int, fps: int = fps) -> np.ndarray:
         return worlds.render_clip(of, frames, height=size[0], width=size[1], fps=fps)
 
     if kind == "too_short":
-        return pictures(world, SHORT_SECONDS * fps)
+        return render(world, SHORT_SECONDS * fps)
     if kind == "wrong_fps":
-        return pictures(world, max(1, frames * WRONG_FPS // fps), WRONG_FPS)
+        return render(world, max(1, frames * WRONG_FPS // fps), WRONG_FPS)
     if kind == "frozen":
-        return pictures(world, 1).repeat(frames, axis=0)
-    video = pictures(world, frames)
+        return render(world, 1).repeat(frames, axis=0)
+    video = render(world, frames)
     if kind == "hard_cut":
         at = int(frames * rng.uniform(0.2, 0.8))
-        return np.concatenate([video[:at], pictures(other, frames)[at:]])
+        return np.concatenate([video[:at], render(other, frames)[at:]])
     if kind == "blown_out":
         white = max(1.0, float(np.quantile(video.min(-1), OVEREXPOSED)))
         return np.rint(np.minimum(255.0, video * (255.0 / white))).astype(np.uint8)
@@ -122,10 +131,11 @@ def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
     progress = track.progress(len(files), unit="clip")
     for file in files:
         source = file.relative_to(folder).as_posix()
-        # The id is made of the file's name alone, so that a new file changes no other clip's id, and so not its split.
+        # The id is a hash of the file's path in the folder, because the id decides whether a clip is held out, and a new file must not
+        # move other clips.
         name = hashlib.sha256(source.encode()).hexdigest()[:12]
         row = make_row(name, file.suffix.lower(), read_caption(file), source=source)
-        # Choice: copied, not linked. DVC write-protects what it caches, and a link would be the user's own file.
+        # Choice: copied, not linked, because DVC makes files in its cache read-only, and through a link also the user's own file.
         shutil.copyfile(file, out / row["file"])
         progress.update()
         yield row

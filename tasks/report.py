@@ -14,6 +14,7 @@ import yaml
 
 from cf_model.evaluate.figures import GREY, PALETTE, STRIP_SECONDS, Line, build_gallery, build_guesses, draw_chart, item_key
 from cf_model.evaluate.report import Results, build_tables, check_goals, compare_memories, compare_stages, describe_metric, render_page
+from cf_model.evaluate.trouble import find_troubles
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params, System
 from tasks.parts.systems import as_trained
@@ -88,6 +89,12 @@ def draw_training(models: Path) -> list[dict[str, Any]]:
                 charts.append({"name": name.replace("_", " "), "last": float(mean[-1]), "svg": svg})
         stages.append({"stage": path.parent.name, "charts": charts, "steps": rows[-1]["step"] if rows else 0})
     return stages
+
+
+def collect_troubles(models: Path, params: Params) -> dict[str, list[str]]:
+    """Return the sentences about curves that left the bounds of params.yaml's section watch, by stage."""
+    found = {stage: find_troubles(read_json_lines(models / stage / "metrics.jsonl", missing_ok=True), params.watch) for stage in STAGES}
+    return {stage: sentences for stage, sentences in found.items() if sentences}
 
 
 def stage_order(name: str) -> tuple[int, str]:
@@ -226,8 +233,10 @@ def run(
     teachers = [name for name in present["continuations"] if (s := recipes["continuations"].get(name)) and s.weights == "teacher"]
     kinds = {name_memory(recipes["continuations"][name]): name for name in reversed(teachers)}
     manifest = read_json_lines(data, missing_ok=True)
+    troubles = collect_troubles(models, params)
     page = {
         "params": params,
+        "troubles": troubles,
         "facts": list_facts(params, index, manifest, [row for gallery in galleries.values() for row in gallery["rows"]]),
         "colours": colours,
         "recipes": {suite: {name: describe_system(system) for name, system in systems.items()} for suite, systems in recipes.items()},
@@ -253,4 +262,5 @@ def run(
     html = render_page(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
-    return {"videos": html.count("data:video/mp4"), "strips": html.count("data:image/png"), "bytes": len(html.encode())}
+    videos, strips = (html.count(f"data:{kind}") for kind in ("video/mp4", "image/png"))
+    return {"videos": videos, "strips": strips, "bytes": len(html.encode()), "troubles": sum(map(len, troubles.values()))}

@@ -37,7 +37,7 @@ from tasks.wandb_log import run as mirror
 stage, wandb = sys.argv[1], sys.argv[2]
 project = Project()
 project.tree = {"seed": 0, "profile": "tiny", "evaluate": {"resamples": 100}}
-project.params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb=wandb, project="toy"))
+project.params = SimpleNamespace(seed=0, threads=1, watch=(), tracking=SimpleNamespace(wandb=wandb, project="toy"))
 
 def run(params, track, *, out):
 BODY

@@ -73,7 +73,7 @@ def run(params, track, *, out):
 def main(argv):
     project, paths = Project(), dict(out=Path("made"))
     project.tree = {{"seed": 0}}
-    project.params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
+    project.params = SimpleNamespace(seed=0, threads=1, watch=(), tracking=SimpleNamespace(wandb="off", project="toy"))
     store = None if ranks.get_rank() is None else ranks.join_ranks()
     if ranks.get_rank():
         ranks.run_follower("toy", run, paths, project.params, store)

@@ -24,7 +24,7 @@ from tasks.runner import execute as runner
 from tasks.runner import track as tracking
 
 ROOT = Path(__file__).parent.parent
-PARAMS = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
+PARAMS = SimpleNamespace(seed=0, threads=1, watch=(), tracking=SimpleNamespace(wandb="off", project="toy"))
 STATED = {"seed": 0, "toy": {"steps": 6}, "other": 1}
 PIPELINE = "stages:\n  toy:\n    cmd: python -m tasks toy\n    deps: [data.txt, code.py, folder]\n    params: [seed, toy.steps]\n"
 
@@ -202,7 +202,7 @@ def run(params, track, *, data, out):
 
 project = Project()
 project.tree = {STATED!r}
-project.params = SimpleNamespace(seed=0, threads=1, tracking=SimpleNamespace(wandb="off", project="toy"))
+project.params = SimpleNamespace(seed=0, threads=1, watch=(), tracking=SimpleNamespace(wandb="off", project="toy"))
 try:
     execute("toy", run, dict(data=Path("data.txt"), out=Path("model")), project, began=time.time())
 except Refused as error:

@@ -1,14 +1,17 @@
-"""A small world that can be measured: a camera pans over a cyclic panorama, a sprite moves in its sky.
+"""Synthetic training clips whose every fact is known: a camera pans over a circular panorama, and a sprite moves in the picture.
 
-All that a metric needs is known: the landmarks (drawn at random and never named in the caption, so that a landmark
-that comes back must come from memory), the sprite's colour and shape and the sky (named in the caption), and the
-camera's heading, which the strip at the bottom shows as a hue and can therefore be read off any generated frame.
-Lengths are in units of 1/32 of the picture's height, so a world looks the same at every size.
+A video model is trained on these clips, and metrics (cf_model/evaluate/oracle.py) compare the model's videos with the world's facts.
+The caption names the sprite's colour and shape, the sky and the speed. The caption never names the landmarks, which are hills of
+random colours, because then a landmark that returns to view in its old colour shows that the model remembered it. The heading is the
+place in the panorama of the picture's left edge; every frame shows it, because the strip at the bottom has another hue at each place.
+The sprite moves within the picture and does not follow the pan. Lengths are in units of 1/32 of the picture's height, so that a world
+looks the same at every size.
 """
 
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +33,9 @@ SKIES = {  # top and bottom of the gradient
 SHAPES = ("disc", "bar", "post")
 SPEEDS = {"slow": 5.5, "fast": 10.0}  # units a second
 PANORAMA = 96  # units around the whole circle
-LANDMARKS = 8
-SCENE = 24  # rows of the scene; the compass strip has the rest up to 32
+LANDMARKS = 8  # number of hills around the circle
+SCENE = 24  # height of sky, hills and sprite together, in units; the strip of hues, the compass, has the other 8
+# where metrics look for the sky, the sprite, the hills and the compass: rows in units, with a margin to what lies beside
 SKY_ROWS = slice(1, 7)
 SPRITE_ROWS = slice(1, 12)
 LANDMARK_ROWS = slice(16, 23)
@@ -40,7 +44,7 @@ COMPASS_ROWS = slice(25, 31)
 
 @dataclass(frozen=True)
 class World:
-    """Facts of a clip before it is rendered; `truth` is the part that a metric may use."""
+    """Facts of a clip before it is rendered."""
 
     seed: int
     colour: str
@@ -48,23 +52,26 @@ class World:
     sky: str
     speed: str
     landmarks: tuple[str, ...]
-    start: float  # heading of the middle of the pan, units
-    amplitude: float  # of the pan, units
-    phase: float
-    path: tuple[float, float, float, float]  # sprite: frequencies (Hz) and phases in x and y
+    centre: float  # heading about which the pan swings, in units
+    amplitude: float  # peak of the pan before its corners are rounded, in units; the camera swings 0.84 of it to each side
+    phase: float  # of the pan at second 0, in radians
+    path: tuple[float, float, float, float]  # of the sprite: frequencies in x and y (Hz), phases in x and y (radians)
 
     @property
     def caption(self) -> str:
-        """The prompt: sprite, sky and speed, but never the landmarks."""
+        """The clip's caption, which is the prompt for a video of this world: sprite, sky and speed, but never the landmarks."""
         return f"a {self.colour} {self.shape} in the {self.sky}, the camera pans {self.speed}"
 
     def heading(self, seconds: np.ndarray) -> np.ndarray:
-        """Return the heading of the picture's left edge at these times, in units; not wrapped."""
+        """Return the place of the picture's left edge at these times (seconds), in units, not wrapped to 0..PANORAMA.
+
+        The pan is a triangle wave of slope SPEEDS[speed]; the factor 0.97 rounds its corners.
+        """
         swing = np.sin(self.phase + seconds * SPEEDS[self.speed] / self.amplitude * np.pi / 2)
-        return self.start + self.amplitude * 2 / np.pi * np.arcsin(0.97 * swing)  # a triangle with round corners
+        return self.centre + self.amplitude * 2 / np.pi * np.arcsin(0.97 * swing)
 
     def truth(self, frames: int, fps: float) -> dict[str, object]:
-        """Return what a metric may use, with the heading of each frame in 0..PANORAMA."""
+        """Return the facts that metrics compare a video with; `heading` is that of each frame, in units, in 0..PANORAMA."""
         seconds = np.arange(frames) / fps
         return {
             "colour": self.colour,
@@ -77,11 +84,11 @@ class World:
 
 
 def draw_world(seed: int) -> World:
-    """Draw the world of a seed."""
+    """Choose a world at random; the same seed gives the same world."""
     rng = np.random.default_rng(seed)
 
-    def pick(names: object) -> str:
-        names = tuple(names)  # type: ignore[arg-type]
+    def pick(names: Iterable[str]) -> str:
+        names = tuple(names)
         return str(names[rng.integers(len(names))])
 
     return World(
@@ -91,21 +98,25 @@ def draw_world(seed: int) -> World:
         sky=pick(SKIES),
         speed=pick(SPEEDS),
         landmarks=tuple(pick(COLOURS) for _ in range(LANDMARKS)),
-        start=float(rng.uniform(0, PANORAMA)),
+        centre=float(rng.uniform(0, PANORAMA)),
         amplitude=float(rng.uniform(22, 30)),
         phase=float(rng.uniform(0, 2 * np.pi)),
         path=(float(rng.uniform(0.08, 0.16)), float(rng.uniform(0.08, 0.16)), *rng.uniform(0, 2 * np.pi, 2).tolist()),
     )
 
 
-def paint_panorama(landmarks: tuple[str, ...], sky: str, unit: int) -> np.ndarray:
-    """Paint the scene all around, [SCENE * unit, PANORAMA * unit, 3] float in 0..255, without sprite and compass."""
+def paint_panorama(landmarks: tuple[str, ...], sky: str, pixels: int) -> np.ndarray:
+    """Paint sky and landmarks of the whole circle, without sprite and compass; `pixels` is the length of a unit.
+
+    Returns floats in 0..255, [SCENE * pixels, PANORAMA * pixels, 3]. A landmark is a hill of one colour with its peak at row 12 and its
+    foot at row 18 (in units); neighbouring hills overlap.
+    """
     top, bottom = (np.array(c, float) for c in SKIES[sky])
-    rows = (np.arange(SCENE * unit) + 0.5) / unit
-    columns = (np.arange(PANORAMA * unit) + 0.5) / unit
+    rows, columns = ((np.arange(size * pixels) + 0.5) / pixels for size in (SCENE, PANORAMA))  # middles of the pixels, in units
     image = top + (bottom - top) * (rows / SCENE)[:, None, None] * np.ones((1, len(columns), 1))
     width = PANORAMA / len(landmarks)
     for i, name in enumerate(landmarks):
+        # Distance of each column from the hill's middle, the shorter way round; then the hill's height there, 1 at its middle.
         away = (columns - (i + 0.5) * width + PANORAMA / 2) % PANORAMA - PANORAMA / 2
         bump = np.clip(np.cos(np.clip(away / width, -0.75, 0.75) * np.pi / 1.5), 0, 1) ** 1.2
         hill = 1 / (1 + np.exp(-(rows[:, None] - 18 + 6 * bump[None]) / 1.3)) * np.minimum(1, 1.6 * bump)[None]
@@ -113,35 +124,40 @@ def paint_panorama(landmarks: tuple[str, ...], sky: str, unit: int) -> np.ndarra
     return image
 
 
-def paint_compass(unit: int) -> np.ndarray:
-    """Paint the strip under the panorama, whose hue is the heading: [(32 - SCENE) * unit, PANORAMA * unit, 3]."""
-    hues = np.array([colorsys.hsv_to_rgb((i + 0.5) / (PANORAMA * unit), 0.9, 0.9) for i in range(PANORAMA * unit)])
-    return np.repeat(255 * hues[None], (32 - SCENE) * unit, axis=0)
+def paint_compass(pixels: int) -> np.ndarray:
+    """Paint the strip under the panorama, a rainbow around the circle, whose hue at the picture's left edge is the heading.
+
+    Returns floats in 0..255, [(32 - SCENE) * pixels, PANORAMA * pixels, 3]; `pixels` is the length of a unit.
+    """
+    hues = np.array([colorsys.hsv_to_rgb((i + 0.5) / (PANORAMA * pixels), 0.9, 0.9) for i in range(PANORAMA * pixels)])
+    return np.repeat(255 * hues[None], (32 - SCENE) * pixels, axis=0)
 
 
 def render_clip(world: World, frames: int, *, height: int, width: int, fps: float) -> np.ndarray:
-    """Render a clip, uint8 [frames, height, width, 3]. `height` must be a multiple of 32."""
-    unit = height // 32
-    around = np.concatenate([paint_panorama(world.landmarks, world.sky, unit), paint_compass(unit)])
+    """Render a clip, uint8 [frames, height, width, 3]. `height` must be a multiple of 32, because a unit is a whole number of pixels."""
+    pixels = height // 32
+    circle = np.concatenate([paint_panorama(world.landmarks, world.sky, pixels), paint_compass(pixels)])
     seconds = np.arange(frames) / fps
-    left = world.heading(seconds) * unit
-    columns = left[:, None] + np.arange(width)
-    first = np.floor(columns).astype(int)  # [V, X]; the picture lies between two columns of the panorama
-    part = (columns - first)[:, None, :, None]
-    size = PANORAMA * unit
-    out = np.take(around, first % size, axis=1).transpose(1, 0, 2, 3) * (1 - part)
-    out += np.take(around, (first + 1) % size, axis=1).transpose(1, 0, 2, 3) * part
+    # The picture: for each frame and column the place in the panorama, [frames, width] in pixels, which lies between two of its columns.
+    columns = world.heading(seconds)[:, None] * pixels + np.arange(width)
+    first = np.floor(columns).astype(int)
+    share = (columns - first)[:, None, :, None]  # of the second of the two columns
+    size = PANORAMA * pixels
+    out = np.take(circle, first % size, axis=1).transpose(1, 0, 2, 3) * (1 - share)
+    out += np.take(circle, (first + 1) % size, axis=1).transpose(1, 0, 2, 3) * share
+    # The sprite's middle in every frame, in units: it stays 8 units away from the sides, and in the sky.
     fx, fy, px, py = world.path
-    span = width / unit
+    span = width / pixels
     x = span / 2 + (span / 2 - 8) * np.sin(2 * np.pi * fx * seconds + px)
     y = 6.5 + 1.2 * np.sin(2 * np.pi * fy * seconds + py)
-    rows = (np.arange(SCENE * unit) + 0.5) / unit
-    dx = np.abs((np.arange(width) + 0.5)[None, None] / unit - x[:, None, None])
+    # The sprite is what lies within `radius` of a point (disc) or of a line of twice these half lengths in x and y (bar, post).
+    rows = (np.arange(SCENE * pixels) + 0.5) / pixels
+    dx = np.abs((np.arange(width) + 0.5)[None, None] / pixels - x[:, None, None])
     dy = np.abs(rows[None, :, None] - y[:, None, None])
-    half = {"disc": (0.0, 0.0), "bar": (4.6, 0.0), "post": (0.0, 3.0)}[world.shape]  # of the line it is drawn around
+    half = {"disc": (0.0, 0.0), "bar": (4.6, 0.0), "post": (0.0, 3.0)}[world.shape]
     radius = {"disc": 4.2, "bar": 2.4, "post": 2.3}[world.shape]
-    edge = np.hypot(np.maximum(dx - half[0], 0), np.maximum(dy - half[1], 0)) - radius
-    inside = 1 / (1 + np.exp(edge / 0.5))[..., None]
-    scene = out[:, : SCENE * unit]
+    outside = np.hypot(np.maximum(dx - half[0], 0), np.maximum(dy - half[1], 0)) - radius
+    inside = 1 / (1 + np.exp(outside / 0.5))[..., None]
+    scene = out[:, : SCENE * pixels]
     scene += inside * (np.array(COLOURS[world.colour], float) - scene)
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)

@@ -67,12 +67,17 @@ class Measured(BaseModel, frozen=True):
     version: str | None = None
 
 
-def decide_promotion(candidate: Measured, promoted: Measured | None, rules: Sequence[Rule]) -> Verdict:
-    """Apply all rules. Without a promoted student only what is absolute is asked: that all was measured, and the bounds."""
+def decide_promotion(candidate: Measured, promoted: Measured | None, rules: Sequence[Rule], *, troubles: int = 0) -> Verdict:
+    """Apply all rules. Without a promoted student only what is absolute is asked: that all was measured, and the bounds.
+
+    `troubles` counts the curves of the night's training that left their bounds (params.yaml's section watch): one is enough to refuse.
+    """
     findings = [check_rule(rule, candidate.numbers, promoted.numbers if promoted else None) for rule in rules]
     reasons = [finding.said for finding in findings if not finding.passed]
     if not rules:
         reasons = ["there is no rule; nightly.rules in params.yaml states them"]
+    if troubles:
+        reasons.insert(0, f"{troubles} training curves left the bounds of params.yaml's section watch; the night's report names them")
     if not candidate.videos:
         reasons.insert(0, "the candidate has no videos")
     elif promoted and promoted.videos != candidate.videos:

@@ -82,7 +82,8 @@ def judge_candidate(night: NightState, graph: list[Stage]) -> gate.Verdict:
 
     mine = measure("candidate", registry.WEIGHTS, warm_start.CODEC)
     theirs = measure("promoted", warm_start.STUDENT, warm_start.ITS_CODEC, plan.promoted.name) if plan.promoted else None
-    verdict = gate.decide_promotion(mine, theirs, plan.settings.rules)
+    troubles = int(read_json_object(root / "metrics/report.json").get("troubles", 0))
+    verdict = gate.decide_promotion(mine, theirs, plan.settings.rules, troubles=troubles)
     verdict.write(root / GATE)
     if plan.from_folder and prompts is None:
         seed = mine.videos[0][1] if mine.videos else None

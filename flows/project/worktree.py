@@ -1,7 +1,7 @@
-"""A git worktree for every run: .runs/NAME, on branch run/NAME, with the run's parameters committed.
+"""Every run of the pipeline has its own git worktree in .runs/NAME on branch run/NAME, and its parameters are committed there.
 
-All worktrees share the DVC cache of their checkout, so that results are restored from it. The branch stays, and `dvc repro` repeats the
-run from it; the folder is removed when it is old (`cf runs prune`).
+All worktrees use the DVC cache of the main checkout, so that a result of one run is not computed again by another. `cf runs prune`
+removes the folders of all runs but the most recently used; the branches stay, because `dvc repro` on a branch repeats its run.
 """
 
 import argparse
@@ -24,11 +24,11 @@ KEEP = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
 EXAMPLES = """examples:
   cf runs list
-  cf runs prune --keep 5     every finished run's folder but the five youngest; branches stay"""
+  cf runs prune --keep 5     remove all folders but the five most recently used and those of running runs"""
 
 
 def check_run_name(name: str) -> str:
-    """Return a name that is one folder, one git branch and one word to a shell; raise ValueError for any other."""
+    """Return `name` if it is valid as a folder name, as a git branch and as a shell word without quotes; else raise ValueError."""
     if not NAME.fullmatch(name) or ".." in name or name.endswith(".lock"):
         rule = "lower-case letters, digits, and . _ - between them, at most 100, without .. and not ending in .lock"
         raise ValueError(f"{name!r} can't be the name of a run; use {rule}")
@@ -38,8 +38,9 @@ def check_run_name(name: str) -> str:
 def make_worktree(repo: Path, name: str, *, base: str = "HEAD", profile: str | None, overrides: Mapping[str, Any]) -> Path:
     """Create the worktree of a run on branch run/NAME from `base`, and commit its parameters; return its folder.
 
-    A worktree that exists is used as it is, so that a run that is tried again finds its files and training goes on from its last
-    checkpoint. Raises ValueError or RuntimeError for a name, profile or value that is refused; no value is changed then.
+    A worktree that exists is used again, because a run that is tried again continues from its last checkpoint: tracked files that are
+    missing are restored, except metrics, and profile and overrides are applied again. If the branch exists, it is used and not `base`.
+    An invalid name raises ValueError, an invalid profile or value ValueError or RuntimeError; params.yaml is then as last committed.
     """
     repo, name = repo.resolve(), check_run_name(name)
     branch, folder = f"run/{name}", repo / FOLDER / name
@@ -49,11 +50,11 @@ def make_worktree(repo: Path, name: str, *, base: str = "HEAD", profile: str | N
         start = run_git(repo, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip()
         known = run_git(repo, "branch", "--list", branch).strip()
         run_git(repo, "worktree", "add", "--quiet", *([] if known else ["-b", branch]), str(folder), branch if known else start)
-    else:  # a kill during the checkout leaves files out; DVC itself removes metrics before it runs their stage
+    else:  # A checkout that was killed lacks files. A missing metrics file is none of them: DVC deletes it before it runs the stage.
         missing = [file for file in run_git(folder, "ls-files", "-z", "--deleted").split("\0") if not file.startswith("metrics/")]
         if any(missing):
             run_git(folder, "checkout", "--quiet", "--", *filter(None, missing))
-    os.utime(folder)
+    os.utime(folder)  # marks the folder as just used, by which `list_worktrees` sorts
     dvc_config.share_cache(repo, folder)
     try:
         if profile and profile != "params.yaml":
@@ -69,7 +70,7 @@ def make_worktree(repo: Path, name: str, *, base: str = "HEAD", profile: str | N
 
 
 def _use_profile(folder: Path, profile: str) -> None:
-    """Run `cf profile use` of the worktree's own commit. Raises RuntimeError with its last line."""
+    """Run `cf profile use` with the worktree's own code. Raises RuntimeError with the last line of its output if it fails."""
     words = [sys.executable, "-m", "tasks", "profile", "use", profile]
     done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
@@ -77,16 +78,17 @@ def _use_profile(folder: Path, profile: str) -> None:
 
 
 def list_worktrees(repo: Path) -> list[Path]:
-    """Return the folders of runs, last used first."""
+    """Return the folders of runs, the most recently used first."""
     folders = [path for path in (repo / FOLDER).glob("*") if (path / ".git").is_file()]
     return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def prune_worktrees(repo: Path, keep: int = KEEP, line: Callable[[str], None] = lambda _: None) -> list[Path]:
-    """Remove the folders of all runs but the `keep` last used and those in use; return the removed ones.
+    """Remove the folders of all runs but the `keep` most recently used and those in use; return the removed ones.
 
-    What a run that died had finished is committed first, so that its branch is enough to repeat it. A folder that git can't remove
-    stays and is told to `line`, because the run that tidies up must not fail for it.
+    dvc.lock and metrics are committed before, because a run that was killed has not committed the stages that it finished, and its
+    branch alone must be enough to repeat it. Files that git does not track are deleted with the folder. If git can't remove a folder,
+    it stays and `line` is called with the reason, because a clean-up that fails must not stop the caller.
     """
     removed = []
     for folder in list_worktrees(repo)[keep:]:
@@ -103,24 +105,26 @@ def prune_worktrees(repo: Path, keep: int = KEEP, line: Callable[[str], None] = 
 
 
 def main(argv: list[str]) -> None:
+    """Run `cf runs list` or `cf runs prune` in the current folder, a checkout's root."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("cf runs", description=__doc__, epilog=EXAMPLES, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="runs that have a folder, youngest first")
-    verbs.add_parser("prune", help="remove old folders").add_argument("--keep", type=int, default=KEEP)
+    verbs.add_parser("list", help="runs that have a folder, the most recently used first")
+    verbs.add_parser("prune", help="remove all folders but the most recently used").add_argument("--keep", type=int, default=KEEP)
     args = parser.parse_args(argv)
     repo = Path.cwd()
     if args.verb == "list":
         if not list_worktrees(repo):
             print(f"no run has a folder in {FOLDER}/")
         for folder in list_worktrees(repo):
-            print(f"{folder.name:<40} {'running' if is_in_use(folder) else 'finished':<9} {_describe_commit(folder)}")
+            print(f"{folder.name:<40} {'running' if is_in_use(folder) else 'not running':<12} {_describe_commit(folder)}")
         return
     for folder in prune_worktrees(repo, args.keep, print):
         print(f"removed {folder}; its branch run/{folder.name} stays")
 
 
 def _describe_commit(folder: Path) -> str:
+    """Return hash and subject of the newest commit, or git's error, because one damaged folder must not hide the others."""
     try:
         return run_git(folder, "log", "-1", "--format=%h %s").strip()
     except RuntimeError as error:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cf_model.codec.linear import CodecSpec
+from cf_model.evaluate.trouble import CurveRule
 from cf_model.model.denoiser import Compute, ModelSpec
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
@@ -152,6 +153,7 @@ class Params(Section):
     compute: Compute
     video: Video
     tracking: Tracking
+    watch: list[CurveRule]
     engine: EngineSpec
     start: Start
     clips: Clips

@@ -49,7 +49,7 @@ def execute(
     with open_working_folder(stage, compute_key(stage, paths, project)) as (work, resume):
         if announce:
             announce(work)
-        track = Track(stage, work, resume=resume, mirror=mirror.start_run(stage, project, work))
+        track = Track(stage, work, resume=resume, mirror=mirror.start_run(stage, project, work), rules=params.watch)
         try:
             with write_beside(paths) as partial_paths, stop_on_sigterm(track):
                 metrics = round_metrics(stage, run(params, track, **partial_paths))

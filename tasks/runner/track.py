@@ -9,11 +9,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cf_model.evaluate.trouble import CurveRule, CurveWatch
 from tasks.files.atomic import write_atomically
 from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
 from tasks.wandb_log.run import WandbRun
@@ -99,8 +100,11 @@ class Track:
 
     first = True  # whether this process is the first of the ranks, which writes
 
-    def __init__(self, stage: str, work: Path, *, mirror: WandbRun | None = None, resume: bool = False) -> None:
+    def __init__(
+        self, stage: str, work: Path, *, mirror: WandbRun | None = None, resume: bool = False, rules: Sequence[CurveRule] = ()
+    ) -> None:
         self.stage, self.work, self.resume = stage, work, resume
+        self.watch = CurveWatch(rules)
         self.curve = work / "metrics.jsonl"
         self.facts: dict[str, Any] = {}
         self._mirror = mirror
@@ -112,6 +116,8 @@ class Track:
         """Write a row of metrics.jsonl. A value that is not finite becomes null, because JSON knows neither NaN nor infinity."""
         row = {"step": step} | {name: round_value(value) for name, value in values.items()}
         self._rows.add(row)
+        for sentence in self.watch.check(row):
+            print(f"{self.stage}: {sentence}; docs/training.md, Trouble, says what to do", file=sys.stderr, flush=True)
         if self._mirror:
             self._mirror.log(row)
 
@@ -133,6 +139,8 @@ class Track:
         self.facts["resumed_at"] = step
         print(f"{self.stage}: continues after step {step}", file=sys.stderr, flush=True)
         self.cut(step)
+        for row in self._rows.read():  # what these rows broke was said by the attempt before
+            self.watch.check(row)
         if self._mirror:
             self._mirror.replay(self._rows.read(), self._times.read(), self._shown.read())
 

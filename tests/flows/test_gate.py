@@ -118,3 +118,12 @@ def test_what_needs_truth_is_all_that_rendered_clips_are_measured_by() -> None:
     measured = json.loads((Path(__file__).parents[2] / "metrics/evaluate.json").read_text())
     names = {name for suite in ("prompts", "continuations") for system in measured[suite].values() for name in system}
     assert {name for name in names if not name.endswith("videos")} == {*gate.NEED_TRUTH, "sharpness", "motion"}
+
+
+def test_a_night_whose_training_left_its_bounds_is_not_promoted() -> None:
+    """Also the first night, and however good the videos are."""
+    good = Measured(md5="a", numbers={"a": 1.0}, videos=[("p", 0)])
+    rule = Rule(metric="a", better="higher", margin=0.0, bound=None)
+    assert decide_promotion(good, None, [rule]).promote
+    verdict = decide_promotion(good, None, [rule], troubles=2)
+    assert not verdict.promote and verdict.why.startswith("2 training curves left the bounds of params.yaml's section watch")
