@@ -2,10 +2,10 @@
 import, twelve times in a pipeline; here one process imports them, and each `python -m MODULE` or `python -c CODE` is a fork of it.
 
 Of the project nothing is loaded: a fork imports it from its own folder, as a new interpreter would. The server is started with the
-variables that a stage would start itself again for (tasks/runner/process.py), or every fork would be given up for a new interpreter.
-`python_folder()` goes to the head of PATH; the `python` in it hands its words, folder, environment and open files to the server, and ends as the fork ends. When it is
-killed, so is the fork. What is to be tested as a process (one that is killed, ranks) is started without it, and the smoke profile in
-.ci/run is.
+variables for which a stage would start itself again (tasks/runner/process.py); without them every fork is given up for a new interpreter.
+`python_folder()` goes to the head of PATH; the `python` in it hands its words, folder, environment and open files to the server, and ends
+as the fork ends. When it is killed, so is the fork. What is to be tested as a process (one that is killed, ranks) is started without it,
+and the smoke profile in .ci/run is.
 """
 
 from __future__ import annotations
