@@ -1,10 +1,11 @@
 """A `python` whose libraries are loaded already, for tests that run many stages. torch, diffusers and transformers take seconds to
 import, twelve times in a pipeline; here one process imports them, and each `python -m MODULE` or `python -c CODE` is a fork of it.
 
-Of the project nothing is loaded: a fork imports it from its own folder, as a new interpreter would. `python_folder()` goes to the head
-of PATH; the `python` in it hands its words, folder, environment and open files to the server, and ends as the fork ends. When it is
-killed, so is the fork. What is to be tested as a process (one that is killed, ranks) is started without it, and the smoke profile in
-.ci/run is.
+Of the project nothing is loaded: a fork imports it from its own folder, as a new interpreter would. The server is started with the
+variables for which a stage would start itself again (tasks/runner/process.py); without them every fork is given up for a new interpreter.
+`python_folder()` goes to the head of PATH; the `python` in it hands its words, folder, environment and open files to the server, and ends
+as the fork ends. When it is killed, so is the fork. What is to be tested as a process (one that is killed, ranks) is started without it,
+and the smoke profile in .ci/run is.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ import traceback
 import types
 from pathlib import Path
 
+from tasks.runner.process import FIXED
 from tests.once import made_once, session_lives
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", "scipy.stats", "scipy.ndimage", "pydantic", "ruamel.yaml")
 LIBRARIES += ("yaml", "av", "decord", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
+# what diffusers, transformers and pydantic load only when it is asked for
+LIBRARIES += ("diffusers.models.transformers.transformer_wan", "diffusers.models.autoencoders.autoencoder_kl_wan")
+LIBRARIES += ("diffusers.loaders.single_file_utils", "transformers.models.umt5.modeling_umt5", "pydantic.dataclasses", "torch._dynamo")
 CLIENT = """#!/bin/sh
 exec {python} -IS {folder}/client.py "$@"
 """
@@ -62,7 +67,9 @@ def _start(folder: Path) -> None:
     root = str(Path(__file__).parents[1])
     with (folder / "log").open("w") as log:
         words = [python, "-m", "tests.preloaded", str(place)]
-        process = subprocess.Popen(words, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            words, cwd=root, env=os.environ | FIXED, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
     until = time.monotonic() + 180
     while not place.exists():
         assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
@@ -148,7 +155,7 @@ def main() -> None:
 def run(words: list[str], folder: str, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment | FIXED)
     first, *words_left = words
     sys.path[0] = folder if first == "-m" else ""
     sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]

@@ -85,6 +85,7 @@ def test_a_changed_tree_is_dirty_and_a_running_pipeline_is_not(here: Path) -> No
 def test_one_name_for_all_stages_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CF_RUN", "DVC_EXP_NAME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getpgrp", os.getpid)  # a group whose first process lives
     first = lineage.name_pipeline_run(tmp_path)
     assert lineage.name_pipeline_run(tmp_path) == first
     monkeypatch.setattr(time, "strftime", lambda form: "20991231-0000")

@@ -18,6 +18,7 @@ from prefect.client.schemas.filters import (
     LogFilter,
     LogFilterFlowRunId,
 )
+from prefect.logging.handlers import APILogWorker
 
 from flows.pipeline import pipeline
 from flows.run.config import RunConfig
@@ -61,7 +62,7 @@ class Seen:
                 if all(task.state and task.state.is_final() for task in self.tasks.values()) or time.monotonic() > until:
                     break
                 time.sleep(0.2)
-            time.sleep(2)  # logs are sent every two seconds
+            APILogWorker.drain_all(timeout=30, at_exit=False)  # or they would be sent every two seconds
             self.logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])), limit=200)
             only = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
             self.artifacts = {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=only)}

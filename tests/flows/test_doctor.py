@@ -146,9 +146,12 @@ def test_nobody_is_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> No
     """What counts is the environment of the processes that would tell."""
     assert list(server.check_alerts(machine, False)) == []
     env = project.environment()
-    deaf = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env)
-    good = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=env | {"CF_ALERT_URL": "http://hush"})
+    waiting = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+    deaf = subprocess.Popen(waiting, env=env, stdout=subprocess.PIPE)
+    good = subprocess.Popen(waiting, env=env | {"CF_ALERT_URL": "http://hush"}, stdout=subprocess.PIPE)
     try:
+        for process in (deaf, good):
+            assert process.stdout and process.stdout.readline(), "from here on its environment can be read"
         found = {"worker": psutil.Process(deaf.pid), "watch": psutil.Process(good.pid)}
         monkeypatch.setattr(programs, "find_process", lambda machine, name: found[name])
         lines = list(server.check_alerts(machine, False))
