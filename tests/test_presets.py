@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from cf_model.model.denoiser import Denoiser  # noqa: E402
 from cf_model.model.memory import empty_memory  # noqa: E402
-from cf_model.model.rollout import rollout, stream  # noqa: E402
+from cf_model.model.rollout import place_window, rollout, stream  # noqa: E402
 from cf_model.train.student import DistillationTrainer  # noqa: E402
 from tasks.commands import preset  # noqa: E402
 from tasks.params.load import validate_params  # noqa: E402
@@ -212,11 +212,66 @@ def test_a_preset_is_laid_over_the_file_whose_comments_stay(tmp_path: Path, monk
     assert stated["stage1"]["memory"]["fast"] == 21
     system = validate_params(stated, Path("params.yaml")).generate.systems["infinity_rope"]
     assert system.weights == "stage1" and system.memory and (system.memory.sink, system.memory.fast) == (1, 5)
-    preset.write_preset(file, "cf_default")  # back again: a preset states all that its method decides
-    assert validate_params(read_yaml(file), Path("params.yaml")).stage2.memory.slow == 12
+    preset.write_preset(file, "cf_default")  # a second preset undoes the first: what presets decide begins as the profile has it
+    stated = read_yaml(file)
+    assert validate_params(stated, Path("params.yaml")).stage2.memory.slow == 12
+    alone = preset.apply_preset(read_yaml(ROOT / "profiles/tiny.yaml"), "cf_default")
+    assert {key: value for key, value in stated.items() if key != "generate"} == {k: v for k, v in alone.items() if k != "generate"}
 
 
-@pytest.mark.parametrize("profile", ["tiny", "wan-1.3b"])
+@pytest.mark.parametrize("profile", ["tiny", "smoke"])
+def test_a_preset_takes_tau_guidance_and_sizes_from_the_profile(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an ablation of the paper can be run at any size: it differs from the profile in what the ablation is about."""
+    monkeypatch.chdir(ROOT)
+    plain = read_yaml(ROOT / f"profiles/{profile}.yaml")
+    for name in ("cf_paper", "cf_no_cdmd", "cf_uniform_2", "cf_released", "longlive", "self_forcing_pp"):
+        stated = preset.apply_preset(plain, name)
+        for stage in ("stage1", "stage2"):
+            assert stated[stage]["teacher"]["guidance"] == plain[stage]["teacher"]["guidance"]
+            assert stated[stage]["memory"]["tau"] == plain[stage]["memory"]["tau"]
+            assert stated[stage]["horizon"]["longest"] == plain[stage]["horizon"]["longest"] and stated[stage]["batch"] == plain[stage]["batch"]
+
+
+def test_cf_default_is_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for profile in ("tiny", "smoke", "wan-1.3b"):
+        plain = read_yaml(ROOT / f"profiles/{profile}.yaml")
+        stated = preset.apply_preset(plain, "cf_default")
+        assert {key: value for key, value in stated.items() if key != "generate"} == {k: v for k, v in plain.items() if k != "generate"}
+
+
+def test_what_a_preset_changes_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "params.yaml"
+    file.write_text((ROOT / "profiles/tiny.yaml").read_text())
+    preset.main(["use", "self_forcing_pp", "--params", str(file)])
+    said = capsys.readouterr().out.splitlines()
+    assert {"  stage2.memory.slow: 12 -> 0", "  stage2.rollout.place: last -> uniform", "  stage2.horizon.mode: linear -> const"} <= set(said)
+    assert not [line for line in said if "tau" in line or "guidance" in line or "steps" in line]
+
+
+def test_the_papers_mistakes_are_in_the_context_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sec. 3.4: X + I e_drift on X_1:k. What the release adds to the target and to the noise is cf_released's."""
+    errors = parameters("cf_paper").teacher.errors
+    assert (errors.latent, errors.noise, errors.segments) == (0.0, 0.0, "all") and errors.context > 0
+    assert parameters("cf_released").teacher.errors.latent == 0.9
+
+
+@pytest.mark.parametrize(("name", "mean", "below"), [("self_forcing_pp", 47.25, 0.5), ("self_forcing_pp_beta", 31.5, 0.75)])
+def test_the_window_of_self_forcing_pp_is_where_the_paper_draws_it(name: str, mean: float, below: float) -> None:
+    """Uniform over 100 s, or Beta(1, 2): the mean start in seconds, and the share of windows that begin in the first half."""
+    spec = parameters(name).stage2
+    draw = torch.Generator().manual_seed(1)
+    lengths = {spec.horizon.sample_length(step, 3, draw) for step in range(0, 500, 50)}
+    assert lengths == {399}, "every rollout has the whole length"
+    starts = torch.tensor([place_window(399, spec.rollout, draw) for _ in range(4000)])
+    last = 399 - spec.rollout.window
+    assert float(starts.double().mean()) / 4 == pytest.approx(mean, abs=1.5)  # a latent frame is a quarter of a second
+    assert float((starts <= last / 2).double().mean()) == pytest.approx(below, abs=0.03)
+    assert int(starts.min()) == 0 and int(starts.max()) == last
+
+
+@pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -226,10 +281,11 @@ def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pyt
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     file = tmp_path / "params.yaml"
-    file.write_text((ROOT / "profiles/smoke.yaml").read_text())
-    with pytest.raises(Refused, match=r"preset cf_released doesn't fit .*; start from another profile"):
-        preset.write_preset(file, "cf_released")
-    assert file.read_text() == (ROOT / "profiles/smoke.yaml").read_text()
+    short = (ROOT / "profiles/smoke.yaml").read_text().replace("positions: 1024}", "positions: 30}")
+    file.write_text(short)
+    with pytest.raises(Refused, match=r"preset self_forcing doesn't fit .*; start from another profile"):
+        preset.write_preset(file, "self_forcing")
+    assert file.read_text() == short
     with pytest.raises(Refused, match="preset cf isn't in presets/; known are cf_default, "):
         preset.write_preset(file, "cf")
 

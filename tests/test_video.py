@@ -178,6 +178,17 @@ def test_a_file_of_prompts_is_a_folder_of_videos_that_can_be_resumed(model: Path
         generate(model, *words, prompt=None)
 
 
+def test_a_line_of_several_prompts_is_the_video_of_at(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(f"fog[0.5s] | {WORDS}\n")
+    generate(model, "--prompts-file", tmp_path / "p.txt", "--out", tmp_path / "out", prompt=None)
+    generate(model, "--at", "0.5", WORDS, "--out", tmp_path / "alone.mp4", prompt="fog")
+    assert md5(tmp_path / "alone.mp4") == md5(tmp_path / "out/00001.mp4")
+    (tmp_path / "p.txt").write_text(f"fog\nfog[50s] | {WORDS}\n")
+    with pytest.raises(ValueError, match="line 2: a prompt's time is 50 s, but the last chunk"):
+        generate(model, "--prompts-file", tmp_path / "p.txt", "--out", tmp_path / "other", prompt=None)
+    assert not (tmp_path / "other").exists(), "said before the first video"
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [("caf\udce9", "line 9123 is not UTF-8 text"), ("word " * 20, "line 9123: the prompt 'word .*' has 20 words, .* reads 16")],

@@ -1,6 +1,7 @@
 """`cf profile use NAME` writes params.yaml from a complete file in profiles/; `cf preset use NAME` lays a published method over it.
 
-A preset, in presets/, states what its method decides (memory, rollouts, scores); sizes, steps and learning rates stay the profile's.
+A preset, in presets/, states how its method differs from the profile of the params file: memory, rollouts, scores. Sizes, steps, tau,
+guidance and learning rates stay the profile's, so every preset runs on every profile.
 """
 
 import argparse
@@ -13,10 +14,18 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from tasks.files.atomic import write_atomically
+from tasks.files.trees import list_nodes
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused
 
 STUDENTS = ("causal_init", "stage1", "stage2")
+# what presets decide, which is the profile's before a preset is laid over it: so a second preset undoes the first
+DECIDED = [(stage, "memory") for stage in STUDENTS] + [("teacher", "view"), ("teacher", "errors")]
+DECIDED += [
+    (stage, key)
+    for stage in STUDENTS[1:]
+    for key in ("rollouts", "batch", "rollout", "horizon", "teacher", "critic_weight", "student_optimizer", "critic_optimizer")
+]
 EXAMPLES = """examples:
   cf preset list
   cf profile use tiny && cf preset use self_forcing_pp && dvc repro
@@ -26,8 +35,9 @@ EXAMPLES = """examples:
 def main(argv: list[str]) -> None:
     args = parse_verb("preset", "write a preset's values into params.yaml", argv)
     if args.verb == "use":
-        write_preset(args.params, args.name)
-        print(f"{args.params} now holds preset {args.name}; `git diff {args.params}` shows what it changed")
+        changes = write_preset(args.params, args.name)
+        print("\n".join(f"  {change}" for change in changes) or "  nothing but the systems to generate")
+        print(f"{args.params} now holds preset {args.name}")
 
 
 def use_profile(argv: list[str]) -> None:
@@ -77,14 +87,15 @@ def read_preset(name: str) -> dict[str, Any]:
     return merge_values(read_preset(parent), stated) if parent else stated
 
 
-def write_preset(path: Path, name: str) -> None:
-    """Write a preset's values into a params file, whose comments stay; raise Refused if the result is invalid."""
+def write_preset(path: Path, name: str) -> list[str]:
+    """Write a preset's values into a params file, whose comments stay, and return what changed; raise Refused if the result is invalid."""
     from tasks.params.load import validate_params  # here, because `cf preset list` must not wait for torch
 
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 140, True
     yaml_file.read_yaml(path)  # refuses with a sentence what is no YAML
-    stated = apply_preset(yaml.load(path.read_text()), name)
+    before = yaml.load(path.read_text())
+    stated = apply_preset(before, name)
     text = io.StringIO()
     yaml.dump(stated, text)
     try:
@@ -92,17 +103,31 @@ def write_preset(path: Path, name: str) -> None:
     except Refused as error:
         raise Refused(f"preset {name} doesn't fit {error}; start from another profile") from None
     write_atomically(path, text.getvalue())
+    old, new = (dict(list_nodes(tree)) for tree in (before, stated))
+    return [
+        f"{key}: {old.get(key, 'not there')} -> {value}"
+        for key, value in new.items()
+        if not isinstance(value, Mapping) and old.get(key) != value and not key.startswith("generate.")
+    ]
 
 
 def apply_preset(stated: Any, name: str) -> Any:
-    """Return the parameters with a preset's values: its memory for every student, and a system under its name in both suites."""
+    """Return the parameters with a preset's values: its memory for every student, and a system under its name in both suites.
+
+    What presets decide is first set back to the profile that the parameters name, if that is one of profiles/.
+    """
     preset = read_preset(name)
+    preset = merge_values(preset, preset.get("sizes", {}).get(stated["profile"], {}))
     out = copy.deepcopy(stated)
+    profile = list_files("profile").get(stated["profile"])
+    plain = yaml_file.read_yaml(profile) if profile else stated
+    for section, key in DECIDED:
+        out[section][key] = merge_values(out[section][key], plain[section][key])
     for stage in STUDENTS:
         out[stage]["memory"] = merge_values(out[stage]["memory"], preset["memory"])
     for section in ("teacher", "stage1", "stage2"):
         out[section] = merge_values(out[section], preset[section])
-    memory = {**preset["memory"], **preset["generation"]} if preset["generation"] else None
+    memory = merge_values(copy.deepcopy(out[preset["student"]]["memory"]), preset["generation"]) if preset["generation"] else None
     for suite in ("systems", "continuations"):
         frames = out["generate"][suite]["stage2"]["frames"]
         out["generate"][suite][name] = {"weights": preset["student"], "memory": memory, "view": None, "frames": frames}

@@ -26,6 +26,8 @@ from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.params.yaml_file import Refused
 
+from .timed_prompts import split_timed_prompts
+
 if TYPE_CHECKING:
     from cf_model.folder import Recipe
     from cf_model.pipeline import Chunk, ContextForcingPipeline
@@ -34,6 +36,8 @@ READ_SECONDS = 600.0  # seconds for reading the clip that is continued
 SWITCH_HELP = """what a new prompt does to the memory. recache: the newest frames are passed again with it (LongLive); flush: all
 but the sink and two frames go (Infinity-RoPE); keep: nothing. default: recache"""
 STRIP_HELP = "show what is held of the past: under every frame, or in FILE.memory.png and FILE.memory.jsonl; default: none"
+FILE_HELP = """one prompt a line; --out is then a folder, one video a line. Several prompts in a line: a[5s] | b[10s], or
+{"prompts": ["a", "b"]}, which last equally long"""
 EXAMPLES = """examples:
   cf export --to diffusers --model models/stage2 --out out/student     after dvc repro: the model folder
   cf video --model out/student --prompt "a red disc over hills" --seconds 60 --out video.mp4
@@ -53,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder that `cf export --to diffusers` wrote")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT")
-    what.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line; --out is then a folder, one video a line")
+    what.add_argument("--prompts-file", type=Path, metavar="FILE", help=FILE_HELP)
     p.add_argument("--seconds", type=float, default=60, help="of new video; default: 60")
     p.add_argument("--seed", type=int, default=0, help="default: 0; a line of a file gets the same video as its prompt alone")
     p.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
@@ -101,9 +105,12 @@ def refuse_impossible(args: argparse.Namespace) -> None:
         raise Refused(f"--threads is {args.threads}; use 1 or more")
     if args.prompts_file:
         if args.at:
-            raise Refused("--at goes with --prompt; a line of --prompts-file is the one prompt of its video")
-        for _ in iterate_prompts(args.prompts_file):  # read to its end, because a bad line must be refused now, not after a night
-            pass
+            raise Refused("--at goes with --prompt; a line of --prompts-file states its own times, as in: a[5s] | b[10s]")
+        for number, line in iterate_prompts(args.prompts_file):  # to its end, because a bad line must be refused now, not after a night
+            try:
+                split_timed_prompts(line, args.seconds)
+            except ValueError as error:
+                raise Refused(f"{args.prompts_file} line {number}: {error}") from None
     else:
         if args.out.suffix != ".mp4":
             raise Refused(f"--out is {args.out}; name a file that ends in .mp4")
@@ -211,8 +218,9 @@ def show_progress(chunks: Iterator[Chunk], frames: int, fps: int, out: Path) -> 
 
 def make_videos(pipe: ContextForcingPipeline, clip: np.ndarray | None, args: argparse.Namespace) -> None:
     """Make NNNNN.mp4 for each line NNNNN of the file that has none yet, with index.jsonl, and settings.json for the next start."""
-    from cf_model.request import check_prompt
+    from cf_model.request import plan_request
 
+    positions = pipe.denoiser.transformer.config.rope_max_seq_len
     options = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize")
     settings = {name: getattr(args, name) for name in options} | {
         "model": compute_dvc_md5(args.model),
@@ -222,7 +230,8 @@ def make_videos(pipe: ContextForcingPipeline, clip: np.ndarray | None, args: arg
     finished = read_finished(args.out, settings)
     for number, words in iterate_prompts(args.prompts_file):
         try:
-            check_prompt(words, pipe.text)
+            timed = split_timed_prompts(words, args.seconds)
+            plan_request(pipe.recipe, pipe.text, positions, timed, args.seconds, args.seed, args.switch, clip)
         except ValueError as error:
             raise Refused(f"{args.prompts_file} line {number}: {error}") from None
         if finished.get(number, words) != words:
@@ -232,7 +241,7 @@ def make_videos(pipe: ContextForcingPipeline, clip: np.ndarray | None, args: arg
     for number, words in iterate_prompts(args.prompts_file):
         if number not in finished:
             out = args.out / f"{number:05d}.mp4"
-            make_video(pipe, [(0.0, words)], clip, out, args)
+            make_video(pipe, split_timed_prompts(words, args.seconds), clip, out, args)
             # a line whose video was lost is made again and has two rows, of which the later one counts
             with (args.out / "index.jsonl").open("a", encoding="utf-8") as file:
                 file.write(dump_json_lines([{"line": number, "prompt": words, "file": out.name}], ensure_ascii=False))
