@@ -229,7 +229,6 @@ def run(
     stages = {weights: {suite: role[weights] for suite, role in roles.items() if weights in role} for weights in ("stage1", "stage2")}
     student = next((roles["prompts"][w] for w in ("stage2", "stage1", "causal_init", "base") if w in roles["prompts"]), None)
     galleries = {suite: build_gallery(suite, index, present[suite], samples, params.video.fps) for suite in SUITES}
-    charts = draw_curves(results / "curves.csv", colours)
     teachers = [name for name in present["continuations"] if (s := recipes["continuations"].get(name)) and s.weights == "teacher"]
     kinds = {name_memory(recipes["continuations"][name]): name for name in reversed(teachers)}
     manifest = read_json_lines(data, missing_ok=True)
@@ -245,10 +244,7 @@ def run(
         "guesses": build_guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),
         "machine": {key: value for key, value in values.means.get("prompts", {}).get(student or "", {}).items() if "guess" in key},
         "galleries": galleries,
-        "suites": [
-            {"title": title, "systems": present[s], "tables": build_tables(values, s, present[s]), "charts": charts.get(s, [])}
-            for s, title in SUITES.items()
-        ],
+        "suites": build_suites(values, present, draw_curves(results / "curves.csv", colours)),
         "compared": compare_stages(values, stages["stage1"], stages["stage2"]),
         "pairs": {suite: (name, stages["stage2"][suite]) for suite, name in stages["stage1"].items() if suite in stages["stage2"]},
         "every": STRIP_SECONDS,
@@ -262,5 +258,17 @@ def run(
     html = render_page(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
-    videos, strips = (html.count(f"data:{kind}") for kind in ("video/mp4", "image/png"))
-    return {"videos": videos, "strips": strips, "bytes": len(html.encode()), "troubles": sum(map(len, troubles.values()))}
+    return count_contents(html) | {"troubles": sum(map(len, troubles.values()))}
+
+
+def build_suites(values: Results, present: Mapping[str, list[str]], charts: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return each suite's title, systems, tables and charts, for the page."""
+    return [
+        {"title": title, "systems": present[s], "tables": build_tables(values, s, present[s]), "charts": charts.get(s, [])}
+        for s, title in SUITES.items()
+    ]
+
+
+def count_contents(html: str) -> dict[str, float]:
+    """Count the videos, film strips and bytes of a page."""
+    return {"videos": html.count("data:video/mp4"), "strips": html.count("data:image/png"), "bytes": len(html.encode())}

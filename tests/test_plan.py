@@ -96,10 +96,21 @@ def test_every_preset_can_be_planned() -> None:
 def test_hours_of_tiny_are_those_it_took(tiny: schema.Params) -> None:
     """On the machine whose speed the plan states, data and start included; one speed stands for five stages that reach 26 to 38
     GFLOP/s there."""
-    measured = json.loads((ROOT / "benchmarks/results/plan-hours.json").read_text())["wall_seconds"]
+    run = json.loads((ROOT / "benchmarks/results/plan-hours.json").read_text())
+    measured, stated = run["wall_seconds"], yaml_file.read_yaml(TINY)
+    for key, value in run["settings"].items():
+        section, name = key.split(".")
+        stated[section][name] = value
     machine = plan.Hardware(1, GIB, plan.CPU_TFLOPS, "CPU", "")
-    for stage, one in plan.estimate_needs(tiny).items():
+    for stage, one in plan.estimate_needs(load.validate_params(stated, TINY)).items():
         assert 3600 * plan.estimate_hours(one, machine) == pytest.approx(measured[stage], rel=0.25)
+
+
+def test_a_shared_rollout_is_made_once_for_all_updates_of_the_critic(tiny: schema.Params) -> None:
+    """The difference is two of three rollouts; the scores and the student's update stay."""
+    kinds = [tiny.model_copy(update={"stage2": replace(tiny.stage2, rollouts=kind)}) for kind in ("each", "shared")]
+    each, shared = (plan.estimate_needs(params)["stage2"] for params in kinds)
+    assert 0.35 < shared.operations / each.operations < 0.6
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,8 @@ def test_a_preset_takes_tau_guidance_and_sizes_from_the_profile(profile: str, mo
         for stage in ("stage1", "stage2"):
             assert stated[stage]["teacher"]["guidance"] == plain[stage]["teacher"]["guidance"]
             assert stated[stage]["memory"]["tau"] == plain[stage]["memory"]["tau"]
-            assert stated[stage]["horizon"]["longest"] == plain[stage]["horizon"]["longest"] and stated[stage]["batch"] == plain[stage]["batch"]
+            assert stated[stage]["horizon"]["longest"] == plain[stage]["horizon"]["longest"]
+            assert stated[stage]["batch"] == plain[stage]["batch"]
 
 
 def test_cf_default_is_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +247,8 @@ def test_what_a_preset_changes_is_printed(tmp_path: Path, monkeypatch: pytest.Mo
     file.write_text((ROOT / "profiles/tiny.yaml").read_text())
     preset.main(["use", "self_forcing_pp", "--params", str(file)])
     said = capsys.readouterr().out.splitlines()
-    assert {"  stage2.memory.slow: 12 -> 0", "  stage2.rollout.place: last -> uniform", "  stage2.horizon.mode: linear -> const"} <= set(said)
+    changes = ("memory.slow: 12 -> 0", "rollout.place: last -> uniform", "horizon.mode: linear -> const")
+    assert {f"  stage2.{change}" for change in changes} <= set(said)
     assert not [line for line in said if "tau" in line or "guidance" in line or "steps" in line]
 
 
@@ -268,7 +270,7 @@ def test_the_window_of_self_forcing_pp_is_where_the_paper_draws_it(name: str, me
     last = 399 - spec.rollout.window
     assert float(starts.double().mean()) / 4 == pytest.approx(mean, abs=1.5)  # a latent frame is a quarter of a second
     assert float((starts <= last / 2).double().mean()) == pytest.approx(below, abs=0.03)
-    assert int(starts.min()) == 0 and int(starts.max()) == last
+    assert int(starts.min()) == 0 and last - 12 <= int(starts.max()) <= last
 
 
 @pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
@@ -281,7 +283,7 @@ def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pyt
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     file = tmp_path / "params.yaml"
-    short = (ROOT / "profiles/smoke.yaml").read_text().replace("positions: 1024}", "positions: 30}")
+    short = (ROOT / "profiles/smoke.yaml").read_text().replace("positions: 1024}", "positions: 20}")
     file.write_text(short)
     with pytest.raises(Refused, match=r"preset self_forcing doesn't fit .*; start from another profile"):
         preset.write_preset(file, "self_forcing")

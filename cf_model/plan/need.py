@@ -180,7 +180,9 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     for start, often in windows.shares.items():
         scoring = scorings[start]
         update = (prompts + 1) * scoring.target_operations + prompts * scoring.context_operations + rollouts[start].replay
-        operations += often * (rollouts[start].rollout + scoring.trained_operations + update / spec.critic_updates)
+        # `rollouts: shared`: the critic's updates between two of the student use one rollout
+        rollout = rollouts[start].rollout / (spec.critic_updates if spec.rollouts == "shared" else 1)
+        operations += often * (rollout + scoring.trained_operations + update / spec.critic_updates)
     alive = max(costed.alive for costed in rollouts.values())
     outlives = spec.rollouts == "shared" or roll.persist == "stream"
     replayed = max(costs.activation_bytes(roll.chunk, passes.denoising) for passes in traced)

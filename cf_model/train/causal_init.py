@@ -15,7 +15,7 @@ from cf_model.model.memory import ChunkComparison, Memory, MemorySpec, compare_n
 from cf_model.train.trainer.batch import EncodedClips, average_groups, draw_rows, drop_prompts
 from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec, require_at_least
-from cf_model.train.trainer.observe import StepTimer, measure_promotion
+from cf_model.train.trainer.observe import StepTimer, join_comparisons, measure_promotion
 from cf_model.train.trainer.ranks import BatchRandom
 from cf_model.train.trainer.zero import build_optimizer
 from cf_model.train.trajectories import OdeSpec, OdeTrajectories
@@ -68,7 +68,7 @@ class CausalInitTrainer:
         self.random = BatchRandom(seed, self.device, groups=engine.count_groups(spec.batch))
         self.ema = EMA(model, spec.ema)  # before build_optimizer, which may split the model over the ranks
         self.optimizer = build_optimizer(model, spec.optimizer, spec.steps, engine)
-        self.timer, self.comparisons = StepTimer(self.device), list[ChunkComparison]()
+        self.timer, self.comparisons = StepTimer(self.device), list[list[ChunkComparison]]()  # of the step's groups, for the log
         self.newest_batch: dict[str, Tensor] = {}
         self.rows = [] if trajectories else latents.rows("train", at_least=spec.longest + spec.frames)
 
@@ -78,21 +78,21 @@ class CausalInitTrainer:
         return {"model": self.optimizer.weights, "average": self.ema, "optimizer": self.optimizer, "random": self.random}
 
     def step(self, number: int) -> dict[str, float]:
-        """Take one step on a batch; the values about the memory are those of the batch's last group."""
-        losses: list[float] = []
+        """Take one step on a batch."""
+        losses, remembered = list[float](), list[float]()
+        self.comparisons.clear()
         for _ in self.random.groups():
-            # What the memory promoted is logged of one group only.
-            self.comparisons.clear()
+            self.comparisons.append([])
             loss, memory = self._regress_on_ode(self.trajectories) if self.trajectories else self._force_teacher()
             self.optimizer.backward(loss / self.random.count)
             losses.append(loss.item())
+            remembered.append(float(memory.count_slow()) + len(memory.sink) + len(memory.fast))
             self.timer.lap("loss")
         norm = self.optimizer.step()
         distance = self.ema.update()
         self.timer.lap("update")
-        remembered = float(memory.count_slow()) + len(memory.sink) + len(memory.fast)
-        values = {"loss": average_groups(losses), "gradient": norm, "context_frames": remembered}
-        return values | measure_promotion(self.spec.memory, self.comparisons) | {"ema_distance": distance}
+        values = {"loss": average_groups(losses), "gradient": norm, "context_frames": average_groups(remembered)}
+        return values | measure_promotion(self.spec.memory, join_comparisons(self.comparisons)) | {"ema_distance": distance}
 
     def _force_teacher(self) -> tuple[Tensor, Memory]:
         """Teacher forcing: denoise each chunk of a real video after the clean chunks before it. Return the loss and the last memory."""
@@ -120,7 +120,7 @@ class CausalInitTrainer:
             loss = loss + (velocity - (noise - x)).square().mean() / len(chunks)
             # The clean pass has a gradient, so that the model also learns which keys and values are useful to later chunks.
             memory = self.model.remember(x, text, memory, grad=True)
-            self.comparisons += compare_newest_chunk(memory)
+            self.comparisons[-1] += compare_newest_chunk(memory)
         return loss, memory
 
     def _regress_on_ode(self, trajectories: OdeTrajectories) -> tuple[Tensor, Memory]:
@@ -150,5 +150,5 @@ class CausalInitTrainer:
             loss = loss + difference.square().mean(dim=(1, 2, 3, 4)).sum()
             remembered, level = (x_0, None) if trajectories.spec.context == "clean" else (x_t, sigma)
             memory = self.model.remember(remembered, text, memory, sigma=level, grad=True)
-            self.comparisons += compare_newest_chunk(memory)
+            self.comparisons[-1] += compare_newest_chunk(memory)
         return loss / noisy, memory

@@ -6,7 +6,7 @@ of eq. 6: the window that continues a context from the student's own rollout. Bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
-from cf_model.model.memory import Memory, MemorySpec
+from cf_model.model.memory import ChunkComparison, Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import GuidancePasses, TeacherView
 from cf_model.train.trainer.batch import average_groups, draw_rows
 from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec, require_at_least
-from cf_model.train.trainer.observe import StepTimer, measure_promotion
+from cf_model.train.trainer.observe import StepTimer, join_comparisons, measure_promotion
 from cf_model.train.trainer.ranks import BatchRandom
 from cf_model.train.trainer.zero import build_optimizer
 
@@ -131,6 +131,7 @@ class DistillationTrainer:
         self.critic_optimizer = build_optimizer(critic, spec.critic_optimizer, spec.steps, engine)
         self.streams = RolloutStreams(spec.memory, self.random, device)
         self.shared = SharedRollouts()
+        self.comparisons: list[Sequence[ChunkComparison]] = []  # of the step's groups, for the log
         self.timer = StepTimer(device)
         self.newest_batch: dict[str, Tensor] = {}
 
@@ -151,8 +152,10 @@ class DistillationTrainer:
     def step(self, number: int) -> dict[str, float]:
         """Run the body of alg. 1's loop once: update the critic, and at every `critic_updates`-th step the student on the same rollout."""
         student_learns = (number + 1) % self.spec.critic_updates == 0
+        self.comparisons.clear()
         groups = [self._accumulate_group(number, group, student_learns) for group in self.random.groups()]
         values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
+        values |= measure_promotion(self.spec.memory, join_comparisons(self.comparisons))
         # The student's update first; the critic's gradients, of the same rollout, wait.
         if student_learns:
             values["student_gradient"] = self.student_optimizer.step()
@@ -196,8 +199,8 @@ class DistillationTrainer:
         """Return a rollout's length, exit level, context, window, and what its memory promoted, for the log."""
         values = {"frames": float(generated.video.shape[1]), "exit": sum(generated.exits) / len(generated.exits)}
         values |= {"context_frames": float(context.shape[1]), "window": float(generated.window.start)}
+        self.comparisons.append(generated.comparisons)
         if generated.comparisons:
-            values |= measure_promotion(self.spec.memory, generated.comparisons)
             values["slow_frames"] = float(generated.memory.count_slow())
         return values
 

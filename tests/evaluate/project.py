@@ -43,6 +43,7 @@ def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["s
     return types.Params.model_construct(
         profile=profile,
         seed=7,
+        watch=list(tiny.watch),
         video=types.Video(height=32, width=32, fps=FPS),
         clips=types.Clips.model_construct(source=source, folder=None),
         teacher=tiny.teacher,

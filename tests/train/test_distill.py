@@ -136,7 +136,7 @@ def test_replay_is_the_stop_gradient_reference(float64, skip, checkpointing):
     if checkpointing:
         model.transformer.enable_gradient_checkpointing()
     made = rollout(model, text, 30, SHAPE, spec=plan, memory=small, flow=FLOW, rng=rng(7))
-    assert made.memory.promoted_count > 2, "frames were evicted from the slow part, too"
+    assert int(made.memory.promoted_count.min()) > 2, "frames were evicted from the slow part, too"
     replay_window(model, made, g, text)
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()

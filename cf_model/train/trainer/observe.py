@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cf_model.model.memory import ChunkComparison, MemorySpec
 
+from .ranks import gather_rows
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the similarities
 # values beside the progress bar, the most important first
 PROGRESS_NAMES = ("loss", "critic_loss", "score_distance", "gradient", "student_gradient", "frames")
@@ -24,6 +26,21 @@ def select_progress_values(latest: Mapping[str, float]) -> dict[str, float]:
     """Choose the values that go beside the progress bar from the newest value of each name."""
     names = [name for name in PROGRESS_NAMES if name in latest]
     return {name: latest[name] for name in names[:PROGRESS_COUNT]}
+
+
+def join_comparisons(groups: Sequence[Sequence[ChunkComparison]]) -> list[ChunkComparison]:
+    """Join what the groups of a step and all ranks compared, chunk by chunk, to one batch. Every rank must call.
+
+    For the log alone: each video has decided on its own, and no decision waits for this.
+    """
+    joined = []
+    for chunks in zip(*groups, strict=True):
+        similarity, decisions = gather_rows(torch.cat([chunk.similarity for chunk in chunks])), chunks[0].decisions
+        if isinstance(decisions, Tensor):
+            rows = torch.cat([torch.as_tensor(chunk.decisions) for chunk in chunks])
+            decisions = gather_rows(rows.to(torch.uint8)).bool()
+        joined.append(ChunkComparison(similarity, decisions))
+    return joined
 
 
 def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> dict[str, float]:
