@@ -283,10 +283,12 @@ def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pyt
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     file = tmp_path / "params.yaml"
-    short = (ROOT / "profiles/smoke.yaml").read_text().replace("positions: 1024}", "positions: 20}")
+    short = (ROOT / "profiles/smoke.yaml").read_text().replace("longest: 24", "longest: 10")
+    short = short.replace("teacher: {context: sparse,", "teacher: {context: none,")
     file.write_text(short)
-    with pytest.raises(Refused, match=r"preset self_forcing doesn't fit .*; start from another profile"):
-        preset.write_preset(file, "self_forcing")
+    validate_params(read_yaml(file), file)  # a teacher of short contexts is fine where the student is shown none
+    with pytest.raises(Refused, match=r"preset cf_default doesn't fit .* the teacher's begin at 10 at most.*; start from another profile"):
+        preset.write_preset(file, "cf_default")
     assert file.read_text() == short
     with pytest.raises(Refused, match="preset cf isn't in presets/; known are cf_default, "):
         preset.write_preset(file, "cf")
