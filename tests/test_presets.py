@@ -283,7 +283,7 @@ def test_every_preset_fits_the_profile(name: str, profile: str, monkeypatch: pyt
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     file = tmp_path / "params.yaml"
-    short = (ROOT / "profiles/smoke.yaml").read_text().replace("longest: 24", "longest: 10")
+    short = (ROOT / "profiles/smoke.yaml").read_text().replace("longest: 24", "longest: 10", 1)
     short = short.replace("teacher: {context: sparse,", "teacher: {context: none,")
     file.write_text(short)
     validate_params(read_yaml(file), file)  # a teacher of short contexts is fine where the student is shown none
