@@ -212,7 +212,7 @@ def run(
     data: Path,
     out: Path,
     clips: Path | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Write the report: one HTML page with videos, frame strips, curves and tables that needs no other file.
 
     `data` is the manifest; `clips`, if given, says which bad clips were planted. Times and hardware are not in the page
@@ -258,7 +258,7 @@ def run(
     html = render_page(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
-    return count_contents(html) | {"troubles": sum(map(len, troubles.values()))}
+    return count_contents(html) | {"troubles": {stage: len(sentences) for stage, sentences in troubles.items()}}
 
 
 def build_suites(values: Results, present: Mapping[str, list[str]], charts: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

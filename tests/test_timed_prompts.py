@@ -27,6 +27,8 @@ def test_each_notation(line: str, expected: list[tuple[float, str]]) -> None:
     [
         ("a[5s] | b | c[5s]", "'b' says not how long it lasts; write it as in"),
         ("a[5s] | ", "'' says not how long it lasts"),
+        ("[5s] | b", r"'\[5s\]' says not how long it lasts"),
+        ("a | b[5s]", "'a' says not how long it lasts"),
         ('{"prompts": []}', r'its prompts are \[\]; write {"prompts":'),
         ('{"prompt": "a"}', "its prompts are None"),
         ('{"prompts": ["a", 5]}', "its prompts are"),

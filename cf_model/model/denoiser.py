@@ -328,8 +328,12 @@ class Denoiser(nn.Module):
         # only ODE and teacher-forcing training let gradients through the memory; in alg. 1 the cache is a constant
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             self._run_transformer(x_0, level, text, memory.commit_context(frames), captured)
-        self.transformer.rope.forget_view(memory)  # this was the chunk's last pass
+        self.forget_view(memory)  # this was the chunk's last pass, but for a pass that noises it again
         return memory.remember(split_frames(captured, memory.frame_count, frames))
+
+    def forget_view(self, memory: Memory) -> None:
+        """Let go of the copy of a memory that passes without gradient keep from one to the next."""
+        self.transformer.rope.forget_view(memory)
 
     def read_context(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"]) -> Memory:
         """Return a memory of these frames, by one clean pass in which they see each other and nothing else; it keeps its graph."""

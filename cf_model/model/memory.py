@@ -221,15 +221,8 @@ class ContextMemory:
         if self.spec.timing != "first_call":
             return self
         tested, news = self._test_news(chunk)
-        last = tested.last_mean_key
-        if isinstance(self.is_promoted, Tensor):
-            # A video whose chunk is promoted is compared no further: the next chunk is compared with the pass that was promoted.
-            assert last is not None and self.last_mean_key is not None
-            last = torch.where(self.is_promoted[..., None], self.last_mean_key, last)
-        elif self.is_promoted:
-            return self
         after = tested._promote(self._choose_candidates(chunk), exclude_promoted(news, self.is_promoted))
-        return replace(after, last_mean_key=last, noisy_passes=self.noisy_passes + 1, is_promoted=news | self.is_promoted)
+        return replace(after, noisy_passes=self.noisy_passes + 1, is_promoted=news | self.is_promoted)
 
     def _choose_candidates(self, chunk: Frames) -> Frames:
         """Return the frames of a chunk that enter the slow part if it is news."""
@@ -245,7 +238,8 @@ class ContextMemory:
             similarity = F.cosine_similarity(mean, self.last_mean_key, dim=-1)
         # The log wants a chunk's first pass against the chunk before; later passes are compared with the chunk's own.
         tested = replace(self, last_mean_key=mean, similarity=self.similarity if self.noisy_passes else similarity)
-        return tested, self._is_news(self.frame_count // len(chunk), similarity)
+        # A chunk that lies wholly in the sink has no frame to promote.
+        return tested, bool(self._choose_candidates(chunk)) and self._is_news(self.frame_count // len(chunk), similarity)
 
     def _is_news(self, chunk: int, similarity: Float[Tensor, "B layers"] | None) -> News:
         """Decide by eq. 7 (similarity below tau), or by one of the rules that experiments put in its place."""

@@ -28,6 +28,8 @@ class CausalStudent(Protocol):
 
     def remember(self, x_0: Tensor, text: Tensor, memory: Memory, *, grad: bool = False) -> Memory: ...
 
+    def forget_view(self, memory: Memory) -> None: ...
+
 
 @dataclass(frozen=True)
 class RolloutSpec:
@@ -205,6 +207,9 @@ def rollout(
             targets.append(TargetChunk(first, x_t, sigmas[leave], memory_of_exit, into >= spec.skip_first))
         video.append(x_0)  # line 19
         comparisons += compare_newest_chunk(state)
+    # The targets' memories live on: what passes have copied of them (rotated keys, values) must not, until they are replayed.
+    for target in targets:
+        student.forget_view(target.memory)
     return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(comparisons))
 
 

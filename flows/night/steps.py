@@ -82,7 +82,9 @@ def judge_candidate(night: NightState, graph: list[Stage]) -> gate.Verdict:
 
     mine = measure("candidate", registry.WEIGHTS, warm_start.CODEC)
     theirs = measure("promoted", warm_start.STUDENT, warm_start.ITS_CODEC, plan.promoted.name) if plan.promoted else None
-    troubles = int(read_json_object(root / "metrics/report.json").get("troubles", 0))
+    counted = read_json_object(root / "metrics/report.json").get("troubles", {})
+    # A warm night did not train the stages that it keeps.
+    troubles = sum(count for stage, count in counted.items() if plan.full or stage not in plan.settings.keep)
     verdict = gate.decide_promotion(mine, theirs, plan.settings.rules, troubles=troubles)
     verdict.write(root / GATE)
     if plan.from_folder and prompts is None:

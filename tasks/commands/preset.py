@@ -1,7 +1,8 @@
 """`cf profile use NAME` writes params.yaml from a complete file in profiles/; `cf preset use NAME` lays a published method over it.
 
 A preset, in presets/, states how its method differs from the profile of the params file: memory, rollouts, scores. Sizes, steps, tau,
-guidance and learning rates stay the profile's, so every preset runs on every profile.
+guidance and learning rates stay the profile's, so every preset runs on every profile. What presets decide begins as the profile has it:
+a second preset undoes the first, and also what was changed there by hand.
 """
 
 import argparse
@@ -129,6 +130,8 @@ def apply_preset(stated: Any, name: str) -> Any:
         out[section] = merge_values(out[section], preset[section])
     memory = merge_values(copy.deepcopy(out[preset["student"]]["memory"]), preset["generation"]) if preset["generation"] else None
     for suite in ("systems", "continuations"):
+        for other in out["generate"][suite].keys() & list_files("preset").keys():
+            del out["generate"][suite][other]  # of a preset that was laid over the parameters before
         frames = out["generate"][suite]["stage2"]["frames"]
         out["generate"][suite][name] = {"weights": preset["student"], "memory": memory, "view": None, "frames": frames}
     return out

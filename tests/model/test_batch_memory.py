@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cf_model.model.key_values import KeyValues
 from cf_model.model.memory import Memory, empty_memory
-from cf_model.model.rollout import denoise_chunk, stream
+from cf_model.model.rollout import denoise_chunk, rollout, stream
 from cf_model.model.slow_part import SlowPart
-from tests.small import SHAPE, denoiser, normal, rng, spec
+from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
 READINGS = {
     "paper": {},
@@ -119,6 +119,7 @@ def row_noise(shape: tuple[int, ...], seeds: list[int]) -> Iterator[torch.Tensor
 
 # near the median similarity of this random model, so that videos differ; noisy passes resemble each other less
 TAU, TAU_NOISY = 0.83, 0.25
+RELEASED_TIMING = {"timing": "first_call", "when": "enqueue", "fill": "early_raw", "scope": "layer"}
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -185,3 +186,21 @@ def test_a_kernel_that_takes_no_mask_is_shown_the_filled_places_only(reading):
                 model(x.expand(2, -1, -1, -1, -1), sigma.expand(2), text, both)
     finally:
         model.transformer.rope.takes_mask = True
+
+
+@pytest.mark.parametrize(
+    ("changes", "plan"),
+    [({}, {}), ({}, {"renoise": "own", "exit": "last"}), (RELEASED_TIMING, {})],
+    ids=["paper", "noised again", "released"],
+)
+def test_a_rollout_leaves_no_copies_of_the_memories_that_are_replayed(changes, plan):
+    """At Wan's size each would hold gigabytes while the scores are computed."""
+    model = denoiser()
+    made = rollout(model, normal(1, 5, 8), 30, SHAPE, spec=rolling(**plan), memory=spec(tau=TAU, **changes), flow=FLOW, rng=rng())
+    assert len(made.targets) == 3 and not model.transformer.rope._views
+
+
+def test_a_chunk_in_the_sink_is_no_news():
+    memory = remembering([[False] * 4], {"sink": 6, "interval": 1, "tau": 1.0})
+    assert memory.is_newest_news is not None and bool(memory.is_newest_news)
+    assert remembering([[False] * 2], {"sink": 6, "interval": 1, "tau": 1.0}).is_newest_news is False

@@ -221,7 +221,7 @@ def make_videos(pipe: ContextForcingPipeline, clip: np.ndarray | None, args: arg
     from cf_model.request import plan_request
 
     positions = pipe.denoiser.transformer.config.rope_max_seq_len
-    options = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize")
+    options = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize", "switch", "new_sink")
     settings = {name: getattr(args, name) for name in options} | {
         "model": compute_dvc_md5(args.model),
         "memory": asdict(pipe.recipe.memory),

@@ -4,6 +4,7 @@ import json
 import re
 
 PART = re.compile(r"(.*\S)\s*\[\s*(\d+(?:\.\d+)?)\s*s\s*\]")  # a prompt and how many seconds it lasts
+LENGTH = re.compile(r"\[\s*\d+(?:\.\d+)?\s*s\s*\]$")
 TimedPrompts = list[tuple[float, str]]  # second from which on a prompt is in force, and the prompt
 
 
@@ -17,7 +18,7 @@ def split_timed_prompts(line: str, seconds: float) -> TimedPrompts:
     if line.startswith("{"):
         return split_json_prompts(line, seconds)
     parts = [part.strip() for part in line.split("|")]
-    if not PART.fullmatch(parts[0]):
+    if not any(LENGTH.search(part) for part in parts):
         return [(0.0, line)]
     timed, start = TimedPrompts(), 0.0
     for number, part in enumerate(parts):
