@@ -215,8 +215,7 @@ def test_a_preset_is_laid_over_the_file_whose_comments_stay(tmp_path: Path, monk
     preset.write_preset(file, "cf_default")  # a second preset undoes the first: what presets decide begins as the profile has it
     stated = read_yaml(file)
     assert validate_params(stated, Path("params.yaml")).stage2.memory.slow == 12
-    alone = preset.apply_preset(read_yaml(ROOT / "profiles/tiny.yaml"), "cf_default")
-    assert {key: value for key, value in stated.items() if key != "generate"} == {k: v for k, v in alone.items() if k != "generate"}
+    assert stated == preset.apply_preset(read_yaml(ROOT / "profiles/tiny.yaml"), "cf_default"), "and its systems"
 
 
 @pytest.mark.parametrize("profile", ["tiny", "smoke"])

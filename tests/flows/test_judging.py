@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flows.night import judge, state, steps, warm_start
-from flows.night.gate import Measured
+from flows.night.gate import Measured, Rule
 from flows.project import registry
 from flows.project.dvc_graph import Stage
 from flows.run import stage_task
@@ -78,6 +78,21 @@ def test_each_has_its_own_codec(one: state.NightState, monkeypatch: pytest.Monke
         "promoted": (root / warm_start.STUDENT, root / warm_start.ITS_CODEC),
     }
     assert len({path for pair in paths.values() for path in pair}) == 4
+
+
+@pytest.mark.parametrize(("full", "refused"), [(True, True), (False, False)])
+def test_a_night_is_refused_for_trouble_in_the_stages_that_it_trained(
+    one: state.NightState, full: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm night keeps the other stages as they were for the promoted student, with whatever trouble they had."""
+    measured = Measured(md5="m", numbers={"a": 1.0}, videos=[("p", 0)])
+    monkeypatch.setattr(steps, "measure_student", SimpleNamespace(with_options=lambda **_: lambda *_, **__: measured))
+    (one.plan.root / "metrics").mkdir(exist_ok=True)
+    (one.plan.root / "metrics/report.json").write_text('{"troubles": {"base": 1}, "videos": 3}')
+    settings: Any = SimpleNamespace(rules=[Rule(metric="a", better="higher", margin=0.0, bound=None)], keep=["base"], prompts_file=None)
+    one.plan = dataclasses.replace(one.plan, full=full, settings=settings)
+    verdict = steps.judge_candidate(one, [])
+    assert verdict.promote is not refused and ("1 training curves left the bounds" in verdict.why) is refused
 
 
 def test_judging_is_no_run_of_wandb_and_runs_this_nights_code(one: state.NightState, monkeypatch: pytest.MonkeyPatch) -> None:
