@@ -107,10 +107,15 @@ def test_hours_of_tiny_are_those_it_took(tiny: schema.Params) -> None:
 
 
 def test_a_shared_rollout_is_made_once_for_all_updates_of_the_critic(tiny: schema.Params) -> None:
-    """The difference is two of three rollouts; the scores and the student's update stay."""
-    kinds = [tiny.model_copy(update={"stage2": replace(tiny.stage2, rollouts=kind)}) for kind in ("each", "shared")]
-    each, shared = (plan.estimate_needs(params)["stage2"] for params in kinds)
-    assert 0.35 < shared.operations / each.operations < 0.6
+    """Of n rollouts n - 1 are saved: nothing with one update, a half of them with two, two thirds with three."""
+
+    def saved(updates: int) -> float:
+        kinds = [replace(tiny.stage2, rollouts=kind, critic_updates=updates) for kind in ("each", "shared")]
+        each, shared = (plan.estimate_needs(tiny.model_copy(update={"stage2": spec}))["stage2"].operations for spec in kinds)
+        return each - shared
+
+    assert saved(1) == 0 < saved(2)
+    assert saved(3) / saved(2) == pytest.approx((2 / 3) / (1 / 2))
 
 
 @pytest.mark.parametrize(
