@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks.files.atomic import open_partial
-from tasks.files.hashes import compute_dvc_md5 as hash_content
+from tasks.files.hashes import compute_dvc_md5
 from tasks.files.videos import VIDEO_SUFFIXES
 
 UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".filepart")
@@ -37,7 +37,7 @@ def copy_new_clips(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.rglob("*.partial"):  # of a night that was killed
         partial.unlink()
-    by_content = {hash_content(file): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    by_content = {compute_dvc_md5(file): file for file in sorted(folder.rglob("*")) if file.is_file()}
     renamed: dict[Path, Path] = {}  # stem in the inbox -> stem in the folder, where a video has another name there
     captions: dict[Path, str] = {}  # caption in the folder -> its name in the inbox
     for file in sorted(inbox.rglob("*"), key=lambda file: (file.suffix == CAPTION, file)):
@@ -48,7 +48,7 @@ def copy_new_clips(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
             if reason := reason_to_refuse(file, name, settle):
                 arrivals.turned_away[printable_name(name)] = reason
                 continue
-            content = hash_content(file)
+            content = compute_dvc_md5(file)
             if file.suffix != CAPTION and content in by_content:
                 arrivals.duplicates += 1
                 renamed[name.with_suffix("")] = by_content[content].relative_to(folder).with_suffix("")
@@ -56,7 +56,7 @@ def copy_new_clips(inbox: Path, folder: Path, *, settle: float) -> Arrivals:
             place = _choose_place(file, name, folder, content, renamed)
             if file.suffix == CAPTION and (first := captions.setdefault(place, name.as_posix())) != name.as_posix():
                 arrivals.turned_away[printable_name(name)] = f"is the caption of a copy, whose caption is {first}"
-            elif file.suffix == CAPTION and place.is_file() and hash_content(place) == content:
+            elif file.suffix == CAPTION and place.is_file() and compute_dvc_md5(place) == content:
                 arrivals.duplicates += 1
             else:
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cf_model.evaluate.statistics import Difference, paired, without_interval
 from tasks.files.atomic import write_atomically
 from tasks.files.dvc_config import read_public_config
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
+from tasks.files.trees import list_nodes
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused
 from tasks.report import SUITES, average_rows, read_curves, read_results, wants_logarithm
@@ -103,18 +104,14 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
 
 def list_changed_params(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """List every value that differs, by its dotted key, but for `tracking`, which changes no result."""
-    one, other = (dict(flatten_tree({key: value for key, value in params.items() if key != "tracking"})) for params in (a, b))
+    one, other = (flatten_tree({key: value for key, value in params.items() if key != "tracking"}) for params in (a, b))
     keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
     return [(key, one.get(key, ABSENT), other.get(key, ABSENT)) for key in keys]
 
 
-def flatten_tree(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the leaves of a tree as (dotted key, value as JSON)."""
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from flatten_tree(inner, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, json.dumps(value, ensure_ascii=False)
+def flatten_tree(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Return the values of a tree by their dotted keys, as JSON; an empty section is a value."""
+    return {key: json.dumps(value, ensure_ascii=False) for key, value in list_nodes(tree) if not (isinstance(value, Mapping) and value)}
 
 
 def compare_stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
