@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from cf_model.model import checkpoint, wan
-from cf_model.model.denoiser import Denoiser, ModelSpec
+from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
 from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import RolloutSpec
+from cf_model.model.sizes import ModelSpec
 
 SHAPE = (4, 4, 4)  # C, H, W: four tokens a frame
 FLOW = Flow(shift=5.0, sigma_min=0.02, sigma_max=0.98)

@@ -305,9 +305,9 @@ class ContextMemory:
 
     def key_positions(self, frames: int, layer: int = 0) -> Positions:
         """Return the temporal RoPE index of every remembered frame, in the order of `past`, for the next `frames` frames."""
-        sink, fast = [frame.index for frame in self.sink], [frame.index for frame in self.fast]
+        sink, fast = self.sink, self.fast
         if self.spec.positions == "absolute":
-            return join_positions(sink, self._number_slow(layer), fast)
+            return self.number_frames(layer)
         places = range(self.slow_places)
         if self.spec.positions == "packed":
             first = len(self.sink)
@@ -316,6 +316,10 @@ class ContextMemory:
         query = self.query_positions(frames)
         assert isinstance(query, list)
         return [*range(len(sink)), *(self.spec.sink + n for n in places), *range(query[0] - len(fast), query[0])]
+
+    def number_frames(self, layer: int = 0) -> Positions:
+        """Return the latent frame number of every remembered frame, in the order of `past`."""
+        return join_positions([frame.index for frame in self.sink], self._number_slow(layer), [frame.index for frame in self.fast])
 
     def _number_slow(self, layer: int) -> Positions:
         """Return the latent frame number in every place of the slow part."""
@@ -386,6 +390,14 @@ def build_plain_spec(sink: int, fast: int, positions: Literal["packed", "absolut
     )
 
 
-def fixed_memory(frames: Frames) -> ContextMemory:
-    """Return a memory of exactly these frames, at positions 0, 1, 2, …, that never promotes: a context read in one pass."""
-    return ContextMemory(build_plain_spec(0, len(frames), "packed"), SlowPart(0), fast=frames, frame_count=len(frames))
+def fixed_memory(frames: Frames, filled: Bool[Tensor, "B K"] | None = None) -> ContextMemory:
+    """Return a memory of exactly these frames, at positions 0, 1, 2, …, that never promotes: a context read in one pass.
+
+    `filled` says which of the frames each video has; their positions leave out the others.
+    """
+    memory = ContextMemory(build_plain_spec(0, len(frames), "packed"), SlowPart(0), frame_count=len(frames))
+    if filled is None:
+        return replace(memory, fast=frames)
+    # The slow part knows how to hold different frames of every video: a video's own first, in the order of time.
+    order = (~filled).long().argsort(dim=1, stable=True)[:, None]  # [B, 1, K]
+    return replace(memory, slow=SlowPart(len(frames), frames, order, order, filled.sum(dim=1, keepdim=True)))

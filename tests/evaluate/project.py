@@ -23,7 +23,7 @@ COLOURS = ("red", "green", "blue", "cyan")
 
 
 def view(context: Literal["sparse", "none"], slow: int) -> TeacherView:
-    return TeacherView(context, 3, slow, 6, 6, "zero", "joint")
+    return TeacherView(context, 3, slow, 6, 6, 3, "zero", "joint")
 
 
 def system(weights: Literal["base", "teacher", "causal_init", "stage1", "stage2"], past: MemorySpec | TeacherView) -> types.System:
