@@ -23,6 +23,7 @@ FLOW = Flow(shift=5.0, sigma_min=0.02, sigma_max=0.98)
 def spec(**changes: object) -> MemorySpec:
     values = {"sink": 3, "slow": 12, "fast": 6, "promote": "similarity", "tau": 0.95, "interval": 2, "begin": 1, "keep": "first"}
     values |= {"when": "evict", "timing": "clean", "fill": "none", "scope": "global", "positions": "anchored", "commit": "all"}
+    values |= {"similarity": "raw"}
     return MemorySpec(**(values | changes))  # type: ignore[arg-type]
 
 

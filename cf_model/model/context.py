@@ -5,14 +5,16 @@ A memory holds keys and values of a student; a score has its own weights, so it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .key_values import KeyValues
+from .key_values import Frames, KeyValues
 from .memory import ContextMemory, Memory, MemorySpec, empty_memory
+from .slow_part import SlowPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,3 +70,37 @@ def imagine_memory(spec: MemorySpec, chunk: int, news: Bool[Tensor, "B chunks"])
         key = (sides[:, number, None, None],)  # of one layer and one token: [B, 1, 1, 2]
         memory = memory.remember(tuple(KeyValues(number * chunk + frame, key, key) for frame in range(chunk)))
     return memory
+
+
+def build_plain_spec(sink: int, fast: int, positions: Literal["packed", "absolute"]) -> MemorySpec:
+    """Return a memory of the first `sink` and the newest `fast` frames that never promotes."""
+    return MemorySpec(
+        sink=sink,
+        slow=0,
+        fast=fast,
+        promote="none",
+        tau=1.0,
+        similarity="raw",
+        interval=1,
+        begin=1,
+        keep="first",
+        when="evict",
+        timing="clean",
+        fill="none",
+        scope="global",
+        positions=positions,
+        commit="all",
+    )
+
+
+def fixed_memory(frames: Frames, filled: Bool[Tensor, "B K"] | None = None) -> ContextMemory:
+    """Return a memory of exactly these frames, at positions 0, 1, 2, …, that never promotes: a context read in one pass.
+
+    `filled` says which of the frames each video has; their positions leave out the others.
+    """
+    memory = ContextMemory(build_plain_spec(0, len(frames), "packed"), SlowPart(0), frame_count=len(frames))
+    if filled is None:
+        return replace(memory, fast=frames)
+    # The slow part knows how to hold different frames of every video: a video's own first, in the order of time.
+    order = (~filled).long().argsort(dim=1, stable=True)[:, None]  # [B, 1, K]
+    return replace(memory, slow=SlowPart(len(frames), frames, order, order, filled.sum(dim=1, keepdim=True)))

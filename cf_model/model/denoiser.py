@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .context import fixed_memory
 from .flow import to_x0
 from .key_values import KeyValues
-from .memory import Memory, MemorySpec, Positions, empty_memory, fixed_memory, join_positions
+from .memory import Memory, MemorySpec, Positions, empty_memory, join_positions
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [1, L, 1, D]
 LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of one pass, each [B, L, N, D]
@@ -367,13 +368,7 @@ class Denoiser(nn.Module):
         return memory
 
     def _run_transformer(
-        self,
-        x_t: Tensor,
-        sigma: Tensor,
-        text: Tensor,
-        memory: Memory | None,
-        captured: LayerKeyValues | None,
-        filled: Tensor | None = None,
+        self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, captured: LayerKeyValues | None, filled: Tensor | None = None
     ) -> Tensor:
         """Return the velocity, and fill `captured` if it is given; not otherwise, because a checkpointed pass would keep it all."""
         rope = self.transformer.rope

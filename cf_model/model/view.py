@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .context import HeldFrames, find_held_frames, imagine_memory, list_held_frames
+from .context import HeldFrames, build_plain_spec, find_held_frames, imagine_memory, list_held_frames
 from .flow import Flow, Noise, draw_gaussian, draw_uniform
-from .memory import Memory, MemorySpec, build_plain_spec
+from .memory import Memory, MemorySpec
 
 # with guidance: a pass of the prompts and a pass of the null prompt, or one pass of twice the batch
 GuidancePasses = Literal["apart", "together"]
