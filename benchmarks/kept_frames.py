@@ -58,12 +58,18 @@ def remember_clips(model: Any, x: torch.Tensor, text: torch.Tensor, spec: Memory
     return torch.stack(found, dim=1).numpy(), tested
 
 
-def compare(kept: np.ndarray, turned: np.ndarray) -> dict[str, float]:
-    """Mean turn of kept and of skipped chunks; within clips: the mean, over clips that have both, of their difference."""
+def compare(similarity: np.ndarray, tau: float, turned: np.ndarray) -> dict[str, float]:
+    """Mean turn of kept and of skipped chunks; within clips: the mean, over clips that have both, of their difference.
+
+    The rank correlation needs no tau: 1 where a clip's chunks are as unlike the chunk before as the camera turned.
+    """
+    kept = similarity < tau
+    ranks = [np.corrcoef((-row).argsort().argsort(), turn.argsort().argsort())[0, 1] for row, turn in zip(similarity, turned, strict=True)]
     both = [(row, turn) for row, turn in zip(kept, turned, strict=True) if row.any() and not row.all()]
     within = [turn[row].mean() - turn[~row].mean() for row, turn in both]
     values = {"share kept": kept.mean(), "turn of kept": turned[kept].mean(), "turn of skipped": turned[~kept].mean()}
     values |= {"difference within a clip": np.mean(within), "clips where kept turn more": np.mean(np.array(within) > 0)}
+    values |= {"rank correlation within a clip": np.mean(ranks), "clips that keep nothing": float((~kept.any(axis=1)).sum())}
     values |= {"least kept of a clip": kept.mean(axis=1).min(), "most kept of a clip": kept.mean(axis=1).max()}
     return {name: round(float(value), 3) for name, value in values.items()}
 
@@ -113,7 +119,7 @@ def main() -> None:
         values, tested = remember_clips(model, x, text, replace(spec, similarity=similarity), chunk)  # type: ignore[arg-type]
         turned = turns[:, np.array(tested) - 1]
         tau = spec.tau if similarity == spec.similarity else float(np.quantile(values, found[spec.similarity]["share kept"]))
-        found[similarity] = {"tau": round(tau, 4), "median": round(float(np.median(values)), 4), **compare(values < tau, turned)}
+        found[similarity] = {"tau": round(tau, 4), "median": round(float(np.median(values)), 4), **compare(values, tau, turned)}
         if similarity == spec.similarity:
             files = [given.project / "data/clips" / row["file"] for row in about[:CLIPS]]
             captions = [row["caption"] for row in about[:CLIPS]]
