@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
 
 from cf_model.train.trainer.engine import EngineSpec
 
@@ -29,7 +28,7 @@ class WorkSplit:
     offload: bool = False  # of the optimiser, from a GPU into the machine's memory
 
     @classmethod
-    def from_engine(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> Self:
+    def from_engine(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> WorkSplit:
         zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
         return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
 
