@@ -201,6 +201,7 @@ def fetch_weights(repo: Path, version: Version, out: Path) -> None:
             raise RuntimeError(f"they are not what its dvc.lock says: {problem}")
         swap_into_place(new, out)
     except RuntimeError as error:
-        raise RuntimeError(f"the weights of {version.tag} could not be had: {error}") from None
+        way = f"`cf runs open {version.tag} DIR` and `dvc repro` there make them again"
+        raise RuntimeError(f"the weights of {version.tag} could not be had: {error}; {way}") from None
     finally:
         delete_path(new)
