@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from cf_model.model.flow import Flow
 from cf_model.model.memory import ChunkComparison, Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import GuidancePasses, TeacherView
-from cf_model.train.trainer.batch import average_groups, draw_rows
+from cf_model.train.trainer.batch import PromptSet, average_groups, draw_rows
 from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec, require_at_least
 from cf_model.train.trainer.observe import StepTimer, join_comparisons, measure_promotion
@@ -86,14 +86,6 @@ class StudentSpec:
         self.memory.check_chunk(chunk)
         if self.horizon.shortest < self.rollout.window:
             raise ValueError(f"horizon.shortest is {self.horizon.shortest}, below rollout.window {self.rollout.window}; use at least that")
-
-
-class PromptSet(Protocol):
-    """Embedded prompts, read as they are drawn because a training set's do not fit into memory. A tensor [P, T, E] satisfies it too."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, at: list[int], /) -> Tensor: ...
 
 
 class DistillationTrainer:

@@ -98,6 +98,12 @@ class Encode(Section):
     dtype: Literal["float32", "float16", "bfloat16"]
 
 
+class Prompts(Section):
+    """The prompts that students are trained on; start.prompts says where they come from."""
+
+    most: PositiveInt | None  # prompts that are embedded, the first of them; null: all
+
+
 CAUSAL = ("causal_init", "stage1", "stage2")
 
 
@@ -161,6 +167,7 @@ class Params(Section):
     codec: CodecParams
     text: Text
     encode: Encode
+    prompts: Prompts
     model: ModelSpec
     flow: Flow
     base: BaseSpec
