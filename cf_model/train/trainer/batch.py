@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -38,9 +38,12 @@ class EncodedClips(Protocol):
         """The empty prompt's embedding, [T, E]."""
 
 
-def average_groups(values: Sequence[float]) -> float:
+Value = TypeVar("Value", float, Tensor, float | Tensor)
+
+
+def average_groups(values: Sequence[Value]) -> Value:
     """Average a value over the groups of a batch, which have equal sizes."""
-    return sum(values) / len(values)
+    return sum(values[1:], start=values[0]) / len(values)
 
 
 def draw_rows(rows: Iterable[int], count: int, rng: BatchRandom) -> list[int]:
