@@ -23,7 +23,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage logs, in the terminal, while it runs or after"),
         "compare": ("tasks.commands.compare.page", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
         "verify": ("flows.project.dvc_lock", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
-        "check-golden": ("tasks.commands.golden.check", "DIR: this code against recorded numbers of Self-Forcing and LongLive"),
+        "check-golden": ("tasks.commands.check_golden", "DIR: this code against recorded numbers of Self-Forcing and LongLive"),
         "wandb": ("tasks.wandb_log.sync", "sync | list: runs of W&B that are on this machine, and sending them"),
         "remote": ("flows.project.dvc_remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
     },
