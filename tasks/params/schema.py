@@ -129,7 +129,7 @@ class Generate(Section):
     prompts: PositiveInt
     continued: PositiveInt  # held-out clips whose beginnings are continued
     prompts_file: Path | None  # one prompt a line; null: captions of the held-out clips
-    seeds: list[int]
+    seeds: list[Count]
     frames: PositiveInt  # latent frames of the real clips that are shown for comparison
     prefix: PositiveInt  # latent frames of a real clip that a continuation starts from
     batch: PositiveInt  # videos that a model makes at once, as far as they have prompts of one system; changes results by rounding alone
