@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from cf_model.codec.interface import TIME
 from cf_model.data.video import read_video
 from cf_model.evaluate import oracle
 from cf_model.evaluate.statistics import bootstrap, paired
+from cf_model.evaluate.stutter import measure_stutter
 from tasks.files.json_lines import dump_json_lines, read_json_lines
 from tasks.params.schema import Params
 from tasks.runner.track import Track, round_value
@@ -76,9 +78,11 @@ def score_video(params: Params, video: np.ndarray, truth: dict[str, Any] | None,
     """Score a video by all metrics that apply to it, without its real prefix, which is not the system's work."""
     fps, gap = params.video.fps, params.evaluate.gap
     new = video[prefix:]
+    stutter = measure_stutter(video, period=TIME, first=prefix)
+    values = {} if stutter is None else {"stutter": stutter}
     if truth is None:
-        return oracle.plain_metrics(new)
-    values = oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(new, fps, params.evaluate.absence)
+        return values | oracle.plain_metrics(new)
+    values |= oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(new, fps, params.evaluate.absence)
     if prefix:
         values |= oracle.map_metrics(video, truth, prefix=prefix, fps=fps, gap=gap)
     return values

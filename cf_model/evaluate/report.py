@@ -40,6 +40,7 @@ DESCRIPTIONS = {
     "jitter": Metric(LOOKS, "down", "how unevenly the camera turns from frame to frame, units a second"),
     "speed": Metric(MOVES, "real", "of the camera, units a second; captions ask for slow or fast"),
     "motion": Metric(MOVES, "real", "mean difference of neighbouring frames, 0..255; near zero is a frozen video"),
+    "stutter": Metric(MOVES, "real", "change between two latents' frames over change inside a latent's frames; 1 moves evenly"),
     "headings_covered": Metric(MOVES, "real", "share of the circle that the camera sees"),
     "heading_perplexity": Metric(MOVES, "real", "how many of twelve headings all videos together use evenly"),
     "memory_ratio": Metric(RECALLS, "down", "same heading over other headings, see there; 0 is perfect memory, 1 is none"),
