@@ -66,6 +66,7 @@ def train_student(
         view=job.view,
         flow=job.flow,
         prompts=CaptionPrompts(clips),
+        clips=clips,
         null=clips.null_text,
         shape=clips.shape,
         seed=job.seed,
