@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cf_model.codec.interface import TIME
+from cf_model.codec.interface import TIME, video_frames
 from cf_model.data.video import read_video
 from cf_model.evaluate import oracle
-from cf_model.evaluate.statistics import bootstrap, paired
+from cf_model.evaluate.statistics import RATIOS, bootstrap, bootstrap_ratio, paired, paired_ratio
 from cf_model.evaluate.stutter import measure_stutter
 from tasks.files.json_lines import dump_json_lines, read_json_lines
 from tasks.params.schema import Params
@@ -22,6 +22,7 @@ COMPARED = (  # suite, system, system, metric: over the videos that have the met
     ("continuations", "teacher_fast", "teacher_slow_fast", "map_error"),
     ("continuations", "teacher_fast", "teacher_slow_fast", "map_error_recent"),
     ("continuations", "stage1", "stage2", "map_error"),
+    ("continuations", "stage1", "stage2", "map_error_absent"),
     ("prompts", "stage1", "stage2", "memory_ratio"),
     ("prompts", "stage1", "stage2", "motion"),
 )
@@ -64,13 +65,15 @@ def compare_systems(cells: list[dict[str, Any]], params: Params) -> dict[str, An
     for cell in cells:
         values[cell["suite"], cell["system"], cell["metric"]][cell["clip"] or cell["prompt"], cell["seed"]] = cell["value"]
     out = {}
+    draws = {"resamples": params.evaluate.resamples, "seed": params.seed}
     for suite, before, after, metric in COMPARED:
-        first, second = values[suite, before, metric], values[suite, after, metric]
-        pair = paired(first, second, resamples=params.evaluate.resamples, seed=params.seed)
+        tables = [[values[suite, system, name] for name in RATIOS.get(metric, (metric,))] for system in (before, after)]
+        first, second = tables
+        pair = paired_ratio((first[0], first[1]), (second[0], second[1]), **draws) if metric in RATIOS else paired(*first, *second, **draws)
         if pair:
             numbers = {"before": pair.first, "after": pair.second, "low": pair.change.low, "high": pair.change.high}
             finite = {name: value for name, value in numbers.items() if np.isfinite(value)}  # a single video has no interval
-            out[f"{metric}: {before} to {after}"] = finite | {"videos": len(first.keys() & second.keys())}
+            out[f"{metric}: {before} to {after}"] = finite | {"videos": len(set.intersection(*map(set, [*first, *second])))}
     return out
 
 
@@ -82,9 +85,10 @@ def score_video(params: Params, video: np.ndarray, truth: dict[str, Any] | None,
     values = {} if stutter is None else {"stutter": stutter}
     if truth is None:
         return values | oracle.plain_metrics(new)
-    values |= oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(new, fps, params.evaluate.absence)
+    absence, kept = params.evaluate.absence, oracle.find_bins_in_view(video[: video_frames(params.evaluate.sink)])
+    values |= oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(new, fps, absence, kept=kept)
     if prefix:
-        values |= oracle.map_metrics(video, truth, prefix=prefix, fps=fps, gap=gap)
+        values |= oracle.map_metrics(video, truth, prefix=prefix, fps=fps, gap=gap, absence=absence, kept=kept)
     return values
 
 
@@ -99,10 +103,10 @@ def write_curves(path: Path, curves: Curves, params: Params) -> None:
 
 
 def summarise_systems(cells: list[dict[str, Any]], views: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return each system's means over videos, and its metrics of all videos together (diversity, headings)."""
-    values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    """Return each system's means over videos, and its metrics of all videos together (diversity, headings, ratios of means)."""
+    values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for cell in cells:
-        values[cell["suite"]][cell["system"]][cell["metric"]].append(cell["value"])
+        values[cell["suite"]][cell["system"]][cell["metric"]][cell["file"], cell["seed"]] = cell["value"]
     out: dict[str, Any] = {
         suite: {system: mean_metrics(metrics) for system, metrics in systems.items()} for suite, systems in values.items()
     }
@@ -116,8 +120,11 @@ def summarise_systems(cells: list[dict[str, Any]], views: dict[tuple[str, str], 
     return out
 
 
-def mean_metrics(metrics: dict[str, list[float]]) -> dict[str, float]:
-    """Return each metric's mean and, where not every video has the metric, the number of videos that have it."""
+def mean_metrics(metrics: dict[str, dict[tuple[str, int], float]]) -> dict[str, float]:
+    """Return each metric's mean, the ratios of means, and, where not every video has the metric, the number of videos that have it."""
     most = max(map(len, metrics.values()))
     fewer = {f"{name}_videos": float(len(v)) for name, v in metrics.items() if len(v) < most}
-    return {name: float(np.mean(v)) for name, v in metrics.items()} | fewer
+    pairs = {name: (metrics.get(top, {}), metrics.get(bottom, {})) for name, (top, bottom) in RATIOS.items()}
+    ratios = {name: bootstrap_ratio(*pair, resamples=1, seed=0) for name, pair in pairs.items()}
+    means = {name: float(np.mean([*v.values()])) for name, v in metrics.items()}
+    return means | {name: ratio.mean for name, ratio in ratios.items() if ratio} | fewer

@@ -139,7 +139,8 @@ class Evaluate(Section):
     """Settings of the metrics."""
 
     gap: PositiveFloat  # seconds out of sight before a return counts in map_error
-    absence: PositiveFloat  # seconds out of sight before a return counts in memory_ratio
+    absence: PositiveFloat  # seconds out of sight before a return counts in memory_ratio and map_error_absent
+    sink: Count  # latent frames at a video's beginning; the headings that they show are always in a memory's sink and count in neither
     resamples: PositiveInt  # of the bootstrap
     choices: Annotated[int, Field(ge=2)]  # captions that the blind guess chooses from
 
