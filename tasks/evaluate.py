@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cf_model.codec.interface import TIME, video_frames
+from cf_model.data import worlds
 from cf_model.data.video import read_video
 from cf_model.evaluate import oracle
 from cf_model.evaluate.statistics import RATIOS, bootstrap, bootstrap_ratio, paired, paired_ratio
@@ -23,6 +24,7 @@ COMPARED = (  # suite, system, system, metric: over the videos that have the met
     ("continuations", "teacher_fast", "teacher_slow_fast", "map_error_recent"),
     ("continuations", "stage1", "stage2", "map_error"),
     ("continuations", "stage1", "stage2", "map_error_absent"),
+    *(("recall", "stage1", "stage2", f"{name}_{level}") for name in ("recall_error", "slow_gain") for level in (75, 90)),
     ("prompts", "stage1", "stage2", "memory_ratio"),
     ("prompts", "stage1", "stage2", "motion"),
 )
@@ -53,6 +55,7 @@ def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) 
                 for name in CURVES:
                     curves[row["suite"], row["system"], name, first / params.video.fps][row["prompt"]].append(values[name])
         bar.update()
+    cells += score_recall(read_json_lines(samples / "recall.jsonl", missing_ok=True), truths)
     out.mkdir(parents=True, exist_ok=True)
     (out / "cells.jsonl").write_text(dump_json_lines(cells))
     write_curves(out / "curves.csv", curves, params)
@@ -90,6 +93,28 @@ def score_video(params: Params, video: np.ndarray, truth: dict[str, Any] | None,
     if prefix:
         values |= oracle.map_metrics(video, truth, prefix=prefix, fps=fps, gap=gap, absence=absence, kept=kept)
     return values
+
+
+def score_recall(rows: list[dict[str, Any]], truths: dict[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """Return cells of `generate`'s one-step errors in the landmark row, where only the slow part can know what a column shows.
+
+    recall_error_NN is the error at noise level 0.NN with the whole memory, slow_gain_NN the error without the slow part minus that.
+    """
+    errors: dict[tuple[str, str, float], dict[bool, float]] = defaultdict(dict)
+    for row in rows:
+        if truth := truths.get(row["clip"]):
+            error = np.array(row["error"])  # [K, H, W]
+            layout = {name: row[name] for name in ("start", "chunk", "sink", "fast")}
+            chosen = oracle.select_slow_columns(np.array(truth["heading"]), **layout, frames=len(error), columns=error.shape[2], time=TIME)
+            if chosen.any():
+                landmarks = error[:, error.shape[1] * worlds.LANDMARK_ROWS.start // 32]
+                errors[row["system"], row["clip"], row["sigma"]][row["slow"]] = float(landmarks[chosen].mean())
+    cells = []
+    for (system, clip, sigma), found in errors.items():
+        key = {"suite": "recall", "system": system, "prompt": "", "clip": clip, "seed": 0, "file": clip}
+        for name, value in (("recall_error", found[True]), ("slow_gain", found[False] - found[True])):
+            cells.append(key | {"metric": f"{name}_{round(100 * sigma)}", "value": round_value(value)})
+    return cells
 
 
 def write_curves(path: Path, curves: Curves, params: Params) -> None:

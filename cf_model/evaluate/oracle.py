@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from cf_model.data import worlds
 
@@ -237,3 +237,26 @@ def heading_perplexity(headings: list[Float[np.ndarray, " V"]]) -> float:
     share = np.histogram(np.concatenate(headings), 12, (0, worlds.PANORAMA))[0].astype(float)
     share /= share.sum()
     return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
+
+
+def select_slow_columns(
+    heading: Float[np.ndarray, " V"], *, start: int, chunk: int, sink: int, fast: int, columns: int, frames: int, time: int
+) -> Bool[np.ndarray, "K W"]:
+    """Select the columns of latents whose content a video showed before, but which stands in neither sink nor fast part any more.
+
+    `heading` is that of each video frame, in units; a latent's `columns` cover worlds' 32 units; latent k is video frame k `time`. The
+    rows are the `frames` latent frames from `start` on, as the chunk that they belong to is denoised.
+    """
+    width = 32 // columns  # units that a column covers
+    left = np.floor(heading[::time]).astype(int)  # of each latent, [F]
+    # which of the circle's units a column covers: [F, W, units]; of the first and last unit only a part is in the picture
+    units = (left[:, None, None] + np.arange(columns)[:, None] * width + np.arange(width + 1)) % worlds.PANORAMA
+    chosen = np.zeros((frames, columns), bool)
+    for k in range(frames):
+        first = (start + k) // chunk * chunk
+        held, before = np.zeros(worlds.PANORAMA, bool), np.zeros(worlds.PANORAMA, bool)
+        held[units[:sink].ravel()] = held[units[max(0, first - fast) : first].ravel()] = True
+        before[units[:first].ravel()] = True
+        here = units[start + k]
+        chosen[k] = before[here].all(axis=1) & ~held[here].any(axis=1)
+    return chosen

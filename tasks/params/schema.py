@@ -117,6 +117,15 @@ class System(Section):
         return self
 
 
+class RecallProbe(Section):
+    """One-step errors of the causal systems on held-out clips (cf_model/model/recall.py), from which `evaluate` takes the slow gain."""
+
+    clips: PositiveInt  # held-out clips that are long enough
+    start: Count  # latent frame from which on errors are measured; before it the clip is only read
+    frames: PositiveInt  # that are measured, in whole chunks
+    sigmas: list[Annotated[float, Field(gt=0, lt=1)]]  # noise levels
+
+
 class Generate(Section):
     """The videos that are compared: prompts and seeds, continued clips, and the systems that make them."""
 
@@ -131,6 +140,7 @@ class Generate(Section):
     guidance: Annotated[float, Field(ge=1)]
     guidance_passes: GuidancePasses
     crf: Annotated[int, Field(ge=0, le=51)]
+    recall: RecallProbe
     systems: dict[str, System]  # text to video
     continuations: dict[str, System]  # of a real prefix
 

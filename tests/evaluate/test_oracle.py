@@ -144,3 +144,15 @@ def test_sizes_do_not_change_what_is_measured():
     a, b = (oracle.prompt_metrics(v, world.truth(1, FPS), FPS) for v in (small, large))
     for name in ("compass_coherence", "sky_accuracy", "sprite_recall", "speed", "shape_accuracy"):
         assert a[name] == pytest.approx(b[name], abs=0.1), name
+
+
+def test_slow_columns_are_those_that_neither_sink_nor_fast_part_shows():
+    """The camera turns by a column (8 units) a latent: there, on, and back to where it was 12 latents ago. A latent is four frames."""
+    path = np.array([0, 0, 0, 8, 16, 24, 32, 40, 48, 56, 56, 56, 40, 24, 16, 8, 0, 0], float)
+    chosen = oracle.select_slow_columns(np.repeat(path, 4), start=12, chunk=1, sink=3, fast=3, columns=4, frames=6, time=4)
+    # Latent 14 shows 16..48: the fast part (latents 11 to 13) has seen 24..88, the sink 0..32, and a column is 8 units and a part of
+    # its neighbour; latent 12 shows 40..72, of which the fast part has seen 56..88.
+    assert chosen[0].tolist() == [True, False, False, False]
+    assert not chosen[4:].any(), "the sink shows 0..32 for ever, and latents 13 to 15 the rest"
+    never = oracle.select_slow_columns(np.arange(72) * 2.0, start=12, chunk=1, sink=1, fast=1, columns=4, frames=6, time=4)
+    assert not never.any(), "a camera that only goes on sees nothing again before it has gone round"
