@@ -242,21 +242,21 @@ def heading_perplexity(headings: list[Float[np.ndarray, " V"]]) -> float:
 def select_slow_columns(
     heading: Float[np.ndarray, " V"], *, start: int, chunk: int, sink: int, fast: int, columns: int, frames: int, time: int
 ) -> Bool[np.ndarray, "K W"]:
-    """Select the columns of latents whose content a video showed before, but which stands in neither sink nor fast part any more.
+    """Select the columns of latents that show nothing new, and to a half or more what neither sink nor fast part shows any more.
 
-    `heading` is that of each video frame, in units; a latent's `columns` cover worlds' 32 units; latent k is video frame k `time`. The
-    rows are the `frames` latent frames from `start` on, as the chunk that they belong to is denoised.
+    `heading` is that of each video frame, in units; a latent's `columns` cover 32 units; latent k is video frame k `time`. The rows
+    are the `frames` latent frames from `start` on. Sink and fast part are those before the chunk that a latent frame belongs to. A
+    half, because a camera that turns back shows only a few units in a chunk that the fast part has not.
     """
-    width = 32 // columns  # units that a column covers
     left = np.floor(heading[::time]).astype(int)  # of each latent, [F]
-    # which of the circle's units a column covers: [F, W, units]; of the first and last unit only a part is in the picture
-    units = (left[:, None, None] + np.arange(columns)[:, None] * width + np.arange(width + 1)) % worlds.PANORAMA
+    width = 32 // columns
+    units = (left[:, None, None] + np.arange(columns)[:, None] * width + np.arange(width)) % worlds.PANORAMA  # [F, W, units of a column]
     chosen = np.zeros((frames, columns), bool)
     for k in range(frames):
         first = (start + k) // chunk * chunk
         held, before = np.zeros(worlds.PANORAMA, bool), np.zeros(worlds.PANORAMA, bool)
         held[units[:sink].ravel()] = held[units[max(0, first - fast) : first].ravel()] = True
         before[units[:first].ravel()] = True
-        here = units[start + k]
-        chosen[k] = before[here].all(axis=1) & ~held[here].any(axis=1)
+        here = units[start + k]  # [W, units]
+        chosen[k] = before[here].all(axis=1) & (held[here].mean(axis=1) <= 0.5)
     return chosen

@@ -147,12 +147,14 @@ def test_sizes_do_not_change_what_is_measured():
 
 
 def test_slow_columns_are_those_that_neither_sink_nor_fast_part_shows():
-    """The camera turns by a column (8 units) a latent: there, on, and back to where it was 12 latents ago. A latent is four frames."""
-    path = np.array([0, 0, 0, 8, 16, 24, 32, 40, 48, 56, 56, 56, 40, 24, 16, 8, 0, 0], float)
-    chosen = oracle.select_slow_columns(np.repeat(path, 4), start=12, chunk=1, sink=3, fast=3, columns=4, frames=6, time=4)
-    # Latent 14 shows 16..48: the fast part (latents 11 to 13) has seen 24..88, the sink 0..32, and a column is 8 units and a part of
-    # its neighbour; latent 12 shows 40..72, of which the fast part has seen 56..88.
-    assert chosen[0].tolist() == [True, False, False, False]
-    assert not chosen[4:].any(), "the sink shows 0..32 for ever, and latents 13 to 15 the rest"
-    never = oracle.select_slow_columns(np.arange(72) * 2.0, start=12, chunk=1, sink=1, fast=1, columns=4, frames=6, time=4)
+    """The camera turns by half a column (4 units) a latent for ten latents, and then back. A latent is four frames, a chunk one latent."""
+    path = np.array([*range(0, 44, 4), *range(36, -4, -4)], float)
+    chosen = oracle.select_slow_columns(np.repeat(path, 4), start=11, chunk=1, sink=2, fast=3, columns=4, frames=10, time=4)
+    # Latent 13 shows 28..60 and the fast part has 32..72: half of the column 28..36 is news to it, and far from the sink's 0..36.
+    assert not chosen[:3].any(), "on turning, the fast part still has all"
+    assert [row.tolist() for row in chosen[3:9]] == [[False] * 4] * 6, "the sink shows the columns up to 36"
+    apart = np.repeat(path + np.where(path > 8, 32, 0), 4)  # the same, but the sink's place is seen by the sink alone
+    far = oracle.select_slow_columns(apart, start=11, chunk=1, sink=2, fast=3, columns=4, frames=7, time=4)
+    assert [row.tolist() for row in far[3:]] == [[True, False, False, False]] * 4
+    never = oracle.select_slow_columns(np.arange(72) * 0.5, start=12, chunk=1, sink=1, fast=1, columns=4, frames=6, time=4)
     assert not never.any(), "a camera that only goes on sees nothing again before it has gone round"
