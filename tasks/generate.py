@@ -110,7 +110,7 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
     for name, system in causal.items():
         student, memory = wan.load_transformer(weights[system.weights], params.compute).to(choose_device()), system.memory
         assert memory
-        rng = RowGenerators([torch.Generator(real.device).manual_seed(100_003 + row) for row in rows])
+        rng = BatchGenerator([(params.seed, row) for row in rows], real.device)
         asked: dict[str, Any] = {"chunk": params.stage2.rollout.chunk, "start": probe.start, "sigmas": probe.sigmas, "rng": rng}
         for (sigma, slow), errors in measure_one_step_errors(student, real, text, memory, **asked).items():
             about = {"system": name, "sigma": sigma, "slow": slow, "start": probe.start, "chunk": asked["chunk"]}
