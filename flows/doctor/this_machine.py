@@ -73,8 +73,7 @@ def check_disk(machine: Machine, fix: bool) -> Iterator[Finding]:
         need = max(size, 2**30)
         level: Level = "fail" if free < need / 2 else "warn" if free < need else "ok"
         text = f"{free / 2**30:.1f} GiB free at {folder}; a whole run takes {size / 2**30:.1f}"
-        gc = "`dvc gc --all-branches --all-tags --all-experiments`"  # the tags are the promoted students
-        todo = f"with nothing at work: commit what you need, `cf runs prune`, delete branches you don't need, {gc}"
+        todo = "with nothing at work: commit what you need, `cf runs prune`, delete branches you don't need, `cf gc --delete`"
         yield Finding("disk", level, text, "" if level == "ok" else todo)
 
 

@@ -73,7 +73,7 @@ def commit_results(repo: Path, root: Path, run: str, what: str = "results") -> N
     git.run_git(root, "add", "--update")
     commit = git.commit_paths(root, ["dvc.lock", "metrics"], f"run {run}: {what}")
     logger = get_run_logger()
-    logger.info(f"{root} is branch run/{run} at {commit[:12]}; `dvc repro` at that commit repeats it")
+    logger.info(f"{root} is branch run/{run} at {commit[:12]}; `cf runs open {run} DIR` opens it elsewhere, and `dvc repro` repeats it")
     for folder in worktree.prune_worktrees(repo, line=logger.warning):
         logger.info(f"removed the worktree {folder}; its branch stays")
 
