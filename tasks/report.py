@@ -12,15 +12,34 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cf_model.evaluate.figures import GREY, PALETTE, STRIP_SECONDS, Line, build_gallery, build_guesses, draw_chart, item_key
-from cf_model.evaluate.report import Results, build_tables, check_goals, compare_memories, compare_stages, describe_metric, render_page
+from cf_model.evaluate.figures import (
+    GREY,
+    PALETTE,
+    STRIP_SECONDS,
+    Line,
+    average_rows,
+    build_gallery,
+    build_guesses,
+    draw_chart,
+    item_key,
+    wants_logarithm,
+)  # fmt: skip
+from cf_model.evaluate.report import (
+    SUITES,
+    Results,
+    build_tables,
+    check_goals,
+    compare_memories,
+    compare_stages,
+    describe_metric,
+    render_page,
+)  # fmt: skip
 from cf_model.evaluate.trouble import find_troubles
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params, System
 from tasks.parts.systems import as_trained
 from tasks.runner.track import Track
 
-SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
 STAGES = {
     "validate": "checks every value of params.yaml",
     "clips": "renders worlds to video files, bad ones among them",
@@ -58,23 +77,6 @@ def draw_curves(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[s
     for (suite, metric), drawn in lines.items():
         charts.setdefault(suite, []).append({"word": describe_metric(metric), "svg": draw_chart(drawn, x="seconds")})
     return charts
-
-
-def average_rows(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return the steps that have a number under `name`, the numbers, and their running mean over a twentieth of the rows.
-
-    The mean ends at the last step and begins later than the first. None for fewer than two numbers.
-    """
-    pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
-    if len(pairs) < 2:
-        return None
-    width = max(1, len(pairs) // 20)
-    return pairs[:, 0], pairs[:, 1], np.convolve(pairs[:, 1], np.ones(width) / width, "valid")
-
-
-def wants_logarithm(values: np.ndarray) -> bool:
-    """Return whether a chart of the values needs a logarithmic axis: all are above zero, and the largest is 50 times the smallest."""
-    return bool((values > 0).all() and values.max() > 50 * values.min())
 
 
 def draw_training(models: Path) -> list[dict[str, Any]]:

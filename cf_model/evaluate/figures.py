@@ -71,6 +71,23 @@ def draw_chart(lines: Sequence[Line], *, x: str, log: bool = False) -> str:
     return re.sub(r'^<svg [^>]*?(viewBox="[^"]+")[^>]*>', r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1>', svg)
 
 
+def average_rows(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return the steps that have a number under `name`, the numbers, and their running mean over a twentieth of the rows.
+
+    The mean ends at the last step and begins later than the first. None for fewer than two numbers.
+    """
+    pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
+    if len(pairs) < 2:
+        return None
+    width = max(1, len(pairs) // 20)
+    return pairs[:, 0], pairs[:, 1], np.convolve(pairs[:, 1], np.ones(width) / width, "valid")
+
+
+def wants_logarithm(values: np.ndarray) -> bool:
+    """Return whether a chart of the values needs a logarithmic axis: all are above zero, and the largest is 50 times the smallest."""
+    return bool((values > 0).all() and values.max() > 50 * values.min())
+
+
 def draw_strip(frames: UInt8[np.ndarray, "V Y X 3"], height: int) -> str:
     """Put frames side by side in a PNG (a data address), each brought to `height` by bicubic interpolation."""
     width = round(frames.shape[2] * height / frames.shape[1])

@@ -15,6 +15,7 @@ import jinja2
 
 from cf_model.evaluate.statistics import RATIOS, Difference, Interval, bootstrap, bootstrap_ratio, paired, paired_ratio, without_interval
 
+SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
 GUARD_SHARE = 0.9  # of stage 1's value of a guard; if stage 2 has less, its win may be hollow
 ARROWS = {"up": "↑", "down": "↓", "real": "≈", "": ""}
 
