@@ -29,7 +29,7 @@ from flows.night.records import NightRecord, read_nights
 from flows.night.state import NightEnd, NightPlan, NightSettings, NightState, check_settings, tracked_clips_folder
 from flows.night.steps import has_news, prepare_start, train_candidate
 from flows.project import git, overrides, registry, run_lock, worktree
-from flows.run.frame import discard_worktree, run_framed
+from flows.run.frame import discard_worktree, run_framed, say_failures_once
 from flows.run.repro import check_parameters
 from flows.supervise import command
 
@@ -85,7 +85,7 @@ def plan_night(repo: Path, date: str | None, full: bool, log: Log) -> NightPlan:
     date = date or datetime.now(ZoneInfo(timezone)).date().isoformat()
     root = worktree.make_worktree(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
     base = git.run_git(root, "merge-base", "HEAD", tip).strip()
-    check_parameters(root)
+    check_parameters(root, by_stage=True)
     params = _read_parameters(repo, base)
     settings, past, promoted = check_settings(params), read_nights(repo), registry.find_promoted(repo)
     why = "it was asked for" if full else reason_for_full(date, settings.weekly, past)
@@ -202,6 +202,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--full", action="store_true", help="everything anew, whatever day it is")
     args = parser.parse_args(argv)
     command.mark_environment()
+    say_failures_once()
     try:
         check_date(args.date)
         state = nightly(date=args.date, full=args.full, return_state=True)

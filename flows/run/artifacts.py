@@ -72,10 +72,10 @@ class ProgressBar:
             _show(self.complain, prefect_artifacts.update_progress_artifact, self.artifact, percent, description=line)
 
 
-def show_results(root: Path, run: str, states: Mapping[str, str], complain: Complain) -> None:
-    """Show what each stage did, all metrics in one table, and links to the report and to W&B's runs."""
+def show_results(root: Path, run: str, states: Mapping[str, str], about: str, complain: Complain) -> None:
+    """Show what each stage did, all metrics in one table, and links to the report and to W&B's runs; `about` is what was asked for."""
     places = wandb_places(root)
-    create_link, summary = prefect_artifacts.create_link_artifact, _summary_text(root, run, states, places)
+    create_link, summary = prefect_artifacts.create_link_artifact, _summary_text(root, run, states, about, places)
     _show(complain, prefect_artifacts.create_markdown_artifact, summary, key="run", description=f"run {run}")
     metrics = {file.stem: read_json_object(file) for file in sorted((root / "metrics").glob("*.json"))}
     values = [(stage, *node) for stage, tree in metrics.items() for node in list_nodes(tree) if not isinstance(node[1], Mapping)]
@@ -104,8 +104,12 @@ def _show(complain: Complain, create: Callable[..., Any], *values: object, **opt
         return None
 
 
-def _summary_text(root: Path, run: str, states: Mapping[str, str], places: Mapping[str, str]) -> str:
-    lines = [f"# Run {run}", "", f"In `{root}`; `git log -1 -p` there shows its parameters, `dvc repro` repeats it.", ""]
+def _summary_text(root: Path, run: str, states: Mapping[str, str], about: str, places: Mapping[str, str]) -> str:
+    lines = [f"# Run {run}", "", *([about, ""] if about else []), f"In `{root}`."]
+    if root.parent.name == ".runs":
+        branch = f"run/{root.name}"
+        lines[-1] += f" `git show {branch}:params.yaml` shows all parameters, `cf runs open {root.name} DIR` brings it back later."
+    lines += [""]
     lines += ["| stage | state | W&B |", "|---|---|---|"]
     for stage, state in states.items():
         place = places.get(stage, "")

@@ -47,6 +47,12 @@ Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
 Overrides = Annotated[list[Override], Field(max_length=50), AfterValidator(_refuse_unreadable)]
 
 
+def describe_parameters(profile: str, overrides: list[str]) -> str:
+    """Say in a line of Markdown which profile and overrides a run was asked for."""
+    over = "overrides " + ", ".join(f"`{line}`" for line in overrides) if overrides else "no overrides"
+    return f"Profile `{profile}`, {over}."
+
+
 class RunConfig(BaseModel, extra="forbid"):
     """Which parameters and which stages one run takes. Everything that is not stated is as committed."""
 
