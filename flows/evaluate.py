@@ -32,7 +32,7 @@ class Checkpoint(BaseModel, extra="forbid"):
     """Which checkpoint, and what is measured."""
 
     checkpoint: Annotated[str, StringConstraints(pattern=PLACE_PATTERN)] = Field(
-        description="A folder of the worker's machine, such as models/stage2 elsewhere, or a version, tag or commit: student@v0.0.1."
+        description="A folder of the worker's machine, such as models/stage2 elsewhere, or a version, tag or commit: `student@v0.0.1`."
     )
     stage: StageName = Field("stage2", description="The stage whose model it takes the place of.")
     measured: list[StageName] = Field(

@@ -39,7 +39,7 @@ NOTHING_NEW = "nothing new"
 STATE_NAMES = {"promoted": "Promoted", "refused": "Refused", "no good clips": "NoGoodClips", "the same again": "TheSameAgain"}
 STATE_NAMES |= {NOTHING_NEW: "NoNewData"}
 Log = Callable[[str], None]
-Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the night; default: today, in nightly.timezone.")]
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
 
 @flow(
@@ -49,7 +49,12 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the 
     on_cancellation=[reconcile.close_tasks],
 )
 def nightly(date: Date | None = None, full: bool = False) -> State[None]:
-    """Run one night. `full`: everything anew, whatever day it is."""
+    """Run one night.
+
+    Args:
+        date: Of the night, such as 2026-01-31; empty for today, in nightly.timezone.
+        full: Train everything anew, whatever day it is.
+    """
     return run_framed(lambda: _run_night(date, full))
 
 
@@ -196,7 +201,7 @@ def remove_failed_worktrees(repo: Path, log: Log) -> None:
 
 def main(argv: list[str]) -> None:
     """Run one night; print its state, or exit with one sentence when it fails."""
-    about = "A night of this checkout, without a server. Its state is the last line; exit code 1, and one sentence, when it failed."
+    about = "A night of this checkout, without a server. Its state is the last line on stdout; exit code 1 and a sentence when it failed."
     parser = argparse.ArgumentParser("python -m flows.nightly", description=about)
     parser.add_argument("--date", help="YYYY-MM-DD; default: today, in nightly.timezone")
     parser.add_argument("--full", action="store_true", help="everything anew, whatever day it is")

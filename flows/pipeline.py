@@ -64,7 +64,8 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
         # 3. The stages. What has finished is committed and pushed before a failure ends the run.
         pull, failure = config.pull and remote_answers(root), None
         try:
-            known: dict[str, Any] = {"unchanged": unchanged, "done": checked, "about": describe_parameters(config.profile, config.overrides)}
+            about = describe_parameters(config.profile, config.overrides)
+            known: dict[str, Any] = {"unchanged": unchanged, "done": checked, "about": about}
             states = repro_stages(root, graph, chosen, run=run, repo=repo, pull=pull, at_once=config.at_once, **known)
         except RuntimeError as error:
             failure = error

@@ -91,7 +91,8 @@ def test_a_checkpoint_is_judged_before_anything_runs(server: None, made: Path, m
     (made / "tasks/commands").mkdir()
     (made / "tasks/commands/check_model.py").write_text("")
     main = made / "tasks/__main__.py"
-    main.write_text(main.read_text() + 'elif words[:1] == ["check-model"]:\n    sys.exit(f"cf check-model: {words[1]} is no model of {words[3]}")\n')
+    check = 'elif words[:1] == ["check-model"]:\n    sys.exit(f"cf check-model: {words[1]} is no model of {words[3]}")\n'
+    main.write_text(main.read_text() + check)
     project.git(made, "add", "-A")
     project.git(made, "commit", "-qm", "a check")
     for checkpoint, sentence in (("misspelt", "misspelt is neither a folder in"), ("/etc", "/etc is no model of slow")):
