@@ -31,6 +31,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
     },
     "models": {
         "video": ("tasks.commands.video.command", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
+        "check-model": ("tasks.commands.check_model", "DIR [--stage stage2]: whether it is a whole model that fits params.yaml"),
         "export": ("tasks.commands.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf video`; the way back"),
         "import-weights": ("tasks.commands.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA"),
     },

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.cli import one_line_errors
+from flows.cli import count_things, one_line_errors
 from flows.project.dvc_command import run_dvc
 from flows.project.git import run_git
 from flows.project.run_lock import hold_checkout
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         for file in unnamed if options.delete else ():
             file.unlink(missing_ok=True)
     way = "removed" if options.delete else "which `cf gc --delete` removes" if unnamed else "nothing to remove"
-    print(f"{len(unnamed)} objects of the cache ({size:.2f} GiB) that no branch, tag, experiment or worktree names: {way}")
+    print(f"{count_things(len(unnamed), 'object')} of the cache ({size:.2f} GiB) that no branch, tag, experiment or worktree names: {way}")
 
 
 if __name__ == "__main__":

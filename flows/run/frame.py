@@ -1,5 +1,6 @@
 """What every flow begins and ends with: dead runs are closed first, results are committed, and the log is delivered to the last line."""
 
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -30,11 +31,15 @@ def run_framed(body: Callable[[], FlowResult]) -> FlowResult | State[Any]:
         clean_up_after_dead_runs(Path.cwd())
         return body()
     except (RuntimeError, ValueError) as error:
-        get_run_logger().error(str(error))
         return Failed(message=str(error))  # returned, not raised: Prefect would prefix the message with the exception's name
     finally:
         command.stop_commands()
         deliver_logs()
+
+
+def say_failures_once() -> None:
+    """Leave out Prefect's log line with a failed run's message, for a command that ends with that message itself."""
+    logging.getLogger("prefect.flow_runs").addFilter(lambda record: not record.getMessage().startswith("Finished in state Failed("))
 
 
 def clean_up_after_dead_runs(repo: Path) -> None:
