@@ -68,7 +68,7 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
             commit_results(repo, root, run)
         elif failure:
             try:  # DVC removes a stage's outs before it runs the stage: the last good ones come back from the cache
-                run_dvc(root, "checkout", "--quiet")
+                run_dvc(root, "checkout")
             except RuntimeError as error:
                 get_run_logger().warning(f"not all results from before could be brought back: {error}")
         if config.push and not command.stopping.is_set():

@@ -20,7 +20,7 @@ from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.flow import RowGenerators
+from cf_model.model.flow import BatchGenerator
 from cf_model.model.memory import empty_memory
 from cf_model.model.recall import measure_one_step_errors
 from cf_model.model.rollout import stream
@@ -110,7 +110,7 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
     for name, system in causal.items():
         student, memory = wan.load_transformer(weights[system.weights], params.compute).to(choose_device()), system.memory
         assert memory
-        rng = RowGenerators([torch.Generator(real.device).manual_seed(100_003 + row) for row in rows])
+        rng = BatchGenerator([(params.seed, row) for row in rows], real.device)
         asked: dict[str, Any] = {"chunk": params.stage2.rollout.chunk, "start": probe.start, "sigmas": probe.sigmas, "rng": rng}
         for (sigma, slow), errors in measure_one_step_errors(student, real, text, memory, **asked).items():
             about = {"system": name, "sigma": sigma, "slow": slow, "start": probe.start, "chunk": asked["chunk"]}
@@ -177,8 +177,7 @@ def generate_latents(
     system, model = as_trained(params, jobs[0].system), models[jobs[0].system.weights]
     size = model.transformer.config.in_channels, params.video.height // SPACE, params.video.width // SPACE
     # the noise depends on seed and prompt alone, so that systems can be compared pair by pair
-    seeds = [100_003 * (job.seed + 1) + job.number for job in jobs]
-    rng = RowGenerators([torch.Generator(text.device).manual_seed(seed) for seed in seeds])
+    rng = BatchGenerator([(job.seed, job.number) for job in jobs], text.device)
     if spec := system.memory:
         # causal_init has no levels of its own: it is trained at all of them
         rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout

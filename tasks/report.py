@@ -36,6 +36,7 @@ STAGES = {
     "filter": "keeps clips longer than 10 s that pass the quality rules",
     "codec": "fits the codec: 4 frames to 1 latent, 8x in space",
     "encode": "clips to latents, captions to embeddings",
+    "prompts": "the students' prompts, each once: captions, or a file",
     "base": "bidirectional model by flow matching",
     "teacher": "context teacher by error-recycling fine-tuning (sec. 3.4)",
     "causal_init": "few-step causal student, by teacher forcing or ODE regression",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from cf_model.model.flow import Flow
 from cf_model.model.memory import ChunkComparison, Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import GuidancePasses, TeacherView
-from cf_model.train.trainer.batch import EncodedClips, average_groups, draw_rows
+from cf_model.train.trainer.batch import EncodedClips, PromptSet, average_groups, draw_rows
 from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec, require_at_least
 from cf_model.train.trainer.observe import StepTimer, join_comparisons, measure_promotion
@@ -27,7 +27,7 @@ from cf_model.train.trainer.ranks import BatchRandom
 from cf_model.train.trainer.zero import build_optimizer
 
 from .distill import compute_critic_loss, compute_generator_gradient, measure_student_loss, replay_window
-from .past import RolloutStreams, SharedRollouts
+from .past import RolloutStreams
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,6 @@ class StudentSpec:
         return {"own": 0.0, "real": 1.0, "share": 1 - step / self.steps}[self.rollout.begin]
 
 
-class PromptSet(Protocol):
-    """Embedded prompts, read as they are drawn because a training set's do not fit into memory. A tensor [P, T, E] satisfies it too."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, at: list[int], /) -> Tensor: ...
-
-
 class DistillationTrainer:
     """One distillation (alg. 1): the critic learns at every step, the student at every `critic_updates`-th after `critic_warmup`.
 
@@ -148,13 +140,14 @@ class DistillationTrainer:
         self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
         self.steps, self.save_every = spec.steps, spec.save_every
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
-        self.random = BatchRandom(seed, device, groups=engine.count_groups(spec.batch))
+        self.random = BatchRandom(seed, device, batch=spec.batch, groups=engine.count_groups(spec.batch))
         # before build_optimizer, which may split the student over the ranks
         self.ema = EMA(student, spec.ema, spec.ema_start, ramp=spec.ema_ramp)
         self.student_optimizer = build_optimizer(student, spec.student_optimizer, spec.student_updates, engine)
         self.critic_optimizer = build_optimizer(critic, spec.critic_optimizer, spec.steps, engine)
         self.streams = RolloutStreams(spec.memory, self.random, device)
-        self.shared = SharedRollouts()
+        # With `rollouts: shared`: group -> the rollout and its prompts [B, T, E] that serve until the student's next update.
+        self.shared: dict[int, tuple[Rollout, Tensor]] = {}
         self.comparisons: list[Sequence[ChunkComparison]] = []  # of the step's groups, for the log
         self.timer = StepTimer(device)
         self.newest_batch: dict[str, Tensor] = {}
@@ -168,16 +161,14 @@ class DistillationTrainer:
             "average": self.ema,
             "student_optimizer": self.student_optimizer,
             "critic_optimizer": self.critic_optimizer,
-            "random": self.random,
             "streams": self.streams,
-            "kept": self.shared,
         }
 
-    def step(self, number: int) -> dict[str, float]:
+    def step(self, number: int) -> dict[str, float | Tensor]:
         """Run the body of alg. 1's loop once: update the critic, and at every `critic_updates`-th step the student on the same rollout."""
         student_learns = self.spec.student_learns(number)
         self.comparisons.clear()
-        groups = [self._accumulate_group(number, group, student_learns) for group in self.random.groups()]
+        groups = [self._accumulate_group(number, group, student_learns) for group in self.random.groups(number)]
         values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
         values |= measure_promotion(self.spec.memory, join_comparisons(self.comparisons))
         # The student's update first; the critic's gradients, of the same rollout, wait.
@@ -189,7 +180,7 @@ class DistillationTrainer:
         self.timer.lap("update")
         return values
 
-    def _accumulate_group(self, number: int, group: int, student_learns: bool) -> dict[str, float]:
+    def _accumulate_group(self, number: int, group: int, student_learns: bool) -> dict[str, float | Tensor]:
         """Add the gradients of one group of the batch: the critic's, and the student's where it learns. Return the group's values."""
         spec = self.spec
         # Lines 5 to 28: a prompt, a rollout X of the student, without gradient.
@@ -217,32 +208,31 @@ class DistillationTrainer:
         )
         self.critic_optimizer.backward(loss / self.random.count)
         self.timer.lap("critic")
-        return values | {"critic_loss": loss.item()} | self._describe_rollout(generated, context)
+        return values | {"critic_loss": loss.detach()} | self._describe_rollout(generated, context)
 
-    def _describe_rollout(self, generated: Rollout, context: Tensor) -> dict[str, float]:
+    def _describe_rollout(self, generated: Rollout, context: Tensor) -> dict[str, float | Tensor]:
         """Return a rollout's length, exit level, context, window, and what its memory promoted, for the log."""
-        values = {"frames": float(generated.video.shape[1]), "exit": sum(generated.exits) / len(generated.exits)}
+        values: dict[str, float | Tensor] = {"frames": float(generated.video.shape[1])}
+        values["exit"] = sum(generated.exits) / len(generated.exits)
         values |= {"context_frames": float(context.shape[1]), "window": float(generated.window.start)}
         self.comparisons.append(generated.comparisons)
         if generated.comparisons:
-            values["slow_frames"] = float(generated.memory.count_slow())
+            values["slow_frames"] = generated.memory.count_slow()
         return values
 
     def _get_rollout(self, number: int, group: int) -> tuple[Rollout, Tensor]:
         """Return this step's rollout and its prompts: a new rollout, or with `rollouts: shared` that of the student's last update."""
-        since_update, rng = number % self.spec.critic_updates, self.random.rng
+        since_update, now = number % self.spec.critic_updates, self.random.rng
         if self.spec.rollouts == "each":
             return self._roll_out(number, group)
         if not since_update:
-            self.shared.random_before = rng.get_state()
-            self.shared.rollouts[group] = self._roll_out(number, group)
-        elif group not in self.shared.rollouts:
-            # Resumed between two updates of the student: the unchanged student makes the same rollout from the same random state.
-            now = rng.get_state()
-            rng.set_state(self.shared.random_before)
-            self.shared.rollouts[group] = self._roll_out(number - since_update, group)
-            rng.set_state(now)
-        return self.shared.rollouts[group]
+            self.shared[group] = self._roll_out(number, group)
+        elif group not in self.shared:
+            # Resumed between two updates of the student: the unchanged student makes the same rollout from that step's random numbers.
+            self.random.rng = self.random.draw_step(number - since_update)
+            self.shared[group] = self._roll_out(number - since_update, group)
+            self.random.rng = now
+        return self.shared[group]
 
     def _roll_out(self, number: int, group: int) -> tuple[Rollout, Tensor]:
         """Generate a new video (alg. 1, lines 5 to 28), or with `persist: stream` the next part of a video that is not finished."""
@@ -308,7 +298,7 @@ class DistillationTrainer:
 
     def _accumulate_student_gradient(
         self, generated: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None
-    ) -> dict[str, float]:
+    ) -> dict[str, float | Tensor]:
         """Add the student's gradient for one rollout: the scores' difference (eq. 6), then ∂G/∂θ by replaying the window's chunks."""
         gradient, values = compute_generator_gradient(
             target,
@@ -331,4 +321,4 @@ class DistillationTrainer:
 
         replay_window(self.student, generated, gradient, text, backward=backward)
         self.timer.lap("replay")
-        return values | {"student_loss": measure_student_loss(generated, gradient)}
+        return {**values, "student_loss": measure_student_loss(generated, gradient)}

@@ -17,6 +17,7 @@ from flows.machine.settings import Machine, process_environment
 from flows.project import dvc_lock, run_lock, worktree
 from flows.project.dvc_command import run_dvc
 from flows.supervise import gpus
+from tasks.files.dvc_rwlock import mend_rwlock
 from tasks.files.settings import read_settings
 from tasks.params import yaml_file
 
@@ -72,8 +73,7 @@ def check_disk(machine: Machine, fix: bool) -> Iterator[Finding]:
         need = max(size, 2**30)
         level: Level = "fail" if free < need / 2 else "warn" if free < need else "ok"
         text = f"{free / 2**30:.1f} GiB free at {folder}; a whole run takes {size / 2**30:.1f}"
-        gc = "`dvc gc --all-branches --all-tags --all-experiments`"  # the tags are the promoted students
-        todo = f"with nothing at work: commit what you need, `cf runs prune`, delete branches you don't need, {gc}"
+        todo = "with nothing at work: commit what you need, `cf runs prune`, delete branches you don't need, `cf gc --delete`"
         yield Finding("disk", level, text, "" if level == "ok" else todo)
 
 
@@ -98,19 +98,25 @@ def check_leftovers(machine: Machine, fix: bool) -> Iterator[Finding]:
 
 
 def check_locks(machine: Machine, fix: bool) -> Iterator[Finding]:
-    """Find locks of DVC whose holders are dead. The next dvc removes them by itself, so this is a warning."""
+    """Find locks of DVC whose holders are dead, which the next dvc removes by itself, and records of locks that no dvc can read."""
     stale: list[str] = []
+    torn: list[str] = []
     for folder in [machine.root, *worktree.list_worktrees(machine.root)]:
-        file = folder / ".dvc/tmp/rwlock"
-        text = file.read_text() if file.exists() else ""
+        sentence, file = mend_rwlock(folder, only_look=not fix), folder / ".dvc/tmp/rwlock"
+        text = file.read_text(errors="replace") if file.exists() else ""
         holders = {int(pid) for pid in re.findall(r'"pid": (\d+)', text)}
         dead = {pid for pid in holders if not psutil.pid_exists(pid)}
-        if dead and fix and holders == dead:
+        if sentence and file.exists():
+            torn.append(sentence)
+        elif dead and fix and holders == dead:
             file.write_text("{}")
         elif dead:
             stale.append(f"{file} names processes that are dead ({', '.join(map(str, sorted(dead)))})")
+    if torn:
+        yield Finding("locks", "fail", "; ".join(torn), "`cf doctor --fix` removes it; until then every dvc fails there")
     todo = "the next `dvc repro` there takes them away, `cf doctor --fix` does it now" if stale else ""
-    yield Finding("locks", "warn" if stale else "ok", "; ".join(stale) or "no stale lock of DVC", todo)
+    if stale or not torn:
+        yield Finding("locks", "warn" if stale else "ok", "; ".join(stale) or "no stale lock of DVC", todo)
 
 
 def check_worktrees(machine: Machine, fix: bool) -> Iterator[Finding]:

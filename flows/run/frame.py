@@ -16,6 +16,7 @@ from prefect.states import Crashed, Failed
 from flows.machine import reconcile
 from flows.project import git, run_lock, worktree
 from flows.supervise import command
+from tasks.files.dvc_rwlock import mend_rwlock
 
 LOG_PATIENCE = 300.0  # seconds; a restarted server is back within one minute
 
@@ -41,10 +42,13 @@ def clean_up_after_dead_runs(repo: Path) -> None:
     logger = get_run_logger()
     if ended := command.end_orphans():
         logger.warning(f"ended processes that a killed run had left: {', '.join(map(str, ended))}")
+    roots = [repo, *worktree.list_worktrees(repo)]
+    for sentence in filter(None, map(mend_rwlock, roots)):
+        logger.warning(sentence)
     try:
         with get_client(sync_client=True) as client:
             # without this run itself, which may have died before and is being tried again
-            dead = {run_lock.find_dead_run(root) for root in [repo, *worktree.list_worktrees(repo)]} - {"", str(runtime.flow_run.id)}
+            dead = {run_lock.find_dead_run(root) for root in roots} - {"", str(runtime.flow_run.id)}
             for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [*dead]}})):
                 # a run that has ended, or waits to be tried again, stays as it is
                 if run.state is None or run.state.is_running() or run.state.is_cancelling():
@@ -69,7 +73,7 @@ def commit_results(repo: Path, root: Path, run: str, what: str = "results") -> N
     git.run_git(root, "add", "--update")
     commit = git.commit_paths(root, ["dvc.lock", "metrics"], f"run {run}: {what}")
     logger = get_run_logger()
-    logger.info(f"{root} is branch run/{run} at {commit[:12]}; `dvc repro` at that commit repeats it")
+    logger.info(f"{root} is branch run/{run} at {commit[:12]}; `cf runs open {run} DIR` opens it elsewhere, and `dvc repro` repeats it")
     for folder in worktree.prune_worktrees(repo, line=logger.warning):
         logger.info(f"removed the worktree {folder}; its branch stays")
 

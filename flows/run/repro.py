@@ -63,10 +63,9 @@ def repro_stages(
     states = {stage.name: shared.outcomes.get(stage.name, "Failed") for stage in chosen}
     artifacts.show_results(root, run, states, logger.warning)
     if failed := [stage for stage, state in states.items() if state == "Failed"]:
-        lines = [line for line in shared.output.get(failed[0], []) if not line.startswith("ERROR: failed to reproduce")]
         skipped = ", ".join(stage for stage, state in states.items() if state == "Skipped")
         rest = f"; skipped: {skipped}" if skipped else ""
-        raise RuntimeError(f"{', '.join(failed)} failed: {lines[-1] if lines else 'it said nothing'}{rest}")
+        raise RuntimeError(f"{', '.join(failed)} failed: {shared.reasons.get(failed[0], 'it said nothing')}{rest}")
     return states
 
 

@@ -13,10 +13,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed
 
-from flows.project.dvc_command import dvc_words
+from flows.project.dvc_command import dvc_words, explain_failure
 from flows.project.dvc_graph import Stage
 from flows.run import artifacts
 from flows.supervise import command, gpus
+from tasks.files.dvc_rwlock import mend_rwlock
 
 TAIL_LINES = 20  # lines of output that a failure carries
 DONE = ("Cached", "Restored", "Completed")
@@ -34,7 +35,7 @@ CHATTER = (  # lines of DVC's that a run's log leaves out
 
 @dataclass
 class SharedRun:
-    """What the stages of one run share. Each stage writes its own outcome and output, before the stages that wait for it begin."""
+    """What the stages of one run share. Each stage writes its own outcome and reason, before the stages that wait for it begin."""
 
     root: Path
     environment: Mapping[str, str]
@@ -42,7 +43,7 @@ class SharedRun:
     slots: threading.Semaphore
     pull: bool = False
     outcomes: dict[str, str] = field(default_factory=dict)
-    output: dict[str, list[str]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # why a stage failed, in one line
 
 
 def may_retry(task: object, run: object, state: State[Any]) -> bool:
@@ -65,7 +66,7 @@ def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[
         run.outcomes[name] = "Cached"
         return Completed(name="Cached")
     run.outcomes[name] = "Failed"  # until the end of this function, which an exception does not reach
-    lines = run.output[name] = []
+    lines: list[str] = []
     progress = artifacts.ProgressBar(name, logger.warning)
     state = "Failed"
 
@@ -82,11 +83,15 @@ def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[
                 log(f"{name} could not be taken from the remote, so it is made here")
                 code = repro_stage(stage, run, log, pull=False)
         if code:
+            run.reasons[name] = explain_failure(lines)
             raise RuntimeError("\n".join([f"{name} failed", *lines[-TAIL_LINES:]]))
         state = read_outcome(name, lines)
     except TimeoutError as error:
-        lines.append(f"{name} {error}")
-        raise RuntimeError("\n".join([f"{name} {error}; meta.cf.timeout in dvc.yaml states it", *lines[-TAIL_LINES - 1 : -1]])) from None
+        run.reasons[name] = f"{name} {error}"
+        raise RuntimeError("\n".join([f"{name} {error}; meta.cf.timeout in dvc.yaml states it", *lines[-TAIL_LINES:]])) from None
+    except ValueError as error:  # of the GPUs that it asks for
+        run.reasons[name] = str(error)
+        raise
     finally:
         progress.close(state == "Completed")
     run.outcomes[name] = state
@@ -95,6 +100,8 @@ def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[
 
 def repro_stage(stage: Stage, run: SharedRun, log: Callable[[str], None], *, pull: bool) -> int:
     """Run DVC on this stage alone; return its exit code. DVC waits for its lock, else results of parallel stages would be lost."""
+    if mended := mend_rwlock(run.root):
+        log(mended)
     words = dvc_words("repro", *(["--pull"] if pull else []), "--single-item", stage.name)
     return command.run(words, cwd=run.root, env=run.environment, line=log, gpus=count_gpus(stage, log), timeout=stage.timeout)
 

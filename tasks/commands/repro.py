@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tasks.files.dvc_rwlock import mend_rwlock
 from tasks.files.json_lines import load_json_object
 from tasks.params.project import Project
 
@@ -30,6 +31,8 @@ def main(argv: list[str]) -> None:
     environment = {"CF_RUN": time.strftime("%Y%m%d-%H%M%S")} | os.environ
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     interrupts: list[int] = []
+    if mended := mend_rwlock(Path()):
+        print(mended, flush=True)
     # A terminal sends Ctrl-C to DVC and its stage too, which end by themselves; their last lines are still passed on.
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
     try:

@@ -98,6 +98,12 @@ class Encode(Section):
     dtype: Literal["float32", "float16", "bfloat16"]
 
 
+class Prompts(Section):
+    """The prompts that students are trained on; start.prompts says where they come from."""
+
+    most: PositiveInt | None  # prompts that are embedded, the first of them; null: all
+
+
 CAUSAL = ("causal_init", "stage1", "stage2")
 
 
@@ -132,7 +138,7 @@ class Generate(Section):
     prompts: PositiveInt
     continued: PositiveInt  # held-out clips whose beginnings are continued
     prompts_file: Path | None  # one prompt a line; null: captions of the held-out clips
-    seeds: list[int]
+    seeds: list[Count]
     frames: PositiveInt  # latent frames of the real clips that are shown for comparison
     prefix: PositiveInt  # latent frames of a real clip that a continuation starts from
     batch: PositiveInt  # videos that a model makes at once, as far as they have prompts of one system; changes results by rounding alone
@@ -172,6 +178,7 @@ class Params(Section):
     codec: CodecParams
     text: Text
     encode: Encode
+    prompts: Prompts
     model: ModelSpec
     flow: Flow
     base: BaseSpec

@@ -81,16 +81,33 @@ def test_a_lock_whose_holder_is_dead(machine: Machine) -> None:
     dead.wait()
     file = machine.root / ".dvc/tmp/rwlock"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
+    file.write_text(json.dumps({"write": {"data": {"pid": dead.pid, "cmd": "dvc repro"}}}))
     (line,) = this_machine.check_locks(machine, False)
     assert line.level == "warn" and str(dead.pid) in line.said
-    file.write_text(json.dumps({"data": {"write": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
+    file.write_text(json.dumps({"write": {"data": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
     assert [line.level for line in this_machine.check_locks(machine, True)] == ["ok"] and str(os.getpid()) in file.read_text()
-    file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
+    file.write_text(json.dumps({"write": {"data": {"pid": dead.pid, "cmd": "dvc repro"}}}))
     assert [line.level for line in this_machine.check_locks(machine, True)] == ["ok"] and file.read_text() == "{}"
-    both = json.dumps({"data": {"write": {"pid": dead.pid}}, "out": {"read": [{"pid": os.getpid()}]}})
+    both = json.dumps({"write": {"data": {"pid": dead.pid}}, "read": {"out": [{"pid": os.getpid()}]}})
     file.write_text(both)
     assert [line.level for line in this_machine.check_locks(machine, True)] == ["warn"] and file.read_text() == both
+
+
+@pytest.mark.parametrize("record", ["", '{"write": {"data": {"pid"', "[]", '{"data": {}}', "\0\0"])
+def test_a_record_of_locks_that_no_dvc_can_read(machine: Machine, record: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill or a full disk while DVC writes it. With a dvc at work, what that one holds is not known."""
+    file = machine.root / ".dvc/tmp/rwlock"
+    file.write_text(record)
+    (line,) = this_machine.check_locks(machine, False)
+    assert line.level == "fail" and "is torn" in line.said and "cf doctor --fix" in line.todo
+    waiting = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", "dvc"]
+    for folder, level in ((machine.root, "fail"), (machine.root.parent, "ok")):
+        with subprocess.Popen(waiting, cwd=folder, stdout=subprocess.PIPE) as dvc:
+            assert dvc.stdout and dvc.stdout.readline()
+            (line,) = this_machine.check_locks(machine, True)
+            dvc.kill()
+        assert line.level == level and (level == "ok" or f"process {dvc.pid}" in line.said), line
+        assert file.exists() == (level == "fail")
 
 
 def test_a_build_that_was_killed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,8 @@ def test_supervisor_is_this_users_alone(supervised: settings.Machine) -> None:
 
 
 def test_what_a_supervisor_that_was_killed_has_left_is_ended(supervised: settings.Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = [supervised.file(f"{name}.log") for name in ("server", "worker")]
+    wait(lambda: all("up hush" in programs.read_log(log) for log in logs))  # else they die of their first line, which nobody reads
     psutil.Process(programs.connect(supervised).getPID()).kill()
     wait(lambda: programs.connect(supervised) is None)
     assert len(processes.find_marked(supervised.root)) == 2

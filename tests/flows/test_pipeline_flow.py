@@ -132,6 +132,19 @@ def test_a_stage_that_refuses_is_not_tried_again_and_what_was_there_stays(done_r
     assert len(project.pids(root, "last")) == 4
 
 
+def test_a_torn_record_of_dvcs_locks_is_mended_and_dvcs_reason_is_the_runs(root: Path) -> None:
+    """A kill while DVC writes .dvc/tmp/rwlock leaves it empty, and every dvc after it fails."""
+    rwlock = root / ".dvc/tmp/rwlock"
+    rwlock.parent.mkdir(exist_ok=True)
+    rwlock.write_text("")
+    assert "JSON structure is corrupted" in project.dvc(root, "repro", "prepare", code=255)
+    assert go(to_stage="prepare").result() == {"prepare": "Completed"}
+    change(root, "deps: [raw.txt, work.py]", "deps: [raw.txt, work.py, none.txt]", "dvc.yaml")
+    state = go(to_stage="slow")
+    assert state.is_failed() and re.match("prepare failed: .*No such file or directory: .*none.txt", state.message), state.message
+    assert not [log.message for log in seen(state).logs if "without a word" in log.message], "of `dvc checkout` neither"
+
+
 def test_parameters_are_checked_first(root: Path) -> None:
     change(root, "seed: 1", "seed: -1")
     state = go()
