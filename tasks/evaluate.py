@@ -68,11 +68,14 @@ def compare_systems(cells: list[dict[str, Any]], params: Params) -> dict[str, An
     for cell in cells:
         values[cell["suite"], cell["system"], cell["metric"]][cell["clip"] or cell["prompt"], cell["seed"]] = cell["value"]
     out = {}
-    draws = {"resamples": params.evaluate.resamples, "seed": params.seed}
+    resamples, seed = params.evaluate.resamples, params.seed
     for suite, before, after, metric in COMPARED:
         tables = [[values[suite, system, name] for name in RATIOS.get(metric, (metric,))] for system in (before, after)]
         first, second = tables
-        pair = paired_ratio((first[0], first[1]), (second[0], second[1]), **draws) if metric in RATIOS else paired(*first, *second, **draws)
+        if metric in RATIOS:
+            pair = paired_ratio((first[0], first[1]), (second[0], second[1]), resamples=resamples, seed=seed)
+        else:
+            pair = paired(first[0], second[0], resamples=resamples, seed=seed)
         if pair:
             numbers = {"before": pair.first, "after": pair.second, "low": pair.change.low, "high": pair.change.high}
             finite = {name: value for name, value in numbers.items() if np.isfinite(value)}  # a single video has no interval

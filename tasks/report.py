@@ -12,28 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cf_model.evaluate.figures import (
-    GREY,
-    PALETTE,
-    STRIP_SECONDS,
-    Line,
-    average_rows,
-    build_gallery,
-    build_guesses,
-    draw_chart,
-    item_key,
-    wants_logarithm,
-)  # fmt: skip
-from cf_model.evaluate.report import (
-    SUITES,
-    Results,
-    build_tables,
-    check_goals,
-    compare_memories,
-    compare_stages,
-    describe_metric,
-    render_page,
-)  # fmt: skip
+from cf_model.evaluate.figures import GREY, PALETTE, STRIP_SECONDS, Line, average_rows, build_gallery, build_guesses, draw_chart
+from cf_model.evaluate.figures import draw_memories, item_key, wants_logarithm
+from cf_model.evaluate.report import SUITES, Results, build_tables, check_goals, compare_memories, compare_stages, describe_metric
+from cf_model.evaluate.report import render_page, state_claim
 from cf_model.evaluate.trouble import find_troubles
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params, System
@@ -197,6 +179,17 @@ def list_facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], ga
     ]
 
 
+def build_claim(
+    values: Results, index: Sequence[Row], stages: Mapping[str, Mapping[str, str]], teacher: str | None, clips: Path | None, samples: Path
+) -> dict[str, Any]:
+    """Return what the page begins with: the worlds as teacher, stage 1 and stage 2 remember them, and stage 2 against stage 1."""
+    truths = {row["id"]: row.get("truth") for row in read_json_lines(clips / "clips.jsonl", missing_ok=True)} if clips else {}
+    names = {"teacher": teacher, "stage 1": stages["stage1"].get("continuations"), "stage 2": stages["stage2"].get("continuations")}
+    shown = {title: name for title, name in names.items() if name}
+    rows = state_claim(values, names["stage 1"], names["stage 2"], teacher) if names["stage 1"] and names["stage 2"] else []
+    return {"worlds": draw_memories(index, shown, truths, samples) if shown else [], "rows": rows}
+
+
 def systems_of(suite: str, stated: Mapping[str, System], index: Sequence[Row], results: Results) -> list[str]:
     """Return a suite's systems that have a video or a number, in the order of params.yaml, real last."""
     present = {row["system"] for row in index if row["suite"] == suite}
@@ -242,6 +235,7 @@ def run(
         "facts": list_facts(params, index, manifest, [row for gallery in galleries.values() for row in gallery["rows"]]),
         "colours": colours,
         "recipes": {suite: {name: describe_system(system) for name, system in systems.items()} for suite, systems in recipes.items()},
+        "claim": build_claim(values, index, stages, kinds.get("slow-fast"), clips, samples),
         "goals": check_goals(values, roles["prompts"], kinds),
         "student": student,
         "guesses": build_guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),

@@ -57,7 +57,8 @@ class LinearCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: UInt8[Tensor, "B V Y X 3"]) -> Float[Tensor, "B F C H W"]:
-        check_video_shape(*video.shape[1:4], TIME, SPACE)
+        _, frames, height, width, _ = video.shape
+        check_video_shape(frames, height, width, TIME, SPACE)
         # [B, F, H, W, PATCH] @ [PATCH, C], and channels to their place
         return ((cut_patches(video[:, ::TIME].to(self.mean.device)) - self.mean) @ self.encoder).permute(0, 1, 4, 2, 3)
 

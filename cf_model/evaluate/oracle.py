@@ -220,6 +220,27 @@ def build_map(video: Video) -> dict[int, np.ndarray]:
     return {b: np.mean(colours, axis=0) for b, colours in out.items()}
 
 
+def unroll_panorama(video: Video) -> UInt8[np.ndarray, "R C 3"]:
+    """Lay a video's frames around the circle by the heading that each shows: the mean at every place, white where nothing was seen.
+
+    R and C are SCENE and PANORAMA units in pixels. The sprite, which moves through the picture, is a faint trace.
+    """
+    unit = video.shape[1] // 32
+    size = worlds.PANORAMA * unit
+    first = np.rint(read_heading(video)[0] * unit).astype(int)
+    places = (first[:, None] + np.arange(video.shape[2])) % size  # [V, X]
+    total, count = np.zeros((size, worlds.SCENE * unit, 3)), np.zeros(size)
+    np.add.at(total, places.ravel(), crop_rows(video, slice(0, worlds.SCENE)).transpose(0, 2, 1, 3).reshape(-1, worlds.SCENE * unit, 3))
+    np.add.at(count, places.ravel(), 1)
+    mean = np.where(count[:, None, None] > 0, total / np.maximum(count, 1)[:, None, None], 255)
+    return np.rint(mean).astype(np.uint8).transpose(1, 0, 2)
+
+
+def paint_truth(truth: Mapping[str, Any], unit: int) -> UInt8[np.ndarray, "R C 3"]:
+    """Paint the panorama that a video should show, in the size of `unroll_panorama`."""
+    return np.rint(worlds.paint_panorama(tuple(truth["landmarks"]), truth["sky"], unit)).astype(np.uint8)
+
+
 def measure_diversity(maps: list[dict[int, np.ndarray]], skies: list[str]) -> float | None:
     """Average the landmark distance between videos of the same sky at equal headings; None when no two can be compared."""
     distances = [

@@ -50,6 +50,10 @@ DESCRIPTIONS = {
     "map_error": Metric(RECALLS, "down", "after a real prefix: distance from the true landmarks, last seen over evaluate.gap seconds ago"),
     "map_error_recent": Metric(RECALLS, "down", "the same on content seen more recently"),
     "map_error_absent": Metric(RECALLS, "down", "the same, last seen over evaluate.absence ago and not in what the sink shows"),
+    "recall_error_75": Metric(RECALLS, "down", "one-step error at noise level 0.75 where only the slow memory knows a real clip's hills"),
+    "recall_error_90": Metric(RECALLS, "down", "the same at noise level 0.9"),
+    "slow_gain_75": Metric(RECALLS, "up", "how much higher that error is without the slow memory, at 0.75"),
+    "slow_gain_90": Metric(RECALLS, "up", "the same at noise level 0.9"),
     "diversity": Metric(RECALLS, "real", "landmark distance between videos; a fall means that the worlds become alike"),
     "videos": Metric("How many?", "", "videos measured"),
 }
@@ -187,6 +191,26 @@ def compare_memories(results: Results, systems: Sequence[str]) -> list[dict[str,
         errors = [results.interval("continuations", name, metric) for metric in ("map_error", "map_error_recent")]
         against = results.difference("continuations", systems[0], name, "map_error") if name != systems[0] else None
         rows.append({"system": name, "errors": errors, "against": against})
+    return rows
+
+
+CLAIM = (  # suite, metric: what the claim is judged by, and what must not fall beside it
+    ("continuations", "map_error_absent"),
+    *(("recall", metric) for metric in ("recall_error_75", "recall_error_90", "slow_gain_75", "slow_gain_90")),
+    ("prompts", "memory_ratio"),
+    *(("prompts", metric) for metric in ("speed", "other_heading", "diversity", "sprite_recall", "headings_covered")),
+)
+
+
+def state_claim(results: Results, before: str, after: str, teacher: str | None) -> list[dict[str, Any]]:
+    """Return a row for each metric of CLAIM: both students, their paired difference, the teacher where it has videos, and real clips."""
+    rows = []
+    for suite, metric in CLAIM:
+        found, about = results.difference(suite, before, after, metric), describe_metric(metric)
+        if found:
+            others = [results.interval(suite, name, metric) if name else None for name in (teacher, "real")]
+            says = state_verdict(found.change, about.better)
+            rows.append({"suite": suite, "word": about, "arrow": ARROWS[about.better], "found": found, "others": others, "says": says})
     return rows
 
 

@@ -92,8 +92,9 @@ def test_the_bins_in_view_are_those_between_the_pictures_edges(videos):
 
 def test_map_error_counts_what_was_long_out_of_sight(videos):
     truths = [w.truth(1, FPS) for w in WORLDS]
-    true = [oracle.map_metrics(v, t, prefix=10 * FPS + 1, fps=FPS, gap=5.0, absence=2.0, kept=()) for v, t in zip(videos, truths, strict=True)]
-    wrong = [oracle.map_metrics(forgetful(w), t, prefix=80, fps=FPS, gap=5.0, absence=2.0, kept=()) for w, t in zip(WORLDS, truths, strict=True)]
+    asked = {"fps": FPS, "gap": 5.0, "absence": 2.0, "kept": ()}
+    true = [oracle.map_metrics(v, t, prefix=10 * FPS + 1, **asked) for v, t in zip(videos, truths, strict=True)]
+    wrong = [oracle.map_metrics(forgetful(w), t, prefix=80, **asked) for w, t in zip(WORLDS, truths, strict=True)]
     assert sum("map_error" in m for m in true) >= 4
     assert mean("map_error", true) < 12 < 40 < mean("map_error", wrong)
 

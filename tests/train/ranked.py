@@ -105,7 +105,8 @@ def causal_init() -> tuple[CausalInitTrainer, dict[str, Denoiser]]:
 
 
 def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, dict[str, Denoiser]]:
-    plan = {"steps": STEPS, "critic_updates": 2, "critic_warmup": 0, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
+    plan = {"steps": STEPS, "critic_updates": 2, "critic_warmup": 0, "rollouts": "each", "batch": BATCH}
+    plan |= {"memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
     scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}

@@ -213,7 +213,7 @@ def embed_pair(name: str, one: Mapping[str, Any], other: Mapping[str, Any] | Non
     files = [root / "samples" / row["file"] for root, row in ((a, one), (b, other))]
     if not all(file.exists() for file in files):
         return None
-    readable = [frames for file in files if (frames := figures.read_strip_frames(file, fps)) is not None]
+    readable = [frames for file in files if (frames := figures.read_frames(file, round(figures.STRIP_SECONDS * fps))) is not None]
     strips = [figures.draw_strip(frames, figures.STRIP_HEIGHT) for frames in readable]
     return {"system": name, "sources": [embed_video(file) for file in files], "strips": strips}
 
