@@ -45,7 +45,7 @@ def score_range(trace: Trace, networks: Networks, frames: range, text: np.ndarra
     out[f"temporal_flickering{UNFILTERED}"] = vbench.score_flicker(trace.differences[first : stop - 1])
     if trace.interpolation is not None and len(frames) > 2:
         out[f"motion_smoothness{networks.interpolator}"] = vbench.score_smoothness(trace.interpolation[first : stop - 2])
-    if trace.kept_flow is not None and networks.flow:
+    if trace.kept_flow is not None and networks.make_flow:
         kept = range(first, stop, vbench.choose_interval(trace.fps))
         scores = trace.kept_flow[list(kept[:-1])]
         if not np.isnan(scores).any():
@@ -115,7 +115,7 @@ def score_own(trace: Trace, networks: Networks, *, chunk: int | None, window: in
     if found := repetition.measure_repetition(trace.thumbnails, trace.fps):
         distance, period = found
         out |= {"repeat_distance": distance, "repeat_period": period, "no_repeat": repetition.score_no_repeat([distance])}
-    if trace.magnitudes is not None and networks.flow and len(trace.magnitudes) >= flow.WINDOW:
+    if trace.magnitudes is not None and networks.make_flow and len(trace.magnitudes) >= flow.WINDOW:
         out |= {f"{metric}@{networks.flow_name}": value for metric, value in flow.score_spikes(trace.magnitudes).items()}
     return out
 

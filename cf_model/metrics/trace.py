@@ -30,7 +30,7 @@ class Networks:
     text: TextImageEncoder | None = None  # the same CLIP, where it can encode prompts
     aesthetic: FrameEncoder | None = None  # CLIP ViT-L/14
     aesthetic_head: tuple[np.ndarray, float] | None = None  # LAION's linear head: weight [C] and bias
-    flow: Callable[[], flow.FlowEstimator] | None = flow.BlockMatchingFlow
+    make_flow: Callable[[], flow.FlowEstimator] | None = flow.BlockMatchingFlow
     flow_name: str = flow.BlockMatchingFlow.name
     interpolate: vbench.Interpolator | None = None
     interpolator: str = "@mean"  # what the scores made with `interpolate` carry in their names; AMT's carry nothing
@@ -101,8 +101,8 @@ class Tracer:
         self.encoders = {"subject": networks.subject, "background": networks.background, "aesthetic": networks.aesthetic}
         self.wanted = set(list_anchor_frames(frames, fps).tolist()) if networks.anchor else set()
         short = min(height, width)
-        self.near = FlowTrack(networks.flow, 1, lambda one: flow.measure_magnitude(one, short)) if networks.flow else None
-        self.kept = FlowTrack(networks.flow, vbench.choose_interval(fps), vbench.score_flow) if networks.flow else None
+        self.near = FlowTrack(networks.make_flow, 1, lambda one: flow.measure_magnitude(one, short)) if networks.make_flow else None
+        self.kept = FlowTrack(networks.make_flow, vbench.choose_interval(fps), vbench.score_flow) if networks.make_flow else None
         self.preview_step = max(1, round(fps / PREVIEW_RATE))
         self.trace.preview_fps = fps / self.preview_step
 
