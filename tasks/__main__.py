@@ -22,8 +22,10 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "repro": ("tasks.commands.repro", "[DVC'S OPTIONS]: `dvc repro`, with each stage's number and about how long it takes"),
         "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage logs, in the terminal, while it runs or after"),
         "compare": ("tasks.commands.compare.page", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
+        "score": ("tasks.commands.score", "--videos DIR --out FILE: VBench, the papers' windows, drift and seams, of any videos"),
+        "fetch-weights": ("tasks.commands.fetch_weights", "--out DIR: the networks that `cf score` compares frames with"),
         "verify": ("flows.project.dvc_lock", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
-        "check-golden": ("tasks.commands.golden.check", "DIR: this code against recorded numbers of Self-Forcing and LongLive"),
+        "check-golden": ("tasks.commands.check_golden", "DIR: this code against recorded numbers of Self-Forcing and LongLive"),
         "wandb": ("tasks.wandb_log.sync", "sync | list: runs of W&B that are on this machine, and sending them"),
         "remote": ("flows.project.dvc_remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
     },
@@ -66,7 +68,7 @@ def cli() -> NoReturn:
     """Run `cf` as a process: print a refusal as one sentence and a bug with its traceback; exit with 2, or 1."""
     argv = sys.argv[1:]
     try:
-        if argv and not {"-h", "--help"} & set(argv) and (argv[0] == "video" or argv[0] not in TARGETS):
+        if argv and not {"-h", "--help"} & set(argv) and (argv[0] in ("video", "score") or argv[0] not in TARGETS):
             fix_environment()
         main(argv)
     except KeyboardInterrupt:
@@ -96,10 +98,12 @@ def main(argv: list[str]) -> None:
     if command == "generate" and any(word.split("=")[0] in VIDEO for word in options):
         print("cf generate --model: this command is now called `cf video`", file=sys.stderr)
         command = "video"
+    if command == "evaluate" and any(word.split("=")[0] == "--videos" for word in options):
+        command = "score"  # the stage of this name takes --samples
     if command in ("-h", "--help"):
         print(describe_commands(project))
     elif command in TARGETS:
-        if command == "video":
+        if command in ("video", "score"):
             os.environ["OMP_NUM_THREADS"] = given.threads
         module, _, function = TARGETS[command].partition(":")
         getattr(importlib.import_module(module), function or "main")(options)

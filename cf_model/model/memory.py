@@ -163,7 +163,7 @@ class ContextMemory:
         for promoted, first in zip(self.slow.read(layer), early, strict=True):
             free = first[:, promoted.shape[1] :]
             if self.slow.order is not None:
-                held = self.slow.held()[:, min(layer, self.groups - 1), : first.shape[1], None, None, None]
+                held = self.slow.mask_held()[:, min(layer, self.groups - 1), : first.shape[1], None, None, None]
                 both = torch.where(held, promoted[:, : first.shape[1]], first[:, : promoted.shape[1]])
                 promoted = torch.cat([both, promoted[:, first.shape[1] :]], dim=1)
             filled.append(torch.cat([promoted, free], dim=1))
@@ -173,7 +173,7 @@ class ContextMemory:
         """Return which remembered frames a layer may attend to, of those that `past` returns; None: all of them in every video."""
         if self.slow.order is None or not self.slow.places:
             return None
-        held = self.slow.held()[:, min(layer, self.groups - 1)]
+        held = self.slow.mask_held()[:, min(layer, self.groups - 1)]
         held = torch.cat([held, held.new_zeros(len(held), self.slow_places - held.shape[1])], dim=1)
         held = held | (torch.arange(self.slow_places, device=held.device) < len(self.early))
         before, after = (held.new_ones(len(held), len(part)) for part in (self.sink, self.fast))
@@ -323,7 +323,7 @@ class ContextMemory:
         if self.slow.index is None:
             return [frame.index for frame in self.slow.candidates] + early[self.slow.places :]
         group, places = min(layer, self.groups - 1), self.slow.places
-        numbers, held = self.slow.index[:, group, :places], self.slow.held()[:, group]
+        numbers, held = self.slow.index[:, group, :places], self.slow.mask_held()[:, group]
         first = torch.tensor((early + [0] * places)[:places], device=numbers.device)
         return join_positions(torch.where(held, numbers, first), early[places:])
 

@@ -108,7 +108,7 @@ class SlowPart:
             return torch.stack(keys, dim=1), torch.stack(values, dim=1)
         return self._pick(keys, layer), self._pick(values, layer)
 
-    def held(self) -> Bool[Tensor, "B G places"]:
+    def mask_held(self) -> Bool[Tensor, "B G places"]:
         """Return which places hold a frame."""
         assert self.count is not None
         return torch.arange(self.places, device=self.count.device) < self.count[..., None]

@@ -89,7 +89,7 @@ def test_what_was_forgotten_has_no_influence():
     for part in normal(2, 60, *SHAPE).split(3, dim=1):
         memory = model.remember(part, TEXT, memory)
         seen += [frame for frame in memory.frames if not any(frame is other for other in seen)]
-    held = memory.slow.held()[:, 0]  # [B, places]
+    held = memory.slow.mask_held()[:, 0]  # [B, places]
     assert held.any() and not held.all() and memory.slow.order is not None
     forgotten = [frame for frame in seen if not any(frame is other for other in memory.frames)]
     assert len(forgotten) > 20
