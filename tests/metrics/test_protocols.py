@@ -87,7 +87,9 @@ def test_aggregates_are_numbers_where_all_is_there_and_sentences_where_not() -> 
     cells = [cell(protocols.COMPETITION, name, value, clips=[value]) for name, value in dimensions.items()]
     found = summary.total_scores(summary.average_cells(cells), failed=0)
     assert found[f"{protocols.COMPETITION}/frame_wise_quality"] == pytest.approx(60)
-    assert str(found[f"{protocols.COMPETITION}/text_alignment"]).startswith("text_alignment needs 2 dimensions and lacks overall_consistency")
+    assert str(found[f"{protocols.COMPETITION}/text_alignment"]).startswith(
+        "text_alignment needs 2 dimensions and lacks overall_consistency"
+    )
     refused = summary.total_scores(summary.average_cells(cells), failed=2)
     assert all(str(value).startswith("2 videos could not be scored") for value in refused.values()) and len(refused) == 3
     half = [*cells, cell(protocols.COMPETITION, "imaging_quality", None, failed="no")]
