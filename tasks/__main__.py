@@ -32,6 +32,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
     },
     "models": {
         "video": ("tasks.commands.video.command", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
+        "check-model": ("tasks.commands.check_model", "DIR [--stage stage2]: whether it is a whole model that fits params.yaml"),
         "export": ("tasks.commands.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf video`; the way back"),
         "import-weights": ("tasks.commands.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA"),
     },
@@ -40,7 +41,8 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "down": ("flows.machine.up:stop_machine", "stops them, and everything they started"),
         "deploy": ("flows.machine.deploy", "pipeline, nightly and evaluate as deployments, with their run forms"),
         "pipeline": ("flows.pipeline", "[--profile NAME] [--set KEY=VALUE] [--from STAGE] [--dry-run] ...: the stages, under Prefect"),
-        "runs": ("flows.project.worktree", "list | prune: runs that had a checkout of their own, in .runs/"),
+        "runs": ("flows.project.worktree", "list | prune | open NAME DIR: runs that had a checkout of their own, in .runs/"),
+        "gc": ("flows.project.gc", "[--delete]: what of the DVC cache no branch, tag, experiment or worktree names"),
         "promote": ("flows.night.promotion:promote_student", "[VERSION|COMMIT]: makes a student the promoted one, by hand"),
         "rollback": ("flows.night.promotion:roll_back_student", "[VERSION]: makes one that was promoted before the promoted one again"),
         "promoted": ("flows.night.promotion:show_promoted", "[--out DIR]: the promoted student, and its weights by its tag"),

@@ -9,7 +9,9 @@ from tasks.parts.distillation import DistillationJob, train_student
 from tasks.runner.track import Track
 
 
-def run(params: Params, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path) -> dict[str, float | None]:
+def run(
+    params: Params, track: Track, *, latents: Path, prompts: Path, codec: Path, teacher: Path, student: Path, out: Path
+) -> dict[str, float | None]:
     """Teach the student to continue its own past, scored by a teacher that sees the same past.
 
     The student begins with the weights in `student`: stage 1's, or those that start.stage2 names.
@@ -19,4 +21,4 @@ def run(params: Params, track: Track, *, latents: Path, codec: Path, teacher: Pa
     wanted = TeacherLayout(replace(params.teacher.view, context=context), window, spec.horizon.longest - window)
     view = read_agreed_view(teacher, wanted, accept=spec.teacher.mismatch == "accept")
     job = DistillationJob(spec, view, params.flow, params.compute, params.samples.stage2, params.engine, params.seed + 1)
-    return train_student(job, track, latents=latents, codec=codec, teacher=teacher, student=student, out=out)
+    return train_student(job, track, latents=latents, prompts=prompts, codec=codec, teacher=teacher, student=student, out=out)

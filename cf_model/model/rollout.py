@@ -48,6 +48,9 @@ class RolloutSpec:
     full_first: int  # chunks of the window, from its start, that take every level
     skip_first: int  # chunks of the window, from its start, that carry no gradient
     persist: Literal["fresh", "stream"]  # every step a new video, or the next part of the one before (LongLive's long tuning)
+    # what the window continues: the student's own video (E over p_θ, eq. 5), a training clip's beginning (Assumption 2 taken literally),
+    # or real beginnings at first and then fewer and fewer
+    begin: Literal["own", "real", "share"]
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.window % self.chunk:
@@ -59,6 +62,9 @@ class RolloutSpec:
         if self.persist == "stream" and (self.place != "last" or not self.skip_first):
             problem = f"place is {self.place} and skip_first {self.skip_first}, but persist is stream"
             raise ValueError(f"{problem}: a stream's window is its end and overlaps the one before; use place: last and skip_first: 1")
+        if self.begin != "own" and (self.place != "last" or self.persist == "stream"):
+            problem = f"begin is {self.begin}, but place is {self.place} and persist {self.persist}"
+            raise ValueError(f"{problem}: the window follows a clip's beginning; use place: last and persist: fresh, or begin: own")
         if self.renoise == "own" and self.exit != "last":
             raise ValueError(f"exit is {self.exit}, but renoise is own: the window is made again from a finished video; use exit: last")
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from cf_model.data.video import read_video
-from cf_model.model.flow import BatchGenerator, draw_gaussian, draw_uniform
+from cf_model.model.flow import draw_gaussian, draw_uniform
 from cf_model.train.trainer import engine
+from cf_model.train.trainer import ranks as trainer_ranks
 from cf_model.train.trainer import zero as trainer_zero
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec
 from tests.train import ranked
@@ -189,16 +190,26 @@ def test_a_batch_of_64_in_sixteen_groups_is_64_at_once(monkeypatch: pytest.Monke
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-5)
 
 
-def test_every_rank_draws_the_batch_and_keeps_its_rows() -> None:
-    alone = torch.Generator().manual_seed(4)
-    parts = [BatchGenerator("cpu", part, 3) for part in range(3)]
-    for one in parts:
-        one.manual_seed(4)
-    for draw in (draw_gaussian, draw_uniform):
-        whole = draw((6, 5), alone)
-        assert torch.equal(torch.cat([draw((2, 5), one) for one in parts]), whole)
-    ends = {int(torch.randint(1000, (), generator=one)) for one in [*parts, alone]}
-    assert len(ends) == 1, "what is not drawn for a batch is the same everywhere"
+def test_a_row_has_its_numbers_in_any_share_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks with two groups each, and one process; what is drawn for the batch as a whole is the same everywhere."""
+
+    def draw(rank: int, count: int, groups: int) -> list[tuple[torch.Tensor, torch.Tensor, list[int], list[int]]]:
+        monkeypatch.setattr(trainer_ranks, "get_rank", lambda: rank)
+        monkeypatch.setattr(trainer_ranks, "count_ranks", lambda: count)
+        numbers = trainer_ranks.BatchRandom(4, batch=12, groups=groups)
+        parts = []
+        for _ in numbers.groups(7):
+            shared, rng = numbers.integers(0, 999, 12), numbers.rng
+            shape = (12 // count // groups, 5)
+            parts.append((draw_gaussian(shape, rng), draw_uniform(shape, rng), shared, numbers.take_own(range(12))))
+        return parts
+
+    (whole,) = draw(0, 1, 1)
+    parts = [part for rank in range(3) for part in draw(rank, 3, 2)]
+    rows = [row for part in parts for row in part[3]]
+    assert sorted(rows) == list(range(12)) and all(part[2] == whole[2] for part in parts)
+    for kind in (0, 1):
+        assert torch.equal(torch.cat([part[kind] for part in parts]), whole[kind][rows])  # type: ignore[call-overload]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -38,9 +38,20 @@ class EncodedClips(Protocol):
         """The empty prompt's embedding, [T, E]."""
 
 
-def average_groups(values: Sequence[float]) -> float:
+class PromptSet(Protocol):
+    """Embedded prompts, read as they are drawn because a training set's do not fit into memory. A tensor [P, T, E] satisfies it too."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: list[int], /) -> Tensor: ...
+
+
+Value = TypeVar("Value", float, Tensor, float | Tensor)
+
+
+def average_groups(values: Sequence[Value]) -> Value:
     """Average a value over the groups of a batch, which have equal sizes."""
-    return sum(values) / len(values)
+    return sum(values[1:], start=values[0]) / len(values)
 
 
 def draw_rows(rows: Iterable[int], count: int, rng: BatchRandom) -> list[int]:
