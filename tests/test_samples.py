@@ -121,7 +121,7 @@ def test_samples_are_of_the_averaged_weights_with_the_prompts_own_noise(tmp_path
 
 def test_the_teacher_goes_on_from_a_real_beginning() -> None:
     plan = ContinuedSpec(every=1, prompts=1, frames=10, seed=0, crf=16, sampler_steps=2, guidance=2.0, prefix=6)
-    view = TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=2, context_sigma="zero", context_pass="joint")
+    view = TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=2, chunk=3, context_sigma="zero", context_pass="joint")
     text, null, real = normal(1, 5, 8), normal(5, 8, seed=3), normal(1, 6, *SHAPE)
 
     def window(real: torch.Tensor) -> torch.Tensor:

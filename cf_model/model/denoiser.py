@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .context import fixed_memory
 from .flow import to_x0
 from .key_values import KeyValues
-from .memory import Memory, MemorySpec, Positions, empty_memory, fixed_memory, join_positions
+from .memory import Memory, MemorySpec, Positions, empty_memory, join_positions
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [1, L, 1, D]
 LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of one pass, each [B, L, N, D]
@@ -99,14 +100,19 @@ def view_filled(rotations: list[Rotation], masks: list[Tensor | None], own: int)
     """
     filled, left = [], []
     for (cos, sin), mask in zip(rotations, masks, strict=True):
-        tokens = torch.ones(cos.shape[1], dtype=torch.bool, device=cos.device) if mask is None else mask[0, 0, 0]
-        if mask is not None and not bool((mask == tokens).all()):
-            problem = "the videos of a batch remember different numbers of frames, which this attention kernel cannot be told"
-            raise ValueError(f"{problem}; use attention: native or cudnn, or a batch of 1 a process (engine.micro_batch: 1)")
-        at = tokens.nonzero()[:, 0]
+        tokens = torch.ones(1, cos.shape[1], dtype=torch.bool, device=cos.device) if mask is None else mask[:, 0, 0]
+        at = read_filled(tokens)
         filled.append(at[:-own])
         left.append((cos[:, at], sin[:, at]))
     return PastView(left, [None] * len(masks), filled)
+
+
+def read_filled(filled: Bool[Tensor, "B K"]) -> Tensor:
+    """Return the numbers of the places that are filled, by reading them. Raises ValueError where the videos of a batch differ."""
+    if not bool((filled == filled[:1]).all()):
+        problem = "the videos of a batch remember different numbers of frames, which this attention kernel cannot be told"
+        raise ValueError(f"{problem}; use attention: native or cudnn, or a batch of 1 a process (engine.micro_batch: 1)")
+    return filled[0].nonzero()[:, 0]
 
 
 @dataclass(eq=False)
@@ -117,6 +123,7 @@ class PassView:
     past: PastView | None  # the view of that memory; None: nothing is remembered
     rotations: list[Rotation]  # of the pass's own frames: one for each layer, or a single one for all
     captured: LayerKeyValues | None  # filled with this pass's keys and values; None: they are not wanted
+    mask: Tensor | None = None  # which of its own tokens a pass without a memory attends to, [B, 1, 1, F * S]; None: all
 
     def own_rotation(self, layer: int) -> Rotation:
         """Return a layer's rotation of the pass's own queries and keys."""
@@ -131,6 +138,7 @@ class MemoryRope(nn.Module):
         self.table: Any = table  # diffusers' WanRotaryPosEmbed
         self.memory: Memory | None = None
         self.captured: LayerKeyValues | None = None
+        self.filled: Tensor | None = None  # [B, F], which frames of a pass without a memory a video has; None: all
         self.takes_mask = True  # whether the attention kernel does
         # views by memory, each with the F, H, W of the passes that it serves
         self._views: weakref.WeakKeyDictionary[Memory, tuple[torch.Size, PastView]] = weakref.WeakKeyDictionary()
@@ -140,7 +148,11 @@ class MemoryRope(nn.Module):
         frames = x.shape[2]
         # without a memory: plain Wan, whose frames are at 0, 1, 2, …
         if self.memory is None:
-            return PassView(None, None, [self.rotations(range(frames), x)], self.captured)
+            if self.filled is None:
+                return PassView(None, None, [self.rotations(range(frames), x)], self.captured)
+            # A frame that a video does not have takes no time, and nothing attends to it.
+            own = [self.rotations((self.filled.long().cumsum(dim=1) - 1).clamp(min=0), x)]
+            return PassView(None, None, own, self.captured, self._spread_mask(self.filled, 0, own[0][0].shape[1] // frames))
         # With scope layer the layers remember different frames, so each may have positions of its own.
         groups = range(self.memory.groups)
         own = [self.rotations(self.memory.query_positions(frames, group), x) for group in groups]
@@ -220,7 +232,7 @@ class MemoryAttention:
         q = apply_rope(q, rotation).to(v.dtype)
         # [B, (K + F) * S, N, D] for K remembered frames
         if past is None or rotary_emb.memory is None:
-            k, mask = apply_rope(k, rotation), None
+            k, mask = apply_rope(k, rotation), rotary_emb.mask
         else:
             (k, v), mask = past.join(rotary_emb.memory, self.layer, k, v), past.mask(self.layer)
         # causality is in what the memory holds, and the frames of a chunk see each other; a mask hides places that are still empty
@@ -239,29 +251,6 @@ def apply_rope(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor,
 def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Cast a norm's input to its weight's type, because torch has a fused kernel only where the two are equal."""
     return tuple(x.to(norm.weight.dtype) for x in inputs)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Sizes of a transformer. Wan2.1-T2V-1.3B: 30 layers, 12 heads of 128, ffn 8960, freq 256, 1024 positions."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    ffn: int
-    freq: int
-    positions: int  # rows of the RoPE table
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; use 1 or more")
-        # RoPE turns pairs of channels, a share of them for each of time, row and column; the time embedding is cosines and sines.
-        if self.head_dim % 2 or self.head_dim < 6:
-            problem = f"head_dim is {self.head_dim}, but RoPE turns pairs of channels along three axes"
-            raise ValueError(f"{problem}; use an even number of 6 or more")
-        if self.freq % 2:
-            raise ValueError(f"freq is {self.freq}, but each frequency has a cosine and a sine; use an even number")
 
 
 class Denoiser(nn.Module):
@@ -306,9 +295,17 @@ class Denoiser(nn.Module):
         sigma: Float[Tensor, " B"] | Float[Tensor, "B F"],
         text: Float[Tensor, "B T E"],
         memory: Memory | None = None,
+        filled: Bool[Tensor, "B F"] | None = None,
     ) -> Float[Tensor, "B F C H W"]:
-        """Return v = ε - x_0. `sigma` is a level for each sample or for each frame; without `memory` the pass is plain Wan."""
-        return self._run_transformer(x_t, sigma, text, memory, None)
+        """Return v = ε - x_0. `sigma` is a level for each sample or for each frame; without `memory` the pass is plain Wan.
+
+        `filled` says which frames of such a pass a video has; v of the others means nothing.
+        """
+        if filled is not None and not self.transformer.rope.takes_mask:
+            left = read_filled(filled)  # the pass is over these frames alone
+            velocity = self._run_transformer(x_t[:, left], sigma[:, left] if sigma.ndim == 2 else sigma, text, memory, None)
+            return torch.zeros_like(x_t).index_copy(1, left, velocity)
+        return self._run_transformer(x_t, sigma, text, memory, None, filled)
 
     def remember(
         self,
@@ -335,11 +332,18 @@ class Denoiser(nn.Module):
         """Let go of the copy of a memory that passes without gradient keep from one to the next."""
         self.transformer.rope.forget_view(memory)
 
-    def read_context(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"]) -> Memory:
-        """Return a memory of these frames, by one clean pass in which they see each other and nothing else; it keeps its graph."""
+    def read_context(
+        self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], filled: Bool[Tensor, "B F"] | None = None
+    ) -> Memory:
+        """Return a memory of these frames, by one clean pass in which they see each other and nothing else; it keeps its graph.
+
+        `filled` says which of them a video has.
+        """
+        if filled is not None and not self.transformer.rope.takes_mask:
+            x_0, filled = x_0[:, read_filled(filled)], None
         captured: LayerKeyValues = {}
-        self._run_transformer(x_0, x_0.new_zeros(len(x_0)), text, None, captured)
-        return fixed_memory(split_frames(captured, 0, x_0.shape[1]))
+        self._run_transformer(x_0, x_0.new_zeros(len(x_0)), text, None, captured, filled)
+        return fixed_memory(split_frames(captured, 0, x_0.shape[1]), filled)
 
     def offer(
         self, x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Float[Tensor, "B T E"], memory: Memory
@@ -363,10 +367,12 @@ class Denoiser(nn.Module):
             memory = self.remember(part, text, memory)
         return memory
 
-    def _run_transformer(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, captured: LayerKeyValues | None) -> Tensor:
+    def _run_transformer(
+        self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, captured: LayerKeyValues | None, filled: Tensor | None = None
+    ) -> Tensor:
         """Return the velocity, and fill `captured` if it is given; not otherwise, because a checkpointed pass would keep it all."""
         rope = self.transformer.rope
-        rope.memory, rope.captured = memory, captured
+        rope.memory, rope.captured, rope.filled = memory, captured, filled
         timestep = 1000 * sigma  # [B] or [B, F]
         if timestep.ndim == 2:  # diffusers takes a timestep for each token: [B, F * S]
             timestep = timestep.repeat_interleave(self._tokens_per_frame(x_t), dim=1)
@@ -376,7 +382,7 @@ class Denoiser(nn.Module):
                 # diffusers wants [B, C, F, H, W]
                 velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
         finally:
-            rope.memory, rope.captured = None, None
+            rope.memory, rope.captured, rope.filled = None, None, None
         return velocity.to(x_t.dtype)
 
     def _tokens_per_frame(self, x: Tensor) -> int:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .context import HeldFrames, find_held_frames
 from .flow import Flow, Noise, add_noise, check_levels_fall, draw_gaussian
 from .memory import ChunkComparison, Memory, MemorySpec, compare_newest_chunk, empty_memory
 
@@ -117,6 +118,7 @@ class Rollout:
     exits: tuple[int, ...]  # number of the exit level of each scored chunk
     memory: Memory
     comparisons: tuple[ChunkComparison, ...]  # of each new chunk with the chunk before it
+    held: HeldFrames | None  # what the memory held when the window began; None: it began in the part that this rollout continues
 
 
 def stream(
@@ -191,6 +193,7 @@ def rollout(
     shared = int(torch.randint(len(sigmas), (), generator=rng))  # line 7: the random exit r
     state = past.memory if past else empty_memory(memory)
     video, targets, exits, comparisons = [past.video] if past else [], [], [], list[ChunkComparison]()
+    held: HeldFrames | None = None
     for first in range(past.video.shape[1] if past else 0, window.stop, spec.chunk):  # line 8
         scored = first >= start
         into = (first - start) // spec.chunk  # chunks since the window began
@@ -202,6 +205,8 @@ def rollout(
             leave = {"shared": shared, "last": leave, "per_chunk": -1}[spec.exit]
             leave = int(torch.randint(len(sigmas), (), generator=rng)) if leave < 0 else leave
         before = state
+        if first == start:
+            held = find_held_frames(state)  # line 29: v_c, if the scores are shown what the student remembers
         x_0, (x_t, memory_of_exit), state = denoise_chunk(student, text, shape, sigmas[: leave + 1], spec.chunk, state, rng)
         state = student.remember(x_0, text, state)  # line 21: C <- G(x_0, 0, C)
         # what the loss needs of a scored chunk (lines 29 and 30): its exit pass, and whether that pass has a gradient
@@ -216,7 +221,7 @@ def rollout(
     # The targets' memories live on: what passes have copied of them (rotated keys, values) must not, until they are replayed.
     for target in targets:
         student.forget_view(target.memory)
-    return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(comparisons))
+    return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(comparisons), held)
 
 
 def place_window(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cf_model.model.denoiser import Compute, ModelSpec
+from cf_model.model.denoiser import Compute
+from cf_model.model.sizes import ModelSpec
 
 TOKEN_PIXELS = 4  # latent pixels in a token: wan.build's patch is 1 x 2 x 2
 BACKWARD_RATIO = 2  # operations of a backward pass over those of its forward pass

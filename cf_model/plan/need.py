@@ -111,7 +111,7 @@ def estimate_base(spec: BaseSpec, costs: ModelCosts) -> StageNeed:
 
 def estimate_teacher(spec: TeacherSpec, costs: ModelCosts) -> StageNeed:
     """Estimate the stage `teacher`: one pass over a target and its context, of every length that training draws."""
-    pasts = range(spec.shortest, spec.longest + 1)
+    pasts = spec.view.list_starts(spec.shortest, spec.longest)
     share = (1 - spec.no_context) / len(pasts)
     contexts = Tally({0: spec.no_context})
     for view, part in ((spec.view, 1 - spec.fast_only), (replace(spec.view, sink=0, slow=0), spec.fast_only)):
@@ -167,7 +167,7 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     (docs/performance.md, "Replay"). A context with a pass of its own is read by the critic once a step, and by the teacher once a prompt.
     """
     roll = spec.rollout
-    view = replace(view, context=spec.teacher.context)
+    view = spec.want_layout(view).view
     windows = Tally({})
     for frames, often in tally_lengths(spec.horizon, roll.chunk, spec.steps).items():
         for start, share in tally_starts(frames, roll).items():

@@ -6,7 +6,6 @@ Each rule raises ValueError with one sentence: key, value, rule, and the values 
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +141,14 @@ def check_ode_frames(p: Params) -> None:
 
 def check_student_layouts(p: Params) -> None:
     """Require that the teacher judges layouts that it was trained on, and that all causal stages cut videos into the same chunks."""
-    context, window = p.stage2.teacher.context, p.stage2.rollout.window
-    judged = TeacherLayout(replace(p.teacher.view, context=context), window, p.stage2.horizon.longest - window)
-    TeacherLayout(p.teacher.view, p.teacher.target, p.teacher.longest).check(judged, accept=p.stage2.teacher.mismatch == "accept")
+    trained, wanted = TeacherLayout(p.teacher.view, p.teacher.target, p.teacher.longest), p.stage2.want_layout(p.teacher.view)
+    trained.check(wanted, accept=p.stage2.teacher.mismatch == "accept")
     if p.stage1.teacher.context != "none":
         raise ValueError(f"stage1.teacher.context is {p.stage1.teacher.context}, but the base model knows no context; use none")
     chunk = p.stage2.rollout.chunk
+    for name, frames in (("samples.teacher.prefix", p.samples.teacher.prefix), ("teacher.target", p.teacher.target)):
+        if p.teacher.view.context == "memory" and frames % p.teacher.view.chunk:
+            raise ValueError(f"{name} is {frames}, but teacher.view.context is memory; use whole chunks of {p.teacher.view.chunk}")
     for name, other in (("causal_init", p.causal_init.chunk), ("stage1.rollout", p.stage1.rollout.chunk)):
         if other != chunk:
             raise ValueError(f"{name}.chunk is {other}, but stage2.rollout.chunk is {chunk}; use the same")

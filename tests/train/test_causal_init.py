@@ -17,7 +17,7 @@ from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, spec
 
 NULL = normal(5, 8, seed=7)
-NONE = TeacherView(context="none", sink=0, slow=0, fast=0, stride=1, context_sigma="zero", context_pass="joint")
+NONE = TeacherView(context="none", sink=0, slow=0, fast=0, stride=1, chunk=3, context_sigma="zero", context_pass="joint")
 
 
 class Prompts:

@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cf_model.model import wan
-from cf_model.model.denoiser import Compute, Denoiser, ModelSpec
+from cf_model.model.denoiser import Compute, Denoiser
 from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import HorizonSpec
+from cf_model.model.sizes import ModelSpec
 from cf_model.plan import need, passes
 from cf_model.plan.cost import ModelCosts
 from tasks.commands import plan

@@ -7,7 +7,7 @@ import pytest
 from cf_model.model.view import TeacherView
 from cf_model.train.layout import TeacherLayout, read_agreed_view
 
-VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="shared", context_pass="joint")
+VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, chunk=3, context_sigma="shared", context_pass="joint")
 TRAINED = TeacherLayout(VIEW, target=21, longest=99)
 
 

@@ -154,7 +154,7 @@ class Listener:
 def test_guidance_is_that_of_the_literature_and_self_forcings_plus_one() -> None:
     """null + g (cond - null): 1 is the prompt alone, 0 would be the null prompt; cond + 3.0 (cond - null) is g = 4.0."""
     text, x = normal(2, 5, 8), normal(2, 3, *SHAPE)
-    view = TeacherView("none", 0, 0, 0, 1, "zero", "joint")
+    view = TeacherView("none", 0, 0, 0, 1, 3, "zero", "joint")
     cond, null = (t.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1) * torch.ones_like(x) for t in (text, NULL.expand_as(text)))
     for passes in ("apart", "together"):
         score = Listener()
