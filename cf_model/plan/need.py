@@ -191,9 +191,9 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     replayed = max(costs.activation_bytes(roll.chunk, passes.denoising) for passes in traced)
     context = max(scoring.context_bytes for scoring in scorings.values())
     # Passes without gradient keep a second copy of what they see, keys rotated (PastView): in the rollout of a memory, in the scores of
-    # each context that has a pass of its own. A pass of the rollout holds one block's tensors beside it.
+    # each context that has a pass of its own.
     seen = max(passes.denoising for passes in traced)
-    rolling = seen * costs.frame_bytes() + costs.block_bytes(roll.chunk, seen) + costs.end_bytes(roll.chunk, seen)
+    rolling = seen * costs.frame_bytes() + costs.passing_bytes(roll.chunk, seen)
     return StageNeed(
         steps=spec.steps,
         batch=spec.batch,
