@@ -19,6 +19,7 @@ from cf_model.text.encoder import TextEncoder
 from . import folder
 from .folder import Recipe
 from .model.denoiser import Attention, Compute, Denoiser, Precision
+from .model.flow import BatchGenerator
 from .model.memory import Memory, empty_memory
 from .model.rollout import denoise_chunk
 from .request import Prompts, RequestPlan, Switch, plan_request
@@ -131,7 +132,7 @@ class ContextForcingPipeline:
         self, plan: RequestPlan, text: dict[int, Tensor], clip: np.ndarray | None, seed: int, switch: Switch, keep_sink: bool
     ) -> Iterator[tuple[Chunk, Float[Tensor, "B F C H W"]]]:
         """Yield the latents of the clip's chunks and then of new chunks, each with a Chunk that has no frames yet."""
-        recipe, rng = self.recipe, torch.Generator(self.device).manual_seed(seed)
+        recipe, rng = self.recipe, BatchGenerator([(seed,)], self.device)
         sigmas, space = recipe.flow.shift_levels(recipe.levels), self.codec.space
         shape = self.codec.channels, recipe.height // space, recipe.width // space
         memory, now = empty_memory(recipe.memory), text[0]

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tasks.__main__ as cf
-from tasks.commands.golden.check import check_folder, list_cases, print_case
-from tasks.commands.golden.vectors import GoldenVectors
-from tasks.params.yaml_file import Refused
+from cf_model.golden.check import compare_case, list_cases
+from cf_model.golden.vectors import BrokenVectors, GoldenVectors
+from tasks.commands.check_golden import check_folder
 from tests.golden_writer import CONFIG, Setting, Writer
 from tests.wan_reference import Wan, weights
 
@@ -102,8 +102,8 @@ def test_what_writes_that_folder_is_the_peers_model_too() -> None:
 def passes(folder: Path, case: str) -> bool:
     """One case only."""
     golden = GoldenVectors(folder)
-    [result] = [print_case(*one) for one in list_cases(golden, golden.load_model()) if one[0] == case]
-    return result
+    [result] = [compare_case(*one) for name, *one in list_cases(golden, golden.load_model()) if name == case]
+    return not result.culprit
 
 
 # case -> the array of it that gets one wrong number
@@ -187,14 +187,14 @@ SHAPED |= {"mask.t": "mask", "sched.noise": "sched", "dmd.uncond": "dmd gradient
 @pytest.mark.parametrize(("name", "case"), MISSING.items())
 def test_a_missing_array_is_refused(copy: Path, name: str, case: str) -> None:
     change(copy, lambda arrays: arrays.pop(name))
-    with pytest.raises(Refused, match=f"array {name} is in no .npz file of .*, and others there need it; copy the folder as a whole"):
+    with pytest.raises(BrokenVectors, match=f"array {name} is in no .npz file of .*, and others there need it; copy the folder as a whole"):
         passes(copy, case)
 
 
 @pytest.mark.parametrize(("name", "case"), SHAPED.items())
 def test_a_wrong_shape_is_refused(copy: Path, name: str, case: str) -> None:
     change(copy, lambda arrays: arrays.update({name: np.moveaxis(arrays[name], 1, -1)[..., :1]}))
-    with pytest.raises(Refused, match=rf"array {name} of .*selfforcing.npz has shape \[.*\], and only \[.*\] fits"):
+    with pytest.raises(BrokenVectors, match=rf"array {name} of .*selfforcing.npz has shape \[.*\], and only \[.*\] fits"):
         passes(copy, case)
 
 
@@ -234,7 +234,7 @@ def gone(pattern: str) -> Callable[[Path], object]:
 )
 def test_a_broken_folder_is_one_sentence(copy: Path, damage: Callable[[Path], object], sentence: str) -> None:
     damage(copy)
-    with pytest.raises(Refused, match=re.escape(sentence)) as refused:
+    with pytest.raises(BrokenVectors, match=re.escape(sentence)) as refused:
         check_folder(copy)
     assert "\n" not in str(refused.value)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cf_model.codec.interface import video_frames
+from cf_model.model.flow import BatchGenerator
 from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import stream
 from cf_model.pipeline import Chunk, ContextForcingPipeline
@@ -36,7 +37,7 @@ def held(chunk: Chunk) -> tuple[list[int], list[int], list[int]]:
 
 def latents(pipe: ContextForcingPipeline, chunks: int, memory: object = None) -> torch.Tensor:
     """The same video by the rollout that the stages use."""
-    recipe, rng = pipe.recipe, torch.Generator().manual_seed(5)
+    recipe, rng = pipe.recipe, BatchGenerator([(5,)])
     start = empty_memory(recipe.memory) if memory is None else memory
     text = pipe.text.encode([WORDS])
     made = stream(pipe.denoiser, text, SHAPE, sigmas=recipe.flow.shift_levels(recipe.levels), chunk=recipe.chunk, memory=start, rng=rng)  # type: ignore[arg-type]

@@ -90,6 +90,14 @@ def test_a_failure_brings_the_last_outs_back(project: Path) -> None:
     assert (project / "asked").read_text().splitlines()[1:] == ["checkout --quiet"]
 
 
+def test_a_record_of_locks_that_a_kill_has_torn_is_removed(project: Path) -> None:
+    (project / ".dvc/tmp").mkdir(parents=True)
+    (project / ".dvc/tmp/rwlock").write_text('{"write": ')
+    output, _ = start(project).communicate(timeout=60)
+    assert output.startswith(".dvc/tmp/rwlock is torn, as a kill or a full disk leaves it: removed")
+    assert not (project / ".dvc/tmp/rwlock").exists()
+
+
 def test_ctrl_c_waits_for_dvc(project: Path) -> None:
     process = start(project, HANG="1")
     until = time.monotonic() + 30

@@ -7,27 +7,55 @@ Models predict the velocity v. σ = 0 is data, σ = 1 is noise; alg. 1 calls a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-class RowGenerators:
-    """A generator for each video of a batch, so that a video's numbers do not depend on what is generated beside it."""
+class BatchGenerator(torch.Generator):
+    """Random numbers of a batch of videos: a stream for each video, and one on the CPU for the few numbers that the batch shares.
 
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self.generators = generators
+    A stream follows from its identity alone, which is a seed and further numbers, as step and row in training. So a video gets the
+    same numbers whatever else is in the batch, wherever the batch is cut, and in a run that was resumed; a rank draws only its own
+    rows, on the device that uses them, and no state is saved. On a GPU torch's generator is Philox 4x32-10: the identity is its key,
+    and chunk and noise level are in its counter, because a video draws them one after the other. A CPU's is the Mersenne Twister.
+
+    As a torch.Generator this is the shared stream: clips, lengths and exit levels, drawn alike by all ranks.
+    """
+
+    def __init__(
+        self, videos: Iterable[tuple[int, ...]], device: torch.device | str = "cpu", *, shared: tuple[int, ...] = (0,), first: int = 0
+    ) -> None:
+        """`videos` and `shared` are identities; `first` is the first video's row in a batch of which other processes have the rest."""
+        super().__init__()
+        self.manual_seed(derive_seed(*shared))
+        self.device_of_rows, self.first = torch.device(device), first
+        self.rows = [torch.Generator(device).manual_seed(derive_seed(*video)) for video in videos]
+
+    def __new__(cls, *_: object, **__: object) -> BatchGenerator:
+        return super().__new__(cls)
+
+    def own_rows(self, batch: Tensor) -> Tensor:
+        """Return these videos' rows of a tensor with a row for every video of the complete batch, where they are used."""
+        return batch[self.first : self.first + len(self.rows)].to(self.device_of_rows)
 
     def draw_rows(self, make: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Draw each row of a tensor of this shape from its own generator."""
-        return torch.cat([make((1, *shape[1:]), generator=rng, device=rng.device) for rng in self.generators])
+        """Draw each row of a tensor of this shape from its own stream."""
+        assert shape[0] == len(self.rows), f"{shape[0]} rows are drawn for {len(self.rows)} videos"
+        return torch.cat([make((1, *shape[1:]), generator=row, device=row.device) for row in self.rows])
 
 
-# A generator to draw from, one for each video, or numbers that were drawn before, as golden vectors store them.
-Noise = torch.Generator | RowGenerators | Iterator[Tensor]
+def derive_seed(seed: int, *more: int) -> int:
+    """Return the 64-bit seed of the stream that these numbers name; other numbers, or more of them, name an independent stream."""
+    return int(np.random.SeedSequence(seed, spawn_key=more).generate_state(1, np.uint64)[0])
+
+
+# Where random numbers come from: a stream for each video, one for the whole tensor, or numbers that were drawn before (golden vectors).
+Noise = torch.Generator | Iterator[Tensor]
 
 
 @dataclass(frozen=True)
@@ -118,53 +146,13 @@ def draw_uniform(shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
     return _draw_numbers(torch.rand, shape, rng)
 
 
-class BatchGenerator(torch.Generator):
-    """Random numbers of a batch that several processes share: drawn on the CPU, so that a seed means the same on every machine.
-
-    Each process draws the numbers of the complete batch and keeps its own rows, so that a sample gets the same numbers
-    however many processes there are, and all of them go on from the same state. `device` is where the numbers are used.
-    A process that takes its share in several groups, one after the other (cf_model/train/trainer/ranks.py), draws once:
-    the first group leaves the later groups' rows on the tape.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu", part: int = 0, parts: int = 1, groups: int = 1) -> None:
-        super().__init__()
-        self.target, self.part, self.parts, self.groups = torch.device(device), part, parts, groups
-        self.tape: list[tuple[list[Tensor], Tensor]] | None = None  # for each draw: every group's rows, and the state after it
-        self.read = 0
-
-    def __new__(cls, *_: object, **__: object) -> BatchGenerator:
-        return super().__new__(cls)
-
-    def own_rows(self, batch: Tensor) -> Tensor:
-        """Return this process's rows of a tensor with a row for every sample of the batch, where they are used."""
-        return batch.chunk(self.parts)[self.part].to(self.target)
-
-    def draw_rows(self, make: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Draw for the complete batch and return this process's rows; `shape` is that of its own rows."""
-        group, rank = divmod(self.part, self.parts // self.groups)
-        if self.tape is not None and group:
-            # a later group: its rows were drawn with the first group's, and the state goes on from there
-            rows, after = self.tape[self.read]
-            self.read += 1
-            self.set_state(after)
-            return rows[group].to(self.target)
-        # all rows of the batch, of which this process keeps its own
-        batch = make((shape[0] * self.parts, *shape[1:]), generator=self)
-        # the first of several groups: keep the later groups' rows, and the state that follows
-        if self.tape is not None:
-            parts = batch.chunk(self.parts)[rank :: self.parts // self.groups]
-            self.tape.append(([rows.clone() for rows in parts], self.get_state()))
-        return self.own_rows(batch)
-
-
 def own_rows(batch: Tensor, rng: Noise) -> Tensor:
     """Return this process's rows of a tensor with a row for every sample of the batch; any other generator means all of them."""
     return rng.own_rows(batch) if isinstance(rng, BatchGenerator) else batch
 
 
 def _draw_numbers(make: Callable[..., Tensor], shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
-    if isinstance(rng, BatchGenerator | RowGenerators):
+    if isinstance(rng, BatchGenerator):
         return rng.draw_rows(make, tuple(shape))
     # an iterator hands out numbers that were drawn elsewhere
     return make(shape, generator=rng, device=rng.device) if isinstance(rng, torch.Generator) else next(rng)

@@ -52,6 +52,9 @@ class RolloutSpec:
     full_first: int  # chunks of the window, from its start, that take every level
     skip_first: int  # chunks of the window, from its start, that carry no gradient
     persist: Literal["fresh", "stream"]  # every step a new video, or the next part of the one before (LongLive's long tuning)
+    # what the window continues: the student's own video (E over p_θ, eq. 5), a training clip's beginning (Assumption 2 taken literally),
+    # or real beginnings at first and then fewer and fewer
+    begin: Literal["own", "real", "share"]
     cache_noise: float  # of remembered keys and values: its standard deviation over their root mean square (Self-Forcing++, A.3)
 
     def __post_init__(self) -> None:
@@ -64,6 +67,9 @@ class RolloutSpec:
         if self.persist == "stream" and (self.place != "last" or not self.skip_first):
             problem = f"place is {self.place} and skip_first {self.skip_first}, but persist is stream"
             raise ValueError(f"{problem}: a stream's window is its end and overlaps the one before; use place: last and skip_first: 1")
+        if self.begin != "own" and (self.place != "last" or self.persist == "stream"):
+            problem = f"begin is {self.begin}, but place is {self.place} and persist {self.persist}"
+            raise ValueError(f"{problem}: the window follows a clip's beginning; use place: last and persist: fresh, or begin: own")
         if self.cache_noise < 0:
             raise ValueError(f"cache_noise is {self.cache_noise}, but it is a standard deviation; use 0 or more")
 

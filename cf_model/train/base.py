@@ -46,7 +46,7 @@ class BaseTrainer:
         self.steps, self.save_every = spec.steps, spec.save_every
         self.rows = latents.rows("train", at_least=spec.window)
         self.device = next(model.parameters()).device
-        self.random = BatchRandom(seed, self.device, groups=engine.count_groups(spec.batch))
+        self.random = BatchRandom(seed, self.device, batch=spec.batch, groups=engine.count_groups(spec.batch))
         self.ema = EMA(model, spec.ema)  # before build_optimizer, which may split the model over the ranks
         self.optimizer = build_optimizer(model, spec.optimizer, spec.steps, engine)
         self.timer = StepTimer(self.device)
@@ -55,17 +55,17 @@ class BaseTrainer:
     @property
     def state(self) -> Mapping[str, Any]:
         """Everything that a step changes, by its name in a checkpoint."""
-        return {"model": self.optimizer.weights, "average": self.ema, "optimizer": self.optimizer, "random": self.random}
+        return {"model": self.optimizer.weights, "average": self.ema, "optimizer": self.optimizer}
 
-    def step(self, number: int) -> dict[str, float]:
+    def step(self, number: int) -> dict[str, float | Tensor]:
         """Take one step on a batch; return its loss, gradient norm and the distance of the average."""
-        losses = [self._accumulate_group() for _ in self.random.groups()]
+        losses = [self._accumulate_group() for _ in self.random.groups(number)]
         norm = self.optimizer.step()
         distance = self.ema.update()
         self.timer.lap("update")
         return {"loss": average_groups(losses), "gradient": norm, "ema_distance": distance}
 
-    def _accumulate_group(self) -> float:
+    def _accumulate_group(self) -> Tensor:
         """Add the gradient of one group of the batch; return the group's loss."""
         rng = self.random.rng
         # Draw clips, and where in each clip the window begins: of the whole batch first, then this group's own rows.
@@ -84,4 +84,4 @@ class BaseTrainer:
         loss = (self.model.velocity(add_noise(x, noise, sigma), sigma, text) - (noise - x)).square().mean()
         self.optimizer.backward(loss / self.random.count)
         self.timer.lap("loss")
-        return loss.item()
+        return loss.detach()

@@ -65,7 +65,7 @@ class CausalInitTrainer:
         self.spec, self.model, self.latents, self.flow, self.trajectories = spec, model, latents, flow, trajectories
         self.steps, self.save_every = spec.steps, spec.save_every
         self.device = next(model.parameters()).device
-        self.random = BatchRandom(seed, self.device, groups=engine.count_groups(spec.batch))
+        self.random = BatchRandom(seed, self.device, batch=spec.batch, groups=engine.count_groups(spec.batch))
         self.ema = EMA(model, spec.ema)  # before build_optimizer, which may split the model over the ranks
         self.optimizer = build_optimizer(model, spec.optimizer, spec.steps, engine)
         self.timer, self.comparisons = StepTimer(self.device), list[list[ChunkComparison]]()  # of the step's groups, for the log
@@ -75,24 +75,25 @@ class CausalInitTrainer:
     @property
     def state(self) -> Mapping[str, Any]:
         """Everything that a step changes, by its name in a checkpoint."""
-        return {"model": self.optimizer.weights, "average": self.ema, "optimizer": self.optimizer, "random": self.random}
+        return {"model": self.optimizer.weights, "average": self.ema, "optimizer": self.optimizer}
 
-    def step(self, number: int) -> dict[str, float]:
+    def step(self, number: int) -> dict[str, float | Tensor]:
         """Take one step on a batch."""
-        losses, remembered = list[float](), list[float]()
+        losses, remembered = list[Tensor](), list[Tensor]()
         self.comparisons.clear()
-        for _ in self.random.groups():
+        for _ in self.random.groups(number):
             self.comparisons.append([])
             loss, memory = self._regress_on_ode(self.trajectories) if self.trajectories else self._force_teacher()
             self.optimizer.backward(loss / self.random.count)
-            losses.append(loss.item())
-            remembered.append(float(memory.count_slow()) + len(memory.sink) + len(memory.fast))
+            losses.append(loss.detach())
+            remembered.append(memory.count_slow() + len(memory.sink) + len(memory.fast))
             self.timer.lap("loss")
         norm = self.optimizer.step()
         distance = self.ema.update()
         self.timer.lap("update")
+        promotion = measure_promotion(self.spec.memory, join_comparisons(self.comparisons))
         values = {"loss": average_groups(losses), "gradient": norm, "context_frames": average_groups(remembered)}
-        return values | measure_promotion(self.spec.memory, join_comparisons(self.comparisons)) | {"ema_distance": distance}
+        return {**values, **promotion, "ema_distance": distance}
 
     def _force_teacher(self) -> tuple[Tensor, Memory]:
         """Teacher forcing: denoise each chunk of a real video after the clean chunks before it. Return the loss and the last memory."""
@@ -135,7 +136,7 @@ class CausalInitTrainer:
         videos = self.random.integers(0, trajectories.spec.videos - 1, spec.batch)
         drawn = torch.tensor(self.random.integers(0, len(trajectories.sigmas) - 1, spec.batch * chunks)).view(spec.batch, chunks)
         # The loss is a mean over the batch's noisy chunks; this group's share of their number:
-        noisy = max(1, int((drawn < len(trajectories.sigmas) - 1).sum())) / self.random.rng.parts
+        noisy = max(1, int((drawn < len(trajectories.sigmas) - 1).sum())) / self.random.parts
         videos, levels = self.random.take_own(videos), torch.stack(self.random.take_own(list(drawn)))  # levels: [B, chunks]
         states, text = trajectories.read(videos).to(self.device), trajectories.text(videos).to(self.device)
         self.newest_batch |= self.random.label(states=states, text=text, levels=levels)

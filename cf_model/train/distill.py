@@ -34,14 +34,14 @@ def compute_generator_gradient(
     guidance_passes: GuidancePasses,
     null: Float[Tensor, "T E"],
     past: Memory | None = None,
-) -> tuple[Float[Tensor, "B F C H W"], dict[str, float]]:
+) -> tuple[Float[Tensor, "B F C H W"], dict[str, Tensor]]:
     """Compute the direction that the student's frames x must leave: (fake - real) / mean|x - real| at one random noise level.
 
     `# Paper:` eq. 4 without a context, eq. 6 with a context; the normaliser is DMD's, one number for each sample. Both scores see
     the same clean context. `past` holds the context's keys and values as the fake score's network has read them
     (`TeacherView.read_context`); None reads them here. Where x equals the real score's x_0 the gradient is 0.
 
-    Returns the gradient, of x's shape, and values for the log.
+    Returns the gradient, of x's shape, and values for the log, which stay on the device.
     """
     # Alg. 1, line 29: v_t = addnoise(X[L - l :], t), at one level a sample.
     sigma = flow.sample_score_sigma(len(x), rng)  # [B]
@@ -54,7 +54,7 @@ def compute_generator_gradient(
     normaliser = (x - real_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     gradient = (fake_x0 - real_x0) / torch.where(normaliser == 0, torch.inf, normaliser)
     values = {"normaliser": normaliser.mean(), "score_distance": (fake_x0 - real_x0).abs().mean(), "dm_gradient": gradient.abs().mean()}
-    return gradient, {name: float(value) for name, value in values.items()}
+    return gradient, values
 
 
 def compute_critic_loss(
@@ -106,9 +106,9 @@ def replay_window(
         backward((x_0 * gradient[:, at : at + x_0.shape[1]]).sum().div(numbers))
 
 
-def measure_student_loss(generated: Rollout, gradient: Tensor) -> float:
+def measure_student_loss(generated: Rollout, gradient: Tensor) -> Tensor:
     """Return the value of the loss that `replay_window` backpropagates: 0.5 mse(x, (x - gradient).detach()) over the frames that learn."""
     chunk = generated.targets[0].x_t.shape[1]
     firsts = [target.first - generated.window.start for target in generated.targets if target.grad]
     parts = [gradient[:, first : first + chunk].square().mean() for first in firsts]
-    return 0.5 * float(torch.stack(parts).mean())
+    return 0.5 * torch.stack(parts).mean()

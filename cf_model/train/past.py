@@ -1,4 +1,4 @@
-"""Rollouts that outlive a step: those that the critic's updates share, and videos that are continued from step to step."""
+"""Videos that outlive a step, because training continues them from step to step (`persist: stream`)."""
 
 from __future__ import annotations
 
@@ -12,27 +12,6 @@ from cf_model.model.memory import MemorySpec
 from cf_model.model.memory_state import dump_memory, restore_memory
 from cf_model.model.rollout import Rollout
 from cf_model.train.trainer.ranks import BatchRandom, gather_rows
-
-
-class SharedRollouts:
-    """The rollouts, by group of the batch, that all updates of the critic use until the student's next update.
-
-    A checkpoint holds the random state before them instead: the student has not changed since, so they can be computed again.
-    """
-
-    def __init__(self) -> None:
-        self.rollouts: dict[int, tuple[Rollout, Tensor]] = {}  # group -> rollout, and prompts [B, T, E]
-        self.random_before = torch.empty(0)
-
-    def clear(self) -> None:
-        """Drop the rollouts, because the student has changed."""
-        self.rollouts, self.random_before = {}, torch.empty(0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"before": self.random_before} if len(self.random_before) else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rollouts, self.random_before = {}, state.get("before", torch.empty(0))
 
 
 class RolloutStream:
@@ -69,7 +48,7 @@ class RolloutStreams:
         if not state:
             return
         # `groups` makes `own_rows` answer for each group in turn.
-        for group in self.random.groups():
+        for group in self.random.groups(0):
             part, stream = _map_batch_tensors(lambda rows: self.random.rng.own_rows(rows).contiguous(), state), self.groups[group]
             memory = restore_memory(self.spec, _move_to_device(part["memory"], self.device))
             stream.frames, stream.text = part["frames"], part["text"]

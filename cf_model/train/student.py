@@ -19,7 +19,7 @@ from cf_model.model.flow import Flow
 from cf_model.model.memory import ChunkComparison, Memory, MemorySpec
 from cf_model.model.rollout import HorizonSpec, Rollout, RolloutSpec, rollout
 from cf_model.model.view import GuidancePasses, TeacherView
-from cf_model.train.trainer.batch import PromptSet, average_groups, draw_rows
+from cf_model.train.trainer.batch import EncodedClips, PromptSet, average_groups, draw_rows
 from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import PLAIN, EngineSpec, OptimizerSpec, require_at_least
 from cf_model.train.trainer.observe import StepTimer, join_comparisons, measure_promotion
@@ -27,7 +27,7 @@ from cf_model.train.trainer.ranks import BatchRandom
 from cf_model.train.trainer.zero import build_optimizer
 
 from .distill import compute_critic_loss, compute_generator_gradient, measure_student_loss, replay_window
-from .past import RolloutStreams, SharedRollouts
+from .past import RolloutStreams
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class StudentSpec:
 
     steps: int  # updates of the critic
     critic_updates: int  # for one update of the student
+    critic_warmup: int  # steps before the student's first update, in which the critic gets to know the student
     # a new rollout for each update of the critic, which the student's update of that step shares; one until the student's next update;
     # or each, and one of its own for the student's update (Self-Forcing)
     rollouts: Literal["each", "shared", "own"]
@@ -68,13 +69,15 @@ class StudentSpec:
 
     def __post_init__(self) -> None:
         require_at_least(1, steps=self.steps, critic_updates=self.critic_updates, batch=self.batch, save_every=self.save_every)
-        if self.steps < self.critic_updates:
-            raise ValueError(f"steps is {self.steps}, less than critic_updates {self.critic_updates}: the student would never change")
+        if self.critic_warmup < 0:
+            raise ValueError(f"critic_warmup is {self.critic_warmup}; use at least 0")
+        if self.student_updates < 1:
+            problem = f"steps is {self.steps}, critic_updates {self.critic_updates}, critic_warmup {self.critic_warmup}"
+            raise ValueError(f"{problem}: the student would never change; use more steps")
         # Before `ema_start` the average is a copy of the raw weights, so it must begin before training ends.
         chunk = self.rollout.chunk
-        if self.ema_start >= self.steps // self.critic_updates:
-            updates = self.steps // self.critic_updates
-            raise ValueError(f"ema_start is {self.ema_start}, but the student is updated {updates} times; use less")
+        if self.ema_start >= self.student_updates:
+            raise ValueError(f"ema_start is {self.ema_start}, but the student is updated {self.student_updates} times; use less")
         for name in ("shortest", "longest"):
             value = getattr(self.horizon, name)
             if value % chunk:
@@ -89,12 +92,29 @@ class StudentSpec:
         if self.horizon.shortest < self.rollout.window:
             raise ValueError(f"horizon.shortest is {self.horizon.shortest}, below rollout.window {self.rollout.window}; use at least that")
 
+    @property
+    def student_updates(self) -> int:
+        """Number of the student's updates: one in `critic_updates` steps, none in the critic's warm-up."""
+        return self.steps // self.critic_updates - self.critic_warmup // self.critic_updates
+
+    def student_learns(self, step: int) -> bool:
+        """Whether the student is updated in this step, counted from 0."""
+        return (step + 1) % self.critic_updates == 0 and step >= self.critic_warmup
+
+    def real_chance(self, step: int) -> float:
+        """Return the chance that this step's rollout continues a training clip instead of the student's own video.
+
+        # Choice: with `begin: share` it falls steadily from 1 to 0, because the critic can't follow if all contexts change at once.
+        """
+        return {"own": 0.0, "real": 1.0, "share": 1 - step / self.steps}[self.rollout.begin]
+
 
 class DistillationTrainer:
-    """One distillation (alg. 1): the critic learns at every step, the student at every `critic_updates`-th.
+    """One distillation (alg. 1): the critic learns at every step, the student at every `critic_updates`-th after `critic_warmup`.
 
     `student` is G_ϕ, `teacher` s_real, `critic` s_fake. `shape` is C, H, W of a latent frame. `reencode` replaces the last video frame
-    of some latents by a picture's latent (`first_latent: reencode`).
+    of some latents by a picture's latent (`first_latent: reencode`). `clips` are those that a rollout may continue (`rollout.begin`);
+    raises ValueError where none is long enough.
     """
 
     def __init__(
@@ -111,20 +131,25 @@ class DistillationTrainer:
         shape: tuple[int, int, int],
         seed: int,
         reencode: Callable[[Float[Tensor, "B F C H W"]], Float[Tensor, "B 1 C H W"]] | None = None,
+        clips: EncodedClips | None = None,
         engine: EngineSpec = PLAIN,
     ) -> None:
         device = next(student.parameters()).device
-        self.null, self.prompts, self.reencode = null.to(device), prompts, reencode
+        self.null, self.prompts, self.reencode, self.clips = null.to(device), prompts, reencode, clips
+        if spec.rollout.begin != "own":
+            assert clips, "rollouts that continue clips need some"
+            clips.rows("train", spec.horizon.longest - spec.rollout.window)  # refuses clips that are too short
         self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
         self.steps, self.save_every = spec.steps, spec.save_every
         self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
-        self.random = BatchRandom(seed, device, groups=engine.count_groups(spec.batch))
+        self.random = BatchRandom(seed, device, batch=spec.batch, groups=engine.count_groups(spec.batch))
         # before build_optimizer, which may split the student over the ranks
         self.ema = EMA(student, spec.ema, spec.ema_start, ramp=spec.ema_ramp)
-        self.student_optimizer = build_optimizer(student, spec.student_optimizer, spec.steps // spec.critic_updates, engine)
+        self.student_optimizer = build_optimizer(student, spec.student_optimizer, spec.student_updates, engine)
         self.critic_optimizer = build_optimizer(critic, spec.critic_optimizer, spec.steps, engine)
         self.streams = RolloutStreams(spec.memory, self.random, device)
-        self.shared = SharedRollouts()
+        # With `rollouts: shared`: group -> the rollout and its prompts [B, T, E] that serve until the student's next update.
+        self.shared: dict[int, tuple[Rollout, Tensor]] = {}
         self.comparisons: list[Sequence[ChunkComparison]] = []  # of the step's groups, for the log
         self.timer = StepTimer(device)
         self.newest_batch: dict[str, Tensor] = {}
@@ -138,19 +163,18 @@ class DistillationTrainer:
             "average": self.ema,
             "student_optimizer": self.student_optimizer,
             "critic_optimizer": self.critic_optimizer,
-            "random": self.random,
             "streams": self.streams,
-            "kept": self.shared,
         }
 
-    def step(self, number: int) -> dict[str, float]:
+    def step(self, number: int) -> dict[str, float | Tensor]:
         """Run the body of alg. 1's loop once: update the critic, and at every `critic_updates`-th step the student first."""
-        learns, own = (number + 1) % self.spec.critic_updates == 0, self.spec.rollouts == "own"
-        values = dict[str, float]()
+        learns, own = self.spec.student_learns(number), self.spec.rollouts == "own"
+        values = dict[str, float | Tensor]()
         # With a rollout of its own the student is updated before the critic's rollout is made, as in Self-Forcing.
         if learns and own:
-            values |= self._accumulate(number, student=True, critic=False) | self._update_student()
-        values |= self._accumulate(number, student=learns and not own, critic=True)
+            values |= self._accumulate(number, number, student=True, critic=False) | self._update_student()
+        # That second rollout takes its random numbers from behind the last step's.
+        values |= self._accumulate(number, number + self.steps * (learns and own), student=learns and not own, critic=True)
         # Else the critic's gradients, of the same rollout, wait.
         if learns and not own:
             values |= self._update_student()
@@ -158,21 +182,21 @@ class DistillationTrainer:
         self.timer.lap("update")
         return values
 
-    def _update_student(self) -> dict[str, float]:
+    def _update_student(self) -> dict[str, float | Tensor]:
         """Update the student and its average. Return the gradient's norm and the average's distance."""
-        values = {"student_gradient": self.student_optimizer.step(), "ema_distance": self.ema.update()}
+        values: dict[str, float | Tensor] = {"student_gradient": self.student_optimizer.step(), "ema_distance": self.ema.update()}
         self.shared.clear()
         self.timer.lap("update")
         return values
 
-    def _accumulate(self, number: int, *, student: bool, critic: bool) -> dict[str, float]:
-        """Add the gradients of a batch, group by group, to those of the named models. Return the batch's values."""
+    def _accumulate(self, number: int, numbers: int, *, student: bool, critic: bool) -> dict[str, float | Tensor]:
+        """Add a batch's gradients, group by group, to those of the named models; `numbers` names its random numbers. Return its values."""
         self.comparisons.clear()
-        groups = [self._accumulate_group(number, group, student, critic) for group in self.random.groups()]
+        groups = [self._accumulate_group(number, group, student, critic) for group in self.random.groups(numbers)]
         values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
         return values | measure_promotion(self.spec.memory, join_comparisons(self.comparisons))
 
-    def _accumulate_group(self, number: int, group: int, student: bool, critic: bool) -> dict[str, float]:
+    def _accumulate_group(self, number: int, group: int, student: bool, critic: bool) -> dict[str, float | Tensor]:
         """Add the gradients of one group of the batch, to the student's and to the critic's. Return the group's values."""
         spec = self.spec
         # Lines 5 to 28: a prompt, a rollout X of the student, without gradient.
@@ -202,36 +226,37 @@ class DistillationTrainer:
         )
         self.critic_optimizer.backward(loss / self.random.count)
         self.timer.lap("critic")
-        return values | {"critic_loss": loss.item()} | self._describe_rollout(generated, context)
+        return values | {"critic_loss": loss.detach()} | self._describe_rollout(generated, context)
 
-    def _describe_rollout(self, generated: Rollout, context: Tensor) -> dict[str, float]:
+    def _describe_rollout(self, generated: Rollout, context: Tensor) -> dict[str, float | Tensor]:
         """Return a rollout's length, exit level, context, window, and what its memory promoted, for the log."""
-        values = {"frames": float(generated.video.shape[1]), "exit": sum(generated.exits) / len(generated.exits)}
+        values: dict[str, float | Tensor] = {"frames": float(generated.video.shape[1])}
+        values["exit"] = sum(generated.exits) / len(generated.exits)
         values |= {"context_frames": float(context.shape[1]), "window": float(generated.window.start)}
         self.comparisons.append(generated.comparisons)
         if generated.comparisons:
-            values["slow_frames"] = float(generated.memory.count_slow())
+            values["slow_frames"] = generated.memory.count_slow()
         return values
 
     def _get_rollout(self, number: int, group: int) -> tuple[Rollout, Tensor]:
         """Return this step's rollout and its prompts: a new rollout, or with `rollouts: shared` that of the student's last update."""
-        since_update, rng = number % self.spec.critic_updates, self.random.rng
+        since_update, now = number % self.spec.critic_updates, self.random.rng
         if self.spec.rollouts != "shared":
             return self._roll_out(number, group)
         if not since_update:
-            self.shared.random_before = rng.get_state()
-            self.shared.rollouts[group] = self._roll_out(number, group)
-        elif group not in self.shared.rollouts:
-            # Resumed between two updates of the student: the unchanged student makes the same rollout from the same random state.
-            now = rng.get_state()
-            rng.set_state(self.shared.random_before)
-            self.shared.rollouts[group] = self._roll_out(number - since_update, group)
-            rng.set_state(now)
-        return self.shared.rollouts[group]
+            self.shared[group] = self._roll_out(number, group)
+        elif group not in self.shared:
+            # Resumed between two updates of the student: the unchanged student makes the same rollout from that step's random numbers.
+            self.random.rng = self.random.draw_step(number - since_update)
+            self.shared[group] = self._roll_out(number - since_update, group)
+            self.random.rng = now
+        return self.shared[group]
 
     def _roll_out(self, number: int, group: int) -> tuple[Rollout, Tensor]:
         """Generate a new video (alg. 1, lines 5 to 28), or with `persist: stream` the next part of a video that is not finished."""
         spec, rng, stream = self.spec, self.random.rng, self.streams.groups[group]
+        if spec.rollout.begin != "own" and self.random.coin(spec.real_chance(number)):
+            return self._continue_clip(number)
         # A stream's windows overlap by the `skip_first` chunks that carry no gradient.
         before, new = stream.newest, spec.rollout.window - spec.rollout.skip_first * spec.rollout.chunk
         if before and before.video.shape[1] + new <= stream.frames:
@@ -260,6 +285,24 @@ class DistillationTrainer:
             stream.newest = generated
         return generated, text
 
+    def _continue_clip(self, number: int) -> tuple[Rollout, Tensor]:
+        """Generate the window after a training clip's beginning, which the student's memory has read: a real context (`begin`)."""
+        spec, rng = self.spec, self.random.rng
+        assert self.clips
+        length = spec.horizon.sample_length(number, spec.rollout.chunk, rng)
+        before = length - spec.rollout.window
+        rows = self.random.take_own(draw_rows(self.clips.rows("train", before), spec.batch, self.random))
+        text = self.clips.text(rows).to(self.null)
+        real = self.clips.window(rows, [0] * len(rows), before).to(self.null)
+        past = None
+        if before:
+            memory = self.student.remember_clip(real, text, spec.memory, chunk=spec.rollout.chunk)
+            past = Rollout(real, slice(0), (), (), memory, ())
+        generated = rollout(
+            self.student, text, length, self.shape, spec=spec.rollout, memory=spec.memory, flow=self.flow, rng=rng, past=past
+        )
+        return generated, text
+
     def split_rollout(self, generated: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
         """Split a rollout into the context and the target window, as both scores see them (alg. 1, line 29)."""
         frames = self.view.context_frames(generated.window.start)
@@ -273,7 +316,7 @@ class DistillationTrainer:
 
     def _accumulate_student_gradient(
         self, generated: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None
-    ) -> dict[str, float]:
+    ) -> dict[str, float | Tensor]:
         """Add the student's gradient for one rollout: the scores' difference (eq. 6), then ∂G/∂θ by replaying the window's chunks."""
         gradient, values = compute_generator_gradient(
             target,
@@ -296,4 +339,4 @@ class DistillationTrainer:
 
         replay_window(self.student, generated, gradient, text, backward=backward)
         self.timer.lap("replay")
-        return values | {"student_loss": measure_student_loss(generated, gradient)}
+        return {**values, "student_loss": measure_student_loss(generated, gradient)}

@@ -94,7 +94,7 @@ class TeacherTrainer:
         self.longest = min(spec.longest, self.clips.longest - spec.target)  # start that the clips allow
         self.starts = DrawnStarts()
         self.device = next(model.parameters()).device
-        self.random = BatchRandom(seed, self.device, groups=engine.count_groups(spec.batch))
+        self.random = BatchRandom(seed, self.device, batch=spec.batch, groups=engine.count_groups(spec.batch))
         self.ema = EMA(model, spec.ema)  # before build_optimizer, which may split the model over the ranks
         self.optimizer = build_optimizer(model, spec.optimizer, spec.steps, engine)
         self.timer = StepTimer(self.device)
@@ -105,11 +105,11 @@ class TeacherTrainer:
     def state(self) -> Mapping[str, Any]:
         """Everything that a step changes, by its name in a checkpoint."""
         parts = {"model": self.optimizer.weights, "average": self.ema, "optimizer": self.optimizer}
-        return {**parts, "bank": self.bank, "random": self.random, "starts": self.starts}
+        return {**parts, "bank": self.bank, "starts": self.starts}
 
-    def step(self, number: int) -> dict[str, float]:
+    def step(self, number: int) -> dict[str, float | Tensor]:
         """Take one step on a batch, and let the error bank collect the batch's residuals."""
-        groups = [self._accumulate_group(number) for _ in self.random.groups()]
+        groups = [self._accumulate_group(number) for _ in self.random.groups(number)]
         # The bank changes after the whole batch only, so that every group draws from the same bank.
         self.bank.collect(*(residuals for _, residuals in groups))
         norm = self.optimizer.step()
@@ -118,7 +118,7 @@ class TeacherTrainer:
         values = {name: average_groups([group[name] for group, _ in groups]) for name in groups[0][0]}
         return {**values, "gradient": norm, **self.bank.statistics(), "ema_distance": distance}
 
-    def _accumulate_group(self, number: int) -> tuple[dict[str, float], BatchResiduals]:
+    def _accumulate_group(self, number: int) -> tuple[dict[str, float | Tensor], BatchResiduals]:
         """Add the gradient of one group of the batch; return the group's values and residuals."""
         spec, rng = self.spec, self.random.rng
         # Draw how many latent frames of the past there are: none, or uniform in shortest..longest; the paper: 5 to 20 seconds (sec. 4).
@@ -144,5 +144,5 @@ class TeacherTrainer:
         )
         self.optimizer.backward(loss / self.random.count)
         self.timer.lap("loss")
-        values = {"loss" if start else "loss_without_context": loss.item(), "start": float(start)}
+        values: dict[str, float | Tensor] = {"loss" if start else "loss_without_context": loss.detach(), "start": float(start)}
         return {**values, "context_frames": float(context.shape[1])}, residuals

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.flow import Flow, draw_gaussian
+from cf_model.model.flow import BatchGenerator, Flow, draw_gaussian
 from cf_model.model.weights import check_safetensors_header
 from cf_model.train.trainer.batch import PromptSet
 from cf_model.train.trainer.engine import require_at_least
@@ -74,8 +74,9 @@ class OdeTrajectories:
         bar = log.progress(total, "video", total - to_compute)
         for first in missing:
             videos = self._list_videos(first)
-            # [B, F, C, H, W], each video's from a seed of its own.
-            noise = torch.stack([draw_gaussian(self.shape, torch.Generator().manual_seed(self.seed + video)) for video in videos])
+            # [B, F, C, H, W], each video's from a stream of its own.
+            streams = BatchGenerator([(self.seed, video) for video in videos], next(model.parameters()).device)
+            noise = draw_gaussian((len(videos), *self.shape), streams)
             states = trace_ode(model, self.text(videos), noise, levels=self.path, guidance=self.spec.guidance, null=null)
             stored = [x.to("cpu", self.dtype) for step, x in enumerate(states) if step in (*self.spec.keep, self.spec.steps)]
             _write_states(self._find_file(first), torch.stack(stored, dim=1))  # [B, K, F, C, H, W]

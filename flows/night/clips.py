@@ -42,7 +42,7 @@ def gather_clips(night: NightState) -> None:
     if plan.settings.inbox is not None:
         night.arrivals = _copy_from_inbox(plan.repo / plan.settings.inbox, folder, plan.settings.settle)
     if any(file.is_file() for file in folder.rglob("*")):
-        run_dvc(plan.root, "add", "--quiet", plan.clips_folder)
+        run_dvc(plan.root, "add", plan.clips_folder)
         night.clips = next(out["md5"] for out in dvc_lock.read_outs(plan.root)[pointer])
 
 

@@ -6,13 +6,12 @@ here before it starts, and is refused if it can't fit.
 
 import argparse
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import torch
@@ -21,15 +20,15 @@ from cf_model.codec.interface import SPACE, latent_frames
 from cf_model.model.checkpoint import CHECKPOINTS_TO_KEEP
 from cf_model.plan import need
 from cf_model.plan.cost import ModelCosts
+from cf_model.plan.fit import GIB, WorkSplit, format_number, list_micro_batches, suggest_remedy
 from cf_model.plan.need import ZERO_STAGES, StageNeed
-from cf_model.train.trainer.engine import EngineSpec
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
 from tasks.params.load import load_params
 from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 # Choice: what the plan expects may be a third too much before a stage is refused; it was within a quarter wherever it was
 # measured (benchmarks/plan_memory.py), and a stage that would have fitted must never be refused.
 MEMORY_MARGIN = 1.5
@@ -108,12 +107,6 @@ def count_clips(p: Params) -> int:
     return len(list_videos(p.clips.folder)) if p.clips.folder else 0
 
 
-def list_micro_batches(batch: int, ranks: int) -> list[int]:
-    """List the numbers of samples that a rank may compute at once: its share of the batch in equal parts, largest first."""
-    share = max(1, batch // ranks)
-    return [share // n for n in range(1, share + 1) if share % n == 0]
-
-
 def estimate_hours(one: StageNeed, machine: Hardware) -> float:
     """Return the hours of a stage at the speed that the hardware reaches."""
     return one.total / (machine.ranks * machine.tflops * 1e12) / 3600
@@ -169,24 +162,6 @@ def measure_memory() -> float:
     return min(free)
 
 
-@dataclass(frozen=True)
-class WorkSplit:
-    """How a stage is divided: samples that each rank computes at once, and what DeepSpeed splits among the ranks."""
-
-    at_once: int
-    zero: int
-    ranks: int
-    offload: bool = False  # of the optimiser, from a GPU into the machine's memory
-
-    @classmethod
-    def from_engine(cls, engine: EngineSpec, batch: int, ranks: int, *, gpu: bool = False) -> Self:
-        zero = engine.zero if engine.use == "deepspeed" or (engine.use == "auto" and ranks > 1) else 0
-        return cls(engine.micro_batch or max(1, batch // ranks), zero, ranks, gpu and zero > 0 and engine.offload == "optimizer")
-
-    def peak(self, one: StageNeed, at_once: int | None = None) -> float:
-        return one.peak(self.at_once if at_once is None else at_once, self.zero, self.ranks, offload=self.offload)
-
-
 def refuse_memory(stage: str, one: StageNeed, leaner: StageNeed | None, free: float, where: str, split: WorkSplit) -> None:
     """Raise Refused if a stage needs more than `MEMORY_MARGIN` times the `free` bytes of a rank.
 
@@ -200,25 +175,6 @@ def refuse_memory(stage: str, one: StageNeed, leaner: StageNeed | None, free: fl
     rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
     need = f"{rank} needs about {format_number(expected / GIB)} GiB ({parts}), but this {where} has {format_number(free / GIB)}"
     raise Refused(f"{need}; {suggest_remedy(one, leaner, free, split)}; CF_IGNORE_PLAN=1 starts it all the same")
-
-
-def suggest_remedy(one: StageNeed, leaner: StageNeed | None, free: float, split: WorkSplit) -> str:
-    """Name the settings that would make a stage fit, or what it would take."""
-    ways = [f"engine.micro_batch: {n}" for n in list_micro_batches(one.batch, split.ranks) if split.peak(one, n) <= free][:1]
-    if leaner and split.peak(leaner) <= free:
-        ways.append("compute.checkpointing: true")
-    if split.zero and not split.offload and replace(split, offload=True).peak(one) <= free:
-        ways.append("engine.offload: optimizer")
-    if ways:
-        return f"use {', or '.join(ways)}"
-    if leaner and split.peak(leaner, 1) <= free:
-        return "use compute.checkpointing: true and engine.micro_batch: 1"
-    for ranks in (2, 4, 8, 16, 32, 64):
-        for zero in (2, 3):
-            if ranks >= split.ranks and one.peak(1, zero, ranks) <= free:
-                return f"{ranks} such ranks with engine.zero: {zero} and engine.micro_batch: 1 would hold it"
-    smallest = f"one sample alone takes {format_number(one.peak(1) / GIB)}"
-    return f"{smallest}: use a larger device, or a smaller model, video or memory (`cf plan` shows what takes most)"
 
 
 def refuse_disk(stage: str, written: dict[str, float], out: Path, work: Path) -> None:
@@ -237,13 +193,6 @@ def refuse_disk(stage: str, written: dict[str, float], out: Path, work: Path) ->
         if size > free * DISK_MARGIN:
             problem = f"{stage} writes up to {format_number(size / GIB)} GiB, but the disk of {home} has {format_number(free / GIB)} free"
             raise Refused(f"{problem}; free some, or put the project on a larger disk; CF_IGNORE_PLAN=1 starts it all the same")
-
-
-def format_number(value: float) -> str:
-    """Return a number with three digits and, above 0.0001, without exponent."""
-    if value >= 100 or value == 0:
-        return f"{value:,.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value >= 1e-4 else f"{value:.0e}"
 
 
 def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:

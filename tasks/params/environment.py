@@ -49,6 +49,7 @@ class Environment(BaseSettings):
     )
     alert_url: SecretStr | None = _variable(None, "URL that is sent a message when a night fails or doesn't happen. Secret.")
     heartbeat_url: SecretStr | None = _variable(None, "URL that is asked for once at the end of a good night. Secret.")
+    judge_key: SecretStr | None = _variable(None, "Key of the endpoint that `cf score --judge URL` asks. Secret.")
     # of stages
     gpus: int | None = _variable(None, "GPUs to give away; default: all.", "the number of GPUs of this machine, 0 or more", ge=0)
     gpu_locks: Path | None = _variable(None, "Folder of the GPUs' locks; default: ~/.cache/cf/HOST.")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 RENDERED = Path("cf_model/data/worlds.py")  # where clips come from when they are rendered
 CAPTIONS = Path("data/manifest.jsonl")  # where the students' prompts come from when they are the clips' captions
@@ -61,7 +61,7 @@ class Nightly(Section):
     keep: Annotated[list[str], Field(min_length=1)]  # stages whose results the other nights reuse from the run of the promoted student
     prompts_file: Path | None  # prompts that candidate and promoted student are judged on; null: captions of the held-out clips
     prompts: PositiveInt
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     rules: Annotated[list[Rule], Field(min_length=1)]
     push_timeout: PositiveFloat  # seconds that an attempt to push data may take
     push_again_after: list[PositiveFloat]  # seconds before each further attempt; after the last attempt the next night pushes

@@ -123,13 +123,22 @@ class System(Section):
         return self
 
 
+class RecallProbe(Section):
+    """One-step errors of the causal systems on held-out clips (cf_model/model/recall.py), from which `evaluate` takes the slow gain."""
+
+    clips: PositiveInt  # held-out clips that are long enough
+    start: Count  # latent frame from which on errors are measured; before it the clip is only read
+    frames: PositiveInt  # that are measured, in whole chunks
+    sigmas: list[Annotated[float, Field(gt=0, lt=1)]]  # noise levels
+
+
 class Generate(Section):
     """The videos that are compared: prompts and seeds, continued clips, and the systems that make them."""
 
     prompts: PositiveInt
     continued: PositiveInt  # held-out clips whose beginnings are continued
     prompts_file: Path | None  # one prompt a line; null: captions of the held-out clips
-    seeds: list[int]
+    seeds: list[Count]
     frames: PositiveInt  # latent frames of the real clips that are shown for comparison
     prefix: PositiveInt  # latent frames of a real clip that a continuation starts from
     batch: PositiveInt  # videos that a model makes at once, as far as they have prompts of one system; changes results by rounding alone
@@ -137,6 +146,7 @@ class Generate(Section):
     guidance: Annotated[float, Field(ge=1)]
     guidance_passes: GuidancePasses
     crf: Annotated[int, Field(ge=0, le=51)]
+    recall: RecallProbe
     systems: dict[str, System]  # text to video
     continuations: dict[str, System]  # of a real prefix
 
@@ -145,7 +155,8 @@ class Evaluate(Section):
     """Settings of the metrics."""
 
     gap: PositiveFloat  # seconds out of sight before a return counts in map_error
-    absence: PositiveFloat  # seconds out of sight before a return counts in memory_ratio
+    absence: PositiveFloat  # seconds out of sight before a return counts in memory_ratio and map_error_absent
+    sink: Count  # latent frames at a video's beginning; the headings that they show are always in a memory's sink and count in neither
     resamples: PositiveInt  # of the bootstrap
     choices: Annotated[int, Field(ge=2)]  # captions that the blind guess chooses from
 

@@ -53,6 +53,7 @@ def train_student(
         view=job.view,
         flow=job.flow,
         prompts=EmbeddedPrompts(prompts),
+        clips=clips,
         null=clips.null_text,
         shape=clips.shape,
         seed=job.seed,

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flows.cli import count_things
 from flows.doctor import command, server, this_machine
 from flows.machine import programs
 from flows.machine.settings import Machine, read_machine
@@ -54,6 +55,19 @@ def test_the_packages_here_are_checked(machine: Machine) -> None:
     assert line.level == "ok"
 
 
+def test_a_fresh_clone_gets_no_warning_of_prefects(machine: Machine) -> None:
+    python = "import os; from flows.machine import settings; os.environ.update(settings.process_environment(settings.read_machine()))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{python}; import prefect.context"], env=project.environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, ""), "it could not make its home in a folder that is not there"
+
+
+@pytest.mark.parametrize("number, thing, said", [(1, "error", "1 error"), (0, "run", "0 runs"), (2, "process", "2 processes")])
+def test_numbers_of_things(number: int, thing: str, said: str) -> None:
+    assert count_things(number, thing) == said
+
+
 def test_a_variable_that_means_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.level for line in this_machine.check_environment(machine, False)] == ["ok"]
     monkeypatch.setenv("CF_ALERTURL", "http://hush")
@@ -70,7 +84,7 @@ def test_leftovers_of_a_killed_copy(machine: Machine) -> None:
     (folder / "whole").write_text("a file")
     os.utime(folder / ".old.tmp", (0, time.time() - 7200))
     (line,) = this_machine.check_leftovers(machine, False)
-    assert line.level == "warn" and line.said.startswith("1 leftovers")
+    assert line.level == "warn" and line.said.startswith("1 leftover of ")
     (line,) = this_machine.check_leftovers(machine, True)
     assert line.level == "ok" and sorted(file.name for file in folder.iterdir()) == [".new.tmp", "whole"]
     assert [line.said for line in this_machine.check_leftovers(machine, False)] == ["no leftovers of interrupted copies"]
@@ -81,16 +95,33 @@ def test_a_lock_whose_holder_is_dead(machine: Machine) -> None:
     dead.wait()
     file = machine.root / ".dvc/tmp/rwlock"
     file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
+    file.write_text(json.dumps({"write": {"data": {"pid": dead.pid, "cmd": "dvc repro"}}}))
     (line,) = this_machine.check_locks(machine, False)
     assert line.level == "warn" and str(dead.pid) in line.said
-    file.write_text(json.dumps({"data": {"write": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
+    file.write_text(json.dumps({"write": {"data": {"pid": os.getpid(), "cmd": "dvc repro"}}}))
     assert [line.level for line in this_machine.check_locks(machine, True)] == ["ok"] and str(os.getpid()) in file.read_text()
-    file.write_text(json.dumps({"data": {"write": {"pid": dead.pid, "cmd": "dvc repro"}}}))
+    file.write_text(json.dumps({"write": {"data": {"pid": dead.pid, "cmd": "dvc repro"}}}))
     assert [line.level for line in this_machine.check_locks(machine, True)] == ["ok"] and file.read_text() == "{}"
-    both = json.dumps({"data": {"write": {"pid": dead.pid}}, "out": {"read": [{"pid": os.getpid()}]}})
+    both = json.dumps({"write": {"data": {"pid": dead.pid}}, "read": {"out": [{"pid": os.getpid()}]}})
     file.write_text(both)
     assert [line.level for line in this_machine.check_locks(machine, True)] == ["warn"] and file.read_text() == both
+
+
+@pytest.mark.parametrize("record", ["", '{"write": {"data": {"pid"', "[]", '{"data": {}}', "\0\0"])
+def test_a_record_of_locks_that_no_dvc_can_read(machine: Machine, record: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill or a full disk while DVC writes it. With a dvc at work, what that one holds is not known."""
+    file = machine.root / ".dvc/tmp/rwlock"
+    file.write_text(record)
+    (line,) = this_machine.check_locks(machine, False)
+    assert line.level == "fail" and "is torn" in line.said and "cf doctor --fix" in line.todo
+    waiting = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", "dvc"]
+    for folder, level in ((machine.root, "fail"), (machine.root.parent, "ok")):
+        with subprocess.Popen(waiting, cwd=folder, stdout=subprocess.PIPE) as dvc:
+            assert dvc.stdout and dvc.stdout.readline()
+            (line,) = this_machine.check_locks(machine, True)
+            dvc.kill()
+        assert line.level == level and (level == "ok" or f"process {dvc.pid}" in line.said), line
+        assert file.exists() == (level == "fail")
 
 
 def test_a_build_that_was_killed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

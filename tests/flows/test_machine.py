@@ -166,6 +166,8 @@ def test_supervisor_is_this_users_alone(supervised: settings.Machine) -> None:
 
 
 def test_what_a_supervisor_that_was_killed_has_left_is_ended(supervised: settings.Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = [supervised.file(f"{name}.log") for name in ("server", "worker")]
+    wait(lambda: all("up hush" in programs.read_log(log) for log in logs))  # else they die of their first line, which nobody reads
     psutil.Process(programs.connect(supervised).getPID()).kill()
     wait(lambda: programs.connect(supervised) is None)
     assert len(processes.find_marked(supervised.root)) == 2
@@ -195,6 +197,17 @@ def test_a_program_that_ends_while_it_starts(checkout: Path, monkeypatch: pytest
     (checkout / ".machine/server.log").write_text("first\nthe reason\n")
     with pytest.raises(ValueError, match=r"the server ended while it started, with: first \| the reason; `cf doctor` checks the versions"):
         up.wait_for(settings.read_machine(), "server", lambda: False)
+
+
+def test_up_says_at_once_what_it_starts(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ends(*_: object) -> None:
+        raise ValueError("it ended")
+
+    monkeypatch.setattr(programs, "start_supervisor", ends)
+    monkeypatch.setattr(up, "prepare_start", lambda machine: None)
+    with pytest.raises(ValueError, match="it ended"):
+        up.start_machine([])
+    assert capsys.readouterr().out.startswith("starting supervisor, and by it server, worker, watch and reports")
 
 
 def test_one_up_or_down_at_a_time(checkout: Path) -> None:

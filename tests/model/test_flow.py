@@ -1,7 +1,8 @@
 import pytest
+import scipy.stats
 import torch
 
-from cf_model.model.flow import Flow, add_noise, to_velocity, to_x0
+from cf_model.model.flow import BatchGenerator, Flow, add_noise, derive_seed, draw_gaussian, draw_uniform, to_velocity, to_x0
 from tests.small import normal, rng
 
 
@@ -50,3 +51,56 @@ def test_score_levels_have_the_published_quantiles():
 def test_bad_values_are_refused_by_name(values):
     with pytest.raises(ValueError, match=r"^(shift|sigma_min) is"):
         Flow(*values)
+
+
+def streams(*videos):
+    return BatchGenerator(videos, shared=(5, 3))
+
+
+def test_a_videos_noise_is_its_own_wherever_it_stands():
+    """The same in any company and in any place of it; a further draw, which is the next chunk or level, is another."""
+    names = [(5, 3, row) for row in range(4)]
+    together = streams(*names)
+    first, second = draw_gaussian((4, 3, 2, 5), together), draw_uniform((4, 7), together)
+    for order in ([2], [3, 0], [1, 2, 3]):
+        some = streams(*(names[row] for row in order))
+        assert torch.equal(draw_gaussian((len(order), 3, 2, 5), some), first[order])
+        assert torch.equal(draw_uniform((len(order), 7), some), second[order])
+    assert not torch.equal(draw_gaussian((4, 3, 2, 5), together), first)
+    with pytest.raises(AssertionError, match="3 rows are drawn for 4 videos"):
+        draw_gaussian((3, 2), together)
+
+
+def test_what_the_batch_shares_does_not_depend_on_its_videos():
+    for videos in ([], [(5, 3, 0)], [(5, 3, 7), (5, 3, 8)]):
+        rng = streams(*videos)
+        draw_gaussian((len(videos), 9), rng) if videos else None
+        assert torch.randint(1000, (3,), generator=rng).tolist() == torch.randint(1000, (3,), generator=streams()).tolist()
+
+
+def test_every_identity_has_a_stream_of_its_own():
+    """Seeds, steps and rows that are neighbours, and names of other lengths, which must not be padded to the same."""
+    names = [(seed, step, row) for seed in range(4) for step in range(100) for row in range(16)]
+    names += [(seed,) for seed in range(4)] + [(seed, step) for seed in range(4) for step in range(100)] + [(2**62,), (2**32 + 1, 0)]
+    assert len({derive_seed(*name) for name in names}) == len(names)
+    # what torch's generator on a CPU takes of a seed
+    assert len({derive_seed(*name) % 2**32 for name in names}) == len(names)
+
+
+def test_noise_is_normal_within_streams_and_across_them():
+    videos, numbers = 512, 512
+    drawn = draw_gaussian((videos, numbers), streams(*((1, step, row) for step in range(32) for row in range(16)))).double()
+    assert scipy.stats.kstest(drawn.flatten(), "norm").pvalue > 0.01
+    scale = drawn.numel() ** -0.5
+    for power, moment, spread in ((1, 0, 1), (2, 1, 2**0.5), (3, 0, 15**0.5), (4, 3, 96**0.5)):
+        assert abs(float(drawn.pow(power).mean()) - moment) < 4 * spread * scale
+    # correlations of any two videos, and of neighbouring numbers: mean 0 and variance 1 / numbers
+    correlation = torch.corrcoef(drawn)[~torch.eye(videos, dtype=torch.bool)]
+    assert abs(float(correlation.var() * numbers) - 1) < 0.05 and float(correlation.abs().max()) < 0.3
+    assert abs(float((drawn[:, 1:] * drawn[:, :-1]).mean())) < 4 * scale
+
+
+def test_a_mean_of_levels_over_steps_is_that_of_their_law():
+    """One number from each of many streams, as the noise levels of a training are drawn."""
+    levels = torch.cat([draw_uniform((16,), streams(*((1, step, row) for row in range(16)))) for step in range(250)])
+    assert scipy.stats.kstest(levels, "uniform").pvalue > 0.01

@@ -105,7 +105,8 @@ def causal_init() -> tuple[CausalInitTrainer, dict[str, Denoiser]]:
 
 
 def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, dict[str, Denoiser]]:
-    plan = {"steps": STEPS, "critic_updates": 2, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
+    plan = {"steps": STEPS, "critic_updates": 2, "critic_warmup": 0, "rollouts": "each", "batch": BATCH}
+    plan |= {"memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
     scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}
@@ -121,6 +122,7 @@ def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, di
         null=torch.zeros(5, 8),
         shape=SHAPE,
         seed=0,
+        clips=Clips(),
         engine=ENGINE,
     )
     return job, {"student": job.student, "critic": job.critic}
@@ -133,8 +135,9 @@ def streaming() -> tuple[DistillationTrainer, dict[str, Denoiser]]:
 
 
 def sharing() -> tuple[DistillationTrainer, dict[str, Denoiser]]:
-    """The same, with one rollout for three updates of the critic."""
-    return student({"rollouts": "shared", "critic_updates": 3})
+    """The same, with one rollout for three updates of the critic, which learns alone at first; some rollouts continue a clip."""
+    rolled = rolling(levels=(1.0, 0.5), window=6, begin="share")
+    return student({"rollouts": "shared", "critic_updates": 3, "critic_warmup": 3, "rollout": rolled})
 
 
 def broken() -> tuple[BaseTrainer, dict[str, Denoiser]]:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from cf_model.model.flow import BatchGenerator, draw_gaussian
 from cf_model.model.memory import empty_memory
 from cf_model.model.view import TeacherView, sample_window
 from cf_model.train.causal_init import CausalInitSpec, CausalInitTrainer
@@ -73,7 +74,7 @@ def test_a_trajectory_ends_where_the_sampler_does():
 def test_the_named_steps_and_the_end_are_kept(track):
     ways, model = made(track), denoiser()
     assert ways.sigmas == [FLOW_3[0], FLOW_3[1], FLOW_3[3], 0.0]
-    noise = torch.stack([torch.randn(6, *SHAPE, generator=rng(3 + video)) for video in (2, 3)])
+    noise = draw_gaussian((2, 6, *SHAPE), BatchGenerator([(3, 2), (3, 3)]))
     text = Prompts()[[2, 0]]  # the fourth video has the first prompt again
     states = list(trace_ode(model, text, noise, levels=FLOW_3, guidance=2.0, null=NULL))
     assert torch.equal(ways.read([2, 3]), torch.stack([states[step] for step in (0, 1, 3, 4)], dim=1))
@@ -147,7 +148,7 @@ def test_the_loss_is_over_chunks_that_have_noise(track, context):
     job.comparisons.append([])
     loss, _ = job._regress_on_ode(ways)
     loss.backward()
-    r = rng(5)
+    r = BatchGenerator([], shared=(5, 0))
     videos = torch.randint(0, 5, (4,), generator=r).tolist()
     levels = torch.randint(4, (4, 2), generator=r)
     assert (levels == 3).any(), "one chunk at x_0, or nothing is shown"

@@ -160,7 +160,7 @@ def test_the_sampler_reads_once_a_prompt(view: TeacherView) -> None:
 
 def job(view: TeacherView, guidance: float = 2.0) -> DistillationTrainer:
     optimizer = OptimizerSpec(1e-3, 0.0, 0.9, 0.98, 0.0, 0.0, 1.0, 0, 0.0)
-    plan: Any = {"steps": 4, "critic_updates": 2, "rollouts": "each", "batch": 2, "memory": spec()}
+    plan: Any = {"steps": 4, "critic_updates": 2, "critic_warmup": 0, "rollouts": "each", "batch": 2, "memory": spec()}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(12, 12, 0, "const")}
     plan |= {"critic_weight": "uniform", "ema": 0.9, "ema_start": 0, "ema_ramp": True, "save_every": 10}
     plan |= {"student_optimizer": optimizer, "critic_optimizer": optimizer}

@@ -19,6 +19,7 @@ from cf_model.train.trainer.observe import StepTimer
 from cf_model.train.trainer.ranks import BatchRandom
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, restored, rolling, spec
+from tests.train.ranked import Clips
 
 
 def optimizer(**changes):
@@ -30,17 +31,18 @@ class Job:
     """A little training with everything that a real one has: model, optimisers, average, random numbers."""
 
     def __init__(self, steps=8):
-        self.model, self.random = denoiser(), BatchRandom(5)
+        self.model, self.random = denoiser(), BatchRandom(5, batch=4)
         self.optimizer, self.ema = Optimizer(self.model, optimizer(), steps), EMA(self.model, 0.9)
-        self.state = {"model": self.model, "optimizer": self.optimizer, "average": self.ema, "random": self.random}
+        self.state = {"model": self.model, "optimizer": self.optimizer, "average": self.ema}
         self.steps, self.save_every, self.newest_batch, self.timer = steps, 2, {}, StepTimer()
         self.die_at = None
 
     def step(self, number):
         if number == self.die_at:
             raise KeyboardInterrupt
-        x = torch.randn(2, 3, *SHAPE, generator=self.random.rng)
-        loss = self.model.velocity(x, torch.rand(2, generator=self.random.rng), normal(2, 5, 8)).square().mean()
+        rng = self.random.draw_step(number)
+        x = torch.randn(2, 3, *SHAPE, generator=rng)
+        loss = self.model.velocity(x, torch.rand(2, generator=rng), normal(2, 5, 8)).square().mean()
         loss.backward()
         norm = self.optimizer.step()
         self.ema.update()
@@ -85,7 +87,7 @@ def flip(path):
 DAMAGE = {
     "model.safetensors has 1000 bytes": shorten,
     "average.safetensors is not what was written": flip,
-    "random.safetensors is missing": lambda path: (path / "random.safetensors").unlink(),
+    "average.safetensors is missing": lambda path: (path / "average.safetensors").unlink(),
     ".*No such file": lambda path: (path / "manifest.json").unlink(),
     "Expecting|Unterminated": lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text()[:99]),
 }
@@ -105,15 +107,14 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, why, damage):
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_its_batch(tmp_path):
     """Two bad steps change nothing; the third in a row ends the run. What each was made of can be read."""
-    job, steps = Job(), []
+    job = Job()
     good_step = job.step
 
     def step(number):
-        steps.append(job.random.rng.get_state())
         job.newest_batch["x"] = torch.full((2,), float(number))
         if number in (1, 3, 4, 5):
             before = weights_of(job.model)
-            (job.model.velocity(normal(2, 3, *SHAPE), torch.rand(2, generator=job.random.rng), normal(2, 5, 8)).sum() * math.nan).backward()
+            (job.model.velocity(normal(2, 3, *SHAPE), torch.rand(2), normal(2, 5, 8)).sum() * math.nan).backward()
             norm = job.optimizer.step()
             assert torch.equal(before, weights_of(job.model)) and not math.isfinite(norm)
             return {"loss": math.nan}
@@ -129,7 +130,6 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_its_batch(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("bad-*")) == [f"bad-0000000{n}" for n in (2, 4, 5, 6)]
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000001", "step-00000003"]
     assert torch.equal(load_file(tmp_path / "bad-00000004/batch.safetensors")["batch/x"], torch.full((2,), 3.0))
-    assert torch.equal(load_file(tmp_path / "bad-00000004/random.safetensors")["random/rng"], steps[3])
     checkpoint.verify_checkpoint(tmp_path / "bad-00000006")
 
 
@@ -169,15 +169,16 @@ def test_weights_move_at_the_papers_learning_rate():
 
 def test_a_dropped_prompt_is_the_empty_one():
     empty = normal(5, 8, seed=2)
-    text = drop_prompts(normal(400, 5, 8), empty, 0.25, BatchRandom(1))
+    text = drop_prompts(normal(400, 5, 8), empty, 0.25, BatchRandom(1, batch=400))
     dropped = (text == empty).flatten(1).all(1).float().mean()
     assert 0.18 < float(dropped) < 0.32
 
 
-def distillation(**changes):
+def distillation(clips=None, **changes):
     plan = {
         "steps": 6,
         "critic_updates": 2,
+        "critic_warmup": 0,
         "rollouts": "each",
         "batch": 2,
         "memory": spec(),
@@ -204,6 +205,7 @@ def distillation(**changes):
         null=torch.zeros(5, 8),
         shape=SHAPE,
         seed=0,
+        clips=clips,
     )
 
 
@@ -266,3 +268,40 @@ def test_the_picture_that_begins_what_the_scores_see():
     context, target = job.split_rollout(made)
     assert context.shape[1] == 0 and torch.equal(asked[0], made.video[:, :7])
     assert torch.equal(target[:, :1], made.video[:, 6:7] + 100) and torch.equal(target[:, 1:], made.video[:, 7:12])
+
+
+def test_the_critic_is_warmed_up_before_the_student_moves():
+    """Updates of the student after steps 4 and 6 alone, and a learning rate whose schedule counts those two."""
+    job = distillation(critic_warmup=2)
+    assert job.spec.student_updates == 2
+    moved = ["student_gradient" in job.step(number) for number in range(6)]
+    assert moved == [False, False, False, True, False, True]
+    with pytest.raises(ValueError, match="steps is 6, critic_updates 2, critic_warmup 6: the student would never change"):
+        distillation(critic_warmup=6)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_window_continues_a_real_clip(share):
+    """The context is the clip's beginning, as the student's memory has read it, and only the window is the student's."""
+    clips = Clips()
+    job = distillation(rollout=rolling(levels=(1.0, 0.5), window=6, begin="share" if share else "real"), clips=clips)
+    generated, text = job._roll_out(0, 0)
+    context = generated.video[:, : generated.window.start]
+    row = next(row for row in clips.rows("train") if torch.equal(clips.text([row])[0], text[0]))
+    assert torch.equal(context[:1], clips.window([row], [0], context.shape[1])) and len(generated.targets) == 2
+    memory = job.student.remember_clip(context, text, job.spec.memory, chunk=3)
+    first = generated.targets[0]
+    replayed = job.student(first.x_t, first.x_t.new_full((2,), first.sigma), text, memory)
+    assert torch.equal(replayed, job.student(first.x_t, first.x_t.new_full((2,), first.sigma), text, first.memory))
+    assert [round(job.spec.real_chance(step), 2) for step in (0, 3, 6)] == ([1, 0.5, 0] if share else [1, 1, 1])
+
+
+def test_clips_that_are_shorter_than_the_longest_context_are_refused_at_once():
+    class ShortClips(Clips):
+        def rows(self, split, at_least=1):
+            raise ValueError(f"no {split} clip of {at_least} latent frames")
+
+    with pytest.raises(ValueError, match="no train clip of 93 latent frames"):
+        distillation(
+            rollout=rolling(levels=(1.0, 0.5), window=6, begin="real"), horizon=HorizonSpec(9, 99, 0, "linear"), clips=ShortClips()
+        )

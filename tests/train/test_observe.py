@@ -25,7 +25,7 @@ def made(memory, frames=45, seed=0):
 
 def median(memory):
     """A tau that some of the tested chunks pass and some don't."""
-    return measure_promotion(memory, made(memory).comparisons)["similarity/q50"]
+    return float(measure_promotion(memory, made(memory).comparisons)["similarity/q50"])
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

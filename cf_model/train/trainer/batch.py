@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -46,9 +46,12 @@ class PromptSet(Protocol):
     def __getitem__(self, at: list[int], /) -> Tensor: ...
 
 
-def average_groups(values: Sequence[float]) -> float:
+Value = TypeVar("Value", float, Tensor, float | Tensor)
+
+
+def average_groups(values: Sequence[Value]) -> Value:
     """Average a value over the groups of a batch, which have equal sizes."""
-    return sum(values) / len(values)
+    return sum(values[1:], start=values[0]) / len(values)
 
 
 def draw_rows(rows: Iterable[int], count: int, rng: BatchRandom) -> list[int]:

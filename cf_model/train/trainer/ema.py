@@ -6,7 +6,7 @@ import copy
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .zero import gather_weights
 
@@ -25,7 +25,7 @@ class EMA(Generic[Model]):
         self.model: Model = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self) -> float:
+    def update(self) -> Tensor:
         """Move the average towards the raw weights. Return |average - raw| / |raw| over the weights that learn."""
         # Choice: with `ramp` a rising decay, so that a short run's average is not its starting point.
         rising = (1 + self.done) / (10 + self.done) if self.ramp else 1.0
@@ -38,7 +38,7 @@ class EMA(Generic[Model]):
                 norms.append(torch.stack([(mean - raw).norm(), raw.norm()]).float())
         self.done += 1
         distance, size = torch.stack(norms).norm(dim=0)  # norms is [weights, 2]
-        return float(distance / size)
+        return distance / size
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "model": self.model.state_dict()}

@@ -120,7 +120,7 @@ class Optimizer:
         """Add the gradient of a group's share of the batch's loss to those that are there."""
         loss.backward()
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         """Update the weights by the accumulated gradients, and clear these. Return the gradients' norm before clipping.
 
         Gradients that are not finite leave the weights and the optimiser's own state as they were.
@@ -131,14 +131,14 @@ class Optimizer:
         self.done += 1
         return norm
 
-    def update(self) -> float:
+    def update(self) -> Tensor:
         """Clip the averaged gradients, set the learning rates and step. Return the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
         self.schedule()
-        if norm.isfinite():
+        if norm.isfinite():  # the one value of an update for which a GPU is waited for
             for optimizer, _ in self.parts:
                 optimizer.step()
-        return float(norm)
+        return norm
 
     def schedule(self) -> None:
         """Set each optimiser's learning rate for the update that comes next."""

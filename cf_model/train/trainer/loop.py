@@ -14,7 +14,7 @@ from torch import Tensor
 from cf_model.model import checkpoint
 
 from . import ranks
-from .observe import StepTimer, measure_peak_memory, select_progress_values
+from .observe import StepTimer, measure_peak_memory, read_values, select_progress_values
 
 # Choice: a bad batch or two are survived, a run that has diverged ends.
 MOST_BAD_STEPS = 3  # in a row
@@ -41,7 +41,7 @@ class Trainer(Protocol):
 
     @property
     def state(self) -> Mapping[str, Stateful]:
-        """Everything that a step changes, by its name in a checkpoint; `random` holds the random numbers."""
+        """Everything that a step changes, by its name in a checkpoint. Random numbers are no part of it: they follow from the step."""
 
     @property
     def newest_batch(self) -> Mapping[str, Tensor]:
@@ -51,8 +51,8 @@ class Trainer(Protocol):
     def timer(self) -> StepTimer:
         """Measures the laps of a step; `fit` starts and reads it."""
 
-    def step(self, number: int) -> Mapping[str, float]:
-        """Take step `number`, from 0, and return its values for the log."""
+    def step(self, number: int) -> Mapping[str, float | Tensor]:
+        """Take step `number`, from 0, and return its values for the log: those of the device stay there until the step is over."""
 
 
 class TrainingLog(Protocol):
@@ -82,8 +82,8 @@ def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], Mapping[str,
     """Run the trainer's steps 0 .. steps - 1, from the newest usable checkpoint in `log.work` on.
 
     After a SIGTERM the current step is finished, saved, and the last. A step with a value that is not finite is a bad step: its
-    batch and the random state before it go to bad-XXXXXXXX, and `MOST_BAD_STEPS` in a row end the run with ValueError. Every rank
-    calls `sample` after every step, before a checkpoint says that the step is done; its values are logged with the step's.
+    batch goes to bad-XXXXXXXX, and `MOST_BAD_STEPS` in a row end the run with ValueError. Every rank calls `sample` after every
+    step, before a checkpoint says that the step is done; its values are logged with the step's.
     """
     timer, latest = trainer.timer, dict[str, float]()
     bad, (path, first) = 0, checkpoint.find_newest_checkpoint(log.work)
@@ -96,11 +96,8 @@ def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], Mapping[str,
     bar = log.progress(trainer.steps, "step", first)
     with log.listen() as stop_requested:
         for number in range(first, trainer.steps):
-            # A bad step is repeated by hand from the random state before it.
-            random = trainer.state.get("random")
-            random_before = random.state_dict() if random else {}
             timer.start()
-            values, stop = ranks.average_values(trainer.step(number), stop_requested())
+            values, stop = ranks.average_values(read_values(trainer.step(number)), stop_requested())
             # A value that is not finite on any rank is so in the mean, so all ranks decide alike.
             not_finite = [name for name, value in values.items() if not math.isfinite(value)]
             # Samples come before the checkpoint: a run resumed from it has them, and a run that repeats the step makes them again.
@@ -114,7 +111,7 @@ def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], Mapping[str,
             bad = bad + 1 if not_finite else 0
             if not_finite:
                 name = not_finite[0]
-                report_bad_step(log.work, number + 1, name, values[name], bad, {"random": random_before, "batch": {**trainer.newest_batch}})
+                report_bad_step(log.work, number + 1, name, values[name], bad, {"batch": {**trainer.newest_batch}})
             # No checkpoint after a bad step, and none after the last: the stage's outs hold the model then.
             elif ((number + 1) % trainer.save_every == 0 and number + 1 < trainer.steps) or stop:
                 saved = number + 1
@@ -132,7 +129,7 @@ def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], Mapping[str,
 
 
 def report_bad_step(work: Path, step: int, name: str, value: float, bad: int, record: Mapping[str, Any]) -> None:
-    """Write `record`, the bad step's random state and batch, to `work`/bad-XXXXXXXX and warn.
+    """Write `record`, the bad step's batch, to `work`/bad-XXXXXXXX and warn.
 
     `bad` counts the bad steps in a row; raises ValueError at the `MOST_BAD_STEPS`-th.
     """
@@ -146,6 +143,6 @@ def report_bad_step(work: Path, step: int, name: str, value: float, bad: int, re
         last = max((saved.name for saved in work.glob("step-????????")), default="none yet")
         raise ValueError(
             f"{message}, the third bad step in a row; lower the learning rate: the last checkpoint ({last}) is intact, "
-            f"the batch and the random state are in {path}"
+            f"the batch is in {path}"
         )
-    warnings.warn(f"{message}; what it would have changed was left as it was, its batch and random state are in {path}", stacklevel=3)
+    warnings.warn(f"{message}; what it would have changed was left as it was, its batch is in {path}", stacklevel=3)

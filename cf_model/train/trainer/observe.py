@@ -22,6 +22,13 @@ PROGRESS_NAMES = ("loss", "critic_loss", "score_distance", "gradient", "student_
 PROGRESS_COUNT = 4  # that fit into a line
 
 
+def read_values(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Read a step's values from the device, all at once, because every read waits until the GPU has done what was asked of it."""
+    there = {name: value.double() for name, value in values.items() if isinstance(value, Tensor) and value.device.type != "cpu"}
+    read = dict(zip(there, torch.stack(list(there.values())).tolist(), strict=True)) if there else {}
+    return {name: read[name] if name in read else float(value) for name, value in values.items()}
+
+
 def select_progress_values(latest: Mapping[str, float]) -> dict[str, float]:
     """Choose the values that go beside the progress bar from the newest value of each name."""
     names = [name for name in PROGRESS_NAMES if name in latest]
@@ -33,17 +40,24 @@ def join_comparisons(groups: Sequence[Sequence[ChunkComparison]]) -> list[ChunkC
 
     For the log alone: each video has decided on its own, and no decision waits for this.
     """
-    joined = []
-    for chunks in zip(*groups, strict=True):
-        similarity, decisions = gather_rows(torch.cat([chunk.similarity for chunk in chunks])), chunks[0].decisions
-        if isinstance(decisions, Tensor):
-            rows = torch.cat([torch.as_tensor(chunk.decisions) for chunk in chunks])
-            decisions = gather_rows(rows.to(torch.uint8)).bool()
-        joined.append(ChunkComparison(similarity, decisions))
-    return joined
+    chunks = list(zip(*groups, strict=True))
+    if not chunks:
+        return []
+    # One collective for all chunks: similarities [B, layers] and, where videos decide for themselves, decisions [B, G] side by side.
+    parts = [torch.cat([one.similarity for one in of_groups]) for of_groups in chunks]
+    parts += [torch.cat([one.decisions for one in of_groups]).to(parts[0]) for of_groups in chunks if _is_own(of_groups[0])]
+    joined = iter(gather_rows(torch.cat(parts, dim=1)).split([part.shape[1] for part in parts], dim=1))
+    similarities = [next(joined) for _ in chunks]
+    decisions = [next(joined).bool() if _is_own(of_groups[0]) else of_groups[0].decisions for of_groups in chunks]
+    return [ChunkComparison(*both) for both in zip(similarities, decisions, strict=True)]
 
 
-def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> dict[str, float]:
+def _is_own(chunk: ChunkComparison) -> bool:
+    """Tell whether each video has decided for itself, so that the decision is a tensor."""
+    return isinstance(chunk.decisions, Tensor)
+
+
+def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> dict[str, Tensor]:
     """Measure how similar neighbouring chunks are and how many of the tested chunks are promoted, as a guide to choosing tau (eq. 7).
 
     All values are over the videos of the batch. `similarity/qNN` are quantiles of the numbers that eq. 7 compares with tau: a chunk's
@@ -54,8 +68,8 @@ def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> 
     if not compared:
         return {}
     similarity = torch.stack([chunk.similarity for chunk in compared]).double()  # [chunks, B, layers]
-    values = {"similarity": float(similarity.mean())}
-    values |= {f"similarity/layer_{n:02}": value for n, value in enumerate(similarity.mean(dim=(0, 1)).tolist())}
+    values = {"similarity": similarity.mean()}
+    values |= {f"similarity/layer_{n:02}": value for n, value in enumerate(similarity.mean(dim=(0, 1)).unbind())}
     decided = [(n, chunk.decisions) for n, chunk in enumerate(compared) if chunk.decisions is not None]  # every second, with interval 2
     if not decided:
         return values
@@ -63,16 +77,16 @@ def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> 
     # A rule that does not look at the video decides alike for all.
     same = tested.new_ones(tested.shape[1], 1)
     promoted = torch.stack([news.double() if isinstance(news, Tensor) else same * news for _, news in decided])  # [tested, B, G]
-    values["promotion"] = float(promoted.mean())
+    values["promotion"] = promoted.mean()
     if spec.promote != "similarity":
         return values
     # What each layer decides, or with scope=global would decide: its own similarity against tau.
     by_layer = promoted if spec.scope == "layer" else (tested < spec.tau).double()
-    values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(by_layer.mean(dim=(0, 1)).tolist())}
+    values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(by_layer.mean(dim=(0, 1)).unbind())}
     # What tau is compared with.
     against_tau = (tested if spec.scope == "layer" else tested.mean(dim=2)).flatten()
-    quantiles = against_tau.quantile(torch.tensor(QUANTILES, dtype=torch.float64, device=tested.device)).tolist()
-    return values | {f"similarity/q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+    quantiles = against_tau.quantile(torch.tensor(QUANTILES, dtype=torch.float64, device=tested.device))
+    return values | {f"similarity/q{100 * q:02.0f}": value for q, value in zip(QUANTILES, quantiles.unbind(), strict=True)}
 
 
 class StepTimer:

@@ -1,14 +1,14 @@
 """Share one batch among several processes (ranks), and within each process among groups that are computed one after the other.
 
-Ranks are data parallelism, groups are gradient accumulation. Every rank draws the same random numbers for the whole batch and uses
-its own rows of them, and gradients are averaged, so the result equals that of one process up to rounding. The number of ranks comes
+Ranks are data parallelism, groups are gradient accumulation. A row's noise follows from its number in the whole batch, and gradients
+are averaged, so the result equals that of one process up to rounding. The number of ranks comes
 from the environment alone (tasks/runner/ranks.py); with one rank nothing here communicates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,44 +35,43 @@ def is_first_rank() -> bool:
 
 
 class BatchRandom:
-    """Seeded random numbers of the whole batch, the same on every rank and every device; a checkpoint holds their state.
+    """Seeded random numbers of the batches of a training, which follow from the step and so have no state.
 
-    `rng` is the generator; `count` the number of groups in which this rank takes its share of the batch.
+    `rng` are the numbers of the current step and group; `count` is the number of groups in which this rank takes its share of a batch.
     """
 
-    def __init__(self, seed: int, device: torch.device | None = None, *, groups: int = 1) -> None:
-        self.rng, self.count = BatchGenerator(device or "cpu", get_rank(), count_ranks() * groups, groups), groups
-        self.rng.manual_seed(seed)
+    def __init__(self, seed: int, device: torch.device | None = None, *, batch: int, groups: int = 1) -> None:
+        self.seed, self.device, self.count = seed, device or torch.device("cpu"), groups
+        self.parts, self.rows = count_ranks() * groups, batch // (count_ranks() * groups)  # of the batch, and rows of a part
+        self.part = get_rank()  # that `rng` and `take_own` answer for
+        self.rng = self.draw_step(0)
 
-    def groups(self) -> Iterator[int]:
-        """Yield the numbers of this rank's groups, and make `rng` and `take_own` answer for that group.
+    def draw_step(self, step: int) -> BatchGenerator:
+        """Return the random numbers of a step from their beginning, for the rows of the current group."""
+        first = self.part * self.rows
+        videos = ((self.seed, step, row) for row in range(first, first + self.rows))
+        return BatchGenerator(videos, self.device, shared=(self.seed, step), first=first)
 
-        Every group begins at the same random state and takes its rows of the same draws, so all of them together are the batch.
+    def groups(self, step: int) -> Iterator[int]:
+        """Yield the numbers of this rank's groups, and make `rng` and `take_own` answer for that group of the step's batch.
+
+        All groups share the numbers that are drawn once for the batch, and each has its own rows', so together they are the batch.
         """
-        if self.count == 1:
-            yield 0
-            return
-        # The tape holds what the first group draws for the whole batch; later groups take their rows of it.
-        before = self.rng.get_state()
-        self.rng.tape = []
-        try:
-            for group in range(self.count):
-                self.rng.set_state(before)
-                self.rng.part, self.rng.read = group * count_ranks() + get_rank(), 0
-                yield group
-        finally:
-            self.rng.part, self.rng.tape = get_rank(), None
+        for group in range(self.count):
+            self.part = group * count_ranks() + get_rank()
+            self.rng = self.draw_step(step)
+            yield group
 
     def label(self, **values: Tensor) -> dict[str, Tensor]:
         """Return the tensors of the current group under names of their own, for the record of a bad step."""
-        group = self.rng.part // count_ranks()
+        group = self.part // count_ranks()
         return {f"{name}_{group}" if self.count > 1 else name: value for name, value in values.items()}
 
     def take_own(self, rows: Sequence[Row]) -> list[Row]:
         """Return those rows of the batch that this rank's current group computes."""
-        # A batch of P parts: part p has the rows p * B/P to (p + 1) * B/P - 1.
-        each = len(rows) // self.rng.parts
-        return list(rows[self.rng.part * each : (self.rng.part + 1) * each])
+        # A batch of P parts: part p has the rows p * B/P to (p + 1) * B/P - 1. `rows` may hold several entries for each row.
+        each = len(rows) // self.parts
+        return list(rows[self.part * each : (self.part + 1) * each])
 
     def integers(self, low: int, high: int, count: int) -> list[int]:
         """Draw `count` integers, uniform in low..high, both included."""
@@ -81,12 +80,6 @@ class BatchRandom:
     def coin(self, chance: float) -> bool:
         """Draw true with the probability `chance`: one draw for the whole batch."""
         return float(torch.rand((), generator=self.rng)) < chance
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rng": self.rng.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rng.set_state(state["rng"])
 
 
 def gather_rows(rows: Tensor) -> Tensor:

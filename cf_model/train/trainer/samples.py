@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.flow import Flow, check_levels_fall, draw_gaussian
+from cf_model.model.flow import BatchGenerator, Flow, check_levels_fall, draw_gaussian
 from cf_model.model.memory import MemorySpec, empty_memory
 from cf_model.model.rollout import stream
 from cf_model.model.view import TeacherView, sample_window
@@ -35,10 +35,9 @@ class SampleSpec:
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf is {self.crf}; use 0..51")
 
-    def rng(self, number: int, device: torch.device) -> torch.Generator:
+    def rng(self, number: int, device: torch.device) -> BatchGenerator:
         """Return the noise of prompt `number`'s video: apart from the training's random numbers, and the same in a resumed run."""
-        # 100,003 is prime and larger than any number of prompts, so no two pairs of seed and prompt meet.
-        return torch.Generator(device).manual_seed(100_003 * (self.seed + 1) + number)
+        return BatchGenerator([(self.seed, number)], device)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class ReplicatedOptimizer(Optimizer):
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.engine.step()
         self.model.zero_grad(set_to_none=True)
         self.done += 1
@@ -103,7 +103,7 @@ class UpdateCallback(torch.optim.Optimizer):
 
     def __init__(self, owner: Optimizer) -> None:
         super().__init__([p for p in owner.model.parameters() if p.requires_grad], {})
-        self.owner, self.norm = owner, 0.0
+        self.owner, self.norm = owner, torch.zeros(())
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.norm = self.owner.update()
@@ -131,11 +131,11 @@ class ShardedOptimizer(Optimizer):
         self.split.clear_backward_seen_flag()
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         self.schedule()
         self.engine.step()
         self.done += 1
-        return float(self.engine.get_global_grad_norm())
+        return torch.as_tensor(self.engine.get_global_grad_norm())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain torch's form: whole moments by their parameter's number.

@@ -1,11 +1,11 @@
-"""`cf check-golden`: this code's model, memory, schedule, losses and rollouts against what Self-Forcing and LongLive computed."""
+"""This code's model, memory, schedule, losses and rollouts against what Self-Forcing's and LongLive's own code computed."""
 
-import argparse
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
@@ -15,15 +15,9 @@ from cf_model.foreign.weight_names import to_diffusers
 from cf_model.model.denoiser import Denoiser, apply_rope
 from cf_model.model.memory import Memory, empty_memory
 from cf_model.model.rollout import stream
-from tasks.files.json_lines import load_json_object
 
 from . import schedule
-from .vectors import KEYMAP, GoldenVectors, build_peer_memory
-
-EXAMPLE = """example:
-  cf check-golden tests/golden/wan-causal
-
-Every case prints its largest difference; the exit code is 1 when one is beyond its tolerance, 2 when the folder is broken."""
+from .vectors import KEYMAP, GoldenVectors, build_peer_memory, read_object
 
 
 @dataclass(frozen=True)
@@ -52,30 +46,18 @@ Comparisons = Iterator[tuple[str, Tensor, Tensor]]  # a name, our array, the sto
 FAMILIES = ("text", "bi", "selfforcing", "diffusers", "causal", "mask", "sched", "dmd", "roll", "ll_abs", "ll_rel")
 
 
-def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf check-golden", description=__doc__.split(": ", 1)[1], epilog=EXAMPLE, formatter_class=form)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="golden vectors in the format of tests/golden/wan-causal/README.md")
-    check_folder(parser.parse_args(argv).folder)
+@dataclass(frozen=True)
+class CaseResult:
+    """What comparing a case's arrays found."""
+
+    arrays: int  # how many were compared
+    largest: float  # largest absolute difference of all numbers
+    culprit: str  # the array furthest beyond the tolerance; empty when all are within it
 
 
 @torch.no_grad()
-def check_folder(folder: Path) -> None:
-    """Print a line for every case of the folder. Raises Refused for a broken folder, ValueError for a case beyond its tolerance."""
-    golden = GoldenVectors(folder)
-    model = golden.load_model()
-    print(f"{'case':<28}{'arrays':>7}  {'largest difference':<20}{'tolerance':<18}")
-    failed = [case for case, tolerance, compared in list_cases(golden, model) if not print_case(case, tolerance, compared)]
-    if absent := [family for family in FAMILIES if not golden.find_names(rf"{family}[._].*")]:
-        print(f"not in {folder}, so not checked: {', '.join(absent)}")
-    if unread := golden.list_unread():
-        print(f"in {folder}, but no case reads it: {', '.join(unread)}")
-    if failed:
-        raise ValueError(f"{len(failed)} of {folder}'s cases differ by more than their tolerance: {', '.join(failed)}")
-
-
-def print_case(case: str, tolerance: Tolerance, compared: Comparisons) -> bool:
-    """Print a case with the name of the array that is furthest beyond the tolerance; return whether all are within it."""
+def compare_case(tolerance: Tolerance, compared: Comparisons) -> CaseResult:
+    """Compare a case's arrays with the stored ones; a number that is not finite differs by infinity."""
     arrays, largest, worst, culprit = 0, 0.0, 0.0, ""
     for name, ours, theirs in compared:
         ours, theirs = ours.double(), theirs.double()
@@ -84,8 +66,7 @@ def print_case(case: str, tolerance: Tolerance, compared: Comparisons) -> bool:
         arrays, largest = arrays + 1, max(largest, float(gap.max()))
         if beyond > worst:
             worst, culprit = beyond, name
-    print(f"{case:<28}{arrays:>7}  {largest:<20.2g}{tolerance!s:<18}{f'FAIL at {culprit}' if culprit else 'ok'}", flush=True)
-    return not culprit
+    return CaseResult(arrays, largest, culprit)
 
 
 def list_cases(golden: GoldenVectors, model: Denoiser) -> Iterator[tuple[str, Tolerance, Comparisons]]:
@@ -120,7 +101,7 @@ def list_cases(golden: GoldenVectors, model: Denoiser) -> Iterator[tuple[str, To
 def compare_keymap(golden: GoldenVectors) -> Comparisons:
     """Compare the converter's names with the folder's: 1 stands for a name that differs."""
     ours = {old: new for new, old in to_diffusers({name: name for name in golden.load_weights()}).items()}
-    theirs = load_json_object(golden.find_file(KEYMAP))
+    theirs = read_object(golden.find_file(KEYMAP))
     for name in sorted(ours.keys() | theirs.keys()):
         yield name, torch.tensor(float(ours.get(name) != theirs.get(name))), torch.tensor(0.0)
 

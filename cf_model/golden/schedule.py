@@ -1,5 +1,7 @@
 """Cases of `cf check-golden` that need no transformer: the noise schedule, and distribution matching between stub scores."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +14,8 @@ from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import Rollout, TargetChunk
 from cf_model.model.view import TeacherView, sample_window
 from cf_model.train.distill import compute_generator_gradient, replay_window
-from tasks.params.yaml_file import Refused
 
-from .vectors import GoldenVectors, build_peer_memory
+from .vectors import BrokenVectors, GoldenVectors, build_peer_memory
 
 SHIFT, LOWEST, HIGHEST = 5.0, 0.02, 0.98  # Self-Forcing's; a stored table may have another shift
 GUIDANCE = 4.0  # the vectors say 3.0, because they count from the conditional score
@@ -29,7 +30,7 @@ def read_flow(golden: GoldenVectors) -> Flow:
     u, sigma = 1 - (len(table) // 2) / len(table), float(table[len(table) // 2])
     shift = sigma * (1 - u) / (u * (1 - sigma))
     if not shift > 0.999:
-        raise Refused(f"array sched.sigmas of {golden.folder} has {sigma} in its middle, which no shift of 1 or more gives; copy it again")
+        raise BrokenVectors(f"array sched.sigmas of {golden.folder} has {sigma} in its middle, which no shift of 1 or more gives; copy it")
     return Flow(round(shift, 3), LOWEST, HIGHEST)
 
 
@@ -124,7 +125,7 @@ def read_level(golden: GoldenVectors, name: str) -> Tensor:
     """Read a number for each video, which the vectors repeat for every frame."""
     value = golden.read_array(name, *read_latent(golden).shape[:2])
     if not (value == value[:, :1]).all():
-        raise Refused(f"array {name} of {golden.folder} differs between frames of one video; our losses draw one level a video")
+        raise BrokenVectors(f"array {name} of {golden.folder} differs between frames of one video; our losses draw one level a video")
     return value[:, 0]
 
 

@@ -1,0 +1,40 @@
+"""`cf check-golden`: this code's model, memory, schedule, losses and rollouts against what Self-Forcing and LongLive computed."""
+
+import argparse
+from pathlib import Path
+
+from cf_model.golden.check import FAMILIES, compare_case, list_cases
+from cf_model.golden.vectors import BrokenVectors, GoldenVectors
+from tasks.params.yaml_file import Refused
+
+EXAMPLE = """example:
+  cf check-golden tests/golden/wan-causal
+
+Every case prints its largest difference; the exit code is 1 when one is beyond its tolerance, 2 when the folder is broken."""
+
+
+def main(argv: list[str]) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("cf check-golden", description=__doc__.split(": ", 1)[1], epilog=EXAMPLE, formatter_class=form)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="golden vectors in the format of tests/golden/wan-causal/README.md")
+    try:
+        check_folder(parser.parse_args(argv).folder)
+    except BrokenVectors as error:
+        raise Refused(str(error)) from None
+
+
+def check_folder(folder: Path) -> None:
+    """Print a line for every case of the folder. Raises BrokenVectors for a broken folder, ValueError for a case beyond its tolerance."""
+    golden, failed = GoldenVectors(folder), []
+    print(f"{'case':<28}{'arrays':>7}  {'largest difference':<20}{'tolerance':<18}")
+    for case, tolerance, compared in list_cases(golden, golden.load_model()):
+        found = compare_case(tolerance, compared)
+        said = f"FAIL at {found.culprit}" if found.culprit else "ok"
+        print(f"{case:<28}{found.arrays:>7}  {found.largest:<20.2g}{tolerance!s:<18}{said}", flush=True)
+        failed += [case] if found.culprit else []
+    if absent := [family for family in FAMILIES if not golden.find_names(rf"{family}[._].*")]:
+        print(f"not in {folder}, so not checked: {', '.join(absent)}")
+    if unread := golden.list_unread():
+        print(f"in {folder}, but no case reads it: {', '.join(unread)}")
+    if failed:
+        raise ValueError(f"{len(failed)} of {folder}'s cases differ by more than their tolerance: {', '.join(failed)}")
