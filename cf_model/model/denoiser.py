@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .context import fixed_memory
 from .flow import to_x0
-from .key_values import KeyValues
+from .key_values import Frames, KeyValues
 from .memory import Memory, MemorySpec, Positions, empty_memory, join_positions
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [1, L, 1, D]
@@ -315,10 +316,12 @@ class Denoiser(nn.Module):
         *,
         sigma: Float[Tensor, " B"] | Float[Tensor, "B F"] | None = None,
         grad: bool = False,
+        disturb: Callable[[Frames], Frames] | None = None,
     ) -> Memory:
         """Return the memory after a chunk, by one pass over it for its keys and values (alg. 1, line 21).
 
-        The pass is clean, or at a level `sigma` (Self-Forcing's context noise), and has no graph unless `grad`.
+        The pass is clean, or at a level `sigma` (Self-Forcing's context noise), and has no graph unless `grad`. `disturb` changes
+        the keys and values before they are remembered (`cache_noise`).
         """
         frames, level = x_0.shape[1], x_0.new_zeros(len(x_0)) if sigma is None else sigma
         captured: LayerKeyValues = {}
@@ -326,7 +329,8 @@ class Denoiser(nn.Module):
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             self._run_transformer(x_0, level, text, memory.commit_context(frames), captured)
         self.forget_view(memory)  # this was the chunk's last pass, but for a pass that noises it again
-        return memory.remember(split_frames(captured, memory.frame_count, frames))
+        chunk = split_frames(captured, memory.frame_count, frames)
+        return memory.remember(disturb(chunk) if disturb else chunk)
 
     def forget_view(self, memory: Memory) -> None:
         """Let go of the copy of a memory that passes without gradient keep from one to the next."""
