@@ -14,10 +14,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .flow import to_x0
 from .key_values import KeyValues
 from .memory import Memory, MemorySpec, Positions, empty_memory, fixed_memory, join_positions
+from .precision import WeightCopies, prepare_layers
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [1, L, 1, D]
 LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of one pass, each [B, L, N, D]
@@ -236,11 +238,6 @@ def apply_rope(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor,
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cast a norm's input to its weight's type, because torch has a fused kernel only where the two are equal."""
-    return tuple(x.to(norm.weight.dtype) for x in inputs)
-
-
 @dataclass(frozen=True)
 class ModelSpec:
     """Sizes of a transformer. Wan2.1-T2V-1.3B: 30 layers, 12 heads of 128, ffn 8960, freq 256, 1024 positions."""
@@ -282,13 +279,24 @@ class Denoiser(nn.Module):
         transformer.rope.takes_mask = compute.attention not in WITHOUT_MASK
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
-        # under autocast a norm's input is bfloat16 and its weights are float32
-        for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
-            norm.register_forward_pre_hook(widen_input)
-        if compute.checkpointing:
-            transformer.enable_gradient_checkpointing()
+        prepare_layers(transformer, checkpointing=compute.checkpointing)
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import
         self.compute = compute
+        self.copies = WeightCopies(transformer, wanted=compute.dtype == "bfloat16")
+
+    def freeze(self) -> Denoiser:
+        """Let nothing train this model any more, and keep the weights of its products in the width that they are used in."""
+        self.requires_grad_(False)
+        self.copies.narrow_originals()
+        return self
+
+    def load_state_dict(self, *given: Any, **named: Any) -> Any:
+        self.copies.forget()
+        return super().load_state_dict(*given, **named)
+
+    def _apply(self, *given: Any, **named: Any) -> Any:
+        self.copies.forget()  # the weights move to another device or type
+        return super()._apply(*given, **named)
 
     def forward(
         self,
@@ -370,11 +378,11 @@ class Denoiser(nn.Module):
         timestep = 1000 * sigma  # [B] or [B, F]
         if timestep.ndim == 2:  # diffusers takes a timestep for each token: [B, F * S]
             timestep = timestep.repeat_interleave(self._tokens_per_frame(x_t), dim=1)
-        low = self.compute.dtype == "bfloat16"
+        low, copies = self.compute.dtype == "bfloat16", self.copies.read()
         try:
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=low):
-                # diffusers wants [B, C, F, H, W]
-                velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
+                given = x_t.transpose(1, 2), timestep, text  # diffusers wants [B, C, F, H, W]
+                velocity = functional_call(self.transformer, copies, given, {"return_dict": False}, tie_weights=False)[0].transpose(1, 2)
         finally:
             rope.memory, rope.captured = None, None
         return velocity.to(x_t.dtype)
