@@ -31,8 +31,12 @@ BUCKET_NUMBERS = 50_000_000  # that are sent at once: 200 MB in float32; DeepSpe
 IMPORTED_NAMES = {
     "ops": ("__compatible_ops__",),
     "zero": ("GatheredParameters",),
-    "utils": ("safe_get_full_optimizer_state", "safe_set_full_optimizer_state"),
-    "utils.tensor_fragment": ("safe_set_local_optimizer_state", "safe_set_local_fp32_param"),
+    "utils": (
+        "safe_get_full_optimizer_state",
+        "safe_set_full_optimizer_state",
+        "safe_set_local_optimizer_state",
+        "safe_set_local_fp32_param",
+    ),
     "runtime.engine.DeepSpeedEngine": ("coalesce_grad_reduction", "get_global_grad_norm"),
     "runtime.base_optimizer.ZeROOptimizer": ("clear_backward_seen_flag",),
     "runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": ("_lazy_init_hp_params_optimizer_state",),
