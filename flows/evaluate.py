@@ -17,9 +17,11 @@ from flows.machine import reconcile
 from flows.project import dvc_graph, git, run_lock, worktree
 from flows.project.dvc_command import run_dvc
 from flows.project.dvc_graph import Stage
-from flows.run.config import Overrides, Profile, StageName, parse_overrides
+from flows.project.dvc_lock import find_out
+from flows.run.config import Overrides, Profile, StageName, describe_parameters, parse_overrides
 from flows.run.frame import commit_results, name_run, run_framed
-from flows.run.repro import check_parameters, repro_stages
+from flows.run.repro import ask_project, check_parameters, read_checked_graph, repro_stages
+from tasks.files.atomic import delete_path
 from tasks.params.yaml_file import read_yaml
 
 # letters that git takes in a tag and a folder's name has: no option, no shell
@@ -30,7 +32,7 @@ class Checkpoint(BaseModel, extra="forbid"):
     """Which checkpoint, and what is measured."""
 
     checkpoint: Annotated[str, StringConstraints(pattern=PLACE_PATTERN)] = Field(
-        description="A folder of the worker's machine, such as models/stage2 elsewhere, or a version, tag or commit: student@v0.0.1."
+        description="A folder of the worker's machine, such as models/stage2 elsewhere, or a version, tag or commit: `student@v0.0.1`."
     )
     stage: StageName = Field("stage2", description="The stage whose model it takes the place of.")
     measured: list[StageName] = Field(
@@ -51,12 +53,16 @@ def _measure_checkpoint(config: Checkpoint) -> dict[str, str]:
     repo, run = Path.cwd().resolve(), name_run()
     root = worktree.make_worktree(repo, run, profile=config.profile, overrides=parse_overrides(config.overrides))
     with run_lock.hold_checkout(root, str(runtime.flow_run.id)):
+        # All that can be wrong about the checkpoint is found here, before a training that the measured stages may need.
         check_parameters(root)
-        graph = dvc_graph.read_graph(root)
+        graph = read_checked_graph(root)
         measured = dvc_graph.select_stages(graph, config.measured)
-        states = repro_stages(root, graph, stages_before(graph, measured, config.stage), run=run, repo=repo)
-        place_checkpoint(repo, root, config.checkpoint, config.stage, [stage.name for stage in measured])
-        states |= repro_stages(root, graph, measured, run=run, repo=repo)
+        before = stages_before(graph, measured, config.stage)
+        commit = fetch_checkpoint(repo, root, config.checkpoint, config.stage, [stage.name for stage in measured])
+        states = repro_stages(root, graph, before, run=run, repo=repo)
+        record_checkpoint(repo, root, config.checkpoint, config.stage, commit)
+        about = f"`{config.checkpoint}` as the model of {config.stage}. {describe_parameters(config.profile, config.overrides)}"
+        states |= repro_stages(root, graph, measured, run=run, repo=repo, about=about)
         commit_results(repo, root, run, f"{config.checkpoint} as {config.stage}, measured")
         get_run_logger().info(f"its report is {root}/reports/report.html")
         return states
@@ -75,23 +81,58 @@ def stages_before(graph: list[Stage], measured: list[Stage], replaced: str) -> l
     return [stage for stage in graph if stage.name in names]
 
 
-@task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)
-def place_checkpoint(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]) -> None:
-    """Put the checkpoint's files where the stage writes its model, record them in dvc.lock as its outs, and freeze the stage."""
+def fetch_checkpoint(repo: Path, root: Path, checkpoint: str, stage: str, measured: list[str]) -> str | None:
+    """Put the checkpoint's files where the stage writes its model; return the commit that they come from, or None for a folder.
+
+    Raises ValueError for a word that is neither a folder nor a commit, and for files that are no model of that stage or lack one that
+    the measured stages read. A folder is checked where it lies, before anything of it is copied.
+    """
     stages = read_yaml(root / "dvc.yaml")["stages"]
     out = find_model_folder(stages, stage)
-    place = root / out
-    commit = fetch_checkpoint(repo, checkpoint, out, place)
-    for dep in {dep for name in measured for dep in stages.get(name, {}).get("deps", []) if Path(dep).is_relative_to(out)}:
-        if not (root / dep).exists():
-            raise ValueError(f"{checkpoint} has no {Path(dep).relative_to(out)}, which {', '.join(measured)} read; measure fewer stages")
+    place, folder = root / out, repo / Path(checkpoint).expanduser()
+    deps = {dep for name in measured for dep in stages.get(name, {}).get("deps", []) if Path(dep).is_relative_to(out)}
+    needed = [str(Path(dep).relative_to(out)) for dep in sorted(deps) if dep != out]
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise ValueError(f"{folder} is empty; name the folder that holds the model's files, such as models/stage2")
+        _refuse_other_folder(root, folder, stage, needed, measured)
+        if odd := next((file for file in folder.rglob("*") if file.is_symlink() or not (file.is_file() or file.is_dir())), None):
+            raise ValueError(f"{odd} is a link or no plain file; a checkpoint is a folder of plain files")
+        delete_path(place)
+        shutil.copytree(folder, place)
+        return None
+    try:
+        commit = git.resolve_commit(repo, checkpoint)
+    except ValueError:
+        raise ValueError(f"{checkpoint} is neither a folder in {repo} nor a version, tag or commit; `cf history` lists versions") from None
+    find_out(repo, commit, out)
+    delete_path(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    run_dvc(repo, "get", ".", out, "--rev", commit, "--out", str(place))
+    _refuse_other_folder(root, place, stage, needed, measured)
+    return commit
+
+
+def _refuse_other_folder(root: Path, folder: Path, stage: str, needed: list[str], measured: list[str]) -> None:
+    """Raise ValueError for a folder that lacks a file which the measured stages read, or is no whole model that fits params.yaml."""
+    if missing := [name for name in needed if not (folder / name).exists()]:
+        raise ValueError(f"{folder} has no {missing[0]}, which {', '.join(measured)} read; measure fewer stages, or name another folder")
+    if (root / "tasks/commands/check_model.py").exists():
+        ask_project(root, "check-model", str(folder), "--stage", stage)
+
+
+@task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)
+def record_checkpoint(repo: Path, root: Path, checkpoint: str, stage: str, commit: str | None) -> None:
+    """Record the fetched files in dvc.lock as the stage's outs, and freeze the stage."""
+    stages = read_yaml(root / "dvc.yaml")["stages"]
+    out = find_model_folder(stages, stage)
     # the stage's metrics are of another training: they are replaced by the checkpoint's own, or by none
     for file in _out_paths(stages[stage], "metrics"):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text((commit and git.read_committed(repo, commit, file)) or "{}\n")
     dvc_graph.freeze_stages(root, [stage])
     run_dvc(root, "commit", "--force", "--no-relink", stage)
-    sizes = [file.stat().st_size for file in place.rglob("*") if file.is_file()]
+    sizes = [file.stat().st_size for file in (root / out).rglob("*") if file.is_file()]
     get_run_logger().info(f"{out} is {checkpoint}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
 
 
@@ -109,28 +150,3 @@ def find_model_folder(stages: dict[str, Any], stage: str) -> str:
     if len(models) != 1:
         raise ValueError(f"{stage} makes {', '.join(names) or 'nothing'}, and no single folder in models/; name a stage that makes a model")
     return models[0]
-
-
-def fetch_checkpoint(repo: Path, checkpoint: str, out: str, place: Path) -> str | None:
-    """Replace `place` by a copy of a folder, or by what a commit's dvc.lock names, from cache or remote; return that commit, or None.
-
-    Raises ValueError for a folder that is empty or holds links, and for a word that is neither a folder nor a commit.
-    """
-    folder = repo / Path(checkpoint).expanduser()
-    if folder.is_dir():
-        files = list(folder.rglob("*"))
-        if odd := next((file for file in files if file.is_symlink() or not (file.is_file() or file.is_dir())), None):
-            raise ValueError(f"{odd} is a link or no plain file; a checkpoint is a folder of plain files")
-        if not any(file.is_file() for file in files):
-            raise ValueError(f"{folder} is empty; name the folder that holds the model's files, such as models/stage2")
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(folder, place)
-        return None
-    try:
-        commit = git.resolve_commit(repo, checkpoint)
-    except ValueError:
-        raise ValueError(f"{checkpoint} is neither a folder in {repo} nor a version, tag or commit; `cf history` lists versions") from None
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    run_dvc(repo, "get", ".", out, "--rev", commit, "--out", str(place))
-    return commit

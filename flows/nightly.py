@@ -29,7 +29,7 @@ from flows.night.records import NightRecord, read_nights
 from flows.night.state import NightEnd, NightPlan, NightSettings, NightState, check_settings, tracked_clips_folder
 from flows.night.steps import has_news, prepare_start, train_candidate
 from flows.project import git, overrides, registry, run_lock, worktree
-from flows.run.frame import discard_worktree, run_framed
+from flows.run.frame import discard_worktree, run_framed, say_failures_once
 from flows.run.repro import check_parameters
 from flows.supervise import command
 
@@ -39,7 +39,7 @@ NOTHING_NEW = "nothing new"
 STATE_NAMES = {"promoted": "Promoted", "refused": "Refused", "no good clips": "NoGoodClips", "the same again": "TheSameAgain"}
 STATE_NAMES |= {NOTHING_NEW: "NoNewData"}
 Log = Callable[[str], None]
-Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the night; default: today, in nightly.timezone.")]
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
 
 @flow(
@@ -49,7 +49,12 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$", description="Of the 
     on_cancellation=[reconcile.close_tasks],
 )
 def nightly(date: Date | None = None, full: bool = False) -> State[None]:
-    """Run one night. `full`: everything anew, whatever day it is."""
+    """Run one night.
+
+    Args:
+        date: Of the night, such as 2026-01-31; empty for today, in nightly.timezone.
+        full: Train everything anew, whatever day it is.
+    """
     return run_framed(lambda: _run_night(date, full))
 
 
@@ -85,7 +90,7 @@ def plan_night(repo: Path, date: str | None, full: bool, log: Log) -> NightPlan:
     date = date or datetime.now(ZoneInfo(timezone)).date().isoformat()
     root = worktree.make_worktree(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
     base = git.run_git(root, "merge-base", "HEAD", tip).strip()
-    check_parameters(root)
+    check_parameters(root, run=str(runtime.flow_run.name), repo=repo)
     params = _read_parameters(repo, base)
     settings, past, promoted = check_settings(params), read_nights(repo), registry.find_promoted(repo)
     why = "it was asked for" if full else reason_for_full(date, settings.weekly, past)
@@ -196,12 +201,13 @@ def remove_failed_worktrees(repo: Path, log: Log) -> None:
 
 def main(argv: list[str]) -> None:
     """Run one night; print its state, or exit with one sentence when it fails."""
-    about = "A night of this checkout, without a server. Its state is the last line; exit code 1, and one sentence, when it failed."
+    about = "A night of this checkout, without a server. Its state is the last line on stdout; exit code 1 and a sentence when it failed."
     parser = argparse.ArgumentParser("python -m flows.nightly", description=about)
     parser.add_argument("--date", help="YYYY-MM-DD; default: today, in nightly.timezone")
     parser.add_argument("--full", action="store_true", help="everything anew, whatever day it is")
     args = parser.parse_args(argv)
     command.mark_environment()
+    say_failures_once()
     try:
         check_date(args.date)
         state = nightly(date=args.date, full=args.full, return_state=True)

@@ -11,14 +11,15 @@ from typing import Any, cast
 
 from prefect import flow, get_run_logger, runtime
 from prefect.client.schemas.objects import State
+from prefect.settings import get_current_settings
 from pydantic import ValidationError
 
 from flows.machine import reconcile
 from flows.project import dvc_graph, run_lock, worktree
 from flows.project.dvc_command import run_dvc
-from flows.run.config import RunConfig, parse_overrides
-from flows.run.frame import commit_results, discard_worktree, name_run, run_framed
-from flows.run.repro import check_parameters, plan_stages, push_results, remote_answers, repro_stages
+from flows.run.config import RunConfig, describe_parameters, parse_overrides
+from flows.run.frame import commit_results, discard_worktree, name_run, run_framed, say_failures_once
+from flows.run.repro import VALIDATE, check_parameters, plan_stages, push_results, read_checked_graph, remote_answers, repro_stages
 from flows.run.stage_task import DONE
 from flows.supervise import command
 
@@ -49,19 +50,24 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
     run = name_run() if apart else str(runtime.flow_run.name)
     root = worktree.make_worktree(repo, run, profile=config.profile, overrides=parse_overrides(config.overrides)) if apart else repo
     with run_lock.hold_checkout(root, str(runtime.flow_run.id)):
-        # 2. What: DVC's graph is built here, once, and handed on.
-        check_parameters(root)
-        graph = dvc_graph.read_graph(root)
+        # 2. What: DVC's graph is built here, once, and handed on. Parameters that passed are not checked again.
+        graph = read_checked_graph(root)
         chosen = dvc_graph.select_stages(graph, config.stages, config.from_stage, config.to_stage)
+        unchanged = dvc_graph.find_unchanged(root, graph, get_run_logger().warning)
+        may_run = VALIDATE in {stage.name for stage in chosen} and not config.dry_run
+        as_stage: dict[str, Any] = {"run": run, "repo": repo} if may_run else {}
+        checked = {} if VALIDATE in unchanged else check_parameters(root, **as_stage)
         if config.dry_run:
-            planned = plan_stages(root, chosen)
+            planned = plan_stages(chosen, unchanged)
             if apart:
                 discard_worktree(repo, root)
             return planned
         # 3. The stages. What has finished is committed and pushed before a failure ends the run.
         pull, failure = config.pull and remote_answers(root), None
         try:
-            states = repro_stages(root, graph, chosen, run=run, repo=repo, pull=pull, at_once=config.at_once)
+            about = describe_parameters(config.profile, config.overrides)
+            known: dict[str, Any] = {"unchanged": unchanged, "done": checked, "about": about}
+            states = repro_stages(root, graph, chosen, run=run, repo=repo, pull=pull, at_once=config.at_once, **known)
         except RuntimeError as error:
             failure = error
         if apart:
@@ -76,6 +82,23 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
         if failure:
             raise failure
         return states
+
+
+def find_clean_checkout(repo: Path) -> list[str]:
+    """Return the names of all stages if none of them has anything to do and no server is there to be told; else nothing.
+
+    So a run without anything to do does not start Prefect's temporary server, which takes far longer than the question.
+    """
+    if get_current_settings().api.url or not (repo / "dvc.yaml").is_file() or run_lock.find_dead_run(repo):
+        return []
+    try:
+        with run_lock.hold_checkout(repo):
+            graph = dvc_graph.read_graph(repo)
+            unchanged = dvc_graph.find_unchanged(repo, graph)
+    except (ValueError, RuntimeError):
+        return []  # the flow says it
+    names = [stage.name for stage in graph]
+    return names if unchanged == {*names} and (VALIDATE in names or not (repo / "tasks/validate.py").exists()) else []
 
 
 def main(argv: list[str]) -> None:
@@ -98,7 +121,11 @@ def main(argv: list[str]) -> None:
         flag = flags.get(name, f"--{name.replace('_', '-')}")
         parser.add_argument(flag, dest=name, help=RunConfig.model_fields[name].description, **option)
     args = parser.parse_args(argv)
+    if argv == [] and (names := find_clean_checkout(Path.cwd())):
+        print(f"{len(names)} stages, {len(names)} done; ran: none")
+        return
     command.mark_environment()
+    say_failures_once()
     try:
         parse_overrides(args.overrides)  # its sentences are better than those of the form's patterns
         state = pipeline(RunConfig(**vars(args)), return_state=True)

@@ -21,7 +21,11 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
     "runs": {
         "repro": ("tasks.commands.repro", "[DVC'S OPTIONS]: `dvc repro`, with each stage's number and about how long it takes"),
         "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage logs, in the terminal, while it runs or after"),
+        "control": ("tasks.commands.control", "stage 2 with a teacher that sees no context, beside this run's stage 2, video by video"),
         "compare": ("tasks.commands.compare.page", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
+        "score": ("tasks.commands.score", "--videos DIR --out FILE: VBench, the papers' windows, drift and seams, of any videos"),
+        "fetch-weights": ("tasks.commands.fetch_weights", "--out DIR: the networks that `cf score` compares frames with"),
+        "vbench": ("tasks.commands.vbench", "--videos DIR --manifest FILE --out DIR: in VBench's naming, for its official scripts"),
         "verify": ("flows.project.dvc_lock", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
         "check-golden": ("tasks.commands.check_golden", "DIR: this code against recorded numbers of Self-Forcing and LongLive"),
         "wandb": ("tasks.wandb_log.sync", "sync | list: runs of W&B that are on this machine, and sending them"),
@@ -29,6 +33,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
     },
     "models": {
         "video": ("tasks.commands.video.command", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
+        "check-model": ("tasks.commands.check_model", "DIR [--stage stage2]: whether it is a whole model that fits params.yaml"),
         "export": ("tasks.commands.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf video`; the way back"),
         "import-weights": ("tasks.commands.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA"),
     },
@@ -37,7 +42,8 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "down": ("flows.machine.up:stop_machine", "stops them, and everything they started"),
         "deploy": ("flows.machine.deploy", "pipeline, nightly and evaluate as deployments, with their run forms"),
         "pipeline": ("flows.pipeline", "[--profile NAME] [--set KEY=VALUE] [--from STAGE] [--dry-run] ...: the stages, under Prefect"),
-        "runs": ("flows.project.worktree", "list | prune: runs that had a checkout of their own, in .runs/"),
+        "runs": ("flows.project.worktree", "list | prune | open NAME DIR: runs that had a checkout of their own, in .runs/"),
+        "gc": ("flows.project.gc", "[--delete]: what of the DVC cache no branch, tag, experiment or worktree names"),
         "promote": ("flows.night.promotion:promote_student", "[VERSION|COMMIT]: makes a student the promoted one, by hand"),
         "rollback": ("flows.night.promotion:roll_back_student", "[VERSION]: makes one that was promoted before the promoted one again"),
         "promoted": ("flows.night.promotion:show_promoted", "[--out DIR]: the promoted student, and its weights by its tag"),
@@ -64,7 +70,7 @@ def cli() -> NoReturn:
     """Run `cf` as a process: print a refusal as one sentence and a bug with its traceback; exit with 2, or 1."""
     argv = sys.argv[1:]
     try:
-        if argv and not {"-h", "--help"} & set(argv) and (argv[0] == "video" or argv[0] not in TARGETS):
+        if argv and not {"-h", "--help"} & set(argv) and (argv[0] in ("video", "score") or argv[0] not in TARGETS):
             fix_environment()
         main(argv)
     except KeyboardInterrupt:
@@ -94,10 +100,12 @@ def main(argv: list[str]) -> None:
     if command == "generate" and any(word.split("=")[0] in VIDEO for word in options):
         print("cf generate --model: this command is now called `cf video`", file=sys.stderr)
         command = "video"
+    if command == "evaluate" and any(word.split("=")[0] == "--videos" for word in options):
+        command = "score"  # the stage of this name takes --samples
     if command in ("-h", "--help"):
         print(describe_commands(project))
     elif command in TARGETS:
-        if command == "video":
+        if command in ("video", "score"):
             os.environ["OMP_NUM_THREADS"] = given.threads
         module, _, function = TARGETS[command].partition(":")
         getattr(importlib.import_module(module), function or "main")(options)

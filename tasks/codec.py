@@ -9,6 +9,7 @@ import torch
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.interface import Codec
 from cf_model.codec.linear import fit_codec
+from cf_model.evaluate.stutter import measure_stutter
 from tasks.params.schema import Params
 from tasks.parts.codec_frames import read_frames
 from tasks.parts.device import choose_device
@@ -18,7 +19,7 @@ from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path) -> dict[str, float]:
-    """Write models/codec and measure its PSNR. Linear: fitted in closed form, then a small decoder network. Wan: unchanged."""
+    """Write models/codec and measure its PSNR and stutter. Linear: fitted in closed form, then a small decoder network. Wan: unchanged."""
     train = read_split(manifest, "train")
     codec: Codec
     if params.codec.kind == "wan":
@@ -33,11 +34,14 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
     codec = codec.to(choose_device())
     measured = read_split(manifest, "heldout") or train[-4:]
     bar = track.progress(len(measured), "clip")
-    quality = []
+    quality, stutter = [], []
     for row in measured:
-        quality.append(measure_psnr(params, codec, clips / row["file"]))
+        psnr, moving = measure_clip(params, codec, clips / row["file"])
+        quality.append(psnr)
+        stutter += [] if moving is None else [moving]
         bar.update()
-    return {"psnr": float(np.mean(quality)), "psnr_worst": float(np.min(quality)), "clips": float(fitted)}
+    values = {"psnr": float(np.mean(quality)), "psnr_worst": float(np.min(quality)), "clips": float(fitted)}
+    return values | ({"stutter": float(np.mean(stutter))} if stutter else {})
 
 
 def fit_linear_codec(params: Params, track: Track, files: list[Path]) -> Codec:
@@ -52,10 +56,11 @@ def fit_linear_codec(params: Params, track: Track, files: list[Path]) -> Codec:
     return fit_codec(train, params.codec.linear, params.seed, tell)
 
 
-def measure_psnr(params: Params, codec: Codec, file: Path) -> float:
-    """Measure the PSNR in dB of a clip that was encoded and decoded, piece by piece, so that it may be long."""
+def measure_clip(params: Params, codec: Codec, file: Path) -> tuple[float, float | None]:
+    """Measure PSNR in dB and stutter of a clip that was encoded and decoded, piece by piece, so that it may be long."""
     pieces, truth = tee(read_frames(file, params.video))
-    decoded = (frame for part in codec.decode_stream(codec.encode_stream(pieces)) for frame in part[0])
+    shown, decoded = tee(frame for part in codec.decode_stream(codec.encode_stream(pieces)) for frame in part[0])
     pairs = zip(decoded, (frame for part in truth for frame in part[0]), strict=True)
-    error = np.mean([float((ours.double() - true.double()).square().mean()) for ours, true in pairs])
-    return float(10 * np.log10(255**2 / max(float(error), 1e-12)))
+    error = [float((ours.double() - true.double()).square().mean()) for ours, true in pairs]
+    psnr = 10 * np.log10(255**2 / max(float(np.mean(error)), 1e-12))
+    return float(psnr), measure_stutter((frame.numpy() for frame in shown), period=codec.time)

@@ -5,20 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from safetensors.torch import load, save
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.data.latents import trim_padding, write_latents
-from cf_model.text.encoder import TextEncoder
+from cf_model.data.latents import write_latents
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import read_json_lines
-from tasks.params.schema import Params, Text, Video
+from tasks.params.schema import Params, Video
+from tasks.parts.caption_encoder import CaptionEncoder
 from tasks.parts.clip_cache import ClipCache
 from tasks.parts.codec_frames import read_frames
 from tasks.parts.device import choose_device
-from tasks.parts.text_encoder import open_text_encoder
 from tasks.runner.track import Track
 
 
@@ -26,7 +24,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     """Write data/latents: safetensors shards of clips and of their captions' embeddings, and index.json."""
     rows = [row for row in read_json_lines(manifest) if row["kept"]]
     dtype: torch.dtype = getattr(torch, params.encode.dtype)
-    text, pictures = CaptionEncoder(params.text), ClipEncoder(codec, params.video, dtype)
+    text, pictures = CaptionEncoder(params.text, "text"), ClipEncoder(codec, params.video, dtype)
     progress = track.progress(len(rows), unit="clip")
     total, square, count = 0.0, 0.0, 0
 
@@ -74,36 +72,3 @@ class ClipEncoder:
         entry = {"latents": exact.to(self.dtype).contiguous(), "sums": torch.stack([wide.sum(), wide.square().sum()])}
         self.cache.put(content, save(entry))
         return entry["latents"], entry["sums"]
-
-
-class CaptionEncoder:
-    """Encoder of texts with a cache, one at a time, so that a text's numbers don't depend on the texts beside it."""
-
-    def __init__(self, spec: Text) -> None:
-        self.encoder: TextEncoder = open_text_encoder(spec).to(choose_device())
-        files = list(list_encoder_files(getattr(self.encoder, "folder", None)))
-        about = spec.model_dump(exclude={"negative"}) | {"files": files, "device": choose_device().type}
-        modules = (type(self.encoder).__module__, "tasks.encode", "tasks.parts.text_encoder")
-        self.cache = ClipCache("text", about, modules=modules, libraries=("torch", "transformers"))
-
-    def encode(self, texts: list[str]) -> Tensor:
-        """Encode texts to [B, T, E], with zeros past each text's end."""
-        encoded = []
-        for text in texts:
-            if payload := self.cache.get(text):
-                rows = load(payload)["text"]
-            else:
-                rows = trim_padding(self.encoder.encode([text])[0])
-                self.cache.put(text, save({"text": rows}))
-            encoded.append(functional.pad(rows, (0, 0, 0, self.encoder.tokens - len(rows))))
-        return torch.stack(encoded)
-
-
-def list_encoder_files(folder: Path | None) -> Iterator[tuple[str, int, int]]:
-    """Yield name, size and time of the encoder's files, by which a change is noticed.
-
-    # Choice: not their bytes, of which UMT5 has 11 GB.
-    """
-    for part in ("text_encoder", "tokenizer") if folder else ():
-        for file in sorted((folder or Path()).joinpath(part).iterdir()):
-            yield f"{part}/{file.name}", file.stat().st_size, file.stat().st_mtime_ns

@@ -22,10 +22,11 @@ from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import BatchGenerator
 from cf_model.model.memory import empty_memory
+from cf_model.model.recall import measure_one_step_errors
 from cf_model.model.rollout import stream
 from cf_model.model.view import sample_window
 from tasks.files.json_lines import dump_json_lines
-from tasks.params.schema import Params, System
+from tasks.params.schema import CAUSAL, Params, System
 from tasks.parts.device import choose_device
 from tasks.parts.systems import as_trained
 from tasks.parts.text_encoder import open_text_encoder
@@ -88,7 +89,38 @@ def run(
     bar.close()
     shutil.copytree(finished, out, dirs_exist_ok=True)
     (out / "index.jsonl").write_text(dump_json_lines(index_row(params, job) for job in todo))
+    probe_recall(params, track, clips, weights, out / "recall.jsonl")
     return {"videos": float(len(todo))}
+
+
+def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str, Path], out: Path) -> None:
+    """Write the one-step errors of every causal system that continues clips, on held-out clips: recall.jsonl, a row for each clip, noise
+    level and memory, with the errors by latent frame, row and column.
+    """
+    probe = params.generate.recall
+    length = probe.start + probe.frames
+    causal = {name: as_trained(params, system) for name, system in params.generate.continuations.items() if system.weights in CAUSAL}
+    rows = [row for row in clips.rows("heldout") if clips.frames(row) >= length][: probe.clips]
+    if not rows or not causal:
+        out.write_text("")
+        return
+    real, text = clips.window(rows, [0] * len(rows), length).to(choose_device()), clips.text(rows).to(choose_device())
+    bar = track.progress(len(causal), "probe")
+    found = []
+    for name, system in causal.items():
+        student, memory = wan.load_transformer(weights[system.weights], params.compute).to(choose_device()), system.memory
+        assert memory
+        rng = BatchGenerator([(params.seed, row) for row in rows], real.device)
+        asked: dict[str, Any] = {"chunk": params.stage2.rollout.chunk, "start": probe.start, "sigmas": probe.sigmas, "rng": rng}
+        for (sigma, slow), errors in measure_one_step_errors(student, real, text, memory, **asked).items():
+            about = {"system": name, "sigma": sigma, "slow": slow, "start": probe.start, "chunk": asked["chunk"]}
+            about |= {"sink": memory.sink, "fast": memory.fast}
+            for row, error in zip(rows, errors.cpu(), strict=True):
+                rounded = [[[round(value, 5) for value in line] for line in frame] for frame in error.tolist()]
+                found.append(about | {"clip": clips.clips[row]["id"], "error": rounded})
+        bar.update()
+    bar.close()
+    out.write_text(dump_json_lines(found))
 
 
 def index_row(params: Params, job: VideoJob) -> dict[str, Any]:

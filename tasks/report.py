@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cf_model.evaluate.figures import GREY, PALETTE, STRIP_SECONDS, Line, build_gallery, build_guesses, draw_chart, item_key
-from cf_model.evaluate.report import Results, build_tables, check_goals, compare_memories, compare_stages, describe_metric, render_page
+from cf_model.evaluate import figures
+from cf_model.evaluate import report as tables
+from cf_model.evaluate.report import SUITES, Results
 from cf_model.evaluate.trouble import find_troubles
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params, System
 from tasks.parts.systems import as_trained
 from tasks.runner.track import Track
 
-SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
 STAGES = {
     "validate": "checks every value of params.yaml",
     "clips": "renders worlds to video files, bad ones among them",
     "filter": "keeps clips longer than 10 s that pass the quality rules",
     "codec": "fits the codec: 4 frames to 1 latent, 8x in space",
     "encode": "clips to latents, captions to embeddings",
+    "prompts": "the students' prompts, each once: captions, or a file",
     "base": "bidirectional model by flow matching",
     "teacher": "context teacher by error-recycling fine-tuning (sec. 3.4)",
     "causal_init": "few-step causal student, by teacher forcing or ODE regression",
@@ -50,30 +51,13 @@ def read_curves(path: Path) -> dict[tuple[str, str, str], Any]:
 
 def draw_curves(path: Path, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     """Draw the charts of results/curves.csv by suite: a metric against time, with a line for each system."""
-    lines: dict[tuple[str, str], list[Line]] = {}
+    lines: dict[tuple[str, str], list[figures.Line]] = {}
     for (suite, system, metric), columns in read_curves(path).items():
-        lines.setdefault((suite, metric), []).append(Line(colours.get(system, GREY), *columns))
+        lines.setdefault((suite, metric), []).append(figures.Line(colours.get(system, figures.GREY), *columns))
     charts: dict[str, list[dict[str, Any]]] = {}
     for (suite, metric), drawn in lines.items():
-        charts.setdefault(suite, []).append({"word": describe_metric(metric), "svg": draw_chart(drawn, x="seconds")})
+        charts.setdefault(suite, []).append({"word": tables.describe_metric(metric), "svg": figures.draw_chart(drawn, x="seconds")})
     return charts
-
-
-def average_rows(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return the steps that have a number under `name`, the numbers, and their running mean over a twentieth of the rows.
-
-    The mean ends at the last step and begins later than the first. None for fewer than two numbers.
-    """
-    pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
-    if len(pairs) < 2:
-        return None
-    width = max(1, len(pairs) // 20)
-    return pairs[:, 0], pairs[:, 1], np.convolve(pairs[:, 1], np.ones(width) / width, "valid")
-
-
-def wants_logarithm(values: np.ndarray) -> bool:
-    """Return whether a chart of the values needs a logarithmic axis: all are above zero, and the largest is 50 times the smallest."""
-    return bool((values > 0).all() and values.max() > 50 * values.min())
 
 
 def draw_training(models: Path) -> list[dict[str, Any]]:
@@ -82,10 +66,11 @@ def draw_training(models: Path) -> list[dict[str, Any]]:
     for path in sorted(models.glob("*/metrics.jsonl"), key=lambda path: stage_order(path.parent.name)):
         rows, charts = read_json_lines(path, missing_ok=True), []
         for name in dict.fromkeys(key for row in rows for key in row if key != "step"):
-            if found := average_rows(rows, name):
+            if found := figures.average_rows(rows, name):
                 x, y, mean = found
-                both = [Line(PALETTE[0], x.tolist(), y.tolist(), faint=True), Line(PALETTE[0], x[-len(mean) :].tolist(), mean.tolist())]
-                svg = draw_chart(both, x="step", log=wants_logarithm(y))
+                line, colour = figures.Line, figures.PALETTE[0]
+                both = [line(colour, x.tolist(), y.tolist(), faint=True), line(colour, x[-len(mean) :].tolist(), mean.tolist())]
+                svg = figures.draw_chart(both, x="step", log=figures.wants_logarithm(y))
                 charts.append({"name": name.replace("_", " "), "last": float(mean[-1]), "svg": svg})
         stages.append({"stage": path.parent.name, "charts": charts, "steps": rows[-1]["step"] if rows else 0})
     return stages
@@ -169,7 +154,7 @@ def read_results(results: Path, metrics: Path, *, resamples: int, seed: int) -> 
     cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
     for row in read_json_lines(results / "cells.jsonl", missing_ok=True):
         if row["value"] is not None:
-            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[item_key(row), row["seed"]] = row["value"]
+            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[figures.item_key(row), row["seed"]] = row["value"]
     means = load_json_object(metrics / "evaluate.json", missing_ok=True)
     return Results(cells, {suite: systems for suite, systems in means.items() if suite in SUITES}, resamples, seed)
 
@@ -183,15 +168,26 @@ def list_facts(params: Params, index: Sequence[Row], manifest: Sequence[Row], ga
     mismatch = [("context shown to the teacher", meant)] if context not in ("none", trained) else []
     return [
         ("profile", params.profile),
-        ("prompts", str(len({item_key(row) for row in prompts}))),
+        ("prompts", str(len({figures.item_key(row) for row in prompts}))),
         ("seeds a prompt", str(len({row["seed"] for row in prompts}))),
         ("longest video", f"{max((tile['seconds'] or 0 for row in gallery_rows for tile in row['tiles']), default=0):.1f} s"),
-        ("real prefixes continued", str(len({item_key(row) for row in prefixes}))),
+        ("real prefixes continued", str(len({figures.item_key(row) for row in prefixes}))),
         ("videos in all", str(len(index))),
         ("clips kept to train on", str(sum(row["split"] == "train" for row in manifest))),
         ("size and rate", f"{params.video.width} × {params.video.height}, {params.video.fps} fps"),
         *mismatch,
     ]
+
+
+def build_claim(
+    values: Results, index: Sequence[Row], stages: Mapping[str, Mapping[str, str]], teacher: str | None, clips: Path | None, samples: Path
+) -> dict[str, Any]:
+    """Return what the page begins with: the worlds as teacher, stage 1 and stage 2 remember them, and stage 2 against stage 1."""
+    truths = {row["id"]: row.get("truth") for row in read_json_lines(clips / "clips.jsonl", missing_ok=True)} if clips else {}
+    names = {"teacher": teacher, "stage 1": stages["stage1"].get("continuations"), "stage 2": stages["stage2"].get("continuations")}
+    shown = {title: name for title, name in names.items() if name}
+    rows = tables.state_claim(values, names["stage 1"], names["stage 2"], teacher) if names["stage 1"] and names["stage 2"] else []
+    return {"worlds": figures.draw_memories(index, shown, truths, samples) if shown else [], "rows": rows}
 
 
 def systems_of(suite: str, stated: Mapping[str, System], index: Sequence[Row], results: Results) -> list[str]:
@@ -224,11 +220,11 @@ def run(
     recipes = {suite: {name: as_trained(params, system) for name, system in systems.items()} for suite, systems in stated.items()}
     present = {suite: systems_of(suite, systems, index, values) for suite, systems in recipes.items()}
     names = [name for name in dict.fromkeys(present["prompts"] + present["continuations"]) if name != "real"]
-    colours = {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(names)} | {"real": GREY}
+    colours = {name: figures.PALETTE[k % len(figures.PALETTE)] for k, name in enumerate(names)} | {"real": figures.GREY}
     roles = {suite: by_weights(systems, present[suite]) for suite, systems in recipes.items()}
     stages = {weights: {suite: role[weights] for suite, role in roles.items() if weights in role} for weights in ("stage1", "stage2")}
     student = next((roles["prompts"][w] for w in ("stage2", "stage1", "causal_init", "base") if w in roles["prompts"]), None)
-    galleries = {suite: build_gallery(suite, index, present[suite], samples, params.video.fps) for suite in SUITES}
+    galleries = {suite: figures.build_gallery(suite, index, present[suite], samples, params.video.fps) for suite in SUITES}
     teachers = [name for name in present["continuations"] if (s := recipes["continuations"].get(name)) and s.weights == "teacher"]
     kinds = {name_memory(recipes["continuations"][name]): name for name in reversed(teachers)}
     manifest = read_json_lines(data, missing_ok=True)
@@ -239,23 +235,24 @@ def run(
         "facts": list_facts(params, index, manifest, [row for gallery in galleries.values() for row in gallery["rows"]]),
         "colours": colours,
         "recipes": {suite: {name: describe_system(system) for name, system in systems.items()} for suite, systems in recipes.items()},
-        "goals": check_goals(values, roles["prompts"], kinds),
+        "claim": build_claim(values, index, stages, kinds.get("slow-fast"), clips, samples),
+        "goals": tables.check_goals(values, roles["prompts"], kinds),
         "student": student,
-        "guesses": build_guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),
+        "guesses": figures.build_guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),
         "machine": {key: value for key, value in values.means.get("prompts", {}).get(student or "", {}).items() if "guess" in key},
         "galleries": galleries,
         "suites": build_suites(values, present, draw_curves(results / "curves.csv", colours)),
-        "compared": compare_stages(values, stages["stage1"], stages["stage2"]),
+        "compared": tables.compare_stages(values, stages["stage1"], stages["stage2"]),
         "pairs": {suite: (name, stages["stage2"][suite]) for suite, name in stages["stage1"].items() if suite in stages["stage2"]},
-        "every": STRIP_SECONDS,
-        "teachers": compare_memories(values, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
+        "every": figures.STRIP_SECONDS,
+        "teachers": tables.compare_memories(values, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
         "training": draw_training(models),
         "pipeline": list_stages(metrics),
         "filter": summarise_filter(manifest, clips),
         # Where a run is tracked changes no result, so it must not change the page.
         "yaml": yaml.safe_dump(params.model_dump(mode="json", exclude={"tracking", "nightly"}), sort_keys=False, allow_unicode=True),
     }
-    html = render_page(page)
+    html = tables.render_page(page)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
     return count_contents(html) | {"troubles": {stage: len(sentences) for stage, sentences in troubles.items()}}
@@ -264,7 +261,7 @@ def run(
 def build_suites(values: Results, present: Mapping[str, list[str]], charts: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return each suite's title, systems, tables and charts, for the page."""
     return [
-        {"title": title, "systems": present[s], "tables": build_tables(values, s, present[s]), "charts": charts.get(s, [])}
+        {"title": title, "systems": present[s], "tables": tables.build_tables(values, s, present[s]), "charts": charts.get(s, [])}
         for s, title in SUITES.items()
     ]
 

@@ -32,6 +32,8 @@ from tests.once import made_once, session_lives
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", "scipy.stats", "scipy.ndimage", "pydantic", "ruamel.yaml")
 LIBRARIES += ("yaml", "av", "decord", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
+# DVC, which tests of flows start hundreds of times
+LIBRARIES += ("dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.data_sync", "dvc.repo.reproduce", "dvc.stage.run")
 # what diffusers, transformers and pydantic load only when it is asked for
 LIBRARIES += ("diffusers.models.transformers.transformer_wan", "diffusers.models.autoencoders.autoencoder_kl_wan")
 LIBRARIES += ("diffusers.loaders.single_file_utils", "transformers.models.umt5.modeling_umt5", "pydantic.dataclasses", "torch._dynamo")
@@ -159,7 +161,7 @@ def run(words: list[str], folder: str, environment: dict[str, str]) -> None:
     first, *words_left = words
     sys.path[0] = folder if first == "-m" else ""
     sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "tasks")]:
         del sys.modules[name]
     sys.orig_argv = [sys.executable, *words]
     if first == "-c":

@@ -83,7 +83,7 @@ def test_an_empty_prompt_file_is_refused_before_anything_runs(project: Path) -> 
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(re.sub(r"prompts_file:[^\n]*", "prompts_file: prompts.txt", text))
     done = command("validate", at=project)
-    assert done.returncode == 2 and "generate.prompts_file is prompts.txt, which holds no prompt" in done.stderr
+    assert done.returncode == 2 and "generate.prompts_file: prompts.txt has no prompt in it; write one prompt a line" in done.stderr
     assert not Path("build/params.json").exists()
 
 

@@ -15,6 +15,7 @@ import pytest
 from evaluate.project import EVIL, make_params, write_project
 
 from cf_model.evaluate.report import Results
+from cf_model.evaluate.run_comparison import compare_metric
 from tasks.commands.compare import page
 from tasks.params.yaml_file import Refused
 from tasks.report import read_results
@@ -102,7 +103,7 @@ def test_five_prompts_are_too_few(pair: tuple[Path, Path]) -> None:
     a, b = (read(root) for root in pair)
     place = ("prompts", "stage2", "sharpness")
     short = {key: value for key, value in a.cells[place].items() if not key[0].startswith("00000 ")}
-    row = page.compare_metric(replace(a, cells={place: short}), b, *place)
+    row = compare_metric(replace(a, cells={place: short}), b, *place)
     assert row is not None and row["pairs"] == 10 and row["says"] == "too few prompts" and not row["clear"]
 
 

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tasks.commands import repro
+from tasks.files import key_numbers
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,7 +93,7 @@ def test_the_last_words_of_make_repro(tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports/report.html").write_text("")
-    stage, *keys = next(iter(repro.SUMMARY.values()))
+    stage, *keys = next(iter(key_numbers.KEY_NUMBERS.values()))
     value = "12.345678"
     for key in reversed(keys):
         value = f'{{"{key}": {value}}}'

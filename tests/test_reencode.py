@@ -19,4 +19,4 @@ def test_a_latent_is_encoded_anew_as_the_picture_it_ends_with(tmp_path: Path) ->
     picture = _build_reencoder(tmp_path)(latents)
     expected = codec.encode(codec.decode(latents)[:, -1:])
     assert picture.shape == (2, 1, 6, 2, 2) and torch.allclose(picture, expected, atol=1e-6)
-    assert not torch.allclose(picture, latents[:, -1:], atol=1e-2), "four frames' latent is not that of the last one"
+    assert not torch.allclose(picture, latents[:, -1:], atol=1e-2), "what a codec loses of a picture is lost again"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 from tasks.runner import execute as runner
+from tasks.runner import ranks
 from tasks.runner import track as tracking
 
 ROOT = Path(__file__).parent.parent
@@ -238,6 +241,27 @@ def test_killed_and_resumed_ends_as_never_killed(end: signal.Signals, project: P
     assert Path("model/metrics.csv").read_text() == "step,square\n" + "".join(f"{n},{n * n}\n" for n in range(1, 7))
     assert json.loads(Path("runtime/toy.json").read_text())["resumed_at"] == 4
     assert list(Path("work/toy").iterdir()) == []
+
+
+STAGES = [stage for stage in Project(ROOT / "params.yaml").stages if stage not in ("validate", "clips")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_by_hand_without_an_input_refuses_before_its_first_step(stage: str) -> None:
+    """A codec that is missing was said at the first sample video, after 19 of 20 steps."""
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, name)
+    project = Project()
+    words = shlex.split(project.stages[stage]["cmd"])[4:]
+    read = [(name, Path(path)) for name, path in zip(words[::2], words[1::2], strict=True) if name != "--out"]
+    for _, path in read:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    name, path = read[-1]
+    path.unlink()
+    with pytest.raises(Refused, match=f"{name} is {path}, which is not there; `cf repro {stage}` makes"):
+        ranks.run_stage(stage, words, project)
+    assert not Path("work").exists()
 
 
 def test_a_second_process_stops_with_one_sentence() -> None:

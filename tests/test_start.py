@@ -58,3 +58,21 @@ def test_stage_2_begins_where_params_yaml_says_and_follows_it(project: Path) -> 
     (project / "promoted/weights").write_text("another")
     run("dvc", "repro", cwd=project)
     assert (project / "models/stage2/weights").read_text() == "another", "a promotion reruns stage 2"
+
+
+def test_another_file_of_prompts_reruns_the_prompts_alone(tmp_path: Path) -> None:
+    """dvc.yaml's stage `prompts` as it is, but for what it runs and the code that it depends on; base never sees the file."""
+    tree = YAML().load(ROOT / "dvc.yaml")["stages"]
+    deps = [dep for dep in tree["prompts"]["deps"] if "${" in dep]
+    assert deps == ["${start.prompts}"] and "data/prompts" in tree["causal_init"]["deps"]
+    assert [stage for stage in tree if "data/prompts" in tree[stage]["deps"]] == ["causal_init", "stage1", "stage2"]
+    stage = f"{sys.executable} -c \"import shutil, sys; shutil.copy(sys.argv[1], 'copy')\" ${{start.prompts}}"
+    YAML().dump({"stages": {"prompts": {"cmd": stage, "deps": deps, "outs": ["copy"]}}}, tmp_path / "dvc.yaml")
+    text = (ROOT / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("prompts: data/manifest.jsonl", "prompts: vidprom.txt"))
+    for words in ("git init -q", "dvc init -q"):
+        run(*words.split(), cwd=tmp_path)
+    for content in ("fog", "snow"):
+        (tmp_path / "vidprom.txt").write_text(content)
+        run("dvc", "repro", cwd=tmp_path)
+        assert (tmp_path / "copy").read_text() == content

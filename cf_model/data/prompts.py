@@ -1,12 +1,15 @@
-"""Files of prompts: UTF-8 text, one prompt a line."""
+"""Files of prompts: UTF-8 text, one prompt a line, or a CSV file with a column `prompt`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import hashlib
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 LONGEST_LINE = 20_000  # bytes of a line; a file without line ends is not read into memory
+COLUMN = "prompt"  # of a CSV file, as VidProM names it
 
 
 def read_prompts(path: Path, count: int | None = None) -> list[str]:
@@ -17,21 +20,43 @@ def read_prompts(path: Path, count: int | None = None) -> list[str]:
 def iterate_prompts(path: Path) -> Iterator[tuple[int, str]]:
     """Yield each prompt with its line's number, from 1 on, without reading the file ahead.
 
-    Blank lines are skipped, white space within a prompt becomes one space. A line that is no text raises a ValueError
-    that names its number.
+    Blank prompts are skipped, white space within a prompt becomes one space. A line that is no text raises a ValueError
+    that names its number; so does a CSV file without a column `prompt`, and a Parquet file.
     """
+    if path.suffix == ".parquet":
+        raise ValueError(f"{path} is a Parquet file, which is not read; write it as a CSV file with a column `{COLUMN}`")
     if not path.is_file():
-        raise ValueError(f"{path} is not there; name a file with one prompt a line")
-    number, has_prompt = 0, False
+        raise ValueError(f"{path} is not there; name a file with one prompt a line, or a CSV file with a column `{COLUMN}`")
+    has_prompt = False
+    for number, text in _read_column(path) if path.suffix == ".csv" else _read_lines(path):
+        if prompt := " ".join(text.split()):
+            has_prompt = True
+            yield number, prompt
+    if not has_prompt:
+        raise ValueError(f"{path} has no prompt in it; write one prompt a line, or a CSV file with a column `{COLUMN}`")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers, decoded one by one."""
+    number = 0
     with path.open("rb") as file:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
-            prompt = " ".join(decode_line(line, number, path).split())
-            if prompt:
-                has_prompt = True
-                yield number, prompt
-    if not has_prompt:
-        raise ValueError(f"{path} has no prompt in it; write one prompt a line")
+            yield number, decode_line(line, number, path)
+
+
+def _read_column(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the cells of a CSV file's column `prompt`, each with the number of the line on which its row ends."""
+    rows = csv.DictReader((line for _, line in _read_lines(path)), strict=True)
+    try:
+        if COLUMN not in (rows.fieldnames or [COLUMN]):
+            named = ", ".join(rows.fieldnames or [])
+            raise ValueError(f"{path} has no column `{COLUMN}`, only {named}; rename the column that holds the prompts")
+        for row in rows:
+            yield rows.line_num, row[COLUMN] or ""
+    except csv.Error as error:
+        problem = f"{path} line {rows.reader.line_num} is no CSV ({error})"
+        raise ValueError(f"{problem}; quote each cell that has a comma or a line end") from None
 
 
 def decode_line(line: bytes, number: int, path: Path) -> str:
@@ -45,3 +70,20 @@ def decode_line(line: bytes, number: int, path: Path) -> str:
     if "\0" in words:
         raise ValueError(f"{path} line {number} holds a zero byte, so it is no text; save the file as UTF-8")
     return words
+
+
+def select_distinct(prompts: Iterable[str], without: Iterable[str] = ()) -> Iterator[str]:
+    """Yield each prompt once, in the order in which it first comes, and none of `without`; case makes no other prompt.
+
+    Only a hash of each prompt is held in memory: 250,000 prompts take some 25 MB.
+    """
+    known = {_hash_prompt(prompt) for prompt in without}
+    for prompt in prompts:
+        if (key := _hash_prompt(prompt)) not in known:
+            known.add(key)
+            yield prompt
+
+
+def _hash_prompt(prompt: str) -> bytes:
+    """Return 16 bytes that prompts share where they differ in case and white space alone."""
+    return hashlib.blake2b(" ".join(prompt.casefold().split()).encode(), digest_size=16).digest()

@@ -19,6 +19,8 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cf_model.evaluate import oracle
+
 Row = Mapping[str, Any]  # of samples/index.jsonl
 
 PALETTE = ("#3f83c9", "#e0813a", "#37a06c", "#c9527f", "#8d72d6", "#b8922e", "#3fa5b5", "#a5694f", "#6f9a35", "#d0655c")
@@ -27,6 +29,7 @@ GALLERY_ROWS = {"prompts": 8, "continuations": 4}  # rows of a gallery, the firs
 GUESS_VIDEOS = 8  # videos in the blind guess, those after the gallery's
 STRIP_ROWS = 4  # gallery rows that have frame strips
 STRIP_SECONDS = 2.5  # seconds between the frames of a strip
+MEMORY_WORLDS = 3  # continued worlds in the picture that the page begins with
 STRIP_HEIGHT = 64  # pixels of a strip's frames in the file; the page shows them larger
 BYTE_BUDGET = {"prompts": 4_000_000, "guess": 900_000, "continuations": 1_600_000}  # bytes of mp4: keeps the page below 12 MB
 
@@ -69,6 +72,23 @@ def draw_chart(lines: Sequence[Line], *, x: str, log: bool = False) -> str:
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)  # several figures share the page
     return re.sub(r'^<svg [^>]*?(viewBox="[^"]+")[^>]*>', r'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1>', svg)
+
+
+def average_rows(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return the steps that have a number under `name`, the numbers, and their running mean over a twentieth of the rows.
+
+    The mean ends at the last step and begins later than the first. None for fewer than two numbers.
+    """
+    pairs = np.array([(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)], float)
+    if len(pairs) < 2:
+        return None
+    width = max(1, len(pairs) // 20)
+    return pairs[:, 0], pairs[:, 1], np.convolve(pairs[:, 1], np.ones(width) / width, "valid")
+
+
+def wants_logarithm(values: np.ndarray) -> bool:
+    """Return whether a chart of the values needs a logarithmic axis: all are above zero, and the largest is 50 times the smallest."""
+    return bool((values > 0).all() and values.max() > 50 * values.min())
 
 
 def draw_strip(frames: UInt8[np.ndarray, "V Y X 3"], height: int) -> str:
@@ -133,11 +153,10 @@ def video_seconds(path: Path) -> float | None:
         return float(stream.duration * stream.time_base)
 
 
-def read_strip_frames(path: Path, fps: int) -> np.ndarray | None:
-    """Read a frame every STRIP_SECONDS seconds, [V, Y, X, 3]; None if the file is absent or empty."""
+def read_frames(path: Path, step: int = 1) -> np.ndarray | None:
+    """Read every `step`-th frame, [V, Y, X, 3]; None if the file is absent or empty."""
     if not path.exists():
         return None
-    step = round(STRIP_SECONDS * fps)
     with av.open(str(path)) as file:
         frames = [frame.to_ndarray(format="rgb24") for k, frame in enumerate(file.decode(video=0)) if k % step == 0]
     return np.stack(frames) if frames else None
@@ -162,7 +181,7 @@ def build_gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samp
         for name in [name for name in systems if name in videos]:
             row = videos[name]
             tiles.append({"system": name, "source": embed_video(samples / row["file"]), "seconds": video_seconds(samples / row["file"])})
-            if place < STRIP_ROWS and (frames := read_strip_frames(samples / row["file"], fps)) is not None:
+            if place < STRIP_ROWS and (frames := read_frames(samples / row["file"], round(STRIP_SECONDS * fps))) is not None:
                 strips.append({"system": name, "source": draw_strip(frames, STRIP_HEIGHT), "frames": len(frames)})
         absent = [name for name in systems if name not in videos and (name in present or name != "real")]
         times = [STRIP_SECONDS * k for k in range(max((s["frames"] for s in strips), default=0))]
@@ -170,6 +189,30 @@ def build_gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samp
         about = {"number": prompt_number(first), "prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "times": times}
         rows.append(about | {"tiles": tiles, "strips": strips, "absent": absent})
     return {"rows": rows, "of": len(items), "most": GALLERY_ROWS[suite], "real": "real" in present}
+
+
+def draw_memories(index: Sequence[Row], systems: Mapping[str, str], truths: Mapping[str, Any], samples: Path) -> list[dict[str, Any]]:
+    """Draw what the first continued worlds look like all around, as each system shows them after the real prefix.
+
+    `systems`: a row's title -> system; `truths`: clip -> its world's facts. Every picture is a circle unrolled, so that a camera that
+    goes another way shows the same world. Rows: the truth, what the prefix showed, then the systems.
+    """
+    drawn: list[dict[str, Any]] = []
+    for key, videos in group_by_item(index, "continuations").items():
+        rows = {title: videos[system] for title, system in systems.items() if system in videos}
+        truth = truths.get(next(iter(videos.values()))["clip"])
+        if len(drawn) == MEMORY_WORLDS or not truth or len(rows) < len(systems):
+            continue
+        read = {title: video for title, row in rows.items() if (video := read_frames(samples / row["file"])) is not None}
+        if len(read) < len(rows):
+            continue
+        prefix = next(iter(rows.values()))["prefix_frames"]
+        some = next(iter(read.values()))
+        strips = [("the world", oracle.paint_truth(truth, some.shape[1] // 32)), ("seen before", oracle.unroll_panorama(some[:prefix]))]
+        strips += [(title, oracle.unroll_panorama(video[prefix:])) for title, video in read.items()]
+        about = {"prompt": next(iter(videos.values()))["prompt"], "number": key.split()[0]}
+        drawn.append(about | {"rows": [{"title": title, "source": draw_strip(strip[None], STRIP_HEIGHT)} for title, strip in strips]})
+    return drawn
 
 
 def build_guesses(index: Sequence[Row], student: str | None, samples: Path, *, choices: int, seed: int) -> list[dict[str, Any]]:

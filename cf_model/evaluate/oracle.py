@@ -6,12 +6,12 @@ heading. Lengths are in the world's units; colours in 0..255. Every function tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from cf_model.data import worlds
 
@@ -151,42 +151,52 @@ def find_visits(video: Video) -> list[Visit]:
     return sorted(out, key=lambda v: (v.first, v.bin))
 
 
-def memory_metrics(video: Video, fps: float, gap: float) -> dict[str, float]:
-    """Measure whether landmarks come back as they were, by distances between visits that are `gap` seconds apart.
+def find_bins_in_view(video: Video) -> frozenset[int]:
+    """Find the bins of heading whose middle stands in the picture in any frame."""
+    turn, _ = read_heading(video)
+    place = ((np.arange(BINS) + 0.5) * BIN - turn[:, None]) % worlds.PANORAMA  # [V, BINS], from the picture's left edge
+    return frozenset(np.flatnonzero((place < video.shape[2] / (video.shape[1] // 32)).any(axis=0)).tolist())
 
-    memory_ratio is same heading over other headings: 0 is a perfect memory, 1 is none. It means nothing without the
-    diversity of the videos, because a world of a single colour would have a low distance everywhere.
+
+def memory_metrics(video: Video, fps: float, gap: float, *, kept: Collection[int]) -> dict[str, float]:
+    """Measure whether landmarks come back as they were: colour distances of a visit to the visit before it, `gap` seconds earlier.
+
+    The last visit, not any, because a colour that drifts slowly is not forgotten. Headings in `kept`, which a memory's sink shows for
+    ever, test nothing and are left out. The mean of same_heading over videos divided by that of other_heading is the memory ratio: 0
+    is a perfect memory, 1 is none. It means nothing without the diversity of the videos, because a world of a single colour would have
+    a low distance everywhere.
     """
     all_visits = find_visits(video)
     same, other = [], []
-    for i, a in enumerate(all_visits):
-        for b in all_visits[i + 1 :]:
-            distance = float(np.abs(a.colour - b.colour).mean())
-            apart = min((a.bin - b.bin) % BINS, (b.bin - a.bin) % BINS) * BIN
-            if apart == 0 and (b.first - a.last) >= gap * fps:
-                same.append(distance)
-            elif apart >= 12:
-                other.append(distance)
+    newest: dict[int, Visit] = {}
+    for i, visit in enumerate(all_visits):
+        before = newest.get(visit.bin)
+        if before and visit.bin not in kept and visit.first - before.last >= gap * fps:
+            same.append(float(np.abs(visit.colour - before.colour).mean()))
+        newest[visit.bin] = visit
+        for later in all_visits[i + 1 :]:
+            if min((visit.bin - later.bin) % BINS, (later.bin - visit.bin) % BINS) * BIN >= 12:
+                other.append(float(np.abs(visit.colour - later.colour).mean()))
     out = {"headings_covered": len({v.bin for v in all_visits}) / BINS}
     if other:
         out["other_heading"] = float(np.mean(other))
-    if same and other:
-        out["same_heading"] = float(np.mean(same))
-        out["memory_ratio"] = out["same_heading"] / max(out["other_heading"], 1e-6)
-    return out
+    return out | ({"same_heading": float(np.mean(same))} if same else {})
 
 
-def map_metrics(video: Video, truth: Mapping[str, Any], *, prefix: int, fps: float, gap: float) -> dict[str, float]:
+def map_metrics(
+    video: Video, truth: Mapping[str, Any], *, prefix: int, fps: float, gap: float, absence: float, kept: Collection[int]
+) -> dict[str, float]:
     """Measure landmarks after a real prefix of `prefix` frames against the true panorama at the heading that the video shows.
 
-    map_error counts what was seen in the prefix and then was out of sight for more than `gap` seconds; map_error_recent
-    what was seen in the prefix and is still, or again, in view sooner.
+    map_error counts what was seen in the prefix and then was out of sight for more than `gap` seconds; map_error_recent what was seen
+    in the prefix and is still, or again, in view sooner. map_error_absent counts what only a slow memory can hold: out of sight for
+    more than `absence` seconds, at a heading that is not in `kept`, the headings that a memory's sink shows for ever.
     """
     unit = video.shape[1] // 32
     band = slice(worlds.LANDMARK_ROWS.start * unit, worlds.LANDMARK_ROWS.stop * unit)
     true = worlds.paint_panorama(tuple(truth["landmarks"]), truth["sky"], unit)[band]
     all_visits = find_visits(video)
-    errors: dict[str, list[float]] = {"map_error": [], "map_error_recent": []}
+    errors: dict[str, list[float]] = {"map_error": [], "map_error_recent": [], "map_error_absent": []}
     for i, visit in enumerate(all_visits):
         # only bins that were in view in the prefix and come into view again after it
         before = [v for v in all_visits[:i] if v.bin == visit.bin]
@@ -197,6 +207,8 @@ def map_metrics(video: Video, truth: Mapping[str, Any], *, prefix: int, fps: flo
         error = float(np.abs(visit.colour - true[:, columns].mean(axis=1)).mean())
         away = (visit.first - before[-1].last) / fps
         errors["map_error" if away > gap else "map_error_recent"].append(error)
+        if away > absence and visit.bin not in kept:
+            errors["map_error_absent"].append(error)
     return {name: float(np.mean(values)) for name, values in errors.items() if values}
 
 
@@ -206,6 +218,27 @@ def build_map(video: Video) -> dict[int, np.ndarray]:
     for visit in find_visits(video):
         out.setdefault(visit.bin, []).append(visit.colour)
     return {b: np.mean(colours, axis=0) for b, colours in out.items()}
+
+
+def unroll_panorama(video: Video) -> UInt8[np.ndarray, "R C 3"]:
+    """Lay a video's frames around the circle by the heading that each shows: the mean at every place, white where nothing was seen.
+
+    R and C are SCENE and PANORAMA units in pixels. The sprite, which moves through the picture, is a faint trace.
+    """
+    unit = video.shape[1] // 32
+    size = worlds.PANORAMA * unit
+    first = np.rint(read_heading(video)[0] * unit).astype(int)
+    places = (first[:, None] + np.arange(video.shape[2])) % size  # [V, X]
+    total, count = np.zeros((size, worlds.SCENE * unit, 3)), np.zeros(size)
+    np.add.at(total, places.ravel(), crop_rows(video, slice(0, worlds.SCENE)).transpose(0, 2, 1, 3).reshape(-1, worlds.SCENE * unit, 3))
+    np.add.at(count, places.ravel(), 1)
+    mean = np.where(count[:, None, None] > 0, total / np.maximum(count, 1)[:, None, None], 255)
+    return np.rint(mean).astype(np.uint8).transpose(1, 0, 2)
+
+
+def paint_truth(truth: Mapping[str, Any], unit: int) -> UInt8[np.ndarray, "R C 3"]:
+    """Paint the panorama that a video should show, in the size of `unroll_panorama`."""
+    return np.rint(worlds.paint_panorama(tuple(truth["landmarks"]), truth["sky"], unit)).astype(np.uint8)
 
 
 def measure_diversity(maps: list[dict[int, np.ndarray]], skies: list[str]) -> float | None:
@@ -225,3 +258,26 @@ def heading_perplexity(headings: list[Float[np.ndarray, " V"]]) -> float:
     share = np.histogram(np.concatenate(headings), 12, (0, worlds.PANORAMA))[0].astype(float)
     share /= share.sum()
     return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
+
+
+def select_slow_columns(
+    heading: Float[np.ndarray, " V"], *, start: int, chunk: int, sink: int, fast: int, columns: int, frames: int, time: int
+) -> Bool[np.ndarray, "K W"]:
+    """Select the columns of latents that show nothing new, and to a half or more what neither sink nor fast part shows any more.
+
+    `heading` is that of each video frame, in units; a latent's `columns` cover 32 units; latent k is video frame k `time`. The rows
+    are the `frames` latent frames from `start` on. Sink and fast part are those before the chunk that a latent frame belongs to. A
+    half, because a camera that turns back shows only a few units in a chunk that the fast part has not.
+    """
+    left = np.floor(heading[::time]).astype(int)  # of each latent, [F]
+    width = 32 // columns
+    units = (left[:, None, None] + np.arange(columns)[:, None] * width + np.arange(width)) % worlds.PANORAMA  # [F, W, units of a column]
+    chosen = np.zeros((frames, columns), bool)
+    for k in range(frames):
+        first = (start + k) // chunk * chunk
+        held, before = np.zeros(worlds.PANORAMA, bool), np.zeros(worlds.PANORAMA, bool)
+        held[units[:sink].ravel()] = held[units[max(0, first - fast) : first].ravel()] = True
+        before[units[:first].ravel()] = True
+        here = units[start + k]  # [W, units]
+        chosen[k] = before[here].all(axis=1) & (held[here].mean(axis=1) <= 0.5)
+    return chosen

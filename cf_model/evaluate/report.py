@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from cf_model.evaluate.statistics import Difference, Interval, bootstrap, paired, without_interval
+from cf_model.evaluate.statistics import RATIOS, Difference, Interval, bootstrap, bootstrap_ratio, paired, paired_ratio, without_interval
 
+SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
 GUARD_SHARE = 0.9  # of stage 1's value of a guard; if stage 2 has less, its win may be hollow
 ARROWS = {"up": "↑", "down": "↓", "real": "≈", "": ""}
 
@@ -40,20 +41,26 @@ DESCRIPTIONS = {
     "jitter": Metric(LOOKS, "down", "how unevenly the camera turns from frame to frame, units a second"),
     "speed": Metric(MOVES, "real", "of the camera, units a second; captions ask for slow or fast"),
     "motion": Metric(MOVES, "real", "mean difference of neighbouring frames, 0..255; near zero is a frozen video"),
+    "stutter": Metric(MOVES, "real", "change between two latents' frames over change inside a latent's frames; 1 moves evenly"),
     "headings_covered": Metric(MOVES, "real", "share of the circle that the camera sees"),
     "heading_perplexity": Metric(MOVES, "real", "how many of twelve headings all videos together use evenly"),
-    "memory_ratio": Metric(RECALLS, "down", "same heading over other headings, see there; 0 is perfect memory, 1 is none"),
-    "same_heading": Metric(RECALLS, "down", "colour distance between visits to a heading with an absence (evaluate.absence) between them"),
+    "memory_ratio": Metric(RECALLS, "down", "mean same heading over mean other heading, see there; 0 is perfect memory, 1 is none"),
+    "same_heading": Metric(RECALLS, "down", "colour distance from the last visit, over evaluate.absence ago; sink headings left out"),
     "other_heading": Metric(RECALLS, "real", "colour distance between different headings of a video; a dull world makes it small"),
     "map_error": Metric(RECALLS, "down", "after a real prefix: distance from the true landmarks, last seen over evaluate.gap seconds ago"),
     "map_error_recent": Metric(RECALLS, "down", "the same on content seen more recently"),
+    "map_error_absent": Metric(RECALLS, "down", "the same, last seen over evaluate.absence ago and not in what the sink shows"),
+    "recall_error_75": Metric(RECALLS, "down", "one-step error at noise level 0.75 where only the slow memory knows a real clip's hills"),
+    "recall_error_90": Metric(RECALLS, "down", "the same at noise level 0.9"),
+    "slow_gain_75": Metric(RECALLS, "up", "how much higher that error is without the slow memory, at 0.75"),
+    "slow_gain_90": Metric(RECALLS, "up", "the same at noise level 0.9"),
     "diversity": Metric(RECALLS, "real", "landmark distance between videos; a fall means that the worlds become alike"),
     "videos": Metric("How many?", "", "videos measured"),
 }
 GUARDS = ("diversity", "heading_perplexity", "headings_covered", "motion")
 COMPARED = (
     *(("prompts", metric) for metric in ("memory_ratio", "same_heading", "other_heading")),
-    *(("continuations", metric) for metric in ("map_error", "map_error_recent")),
+    *(("continuations", metric) for metric in ("map_error_absent", "map_error", "map_error_recent")),
     *(("prompts", metric) for metric in (*GUARDS, "sharpness", "sky_error", "sprite_recall")),
 )
 
@@ -77,6 +84,10 @@ class Results:
 
     def interval(self, suite: str, system: str, metric: str) -> Interval | None:
         """Return a system's mean with its bootstrap interval, a mean without interval, or None if the metric is absent."""
+        if metric in RATIOS:
+            tops, bottoms = (self.cells.get((suite, system, name), {}) for name in RATIOS[metric])
+            if ratio := bootstrap_ratio(tops, bottoms, resamples=self.resamples, seed=self.seed):
+                return ratio
         if values := self.cells.get((suite, system, metric)):
             prompts: dict[str, list[float]] = {}
             for (item, _), value in values.items():
@@ -87,6 +98,11 @@ class Results:
 
     def difference(self, suite: str, first: str, second: str, metric: str) -> Difference | None:
         """Return second minus first: paired if both have videos in common, else of the means; None if either is absent."""
+        if metric in RATIOS:
+            tables = [[self.cells.get((suite, system, name), {}) for name in RATIOS[metric]] for system in (first, second)]
+            (top, bottom), (other_top, other_bottom) = tables
+            if ratios := paired_ratio((top, bottom), (other_top, other_bottom), resamples=self.resamples, seed=self.seed):
+                return ratios
         a, b = (self.cells.get((suite, system, metric), {}) for system in (first, second))
         if both := paired(a, b, resamples=self.resamples, seed=self.seed):
             return both
@@ -175,6 +191,26 @@ def compare_memories(results: Results, systems: Sequence[str]) -> list[dict[str,
         errors = [results.interval("continuations", name, metric) for metric in ("map_error", "map_error_recent")]
         against = results.difference("continuations", systems[0], name, "map_error") if name != systems[0] else None
         rows.append({"system": name, "errors": errors, "against": against})
+    return rows
+
+
+CLAIM = (  # suite, metric: what the claim is judged by, and what must not fall beside it
+    ("continuations", "map_error_absent"),
+    *(("recall", metric) for metric in ("recall_error_75", "recall_error_90", "slow_gain_75", "slow_gain_90")),
+    ("prompts", "memory_ratio"),
+    *(("prompts", metric) for metric in ("speed", "other_heading", "diversity", "sprite_recall", "headings_covered")),
+)
+
+
+def state_claim(results: Results, before: str, after: str, teacher: str | None) -> list[dict[str, Any]]:
+    """Return a row for each metric of CLAIM: both students, their paired difference, the teacher where it has videos, and real clips."""
+    rows = []
+    for suite, metric in CLAIM:
+        found, about = results.difference(suite, before, after, metric), describe_metric(metric)
+        if found:
+            others = [results.interval(suite, name, metric) if name else None for name in (teacher, "real")]
+            says = state_verdict(found.change, about.better)
+            rows.append({"suite": suite, "word": about, "arrow": ARROWS[about.better], "found": found, "others": others, "says": says})
     return rows
 
 

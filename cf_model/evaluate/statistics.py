@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = 0.95
+RATIOS = {"memory_ratio": ("same_heading", "other_heading")}  # metrics that are a ratio of two metrics' means over the same videos
 
 
 class Interval(NamedTuple):
@@ -98,3 +99,48 @@ def paired(
         change=change,
         p=p,
     )
+
+
+def bootstrap_ratio(
+    tops: Mapping[tuple[str, int], float], bottoms: Mapping[tuple[str, int], float], *, resamples: int, seed: int
+) -> Interval | None:
+    """Return the ratio of two means over the videos that have both values, and its interval over prompts; None without such videos.
+
+    A ratio of means, because the mean of ratios is ruled by videos whose bottom is small.
+    """
+    found = paired_ratio((tops, bottoms), (tops, bottoms), resamples=resamples, seed=seed, minus=False)
+    return found and found.change
+
+
+def paired_ratio(
+    first: tuple[Mapping[tuple[str, int], float], Mapping[tuple[str, int], float]],
+    second: tuple[Mapping[tuple[str, int], float], Mapping[tuple[str, int], float]],
+    *,
+    resamples: int,
+    seed: int,
+    minus: bool = True,
+) -> Difference | None:
+    """Compare a ratio of means of two systems, second minus first, over the videos that have all four values; None without any.
+
+    `first` and `second` are tops and bottoms by (prompt, seed). Without `minus` the change is the second's ratio alone.
+    """
+    tables = (*first, *second)
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    if not shared:
+        return None
+    prompts = sorted({prompt for prompt, _ in shared})
+    # Sums over the videos of each prompt: [4, prompts].
+    sums = np.array([[sum(table[key] for key in shared if key[0] == prompt) for prompt in prompts] for table in tables])
+
+    def ratios(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return both systems' ratios for each draw of prompts, [draws, prompts] to [draws]."""
+        totals = sums[:, drawn].sum(axis=-1)
+        return totals[0] / totals[1], totals[2] / totals[3]
+
+    before, after = (float(value[0]) for value in ratios(np.arange(len(prompts))[None]))
+    change = after - before if minus else after
+    if len(prompts) < 2:
+        return Difference(before, after, without_interval(change), float("nan"))
+    first_drawn, second_drawn = ratios(np.random.default_rng(seed).integers(len(prompts), size=(resamples, len(prompts))))
+    low, high = np.quantile(second_drawn - first_drawn if minus else second_drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Difference(before, after, Interval(change, float(low), float(high)), float("nan"))

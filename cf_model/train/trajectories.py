@@ -16,7 +16,7 @@ from torch import Tensor
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import BatchGenerator, Flow, draw_gaussian
 from cf_model.model.weights import check_safetensors_header
-from cf_model.train.trainer.batch import EncodedClips
+from cf_model.train.trainer.batch import PromptSet
 from cf_model.train.trainer.engine import require_at_least
 from cf_model.train.trainer.loop import TrainingLog
 from cf_model.train.trainer.ode import trace_ode
@@ -49,12 +49,18 @@ class OdeTrajectories:
     """Stored trajectories: computed once, a file for each batch, then read at random. A video's noise depends on its number alone."""
 
     def __init__(
-        self, folder: Path, spec: OdeSpec, *, latents: EncodedClips, frames: int, flow: Flow, dtype: torch.dtype, seed: int
+        self,
+        folder: Path,
+        spec: OdeSpec,
+        *,
+        prompts: PromptSet,
+        shape: tuple[int, int, int, int],
+        flow: Flow,
+        dtype: torch.dtype,
+        seed: int,
     ) -> None:
-        self.folder, self.spec, self.latents, self.dtype, self.seed = folder, spec, latents, dtype, seed
-        # The clips give prompts only; a trajectory begins with noise.
-        self.rows = latents.rows("train")
-        self.shape = (frames, *latents.shape)
+        """`shape` is F, C, H, W of a video: a trajectory begins with noise, so prompts are all that it needs of the data."""
+        self.folder, self.spec, self.prompts, self.shape, self.dtype, self.seed = folder, spec, prompts, shape, dtype, seed
         self.path = spec.levels(flow)
         self.sigmas = [self.path[step] for step in (*spec.keep, spec.steps)]  # of the K stored states; the last is 0
 
@@ -88,8 +94,8 @@ class OdeTrajectories:
         return torch.stack(parts).float()
 
     def text(self, videos: list[int]) -> Float[Tensor, "B T E"]:
-        """Return the prompts of these videos: the training clips' captions in turn, repeated as often as needed."""
-        return self.latents.text([self.rows[video % len(self.rows)] for video in videos])
+        """Return the prompts of these videos: the students' prompts in turn, repeated as often as needed."""
+        return self.prompts[[video % len(self.prompts) for video in videos]]
 
     def _list_videos(self, first: int) -> list[int]:
         """Return the numbers of the videos in the file that begins with video `first`."""

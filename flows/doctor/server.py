@@ -13,6 +13,7 @@ from prefect.client.schemas.filters import DeploymentFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
+from flows.cli import count_things
 from flows.doctor.finding import Finding
 from flows.machine import alerts, programs, reconcile
 from flows.machine.settings import Machine, is_healthy
@@ -62,7 +63,7 @@ def check_server_log(log: Path) -> Iterator[Finding]:
     text = programs.read_log(log).rpartition("Check out the dashboard")[2]
     errors = [line for line in text.splitlines() if "| ERROR " in line]
     if errors:
-        yield Finding("server", "warn", f"{len(errors)} errors in its log, the last: {errors[-1][:160]}", f"see {log}")
+        yield Finding("server", "warn", f"{count_things(len(errors), 'error')} in its log, the last: {errors[-1][:160]}", f"see {log}")
 
 
 def check_worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Finding]:
@@ -76,11 +77,11 @@ def check_worker(client: SyncPrefectClient, machine: Machine) -> Iterator[Findin
     process = programs.find_process(machine, "worker")
     late = client.read_flow_runs(flow_run_filter=reconcile.filter_runs("name", ["Late"]))
     text = f"process {process.pid}, pool {POOL}" if process else "none of this checkout runs"
-    text += f"; {len(late)} runs are late" if late else ""
+    text += f"; {count_things(len(late), 'run')} late" if late else ""
     if process is None:
         yield Finding("worker", "fail" if late else "warn", text, "`make up` starts it")
     else:
-        todo = "they wait for the run that is at work, or CF_RUNS=2 make down up" if late else ""
+        todo = "what is late waits for the run that is at work, or CF_RUNS=2 make down up" if late else ""
         yield Finding("worker", "warn" if late else "ok", text, todo)
 
 
@@ -133,7 +134,7 @@ def check_stuck_runs(client: SyncPrefectClient, machine: Machine, fix: bool) -> 
         yield Finding("stuck", "warn", f"said to be at work, and dead: {', '.join(dead)}", "`cf doctor --fix` closes them")
     for limit in client.read_global_concurrency_limits(limit=100, offset=0):
         if limit.active_slots and not open_runs:
-            text = f"{limit.name} has {limit.active_slots} slots taken and nothing runs: the next run waits for ever"
+            text = f"{limit.name} has {count_things(limit.active_slots, 'slot')} taken and nothing runs: the next run waits for ever"
             yield Finding("stuck", "fail", text, f"prefect gcl update {limit.name} --active-slots 0")
     if not dead:
-        yield Finding("stuck", "ok", f"{len(open_runs)} runs at work")
+        yield Finding("stuck", "ok", f"{count_things(len(open_runs), 'run')} at work")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from flows.cli import count_things
 from flows.doctor.finding import Finding, Level
 from flows.machine import processes, programs
 from flows.machine.settings import Machine, process_environment
@@ -73,8 +74,7 @@ def check_disk(machine: Machine, fix: bool) -> Iterator[Finding]:
         need = max(size, 2**30)
         level: Level = "fail" if free < need / 2 else "warn" if free < need else "ok"
         text = f"{free / 2**30:.1f} GiB free at {folder}; a whole run takes {size / 2**30:.1f}"
-        gc = "`dvc gc --all-branches --all-tags --all-experiments`"  # the tags are the promoted students
-        todo = f"with nothing at work: commit what you need, `cf runs prune`, delete branches you don't need, {gc}"
+        todo = "with nothing at work: commit what you need, `cf runs prune`, delete branches you don't need, `cf gc --delete`"
         yield Finding("disk", level, text, "" if level == "ok" else todo)
 
 
@@ -87,7 +87,7 @@ def check_leftovers(machine: Machine, fix: bool) -> Iterator[Finding]:
     """Find <md5>.tmp files in the cache: DVC renames them when they are complete, and a killed run or a full disk leaves them."""
     hour_ago = time.time() - 3600
     stale = [file for file in (cache_folder(machine) / "files/md5").rglob("*.tmp") if file.is_file() and file.stat().st_mtime < hour_ago]
-    text = f"{len(stale)} leftovers of interrupted copies ({sum(file.stat().st_size for file in stale) / 2**20:.0f} MiB)"
+    text = f"{count_things(len(stale), 'leftover')} of interrupted copies ({sum(file.stat().st_size for file in stale) / 2**20:.0f} MiB)"
     if not stale:
         yield Finding("cache", "ok", "no leftovers of interrupted copies")
     elif not fix:
@@ -125,7 +125,7 @@ def check_worktrees(machine: Machine, fix: bool) -> Iterator[Finding]:
     runs = worktree.list_worktrees(machine.root)
     idle = [run for run in runs if not run_lock.is_in_use(run)]
     many = len(idle) > 2 * worktree.KEEP
-    text = f"{len(runs)} worktrees of runs, {len(runs) - len(idle)} at work"
+    text = f"{count_things(len(runs), 'worktree')} of runs, {len(runs) - len(idle)} at work"
     yield Finding("runs", "warn" if many else "ok", text, "`cf runs prune` removes old ones; branches stay" if many else "")
 
 
@@ -139,7 +139,7 @@ def check_gpus(machine: Machine, fix: bool) -> Iterator[Finding]:
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     count, version = [*done.stdout.split(), "0", "unknown"][:2]
     if int(count) < len(numbers):
-        text = f"{len(numbers)} are here, and torch {version} can use {count}"
+        text = f"{count_things(len(numbers), 'GPU')} here, and torch {version} can use {count}"
         yield Finding("GPU", "fail", text, "install a CUDA build of torch that fits the driver (nvidia-smi shows which)")
     for number, holder in gpus.find_holders().items():
         state = "free" if holder is None else f"held by process {holder}"
@@ -182,4 +182,4 @@ def check_wandb(machine: Machine, fix: bool) -> Iterator[Finding]:
         yield Finding("W&B", "fail", "online, and no key is known", "state WANDB_API_KEY in the environment, or WANDB_MODE=offline")
     else:
         todo = "`cf wandb sync` sends them" if waiting and mode == "online" else ""
-        yield Finding("W&B", "ok", f"{mode}; {len(waiting)} offline runs are kept here" if waiting else mode, todo)
+        yield Finding("W&B", "ok", f"{mode}; {count_things(len(waiting), 'offline run')} kept here" if waiting else mode, todo)

@@ -7,22 +7,30 @@ machines that work for it (infra/README.md). What was paused stays paused.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import urllib.error
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
+from cronsim import CronSim
 from ruamel.yaml import YAML
 
 from flows.machine.settings import post_json, process_environment, read_machine
 from flows.machine.up import POOL
+from flows.project.dvc_command import read_config
+from flows.project.git import run_git
 from tasks.files.settings import read_settings
 from tasks.params import yaml_file
 
 DEPLOYMENTS = Path(__file__).parents[2] / "infra/prefect.yaml"
 WIDE = {"COLUMNS": "1000"}  # Prefect folds its lines at 80 columns
+WAITS = "waits for an inbox"  # tag of a deployment that nobody has paused but its first `cf deploy`
 EMPTY = ("For further information visit", "An exception occurred.")  # beginnings of its last lines that say nothing
 
 
@@ -37,25 +45,53 @@ def main(argv: list[str]) -> None:
     refuse_incomplete(config["deployments"], machine.root, env)
     if (machine.root / "tasks/validate.py").exists():  # as the flow does (flows/run/repro.py)
         with tempfile.TemporaryDirectory() as folder:  # not where the stage of that name writes
-            run_module(["tasks", "validate", "--out", f"{folder}/params.json"], machine.root, env, "cf validate")
-    env |= read_schedule(machine.root)
-    paused = keep_paused(config["deployments"], env)
+            quiet = env | {"WANDB_MODE": "disabled"}  # no run for a question
+            run_module(["tasks", "validate", "--out", f"{folder}/params.json"], machine.root, quiet, "cf validate")
+    nightly = read_nightly(machine.root)
+    env |= {"CF_NIGHTLY_CRON": str(nightly["cron"]), "CF_NIGHTLY_TIMEZONE": str(nightly["timezone"])}
+    paused = keep_paused(config["deployments"], env, bool(nightly.get("inbox")))
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder) / "prefect.yaml").write_text(json.dumps(config))  # JSON is YAML
         run_module(["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)], machine.root, env, "prefect deploy")
     page = f"{env['PREFECT_API_URL'].removesuffix('/api')}/deployments"
     names = ", ".join(deployment["name"] for deployment in config["deployments"])
     print(f"deployed {names} to work pool {env['CF_POOL']}: {page}")
-    if paused:
-        print(f"still paused, as before: {', '.join(paused)}; resume it at {page}")
+    if before := [name for name, new in paused.items() if not new]:
+        print(f"still paused, as before: {', '.join(before)}; resume it at {page}")
+    print(describe_nights(machine.root, nightly, paused.get("nightly"), page))
 
 
-def read_schedule(root: Path) -> dict[str, str]:
-    """Return nightly.cron and nightly.timezone of params.yaml as the variables that infra/prefect.yaml names."""
+def describe_nights(root: Path, nightly: dict[str, Any], paused: bool | None, page: str) -> str:
+    """Say when the next night is, what it trains and where it pushes. `paused` is True for want of an inbox, False by a person."""
+    params, remotes = yaml_file.read_yaml(root / "params.yaml"), []
+    with suppress(RuntimeError):
+        if name := read_config(root).get("core.remote"):
+            remotes.append(f"data to the DVC remote {name}")
+    with suppress(RuntimeError):
+        if "origin" in run_git(root, "remote").split():
+            remotes.append(
+                f"its branch and tags to origin ({re.sub(r'//[^/@]*@', '//', run_git(root, 'remote', 'get-url', 'origin').strip())})"
+            )
+    what = (
+        f"new clips from {nightly.get('inbox') or 'no inbox'}, profile {params.get('profile')}, pushes {' and '.join(remotes) or 'nothing'}"
+    )
+    if paused is not None:
+        way = (
+            f"name a folder as nightly.inbox in params.yaml and say `cf deploy` again, or resume it at {page}"
+            if paused
+            else "resume it there"
+        )
+        return f"nights are paused ({what}); {way}"
+    now = datetime.now(ZoneInfo(str(nightly["timezone"])))
+    return f"the next night is {next(CronSim(str(nightly['cron']), now)):%Y-%m-%d %H:%M} {nightly['timezone']}: {what}"
+
+
+def read_nightly(root: Path) -> dict[str, Any]:
+    """Return the section nightly of params.yaml. Raises ValueError where it states no cron and timezone."""
     nightly = yaml_file.read_yaml(root / "params.yaml").get("nightly")
     if not isinstance(nightly, dict) or not {"cron", "timezone"} <= nightly.keys():
         raise ValueError("params.yaml states no nightly.cron and nightly.timezone; `cf profile use tiny` writes a file that does")
-    return {"CF_NIGHTLY_CRON": str(nightly["cron"]), "CF_NIGHTLY_TIMEZONE": str(nightly["timezone"])}
+    return nightly
 
 
 def refuse_incomplete(deployments: list[dict[str, Any]], root: Path, env: dict[str, str]) -> None:
@@ -69,19 +105,29 @@ def refuse_incomplete(deployments: list[dict[str, Any]], root: Path, env: dict[s
         raise ValueError(f"{env['PREFECT_API_URL']} has no work pool {env['CF_POOL']}; {way} (there: {', '.join(pools) or 'none'})")
 
 
-def keep_paused(deployments: list[dict[str, Any]], env: dict[str, str]) -> list[str]:
-    """State in `deployments` what is paused at the server, so that it is resumed at no moment; return the names of those."""
+def keep_paused(deployments: list[dict[str, Any]], env: dict[str, str], inbox: bool) -> dict[str, bool]:
+    """State in `deployments` what is paused at the server, so that it is resumed at no moment; return the names of those.
+
+    What has a schedule and is new is paused while there is no inbox, and tagged so that a later deployment with one resumes it; the
+    name of such a deployment has the value True.
+    """
     wanted = {"deployments": {"name": {"any_": [deployment["name"] for deployment in deployments]}}}
     at_server = {(current["name"], current["entrypoint"]): current for current in ask_server(env, "/deployments/filter", wanted)}
-    paused = []
+    paused: dict[str, bool] = {}
     for deployment in deployments:
         current = at_server.get((deployment["name"], deployment["entrypoint"]), {})
         off = {schedule["slug"] for schedule in current.get("schedules", []) if not schedule["active"]}
         deployment["paused"] = bool(current.get("paused"))
-        for schedule in deployment.get("schedules", []):
-            schedule["active"] = schedule["slug"] not in off
-        if deployment["paused"] or not all(schedule["active"] for schedule in deployment.get("schedules", [])):
-            paused.append(deployment["name"])
+        schedules = deployment.get("schedules", [])
+        waits = not inbox and bool(schedules) and (not current or (WAITS in current["tags"] and bool(off)))
+        if waits:
+            deployment["tags"] = [*deployment["tags"], WAITS]
+        elif WAITS in current.get("tags", []):
+            off = set()
+        for schedule in schedules:
+            schedule["active"] = not waits and schedule["slug"] not in off
+        if deployment["paused"] or not all(schedule["active"] for schedule in schedules):
+            paused[deployment["name"]] = waits
     return paused
 
 

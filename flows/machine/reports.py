@@ -12,7 +12,7 @@ from pathlib import Path
 from flows.machine.settings import LOOPBACK
 
 PAGE = re.compile(r"/([A-Za-z0-9][A-Za-z0-9._-]{0,120})/report\.html")
-NO_REPORT = "This run has no report here, or its worktree was removed. Its branch stays: `git worktree add DIR run/NAME`, `dvc pull` there."
+NO_REPORT = "This run has no report here, or its worktree was removed. Its branch stays: `cf runs open NAME DIR` in the checkout."
 
 
 class ReportHandler(BaseHTTPRequestHandler):

@@ -56,6 +56,7 @@ def read_machine() -> Machine:
         raise ValueError(f"{root} has no dvc.yaml; run cf at the root of the project")
     if values.host is not None:
         refuse_open_host(values.host, os.environ)
+    (root / ".machine").mkdir(exist_ok=True)  # Prefect's home is made in it by whatever imports Prefect, which warns where it can't
     host, port = read_last_address(root)
     return Machine(root, values.host or host, values.port or int(port), values.runs)
 

@@ -16,6 +16,7 @@ from xmlrpc.client import Fault
 import psutil
 from filelock import FileLock, Timeout
 
+from flows.cli import count_things
 from flows.machine import alerts, processes, programs, settings
 from flows.machine.settings import DATABASE, Machine, is_healthy, process_environment, read_machine
 from tasks.files.settings import read_settings
@@ -39,6 +40,7 @@ def start_machine(argv: list[str]) -> None:
             prepare_start(machine)
         holder = None if "reports" in running else processes.find_port_holder(machine.reports_port)
         if not states:
+            print(f"starting supervisor, and by it server, worker, watch and reports; their logs are in {machine.folder}", flush=True)
             programs.start_supervisor(machine, secrets)
         for name in set(states) - running:  # what supervisor has given up, or a `cf down` that was killed had stopped
             with suppress(Fault):  # supervisor may be about to try again by itself
@@ -50,6 +52,8 @@ def start_machine(argv: list[str]) -> None:
             print(f"links to reports won't open: port {machine.reports_port} is taken by {holder}", flush=True)
         else:
             announce(machine, "reports", "reports are", f"http://127.0.0.1:{machine.reports_port}/RUN/report.html", running)
+        if "server" not in running:
+            print("the server is starting, which takes ten seconds on an idle machine", flush=True)
         wait_for(machine, "server", lambda: is_healthy(machine))
         announce(machine, "server", "the server is", f"{database}, log {machine.file('server.log')}", running)
         if "worker" not in running:
@@ -82,7 +86,7 @@ def prepare_start(machine: Machine) -> None:
     """End what a supervisor that was killed has left, refuse an address that can't be used, and note the address for later commands."""
     settings.refuse_open_host(machine.host, os.environ)
     if orphans := processes.find_marked(machine.root):
-        print(f"supervisor had died: ending {len(orphans)} processes that it left", flush=True)
+        print(f"supervisor had died: ending {count_things(len(orphans), 'process')} that it left", flush=True)
         processes.end_processes(orphans, programs.GRACE)
     if holder := processes.find_port_holder(machine.port):
         raise ValueError(f"port {machine.port} is taken by {holder}; end it, or choose another: CF_PORT={machine.port + 1} make up")
@@ -173,7 +177,7 @@ def stop_everything(machine: Machine) -> str:
         numbers = ", ".join(str(process.pid) for process in survivors)
         raise ValueError(f"these survived SIGKILL and wait for the kernel: {numbers}; look with ps")
     by_force = f", {len(killed)} of them by SIGKILL" if killed else ""
-    return f"stopped: {len(marked)} processes{by_force}"
+    return f"stopped: {count_things(len(marked), 'process')}{by_force}"
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from tasks.files.trees import list_nodes
 
 # metrics of tasks/evaluate.py that compare a video with what its clip was rendered from
 NEED_TRUTH = (
-    *("compass_coherence", "diversity", "heading_perplexity", "headings_covered", "jitter", "map_error", "map_error_recent"),
-    *("memory_ratio", "other_heading", "same_heading", "shape_accuracy", "sky_accuracy", "sky_error", "speed", "sprite_precision"),
-    "sprite_recall",
+    *("compass_coherence", "diversity", "heading_perplexity", "headings_covered", "jitter", "map_error", "map_error_absent"),
+    *("map_error_recent", "memory_ratio", "other_heading", "same_heading", "shape_accuracy", "sky_accuracy", "sky_error", "speed"),
+    *("sprite_precision", "sprite_recall"),
 )
 
 

@@ -69,7 +69,7 @@ def show_promoted(argv: list[str]) -> None:
     """Run `cf promoted`: name the promoted student, and fetch its weights with --out."""
     about = "The promoted student, and its weights: the DVC cache has them, or the remote that the repository names."
     parser = argparse.ArgumentParser("cf promoted", description=about)
-    parser.add_argument("--out", type=Path, help="a folder to put the weights into")
+    parser.add_argument("--out", type=Path, help="a folder that becomes the weights, also where it holds another version's")
     args, repo = parser.parse_args(argv), Path.cwd()
     now = registry.find_promoted(repo)
     if now is None:

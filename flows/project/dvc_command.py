@@ -31,10 +31,11 @@ def read_config(root: Path) -> dict[str, str]:
 
 
 def find_reason(lines: Sequence[str]) -> str:
-    """Return the last error among lines of DVC's output, or the last line. Above it there may be an error for every file."""
-    errors = [line.partition("ERROR: ")[2] for line in lines if "ERROR: " in line]
-    last = next(iter(errors[::-1]), "") or next((line for line in reversed(lines) if line.strip()), "without a word")
-    return " ".join(last.removeprefix("unexpected error - ").split())[:500]
+    """Return the last error in DVC's output, to the end, or the last line. Above it there may be an error for every file."""
+    text = [line for line in lines if line.strip() and not line.startswith("Having any troubles?")]
+    last = next((at for at in range(len(text))[::-1] if "ERROR: " in text[at]), -1)
+    reason = " ".join(" ".join(text[last:]).rpartition("ERROR: ")[2].split()).removeprefix("unexpected error - ")
+    return reason[:500] or "without a word"
 
 
 def explain_failure(lines: Sequence[str]) -> str:

@@ -4,9 +4,9 @@
 """
 
 import difflib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import networkx
 from ruamel.yaml import YAML
 
-from flows.project.dvc_command import run_dvc
 from tasks.files.atomic import open_partial
+from tasks.files.dvc_rwlock import mend_rwlock
 
 # keys of meta.cf in dvc.yaml -> types of their values
 KEYS: dict[str, tuple[type, ...]] = {"gpus": (int, str), "retries": (int,), "timeout": (int, float)}
@@ -36,14 +36,26 @@ class Stage:
     timeout: float | None = None  # seconds that one attempt may take
 
 
+@contextmanager
+def _open_project(root: Path) -> Iterator[Any]:
+    """Open a project by DVC's own library, which starts no process. DVC's refusals become ValueErrors."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    mend_rwlock(root)
+    try:
+        with Repo(str(root), _wait_for_lock=True) as repo:
+            yield repo
+    except DvcException as error:
+        raise ValueError(f"DVC can't read {root}: {' '.join(str(error).split())}") from None
+
+
 def read_graph(root: Path) -> list[Stage]:
     """Read all stages of a project, in the order in which `dvc repro` runs them. It takes a second: read it once, and hand it on.
 
-    Raises ValueError for a key or value of meta.cf that means nothing.
+    Raises ValueError for what DVC refuses, and for a key or value of meta.cf that means nothing.
     """
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
+    with _open_project(root) as repo:
         graph = repo.index.graph  # from a stage to what it needs
         order = list(networkx.dfs_postorder_nodes(graph))
         return [
@@ -82,14 +94,15 @@ def _read_meta(stage: Any, root: Path) -> dict[str, Any]:
 def find_unchanged(root: Path, graph: Iterable[Stage], warn: Callable[[str], object] = print) -> set[str]:
     """Return the stages of `graph` that DVC would skip if no stage before them ran.
 
-    One `dvc status` answers for all stages; asking DVC stage by stage takes a second for each. None where it fails, so each asks.
+    It asks as `dvc status` does, in this process, since one of its own takes seconds. None where that fails, so each stage asks.
     """
     try:
-        status = run_dvc(root, "status", "--json")
-    except RuntimeError as error:
+        with _open_project(root) as repo, repo.lock:
+            changed = {_stage_name(stage, root) for stage in repo.index.stages if stage.status()}
+    except ValueError as error:
         warn(str(error))
         return set()
-    return {stage.name for stage in graph} - set(json.loads(status[status.index("{") :]))
+    return {stage.name for stage in graph} - changed
 
 
 def select_stages(graph: Iterable[Stage], only: Iterable[str] = (), first: str | None = None, last: str | None = None) -> list[Stage]:

@@ -21,6 +21,8 @@ from filelock import BaseFileLock, FileLock
 from flows.project.dvc_command import run_dvc
 from flows.project.dvc_lock import describe_damage, find_out
 from flows.project.git import identity_options, resolve_commit, run_git
+from tasks.files.atomic import delete_path, swap_into_place
+from tasks.files.hashes import compute_dvc_md5
 
 ARTIFACT, STAGE, WEIGHTS = "student", "promoted", "models/stage2"
 VERSION = re.compile(r"v\d{1,6}\.\d{1,6}\.\d{1,6}")
@@ -179,14 +181,27 @@ def _create_tag(repo: Path, name: str, commit: str, about: Mapping[str, Any]) ->
 
 
 def fetch_weights(repo: Path, version: Version, out: Path) -> None:
-    """Write a version's weights to `out`, from the cache or the remote, and compare them with the md5 of its dvc.lock.
+    """Make `out` a version's weights, from the cache or the remote, compared with the md5 of its dvc.lock before they take its place.
 
-    Raises RuntimeError for weights that can't be had or are damaged.
+    What is at `out` is replaced where it is another version's weights. Raises ValueError where it is anything else, and RuntimeError
+    for weights that can't be had or are damaged; `out` is then as it was.
     """
-    weights = find_out(repo, version.commit, WEIGHTS)
+    weights, out = find_out(repo, version.commit, WEIGHTS), out.resolve()
+    there = compute_dvc_md5(out, again=True) if out.is_file() or (out.is_dir() and any(out.iterdir())) else ""
+    if there == weights["md5"]:
+        return
+    if there and there not in [known.about.get("md5") for known in list_versions(repo)]:
+        raise ValueError(f"{out} holds something else than a version's weights; delete it, or name another folder")
+    new = out.with_name(f"{out.name}.partial")
+    delete_path(new)
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        run_dvc(repo, "get", "--rev", version.tag, "--out", str(out), str(repo), WEIGHTS)
+        run_dvc(repo, "get", "--rev", version.tag, "--out", str(new), str(repo), WEIGHTS)
+        if problem := describe_damage(new, weights):
+            raise RuntimeError(f"they are not what its dvc.lock says: {problem}")
+        swap_into_place(new, out)
     except RuntimeError as error:
-        raise RuntimeError(f"the weights of {version.tag} could not be had: {error}") from None
-    if problem := describe_damage(out, weights):
-        raise RuntimeError(f"the weights of {version.tag} are not what its dvc.lock says: {problem}; delete {out}")
+        way = f"`cf runs open {version.tag} DIR` and `dvc repro` there make them again"
+        raise RuntimeError(f"the weights of {version.tag} could not be had: {error}; {way}") from None
+    finally:
+        delete_path(new)

@@ -1,7 +1,7 @@
 """Every run of the pipeline has its own git worktree in .runs/NAME on branch run/NAME, and its parameters are committed there.
 
 All worktrees use the DVC cache of the main checkout, so that a result of one run is not computed again by another. `cf runs prune`
-removes the folders of all runs but the most recently used; the branches stay, because `dvc repro` on a branch repeats its run.
+removes the folders of all runs but the most recently used; the branches stay, and `cf runs open` makes a folder of one again.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.project import dvc_config
-from flows.project.git import commit_paths, run_git
+from flows.project.dvc_command import run_dvc
+from flows.project.git import commit_paths, resolve_commit, run_git
 from flows.project.overrides import apply_overrides
 from flows.project.run_lock import is_in_use
 
@@ -24,6 +25,7 @@ KEEP = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
 EXAMPLES = """examples:
   cf runs list
+  cf runs open NAME DIR      the run's code, parameters and results in a folder of their own; `dvc repro` there repeats it
   cf runs prune --keep 5     remove all folders but the five most recently used and those of running runs"""
 
 
@@ -69,6 +71,23 @@ def make_worktree(repo: Path, name: str, *, base: str = "HEAD", profile: str | N
     return folder
 
 
+def open_worktree(repo: Path, name: str, folder: Path) -> str:
+    """Make a worktree of a run's branch, or of any commit, that shares the cache of `repo`, with its outs; return what there is to say.
+
+    It is on no branch, because the run's own folder may have that one. Without the cache all stages would run again.
+    """
+    branch = run_git(repo, "branch", "--list", "--format=%(refname)", f"run/{name}").strip() if NAME.fullmatch(name) else ""
+    commit = resolve_commit(repo, branch or name)
+    run_git(repo, "worktree", "add", "--quiet", "--detach", str(folder.absolute()), commit)
+    dvc_config.share_cache(repo.resolve(), folder)
+    try:
+        run_dvc(folder, "checkout")
+        outs = "with all that its stages made; `dvc repro` there has nothing to do until you change something"
+    except RuntimeError as error:
+        outs = f"not with all that its stages made: {error}; `dvc pull` there brings what the remote has, `dvc repro` makes the rest"
+    return f"{folder} is {name} at {commit[:12]}, {outs}. `git switch -c NAME` before you commit; `git worktree remove {folder}` ends it"
+
+
 def _use_profile(folder: Path, profile: str) -> None:
     """Run `cf profile use` with the worktree's own code. Raises RuntimeError with the last line of its output if it fails."""
     words = [sys.executable, "-m", "tasks", "profile", "use", profile]
@@ -110,9 +129,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("cf runs", description=__doc__, epilog=EXAMPLES, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="runs that have a folder, the most recently used first")
+    opened = verbs.add_parser("open", help="a run's code, parameters and results in a folder of their own")
+    opened.add_argument("name", help="as `cf runs list` and the branch run/NAME have it, or a branch, tag or commit: nightly/2026-01-31")
+    opened.add_argument("folder", type=Path, metavar="DIR", help="where; a folder that is not there yet")
     verbs.add_parser("prune", help="remove all folders but the most recently used").add_argument("--keep", type=int, default=KEEP)
     args = parser.parse_args(argv)
     repo = Path.cwd()
+    if args.verb == "open":
+        print(open_worktree(repo, args.name, args.folder))
+        return
     if args.verb == "list":
         if not list_worktrees(repo):
             print(f"no run has a folder in {FOLDER}/")

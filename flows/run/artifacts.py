@@ -15,6 +15,7 @@ from uuid import UUID
 from prefect import artifacts as prefect_artifacts
 
 from tasks.files.json_lines import read_json_object
+from tasks.files.key_numbers import read_key_numbers
 from tasks.files.settings import read_settings
 from tasks.files.trees import list_nodes
 
@@ -72,15 +73,13 @@ class ProgressBar:
             _show(self.complain, prefect_artifacts.update_progress_artifact, self.artifact, percent, description=line)
 
 
-def show_results(root: Path, run: str, states: Mapping[str, str], complain: Complain) -> None:
-    """Show what each stage did, all metrics in one table, and links to the report and to W&B's runs."""
+def show_results(root: Path, run: str, states: Mapping[str, str], about: str, complain: Complain) -> None:
+    """Show what each stage did, all metrics, and links to the report and to W&B's runs; `about` is what was asked for."""
     places = wandb_places(root)
-    create_link, summary = prefect_artifacts.create_link_artifact, _summary_text(root, run, states, places)
+    create_link, summary = prefect_artifacts.create_link_artifact, _summary_text(root, run, states, about, places)
     _show(complain, prefect_artifacts.create_markdown_artifact, summary, key="run", description=f"run {run}")
-    metrics = {file.stem: read_json_object(file) for file in sorted((root / "metrics").glob("*.json"))}
-    values = [(stage, *node) for stage, tree in metrics.items() for node in list_nodes(tree) if not isinstance(node[1], Mapping)]
-    if rows := [{"stage": stage, "metric": name, "value": value} for stage, name, value in values]:
-        show_table(rows, "metrics", f"metrics of run {run}", complain)
+    if text := _metrics_text(root):
+        _show(complain, prefect_artifacts.create_markdown_artifact, text, key="metrics", description=f"metrics of run {run}")
     report = root / "reports/report.html"
     if report.exists():
         server = (read_settings().reports or "").rstrip("/")
@@ -104,8 +103,26 @@ def _show(complain: Complain, create: Callable[..., Any], *values: object, **opt
         return None
 
 
-def _summary_text(root: Path, run: str, states: Mapping[str, str], places: Mapping[str, str]) -> str:
-    lines = [f"# Run {run}", "", f"In `{root}`; `git log -1 -p` there shows its parameters, `dvc repro` repeats it.", ""]
+def _metrics_text(root: Path) -> str:
+    """Return the key numbers as a table, and below it all metrics, folded where there are key numbers; empty without any metrics."""
+    metrics = {file.stem: read_json_object(file) for file in sorted((root / "metrics").glob("*.json"))}
+    values = [(stage, *node) for stage, tree in metrics.items() for node in list_nodes(tree) if not isinstance(node[1], Mapping)]
+    if not values:
+        return ""
+    table = ["| stage | metric | value |", "|---|---|---|", *(f"| {stage} | {name} | {value} |" for stage, name, value in values)]
+    numbers = {label: value for label, value in read_key_numbers(root).items() if value is not None}
+    if not numbers:
+        return "\n".join(table)
+    key_rows = ["| number | value |", "|---|---|", *(f"| {label} | {value:.4g} |" for label, value in numbers.items())]
+    return "\n".join([*key_rows, "", f"<details><summary>all {len(values)} metrics</summary>", "", *table, "", "</details>"])
+
+
+def _summary_text(root: Path, run: str, states: Mapping[str, str], about: str, places: Mapping[str, str]) -> str:
+    lines = [f"# Run {run}", "", *([about, ""] if about else []), f"In `{root}`."]
+    if root.parent.name == ".runs":
+        branch = f"run/{root.name}"
+        lines[-1] += f" `git show {branch}:params.yaml` shows all parameters, `cf runs open {root.name} DIR` brings it back later."
+    lines += [""]
     lines += ["| stage | state | W&B |", "|---|---|---|"]
     for stage, state in states.items():
         place = places.get(stage, "")

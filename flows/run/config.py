@@ -1,11 +1,14 @@
 """What one run of the pipeline is asked to do: the form in Prefect's UI, and the options of `python -m flows.pipeline`."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, Field, GetJsonSchemaHandler, StringConstraints
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+from tasks.params.yaml_file import read_yaml
 
 # The patterns also keep a word of the form from being an option or a command to git, DVC or a shell.
 STAGE = r"^[A-Za-z0-9_][A-Za-z0-9_./:@-]{0,100}$"
@@ -41,10 +44,25 @@ def _refuse_unreadable(lines: list[str]) -> list[str]:
     return lines
 
 
+class _KnownStages:
+    """Makes a form offer the stages that dvc.yaml has when the form is made, which is at `cf deploy`. A run checks the names itself."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        file, schema = Path("dvc.yaml"), dict(handler(core))
+        names = list(read_yaml(file).get("stages") or {}) if file.is_file() else []
+        return schema | ({"enum": names} if names else {})
+
+
 Profile = Literal["params.yaml", "tiny", "smoke", "wan-1.3b"]
-StageName = Annotated[str, StringConstraints(pattern=STAGE)]
+StageName = Annotated[str, StringConstraints(pattern=STAGE), _KnownStages()]
 Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
 Overrides = Annotated[list[Override], Field(max_length=50), AfterValidator(_refuse_unreadable)]
+
+
+def describe_parameters(profile: str, overrides: list[str]) -> str:
+    """Say in a line of Markdown which profile and overrides a run was asked for."""
+    over = "overrides " + ", ".join(f"`{line}`" for line in overrides) if overrides else "no overrides"
+    return f"Profile `{profile}`, {over}."
 
 
 class RunConfig(BaseModel, extra="forbid"):

@@ -1,5 +1,6 @@
 """What every flow begins and ends with: dead runs are closed first, results are committed, and the log is delivered to the last line."""
 
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -30,11 +31,15 @@ def run_framed(body: Callable[[], FlowResult]) -> FlowResult | State[Any]:
         clean_up_after_dead_runs(Path.cwd())
         return body()
     except (RuntimeError, ValueError) as error:
-        get_run_logger().error(str(error))
         return Failed(message=str(error))  # returned, not raised: Prefect would prefix the message with the exception's name
     finally:
         command.stop_commands()
         deliver_logs()
+
+
+def say_failures_once() -> None:
+    """Leave out Prefect's log line with a failed run's message, for a command that ends with that message itself."""
+    logging.getLogger("prefect.flow_runs").addFilter(lambda record: not record.getMessage().startswith("Finished in state Failed("))
 
 
 def clean_up_after_dead_runs(repo: Path) -> None:
@@ -73,7 +78,7 @@ def commit_results(repo: Path, root: Path, run: str, what: str = "results") -> N
     git.run_git(root, "add", "--update")
     commit = git.commit_paths(root, ["dvc.lock", "metrics"], f"run {run}: {what}")
     logger = get_run_logger()
-    logger.info(f"{root} is branch run/{run} at {commit[:12]}; `dvc repro` at that commit repeats it")
+    logger.info(f"{root} is branch run/{run} at {commit[:12]}; `cf runs open {run} DIR` opens it elsewhere, and `dvc repro` repeats it")
     for folder in worktree.prune_worktrees(repo, line=logger.warning):
         logger.info(f"removed the worktree {folder}; its branch stays")
 

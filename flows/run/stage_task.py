@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed
+from prefect.states import Cancelled, Completed, Failed
 
 from flows.project.dvc_command import dvc_words, explain_failure
 from flows.project.dvc_graph import Stage
@@ -42,6 +42,7 @@ class SharedRun:
     unchanged: set[str]  # stages that one `dvc status` calls unchanged: nothing to do unless a stage before them ran
     slots: threading.Semaphore
     pull: bool = False
+    done: Mapping[str, str] = field(default_factory=dict)  # states of stages that ran before the tasks began
     outcomes: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)  # why a stage failed, in one line
 
@@ -53,14 +54,21 @@ def may_retry(task: object, run: object, state: State[Any]) -> bool:
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=may_retry)
 def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[None]:
-    """Run a stage by `dvc repro --single-item`, unless a stage of `upstream` failed or nothing has changed.
+    """Run a stage by `dvc repro --single-item`, unless a stage of `upstream` failed, nothing has changed or the run is stopped.
 
-    Raises RuntimeError with the last lines of output when the stage fails or takes longer than its timeout.
+    A stage that fails or takes longer than its timeout is Failed with its last lines of output; if it is to be tried again, that is
+    raised as RuntimeError, because Prefect tries nothing again that returns a state.
     """
     logger, name = get_run_logger(), stage.name
+    if name in run.done:
+        run.outcomes[name] = run.done[name]
+        return Completed(name=run.done[name])
     if missing := [other for other in upstream if run.outcomes.get(other) not in DONE]:
         run.outcomes[name] = "Skipped"
         return Cancelled(name="Skipped", message=f"{', '.join(missing)} did not complete")
+    if command.stopping.is_set():
+        run.outcomes[name] = "Skipped"
+        return Cancelled(name="Skipped", message="the run was stopped before this stage began")
     if name in run.unchanged and all(run.outcomes[other] == "Cached" for other in upstream):
         logger.info(f"{name} is as it was, by `dvc status`")
         run.outcomes[name] = "Cached"
@@ -84,18 +92,29 @@ def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[
                 code = repro_stage(stage, run, log, pull=False)
         if code:
             run.reasons[name] = explain_failure(lines)
-            raise RuntimeError("\n".join([f"{name} failed", *lines[-TAIL_LINES:]]))
+            return _fail_stage(stage, [f"{name} failed", *lines[-TAIL_LINES:]])
         state = read_outcome(name, lines)
     except TimeoutError as error:
         run.reasons[name] = f"{name} {error}"
-        raise RuntimeError("\n".join([f"{name} {error}; meta.cf.timeout in dvc.yaml states it", *lines[-TAIL_LINES:]])) from None
+        return _fail_stage(stage, [f"{name} {error}; meta.cf.timeout in dvc.yaml states it", *lines[-TAIL_LINES:]])
+    except (command.Stopped, InterruptedError) as error:
+        run.outcomes[name] = "Cancelled"
+        return Cancelled(message=str(error))
     except ValueError as error:  # of the GPUs that it asks for
         run.reasons[name] = str(error)
-        raise
+        return Failed(message=str(error))
     finally:
         progress.close(state == "Completed")
     run.outcomes[name] = state
     return Completed(name=state)
+
+
+def _fail_stage(stage: Stage, lines: list[str]) -> State[None]:
+    """Return a failed state, which Prefect logs without a traceback, or raise RuntimeError while there are attempts left."""
+    failed: State[None] = Failed(message="\n".join(lines))
+    if runtime.task_run.run_count <= stage.retries and may_retry(None, None, failed):
+        raise RuntimeError(failed.message)
+    return failed
 
 
 def repro_stage(stage: Stage, run: SharedRun, log: Callable[[str], None], *, pull: bool) -> int:

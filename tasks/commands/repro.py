@@ -7,22 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from tasks.files.dvc_rwlock import mend_rwlock
 from tasks.files.json_lines import load_json_object
+from tasks.files.key_numbers import read_key_numbers
 from tasks.params.project import Project
 
 DVC = ("dvc", "--wait-for-lock", "repro")
 COMMITTED = Path("benchmarks/results/tiny-runtime.json")  # runtime/*.json of the run of profile tiny that is committed
 ENOUGH = 10.0  # seconds of finished stages, in the committed run, from which this machine's speed is estimated
-SUMMARY = {  # label -> stage whose metrics/<stage>.json has the number, and the keys to it
-    "base, sprite recall": ("evaluate", "prompts", "base", "sprite_recall"),
-    "stage1, sprite recall": ("evaluate", "prompts", "stage1", "sprite_recall"),
-    "teacher, map error after 10 real seconds": ("evaluate", "continuations", "teacher_slow_fast", "map_error"),
-    "stage2, memory ratio (0 remembers all)": ("evaluate", "prompts", "stage2", "memory_ratio"),
-    "stage2, diversity between its videos": ("evaluate", "prompts", "stage2", "diversity"),
-}
 
 
 def main(argv: list[str]) -> None:
@@ -85,9 +78,6 @@ def summarize_run(root: Path) -> str:
     """Return the lines for the project in `root`; a number that no stage has written is `not measured`."""
     places = {"report": root / "reports/report.html", "videos": root / "samples"}
     lines = [f"{name:<42} {path}" for name, path in places.items() if path.exists()]
-    for label, (stage, *keys) in SUMMARY.items():
-        value: Any = load_json_object(root / f"metrics/{stage}.json", missing_ok=True)
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        lines.append(f"{label:<42} " + (f"{value:.4g}" if isinstance(value, int | float) else "not measured"))
+    for label, value in read_key_numbers(root).items():
+        lines.append(f"{label:<42} " + ("not measured" if value is None else f"{value:.4g}"))
     return "\n".join(lines)

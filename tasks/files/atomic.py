@@ -1,6 +1,7 @@
-"""Writing of files that are either complete or absent: into a file beside the path, which then takes its name."""
+"""Writing of files and folders that are either complete or absent: beside the path, whose name the new one then takes."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,3 +27,21 @@ def open_partial(path: Path, *, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def swap_into_place(new: Path, path: Path) -> None:
+    """Let a complete file or folder take the place of another, or of none; what was there is deleted only afterwards."""
+    old = path.with_name(path.name + ".old")
+    delete_path(old)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    delete_path(old)
+
+
+def delete_path(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

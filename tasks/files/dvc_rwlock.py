@@ -50,11 +50,11 @@ def _is_whole(file: Path) -> bool:
 
 def find_dvc(root: Path) -> list[int]:
     """Return the numbers of this user's processes that run DVC in a checkout, and not in a worktree below it."""
-    found = []
+    root, found = root.resolve(), []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if any(re.fullmatch(r"(.*/)?dvc", word) for word in process.cmdline()[:4]):
                 here = Path(process.cwd())
-                if next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), None) == root.resolve():
+                if next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), None) == root:
                     found.append(process.pid)
     return found

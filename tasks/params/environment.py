@@ -49,6 +49,7 @@ class Environment(BaseSettings):
     )
     alert_url: SecretStr | None = _variable(None, "URL that is sent a message when a night fails or doesn't happen. Secret.")
     heartbeat_url: SecretStr | None = _variable(None, "URL that is asked for once at the end of a good night. Secret.")
+    judge_key: SecretStr | None = _variable(None, "Key of the endpoint that `cf score --judge URL` asks. Secret.")
     # of stages
     gpus: int | None = _variable(None, "GPUs to give away; default: all.", "the number of GPUs of this machine, 0 or more", ge=0)
     gpu_locks: Path | None = _variable(None, "Folder of the GPUs' locks; default: ~/.cache/cf/HOST.")
@@ -63,6 +64,7 @@ class Environment(BaseSettings):
     branch: str = _variable("main", "Branch that a container clones.")
     checkout: Path | None = _variable(None, "Where a container clones it; default: ~/context-forcing.")
     system: bool = _variable(False, "1 runs tests/system, with a real server, worker and browser.")
+    clips: Path | None = _variable(None, "Folder of real clips, 832 x 480 at 16 fps, that tests/metrics/test_real_clips.py scores.")
     screenshots: Path | None = _variable(None, "Folder that tests/system writes the screenshots of docs/ to.")
     # set by programs for programs
     machine: str | None = _variable(None, "Internal: the checkout that a process belongs to, for `cf down`.")

@@ -10,6 +10,7 @@ from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 RENDERED = Path("cf_model/data/worlds.py")  # where clips come from when they are rendered
+CAPTIONS = Path("data/manifest.jsonl")  # where the students' prompts come from when they are the clips' captions
 BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 DAYS = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 
@@ -24,12 +25,18 @@ class Start(Section):
     """Files and folders that dvc.yaml names by ${start.NAME}, so that DVC tracks them as dependencies."""
 
     clips: Path  # clips.folder, or the code that renders them
+    prompts: Path  # of the students: data/manifest.jsonl for the training clips' captions, or a text or CSV file
     stage2: Path  # weights that the student of stage 2 begins with: models/stage1, or a promoted student
 
     @model_validator(mode="after")
     def _check_characters(self) -> Self:
-        if not re.fullmatch(r"[\w@./]*[\w@][\w@./-]*", str(self.stage2), re.ASCII):
-            raise ValueError(f"stage2 is {str(self.stage2)!r}, which dvc.yaml puts into a command; use letters, digits, and . _ / @ -")
+        for name in ("prompts", "stage2"):
+            value = str(getattr(self, name))
+            if not re.fullmatch(r"[\w@./]*[\w@][\w@./-]*", value, re.ASCII):
+                raise ValueError(f"{name} is {value!r}, which dvc.yaml puts into a command; use letters, digits, and . _ / @ -")
+        if self.prompts != CAPTIONS and self.prompts.suffix not in (".txt", ".csv"):
+            way = f"use {CAPTIONS} for the clips' captions, a .txt file with one prompt a line, or a .csv file with a column `prompt`"
+            raise ValueError(f"prompts is {self.prompts}, which is neither captions nor a file of prompts; {way}")
         return self
 
 

@@ -7,9 +7,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cf_model.codec.linear import CodecSpec
 from cf_model.evaluate.trouble import CurveRule
-from cf_model.model.denoiser import Compute, ModelSpec
+from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
+from cf_model.model.sizes import ModelSpec
 from cf_model.model.view import GuidancePasses, TeacherView
 from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec
@@ -98,6 +99,12 @@ class Encode(Section):
     dtype: Literal["float32", "float16", "bfloat16"]
 
 
+class Prompts(Section):
+    """The prompts that students are trained on; start.prompts says where they come from."""
+
+    most: PositiveInt | None  # prompts that are embedded, the first of them; null: all
+
+
 CAUSAL = ("causal_init", "stage1", "stage2")
 
 
@@ -117,6 +124,15 @@ class System(Section):
         return self
 
 
+class RecallProbe(Section):
+    """One-step errors of the causal systems on held-out clips (cf_model/model/recall.py), from which `evaluate` takes the slow gain."""
+
+    clips: PositiveInt  # held-out clips that are long enough
+    start: Count  # latent frame from which on errors are measured; before it the clip is only read
+    frames: PositiveInt  # that are measured, in whole chunks
+    sigmas: list[Annotated[float, Field(gt=0, lt=1)]]  # noise levels
+
+
 class Generate(Section):
     """The videos that are compared: prompts and seeds, continued clips, and the systems that make them."""
 
@@ -131,6 +147,7 @@ class Generate(Section):
     guidance: Annotated[float, Field(ge=1)]
     guidance_passes: GuidancePasses
     crf: Annotated[int, Field(ge=0, le=51)]
+    recall: RecallProbe
     systems: dict[str, System]  # text to video
     continuations: dict[str, System]  # of a real prefix
 
@@ -139,7 +156,8 @@ class Evaluate(Section):
     """Settings of the metrics."""
 
     gap: PositiveFloat  # seconds out of sight before a return counts in map_error
-    absence: PositiveFloat  # seconds out of sight before a return counts in memory_ratio
+    absence: PositiveFloat  # seconds out of sight before a return counts in memory_ratio and map_error_absent
+    sink: Count  # latent frames at a video's beginning; the headings that they show are always in a memory's sink and count in neither
     resamples: PositiveInt  # of the bootstrap
     choices: Annotated[int, Field(ge=2)]  # captions that the blind guess chooses from
 
@@ -161,6 +179,7 @@ class Params(Section):
     codec: CodecParams
     text: Text
     encode: Encode
+    prompts: Prompts
     model: ModelSpec
     flow: Flow
     base: BaseSpec

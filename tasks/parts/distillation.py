@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
+from cf_model.data.embedded_prompts import EmbeddedPrompts
 from cf_model.data.latents import Latents
 from cf_model.model import wan
 from cf_model.model.denoiser import Compute
@@ -36,24 +37,10 @@ class DistillationJob:
     seed: int
 
 
-class CaptionPrompts:
-    """Prompts of a distillation: the training clips' captions, each once, in the order of the clips. Indexing gives [P, T, E]."""
-
-    def __init__(self, clips: Latents) -> None:
-        rows = clips.rows("train")
-        self.clips, self.rows = clips, list({caption: row for caption, row in zip(clips.captions(rows), rows, strict=True)}.values())
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, at: list[int]) -> Tensor:
-        return self.clips.text([self.rows[i] for i in at])
-
-
 def train_student(
-    job: DistillationJob, track: Track, *, latents: Path, codec: Path, teacher: Path, student: Path, out: Path
+    job: DistillationJob, track: Track, *, latents: Path, prompts: Path, codec: Path, teacher: Path, student: Path, out: Path
 ) -> dict[str, float | None]:
-    """Train the student in the folder `student` on the training clips' prompts, and write its average to `out`.
+    """Train the student in the folder `student` on the prompts in `prompts`, and write its average to `out`.
 
     Real score and critic both begin with the weights in `teacher` (alg. 1). Returns the stage's metrics.
     """
@@ -65,7 +52,8 @@ def train_student(
         critic=wan.load_transformer(teacher, job.compute).to(choose_device()),
         view=job.view,
         flow=job.flow,
-        prompts=CaptionPrompts(clips),
+        prompts=EmbeddedPrompts(prompts),
+        clips=clips,
         null=clips.null_text,
         shape=clips.shape,
         seed=job.seed,

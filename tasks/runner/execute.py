@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.files.atomic import write_atomically
+from tasks.files.atomic import delete_path, swap_into_place, write_atomically
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import load_json_object
 from tasks.params.project import Project
@@ -151,28 +151,17 @@ def seed_generators(params: Any) -> None:
 def write_beside(paths: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the paths with `<out>.partial` for `out`; on success move it into place, on failure leave the old `out` as it was."""
     out = paths["out"]
-    new, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    new = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    _delete_path(new)
+    delete_path(new)
     try:
         yield {**paths, "out": new}
     except BaseException:
-        _delete_path(new)
+        delete_path(new)
         raise
     if not new.exists():
         raise RuntimeError(f"the stage ended without writing {new}")
-    _delete_path(old)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    _delete_path(old)
-
-
-def _delete_path(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    swap_into_place(new, out)
 
 
 def round_metrics(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def run_stage(stage: str, argv: list[str], project: Project) -> None:
     run = importlib.import_module(f"tasks.{stage}").run
     paths = vars(build_parser(stage, run, project).parse_args(argv))
     del paths["params"]  # which `project` has read
+    refuse_missing_inputs(stage, paths)
     rank, params = get_rank(), project.params
     if rank is None and (count := count_ranks(stage, project.tree)) * count_nodes() > 1:
         sys.exit(launch_ranks(stage, count))
@@ -60,6 +61,14 @@ def run_stage(stage: str, argv: list[str], project: Project) -> None:
         refuse_unfit_stage(params, stage, paths["out"], WORK / stage)
     announce = None if store is None else lambda work: store.set("work", str(work))
     execute(stage, run, paths, project, began=BEGAN, announce=announce)
+
+
+def refuse_missing_inputs(stage: str, paths: Mapping[str, Any]) -> None:
+    """Refuse a stage before its first step if something that it reads is not there, because some inputs are opened only at its end."""
+    for name, path in paths.items():
+        if name != "out" and path is not None and not path.exists():
+            way = f"`cf repro {stage}` makes first what {stage} needs"
+            raise Refused(f"--{name.replace('_', '-')} is {path}, which is not there; {way}")
 
 
 def build_parser(stage: str, run: Callable[..., Any], project: Project) -> argparse.ArgumentParser:

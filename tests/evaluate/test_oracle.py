@@ -66,15 +66,35 @@ def test_fast_is_faster_than_slow(videos):
 
 
 def test_memory_ratio_tells_memory_from_none(videos):
-    true = mean("memory_ratio", [oracle.memory_metrics(v, FPS, 2.0) for v in videos])
-    none = mean("memory_ratio", [oracle.memory_metrics(forgetful(w), FPS, 2.0) for w in WORLDS])
-    assert true < 0.05 and none > 0.7
+    def ratio(shown):
+        found = [oracle.memory_metrics(v, FPS, 2.0, kept=oracle.find_bins_in_view(v[:9])) for v in shown]
+        both = [m for m in found if "same_heading" in m]
+        assert len(both) >= 6
+        return mean("same_heading", both) / mean("other_heading", both)
+
+    assert ratio(videos) < 0.05 and ratio(map(forgetful, WORLDS)) > 0.7
+
+
+def test_a_heading_of_the_sink_and_slow_drift_are_no_forgetting(videos, monkeypatch):
+    """Bin 0 changes by 10 at each visit, 20 from its first; bin 9 changes by 90, but the sink shows it."""
+    dark = np.zeros((7, 3))
+    found = [oracle.Visit(b, 100 * n, 100 * n + 10, dark + (10 if b == 0 else 90) * n) for n in range(3) for b in (0, 9)]
+    monkeypatch.setattr(oracle, "find_visits", lambda video: found)
+    assert oracle.memory_metrics(videos[0], FPS, 2.0, kept={9})["same_heading"] == pytest.approx(10)
+    assert oracle.memory_metrics(videos[0], FPS, 2.0, kept=())["same_heading"] == pytest.approx(50)
+
+
+def test_the_bins_in_view_are_those_between_the_pictures_edges(videos):
+    heading = oracle.read_heading(videos[0][:1])[0][0]
+    seen = oracle.find_bins_in_view(videos[0][:1])
+    assert seen == {b for b in range(24) if (4 * b + 2 - heading) % 96 < 32} and len(seen) == 8
 
 
 def test_map_error_counts_what_was_long_out_of_sight(videos):
     truths = [w.truth(1, FPS) for w in WORLDS]
-    true = [oracle.map_metrics(v, t, prefix=10 * FPS + 1, fps=FPS, gap=5.0) for v, t in zip(videos, truths, strict=True)]
-    wrong = [oracle.map_metrics(forgetful(w), t, prefix=80, fps=FPS, gap=5.0) for w, t in zip(WORLDS, truths, strict=True)]
+    asked = {"fps": FPS, "gap": 5.0, "absence": 2.0, "kept": ()}
+    true = [oracle.map_metrics(v, t, prefix=10 * FPS + 1, **asked) for v, t in zip(videos, truths, strict=True)]
+    wrong = [oracle.map_metrics(forgetful(w), t, prefix=80, **asked) for w, t in zip(WORLDS, truths, strict=True)]
     assert sum("map_error" in m for m in true) >= 4
     assert mean("map_error", true) < 12 < 40 < mean("map_error", wrong)
 
@@ -83,7 +103,7 @@ def test_map_error_is_of_the_long_absent_and_nothing_else(videos, monkeypatch):
     """A return counts by how long a bin, a section of the panorama, was out of sight. The prefix is the first 160 frames, which are given.
 
     Bin 0 returns after 9.4 s with a wrong colour and alone makes `map_error`, because `gap` is 5 s. Bin 1 returns after 1.9 s with the
-    right colour and makes `map_error_recent`. Bin 2 has a wrong colour and counts in neither, because the prefix never showed it.
+    right colour. Bin 2 has a wrong colour and counts nowhere, because the prefix never showed it. Bins 3 and 4 return after 2.5 s.
     """
     truth = WORLDS[0].truth(1, FPS)
     band = worlds.paint_panorama(tuple(truth["landmarks"]), truth["sky"], 1)[worlds.LANDMARK_ROWS]
@@ -97,9 +117,11 @@ def test_map_error_is_of_the_long_absent_and_nothing_else(videos, monkeypatch):
 
     found = [visit(0, 0, 50), visit(1, 0, 150), visit(2, 170, 190, 90.0)]
     found += [visit(1, 180, 220), visit(0, 200, 240, 50.0), visit(2, 300, 320, 90.0)]
+    found += [visit(3, 0, 140), visit(4, 0, 140), visit(3, 180, 220, 30.0), visit(4, 180, 220, 70.0)]  # both 2.5 s later
     monkeypatch.setattr(oracle, "find_visits", lambda video: found)
-    errors = oracle.map_metrics(videos[0], truth, prefix=160, fps=FPS, gap=5.0)
-    assert errors["map_error"] == pytest.approx(50) and errors["map_error_recent"] == pytest.approx(0)
+    errors = oracle.map_metrics(videos[0], truth, prefix=160, fps=FPS, gap=5.0, absence=2.0, kept={4})
+    assert errors["map_error"] == pytest.approx(50) and errors["map_error_recent"] == pytest.approx(100 / 3)
+    assert errors["map_error_absent"] == pytest.approx(40), "bins 0 and 3; bin 4 stands in the sink"
 
 
 def test_blur_freezing_and_the_same_landmarks_everywhere_lower_their_metrics(videos):
@@ -123,3 +145,33 @@ def test_sizes_do_not_change_what_is_measured():
     a, b = (oracle.prompt_metrics(v, world.truth(1, FPS), FPS) for v in (small, large))
     for name in ("compass_coherence", "sky_accuracy", "sprite_recall", "speed", "shape_accuracy"):
         assert a[name] == pytest.approx(b[name], abs=0.1), name
+
+
+def test_slow_columns_are_those_that_neither_sink_nor_fast_part_shows():
+    """The camera turns by half a column (4 units) a latent for ten latents, and then back. A latent is four frames, a chunk one latent."""
+    path = np.array([*range(0, 44, 4), *range(36, -4, -4)], float)
+    chosen = oracle.select_slow_columns(np.repeat(path, 4), start=11, chunk=1, sink=2, fast=3, columns=4, frames=10, time=4)
+    # Latent 13 shows 28..60 and the fast part has 32..72: half of the column 28..36 is news to it, and far from the sink's 0..36.
+    assert not chosen[:3].any(), "on turning, the fast part still has all"
+    assert [row.tolist() for row in chosen[3:9]] == [[False] * 4] * 6, "the sink shows the columns up to 36"
+    apart = np.repeat(path + np.where(path > 8, 32, 0), 4)  # the same, but the sink's place is seen by the sink alone
+    far = oracle.select_slow_columns(apart, start=11, chunk=1, sink=2, fast=3, columns=4, frames=7, time=4)
+    assert [row.tolist() for row in far[3:]] == [[True, False, False, False]] * 4
+    never = oracle.select_slow_columns(np.arange(72) * 0.5, start=12, chunk=1, sink=1, fast=1, columns=4, frames=6, time=4)
+    assert not never.any(), "a camera that only goes on sees nothing again before it has gone round"
+
+
+def test_an_unrolled_video_shows_the_world_where_it_was_seen(videos):
+    """The panorama that the video was cut from, but for the sprite, and white where the camera never was."""
+    world, video = WORLDS[0], videos[0]
+    circle, truth = oracle.unroll_panorama(video), oracle.paint_truth(world.truth(1, FPS), 1)
+    assert circle.shape == truth.shape == (24, 96, 3)
+    heading = world.heading(np.arange(len(video)) / FPS)
+    seen = np.zeros(96, bool)
+    for h in heading:
+        seen[(int(np.ceil(h)) + np.arange(31)) % 96] = True
+    low = slice(13, 24)  # below the sprite
+    turned = np.roll(truth, 12, axis=1)
+    off, wrong = (np.abs(circle[low].astype(float) - where[low])[:, seen].mean() for where in (truth, turned))
+    assert off < 6 < 30 < wrong, "up to half a unit of rounding at the hills' edges, and no hill at its neighbour's place"
+    assert 8 < (~seen).sum() < 70 and (circle[:, ~seen] == 255).mean() > 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cf_model.evaluate.statistics import bootstrap, paired, sign_flip
+from cf_model.evaluate.statistics import bootstrap, bootstrap_ratio, paired, paired_ratio, sign_flip
 
 
 def test_mean_is_over_videos_and_the_draw_is_over_prompts() -> None:
@@ -90,3 +90,17 @@ def test_pairing_removes_what_prompts_have_in_common() -> None:
 
 def test_nothing_shared_is_no_difference() -> None:
     assert paired({("a", 0): 1.0}, {("b", 0): 1.0}, resamples=10, seed=0) is None
+
+
+def test_a_ratio_of_means_is_compared_over_the_videos_of_both() -> None:
+    """Each prompt's videos are drawn together; a video that lacks one of the four values counts nowhere."""
+    keys = [(f"p{i}", seed) for i in range(20) for seed in range(2)]
+    tops, bottoms = {key: 2.0 + i % 3 for i, key in enumerate(keys)}, {key: 10.0 for key in keys}
+    halved = {key: value / 2 for key, value in tops.items()}
+    halved["p0", 7] = 1000.0
+    found = paired_ratio((tops, bottoms), (halved, bottoms), resamples=200, seed=0)
+    assert found and found.first == pytest.approx(np.mean([*tops.values()]) / 10) and found.second == pytest.approx(found.first / 2)
+    assert found.change.low < found.change.mean < found.change.high < 0
+    alone = bootstrap_ratio(tops, bottoms, resamples=200, seed=0)
+    assert alone and alone.low < found.first < alone.high and alone.mean == pytest.approx(found.first)
+    assert bootstrap_ratio(tops, {}, resamples=200, seed=0) is None

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from tests.once import copy_of
+from tests.preloaded import python_folder
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["prepare", "slow", "stubborn", "last"]
@@ -170,7 +171,7 @@ def git(folder: Path, *words: str) -> str:
 
 
 def dvc(folder: Path, *words: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "dvc", *words]
+    command = [python_folder() / "python", "-m", "dvc", *words]
     done = subprocess.run(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == code, done.stdout
     return done.stdout

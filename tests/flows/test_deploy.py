@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import shutil
 import socket
 import threading
 from base64 import b64encode
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
+from cronsim import CronSim
 from prefect.client.orchestration import get_client
+from prefect.server.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
 
 from flows.machine import deploy
@@ -29,7 +35,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = project.make(tmp_path / "project")
     shutil.copytree(project.ROOT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     with (root / "params.yaml").open("a") as file:
-        file.write(f'nightly: {{cron: "{CRON}", timezone: Europe/Berlin}}\n')
+        file.write(f'nightly: {{cron: "{CRON}", timezone: Europe/Berlin, inbox: inbox}}\n')
     for name in [name for name in os.environ if name.startswith(("CF_", "PREFECT_"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(root)
@@ -120,6 +126,53 @@ def test_what_is_paused_stays_paused(api: str, checkout: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
+def test_nights_wait_for_an_inbox_and_what_they_will_do_is_said(
+    api: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody who deploys for the forms is not to find a training and a push in the morning; and no deployment is a run of W&B."""
+    asked: list[dict[str, str]] = []
+    really = deploy.run_module
+    monkeypatch.setattr(deploy, "run_module", lambda words, root, env, name: (asked.append(env), really(words, root, env, name)))
+    params = (checkout / "params.yaml").read_text()
+    (checkout / "params.yaml").write_text(params.replace("inbox: inbox", "inbox: null"))
+    project.git(checkout, "remote", "add", "origin", "https://me:secret@git.example/cf")
+    project.dvc(checkout, "remote", "add", "-q", "-d", "lab", "/nowhere")
+
+    def active() -> list[bool]:
+        deploy.main([])
+        return [one["active"] for one in deployed(api)["nightly"]["schedules"]]
+
+    for _ in range(2):
+        assert active() == [False]
+        said = capsys.readouterr().out
+        assert (
+            "nights are paused (new clips from no inbox, profile tiny, pushes data to the DVC remote lab and its branch and tags to" in said
+        )
+        assert "origin (https://git.example/cf)); name a folder as nightly.inbox" in said and "secret" not in said
+    assert asked[0]["WANDB_MODE"] == "disabled"
+    (checkout / "params.yaml").write_text(params)
+    assert active() == [True]
+    said = capsys.readouterr().out
+    assert re.search(r"the next night is 20\d\d-\d\d-\d\d 02:30 Europe/Berlin: new clips from inbox, profile tiny, pushes data", said), said
+    (checkout / "params.yaml").write_text(params.replace("inbox: inbox", "inbox: null"))
+    assert active() == [True], "it was at work: that is for a person to stop"
+
+
+@pytest.mark.slow
+def test_forms_offer_the_stages_and_say_what_each_field_is(api: str, checkout: Path) -> None:
+    deploy.main([])
+    schemas = {name: one["parameter_openapi_schema"] for name, one in deployed(api).items()}
+    nightly = schemas["nightly"]["properties"]
+    assert nightly["date"]["description"].startswith("Of the night") and nightly["full"]["description"].startswith("Train everything anew")
+    for flow, fields in (("pipeline", ("from_stage", "to_stage", "stages")), ("evaluate", ("stage", "measured"))):
+        (config,) = schemas[flow]["definitions"].values()
+        for field in fields:
+            assert str(project.STAGES) in str(config["properties"][field]), field
+        for name, field in config["properties"].items():
+            assert "description" in field and not re.search(r"[^`]student@", field["description"]), f"{name}: a mail link"
+
+
+@pytest.mark.slow
 def test_deployments_for_containers(api: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CF_POOL", "cf-docker")
     monkeypatch.setenv("CF_ROOT", "/home/cf/context-forcing")
@@ -129,6 +182,16 @@ def test_deployments_for_containers(api: str, checkout: Path, monkeypatch: pytes
     step = {"prefect.deployments.steps.set_working_directory": {"directory": "/home/cf/context-forcing"}}
     assert all(one["pull_steps"] == [step] for one in there.values())
     assert f"to work pool cf-docker: {api.removesuffix('/api')}/deployments" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("day", ["2026-03-27", "2026-10-23"])
+def test_there_is_one_night_on_each_date_when_clocks_are_changed(day: str) -> None:
+    """Half past two comes not at all, and twice: by Prefect's scheduler, and by what `cf deploy` says."""
+    start = datetime.fromisoformat(f"{day}T12:00").replace(tzinfo=ZoneInfo("Europe/Berlin"))
+    dates = asyncio.run(CronSchedule(cron=CRON, timezone="Europe/Berlin").get_dates(n=4, start=start))
+    said = [night for night, _ in zip(CronSim(CRON, start), range(4), strict=False)]
+    for nights in (dates, said):
+        assert [night.astimezone(start.tzinfo).date().toordinal() - start.date().toordinal() for night in nights] == [1, 2, 3, 4]
 
 
 def test_the_password_goes_along_and_into_no_sentence() -> None:
@@ -153,7 +216,7 @@ def test_the_password_goes_along_and_into_no_sentence() -> None:
 
 
 def test_the_cron_is_that_of_params(checkout: Path) -> None:
-    assert deploy.read_schedule(checkout) == {"CF_NIGHTLY_CRON": CRON, "CF_NIGHTLY_TIMEZONE": "Europe/Berlin"}
+    assert deploy.read_nightly(checkout) == {"cron": CRON, "timezone": "Europe/Berlin", "inbox": "inbox"}
     (checkout / "params.yaml").write_text("seed: 1\n")
     with pytest.raises(ValueError, match=r"states no nightly\.cron"):
-        deploy.read_schedule(checkout)
+        deploy.read_nightly(checkout)

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flows.cli import count_things
 from flows.doctor import command, server, this_machine
 from flows.machine import programs
 from flows.machine.settings import Machine, read_machine
@@ -54,6 +55,19 @@ def test_the_packages_here_are_checked(machine: Machine) -> None:
     assert line.level == "ok"
 
 
+def test_a_fresh_clone_gets_no_warning_of_prefects(machine: Machine) -> None:
+    python = "import os; from flows.machine import settings; os.environ.update(settings.process_environment(settings.read_machine()))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{python}; import prefect.context"], env=project.environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, ""), "it could not make its home in a folder that is not there"
+
+
+@pytest.mark.parametrize("number, thing, said", [(1, "error", "1 error"), (0, "run", "0 runs"), (2, "process", "2 processes")])
+def test_numbers_of_things(number: int, thing: str, said: str) -> None:
+    assert count_things(number, thing) == said
+
+
 def test_a_variable_that_means_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.level for line in this_machine.check_environment(machine, False)] == ["ok"]
     monkeypatch.setenv("CF_ALERTURL", "http://hush")
@@ -70,7 +84,7 @@ def test_leftovers_of_a_killed_copy(machine: Machine) -> None:
     (folder / "whole").write_text("a file")
     os.utime(folder / ".old.tmp", (0, time.time() - 7200))
     (line,) = this_machine.check_leftovers(machine, False)
-    assert line.level == "warn" and line.said.startswith("1 leftovers")
+    assert line.level == "warn" and line.said.startswith("1 leftover of ")
     (line,) = this_machine.check_leftovers(machine, True)
     assert line.level == "ok" and sorted(file.name for file in folder.iterdir()) == [".new.tmp", "whole"]
     assert [line.said for line in this_machine.check_leftovers(machine, False)] == ["no leftovers of interrupted copies"]

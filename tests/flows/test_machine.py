@@ -199,6 +199,17 @@ def test_a_program_that_ends_while_it_starts(checkout: Path, monkeypatch: pytest
         up.wait_for(settings.read_machine(), "server", lambda: False)
 
 
+def test_up_says_at_once_what_it_starts(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ends(*_: object) -> None:
+        raise ValueError("it ended")
+
+    monkeypatch.setattr(programs, "start_supervisor", ends)
+    monkeypatch.setattr(up, "prepare_start", lambda machine: None)
+    with pytest.raises(ValueError, match="it ended"):
+        up.start_machine([])
+    assert capsys.readouterr().out.startswith("starting supervisor, and by it server, worker, watch and reports")
+
+
 def test_one_up_or_down_at_a_time(checkout: Path) -> None:
     machine = settings.read_machine()
     with up.lock_machine(machine), pytest.raises(ValueError, match="another `cf up` or `cf down`"), up.lock_machine(machine):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 from prefect.client.schemas.objects import State
+from prefect.settings import get_current_settings
 from prefect.states import Failed
 
 from flows.project import dvc_config, dvc_remote, run_lock, worktree
@@ -49,10 +52,11 @@ def test_a_run_is_what_dvc_repro_makes_and_what_it_was_is_seen(root: Path, tmp_p
     assert (times[-1] - times[0]).total_seconds() > 1, "as they come, not at the end"
 
     assert run.artifacts["progress-slow"].data == 100 and "30 of 30" in run.artifacts["progress-slow"].description
-    rows = {(row["stage"], row["metric"]): row["value"] for row in shown_rows(run.artifacts["metrics"])}
-    assert rows == {("slow", "loss"): 0.5, ("slow", "of.a"): 1, ("slow", "of.b"): 2.25, ("last", "score"): 1}
+    rows = run.artifacts["metrics"].data.splitlines()[2:]
+    assert rows == ["| last | score | 1 |", "| slow | loss | 0.5 |", "| slow | of.a | 1 |", "| slow | of.b | 2.25 |"]
     assert (root / "reports/report.html").as_uri() in run.artifacts["report"].data
-    assert "| slow | Completed | `runtime/wandb/offline-run-1` |" in run.artifacts["run"].data
+    shown = run.artifacts["run"].data
+    assert "| slow | Completed | `runtime/wandb/offline-run-1` |" in shown and "Profile `params.yaml`, no overrides." in shown
 
 
 def test_cached_restored_and_ran(done_root: Path) -> None:
@@ -150,6 +154,25 @@ def test_parameters_are_checked_first(root: Path) -> None:
     state = go()
     assert state.is_failed() and state.message == "params.yaml: seed is -1; it must be 0 or more"
     assert seen(state).tasks == {} and not (root / "trace").exists()
+    command = [sys.executable, "-m", "flows.pipeline"]
+    env = project.environment(PREFECT_API_URL=str(get_current_settings().api.url))
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and said.splitlines()[-1] == f"pipeline: {state.message}"
+    assert said.count("it must be 0 or more") == 1 and "Traceback" not in said
+
+
+def test_parameters_are_checked_once(root: Path) -> None:
+    """By the stage that does nothing else, which is not run a second time; and not at all where nothing has changed."""
+    stage = "  validate: {cmd: python -m tasks validate --out out.json, params: [params.yaml: ], outs: [out.json: {cache: false}]}\n"
+    change(root, "  slow:\n", f"{stage}  slow:\n", "dvc.yaml")
+    asks = 'elif words[:1] == ["validate"]:\n'
+    change(root, asks, asks + '    open("checked", "a").write("x")\n', "tasks/__main__.py")
+    assert go(to_stage="validate").result() == {"validate": "Completed"} and (root / "checked").read_text() == "x"
+    assert go(to_stage="prepare").result() == {"prepare": "Completed"} and (root / "checked").read_text() == "x"
+    change(root, "seed: 1", "seed: -1")
+    state = go(to_stage="validate")
+    assert state.message == "params.yaml: seed is -1; it must be 0 or more" and (root / "checked").read_text() == "xx"
 
 
 def test_a_part_of_the_stages_and_only_saying_so(root: Path) -> None:

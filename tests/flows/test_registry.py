@@ -207,11 +207,34 @@ def test_weights_come_by_their_tag_from_the_cache_and_from_the_remote(made: Path
     assert (got / "b/deep/er/é").read_text() == "x"
 
 
+def test_weights_take_the_place_of_yesterdays_and_of_nothing_else(
+    made: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A daily job says `cf promoted --out weights` again and again."""
+    monkeypatch.chdir(made)
+    out = tmp_path_factory.mktemp("got") / "weights"
+    for text in ("x", "x", "another"):
+        (made / "make.py").write_text(SCRIPT.replace('"x"', repr(text)))
+        dvc(made, "repro", "-q")
+        git(made, "add", "-A")
+        git(made, "commit", "-q", "--allow-empty", "-m", text)
+        registry.assign_version(made, version := registry.register_version(made, "HEAD", {}), {})
+        promotion.show_promoted(["--out", str(out)])
+        assert capsys.readouterr().out.startswith(version.name)
+        assert {file.name: file.read_text() for file in out.rglob("*") if file.is_file()} == {"é": text, "b": "y"}
+    (out / "mine").write_text("notes")
+    with pytest.raises(SystemExit, match="holds something else than a version's weights; delete it, or name another folder"):
+        promotion.show_promoted(["--out", str(out)])
+    assert (out / "mine").exists() and [path.name for path in out.parent.iterdir()] == ["weights"]
+
+
 def test_damaged_weights_are_not_handed_out(made: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """DVC trusts its cache."""
     version = registry.register_version(made, "HEAD", {})
     (listed,) = [file for file in (made / ".dvc/cache").rglob("*") if file.is_file() and file.read_bytes() == b"y"]
     listed.chmod(0o644)
     listed.write_text("z")
-    with pytest.raises(RuntimeError, match=r"the weights of student@v0\.0\.1 are not what its dvc\.lock says|could not be had"):
-        registry.fetch_weights(made, version, tmp_path_factory.mktemp("got") / "a")
+    got = tmp_path_factory.mktemp("got")
+    with pytest.raises(RuntimeError, match=r"the weights of student@v0\.0\.1 could not be had: .*(not what its dvc\.lock says|md5)"):
+        registry.fetch_weights(made, version, got / "a")
+    assert list(got.iterdir()) == []

@@ -50,7 +50,7 @@ def lay_out(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     hour = (time.gmtime().tm_hour + 12) % 24
     for file in (folder / "params.yaml", *(folder / "profiles").glob("*.yaml")):
-        file.write_text(file.read_text() + f'nightly: {{cron: "30 {hour} * * *", timezone: UTC, absent_hours: 26.0}}\n')
+        file.write_text(file.read_text() + f'nightly: {{cron: "30 {hour} * * *", timezone: UTC, inbox: inbox, absent_hours: 26.0}}\n')
     for name in (".gitignore", ".dvcignore"):
         with (folder / name).open("a") as file:
             file.write(".machine\n")

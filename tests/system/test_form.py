@@ -132,12 +132,24 @@ def test_the_form_checks_what_it_is_given(machine: Machine, window: Page) -> Non
     assert len(machine.call("/flow_runs/filter", {})) == count and window.url.count("/run")
 
 
+@pytest.mark.parametrize("deployment", ["pipeline", "nightly", "evaluate"])
+def test_each_form_as_a_person_sees_it(machine: Machine, window: Page, shots: Path | None, deployment: str) -> None:
+    form(machine, window, deployment)
+    photograph(window, shots, f"form-{deployment}")
+    text = window.inner_text("body")
+    assert window.locator("a[href^='mailto:']").count() == 0
+    if deployment == "nightly":
+        assert "Of the night, such as 2026-01-31" in text and "Train everything anew" in text
+    if deployment == "evaluate":
+        choose(window, "slow", "stubborn")
+
+
 def test_a_value_that_only_the_project_can_refuse(machine: Machine, window: Page) -> None:
     """The first step of the flow asks `cf validate`, and its sentence is what the run says."""
     run = machine.start(overrides=["seed=-1"])
     assert machine.finish(run) == "Failed"
     assert "seed is -1; it must be 0 or more" in machine.run(run)["state"]["message"]
-    assert set(machine.tasks(run)) == {"check parameters"}
+    assert machine.tasks(run) == {}
     window.goto(f"{machine.url}/runs/flow-run/{run}")
     expect(window.get_by_text("seed is -1; it must be 0 or more").first).to_be_visible()
 

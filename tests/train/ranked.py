@@ -86,7 +86,7 @@ def teacher() -> tuple[TeacherTrainer, dict[str, Denoiser]]:
                        dtype="float32", bytes=1_000_000, warmup=3)  # fmt: skip
     plan = {"steps": STEPS, "batch": BATCH, "target": 6, "shortest": 6, "longest": 17, "no_context": 0.2, "fast_only": 0.2, "dropout": 0.2}
     plan |= {
-        "view": TeacherView("sparse", 3, 3, 3, 3, "zero", "own"),
+        "view": TeacherView("memory", 3, 3, 6, 3, 3, "zero", "own"),
         "errors": errors,
         "weight": "bell",
         "lora": LoraSpec(None, None, None),
@@ -105,22 +105,25 @@ def causal_init() -> tuple[CausalInitTrainer, dict[str, Denoiser]]:
 
 
 def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, dict[str, Denoiser]]:
-    plan = {"steps": STEPS, "critic_updates": 2, "rollouts": "each", "batch": BATCH, "memory": spec(slow=3, fast=3, tau=0.9)}
+    plan = {"steps": STEPS, "critic_updates": 2, "critic_warmup": 0, "rollouts": "each", "batch": BATCH}
+    plan |= {"memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
-    scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
+    scores = ScoreSpec(context="memory", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}
     plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, "ema_ramp": True, **COMMON, **(more or {})}
+    whole = StudentSpec(**plan)  # type: ignore[arg-type]
     job = DistillationTrainer(
-        StudentSpec(**plan),  # type: ignore[arg-type]
+        whole,
         student=denoiser(0),
         teacher=denoiser(1),
         critic=denoiser(1),
-        view=TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=6, context_sigma="zero", context_pass="joint"),
+        view=whole.want_layout(TeacherView("sparse", 3, 3, 3, 6, 3, "zero", "joint")).view,
         flow=FLOW,
         prompts=normal(7, 5, 8),
         null=torch.zeros(5, 8),
         shape=SHAPE,
         seed=0,
+        clips=Clips(),
         engine=ENGINE,
     )
     return job, {"student": job.student, "critic": job.critic}
@@ -128,13 +131,14 @@ def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, di
 
 def streaming() -> tuple[DistillationTrainer, dict[str, Denoiser]]:
     """The same, on videos that go on from step to step, each for six chunks."""
-    job, models = student({"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist="stream")})
-    return job, models
+    scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
+    return student({"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist="stream"), "teacher": scores})
 
 
 def sharing() -> tuple[DistillationTrainer, dict[str, Denoiser]]:
-    """The same, with one rollout for three updates of the critic."""
-    return student({"rollouts": "shared", "critic_updates": 3})
+    """The same, with one rollout for three updates of the critic, which learns alone at first; some rollouts continue a clip."""
+    rolled = rolling(levels=(1.0, 0.5), window=6, begin="share")
+    return student({"rollouts": "shared", "critic_updates": 3, "critic_warmup": 3, "rollout": rolled})
 
 
 def broken() -> tuple[BaseTrainer, dict[str, Denoiser]]:

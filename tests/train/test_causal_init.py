@@ -17,19 +17,17 @@ from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, spec
 
 NULL = normal(5, 8, seed=7)
-NONE = TeacherView(context="none", sink=0, slow=0, fast=0, stride=1, context_sigma="zero", context_pass="joint")
+NONE = TeacherView(context="none", sink=0, slow=0, fast=0, stride=1, chunk=3, context_sigma="zero", context_pass="joint")
 
 
 class Prompts:
-    """Three training clips, of which only the captions matter."""
+    """Three prompts of students."""
 
-    shape = SHAPE
+    def __len__(self):
+        return 3
 
-    def rows(self, split, at_least=1):
-        return [0, 1, 2]
-
-    def text(self, rows):
-        return torch.stack([normal(5, 8, seed=20 + row) for row in rows])
+    def __getitem__(self, at):
+        return torch.stack([normal(5, 8, seed=20 + number) for number in at])
 
 
 def ode(**changes):
@@ -38,7 +36,7 @@ def ode(**changes):
 
 
 def trajectories(folder, **changes):
-    return OdeTrajectories(folder, ode(**changes), latents=Prompts(), frames=6, flow=FLOW, dtype=torch.float32, seed=3)
+    return OdeTrajectories(folder, ode(**changes), prompts=Prompts(), shape=(6, *SHAPE), flow=FLOW, dtype=torch.float32, seed=3)
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def init(ways, model=None, **changes):
     values = {"method": "ode", "steps": 6, "batch": 4, "frames": 6, "longest": 0, "begin": 1.0, "chunk": 3, "dropout": 0.0}
     values |= {"ode": ways.spec, "memory": spec(), "optimizer": optimizer, "ema": 0.9, "save_every": 2}
     plan = CausalInitSpec(**(values | changes))
-    return CausalInitTrainer(plan, model=model or denoiser(), latents=Prompts(), flow=FLOW, seed=5, trajectories=ways)
+    return CausalInitTrainer(plan, model=model or denoiser(), latents=None, flow=FLOW, seed=5, trajectories=ways)
 
 
 def test_a_trajectory_ends_where_the_sampler_does():
@@ -77,7 +75,7 @@ def test_the_named_steps_and_the_end_are_kept(track):
     ways, model = made(track), denoiser()
     assert ways.sigmas == [FLOW_3[0], FLOW_3[1], FLOW_3[3], 0.0]
     noise = draw_gaussian((2, 6, *SHAPE), BatchGenerator([(3, 2), (3, 3)]))
-    text = Prompts().text([2, 0])  # the fourth video has the first caption again
+    text = Prompts()[[2, 0]]  # the fourth video has the first prompt again
     states = list(trace_ode(model, text, noise, levels=FLOW_3, guidance=2.0, null=NULL))
     assert torch.equal(ways.read([2, 3]), torch.stack([states[step] for step in (0, 1, 3, 4)], dim=1))
     assert torch.equal(ways.text([2, 3]), text)
@@ -95,13 +93,13 @@ def test_a_kill_costs_one_batch(track):
     whole = made(track, name="whole").read([0, 1, 2, 3, 4])
 
     class Dying(Prompts):
-        def text(self, rows):
-            if 2 in rows:
+        def __getitem__(self, at):
+            if 2 in at:
                 raise KeyboardInterrupt
-            return super().text(rows)
+            return super().__getitem__(at)
 
     ways = trajectories(track.work / "made")
-    ways.latents = Dying()
+    ways.prompts = Dying()
     with pytest.raises(KeyboardInterrupt):
         ways.compute(denoiser(), NULL, track)
     there = {file: file.stat().st_mtime_ns for file in (track.work / "made").iterdir()}

@@ -19,6 +19,7 @@ from cf_model.train.trainer.observe import StepTimer
 from cf_model.train.trainer.ranks import BatchRandom
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, restored, rolling, spec
+from tests.train.ranked import Clips
 
 
 def optimizer(**changes):
@@ -173,10 +174,11 @@ def test_a_dropped_prompt_is_the_empty_one():
     assert 0.18 < float(dropped) < 0.32
 
 
-def distillation(**changes):
+def distillation(clips=None, **changes):
     plan = {
         "steps": 6,
         "critic_updates": 2,
+        "critic_warmup": 0,
         "rollouts": "each",
         "batch": 2,
         "memory": spec(),
@@ -191,7 +193,7 @@ def distillation(**changes):
         "ema_ramp": True,
         "save_every": 10,
     }
-    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
+    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, chunk=3, context_sigma="zero", context_pass="joint")
     return DistillationTrainer(
         StudentSpec(**(plan | changes)),
         student=denoiser(0),
@@ -203,6 +205,7 @@ def distillation(**changes):
         null=torch.zeros(5, 8),
         shape=SHAPE,
         seed=0,
+        clips=clips,
     )
 
 
@@ -262,6 +265,43 @@ def test_the_picture_that_begins_what_the_scores_see():
     job.view = dataclasses.replace(job.view, context="none")
     job.reencode = lambda latents: asked.append(latents) or latents[:, -1:] + 100
     made, _ = job._roll_out(0, 0)
-    context, target = job.split_rollout(made)
+    context, target = job.split_rollout(made, job.find_context(made))
     assert context.shape[1] == 0 and torch.equal(asked[0], made.video[:, :7])
     assert torch.equal(target[:, :1], made.video[:, 6:7] + 100) and torch.equal(target[:, 1:], made.video[:, 7:12])
+
+
+def test_the_critic_is_warmed_up_before_the_student_moves():
+    """Updates of the student after steps 4 and 6 alone, and a learning rate whose schedule counts those two."""
+    job = distillation(critic_warmup=2)
+    assert job.spec.student_updates == 2
+    moved = ["student_gradient" in job.step(number) for number in range(6)]
+    assert moved == [False, False, False, True, False, True]
+    with pytest.raises(ValueError, match="steps is 6, critic_updates 2, critic_warmup 6: the student would never change"):
+        distillation(critic_warmup=6)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_window_continues_a_real_clip(share):
+    """The context is the clip's beginning, as the student's memory has read it, and only the window is the student's."""
+    clips = Clips()
+    job = distillation(rollout=rolling(levels=(1.0, 0.5), window=6, begin="share" if share else "real"), clips=clips)
+    generated, text = job._roll_out(0, 0)
+    context = generated.video[:, : generated.window.start]
+    row = next(row for row in clips.rows("train") if torch.equal(clips.text([row])[0], text[0]))
+    assert torch.equal(context[:1], clips.window([row], [0], context.shape[1])) and len(generated.targets) == 2
+    memory = job.student.remember_clip(context, text, job.spec.memory, chunk=3)
+    first = generated.targets[0]
+    replayed = job.student(first.x_t, first.x_t.new_full((2,), first.sigma), text, memory)
+    assert torch.equal(replayed, job.student(first.x_t, first.x_t.new_full((2,), first.sigma), text, first.memory))
+    assert [round(job.spec.real_chance(step), 2) for step in (0, 3, 6)] == ([1, 0.5, 0] if share else [1, 1, 1])
+
+
+def test_clips_that_are_shorter_than_the_longest_context_are_refused_at_once():
+    class ShortClips(Clips):
+        def rows(self, split, at_least=1):
+            raise ValueError(f"no {split} clip of {at_least} latent frames")
+
+    with pytest.raises(ValueError, match="no train clip of 93 latent frames"):
+        distillation(
+            rollout=rolling(levels=(1.0, 0.5), window=6, begin="real"), horizon=HorizonSpec(9, 99, 0, "linear"), clips=ShortClips()
+        )

@@ -38,6 +38,14 @@ class EncodedClips(Protocol):
         """The empty prompt's embedding, [T, E]."""
 
 
+class PromptSet(Protocol):
+    """Embedded prompts, read as they are drawn because a training set's do not fit into memory. A tensor [P, T, E] satisfies it too."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: list[int], /) -> Tensor: ...
+
+
 Value = TypeVar("Value", float, Tensor, float | Tensor)
 
 

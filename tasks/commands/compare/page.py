@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from cf_model.evaluate import figures
-from cf_model.evaluate.figures import Line, draw_chart, embed_video
-from cf_model.evaluate.report import ARROWS, Results, describe_metric, render_page, state_verdict
-from cf_model.evaluate.statistics import Difference, paired, without_interval
+from cf_model.evaluate.figures import Line, average_rows, draw_chart, embed_video, wants_logarithm
+from cf_model.evaluate.report import SUITES, describe_metric, render_page
+from cf_model.evaluate.run_comparison import compare_suites, count_verdicts
 from tasks.files.atomic import write_atomically
 from tasks.files.dvc_config import read_public_config
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.files.trees import list_nodes
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused
-from tasks.report import SUITES, average_rows, read_curves, read_results, wants_logarithm
+from tasks.report import read_curves, read_results
 
 COLOURS = {"A": "#3f83c9", "B": "#e0813a"}
 ABSENT = "–"
@@ -34,10 +33,7 @@ COMPARED_OUTS = ("results", "samples", "data/manifest.jsonl")  # outs that a com
 CURVE_FILE = "metrics.jsonl"
 GIT, DVC = ("git",), (sys.executable, "-m", "dvc")
 SHOWN_PROMPTS = {"prompts": 4, "continuations": 2}  # whose videos are shown
-# Choice: with fewer prompts an interval is too narrow to be believed, and even equal signs could be chance (p > 0.03).
-FEWEST_PROMPTS = 6
 SUITE_BYTES = 3_000_000  # bytes of one suite's videos, of each run
-CLEAR = {"better": "good", "worse": "bad", "higher": "other", "lower": "other"}  # verdict on a clear difference -> its CSS class
 
 
 @dataclass(frozen=True)
@@ -153,74 +149,6 @@ def compare_stage_metrics(a: Path, b: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def compare_suites(a: Results, b: Results) -> list[dict[str, Any]]:
-    """Compare, for each suite, the systems of both runs: their metrics as B minus A over the videos that both have."""
-    rows = []
-    for suite, title in SUITES.items():
-        names = [list_systems(one, suite) for one in (a, b)]
-        both = [name for name in names[0] if name in names[1]]
-        systems = [compare_system(a, b, suite, name) for name in both]
-        only = {letter: [name for name in some if name not in both] for letter, some in zip("AB", names, strict=True)}
-        if systems or any(only.values()):
-            differ = build_matrix([one for one in systems if not one["same"]])
-            rows.append({"suite": suite, "title": title, "systems": systems, "only": only, "matrix": differ})
-    return rows
-
-
-def list_systems(one: Results, suite: str) -> list[str]:
-    """List the systems of a suite without the real clips."""
-    names = dict.fromkeys([system for s, system, _ in one.cells if s == suite] + list(one.means.get(suite, {})))
-    return [name for name in names if name != "real"]
-
-
-def compare_system(a: Results, b: Results, suite: str, name: str) -> dict[str, Any]:
-    """Compare a system's metrics that both runs have; `clearly`: how many of them differ clearly."""
-    metrics = [metric for metric in a.metrics(suite) if not metric.endswith("_videos") and metric != "videos"]
-    rows = [row for metric in metrics if (row := compare_metric(a, b, suite, name, metric))]
-    same = all(row["same"] for row in rows)
-    return {"name": name, "rows": rows, "same": same, "clearly": sum(row["clear"] for row in rows)}
-
-
-def compare_metric(a: Results, b: Results, suite: str, name: str, metric: str) -> dict[str, Any] | None:
-    """Compare a metric of a system: means, paired difference and verdict; None if a run lacks it."""
-    first, second = (one.interval(suite, name, metric) for one in (a, b))
-    if first is None or second is None:
-        return None
-    x, y = (one.cells.get((suite, name, metric), {}) for one in (a, b))
-    shared = x.keys() & y.keys()
-    # without a pair it is a metric of all videos together, or the runs have no video in common
-    unpaired = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
-    difference = paired(x, y, resamples=a.resamples, seed=a.seed) or unpaired
-    change, word = difference.change, describe_metric(metric)
-    # the same: pairs that are all equal, and equal numbers without pairs
-    same = change.mean == 0 and (not change.has_ends or change.low == change.high == 0)
-    few = change.has_ends and len({prompt for prompt, _ in shared}) < FEWEST_PROMPTS
-    says = "the same" if same else "too few prompts" if few else state_verdict(change, word.better)
-    bar = None
-    if change.has_ends and not same:
-        reach = max(abs(change.low), abs(change.high), 1e-12)
-        bar = {"low": 50 + 50 * change.low / reach, "high": 50 + 50 * change.high / reach}
-    kind = "same" if same else CLEAR.get(says, "none")
-    return {
-        "metric": metric, "word": word, "arrow": ARROWS[word.better], "first": first, "second": second, "found": difference,
-        "pairs": len(shared), "says": says, "bar": bar, "same": same, "clear": says in CLEAR, "kind": kind,
-    }  # fmt: skip
-
-
-def build_matrix(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Build the overview: a row for each metric in the report's order, a cell for each system."""
-    cells = {(row["metric"], one["name"]): row for one in systems for row in one["rows"]}
-    heads = {row["metric"]: {"word": row["word"], "arrow": row["arrow"]} for one in systems for row in one["rows"]}
-    return [heads[metric] | {"cells": [cells.get((metric, one["name"])) for one in systems]} for metric in heads]
-
-
-def count_verdicts(suites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count the differences by verdict, and how many of them would look clear by chance alone."""
-    rows = [row for suite in suites for one in suite["systems"] for row in one["rows"]]
-    tested, says = sum(row["bar"] is not None and row["says"] != "too few prompts" for row in rows), Counter(row["says"] for row in rows)
-    return {"of": len(rows), "says": says, "tested": tested, "by_chance": tested / 20, "few": FEWEST_PROMPTS}
-
-
 def draw_curves(a: Path, b: Path, colours: Mapping[str, str]) -> list[dict[str, Any]]:
     """Draw results/curves.csv of both: for each system whose curves differ, a chart for each metric."""
     one, other = read_curves(a / "results/curves.csv"), read_curves(b / "results/curves.csv")
@@ -285,7 +213,7 @@ def embed_pair(name: str, one: Mapping[str, Any], other: Mapping[str, Any] | Non
     files = [root / "samples" / row["file"] for root, row in ((a, one), (b, other))]
     if not all(file.exists() for file in files):
         return None
-    readable = [frames for file in files if (frames := figures.read_strip_frames(file, fps)) is not None]
+    readable = [frames for file in files if (frames := figures.read_frames(file, round(figures.STRIP_SECONDS * fps))) is not None]
     strips = [figures.draw_strip(frames, figures.STRIP_HEIGHT) for frames in readable]
     return {"system": name, "sources": [embed_video(file) for file in files], "strips": strips}
 

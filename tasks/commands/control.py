@@ -1,0 +1,99 @@
+"""`cf control`: the memoryless control of stage 2, and its comparison with the context teacher's student, video by video.
+
+The control is stage 2 with everything the same but that the teacher is shown no context (stage2.teacher.context: none). It shares all
+that comes before stage 2, makes the same videos, and is written below work/control; the run's own outs stay as they are.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from cf_model.evaluate.report import Results, format_number, state_verdict
+from tasks.files.json_lines import write_json
+from tasks.params.yaml_file import Refused, read_yaml
+from tasks.report import read_results
+
+FOLDER, STUDENT = Path("work/control"), "stage2"
+NEEDED = ("data/latents", "data/prompts", "models/codec", "models/teacher", "models/stage1", "models/stage2", "results/cells.jsonl")
+SHOWN = {  # suite -> metrics of the table, and whether down or up is better; "" for what stands beside a win
+    "continuations": {"map_error_absent": "down", "map_error": "down", "speed": "", "diversity": "", "headings_covered": ""},
+    "recall": {"recall_error_75": "down", "recall_error_90": "down", "slow_gain_75": "up", "slow_gain_90": "up"},
+    "prompts": {"memory_ratio": "down", "other_heading": "", "speed": "", "sprite_recall": "", "diversity": ""},
+}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("cf control", description=__doc__)
+    parser.add_argument("--table-only", action="store_true", help="compare what an earlier call has made")
+    args = parser.parse_args(argv)
+    root = Path.cwd()
+    for path in NEEDED:
+        if not (root / path).exists():
+            raise Refused(f"there is no {path}; run `make repro` first, because the control is compared with its student")
+    if not args.table_only:
+        make_control(root, root / FOLDER)
+    rows = compare_students(root, root / FOLDER)
+    write_json(root / FOLDER / "compared.json", rows)
+    print(f"stage 2: context teacher, memoryless control, their paired difference (95 %, one training each); {FOLDER}/compared.json")
+    for row in rows:
+        ends = f"[{format_number(row['low'])}, {format_number(row['high'])}]" if "low" in row else ""
+        numbers = " ".join(f"{format_number(row[name]):>8}" for name in ("context", "memoryless", "difference"))
+        print(f"{row['suite']:14} {row['metric']:18} {numbers} {ends:18} {row['says']}")
+
+
+def make_control(root: Path, folder: Path) -> None:
+    """Train the control, generate its videos and measure them, with the commands of the stages. A second call goes on where it stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    params = read_yaml(root / "params.yaml")
+    params["stage2"]["teacher"]["context"] = "none"
+    for suite in ("systems", "continuations"):
+        params["generate"][suite] = {STUDENT: params["generate"][suite][STUDENT]}
+    with (folder / "params.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(params, file)
+    shutil.copyfile(root / "dvc.yaml", folder / "dvc.yaml")  # `cf` finds its stages there; DVC does not look below work/
+    data, codec = root / "data/latents", root / "models/codec"
+    models = {name: root / "models" / name for name in ("base", "teacher", "causal_init", "stage1")} | {STUDENT: folder / "models/stage2"}
+    begin = {"teacher": models["teacher"], "student": root / params["start"]["stage2"]}
+    run_stage(folder, STUDENT, latents=data, prompts=root / "data/prompts", codec=codec, **begin, out=models[STUDENT])
+    run_stage(folder, "generate", codec=codec, latents=data, **models, out=folder / "samples")
+    run_stage(folder, "evaluate", samples=folder / "samples", clips=root / "data/clips", out=folder / "results")
+
+
+def run_stage(folder: Path, stage: str, **paths: Path) -> None:
+    """Run a stage in `folder`; raises Refused where it fails, because it has said why."""
+    options = [word for name, path in paths.items() for word in (f"--{name.replace('_', '-')}", str(path))]
+    if Path(paths["out"]).exists():
+        shutil.rmtree(paths["out"])
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "WANDB_MODE": "disabled"}
+    if subprocess.run([sys.executable, "-m", "tasks", stage, *options], cwd=folder, env=environment).returncode:
+        raise Refused(f"the control's {stage} failed, see above; say `make control` again to go on")
+
+
+def compare_students(root: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each metric of SHOWN: both students' means, and the paired difference with its interval, where videos have it."""
+    params = read_yaml(root / "params.yaml")
+    sides: Mapping[str, Path] = {"context": root, "memoryless": folder}
+    read = {name: read_results(side / "results", side / "metrics", resamples=1, seed=0) for name, side in sides.items()}
+    cells: dict[tuple[str, str, str], Mapping[tuple[str, int], float]] = {}
+    means: dict[str, dict[str, Mapping[str, float]]] = {}
+    for name, results in read.items():
+        cells |= {(suite, name, metric): values for (suite, system, metric), values in results.cells.items() if system == STUDENT}
+        for suite, systems in results.means.items():
+            means.setdefault(suite, {})[name] = systems.get(STUDENT, {})
+    both = Results(cells, means, resamples=params["evaluate"]["resamples"], seed=params["seed"])
+    rows: list[dict[str, Any]] = []
+    for suite, metrics in SHOWN.items():
+        for metric, better in metrics.items():
+            if found := both.difference(suite, "memoryless", "context", metric):
+                row = {"suite": suite, "metric": metric, "context": found.second, "memoryless": found.first}
+                row["difference"] = found.change.mean
+                ends = {"low": found.change.low, "high": found.change.high} if found.change.has_ends else {}
+                rows.append(row | ends | {"says": state_verdict(found.change, better)})
+    return rows

@@ -1,0 +1,151 @@
+"""The students' prompts: captions or a file, each once, none that is shown in the evaluation, embedded as the clips' captions are."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cf_model.data.embedded_prompts import EmbeddedPrompts, write_prompts
+from cf_model.data.latents import Latents, write_latents
+from cf_model.data.prompts import read_prompts, select_distinct
+from cf_model.text.encoder import WordEncoder
+from tasks import prompts, validate
+from tasks.params.nightly import CAPTIONS
+from tasks.params.schema import Encode, Prompts, Text
+from tasks.params.yaml_file import Refused
+from tasks.runner.track import Track
+
+TOKENS = 6
+CLIPS = [("a sea", "train"), ("a red disc", "train"), ("a sea", "train"), ("a green square", "heldout"), ("a red disc", "heldout")]
+
+
+@pytest.fixture
+def latents(tmp_path: Path) -> Path:
+    clips = (({"id": f"c{n}", "caption": text, "split": split}, torch.zeros(2, 4, 2, 2)) for n, (text, split) in enumerate(CLIPS))
+    settings: Any = {"shard": 2, "dtype": torch.float32, "fps": 16.0, "negative": ""}
+    write_latents(tmp_path / "latents", clips, WordEncoder(TOKENS, 8).encode, **settings)
+    return tmp_path / "latents"
+
+
+def run(source: Path, latents: Path, out: Path, *, most: int | None = None, prompts_file: Path | None = None) -> dict[str, float]:
+    sections = {
+        "text": Text(kind="words", weights=None, tokens=TOKENS, channels=8, negative=""),
+        "encode": Encode(shard=3, dtype="float32"),
+        "prompts": Prompts(most=most),
+        "generate": SimpleNamespace(prompts_file=prompts_file),
+    }
+    params: Any = SimpleNamespace(**sections)
+    return prompts.run(params, Track("prompts", out.parent), source=source, latents=latents, out=out)
+
+
+def texts(folder: Path) -> list[str]:
+    return (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_captions_of_training_clips_once_and_as_they_were_embedded(latents: Path, tmp_path: Path) -> None:
+    assert run(CAPTIONS, latents, tmp_path / "out") == {"prompts": 2}
+    read, clips = EmbeddedPrompts(tmp_path / "out"), Latents(latents)
+    assert texts(tmp_path / "out") == ["a sea", "a red disc"] and len(read) == 2
+    assert torch.equal(read[[1, 0]], clips.text([1, 0]))
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+def test_a_files_prompts_without_those_that_are_shown(kind: str, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out captions, and the prompts of generate.prompts_file, whatever their case and white space."""
+    monkeypatch.setenv("CF_KEPT", str(tmp_path / "kept"))
+    stated = ["A  Green square", "a café, at dusk", "a red disc", "fog", "a CAFÉ, at  dusk", "snow", "rain,\n and wind", "one\ttoo many"]
+    file = tmp_path / f"vidprom.{kind}"
+    if kind == "csv":
+        with file.open("w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows([("id", "prompt"), *enumerate(stated)])
+    else:
+        file.write_text("\n\n".join(" ".join(prompt.split("\n")) for prompt in stated), encoding="utf-8")
+    (tmp_path / "shown.txt").write_text("FOG\n")
+    metrics = run(file, latents, tmp_path / "out", most=3, prompts_file=tmp_path / "shown.txt")
+    assert texts(tmp_path / "out") == ["a café, at dusk", "snow", "rain, and wind"]
+    assert metrics == {"prompts": 3, "left_out": 5}
+    assert torch.equal(EmbeddedPrompts(tmp_path / "out")[[2, 0]], WordEncoder(TOKENS, 8).encode(["rain, and wind", "a café, at dusk"]))
+
+
+def test_a_second_start_embeds_nothing_again_and_writes_the_same_bytes(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill: what was embedded is kept by content beside the outs."""
+    monkeypatch.setenv("CF_KEPT", str(tmp_path / "kept"))
+    file, asked, encode = tmp_path / "some.txt", list[str](), WordEncoder.encode
+    file.write_text("".join(f"prompt {n}\n" for n in range(8)))
+
+    def embed(self: WordEncoder, given: list[str]) -> torch.Tensor:
+        asked.extend(given)
+        if given == ["prompt 5"] and asked.count("prompt 5") == 1:
+            raise KeyboardInterrupt
+        return encode(self, given)
+
+    monkeypatch.setattr(WordEncoder, "encode", embed)
+    with pytest.raises(KeyboardInterrupt):
+        run(file, latents, tmp_path / "out")
+    run(file, latents, tmp_path / "out")
+    assert sorted(asked) == sorted([*(f"prompt {n}" for n in range(8)), "prompt 5"])
+    monkeypatch.setenv("CF_KEPT", "off")
+    run(file, latents, tmp_path / "again")
+    files = sorted(path.name for path in (tmp_path / "again").iterdir())
+    assert files == ["index.json", "prompts.txt", *(f"text-{n:05d}.safetensors" for n in range(3))]
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.txt", None, r"none\.txt is not there"),
+        ("none.txt", b"\n \n", r"none\.txt has no prompt in it"),
+        ("latin.txt", b"fog\ncaf\xe9\n", r"latin\.txt line 2 is not UTF-8 text \(byte 4\); save the file as UTF-8"),
+        ("latin.csv", b"prompt\nfog\ncaf\xe9\n", r"latin\.csv line 3 is not UTF-8 text"),
+        ("other.csv", b"id,text\n1,fog\n", r"other\.csv has no column `prompt`, only id, text; rename"),
+        ("empty.csv", b"", r"empty\.csv has no prompt in it"),
+        ("torn.csv", b'prompt\n"fog\nrain\n', r"torn\.csv line 3 is no CSV \(unexpected end of data\)"),
+        ("short.csv", b"id,prompt\n1\n", r"short\.csv has no prompt in it"),
+        ("seen.txt", b"a green square\n", "all of them are held-out prompts; name a file that has others"),
+        ("some.parquet", b"PAR1", r"some\.parquet is a Parquet file, which is not read; write it as a CSV file"),
+    ],
+)
+def test_a_file_that_is_none_gets_one_sentence(name: str, content: bytes | None, said: str, latents: Path, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{said}[^\n]*$"):
+        run(tmp_path / name, latents, tmp_path / "out")
+
+
+def test_a_bad_line_is_found_before_anything_is_embedded(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WordEncoder, "encode", lambda *_: pytest.fail("embedded"))
+    (tmp_path / "long.txt").write_bytes(b"fog\n" * 1000 + b"caf\xe9\n")
+    with pytest.raises(ValueError, match="line 1001 is not UTF-8"):
+        run(tmp_path / "long.txt", latents, tmp_path / "out")
+    params: Any = SimpleNamespace(start=SimpleNamespace(prompts=tmp_path / "long.txt"), generate=SimpleNamespace(prompts_file=None))
+    with pytest.raises(Refused, match=r"^start\.prompts: .*long\.txt line 1001 is not UTF-8"):
+        validate.run(params, Track("validate", tmp_path), out=tmp_path / "params.json")
+
+
+def test_a_stream_of_prompts_is_never_whole_in_memory(tmp_path: Path) -> None:
+    """Shard by shard: when the writer asks for the second shard, the first is on the disk."""
+    read = 0
+
+    def stream() -> Any:
+        nonlocal read
+        for read in range(7):
+            assert len(list(tmp_path.glob("out/text-*"))) == read // 2
+            yield f"prompt {read}"
+
+    assert write_prompts(tmp_path / "out", stream(), WordEncoder(TOKENS, 8).encode, shard=2, dtype=torch.float32) == 7
+    assert len(EmbeddedPrompts(tmp_path / "out")) == 7
+    with pytest.raises(ValueError, match=r"has no index\.json; run the stage prompts first"):
+        EmbeddedPrompts(tmp_path)
+
+
+def test_distinct_is_by_words(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text('\ufeffprompt,"other, more"\n"a, b",1\n\n"A,  b",2\nc,3\n', encoding="utf-8")
+    assert list(select_distinct(read_prompts(tmp_path / "p.csv"), without=["C"])) == ["a, b"]

@@ -1,0 +1,214 @@
+"""`cf score` and `cf fetch-weights`: what a person types, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tasks.__main__ as cf
+from cf_model.data.video import write_video
+from cf_model.metrics import encoders, protocols
+from tasks.commands import score
+from tasks.params.yaml_file import Refused
+from tests.metrics.small_networks import write_networks
+from tests.metrics.test_measures import scrolling
+from tests.once import made_once
+
+
+def write_folder(folder: Path) -> None:
+    """Videos that scroll, stand still, end early, have one frame, and are none."""
+    folder.mkdir(parents=True)
+    write_video(folder / "scrolls.mp4", scrolling(40, 4), fps=8, crf=18)
+    write_video(folder / "still.mp4", scrolling(40, 0), fps=8, crf=18)
+    write_video(folder / "one.mp4", scrolling(1), fps=8, crf=18)
+    whole = (folder / "scrolls.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.mp4").write_text("no video")
+
+
+@pytest.fixture
+def folder() -> Path:
+    return made_once("videos-to-score", write_folder)
+
+
+def run(*words: str | Path) -> list[dict[str, Any]]:
+    """Run `cf evaluate --videos`, and return the lines that it wrote."""
+    cf.main(["evaluate", *map(str, words)])
+    out = Path(words[words.index("--out") + 1])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def manifest(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pick(cells: list[dict[str, Any]], video: str) -> dict[tuple[str, str], float]:
+    return {(cell["protocol"], cell["metric"]): cell["value"] for cell in cells if cell["video"] == video}
+
+
+def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = run("--videos", folder, "--out", tmp_path / "scores.jsonl", "--chunk", "3", "--window", "4", "--judge", "heuristic")
+    still, scrolls = pick(cells, "still.mp4"), pick(cells, "scrolls.mp4")
+    assert still["vbench", "subject_consistency@pooled-8x8"] > 0.999 > scrolls["vbench", "subject_consistency@pooled-8x8"]
+    assert (still["vbench", "dynamic_degree@ffmpeg-epzs"], scrolls["vbench", "dynamic_degree@ffmpeg-epzs"]) == (0, 1)
+    assert {protocol for protocol, _ in still} == {
+        "vbench",
+        "vbench-long/upstream@45e79ec",
+        "vbench-long/fixed",
+        protocols.COMPETITION,
+        "own",
+    }
+    assert still["own", "visual_stability@heuristic"] == 100 and scrolls["own", "seam_ratio"] == pytest.approx(1, abs=0.3)
+    assert all(name.endswith(("@ffmpeg-epzs", "@heuristic")) or "@" not in name for protocol, name in still if protocol == "own")
+    failed = {cell["video"]: cell["failed"] for cell in cells if cell["metric"] is None}
+    assert set(failed) == {"one.mp4", "cut.mp4", "text.mp4"}
+    assert failed["one.mp4"] == "one.mp4 has 1 frames at 8 fps; scores compare frames, give at least 2"
+    assert failed["text.mp4"] == "text.mp4 is not a video, or has lost its header; replace it"
+    said = capsys.readouterr().out
+    assert "vbench/total: 3 videos could not be scored; mend or remove them" in said and "not scored: cut.mp4" in said
+    assert f"{len(cells)} lines of 5 videos, 3 of which could not be scored" in said
+
+
+def test_weights_prompts_and_recorded_ratings(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = made_once("small-metric-networks", write_networks)
+    rows = [{"file": "still.mp4", "prompt_id": "cat", "fps": 8, "seed": 3}, {"file": "scrolls.mp4", "prompt": "a red boat"}]
+    listed = manifest(tmp_path / "manifest.jsonl", *rows)
+    (tmp_path / "prompts.json").write_text('{"cat": "a cat"}')
+    (tmp_path / "answers.json").write_text('{"still.mp4": "Score: 4", "scrolls.mp4": "hm"}')
+    cells = run(
+        "--videos", folder, "--manifest", listed, "--prompts", tmp_path / "prompts.json", "--weights", weights,
+        "--judge", tmp_path / "answers.json", "--out", tmp_path / "scores.jsonl",
+    )  # fmt: skip
+    still = pick(cells, "still.mp4")
+    assert still["vbench", "subject_consistency@dino"] > 0.999 and still["vbench-long/fixed", "subject_consistency@dino@dinov2-fast"] > 0.9
+    assert -1 <= still[protocols.COMPETITION, "clip_score@clip"] <= 1 and still["own", "visual_stability@replay-answers"] == 80
+    row = next(cell for cell in cells if cell["video"] == "still.mp4")
+    assert (row["prompt_id"], row["seed"], row["fps"], row["frames"]) == ("cat", 3, 8, 40) and row["weights"]["subject"].startswith(
+        "sha256:"
+    )
+    judged = next(cell for cell in cells if cell["video"] == "scrolls.mp4" and cell["metric"].startswith("visual_stability"))
+    assert judged["value"] is None and "holds no score from 0 to 5" in judged["failed"] and judged["answers"] == ["hm"]
+    said = capsys.readouterr().out
+    assert "vbench/total: VBench's total needs 16 dimensions and lacks subject_consistency" in said
+
+
+def test_frames_are_taken_at_their_own_rate_or_resampled(folder: Path, tmp_path: Path) -> None:
+    listed = manifest(tmp_path / "manifest.jsonl", {"file": "scrolls.mp4"})
+    options = ("--videos", folder, "--manifest", listed, "--out", tmp_path / "scores.jsonl", "--protocol", "own")
+    own, slow = (pick(run(*options, *more), "scrolls.mp4")["own", "flow_magnitude@ffmpeg-epzs"] for more in ((), ("--fps", "4")))
+    assert slow == pytest.approx(2 * own, rel=0.1)  # half as many frames, each twice as far from the one before
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"file": "still.mp4"}, {"file": "still.mp4"}], r"line 2 names still\.mp4 a second time; keep one of the two"),
+        ([{"file": "../x.mp4"}], r"line 1 names \.\./x\.mp4, which is outside"),
+        ([{"prompt": "a"}], "line 1 names no file"),
+        ([{"file": "still.mp4", "fps": "fast"}], "line 1: fps is 'fast'; it must be"),
+        ([{"file": "still.mp4", "prompt_id": "dog"}], "line 1: prompt_id is 'dog', which --prompts, not given, does not hold"),
+        ([], "names no video"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(folder: Path, tmp_path: Path, rows: list[dict[str, Any]], sentence: str) -> None:
+    with pytest.raises(Refused, match=sentence):
+        score.list_rows(folder, manifest(tmp_path / "manifest.jsonl", *rows), None)
+
+
+def test_videos_that_are_not_what_the_manifest_says(folder: Path, tmp_path: Path) -> None:
+    listed = manifest(tmp_path / "manifest.jsonl", {"file": "still.mp4", "fps": 16}, {"file": "absent.mp4"})
+    cells = run("--videos", folder, "--manifest", listed, "--out", tmp_path / "scores.jsonl")
+    assert {cell["video"]: cell["failed"] for cell in cells} == {
+        "still.mp4": "still.mp4 has 8 frames a second and the manifest says 16; correct the one that is wrong",
+        "absent.mp4": "absent.mp4 is not there; check its name",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--chunk", "3"), "--chunk and --window go together"),
+        (("--repeats", "0"), "whole numbers from 1 on"),
+        (("--judge", "http://127.0.0.1:9/v1"), "--judge-model names no model"),
+        (("--judge", "nobody"), "--judge is nobody; it must be heuristic, a file of answers"),
+        (("--weights", "nowhere"), "--weights nowhere has none of the folders dino, dinov2, clip, clip-large"),
+    ],
+)
+def test_options_that_do_not_fit(folder: Path, tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(Refused, match=sentence):
+        run("--videos", folder, "--out", tmp_path / "scores.jsonl", *options)
+    assert not (tmp_path / "scores.jsonl").exists()
+
+
+def test_a_folder_without_videos(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="holds no video; name another folder"):
+        score.list_rows(tmp_path, None, None)
+    with pytest.raises(Refused, match="is no folder"):
+        score.list_rows(tmp_path / "absent", None, None)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the Hub: DINO pickled, as its repository has it, and CLIP in safetensors."""
+    there = write_networks(tmp_path / "hub", "dino", "clip")
+    state = load_file(there / "dino/model.safetensors")
+    torch.save(state, there / "dino/pytorch_model.bin")
+    (there / "dino/model.safetensors").unlink()
+    folders = {encoders.PINNED[role].repository: there / role for role in ("dino", "clip")}
+
+    def model_info(api: Any, name: str, *, revision: str, files_metadata: bool) -> Any:
+        files = [
+            SimpleNamespace(rfilename=file.name, lfs=SimpleNamespace(sha256=encoders.hash_file(file)) if file.suffix != ".json" else None)
+            for file in folders[name].iterdir()
+        ]
+        return SimpleNamespace(siblings=files)
+
+    def snapshot_download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        assert len(revision) == 40
+        copy = tmp_path / "cache" / name.replace("/", "-")
+        shutil.copytree(folders[name], copy, dirs_exist_ok=True)
+        if (tmp_path / "damage").exists():
+            (copy / allow_patterns[-1]).write_bytes(b"half")
+        return str(copy)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return there
+
+
+def test_weights_are_fetched_with_their_hashes(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "weights"
+    words = ["fetch-weights", "--out", str(out), "--only", "dino", "--only", "clip"]
+    cf.main(words)
+    assert sorted(file.name for file in (out / "dino").iterdir()) == ["config.json", "model.safetensors", "weights.json"]
+    encoder = encoders.open_encoder("dino", out / "dino")
+    assert encoder.suffix == "" and encoder.weights == "facebook/dino-vitb16@f205d5d8e640a89a2b8ef0369670dfc37cc07fc2"
+    assert np.isfinite(encoder.encode(scrolling(2))).all() and encoders.ClipEncoder("clip", out / "clip").suffix == ""
+    cf.main(words)
+    assert "already there, every file as it was fetched" in capsys.readouterr().out
+    (out / "dino/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json is not what was fetched"):
+        cf.main(words)
+
+
+def test_weights_that_come_damaged_leave_no_folder(hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "damage").touch()
+    for role, name in (("dino", "pytorch_model.bin"), ("clip", "model.safetensors")):
+        with pytest.raises(Refused, match=f"{name} of .* came damaged; remove .* and fetch it again"):
+            cf.main(["fetch-weights", "--out", str(tmp_path / "weights"), "--only", role])
+        assert not (tmp_path / "weights" / role).exists()
+
+
+def test_a_folder_of_ones_own_is_left_alone(hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="was not fetched by this command"):
+        cf.main(["fetch-weights", "--out", str(hub), "--only", "clip"])
