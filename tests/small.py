@@ -30,6 +30,7 @@ def spec(**changes: object) -> MemorySpec:
 def rolling(**changes: object) -> RolloutSpec:
     values = {"chunk": 3, "levels": (1.0, 0.75, 0.5, 0.25), "window": 9, "place": "last", "renoise": "none", "exit": "shared"}
     values |= {"full_denoise": "all", "full_first": changes.get("skip_first", 0), "skip_first": 0, "persist": "fresh", "begin": "own"}
+    values |= {"cache_noise": 0.0}
     return RolloutSpec(**(values | changes))  # type: ignore[arg-type]
 
 

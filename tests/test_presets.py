@@ -119,6 +119,7 @@ def train(name: str, tracer: Tracer) -> dict[str, Any]:
             "teacher": {"guidance": spec.teacher.guidance, "context_sigma": view.context_sigma, "errors": vars(params.teacher.errors)},
             "horizon": vars(spec.horizon),
             "critic_weight": spec.critic_weight,
+            "cache_noise": spec.rollout.cache_noise,
             "betas": [[o.beta1, o.beta2] for o in (spec.student_optimizer, spec.critic_optimizer)],
         },
         "steps": [step(job, number, tracer, view) for number in (0, max(1, spec.horizon.decay))],

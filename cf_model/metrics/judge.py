@@ -21,7 +21,8 @@ Video = UInt8[np.ndarray, "V Y X 3"]
 RUBRIC = """You are tasked with rating the exposure stability of a video. Assign a score according to the following scale:
 
 0: Catastrophic Exposure. Nearly the entire frame is either blown out (pure white) or crushed (pure black), rendering the scene unreadable.
-1: Severe Exposure Failure. Large portions of the frame are dominated by over-exposure or under-exposure, substantially impairing visibility.
+1: Severe Exposure Failure. Large portions of the frame are dominated by over-exposure or under-exposure, substantially impairing \
+visibility.
 2: Noticeable Exposure Problems. Persistent clipping is present in highlights or shadows. Significant areas lose detail, though the \
 frame remains viewable.
 3: Moderate Exposure Issues. Over-exposed highlights or under-exposed shadows occur but are limited in extent or duration.
@@ -72,7 +73,9 @@ def read_rating(text: str) -> int:
         stated = [(alone[1], "")]
     number = float(stated[-1][0]) if stated else -1.0
     if number != int(number) or not 0 <= number <= BEST:
-        raise ValueError(f"the judge's answer holds no score from 0 to {BEST}: {' '.join(text.split())[:120]!r}; ask it again, or another judge")
+        raise ValueError(
+            f"the judge's answer holds no score from 0 to {BEST}: {' '.join(text.split())[:120]!r}; ask it again, or another judge"
+        )
     return int(number)
 
 

@@ -7,6 +7,7 @@ Source: Vchitect/VBench at 45e79ec (Apache-2.0), restated; the numbers of its ow
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def average_by_frames(scores: Sequence[float], frames: Sequence[int]) -> float:
 
 def measure_differences(video: Video) -> Float[np.ndarray, " V-1"]:
     """Return the mean absolute difference of neighbouring frames, in 0..255."""
-    return np.array([np.abs(a.astype(np.int16) - b).mean() for a, b in zip(video[:-1], video[1:], strict=True)])
+    return np.array([np.abs(a.astype(np.int16) - b).mean() for a, b in pairwise(video)])
 
 
 def score_flicker(differences: Float[np.ndarray, " N"]) -> float:
@@ -83,7 +84,7 @@ def interpolation_error(before: UInt8[np.ndarray, "Y X 3"], frame: UInt8[np.ndar
 
 def measure_interpolation(video: Video, interpolate: Interpolator) -> Float[np.ndarray, " V-2"]:
     """Return `interpolation_error` of every frame but the first and the last."""
-    return np.array([interpolation_error(*video[k : k + 3], interpolate) for k in range(len(video) - 2)])
+    return np.array([interpolation_error(video[k], video[k + 1], video[k + 2], interpolate) for k in range(len(video) - 2)])
 
 
 def score_smoothness(errors: Float[np.ndarray, " N"]) -> float:

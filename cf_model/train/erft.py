@@ -216,7 +216,7 @@ def _draw_errors(
 def _add_to_context(context: Float[Tensor, "K C H W"], error: Float[Tensor, "F C H W"], view: TeacherView, segments: str) -> None:
     """Add the last frames of an error to the chosen segments of one context, in place."""
     # Frames at the context's beginning that stay clean; a contiguous context has no segments. Early in a video the context is
-    # shorter than sink and fast part together, and what is in the sink counts there.
+    # shorter than sink and fast part together: then its first frames belong to both, and stay clean as the sink's.
     clean = {"all": 0, "slow_fast": view.sink, "fast": max(view.sink, len(context) - view.past_fast)}
     skip = clean[segments] if view.context in ("sparse", "memory") else 0
     # Choice: the error's last frames meet the context's last frames, as many as both have.

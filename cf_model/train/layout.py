@@ -49,8 +49,10 @@ class TeacherLayout:
             problem = f"stage2.rollout.window is {wanted.target}, but the teacher was trained on targets of {self.target}"
             raise ValueError(f"{problem}; use the same, or stage2.teacher.context: none")
         if wanted.longest > self.longest:
-            begin = f"begin at {wanted.longest}, but the teacher's begin at {self.longest} at most"
-            raise ValueError(f"stage2.horizon.longest has targets that {begin}; use less, or stage2.teacher.context: none")
+            horizon, most = wanted.longest + wanted.target, self.longest + self.target
+            begin = f"whose last target begins at {wanted.longest}, but the teacher's begin at {self.longest} at most"
+            way = f"use whole chunks up to {most}, a teacher trained with a higher teacher.longest, or stage2.teacher.context: none"
+            raise ValueError(f"stage2.horizon.longest is {horizon}, {begin}; {way}")
 
 
 def read_agreed_view(teacher: Path, wanted: TeacherLayout, *, accept: bool) -> TeacherView:

@@ -53,7 +53,9 @@ class StudentSpec:
     steps: int  # updates of the critic
     critic_updates: int  # for one update of the student
     critic_warmup: int  # steps before the student's first update, in which the critic gets to know the student
-    rollouts: Literal["each", "shared"]  # a new rollout for each update of the critic, or one until the student's next update
+    # a new rollout for each update of the critic, which the student's update of that step shares; one until the student's next update;
+    # or each, and one of its own for the student's update (Self-Forcing)
+    rollouts: Literal["each", "shared", "own"]
     batch: int
     memory: MemorySpec
     rollout: RolloutSpec
@@ -164,7 +166,7 @@ class DistillationTrainer:
             clips.rows("train", spec.horizon.longest - spec.rollout.window)  # refuses clips that are too short
         self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
         self.steps, self.save_every = spec.steps, spec.save_every
-        self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
+        self.student, self.critic, self.teacher = student, critic, teacher.freeze()
         self.random = BatchRandom(seed, device, batch=spec.batch, groups=engine.count_groups(spec.batch))
         # before build_optimizer, which may split the student over the ranks
         self.ema = EMA(student, spec.ema, spec.ema_start, ramp=spec.ema_ramp)
@@ -190,23 +192,37 @@ class DistillationTrainer:
         }
 
     def step(self, number: int) -> dict[str, float | Tensor]:
-        """Run the body of alg. 1's loop once: update the critic, and at every `critic_updates`-th step the student on the same rollout."""
-        student_learns = self.spec.student_learns(number)
-        self.comparisons.clear()
-        groups = [self._accumulate_group(number, group, student_learns) for group in self.random.groups(number)]
-        values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
-        values |= measure_promotion(self.spec.memory, join_comparisons(self.comparisons))
-        # The student's update first; the critic's gradients, of the same rollout, wait.
-        if student_learns:
-            values["student_gradient"] = self.student_optimizer.step()
-            values["ema_distance"] = self.ema.update()
-            self.shared.clear()
+        """Run the body of alg. 1's loop once: update the critic, and at every `critic_updates`-th step the student first."""
+        learns, own = self.spec.student_learns(number), self.spec.rollouts == "own"
+        values = dict[str, float | Tensor]()
+        # With a rollout of its own the student is updated before the critic's rollout is made, as in Self-Forcing.
+        if learns and own:
+            values |= self._accumulate(number, number, student=True, critic=False) | self._update_student()
+        # That second rollout takes its random numbers from behind the last step's.
+        values |= self._accumulate(number, number + self.steps * (learns and own), student=learns and not own, critic=True)
+        # Else the critic's gradients, of the same rollout, wait.
+        if learns and not own:
+            values |= self._update_student()
         values["critic_gradient"] = self.critic_optimizer.step()
         self.timer.lap("update")
         return values
 
-    def _accumulate_group(self, number: int, group: int, student_learns: bool) -> dict[str, float | Tensor]:
-        """Add the gradients of one group of the batch: the critic's, and the student's where it learns. Return the group's values."""
+    def _update_student(self) -> dict[str, float | Tensor]:
+        """Update the student and its average. Return the gradient's norm and the average's distance."""
+        values: dict[str, float | Tensor] = {"student_gradient": self.student_optimizer.step(), "ema_distance": self.ema.update()}
+        self.shared.clear()
+        self.timer.lap("update")
+        return values
+
+    def _accumulate(self, number: int, numbers: int, *, student: bool, critic: bool) -> dict[str, float | Tensor]:
+        """Add a batch's gradients, group by group, to those of the named models; `numbers` names its random numbers. Return its values."""
+        self.comparisons.clear()
+        groups = [self._accumulate_group(number, group, student, critic) for group in self.random.groups(numbers)]
+        values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
+        return values | measure_promotion(self.spec.memory, join_comparisons(self.comparisons))
+
+    def _accumulate_group(self, number: int, group: int, student: bool, critic: bool) -> dict[str, float | Tensor]:
+        """Add the gradients of one group of the batch, to the student's and to the critic's. Return the group's values."""
         spec = self.spec
         # Lines 5 to 28: a prompt, a rollout X of the student, without gradient.
         generated, text = self._get_rollout(number, group)
@@ -219,7 +235,9 @@ class DistillationTrainer:
         # The critic's keys and values of the context serve both updates, because the student's update does not change the critic.
         past = self.view.read_context(self.critic, text, context, shown.filled)
         # Line 30: the contextual DMD loss (eq. 6; eq. 4 without a context).
-        values = self._accumulate_student_gradient(generated, target, context, shown.filled, text, past) if student_learns else {}
+        values = self._accumulate_student_gradient(generated, target, context, shown.filled, text, past) if student else {}
+        if not critic:
+            return values | self._describe_rollout(generated, shown)
         # DMD: the critic is trained on the student's frames, so that s_fake stays the score of what the student makes.
         loss = compute_critic_loss(
             target,
@@ -250,7 +268,7 @@ class DistillationTrainer:
     def _get_rollout(self, number: int, group: int) -> tuple[Rollout, Tensor]:
         """Return this step's rollout and its prompts: a new rollout, or with `rollouts: shared` that of the student's last update."""
         since_update, now = number % self.spec.critic_updates, self.random.rng
-        if self.spec.rollouts == "each":
+        if self.spec.rollouts != "shared":
             return self._roll_out(number, group)
         if not since_update:
             self.shared[group] = self._roll_out(number, group)

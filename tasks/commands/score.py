@@ -93,7 +93,7 @@ def list_rows(folder: Path, manifest: Path | None, prompts: Path | None) -> list
         name, rate = row.get("file"), row.get("fps")
         where = f"{manifest} line {number}"
         if not isinstance(name, str):
-            raise Refused(f"{where} names no file; every line needs one, as \"file\"")
+            raise Refused(f'{where} names no file; every line needs one, as "file"')
         if name in seen:
             raise Refused(f"{where} names {name} a second time; keep one of the two")
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
@@ -131,7 +131,9 @@ def score_rows(
             facts = probe_video(path)
             stated = row.get("fps")
             if stated and abs(stated - facts.fps) > TOLERANCE * facts.fps:
-                raise ValueError(f"{path.name} has {facts.fps:g} frames a second and the manifest says {stated:g}; correct the one that is wrong")
+                raise ValueError(
+                    f"{path.name} has {facts.fps:g} frames a second and the manifest says {stated:g}; correct the one that is wrong"
+                )
             cells = score_file(path, facts, row, args, networks, judge)
         except ValueError as error:
             yield [key | {"protocol": None, "metric": None, "value": None, "failed": str(error)}]

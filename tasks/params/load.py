@@ -13,10 +13,12 @@ from pydantic import BaseModel, ValidationError
 
 from cf_model.codec.interface import latent_frames
 from cf_model.data.video import UNREADABLE_WIDTHS
+from cf_model.model.denoiser import WITHOUT_MASK
+from cf_model.model.memory import MemorySpec
 from cf_model.train.layout import TeacherLayout
 
 from .nightly import RENDERED
-from .schema import Params
+from .schema import CAUSAL, Params
 from .yaml_file import COMPLETE, Refused, read_yaml
 
 
@@ -180,6 +182,26 @@ def check_engine(p: Params) -> None:
         raise ValueError(f"{cause}; use compute.checkpointing: true, engine.zero: 2, or context_pass: joint")
 
 
+def check_attention(p: Params) -> None:
+    """Refuse kernels without a mask for batches whose videos decide for themselves: they remember different numbers of frames."""
+    if p.compute.attention not in WITHOUT_MASK:
+        return
+    cause = f"compute.attention is {p.compute.attention}, which can't be told that the videos of a batch remember different frames"
+    for stage in CAUSAL:
+        spec = getattr(p, stage)
+        if _decides_by_video(spec.memory) and spec.batch > 1 and p.engine.micro_batch != 1:
+            batch = f"engine.micro_batch is {p.engine.micro_batch} and {stage}.batch {spec.batch}"
+            raise ValueError(f"{cause}, but {batch}; use engine.micro_batch: 1, or attention: native or cudnn")
+    systems = [system for system in (*p.generate.systems.values(), *p.generate.continuations.values()) if system.weights in CAUSAL]
+    if p.generate.batch > 1 and any(_decides_by_video(system.memory or getattr(p, system.weights).memory) for system in systems):
+        raise ValueError(f"{cause}, but generate.batch is {p.generate.batch}; use generate.batch: 1, or attention: native or cudnn")
+
+
+def _decides_by_video(memory: MemorySpec) -> bool:
+    """Return whether the videos of a batch may promote different frames."""
+    return memory.promote == "similarity" and memory.slow > 0 and memory.tau > -1
+
+
 def check_starts(p: Params) -> None:
     """Require that `start` and the night's inbox name what is used: DVC tracks the files that `start` names."""
     used = p.clips.folder if p.clips.source == "folder" else RENDERED
@@ -214,4 +236,4 @@ def check_samples(p: Params) -> None:
 
 
 RULES: tuple[Callable[[Params], None], ...] = (check_weights_are_named, check_picture_size, check_clip_lengths, check_ode_frames)
-RULES += (check_student_layouts, check_systems, check_engine, check_starts, check_samples)
+RULES += (check_student_layouts, check_systems, check_engine, check_attention, check_starts, check_samples)

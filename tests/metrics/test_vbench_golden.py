@@ -136,7 +136,10 @@ def test_long_videos_keep_a_result_a_clip() -> None:
 @pytest.mark.parametrize("fused", [0, 1])
 def test_branches_are_fused_with_a_small_table(dimension: str, fused: int) -> None:
     golden = load("long_fuse")
-    table, weights = dict(zip(golden["toy_keys"].tolist(), golden["toy_values"].tolist(), strict=True)), (long.IN_CLIP_ONLY, long.BOTH)[fused]
+    table, weights = (
+        dict(zip(golden["toy_keys"].tolist(), golden["toy_values"].tolist(), strict=True)),
+        (long.IN_CLIP_ONLY, long.BOTH)[fused],
+    )
     clips = [part.tolist() for part in np.split(golden["clip_scores"], np.cumsum(golden["clip_counts"])[:-1])]
     fast = [*golden["clip2clip"].tolist(), None]
     name = f"toy_{dimension}_dev{fused}"

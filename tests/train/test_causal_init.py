@@ -51,9 +51,7 @@ def made(track, model=None, name="made", **changes):
 
 
 def init(ways, model=None, **changes):
-    optimizer = OptimizerSpec(
-        lr=1e-3, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.0, muon_decay=0.0, clip=1.0, warmup=0, decay=0.0
-    )
+    optimizer = OptimizerSpec(lr=1e-3, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.0, muon_decay=0.0, clip=1.0, warmup=0, decay=0.0)
     values = {"method": "ode", "steps": 6, "batch": 4, "frames": 6, "longest": 0, "begin": 1.0, "chunk": 3, "dropout": 0.0}
     values |= {"ode": ways.spec, "memory": spec(), "optimizer": optimizer, "ema": 0.9, "save_every": 2}
     plan = CausalInitSpec(**(values | changes))

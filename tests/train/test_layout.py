@@ -44,7 +44,7 @@ def test_no_context_always_passes(teacher, folder):
         ({"stride": 3}, "teacher.view.stride is 3"),
         ({"context_sigma": "zero"}, "teacher.view.context_sigma is zero, but the teacher was trained with shared"),
         ({"target": 18}, "stage2.rollout.window is 18, but the teacher was trained on targets of 21"),
-        ({"longest": 102}, "targets that begin at 102, but the teacher's begin at 99 at most"),
+        ({"longest": 102}, "whose last target begins at 102, but the teacher's begin at 99 at most"),
     ],
 )
 def test_anything_else_is_refused_by_name(teacher, changes, words):
