@@ -78,7 +78,7 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> None:
     for one in plan.estimate_needs(wan).values():
         peaks = [one.peak(1, zero, 8) for zero in (0, 1, 2, 3)]
-        assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
+        assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3, "stages 1 and 2 need as much"
         assert one.peak(1, 3, 16) < one.peak(1, 3, 8) and one.peak(1, 0, 16) == one.peak(1, 0, 8)
 
 
@@ -194,7 +194,7 @@ def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
     one = plan.estimate_needs(wan)["stage2"]
     plan.refuse_memory("stage2", one, None, 139 * GIB, "machine", plan.WorkSplit.from_engine(wan.engine, one.batch, 1))
     assert plan.WorkSplit.from_engine(wan.engine, one.batch, 8) == plan.WorkSplit(1, 2, 8), "as the profile states it"
-    with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 63.* one sample alone takes 89.5"):
+    with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 68.6.* one sample alone takes 85.7"):
         plan.refuse_memory("stage2", one, None, 42.0 * GIB, "GPU", plan.WorkSplit.from_engine(wan.engine, one.batch, 8))
 
 

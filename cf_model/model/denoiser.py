@@ -15,14 +15,15 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .context import fixed_memory
 from .flow import to_x0
-from .key_values import Frames, KeyValues
+from .key_values import Frames, LayerKeyValues, split_frames
 from .memory import Memory, MemorySpec, Positions, empty_memory, join_positions
+from .precision import WeightCopies, prepare_layers
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [1, L, 1, D]
-LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of one pass, each [B, L, N, D]
 Attention = Literal["native", "cudnn", "flash2", "flash3"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -249,11 +250,6 @@ def apply_rope(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor,
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
-def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cast a norm's input to its weight's type, because torch has a fused kernel only where the two are equal."""
-    return tuple(x.to(norm.weight.dtype) for x in inputs)
-
-
 class Denoiser(nn.Module):
     """Predictor of x_0 from x_σ, the prompt and the remembered frames.
 
@@ -272,13 +268,23 @@ class Denoiser(nn.Module):
         transformer.rope.takes_mask = compute.attention not in WITHOUT_MASK
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
-        # under autocast a norm's input is bfloat16 and its weights are float32
-        for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
-            norm.register_forward_pre_hook(widen_input)
-        if compute.checkpointing:
-            transformer.enable_gradient_checkpointing()
+        prepare_layers(transformer, checkpointing=compute.checkpointing)
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import
-        self.compute = compute
+        self.compute, self.copies = compute, WeightCopies(transformer, wanted=compute.dtype == "bfloat16")
+
+    def freeze(self) -> Denoiser:
+        """Let nothing train this model any more, and keep the weights of its products in the width that they are used in."""
+        self.requires_grad_(False)
+        self.copies.narrow_originals()
+        return self
+
+    def load_state_dict(self, *given: Any, **named: Any) -> Any:
+        self.copies.forget()
+        return super().load_state_dict(*given, **named)
+
+    def _apply(self, *given: Any, **named: Any) -> Any:
+        self.copies.forget()  # the weights move to another device or type
+        return super()._apply(*given, **named)
 
     def forward(
         self,
@@ -380,11 +386,10 @@ class Denoiser(nn.Module):
         timestep = 1000 * sigma  # [B] or [B, F]
         if timestep.ndim == 2:  # diffusers takes a timestep for each token: [B, F * S]
             timestep = timestep.repeat_interleave(self._tokens_per_frame(x_t), dim=1)
-        low = self.compute.dtype == "bfloat16"
+        low, copies, given = self.compute.dtype == "bfloat16", self.copies.read(), (x_t.transpose(1, 2), timestep, text)
         try:
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=low):
-                # diffusers wants [B, C, F, H, W]
-                velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
+                velocity = functional_call(self.transformer, copies, given, {"return_dict": False}, tie_weights=False)[0].transpose(1, 2)
         finally:
             rope.memory, rope.captured, rope.filled = None, None, None
         return velocity.to(x_t.dtype)
@@ -393,10 +398,3 @@ class Denoiser(nn.Module):
         """Return S, the tokens of one latent frame."""
         _, rows, columns = self.transformer.config.patch_size
         return (x.shape[3] // rows) * (x.shape[4] // columns)
-
-
-def split_frames(captured: LayerKeyValues, first: int, frames: int) -> tuple[KeyValues, ...]:
-    """Cut a pass's keys and values into its frames, of which the first has the number `first`: [B, F * S, N, D] to F of [B, S, N, D]."""
-    # by layer first, as the pass gives them, then by frame, as a memory holds them
-    layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for _, (k, v) in sorted(captured.items())]
-    return tuple(KeyValues(first + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))

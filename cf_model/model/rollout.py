@@ -203,6 +203,8 @@ def rollout(
     window = slice(start, start + spec.window)
     shared = int(torch.randint(len(sigmas), (), generator=rng))  # line 7: the random exit r
     state = past.memory if past else empty_memory(memory)
+    # Self-Forcing++, alg. 1, line 4: one level t for the window. Choice: it is uniform among those down to the pass with gradient.
+    noised_to = float(torch.rand((), generator=rng)) if spec.renoise == "own" else 0.0
     disturb = partial(disturb_frames, share=spec.cache_noise, rng=rng) if spec.cache_noise else None
     video, targets, exits, comparisons = [past.video] if past else [], [], [], list[ChunkComparison]()
     held: HeldFrames | None = None
@@ -226,7 +228,8 @@ def rollout(
         if scored:
             exits.append(leave)
             if spec.renoise == "own":
-                x_0, (x_t, memory_of_exit) = renoise_chunk(student, text, x_0, sigmas[: leave + 1], before, rng)
+                begin = int(noised_to * (leave + 1))
+                x_0, (x_t, memory_of_exit) = renoise_chunk(student, text, x_0, sigmas[begin : leave + 1], before, rng)
                 student.forget_view(before)
             targets.append(TargetChunk(first, x_t, sigmas[leave], memory_of_exit, into >= spec.skip_first))
         video.append(x_0)  # line 19
@@ -252,14 +255,12 @@ def place_window(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
 def renoise_chunk(
     student: CausalStudent, text: Tensor, x_0: Tensor, sigmas: list[float], memory: Memory, rng: torch.Generator
 ) -> tuple[Tensor, tuple[Tensor, Memory]]:
-    """Noise a chunk to a random one of these levels and denoise it down to the last: Self-Forcing++'s backward noise initialisation.
+    """Noise a chunk to the first of these levels and denoise it down to the last: Self-Forcing++'s backward noise initialisation.
 
     Returns the new x_0, and the x_t and memory that the last level was given, which is the pass with gradient.
     """
-    # Choice: the level is drawn among those before the pass with gradient, the same for the complete batch.
-    level = int(torch.randint(len(sigmas), (), generator=rng))
-    x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_0.new_full((len(x_0),), sigmas[level]))
-    x_0, given, _ = descend_levels(student, text, x_t, sigmas[level:], memory, rng)
+    x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_0.new_full((len(x_0),), sigmas[0]))
+    x_0, given, _ = descend_levels(student, text, x_t, sigmas, memory, rng)
     return x_0, given
 
 

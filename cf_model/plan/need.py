@@ -29,7 +29,7 @@ class StageNeed:
     steps: int
     batch: int
     trained: int  # parameters
-    frozen: int  # parameters
+    frozen: int  # bytes of frozen weights
     averaged: int  # parameters in the moving average
     moments: int  # bytes of the optimisers' own state
     copies: int  # bytes of bfloat16 weights for matrix products; 0 where products use the trained weights
@@ -43,14 +43,15 @@ class StageNeed:
     def states(self, zero: int = 0, ranks: int = 1, *, offload: bool = False) -> dict[str, float]:
         """Count the bytes of the training state on one rank for a ZeRO stage (zero.py).
 
-        Stage 1 splits moments and master weights among the ranks, 2 the gradients too, 3 the weights too. The average, a frozen
-        teacher and the weights for matrix products are whole on every rank.
+        Stage 1 splits moments and master weights among the ranks, 2 the averaged gradients too, 3 the weights too. The average, a
+        frozen teacher and the weights for matrix products are whole on every rank, and so is with stage 2 a rank's own gradient,
+        which is summed over chunks and groups before it is averaged.
         """
         share = [ranks if zero >= stage else 1 for stage in ZERO_STAGES]  # by how many ranks a part of that stage is divided
         trained = 4 * self.trained
         return {
-            "weights": trained / share[3] + self.copies + 4 * self.frozen,
-            "gradients": trained / share[2],
+            "weights": trained / share[3] + self.copies + self.frozen,
+            "gradients": trained / share[3],
             "optimiser": 0.0 if offload else (self.moments + (trained if zero else 0)) / share[1],
             "average": 4 * self.averaged,
         }
@@ -198,7 +199,7 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
         steps=spec.steps,
         batch=spec.batch,
         trained=2 * costs.parameters,
-        frozen=costs.parameters,
+        frozen=costs.number_bytes * costs.parameters,
         averaged=costs.parameters,
         moments=count_moment_bytes(costs, spec.student_optimizer) + count_moment_bytes(costs, spec.critic_optimizer),
         copies=count_copy_bytes(costs, 2),

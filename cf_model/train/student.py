@@ -166,7 +166,7 @@ class DistillationTrainer:
             clips.rows("train", spec.horizon.longest - spec.rollout.window)  # refuses clips that are too short
         self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
         self.steps, self.save_every = spec.steps, spec.save_every
-        self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
+        self.student, self.critic, self.teacher = student, critic, teacher.freeze()
         self.random = BatchRandom(seed, device, batch=spec.batch, groups=engine.count_groups(spec.batch))
         # before build_optimizer, which may split the student over the ranks
         self.ema = EMA(student, spec.ema, spec.ema_start, ramp=spec.ema_ramp)

@@ -183,6 +183,25 @@ def small_codec(folder: Path) -> Path:
     return folder
 
 
+class SentNumbers:
+    """Counts what ranks send each other, by torch.distributed's function: calls, and numbers in all of them."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = {}
+        for name in ("all_reduce", "reduce", "all_gather", "reduce_scatter_tensor", "all_gather_into_tensor"):
+            setattr(dist, name, partial(self._count, name, getattr(dist, name)))
+
+    def _count(self, name: str, send: Any, *given: Any, **named: Any) -> Any:
+        tensor = given[0] if given else named.get("tensor", named.get("input_tensor"))
+        counts = self.counts.setdefault(name, [0, 0])
+        counts[0] += 1
+        counts[1] += sum(one.numel() for one in tensor) if isinstance(tensor, list) else tensor.numel()
+        return send(*given, **named)
+
+
+SENT = SentNumbers()
+
+
 def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first_rank() else ranks.Follower(name, out)
@@ -190,7 +209,10 @@ def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     codec = small_codec(out / "codec") if is_first_rank() else out / "no codec"  # a rank that follows has no use for it
     samples = sampler(job, track, codec, every)
     job.steps = steps
+    SENT.counts.clear()
     fit(job, track, samples)
+    if is_first_rank():
+        (out / "sent.json").write_text(json.dumps(SENT.counts))
     parts = {model: job.state[model].state_dict() for model in models}
     if is_first_rank():
         save_file({f"{model}/{key}": value for model, part in parts.items() for key, value in part.items()}, out / "weights.safetensors")

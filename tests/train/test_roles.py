@@ -90,7 +90,7 @@ def test_rollouts_and_scores_use_the_raw_weights() -> None:
 @pytest.mark.parametrize("persist", ["fresh", "stream"])
 def test_with_rollouts_of_its_own_the_student_learns_first(persist: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Self-Forcing's order: the student's update on a rollout of its own, then the critic's on one by the student that it has become."""
-    plan = {"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist=persist)}
+    plan: dict[str, Any] = {"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist=persist)}
     made, whose = list[Tensor](), list[Tensor]()
     inner = student.rollout
 
@@ -101,6 +101,8 @@ def test_with_rollouts_of_its_own_the_student_learns_first(persist: str, monkeyp
         return generated
 
     monkeypatch.setattr(student, "rollout", note)
+    if persist == "stream":  # whose windows begin before what the memory holds by then
+        plan |= {"teacher": student.ScoreSpec("sparse", 2.0, "apart", "refuse", "as_is")}
     job, _ = ranked.student(plan | {"rollouts": "own", "critic_updates": 2})
     job.step(0)
     assert len(made) == 1, "a step of the critic alone"

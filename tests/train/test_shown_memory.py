@@ -200,7 +200,7 @@ def test_both_scores_see_what_each_video_of_the_rollout_remembered() -> None:
         model.velocity = listened  # type: ignore[method-assign]
     made, text = job._roll_out(0, 0)
     job._get_rollout = lambda number, group: (made, text)  # type: ignore[method-assign]
-    values = job._accumulate_group(0, 0, True)
+    values = job._accumulate_group(0, 0, student=True, critic=True)
     memory, start = made.targets[0].memory, made.window.start
     assert memory.frame_count == start == 42
     frames = [sorted(n for part in memory.frame_indices(video).values() for n in part) for video in range(4)]
