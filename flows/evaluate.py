@@ -20,7 +20,7 @@ from flows.project.dvc_graph import Stage
 from flows.project.dvc_lock import find_out
 from flows.run.config import Overrides, Profile, StageName, describe_parameters, parse_overrides
 from flows.run.frame import commit_results, name_run, run_framed
-from flows.run.repro import check_parameters, read_checked_graph, repro_stages, run_check
+from flows.run.repro import ask_project, check_parameters, read_checked_graph, repro_stages
 from tasks.files.atomic import delete_path
 from tasks.params.yaml_file import read_yaml
 
@@ -117,7 +117,8 @@ def _refuse_other_folder(root: Path, folder: Path, stage: str, needed: list[str]
     """Raise ValueError for a folder that lacks a file which the measured stages read, or is no whole model that fits params.yaml."""
     if missing := [name for name in needed if not (folder / name).exists()]:
         raise ValueError(f"{folder} has no {missing[0]}, which {', '.join(measured)} read; measure fewer stages, or name another folder")
-    run_check(root, ["check-model", str(folder), "--stage", stage])
+    if (root / "tasks/commands/check_model.py").exists():
+        ask_project(root, "check-model", str(folder), "--stage", stage)
 
 
 @task(name="put the checkpoint in its place", task_run_name="put the checkpoint in its place", cache_policy=NO_CACHE)

@@ -90,7 +90,7 @@ def plan_night(repo: Path, date: str | None, full: bool, log: Log) -> NightPlan:
     date = date or datetime.now(ZoneInfo(timezone)).date().isoformat()
     root = worktree.make_worktree(repo, f"nightly-{date}-{str(runtime.flow_run.id)[:8]}", base=tip, profile=None, overrides={})
     base = git.run_git(root, "merge-base", "HEAD", tip).strip()
-    check_parameters(root, by_stage=True)
+    check_parameters(root, run=str(runtime.flow_run.name), repo=repo)
     params = _read_parameters(repo, base)
     settings, past, promoted = check_settings(params), read_nights(repo), registry.find_promoted(repo)
     why = "it was asked for" if full else reason_for_full(date, settings.weekly, past)

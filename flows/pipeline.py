@@ -55,7 +55,8 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
         chosen = dvc_graph.select_stages(graph, config.stages, config.from_stage, config.to_stage)
         unchanged = dvc_graph.find_unchanged(root, graph, get_run_logger().warning)
         may_run = VALIDATE in {stage.name for stage in chosen} and not config.dry_run
-        checked = {} if VALIDATE in unchanged else check_parameters(root, by_stage=may_run)
+        as_stage: dict[str, Any] = {"run": run, "repo": repo} if may_run else {}
+        checked = {} if VALIDATE in unchanged else check_parameters(root, **as_stage)
         if config.dry_run:
             planned = plan_stages(chosen, unchanged)
             if apart:

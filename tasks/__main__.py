@@ -21,6 +21,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
     "runs": {
         "repro": ("tasks.commands.repro", "[DVC'S OPTIONS]: `dvc repro`, with each stage's number and about how long it takes"),
         "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage logs, in the terminal, while it runs or after"),
+        "control": ("tasks.commands.control", "stage 2 with a teacher that sees no context, beside this run's stage 2, video by video"),
         "compare": ("tasks.commands.compare.page", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
         "score": ("tasks.commands.score", "--videos DIR --out FILE: VBench, the papers' windows, drift and seams, of any videos"),
         "fetch-weights": ("tasks.commands.fetch_weights", "--out DIR: the networks that `cf score` compares frames with"),

@@ -24,6 +24,7 @@ SECONDS = {
     "test_presets.py": 27,
     "flows/test_wandb_send.py": 26,
     "test_cli.py": 24,
+    "train/test_wan_step.py": 24,
     "train/test_cost_steps.py": 23,
     "flows/test_doctor.py": 22,
     "security/test_injection.py": 20,
@@ -31,7 +32,8 @@ SECONDS = {
     "infra/test_server.py": 20,
     "flows/test_supervise.py": 20,
     "flows/test_remote_setup.py": 18,
-    "flows/test_evaluate.py": 17,
+    "flows/test_evaluate.py": 25,
+    "flows/test_gc.py": 17,
     "test_revision.py": 16,
     "flows/test_deploy.py": 15,
     "evaluate/test_report.py": 14,
@@ -44,6 +46,7 @@ SECONDS = {
     # of the system, which are run by themselves
     "system/test_smoke.py": 300,
     "system/test_deaths.py": 250,
-    "system/test_form.py": 120,
+    "system/test_form.py": 140,
+    "system/test_plots.py": 15,
     "system/test_machine.py": 60,
 }

@@ -4,6 +4,7 @@ import re
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,20 +23,23 @@ from flows.supervise.environment import stage_environment
 from tasks.params.yaml_file import read_yaml
 
 RETRY_DELAY = 2.0  # seconds before a stage is tried again
-STOP_PATIENCE = 20.0  # seconds for a stage to end when the run is stopped; Prefect's worker kills the flow after 30
+STOP_PATIENCE = 20.0  # seconds for all stages to end when the run is stopped; Prefect's worker kills the flow after 30
 VALIDATE = "validate"  # both the command and the stage that check params.yaml
 
 
-def check_parameters(root: Path, *, by_stage: bool = False) -> dict[str, str]:
+def check_parameters(root: Path, *, run: str = "", repo: Path | None = None) -> dict[str, str]:
     """Check params.yaml before any stage, by the project's `cf validate`. Raises ValueError with its sentence.
 
-    `by_stage`: by the stage of that name, if the project has it, which so need not run again; return its state.
+    With the name of the run and its checkout, by the stage of that name, if the project has it: so it need not run again. Return its
+    state then.
     """
-    by_stage = by_stage and VALIDATE in (read_yaml(root / "dvc.yaml").get("stages") or {})
-    with tempfile.TemporaryDirectory() as folder:  # not the path that the stage writes
-        words = ["validate", "--out", f"{folder}/params.json"]
-        lines = run_check(root, words, dvc_words("repro", "--single-item", VALIDATE) if by_stage else None)
-    return {VALIDATE: read_outcome(VALIDATE, lines)} if by_stage else {}
+    if run and repo and VALIDATE in (read_yaml(root / "dvc.yaml").get("stages") or {}):
+        words, environment = dvc_words("repro", "--single-item", VALIDATE), stage_environment(run, root, repo)
+        return {VALIDATE: read_outcome(VALIDATE, _run_check(root, VALIDATE, words, environment))}
+    if (root / "tasks/validate.py").exists():
+        with tempfile.TemporaryDirectory() as folder:  # not the path that the stage writes
+            ask_project(root, "validate", "--out", f"{folder}/params.json")
+    return {}
 
 
 def read_checked_graph(root: Path) -> list[Stage]:
@@ -47,17 +51,15 @@ def read_checked_graph(root: Path) -> list[Stage]:
         raise
 
 
-def run_check(root: Path, words: list[str], instead: list[str] | None = None) -> list[str]:
-    """Run a command of the project's `cf` that refuses in one sentence, or `instead` of it; return its lines.
+def ask_project(root: Path, *words: str) -> None:
+    """Run a command of the project's `cf` that refuses in one sentence. Raises ValueError with that sentence."""
+    environment = stage_environment(words[0], root, root) | {"WANDB_MODE": "disabled"}  # no run in W&B for a question
+    _run_check(root, words[0], [sys.executable, "-m", "tasks", *words], environment)
 
-    Raises ValueError with that sentence. A project without the command has nothing to check.
-    """
-    name = words[0]
-    if not any((root / folder / f"{name.replace('-', '_')}.py").exists() for folder in ("tasks", "tasks/commands")):
-        return []
-    environment = stage_environment(name, root, root) | ({} if instead else {"WANDB_MODE": "disabled"})  # no run for a question
-    command_line = instead or [sys.executable, "-m", "tasks", *words]
-    code, lines = command.run_logged(command_line, log=get_run_logger().debug, cwd=root, env=environment, timeout=300)
+
+def _run_check(root: Path, name: str, words: list[str], environment: Mapping[str, str]) -> list[str]:
+    """Run a command to its end and return its lines. Raises ValueError with the sentence that it ended badly with."""
+    code, lines = command.run_logged(words, log=get_run_logger().debug, cwd=root, env=environment, timeout=300)
     if code:
         raise ValueError(explain_failure(lines).removeprefix(f"cf {name}: "))
     return lines
@@ -100,8 +102,9 @@ def repro_stages(
             future.wait()
     except BaseException:  # also SIGTERM, which Prefect raises here as an exception
         command.stop_commands()
+        until = time.monotonic() + STOP_PATIENCE
         for future in futures.values():  # else Prefect would call what is ended Failed, and what has not begun Crashed
-            future.wait(timeout=STOP_PATIENCE)
+            future.wait(timeout=max(0.0, until - time.monotonic()))
         raise
     dvc_lock.sort_lock(root, committed, graph)
     states = {stage.name: shared.outcomes.get(stage.name, "Failed") for stage in chosen}

@@ -49,8 +49,8 @@ def main(argv: list[str]) -> None:
     write_json(args.out / "prompts.json", dict(names.values()), indent=1, ensure_ascii=False)
     print(f"{args.out / 'videos'}: {len(names)} videos of {len({prompt for _, prompt in names.values()})} prompts")
     if args.python:
-        file = run_script(args.out.resolve(), args.python.absolute(), args.checkout, args.dimension)
-        cells = read_results(load_json_object(file), names)
+        results = run_script(args.out.resolve(), args.python.absolute(), args.checkout, args.dimension)
+        cells = read_results(load_json_object(results), names)
         (args.out / "scores.jsonl").write_text(dump_json_lines(cells))
         print(f"{args.out / 'scores.jsonl'}: {len(cells)} lines")
 

@@ -95,7 +95,7 @@ def send_runs(runs: list[LocalRun], seconds: float) -> int:
     """
     refused = 0
     if problem := explain_unreachable():
-        print(f"{problem}; {len(runs)} runs wait, start `cf wandb sync` again when there is a connection", file=sys.stderr)
+        print(f"{problem}; {_say_waiting(len(runs))}, start `cf wandb sync` again when there is a connection", file=sys.stderr)
         return len(runs)
     for place, run in enumerate(runs):
         try:
@@ -106,7 +106,7 @@ def send_runs(runs: list[LocalRun], seconds: float) -> int:
             refused += 1
             if isinstance(error, TimeoutError) or explain_unreachable():
                 left = refused + len(runs) - place - 1
-                print(f"{left} runs wait for the next `cf wandb sync`", file=sys.stderr)
+                print(f"{_say_waiting(left)} for the next `cf wandb sync`", file=sys.stderr)
                 return left
     return refused
 
@@ -129,6 +129,10 @@ def main(argv: list[str]) -> None:
         if args.dry_run:
             print("".join(f"{run.id}: {' '.join(['wandb', *run.command[3:]])}\n" for run in waiting), end="")
         if args.dry_run or not waiting:
-            print(f"{len(waiting)} runs wait to be sent")
+            print(f"{_say_waiting(len(waiting))} to be sent")
         elif send_runs(waiting, args.timeout):
             sys.exit(1)
+
+
+def _say_waiting(number: int) -> str:
+    return "1 run waits" if number == 1 else f"{number} runs wait"

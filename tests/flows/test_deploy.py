@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -9,12 +10,16 @@ import shutil
 import socket
 import threading
 from base64 import b64encode
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
+from cronsim import CronSim
 from prefect.client.orchestration import get_client
+from prefect.server.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
 
 from flows.machine import deploy
@@ -177,6 +182,16 @@ def test_deployments_for_containers(api: str, checkout: Path, monkeypatch: pytes
     step = {"prefect.deployments.steps.set_working_directory": {"directory": "/home/cf/context-forcing"}}
     assert all(one["pull_steps"] == [step] for one in there.values())
     assert f"to work pool cf-docker: {api.removesuffix('/api')}/deployments" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("day", ["2026-03-27", "2026-10-23"])
+def test_there_is_one_night_on_each_date_when_clocks_are_changed(day: str) -> None:
+    """Half past two comes not at all, and twice: by Prefect's scheduler, and by what `cf deploy` says."""
+    start = datetime.fromisoformat(f"{day}T12:00").replace(tzinfo=ZoneInfo("Europe/Berlin"))
+    dates = asyncio.run(CronSchedule(cron=CRON, timezone="Europe/Berlin").get_dates(n=4, start=start))
+    said = [night for night, _ in zip(CronSim(CRON, start), range(4), strict=False)]
+    for nights in (dates, said):
+        assert [night.astimezone(start.tzinfo).date().toordinal() - start.date().toordinal() for night in nights] == [1, 2, 3, 4]
 
 
 def test_the_password_goes_along_and_into_no_sentence() -> None:

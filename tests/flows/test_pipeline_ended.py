@@ -66,7 +66,8 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_open_task(root: Path, how:
     with get_client(sync_client=True) as client:
         (dead,) = [run for run in client.read_flow_runs(limit=50) if run.name in before]
         assert dead.state is not None and dead.state.is_final(), dead.state
-        states = Seen(dead.id).states()
+        # a task that never began has its name with a number after it
+        states = {name.split("-")[0]: state for name, state in Seen(dead.id).states().items()}
     assert how != "SIGKILL" or dead.state.type.value == "CRASHED"
     ended = ("CRASHED", "Crashed") if how == "SIGKILL" else ("CANCELLED", "Cancelled")
     assert states == {"prepare": ("COMPLETED", "Completed"), "slow": ended, "stubborn": ended, "last": ("CANCELLED", "Skipped")}

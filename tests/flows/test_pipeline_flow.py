@@ -162,6 +162,19 @@ def test_parameters_are_checked_first(root: Path) -> None:
     assert said.count("it must be 0 or more") == 1 and "Traceback" not in said
 
 
+def test_parameters_are_checked_once(root: Path) -> None:
+    """By the stage that does nothing else, which is not run a second time; and not at all where nothing has changed."""
+    stage = "  validate: {cmd: python -m tasks validate --out out.json, params: [params.yaml: ], outs: [out.json: {cache: false}]}\n"
+    change(root, "  slow:\n", f"{stage}  slow:\n", "dvc.yaml")
+    asks = 'elif words[:1] == ["validate"]:\n'
+    change(root, asks, asks + '    open("checked", "a").write("x")\n', "tasks/__main__.py")
+    assert go(to_stage="validate").result() == {"validate": "Completed"} and (root / "checked").read_text() == "x"
+    assert go(to_stage="prepare").result() == {"prepare": "Completed"} and (root / "checked").read_text() == "x"
+    change(root, "seed: 1", "seed: -1")
+    state = go(to_stage="validate")
+    assert state.message == "params.yaml: seed is -1; it must be 0 or more" and (root / "checked").read_text() == "xx"
+
+
 def test_a_part_of_the_stages_and_only_saying_so(root: Path) -> None:
     assert go(dry_run=True).result() == dict.fromkeys(project.STAGES, "Would run")
     assert not (root / "trace").exists() and not (root / "dvc.lock").exists()

@@ -67,7 +67,7 @@ def test_a_living_run_is_left_alone(here: Path) -> None:
     assert "0 runs wait" in cf(here, "sync").stdout
     file.write_bytes(b"more than a header")
     done = cf(here, "sync", "--dry-run")
-    assert done.stdout == f"{living.id}: wandb sync {living.folder}\n1 runs wait to be sent\n"
+    assert done.stdout == f"{living.id}: wandb sync {living.folder}\n1 run waits to be sent\n"
     header, row = cf(here, "list").stdout.splitlines()
     assert header.split() == ["state", "started", "id"] and row.split() == ["killed", living.start, living.id]
 

@@ -43,6 +43,14 @@ def test_a_run_has_its_own_parameters_and_everybodys_cache(repo: Path) -> None:
     assert "is cached - skipping run" in said, "made in the user's checkout, restored here: one cache"
 
 
+def test_experiments_of_dvc_work_in_a_worktree(repo: Path) -> None:
+    folder = worktree.make_worktree(repo, "experiments", profile=None, overrides={})
+    assert "Running stage 'last'" in project.dvc(folder, "exp", "run", "--temp", "--name", "nine", "-S", "last.times=9")
+    project.dvc(folder, "exp", "apply", "nine")
+    assert "times: 9" in (folder / "params.yaml").read_text() and project.git(repo, "for-each-ref", "refs/exps/*/*/nine")
+    assert "Running stage" not in project.dvc(folder, "repro")
+
+
 def test_a_run_that_is_retried_finds_its_folder(repo: Path) -> None:
     first = worktree.make_worktree(repo, "retried", profile=None, overrides={"seed": 5})
     (first / "work.partial").write_text("a checkpoint")
