@@ -98,11 +98,10 @@ def test_a_rollout_of_tiny_holds_what_is_planned(slow: int, tau: float, renoise:
     with Allocations() as held:
         made = rollout(student, text, 60, (12, 4, 4), spec=plan, memory=memory, flow=p.flow, rng=noise)
     assert made.memory.count_slow() == min(slow, 9), "every tested chunk was news"
-    latents = need.count_latent_bytes(costs, 60)
-    assert held.now == pytest.approx(4 * (wanted.memory + latents), rel=0.1), "what waits for the replay"
+    assert held.now == pytest.approx(4 * (wanted.memory + wanted.latents), rel=0.1), "what waits for the replay"
     seen = memory.sink + min(slow, 8) + memory.fast - 3
     view = seen * costs.frame_bytes() + costs.passing_bytes(3, seen)
-    assert held.peak == pytest.approx(4 * (wanted.memory + latents + view), rel=0.1)
+    assert held.peak == pytest.approx(4 * (wanted.memory + wanted.latents + view), rel=0.1)
 
 
 def test_a_step_of_short_windows_is_as_large_as_its_rollout() -> None:
