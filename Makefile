@@ -19,7 +19,7 @@ INSTALL = $(LOCKED) sh -c 'log=$(VENV)/pip.log; : > $$log; packages=$(VENV)/lib/
   $(PIP) --requirement requirements/$(1).txt > $$log; code=$$?; kill $$!; exit $$code'
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test test-quick test-system test-week lint up down deploy deepspeed
+.PHONY: help repro control test test-quick test-system test-week lint up down deploy deepspeed
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|wan-1.3b]"
@@ -28,6 +28,9 @@ help: ## what can be made
 repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke writes params.yaml first (smoke: 5 minutes)
 	@$(if $(PROFILE),$(RUN) python -m tasks profile use $(PROFILE),true)
 	@$(RUN) python -m tasks repro
+
+control: $(VENV)/.cpu ## after repro: stage 2 with a memoryless teacher, and the paired comparison (tiny: 10 minutes)
+	@$(RUN) python -m tasks control
 
 test: $(VENV)/.dev ## the tests, by three processes on two cores, because many wait; WORKERS=6 on four
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE)

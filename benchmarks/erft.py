@@ -5,9 +5,9 @@
 Needs what `make repro` leaves behind in profile tiny. Per seed two teachers learn from the same base model, for all of the
 profile's steps: one as the profile says, the other with nothing added where the first gets a mistake. Both draw the same
 numbers, so they see the same clips, prompts, contexts, levels and noise, and differ in the mistakes alone. Then both are shown
-held-out clips whose newest six context frames carry mistakes that neither of them made: those of the base model, which names
-the clip's frames from a noise level (the higher, the larger its mistakes). Measured is the error of the three frames that
-follow. Stopped, it goes on: each teacher from its last checkpoint in work/benchmark-erft. Results are written after every seed.
+held-out clips whose newest context frames (the fast part) carry mistakes that neither of them made: those of the base model,
+which names the clip's frames from a noise level (the higher, the larger its mistakes). Measured is the error of the three
+frames that follow. Stopped, it goes on: each teacher from its last checkpoint in work/benchmark-erft. Results are written after every seed.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def wrong(p: schema.Params, models: dict[str, Denoiser], base: Denoiser, clips: 
             context, sigma = clip[:, view.context_frames(start)].clone(), torch.full((len(rows),), grade)
             if grade:
                 named = base(add_noise(past, drawn, sigma), sigma, text)
-                context[:, -view.fast :] += (named - past)[:, -view.fast :]
-            mistake = (context - clip[:, view.context_frames(start)])[:, -view.fast :].square().mean(dim=(1, 2, 3, 4)).sqrt()
+                context[:, -view.past_fast :] += (named - past)[:, -view.past_fast :]
+            mistake = (context - clip[:, view.context_frames(start)])[:, -view.past_fast :].square().mean(dim=(1, 2, 3, 4)).sqrt()
             for level in LEVELS:
                 s = torch.full((len(rows),), level)
                 x_t = add_noise(x, noise, s)

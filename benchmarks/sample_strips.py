@@ -1,6 +1,6 @@
 """Frames of the first three held-out prompts of a finished run, system by system: docs/tiny.png.
 
-  python -m benchmarks sample_strips [--project . --out docs/tiny.png]     seconds, after `make repro`
+python -m benchmarks sample_strips [--project . --out docs/tiny.png]     seconds, after `make repro`
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Model folders in diffusers' layout: weights as safetensors, all settings as JSON, and a card for people.
 
-    model_index.json       what each part is
-    transformer/           diffusers' WanTransformer3DModel
-    vae/ or codec/         diffusers' AutoencoderKLWan, or the linear codec
-    text.json              which text encoder; UMT5 lies in text_encoder/ and tokenizer/
-    context_forcing.json   the recipe: memory, chunk, levels, flow, frame rate and size
-    README.md              the model card
+model_index.json       what each part is
+transformer/           diffusers' WanTransformer3DModel
+vae/ or codec/         diffusers' AutoencoderKLWan, or the linear codec
+text.json              which text encoder; UMT5 lies in text_encoder/ and tokenizer/
+context_forcing.json   the recipe: memory, chunk, levels, flow, frame rate and size
+README.md              the model card
 """
 
 from __future__ import annotations

@@ -21,9 +21,11 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
     "runs": {
         "repro": ("tasks.commands.repro", "[DVC'S OPTIONS]: `dvc repro`, with each stage's number and about how long it takes"),
         "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage logs, in the terminal, while it runs or after"),
+        "control": ("tasks.commands.control", "stage 2 with a teacher that sees no context, beside this run's stage 2, video by video"),
         "compare": ("tasks.commands.compare.page", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
         "score": ("tasks.commands.score", "--videos DIR --out FILE: VBench, the papers' windows, drift and seams, of any videos"),
         "fetch-weights": ("tasks.commands.fetch_weights", "--out DIR: the networks that `cf score` compares frames with"),
+        "vbench": ("tasks.commands.vbench", "--videos DIR --manifest FILE --out DIR: in VBench's naming, for its official scripts"),
         "verify": ("flows.project.dvc_lock", "[STAGE ...]: hashes the outs again and compares them with dvc.lock"),
         "check-golden": ("tasks.commands.check_golden", "DIR: this code against recorded numbers of Self-Forcing and LongLive"),
         "wandb": ("tasks.wandb_log.sync", "sync | list: runs of W&B that are on this machine, and sending them"),

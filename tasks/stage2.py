@@ -1,9 +1,8 @@
 """Stage `stage2`: contextual distribution matching on long rollouts (sec. 3.2, eqs. 5 and 6, alg. 1)."""
 
-from dataclasses import replace
 from pathlib import Path
 
-from cf_model.train.layout import TeacherLayout, read_agreed_view
+from cf_model.train.layout import read_agreed_view
 from tasks.params.schema import Params
 from tasks.parts.distillation import DistillationJob, train_student
 from tasks.runner.track import Track
@@ -17,8 +16,6 @@ def run(
     The student begins with the weights in `student`: stage 1's, or those that start.stage2 names.
     """
     spec = params.stage2
-    context, window = spec.teacher.context, spec.rollout.window
-    wanted = TeacherLayout(replace(params.teacher.view, context=context), window, spec.horizon.longest - window)
-    view = read_agreed_view(teacher, wanted, accept=spec.teacher.mismatch == "accept")
+    view = read_agreed_view(teacher, spec.want_layout(params.teacher.view), accept=spec.teacher.mismatch == "accept")
     job = DistillationJob(spec, view, params.flow, params.compute, params.samples.stage2, params.engine, params.seed + 1)
     return train_student(job, track, latents=latents, prompts=prompts, codec=codec, teacher=teacher, student=student, out=out)

@@ -30,5 +30,3 @@ def recipe(**memory: object) -> Recipe:
 def pipeline(**memory: object) -> ContextForcingPipeline:
     """Every tested chunk is promoted, as in docs/method.md, "Promotion"."""
     return ContextForcingPipeline(denoiser(), codec(), WordEncoder(16, 8), recipe(**({"promote": "uniform"} | memory)))
-
-

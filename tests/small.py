@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from cf_model.model import checkpoint, wan
-from cf_model.model.denoiser import Denoiser, ModelSpec
+from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
 from cf_model.model.memory import Memory, MemorySpec
 from cf_model.model.rollout import RolloutSpec
+from cf_model.model.sizes import ModelSpec
 
 SHAPE = (4, 4, 4)  # C, H, W: four tokens a frame
 FLOW = Flow(shift=5.0, sigma_min=0.02, sigma_max=0.98)
@@ -22,12 +23,14 @@ FLOW = Flow(shift=5.0, sigma_min=0.02, sigma_max=0.98)
 def spec(**changes: object) -> MemorySpec:
     values = {"sink": 3, "slow": 12, "fast": 6, "promote": "similarity", "tau": 0.95, "interval": 2, "begin": 1, "keep": "first"}
     values |= {"when": "evict", "timing": "clean", "fill": "none", "scope": "global", "positions": "anchored", "commit": "all"}
+    values |= {"similarity": "raw"}
     return MemorySpec(**(values | changes))  # type: ignore[arg-type]
 
 
 def rolling(**changes: object) -> RolloutSpec:
     values = {"chunk": 3, "levels": (1.0, 0.75, 0.5, 0.25), "window": 9, "place": "last", "renoise": "none", "exit": "shared"}
     values |= {"full_denoise": "all", "full_first": changes.get("skip_first", 0), "skip_first": 0, "persist": "fresh", "begin": "own"}
+    values |= {"cache_noise": 0.0}
     return RolloutSpec(**(values | changes))  # type: ignore[arg-type]
 
 

@@ -44,9 +44,7 @@ def test_a_run_that_goes_on_is_shown_before_one_that_is_done(
         cf.main(["curves", "base", "critic"])
 
 
-def test_seconds_and_terminals_without_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_seconds_and_terminals_without_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     written(Path("runtime/stage2.timing.jsonl"), [{"step": 1, "seconds/rollout": 1.0, "peak_mib": 5}, {"step": 2, "seconds/rollout": 2.0}])
     monkeypatch.setattr(curves, "RAMPS", ("_#", "_#"))

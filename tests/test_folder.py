@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from cf_model.codec.wan_codec import load_wan_codec
 from cf_model.model import wan
-from cf_model.model.denoiser import ModelSpec
 from cf_model.model.flow import BatchGenerator
 from cf_model.model.rollout import stream
+from cf_model.model.sizes import ModelSpec
 from cf_model.pipeline import ContextForcingPipeline
 from cf_model.text.encoder import build_text_encoder
 from tests import pretrained

@@ -61,6 +61,18 @@ def test_the_teacher_remembers_what_the_fast_part_alone_can_not() -> None:
     assert found["after"] <= 0.8 * found["before"]
 
 
+def test_stage2_remembers_better_than_stage1(prompts: Any, continuations: Any) -> None:
+    """The paper's claim, on held-out worlds that no setting was chosen on, and what a hollow win would lower."""
+    found = measured("evaluate")["compared"]["map_error_absent: stage1 to stage2"]
+    assert found["videos"] >= 64, "as many worlds with content that only the slow memory can hold"
+    assert found["after"] <= 0.8 * found["before"] and found["high"] < 0
+    before, after, real = prompts["stage1"], prompts["stage2"], prompts["real"]
+    assert after["diversity"] >= 0.85 * before["diversity"]
+    assert after["other_heading"] >= before["other_heading"], "contrast within a video"
+    assert after["sprite_recall"] >= 0.93
+    assert abs(after["speed"] / real["speed"] - 1) <= 0.3
+
+
 def test_the_codec_looks_like_the_clip() -> None:
     assert measured("codec")["psnr"] >= 30
 

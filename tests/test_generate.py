@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from cf_model.data.latents import write_latents
+from cf_model.model import wan
+from cf_model.text.encoder import WordEncoder
 from tasks import generate
 from tasks.params import load, schema
-from tests.small import denoiser
+from tasks.runner.track import Track
+from tests.small import denoiser, normal
+from tests.train import ranked
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,3 +86,66 @@ def test_batches_are_of_one_system(stated: schema.Params) -> None:
     real = [generate.VideoJob("prompts", "real", None, n, 0, "", "clip", None) for n in range(3)]
     assert [len(group) for group in generate.group_jobs([*real, *jobs], 3)] == [1, 1, 1, 3, 2, 3, 2]
     assert {job.name for group in generate.group_jobs(jobs, 3) for job in group[1:] if job.name != group[0].name} == set()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three held-out clips, a codec, and one small model, which stands for all systems."""
+    root = tmp_path_factory.mktemp("generate")
+    clips = [({"id": f"c{n}", "caption": f"clip {n}", "split": "heldout"}, normal(9, 4, 4, 4, seed=n)) for n in range(3)]
+    write_latents(root / "latents", clips, WordEncoder(5, 8).encode, shard=2, dtype=torch.float32, fps=16.0, negative="")
+    wan.save_transformer(denoiser(3), root / "model")
+    systems = dict.fromkeys(("base", "teacher", "causal_init", "stage1", "stage2"), root / "model")
+    return {"latents": root / "latents", "codec": ranked.small_codec(root / "codec"), **systems}
+
+
+@pytest.mark.parametrize("place", ["between two batches", "within a batch"])
+def test_killed_and_started_again_goes_on_with_the_same_bytes(
+    place: str, stated: schema.Params, project: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches of two videos: a batch that is complete is not made again, and no file is left half-written."""
+    only = {"stage2": stated.generate.systems["stage2"].model_copy(update={"frames": 6})}
+    some = {"prompts": 3, "continued": 3, "seeds": [0, 1], "frames": 9, "prefix": 3, "batch": 2, "systems": only, "continuations": {}}
+    text = stated.text.model_copy(update={"tokens": 5, "channels": 8})
+    params = stated.model_copy(update={"generate": stated.generate.model_copy(update=some), "text": text})
+    made, written, die_at = list[list[str]](), list[Path](), {"between two batches": (2, 99), "within a batch": (99, 9)}[place]
+    generate_latents, write_video = generate.generate_latents, generate.write_video
+
+    def generate_or_die(p: schema.Params, jobs: list[generate.VideoJob], *given: object) -> Iterator[torch.Tensor]:
+        if jobs[0].system:
+            if len(made) == die_at[0]:
+                raise KeyboardInterrupt
+            made.append([job.file for job in jobs])
+        return generate_latents(p, jobs, *given)  # type: ignore[arg-type]
+
+    def write_or_die(path: Path, frames: Iterator[np.ndarray], **given: object) -> None:
+        def torn() -> Iterator[np.ndarray]:
+            for number, frame in enumerate(frames):
+                if len(written) == die_at[1] and number == 3:
+                    raise KeyboardInterrupt
+                yield frame
+
+        write_video(path, torn(), **given)  # type: ignore[arg-type]
+        written.append(path)
+
+    def run(name: str) -> dict[str, bytes]:
+        work, out = tmp_path / name, tmp_path / f"{name}-out"
+        work.mkdir(exist_ok=True)
+        assert generate.run(params, Track("generate", work), **project, out=out) == {"videos": 12.0}
+        return {file.relative_to(out).as_posix(): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    monkeypatch.setattr(generate, "generate_latents", generate_or_die)
+    monkeypatch.setattr(generate, "write_video", write_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    # six real clips, then batches of stage2's videos; the file that was being written is not there
+    there = sorted(file for file in (tmp_path / "killed").rglob("*") if file.is_file())
+    assert sorted(written) == there and len(there) == {"between two batches": 10, "within a batch": 9}[place]
+    begun, die_at = len(made), (99, 99)
+    resumed = run("killed")
+    again = made[begun:]
+    assert [len(batch) for batch in again] == {"between two batches": [2], "within a batch": [2, 2]}[place]
+    made.clear()
+    whole = run("whole")
+    assert len(made) == 3 and again == made[3 - len(again) :], "what was complete is not made again"
+    assert len(whole) == 13 and resumed == whole

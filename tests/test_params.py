@@ -141,7 +141,7 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
         ("base.weights", "some/folder", "base.weights is some/folder, but base.init is scratch"),
         ("stage2.teacher.context", "contiguous", "the teacher was trained on sparse; use that, or none, or say that it is meant with"),
         ("stage2.rollout.window", 18, "stage2.rollout.window is 18, but the teacher was trained on targets of 21; use the same"),
-        ("stage2.horizon.longest", 123, "stage2.horizon.longest has targets that begin at 102, but the teacher's begin at 100 at most"),
+        ("stage2.horizon.longest", 123, "stage2.horizon.longest is 123, whose last target begins at 102, but the teacher's begin at 100"),
         ("causal_init", ODE | {"frames": 24}, "causal_init.frames is 24, but base.window is 21, and by method ode the base model makes"),
         ("causal_init.ode.keep", [0, 16], "causal_init.ode.keep is [0, 16]; name steps in rising order, from 0 to 15"),
         ("causal_init.ode.context", "own", "causal_init.ode.context is 'own'; it must be 'noisy' or 'clean'"),
@@ -150,7 +150,7 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
         ("teacher.weight", "wan", "teacher.weight is 'wan'; it must be 'uniform' or 'bell'"),
         ("stage2.memory.fill", "early_raw", "when is evict; use when: enqueue"),
         ("stage1.rollout.persist", "stream", "place is last and skip_first 0, but persist is stream"),
-        ("stage2.rollout.renoise", "own", "exit is shared, but renoise is own"),
+        ("stage2.rollout.cache_noise", -0.1, "stage2.rollout.cache_noise is -0.1, but it is a standard deviation; use 0 or more"),
         ("stage2.rollout.skip_first", 7, "use 0 <= skip_first <= full_first"),
         ("stage2.horizon.mode", "exponential", "stage2.horizon.mode is 'exponential'; it must be 'linear', 'exp' or 'const'"),
         ("model.head_dim", 31, "model.head_dim is 31, but RoPE turns pairs of channels along three axes; use an even number of 6 or more"),
@@ -162,6 +162,45 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
 def test_settings_that_contradict_each_other(key: str, value: Any, words: str, tmp_path: Path) -> None:
     said = refusal(changed(key, value), tmp_path)
     assert words in said, said
+
+
+def test_one_latent_frame_less_than_the_paper_needs_is_refused_with_what_would_do(tmp_path: Path) -> None:
+    """wan-1.3b's teacher sees 99 frames, where the last target of 120 begins; with 98 it is told what to change, and that is enough."""
+    tree = yaml_file.read_yaml(ROOT / "profiles/wan-1.3b.yaml")
+    assert tree["teacher"]["longest"] == tree["stage2"]["horizon"]["longest"] - tree["stage2"]["rollout"]["window"] == 99
+    tree["teacher"]["longest"] = 98
+    said = refusal(tree, tmp_path)
+    assert said.startswith("stage2.horizon.longest is 120, whose last target begins at 99, but the teacher's begin at 98 at most;")
+    assert "whole chunks up to 119, a teacher trained with a higher teacher.longest, or stage2.teacher.context: none" in said
+    tree["stage2"]["horizon"]["longest"] = 117
+    (tmp_path / "params.yaml").write_text(json.dumps(tree))
+    load.load_params(tmp_path / "params.yaml")
+
+
+def test_flash_attention_is_refused_for_batches_whose_videos_decide(tmp_path: Path) -> None:
+    """Before any training, not in the step in which two videos first differ."""
+    tree = yaml_file.read_yaml(ROOT / "profiles/wan-1.3b.yaml")
+    tree["compute"]["attention"] = "flash3"
+    (tmp_path / "params.yaml").write_text(json.dumps(tree))
+    load.load_params(tmp_path / "params.yaml")  # one video at once everywhere
+    tree["generate"]["batch"] = 2
+    assert "remember different frames, but generate.batch is 2; use generate.batch: 1, or attention: native" in refusal(tree, tmp_path)
+    tree["generate"]["batch"], tree["engine"]["micro_batch"] = 1, None
+    said = "compute.attention is flash3, which can't be told that the videos of a batch remember different frames, but "
+    assert refusal(tree, tmp_path).startswith(said + "engine.micro_batch is None and causal_init.batch 64; use engine.micro_batch: 1")
+    for stage in ("causal_init", "stage1", "stage2"):
+        tree[stage]["memory"]["promote"] = "uniform"  # all videos alike
+    (tmp_path / "params.yaml").write_text(json.dumps(tree))
+    load.load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("value", ["some.parquet", "data", "two words.txt", "clips.jsonl"])
+def test_prompts_are_captions_or_a_file_of_prompts(value: str, tmp_path: Path) -> None:
+    said = refusal(changed("start.prompts", value), tmp_path)
+    assert re.match(r"start(\.|: )prompts is ", said)
+    assert ("which dvc.yaml puts into a command" if " " in value else "which is neither captions nor a file of prompts; use data/") in said
+    (tmp_path / "params.yaml").write_text(json.dumps(changed("start.prompts", "prompts/vidprom.csv")))
+    assert load.load_params(tmp_path / "params.yaml").start.prompts == Path("prompts/vidprom.csv")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> None:
     for one in plan.estimate_needs(wan).values():
         peaks = [one.peak(1, zero, 8) for zero in (0, 1, 2, 3)]
-        assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
+        assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3, "stages 1 and 2 need as much"
         assert one.peak(1, 3, 16) < one.peak(1, 3, 8) and one.peak(1, 0, 16) == one.peak(1, 0, 8)
 
 
@@ -178,10 +178,10 @@ def test_a_stage_that_fits_is_never_refused(tiny: schema.Params, wan: schema.Par
 
 def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, wan: schema.Params) -> None:
     message = refused(wan, "stage2", 139)
-    assert message.startswith("stage2 needs about 1,8")
+    assert message.startswith("stage2 needs about 2,06")
     assert "but this machine has 139; use engine.micro_batch: 2; CF_IGNORE_PLAN=1" in message
     assert "8 such ranks with engine.zero: 3 and engine.micro_batch: 1 would hold it" in refused(wan, "stage2", 55)
-    assert "one sample alone takes 85.8: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
+    assert "one sample alone takes 89.5: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use engine.micro_batch: 2, or compute.checkpointing: true" in refused(tiny, "stage2", 0.1)
     large = tiny.model_copy(update={"video": tiny.video.model_copy(update={"height": 512, "width": 512})})
     lean = plan.estimate_checkpointed(large, "stage2")
@@ -194,8 +194,8 @@ def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
     one = plan.estimate_needs(wan)["stage2"]
     plan.refuse_memory("stage2", one, None, 139 * GIB, "machine", plan.WorkSplit.from_engine(wan.engine, one.batch, 1))
     assert plan.WorkSplit.from_engine(wan.engine, one.batch, 8) == plan.WorkSplit(1, 2, 8), "as the profile states it"
-    with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 59.* one sample alone takes 85.8"):
-        plan.refuse_memory("stage2", one, None, 39.4 * GIB, "GPU", plan.WorkSplit.from_engine(wan.engine, one.batch, 8))
+    with pytest.raises(Refused, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 68.6.* one sample alone takes 85.7"):
+        plan.refuse_memory("stage2", one, None, 42.0 * GIB, "GPU", plan.WorkSplit.from_engine(wan.engine, one.batch, 8))
 
 
 def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schema.Params) -> None:

@@ -50,9 +50,10 @@ class Tracer:
         self.passes: list[dict[str, Any]] = []
         inner = Denoiser._run_transformer
 
-        def traced(model: Denoiser, x_t: Any, sigma: Any, text: Any, memory: Any, taken: Any) -> Any:
-            self.passes.append({"model": id(model), "x": x_t, "sigma": sigma, "memory": memory, "grad": torch.is_grad_enabled()})
-            return inner(model, x_t, sigma, text, memory, taken)
+        def traced(model: Denoiser, x_t: Any, sigma: Any, text: Any, memory: Any, taken: Any, filled: Any = None) -> Any:
+            one = {"model": id(model), "x": x_t, "sigma": sigma, "memory": memory, "filled": filled, "grad": torch.is_grad_enabled()}
+            self.passes.append(one)
+            return inner(model, x_t, sigma, text, memory, taken, filled)
 
         monkeypatch.setattr(Denoiser, "_run_transformer", traced)
 
@@ -98,7 +99,7 @@ def train(name: str, tracer: Tracer) -> dict[str, Any]:
     stage = preset.read_preset(name)["student"]
     spec = getattr(params, stage)
     spec = type(spec)(**{**vars(spec), "batch": 1, "critic_updates": 1, "steps": 9, "ema_start": 0})
-    view = type(params.teacher.view)(**{**vars(params.teacher.view), "context": spec.teacher.context})
+    view = spec.want_layout(params.teacher.view).view
     job = DistillationTrainer(
         spec,
         student=denoiser(0, positions=1024),
@@ -118,6 +119,7 @@ def train(name: str, tracer: Tracer) -> dict[str, Any]:
             "teacher": {"guidance": spec.teacher.guidance, "context_sigma": view.context_sigma, "errors": vars(params.teacher.errors)},
             "horizon": vars(spec.horizon),
             "critic_weight": spec.critic_weight,
+            "cache_noise": spec.rollout.cache_noise,
             "betas": [[o.beta1, o.beta2] for o in (spec.student_optimizer, spec.critic_optimizer)],
         },
         "steps": [step(job, number, tracer, view) for number in (0, max(1, spec.horizon.decay))],
@@ -136,7 +138,11 @@ def step(job: DistillationTrainer, number: int, tracer: Tracer, view: Any) -> di
         chunks.setdefault(one["memory"].frame_count, []).append(one)
     teacher = [one for one in passes if one["model"] == id(job.teacher)]
     critic = [one for one in passes if one["model"] == id(job.critic)]
+    shown = teacher[0]["filled"]  # which of the frames that it is shown this video has
     context = view.context_frames(start)
+    if view.context == "memory":  # what the student remembered before the window's first pass
+        context = sorted(frame for part in chunks[start][0]["memory"].frame_indices().values() for frame in part)
+        assert shown is None or int(shown.sum()) == len(context) + length
     learns = [first for first, rows in chunks.items() if any(one["grad"] for one in rows)]
     return {
         "rollout": f"{frames} frames, of which {3 * len(chunks)} are new; window {start}-{start + length - 1}",
@@ -283,7 +289,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path, monkey
     monkeypatch.chdir(ROOT)
     file = tmp_path / "params.yaml"
     short = (ROOT / "profiles/smoke.yaml").read_text().replace("longest: 24", "longest: 10", 1)
-    short = short.replace("teacher: {context: sparse,", "teacher: {context: none,")
+    short = short.replace("teacher: {context: memory,", "teacher: {context: none,")
     file.write_text(short)
     validate_params(read_yaml(file), file)  # a teacher of short contexts is fine where the student is shown none
     with pytest.raises(Refused, match=r"preset cf_default doesn't fit .* the teacher's begin at 10 at most.*; start from another profile"):

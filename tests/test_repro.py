@@ -69,10 +69,10 @@ def test_each_stage_has_its_number_and_its_time_on_this_machine(project: Path) -
     lines = output.splitlines()
     assert lines[:6] == [
         "Stage 'validate' didn't change, skipping",
-        "2 of 13, stage clips, about 10 s",
+        "2 of 14, stage clips, about 10 s",
         "Running stage 'clips':",
         "> python -m tasks clips",
-        "3 of 13, stage filter, about 20 s",
+        "3 of 14, stage filter, about 20 s",
         "Running stage 'filter':",
     ]
     assert lines[-1].startswith("stage2, diversity")
@@ -81,7 +81,7 @@ def test_each_stage_has_its_number_and_its_time_on_this_machine(project: Path) -
 
 def test_other_profiles_have_no_times(project: Path) -> None:
     (project / "params.yaml").write_text("profile: smoke\n")
-    assert "\n3 of 13, stage filter\nRunning" in start(project).communicate(timeout=60)[0]
+    assert "\n3 of 14, stage filter\nRunning" in start(project).communicate(timeout=60)[0]
 
 
 def test_a_failure_brings_the_last_outs_back(project: Path) -> None:

@@ -60,11 +60,13 @@ def weights(job: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["base", "teacher", "causal_init", "student"])
 def test_what_is_learned_is_the_same_with_and_without_samples(name: str, tmp_path: Path) -> None:
-    """Weights, metrics and checkpoints to the byte: no random number of the training, and no state, is used up."""
+    """Weights, checkpoints and all metrics but the videos' own: no random number of the training, and no state, is used up."""
     on, off = trained(name, tmp_path / "on"), trained(name, tmp_path / "off", every=0)
     assert torch.equal(weights(on), weights(off))
-    for file in ("metrics.jsonl", "step-00000008/manifest.json"):
-        assert (tmp_path / "on" / file).read_bytes() == (tmp_path / "off" / file).read_bytes()
+    file = "step-00000008/manifest.json"
+    assert (tmp_path / "on" / file).read_bytes() == (tmp_path / "off" / file).read_bytes()
+    logged, plain = (list(map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())) for name in ("on", "off"))
+    assert [row["step"] for row in logged if row.pop("clipped", None) is not None] == [2, 4, 6, 8] and logged == plain
     assert list(digests(tmp_path / "on")) == [f"step-{step:06d}-{number}.mp4" for step in (2, 4, 6, 8) for number in (0, 1)]
     assert not (tmp_path / "off/samples").exists() and len(set(digests(tmp_path / "on").values())) == 8
     rows = [json.loads(line) for file in ("metrics.jsonl", "timing.jsonl") for line in (tmp_path / "on" / file).read_text().splitlines()]
@@ -121,7 +123,7 @@ def test_samples_are_of_the_averaged_weights_with_the_prompts_own_noise(tmp_path
 
 def test_the_teacher_goes_on_from_a_real_beginning() -> None:
     plan = ContinuedSpec(every=1, prompts=1, frames=10, seed=0, crf=16, sampler_steps=2, guidance=2.0, prefix=6)
-    view = TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=2, context_sigma="zero", context_pass="joint")
+    view = TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=2, chunk=3, context_sigma="zero", context_pass="joint")
     text, null, real = normal(1, 5, 8), normal(5, 8, seed=3), normal(1, 6, *SHAPE)
 
     def window(real: torch.Tensor) -> torch.Tensor:

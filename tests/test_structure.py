@@ -39,7 +39,9 @@ FORBIDDEN = {
 }
 SHARED = ("tasks.files", "tasks.params.yaml_file")  # all that flows may import of tasks: neither imports torch or pydantic
 ALLOWED = {"cf_model/evaluate/oracle.py": "cf_model.data.worlds"}  # it judges by the rules the world is drawn with
-APART = {"data": ("train", "evaluate"), "train": ("data", "evaluate"), "evaluate": ("data", "train")}  # rooms of cf_model
+APART = {  # rooms of cf_model
+    room: tuple({"data", "train", "evaluate", "metrics"} - {room}) for room in ("data", "train", "evaluate", "metrics")
+}
 WITHOUT_TRANSFORMER = ("validate", "clips", "filter", "codec", "encode", "prompts", "evaluate", "report")
 TOPS = {  # what stands at the top of a package and not in a room
     "flows": {"__init__.py", "pipeline.py", "nightly.py", "evaluate.py", "locks.py", "cli.py"},

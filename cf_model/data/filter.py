@@ -20,7 +20,6 @@ BLOCKS_PER_SIDE = 8  # of the pictures that are compared with each other: so coa
 SIGNATURE_FRAMES = 8  # frames of a clip in its signature
 CUT_FLOOR = 2.0  # grey levels added to the usual change, so that in a still scene the noise is no cut
 FLASH_FRAMES = 3  # frames; a change that is undone by then is no cut
-BLACK, WHITE = 5, 250
 
 REASONS = ("unreadable", "too_short", "wrong_fps", "clipped", "frozen", "hard_cut", "duplicate")  # in the order in which rules are tried
 
@@ -50,7 +49,7 @@ class ClipMeasures:
     fps: float
     width: int
     height: int
-    clipped: float  # see clipped_share
+    clipped: float  # see video.measure_clipped_share
     motion: float  # see motion_per_second
     cut: float  # see strongest_cut
     signature: UInt8[np.ndarray, "M y x 3"]
@@ -78,7 +77,7 @@ def measure_clip(path: Path) -> ClipMeasures:
         fps=probe.fps,
         width=probe.width,
         height=probe.height,
-        clipped=clipped_share(frames),
+        clipped=video.measure_clipped_share(frames),
         motion=motion_per_second(frames, probe.fps),
         cut=strongest_cut(small, probe.fps),
         signature=draw_signature(small),
@@ -109,13 +108,6 @@ def average_blocks(frames: UInt8[np.ndarray, "V Y X 3"]) -> Float[np.ndarray, "V
     block = PICTURE_SIDE // BLOCKS_PER_SIDE
     rows = frames.reshape(len(frames), BLOCKS_PER_SIDE, block, PICTURE_SIDE, 3).sum(2, dtype=np.uint16)
     return rows.reshape(len(frames), BLOCKS_PER_SIDE, BLOCKS_PER_SIDE, block, 3).sum(3, dtype=np.uint16).astype(np.float32) / block**2
-
-
-def clipped_share(frames: UInt8[np.ndarray, "V Y X 3"]) -> float:
-    """Measure the share of pixels that are black or white in all three channels, over all frames."""
-    red, green, blue = (frames[..., channel] for channel in range(3))
-    darkest, brightest = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
-    return float(((darkest >= WHITE) | (brightest <= BLACK)).mean())
 
 
 def motion_per_second(frames: UInt8[np.ndarray, "V Y X 3"], fps: float) -> float:

@@ -28,6 +28,7 @@ X264_OPTIONS = {"preset": "veryfast", "mbtree": "0"}
 WHOLE_FILE_OPTIONS = {"movflags": "faststart"}
 # a piece of the file for every half second of video, each playable as soon as it is written
 FRAGMENT_OPTIONS = {"movflags": "empty_moov+default_base_moof", "frag_duration": "500000", "flush_packets": "1"}
+BLACK, WHITE = 5, 250  # at most and at least, in all three channels
 DECORD_ERRORS = (DECORDError, RuntimeError, AssertionError, IndexError)  # what decord raises on files it can't read
 
 
@@ -251,3 +252,10 @@ def explain_failure(path: Path, error: str) -> str:
     if "cannot find video stream" in error:
         return f"{path.name} is {codec}, which decord cannot decode; convert it to H.264"
     return f"{path.name} is damaged: not all of its frames can be decoded; replace it"
+
+
+def measure_clipped_share(frames: UInt8[np.ndarray, "*V Y X 3"]) -> float:
+    """Measure the share of pixels that are black or white in all three channels, over all frames."""
+    red, green, blue = (frames[..., channel] for channel in range(3))
+    darkest, brightest = np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
+    return float(((darkest >= WHITE) | (brightest <= BLACK)).mean())

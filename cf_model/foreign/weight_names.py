@@ -11,7 +11,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from cf_model.model.denoiser import ModelSpec
+from cf_model.model.sizes import ModelSpec
 from cf_model.model.weights import list_first_names
 
 Value = TypeVar("Value")

@@ -19,7 +19,7 @@ from .vectors import BrokenVectors, GoldenVectors, build_peer_memory
 
 SHIFT, LOWEST, HIGHEST = 5.0, 0.02, 0.98  # Self-Forcing's; a stored table may have another shift
 GUIDANCE = 4.0  # the vectors say 3.0, because they count from the conditional score
-PLAIN_VIEW = TeacherView("none", 0, 0, 0, 1, "shared", "joint")
+PLAIN_VIEW = TeacherView("none", 0, 0, 0, 1, 3, "shared", "joint")
 
 
 def read_flow(golden: GoldenVectors) -> Flow:
@@ -202,7 +202,7 @@ def back_propagate(golden: GoldenVectors, loss: str) -> tuple[int, Tensor, Tenso
         x.requires_grad_()
         spec = build_peer_memory("causal_global", x.shape[1])
         targets = [TargetChunk(at, x[:, at : at + chunk], 1.0, empty_memory(spec), at >= first) for at in range(0, x.shape[1], chunk)]
-        rollout = Rollout(x.detach(), slice(0, x.shape[1]), tuple(targets), (), empty_memory(spec), ())
+        rollout = Rollout(x.detach(), slice(0, x.shape[1]), tuple(targets), (), empty_memory(spec), (), None)
         replay_window(lambda x_t, *_: x_t, rollout, gradient, torch.zeros(len(x), 1, 1))
     assert x.grad is not None
     return x[:, first:].numel(), gradient, x.grad

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cf_model.foreign.weight_names import expected_shapes, to_diffusers, translate_original_config
+from cf_model.model.context import build_plain_spec
 from cf_model.model.denoiser import Denoiser
-from cf_model.model.memory import MemorySpec, build_plain_spec
+from cf_model.model.memory import MemorySpec
 from cf_model.model.weights import check_weights
 
 WEIGHTS = "weights_selfforcing_keys.safetensors"

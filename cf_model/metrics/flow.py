@@ -51,7 +51,7 @@ class BlockMatchingFlow:
             raise ValueError(f"frames are {width} x {height} pixels; block matching needs at least {4 * block} on each side")
         graph = Graph()
         graph.threads = 1
-        source = graph.add_buffer(width=width, height=height, format="gray", time_base=Fraction(1, 1000))
+        source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("gray"), time_base=Fraction(1, 1000))
         matcher = graph.add("mestimate", f"method=epzs:mb_size={block}:search_param=64")
         sink = graph.add("buffersink")
         source.link_to(matcher)
@@ -84,7 +84,7 @@ class BlockMatchingFlow:
                 frame = graph.pull()
             except (av.BlockingIOError, av.EOFError):
                 return
-            vectors = frame.side_data.get(Type.MOTION_VECTORS).to_ndarray()  # type: ignore[union-attr, attr-defined]
+            vectors = frame.side_data.get(Type.MOTION_VECTORS).to_ndarray()  # type: ignore[call-overload]
             ahead = vectors[vectors["source"] == 1]
             # mestimate says where a block's content comes from in the frame named by `source`; its motion_x is not set
             lengths = [ahead[f"src_{axis}"].astype(np.float32) - ahead[f"dst_{axis}"] for axis in "xy"]

@@ -21,7 +21,8 @@ Video = UInt8[np.ndarray, "V Y X 3"]
 RUBRIC = """You are tasked with rating the exposure stability of a video. Assign a score according to the following scale:
 
 0: Catastrophic Exposure. Nearly the entire frame is either blown out (pure white) or crushed (pure black), rendering the scene unreadable.
-1: Severe Exposure Failure. Large portions of the frame are dominated by over-exposure or under-exposure, substantially impairing visibility.
+1: Severe Exposure Failure. Large portions of the frame are dominated by over-exposure or under-exposure, substantially impairing \
+visibility.
 2: Noticeable Exposure Problems. Persistent clipping is present in highlights or shadows. Significant areas lose detail, though the \
 frame remains viewable.
 3: Moderate Exposure Issues. Over-exposed highlights or under-exposed shadows occur but are limited in extent or duration.
@@ -72,7 +73,9 @@ def read_rating(text: str) -> int:
         stated = [(alone[1], "")]
     number = float(stated[-1][0]) if stated else -1.0
     if number != int(number) or not 0 <= number <= BEST:
-        raise ValueError(f"the judge's answer holds no score from 0 to {BEST}: {' '.join(text.split())[:120]!r}; ask it again, or another judge")
+        raise ValueError(
+            f"the judge's answer holds no score from 0 to {BEST}: {' '.join(text.split())[:120]!r}; ask it again, or another judge"
+        )
     return int(number)
 
 
@@ -92,8 +95,10 @@ def rate_video(judge: Judge, video: Video, fps: float, prompt: str, *, key: str,
 def score_stability(ratings: Sequence[Rating]) -> float:
     """Return Visual Stability, 0 to 100: 20 x the mean rating. Raises ValueError if a rating failed, or there is none."""
     failed = [rating.failure for rating in ratings if rating.score is None]
-    if failed or not ratings:
-        raise ValueError(f"{len(failed)} of {len(ratings)} ratings failed; the first: {failed[0] if failed else 'no video was rated'}")
+    if not ratings:
+        raise ValueError("no video was rated, so there is no mean rating; rate at least one")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(ratings)} ratings failed; the first: {failed[0]}")
     return SCALE * float(np.mean([rating.score for rating in ratings if rating.score is not None]))
 
 

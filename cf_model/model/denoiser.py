@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from .context import fixed_memory
 from .flow import to_x0
-from .key_values import KeyValues
-from .memory import Memory, MemorySpec, Positions, empty_memory, fixed_memory, join_positions
+from .key_values import Frames, LayerKeyValues, split_frames
+from .memory import Memory, MemorySpec, Positions, empty_memory, join_positions
+from .precision import WeightCopies, prepare_layers
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [1, L, 1, D]
-LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of one pass, each [B, L, N, D]
 Attention = Literal["native", "cudnn", "flash2", "flash3"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -99,14 +102,19 @@ def view_filled(rotations: list[Rotation], masks: list[Tensor | None], own: int)
     """
     filled, left = [], []
     for (cos, sin), mask in zip(rotations, masks, strict=True):
-        tokens = torch.ones(cos.shape[1], dtype=torch.bool, device=cos.device) if mask is None else mask[0, 0, 0]
-        if mask is not None and not bool((mask == tokens).all()):
-            problem = "the videos of a batch remember different numbers of frames, which this attention kernel cannot be told"
-            raise ValueError(f"{problem}; use attention: native or cudnn, or a batch of 1 a process (engine.micro_batch: 1)")
-        at = tokens.nonzero()[:, 0]
+        tokens = torch.ones(1, cos.shape[1], dtype=torch.bool, device=cos.device) if mask is None else mask[:, 0, 0]
+        at = read_filled(tokens)
         filled.append(at[:-own])
         left.append((cos[:, at], sin[:, at]))
     return PastView(left, [None] * len(masks), filled)
+
+
+def read_filled(filled: Bool[Tensor, "B K"]) -> Tensor:
+    """Return the numbers of the places that are filled, by reading them. Raises ValueError where the videos of a batch differ."""
+    if not bool((filled == filled[:1]).all()):
+        problem = "the videos of a batch remember different numbers of frames, which this attention kernel cannot be told"
+        raise ValueError(f"{problem}; use attention: native or cudnn, or a batch of 1 a process (engine.micro_batch: 1)")
+    return filled[0].nonzero()[:, 0]
 
 
 @dataclass(eq=False)
@@ -117,6 +125,7 @@ class PassView:
     past: PastView | None  # the view of that memory; None: nothing is remembered
     rotations: list[Rotation]  # of the pass's own frames: one for each layer, or a single one for all
     captured: LayerKeyValues | None  # filled with this pass's keys and values; None: they are not wanted
+    mask: Tensor | None = None  # which of its own tokens a pass without a memory attends to, [B, 1, 1, F * S]; None: all
 
     def own_rotation(self, layer: int) -> Rotation:
         """Return a layer's rotation of the pass's own queries and keys."""
@@ -131,6 +140,7 @@ class MemoryRope(nn.Module):
         self.table: Any = table  # diffusers' WanRotaryPosEmbed
         self.memory: Memory | None = None
         self.captured: LayerKeyValues | None = None
+        self.filled: Tensor | None = None  # [B, F], which frames of a pass without a memory a video has; None: all
         self.takes_mask = True  # whether the attention kernel does
         # views by memory, each with the F, H, W of the passes that it serves
         self._views: weakref.WeakKeyDictionary[Memory, tuple[torch.Size, PastView]] = weakref.WeakKeyDictionary()
@@ -140,7 +150,11 @@ class MemoryRope(nn.Module):
         frames = x.shape[2]
         # without a memory: plain Wan, whose frames are at 0, 1, 2, …
         if self.memory is None:
-            return PassView(None, None, [self.rotations(range(frames), x)], self.captured)
+            if self.filled is None:
+                return PassView(None, None, [self.rotations(range(frames), x)], self.captured)
+            # A frame that a video does not have takes no time, and nothing attends to it.
+            own = [self.rotations((self.filled.long().cumsum(dim=1) - 1).clamp(min=0), x)]
+            return PassView(None, None, own, self.captured, self._spread_mask(self.filled, 0, own[0][0].shape[1] // frames))
         # With scope layer the layers remember different frames, so each may have positions of its own.
         groups = range(self.memory.groups)
         own = [self.rotations(self.memory.query_positions(frames, group), x) for group in groups]
@@ -220,7 +234,7 @@ class MemoryAttention:
         q = apply_rope(q, rotation).to(v.dtype)
         # [B, (K + F) * S, N, D] for K remembered frames
         if past is None or rotary_emb.memory is None:
-            k, mask = apply_rope(k, rotation), None
+            k, mask = apply_rope(k, rotation), rotary_emb.mask
         else:
             (k, v), mask = past.join(rotary_emb.memory, self.layer, k, v), past.mask(self.layer)
         # causality is in what the memory holds, and the frames of a chunk see each other; a mask hides places that are still empty
@@ -234,34 +248,6 @@ def apply_rope(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor,
     cos, sin = rotation[0][..., 0::2], rotation[1][..., 1::2]
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
-
-
-def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cast a norm's input to its weight's type, because torch has a fused kernel only where the two are equal."""
-    return tuple(x.to(norm.weight.dtype) for x in inputs)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Sizes of a transformer. Wan2.1-T2V-1.3B: 30 layers, 12 heads of 128, ffn 8960, freq 256, 1024 positions."""
-
-    layers: int
-    heads: int
-    head_dim: int
-    ffn: int
-    freq: int
-    positions: int  # rows of the RoPE table
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; use 1 or more")
-        # RoPE turns pairs of channels, a share of them for each of time, row and column; the time embedding is cosines and sines.
-        if self.head_dim % 2 or self.head_dim < 6:
-            problem = f"head_dim is {self.head_dim}, but RoPE turns pairs of channels along three axes"
-            raise ValueError(f"{problem}; use an even number of 6 or more")
-        if self.freq % 2:
-            raise ValueError(f"freq is {self.freq}, but each frequency has a cosine and a sine; use an even number")
 
 
 class Denoiser(nn.Module):
@@ -282,13 +268,23 @@ class Denoiser(nn.Module):
         transformer.rope.takes_mask = compute.attention not in WITHOUT_MASK
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
-        # under autocast a norm's input is bfloat16 and its weights are float32
-        for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
-            norm.register_forward_pre_hook(widen_input)
-        if compute.checkpointing:
-            transformer.enable_gradient_checkpointing()
+        prepare_layers(transformer, checkpointing=compute.checkpointing)
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import
-        self.compute = compute
+        self.compute, self.copies = compute, WeightCopies(transformer, wanted=compute.dtype == "bfloat16")
+
+    def freeze(self) -> Denoiser:
+        """Let nothing train this model any more, and keep the weights of its products in the width that they are used in."""
+        self.requires_grad_(False)
+        self.copies.narrow_originals()
+        return self
+
+    def load_state_dict(self, *given: Any, **named: Any) -> Any:
+        self.copies.forget()
+        return super().load_state_dict(*given, **named)
+
+    def _apply(self, *given: Any, **named: Any) -> Any:
+        self.copies.forget()  # the weights move to another device or type
+        return super()._apply(*given, **named)
 
     def forward(
         self,
@@ -306,9 +302,17 @@ class Denoiser(nn.Module):
         sigma: Float[Tensor, " B"] | Float[Tensor, "B F"],
         text: Float[Tensor, "B T E"],
         memory: Memory | None = None,
+        filled: Bool[Tensor, "B F"] | None = None,
     ) -> Float[Tensor, "B F C H W"]:
-        """Return v = ε - x_0. `sigma` is a level for each sample or for each frame; without `memory` the pass is plain Wan."""
-        return self._run_transformer(x_t, sigma, text, memory, None)
+        """Return v = ε - x_0. `sigma` is a level for each sample or for each frame; without `memory` the pass is plain Wan.
+
+        `filled` says which frames of such a pass a video has; v of the others means nothing.
+        """
+        if filled is not None and not self.transformer.rope.takes_mask:
+            left = read_filled(filled)  # the pass is over these frames alone
+            velocity = self._run_transformer(x_t[:, left], sigma[:, left] if sigma.ndim == 2 else sigma, text, memory, None)
+            return torch.zeros_like(x_t).index_copy(1, left, velocity)
+        return self._run_transformer(x_t, sigma, text, memory, None, filled)
 
     def remember(
         self,
@@ -318,10 +322,12 @@ class Denoiser(nn.Module):
         *,
         sigma: Float[Tensor, " B"] | Float[Tensor, "B F"] | None = None,
         grad: bool = False,
+        disturb: Callable[[Frames], Frames] | None = None,
     ) -> Memory:
         """Return the memory after a chunk, by one pass over it for its keys and values (alg. 1, line 21).
 
-        The pass is clean, or at a level `sigma` (Self-Forcing's context noise), and has no graph unless `grad`.
+        The pass is clean, or at a level `sigma` (Self-Forcing's context noise), and has no graph unless `grad`. `disturb` changes
+        the keys and values before they are remembered (`cache_noise`).
         """
         frames, level = x_0.shape[1], x_0.new_zeros(len(x_0)) if sigma is None else sigma
         captured: LayerKeyValues = {}
@@ -329,17 +335,25 @@ class Denoiser(nn.Module):
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             self._run_transformer(x_0, level, text, memory.commit_context(frames), captured)
         self.forget_view(memory)  # this was the chunk's last pass, but for a pass that noises it again
-        return memory.remember(split_frames(captured, memory.frame_count, frames))
+        chunk = split_frames(captured, memory.frame_count, frames)
+        return memory.remember(disturb(chunk) if disturb else chunk)
 
     def forget_view(self, memory: Memory) -> None:
         """Let go of the copy of a memory that passes without gradient keep from one to the next."""
         self.transformer.rope.forget_view(memory)
 
-    def read_context(self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"]) -> Memory:
-        """Return a memory of these frames, by one clean pass in which they see each other and nothing else; it keeps its graph."""
+    def read_context(
+        self, x_0: Float[Tensor, "B F C H W"], text: Float[Tensor, "B T E"], filled: Bool[Tensor, "B F"] | None = None
+    ) -> Memory:
+        """Return a memory of these frames, by one clean pass in which they see each other and nothing else; it keeps its graph.
+
+        `filled` says which of them a video has.
+        """
+        if filled is not None and not self.transformer.rope.takes_mask:
+            x_0, filled = x_0[:, read_filled(filled)], None
         captured: LayerKeyValues = {}
-        self._run_transformer(x_0, x_0.new_zeros(len(x_0)), text, None, captured)
-        return fixed_memory(split_frames(captured, 0, x_0.shape[1]))
+        self._run_transformer(x_0, x_0.new_zeros(len(x_0)), text, None, captured, filled)
+        return fixed_memory(split_frames(captured, 0, x_0.shape[1]), filled)
 
     def offer(
         self, x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Float[Tensor, "B T E"], memory: Memory
@@ -363,30 +377,24 @@ class Denoiser(nn.Module):
             memory = self.remember(part, text, memory)
         return memory
 
-    def _run_transformer(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, captured: LayerKeyValues | None) -> Tensor:
+    def _run_transformer(
+        self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory | None, captured: LayerKeyValues | None, filled: Tensor | None = None
+    ) -> Tensor:
         """Return the velocity, and fill `captured` if it is given; not otherwise, because a checkpointed pass would keep it all."""
         rope = self.transformer.rope
-        rope.memory, rope.captured = memory, captured
+        rope.memory, rope.captured, rope.filled = memory, captured, filled
         timestep = 1000 * sigma  # [B] or [B, F]
         if timestep.ndim == 2:  # diffusers takes a timestep for each token: [B, F * S]
             timestep = timestep.repeat_interleave(self._tokens_per_frame(x_t), dim=1)
-        low = self.compute.dtype == "bfloat16"
+        low, copies, given = self.compute.dtype == "bfloat16", self.copies.read(), (x_t.transpose(1, 2), timestep, text)
         try:
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=low):
-                # diffusers wants [B, C, F, H, W]
-                velocity = self.transformer(x_t.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
+                velocity = functional_call(self.transformer, copies, given, {"return_dict": False}, tie_weights=False)[0].transpose(1, 2)
         finally:
-            rope.memory, rope.captured = None, None
+            rope.memory, rope.captured, rope.filled = None, None, None
         return velocity.to(x_t.dtype)
 
     def _tokens_per_frame(self, x: Tensor) -> int:
         """Return S, the tokens of one latent frame."""
         _, rows, columns = self.transformer.config.patch_size
         return (x.shape[3] // rows) * (x.shape[4] // columns)
-
-
-def split_frames(captured: LayerKeyValues, first: int, frames: int) -> tuple[KeyValues, ...]:
-    """Cut a pass's keys and values into its frames, of which the first has the number `first`: [B, F * S, N, D] to F of [B, S, N, D]."""
-    # by layer first, as the pass gives them, then by frame, as a memory holds them
-    layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for _, (k, v) in sorted(captured.items())]
-    return tuple(KeyValues(first + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))

@@ -26,6 +26,7 @@ class KeyValues:
 
 
 Frames = tuple[KeyValues, ...]  # in the order of time
+LayerKeyValues = dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of one pass, each [B, L, N, D]
 
 
 def split_newest(frames: Frames, keep: int) -> tuple[Frames, Frames]:
@@ -40,3 +41,10 @@ def mean_key(chunk: Frames) -> Float[Tensor, "B layers ND"]:
     # keys[layer] is [B, S, N, D]; over the chunk [F, B, S, N, D], averaged [B, N, D], flattened [B, N * D]
     means = (torch.stack([f.keys[layer] for f in chunk]).float().mean(dim=(0, 2)).flatten(1) for layer in layers)
     return torch.stack(list(means), dim=1).detach()
+
+
+def split_frames(captured: LayerKeyValues, first: int, frames: int) -> tuple[KeyValues, ...]:
+    """Cut a pass's keys and values into its frames, of which the first has the number `first`: [B, F * S, N, D] to F of [B, S, N, D]."""
+    # by layer first, as the pass gives them, then by frame, as a memory holds them
+    layers = [(k.chunk(frames, dim=1), v.chunk(frames, dim=1)) for _, (k, v) in sorted(captured.items())]
+    return tuple(KeyValues(first + f, tuple(k[f] for k, _ in layers), tuple(v[f] for _, v in layers)) for f in range(frames))

@@ -40,6 +40,7 @@ class MemorySpec:
     fast: int  # counts the current chunk
     promote: Literal["similarity", "uniform", "random", "none"]
     tau: float  # eq. 7: a chunk less similar than this to the chunk before is news
+    similarity: Literal["raw", "centred"]  # of the chunks' mean keys, or of what is left of them without the video's mean so far
     interval: int  # chunks between two that are tested (similarity, random) or promoted (uniform)
     begin: int  # number of the first chunk that may be promoted; chunk 0 is the sink
     keep: Literal["first", "all"]  # frames of a promoted chunk that enter the slow part
@@ -94,6 +95,8 @@ class ContextMemory:
     fast: Frames = ()
     pending: Mapping[int, News] = field(default_factory=dict)  # frames of the fast part that may be promoted when they leave it
     last_mean_key: Float[Tensor, "B layers ND"] | None = None  # of the pass that the next pass is compared with
+    video_mean_key: Float[Tensor, "B layers ND"] | None = None  # similarity: centred; mean over the clean passes of all chunks so far
+    mean_chunks: int = 0  # that it is a mean of
     frame_count: int = 0  # latent frames since the video began
     similarity: Float[Tensor, "B layers"] | None = None  # of the newest chunk to the chunk before, for the log
     noisy_passes: int = 0  # over the chunk that is being made (timing: first_call)
@@ -208,6 +211,7 @@ class ContextMemory:
         for frame in leaving:
             after = after._promote((frame,), pending.get(frame.index, False))
         still_pending = {frame.index: pending[frame.index] for frame in fast if frame.index in pending}
+        after = after._average_keys()
         after = replace(after, sink=sink, early=early, fast=fast, pending=still_pending, is_newest_news=decision)
         # ready for the next chunk, of which no pass was offered yet
         return replace(after, frame_count=self.frame_count + length, noisy_passes=0, is_promoted=False)
@@ -235,11 +239,21 @@ class ContextMemory:
         mean = mean_key(chunk)  # [B, layers, N * D]
         similarity = None  # sim(k_t, k_(t-1)) of eq. 7, one cosine a layer
         if self.last_mean_key is not None:
-            similarity = F.cosine_similarity(mean, self.last_mean_key, dim=-1)
+            # Choice: centred leaves out what all keys of the video so far share, as else the cosine tells videos apart, not chunks.
+            shared = 0.0 if self.video_mean_key is None else self.video_mean_key
+            similarity = F.cosine_similarity(mean - shared, self.last_mean_key - shared, dim=-1)
         # The log wants a chunk's first pass against the chunk before; later passes are compared with the chunk's own.
         tested = replace(self, last_mean_key=mean, similarity=self.similarity if self.noisy_passes else similarity)
         # A chunk that lies wholly in the sink has no frame to promote.
         return tested, bool(self._choose_candidates(chunk)) and self._is_news(self.frame_count // len(chunk), similarity)
+
+    def _average_keys(self) -> ContextMemory:
+        """Return the memory after its newest pass, a clean one, has entered the video's mean key (similarity: centred)."""
+        if self.spec.similarity == "raw" or self.last_mean_key is None:
+            return self
+        count = self.mean_chunks + 1
+        mean = self.last_mean_key if self.video_mean_key is None else torch.lerp(self.video_mean_key, self.last_mean_key, 1 / count)
+        return replace(self, video_mean_key=mean, mean_chunks=count)
 
     def _is_news(self, chunk: int, similarity: Float[Tensor, "B layers"] | None) -> News:
         """Decide by eq. 7 (similarity below tau), or by one of the rules that experiments put in its place."""
@@ -305,9 +319,9 @@ class ContextMemory:
 
     def key_positions(self, frames: int, layer: int = 0) -> Positions:
         """Return the temporal RoPE index of every remembered frame, in the order of `past`, for the next `frames` frames."""
-        sink, fast = [frame.index for frame in self.sink], [frame.index for frame in self.fast]
+        sink, fast = self.sink, self.fast
         if self.spec.positions == "absolute":
-            return join_positions(sink, self._number_slow(layer), fast)
+            return self.number_frames(layer)
         places = range(self.slow_places)
         if self.spec.positions == "packed":
             first = len(self.sink)
@@ -316,6 +330,10 @@ class ContextMemory:
         query = self.query_positions(frames)
         assert isinstance(query, list)
         return [*range(len(sink)), *(self.spec.sink + n for n in places), *range(query[0] - len(fast), query[0])]
+
+    def number_frames(self, layer: int = 0) -> Positions:
+        """Return the latent frame number of every remembered frame, in the order of `past`."""
+        return join_positions([frame.index for frame in self.sink], self._number_slow(layer), [frame.index for frame in self.fast])
 
     def _number_slow(self, layer: int) -> Positions:
         """Return the latent frame number in every place of the slow part."""
@@ -364,28 +382,3 @@ def compare_newest_chunk(memory: Memory) -> tuple[ChunkComparison, ...]:
 def empty_memory(spec: MemorySpec) -> Memory:
     """Return the memory before a video's first chunk."""
     return ContextMemory(spec, SlowPart(spec.slow))
-
-
-def build_plain_spec(sink: int, fast: int, positions: Literal["packed", "absolute"]) -> MemorySpec:
-    """Return a memory of the first `sink` and the newest `fast` frames that never promotes."""
-    return MemorySpec(
-        sink=sink,
-        slow=0,
-        fast=fast,
-        promote="none",
-        tau=1.0,
-        interval=1,
-        begin=1,
-        keep="first",
-        when="evict",
-        timing="clean",
-        fill="none",
-        scope="global",
-        positions=positions,
-        commit="all",
-    )
-
-
-def fixed_memory(frames: Frames) -> ContextMemory:
-    """Return a memory of exactly these frames, at positions 0, 1, 2, …, that never promotes: a context read in one pass."""
-    return ContextMemory(build_plain_spec(0, len(frames), "packed"), SlowPart(0), fast=frames, frame_count=len(frames))

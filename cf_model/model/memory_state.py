@@ -14,7 +14,8 @@ from .memory import Memory, MemorySpec, empty_memory
 from .slow_part import SlowPart
 
 FRAMES = ("sink", "early", "fast")
-VALUES = ("last_mean_key", "frame_count", "similarity", "noisy_passes", "is_promoted", "is_newest_news", "promoted_count")
+VALUES = ["last_mean_key", "video_mean_key", "mean_chunks", "frame_count", "similarity", "noisy_passes", "is_promoted"]
+VALUES += ["is_newest_news", "promoted_count"]
 
 
 def dump_memory(memory: Memory) -> dict[str, Any]:

@@ -7,15 +7,18 @@ of one chunk instead of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .context import HeldFrames, find_held_frames
 from .flow import Flow, Noise, add_noise, check_levels_fall, draw_gaussian
+from .key_values import Frames, KeyValues
 from .memory import ChunkComparison, Memory, MemorySpec, compare_newest_chunk, empty_memory
 
 
@@ -26,7 +29,9 @@ class CausalStudent(Protocol):
 
     def offer(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory) -> tuple[Tensor, Memory]: ...
 
-    def remember(self, x_0: Tensor, text: Tensor, memory: Memory, *, grad: bool = False) -> Memory: ...
+    def remember(
+        self, x_0: Tensor, text: Tensor, memory: Memory, *, grad: bool = False, disturb: Callable[[Frames], Frames] | None = None
+    ) -> Memory: ...
 
     def forget_view(self, memory: Memory) -> None: ...
 
@@ -41,7 +46,7 @@ class RolloutSpec:
     place: Literal["last", "uniform", "beta"]  # of the window: the rollout's end (alg. 1), or anywhere in it (Self-Forcing++; Beta(1, 2))
     # score the window as the rollout left it, or made again from its own x_0 and fresh noise (Self-Forcing++)
     renoise: Literal["none", "own"]
-    # r of alg. 1, where the window's chunks stop: one random level for all, one for each chunk, or the last level
+    # r of alg. 1, where the window's chunks stop, and so the pass with gradient: one random level for all, one a chunk, or the last
     exit: Literal["shared", "per_chunk", "last"]
     # chunks before the window that take every level (clean context policy, sec. 3.2); context: as many as a memory holds
     full_denoise: Literal["none", "context", "all"]
@@ -51,6 +56,7 @@ class RolloutSpec:
     # what the window continues: the student's own video (E over p_θ, eq. 5), a training clip's beginning (Assumption 2 taken literally),
     # or real beginnings at first and then fewer and fewer
     begin: Literal["own", "real", "share"]
+    cache_noise: float  # of remembered keys and values: its standard deviation over their root mean square (Self-Forcing++, A.3)
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.window % self.chunk:
@@ -65,8 +71,8 @@ class RolloutSpec:
         if self.begin != "own" and (self.place != "last" or self.persist == "stream"):
             problem = f"begin is {self.begin}, but place is {self.place} and persist {self.persist}"
             raise ValueError(f"{problem}: the window follows a clip's beginning; use place: last and persist: fresh, or begin: own")
-        if self.renoise == "own" and self.exit != "last":
-            raise ValueError(f"exit is {self.exit}, but renoise is own: the window is made again from a finished video; use exit: last")
+        if self.cache_noise < 0:
+            raise ValueError(f"cache_noise is {self.cache_noise}, but it is a standard deviation; use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ class Rollout:
     exits: tuple[int, ...]  # number of the exit level of each scored chunk
     memory: Memory
     comparisons: tuple[ChunkComparison, ...]  # of each new chunk with the chunk before it
+    held: HeldFrames | None  # what the memory held when the window began; None: it began in the part that this rollout continues
 
 
 def stream(
@@ -151,7 +158,13 @@ def denoise_chunk(
 
     Returns x_0 [B, F, C, H, W], the x_t and memory that the last level was given, and the memory after the chunk's passes.
     """
-    x_t = draw_gaussian((len(text), chunk, *shape), rng)  # line 9
+    return descend_levels(student, text, draw_gaussian((len(text), chunk, *shape), rng), sigmas, memory, rng)  # line 9
+
+
+def descend_levels(
+    student: CausalStudent, text: Tensor, x_t: Tensor, sigmas: list[float], memory: Memory, rng: Noise
+) -> tuple[Tensor, tuple[Tensor, Memory], Memory]:
+    """Denoise a chunk from x_t, at the first of the given levels, down to the last. Returns what `denoise_chunk` does."""
     x_0, memory_before = x_t, memory
     for step, sigma in enumerate(sigmas):  # line 15
         if step:  # lines 25 and 26: back to the next level with fresh noise
@@ -190,7 +203,11 @@ def rollout(
     window = slice(start, start + spec.window)
     shared = int(torch.randint(len(sigmas), (), generator=rng))  # line 7: the random exit r
     state = past.memory if past else empty_memory(memory)
+    # Self-Forcing++, alg. 1, line 4: one level t for the window. Choice: it is uniform among those down to the pass with gradient.
+    noised_to = float(torch.rand((), generator=rng)) if spec.renoise == "own" else 0.0
+    disturb = partial(disturb_frames, share=spec.cache_noise, rng=rng) if spec.cache_noise else None
     video, targets, exits, comparisons = [past.video] if past else [], [], [], list[ChunkComparison]()
+    held: HeldFrames | None = None
     for first in range(past.video.shape[1] if past else 0, window.stop, spec.chunk):  # line 8
         scored = first >= start
         into = (first - start) // spec.chunk  # chunks since the window began
@@ -201,22 +218,26 @@ def rollout(
         if into >= spec.full_first or not (scored or clean):
             leave = {"shared": shared, "last": leave, "per_chunk": -1}[spec.exit]
             leave = int(torch.randint(len(sigmas), (), generator=rng)) if leave < 0 else leave
-        before = state
-        x_0, (x_t, memory_of_exit), state = denoise_chunk(student, text, shape, sigmas[: leave + 1], spec.chunk, state, rng)
-        state = student.remember(x_0, text, state)  # line 21: C <- G(x_0, 0, C)
+        if first == start:
+            held = find_held_frames(state)  # line 29: v_c, if the scores are shown what the student remembers
+        # a window that is noised again is finished first
+        last, before = len(sigmas) - 1 if scored and spec.renoise == "own" else leave, state
+        x_0, (x_t, memory_of_exit), state = denoise_chunk(student, text, shape, sigmas[: last + 1], spec.chunk, state, rng)
+        state = student.remember(x_0, text, state, disturb=disturb)  # line 21: C <- G(x_0, 0, C)
         # what the loss needs of a scored chunk (lines 29 and 30): its exit pass, and whether that pass has a gradient
         if scored:
             exits.append(leave)
             if spec.renoise == "own":
-                x_0, x_t, leave = renoise_chunk(student, text, x_0, sigmas, before, rng)
-                memory_of_exit = before
+                begin = int(noised_to * (leave + 1))
+                x_0, (x_t, memory_of_exit) = renoise_chunk(student, text, x_0, sigmas[begin : leave + 1], before, rng)
+                student.forget_view(before)
             targets.append(TargetChunk(first, x_t, sigmas[leave], memory_of_exit, into >= spec.skip_first))
         video.append(x_0)  # line 19
         comparisons += compare_newest_chunk(state)
     # The targets' memories live on: what passes have copied of them (rotated keys, values) must not, until they are replayed.
     for target in targets:
         student.forget_view(target.memory)
-    return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(comparisons))
+    return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(comparisons), held)
 
 
 def place_window(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
@@ -233,12 +254,24 @@ def place_window(frames: int, spec: RolloutSpec, rng: torch.Generator) -> int:
 
 def renoise_chunk(
     student: CausalStudent, text: Tensor, x_0: Tensor, sigmas: list[float], memory: Memory, rng: torch.Generator
-) -> tuple[Tensor, Tensor, int]:
-    """Noise a chunk to a random level of the student and denoise it from there: Self-Forcing++'s backward noise initialisation.
+) -> tuple[Tensor, tuple[Tensor, Memory]]:
+    """Noise a chunk to the first of these levels and denoise it down to the last: Self-Forcing++'s backward noise initialisation.
 
-    Returns the new x_0, the x_t it was made from, and the number of the level.
+    Returns the new x_0, and the x_t and memory that the last level was given, which is the pass with gradient.
     """
-    # the same level for the complete batch
-    level = int(torch.randint(len(sigmas), (), generator=rng))
-    x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_0.new_full((len(x_0),), sigmas[level]))
-    return student(x_t, x_t.new_full((len(x_t),), sigmas[level]), text, memory), x_t, level
+    x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_0.new_full((len(x_0),), sigmas[0]))
+    x_0, given, _ = descend_levels(student, text, x_t, sigmas, memory, rng)
+    return x_0, given
+
+
+def disturb_frames(frames: Frames, share: float, rng: Noise) -> Frames:
+    """Add normal numbers to keys and values before they are remembered, as large as `share` of their root mean square (A.3).
+
+    The paper states no size. Choice: relative to each video's, layer's and frame's own, because layers differ in theirs.
+    """
+
+    def disturb(x: Float[Tensor, "B S N D"]) -> Tensor:
+        size = x.float().square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        return (x + share * size * draw_gaussian(x.shape, rng)).to(x.dtype)
+
+    return tuple(KeyValues(f.index, tuple(map(disturb, f.keys)), tuple(map(disturb, f.values))) for f in frames)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 
-from .denoiser import EXACT, Compute, Denoiser, ModelSpec
+from .denoiser import EXACT, Compute, Denoiser
+from .sizes import ModelSpec
 from .weights import WEIGHTS, fill_weights
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cf_model.model.denoiser import Compute, ModelSpec
+from cf_model.model.denoiser import Compute
+from cf_model.model.sizes import ModelSpec
 
 TOKEN_PIXELS = 4  # latent pixels in a token: wan.build's patch is 1 x 2 x 2
 BACKWARD_RATIO = 2  # operations of a backward pass over those of its forward pass
@@ -131,6 +132,14 @@ class ModelCosts:
         """
         again = self.block_bytes(frames, past, levels) if self.compute.checkpointing else 0
         return again + frames * self.tokens * self.model.ffn * self.number_bytes
+
+    def passing_bytes(self, frames: int, past: int = 0) -> int:
+        """Count the bytes that a pass without gradient holds at its peak: one block's keys and values, of past and pass, and its ffn.
+
+        Beside these some vectors as long as the sequence: residual, norm, queries, the attention's answer and what they are made of.
+        """
+        keys = (frames + past) * self.frame_bytes() // self.model.layers
+        return keys + frames * self.tokens * self.number_bytes * (2 * self.model.ffn + 6 * self.dim)
 
     def activation_bytes(self, frames: int, past: int = 0, levels: int = 1) -> int:
         """Count the bytes of activations at the peak of a forward and backward pass."""

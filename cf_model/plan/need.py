@@ -29,7 +29,7 @@ class StageNeed:
     steps: int
     batch: int
     trained: int  # parameters
-    frozen: int  # parameters
+    frozen: int  # bytes of frozen weights
     averaged: int  # parameters in the moving average
     moments: int  # bytes of the optimisers' own state
     copies: int  # bytes of bfloat16 weights for matrix products; 0 where products use the trained weights
@@ -43,14 +43,15 @@ class StageNeed:
     def states(self, zero: int = 0, ranks: int = 1, *, offload: bool = False) -> dict[str, float]:
         """Count the bytes of the training state on one rank for a ZeRO stage (zero.py).
 
-        Stage 1 splits moments and master weights among the ranks, 2 the gradients too, 3 the weights too. The average, a frozen
-        teacher and the weights for matrix products are whole on every rank.
+        Stage 1 splits moments and master weights among the ranks, 2 the averaged gradients too, 3 the weights too. The average, a
+        frozen teacher and the weights for matrix products are whole on every rank, and so is with stage 2 a rank's own gradient,
+        which is summed over chunks and groups before it is averaged.
         """
         share = [ranks if zero >= stage else 1 for stage in ZERO_STAGES]  # by how many ranks a part of that stage is divided
         trained = 4 * self.trained
         return {
-            "weights": trained / share[3] + self.copies + 4 * self.frozen,
-            "gradients": trained / share[2],
+            "weights": trained / share[3] + self.copies + self.frozen,
+            "gradients": trained / share[3],
             "optimiser": 0.0 if offload else (self.moments + (trained if zero else 0)) / share[1],
             "average": 4 * self.averaged,
         }
@@ -111,7 +112,7 @@ def estimate_base(spec: BaseSpec, costs: ModelCosts) -> StageNeed:
 
 def estimate_teacher(spec: TeacherSpec, costs: ModelCosts) -> StageNeed:
     """Estimate the stage `teacher`: one pass over a target and its context, of every length that training draws."""
-    pasts = range(spec.shortest, spec.longest + 1)
+    pasts = spec.view.list_starts(spec.shortest, spec.longest)
     share = (1 - spec.no_context) / len(pasts)
     contexts = Tally({0: spec.no_context})
     for view, part in ((spec.view, 1 - spec.fast_only), (replace(spec.view, sink=0, slow=0), spec.fast_only)):
@@ -167,7 +168,7 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     (docs/performance.md, "Replay"). A context with a pass of its own is read by the critic once a step, and by the teacher once a prompt.
     """
     roll = spec.rollout
-    view = replace(view, context=spec.teacher.context)
+    view = spec.want_layout(view).view
     windows = Tally({})
     for frames, often in tally_lengths(spec.horizon, roll.chunk, spec.steps).items():
         for start, share in tally_starts(frames, roll).items():
@@ -180,26 +181,37 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     for start, often in windows.shares.items():
         scoring = scorings[start]
         update = (prompts + 1) * scoring.target_operations + prompts * scoring.context_operations + rollouts[start].replay
-        # `rollouts: shared`: the critic's updates between two of the student use one rollout
-        rollout = rollouts[start].rollout / (spec.critic_updates if spec.rollouts == "shared" else 1)
+        # shared: the critic's updates between two of the student use one rollout; own: the student's update has one more
+        made = {"each": 1.0, "shared": 1 / spec.critic_updates, "own": 1 + 1 / spec.critic_updates}[spec.rollouts]
+        rollout = made * rollouts[start].rollout
+        if spec.rollouts == "own":
+            update += scoring.context_operations  # the critic reads that rollout's context too
         operations += often * (rollout + scoring.trained_operations + update / spec.critic_updates)
     alive = max(costed.alive for costed in rollouts.values())
     outlives = spec.rollouts == "shared" or roll.persist == "stream"
     replayed = max(costs.activation_bytes(roll.chunk, passes.denoising) for passes in traced)
+    context = max(scoring.context_bytes for scoring in scorings.values())
+    # Passes without gradient keep a second copy of what they see, keys rotated (PastView): in the rollout of a memory, in the scores of
+    # each context that has a pass of its own.
+    seen = max(passes.denoising for passes in traced)
+    rolling = seen * costs.frame_bytes() + costs.passing_bytes(roll.chunk, seen)
     return StageNeed(
         steps=spec.steps,
         batch=spec.batch,
         trained=2 * costs.parameters,
-        frozen=costs.parameters,
+        frozen=costs.number_bytes * costs.parameters,
         averaged=costs.parameters,
         moments=count_moment_bytes(costs, spec.student_optimizer) + count_moment_bytes(costs, spec.critic_optimizer),
         copies=count_copy_bytes(costs, 2),
         operations=operations,
-        memory=alive * costs.frame_bytes() + 2 * max(scoring.context_bytes for scoring in scorings.values()),
+        memory=alive * costs.frame_bytes() + 2 * context,
         # The critic's graph of the context waits while the teacher looks and the student's chunks are replayed.
         activations=max(
-            max(scoring.activation_bytes, scoring.saved_bytes + max(replayed, prompts * scoring.context_bytes))
-            for scoring in scorings.values()
+            rolling - 2 * context,  # when there are no contexts yet
+            *(
+                max(one.activation_bytes, one.saved_bytes + max(replayed, 2 * prompts * one.context_bytes)) + one.context_bytes
+                for one in scorings.values()
+            ),
         ),
         latents=count_latent_bytes(costs, longest + 3 * roll.window),
         shared=0,

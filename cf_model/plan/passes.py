@@ -94,9 +94,13 @@ class ChunkPasses:
 
 
 def trace_memory(spec: MemorySpec, chunk: int) -> Iterator[ChunkPasses]:
-    """Yield the passes of chunk after chunk, by the memory's own policy on frames of size 1. Every tested chunk counts as news."""
-    promote = "uniform" if spec.promote in ("similarity", "random") else spec.promote
-    memory = empty_memory(replace(spec, promote=promote, scope="global"))
+    """Yield the passes of chunk after chunk, by the memory's own policy on frames of size 1. Every tested chunk counts as news.
+
+    Where videos decide for themselves, what is alive counts the slow part's spare candidates too (cf_model/model/slow_part.py).
+    """
+    promote = "uniform" if spec.promote == "random" else spec.promote
+    # The frames of size 1 are zeros, whose cosine is 0: below a tau of 1, so news.
+    memory = empty_memory(replace(spec, promote=promote, tau=1.0, scope="global"))
     nothing, first = (torch.zeros(1, 1, 1, 1),), 0
     while True:
         chunk_frames = tuple(KeyValues(first + frame, nothing, nothing) for frame in range(chunk))
@@ -154,8 +158,11 @@ def cost_rollout(spec: StudentSpec, costs: ModelCosts, traced: list[ChunkPasses]
         place, denoising = number - first, costs.forward(chunk, passes.denoising)  # place in the window, below 0 in the context
         clean = roll.full_denoise == "all" or (roll.full_denoise == "context" and number * chunk >= start - spec.memory.size)
         noisy_passes = (levels if clean else early) if place < 0 else (levels if place < roll.full_first else early)
-        renoised = place >= 0 and roll.renoise == "own"
-        rollout += (noisy_passes + renoised) * denoising.total + costs.forward(chunk, passes.committing).total
+        if place >= 0 and roll.renoise == "own":
+            # Finished first, then from a level drawn among those down to the pass with gradient (`renoise_chunk`): the mean number.
+            again = 1 + (noisy_passes - 1) / 2
+            noisy_passes = levels + again
+        rollout += noisy_passes * denoising.total + costs.forward(chunk, passes.committing).total
         if place >= roll.skip_first:
             replay += denoising.trained(costs.compute.checkpointing)
     # `persist: stream` makes only what is new: the step's share of a long video, whose window overlaps the one before

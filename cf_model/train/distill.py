@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cf_model.model.flow import Flow, Noise, add_noise, draw_gaussian, to_x0
@@ -34,12 +34,13 @@ def compute_generator_gradient(
     guidance_passes: GuidancePasses,
     null: Float[Tensor, "T E"],
     past: Memory | None = None,
+    filled: Bool[Tensor, "B K"] | None = None,
 ) -> tuple[Float[Tensor, "B F C H W"], dict[str, Tensor]]:
     """Compute the direction that the student's frames x must leave: (fake - real) / mean|x - real| at one random noise level.
 
     `# Paper:` eq. 4 without a context, eq. 6 with a context; the normaliser is DMD's, one number for each sample. Both scores see
-    the same clean context. `past` holds the context's keys and values as the fake score's network has read them
-    (`TeacherView.read_context`); None reads them here. Where x equals the real score's x_0 the gradient is 0.
+    the same clean context, of which a video has the frames that are `filled`. `past` holds the context's keys and values as the fake
+    score's network has read them (`TeacherView.read_context`); None reads them here. Where x equals the real score's x_0 the gradient is 0.
 
     Returns the gradient, of x's shape, and values for the log, which stay on the device.
     """
@@ -47,9 +48,9 @@ def compute_generator_gradient(
     sigma = flow.sample_score_sigma(len(x), rng)  # [B]
     x_t = add_noise(x, draw_gaussian(x.shape, rng), sigma)
     # Alg. 1, line 30: s_fake(v_t, t, v_c) and s_real(v_t, t, v_c). Only the real score has guidance.
-    fake_x0 = to_x0(x_t, view.velocity(fake, x_t, sigma, text, context, past), sigma)
-    real_velocity = guide_velocity(real, text, context, view=view, guidance=guidance, null=null, passes=guidance_passes)(x_t, sigma)
-    real_x0 = to_x0(x_t, real_velocity, sigma)
+    fake_x0 = to_x0(x_t, view.velocity(fake, x_t, sigma, text, context, past, filled), sigma)
+    guided = guide_velocity(real, text, context, view=view, guidance=guidance, null=null, passes=guidance_passes, filled=filled)
+    real_x0 = to_x0(x_t, guided(x_t, sigma), sigma)
     # DMD's w_t: one positive number a sample, [B, 1, 1, 1, 1]. A value that is not finite passes on, so that the step counts as bad.
     normaliser = (x - real_x0).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     gradient = (fake_x0 - real_x0) / torch.where(normaliser == 0, torch.inf, normaliser)
@@ -68,6 +69,7 @@ def compute_critic_loss(
     rng: torch.Generator,
     weight: Literal["uniform", "bell"],
     past: Memory | None = None,
+    filled: Bool[Tensor, "B K"] | None = None,
 ) -> Float[Tensor, ""]:
     """Compute the critic's flow matching loss on the student's own frames x after the same context: mean w(σ) |v - (ε - x)|².
 
@@ -77,7 +79,7 @@ def compute_critic_loss(
     sigma = flow.sample_score_sigma(len(x), rng)
     noise = draw_gaussian(x.shape, rng)
     # The same range of noise levels as the scores', because the critic must be right where its score is used.
-    velocity = view.velocity(fake, add_noise(x, noise, sigma), sigma, text, context, past)
+    velocity = view.velocity(fake, add_noise(x, noise, sigma), sigma, text, context, past, filled)
     error = (velocity - (noise - x)).square().mean(dim=(1, 2, 3, 4))  # [B]
     return (error * flow.loss_weight(sigma) if weight == "bell" else error).mean()
 

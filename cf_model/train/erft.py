@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -164,11 +164,13 @@ def compute_erft_loss(
     weight: Literal["uniform", "bell"],
     step: int,
     rng: torch.Generator,
+    filled: Bool[Tensor, "B K"] | None = None,
 ) -> tuple[Float[Tensor, ""], BatchResiduals]:
     """Compute the flow matching loss w(σ) |v - v*|² of an input that carries past errors (sec. 3.4; SVI, train_svi.py).
 
     `levels` are the noise levels of the whole batch, of which x, text and context are this process's rows; all processes draw the same
-    errors for all rows. The bank does not change here: hand the returned residuals to `ErrorBank.collect`.
+    errors for all rows. `filled` says which context frames a row has (`HeldFrames`).
+    The bank does not change here: hand the returned residuals to `ErrorBank.collect`.
     """
     noise = draw_gaussian(x.shape, rng)
     # Four chances a row: to stay clean, and the indicators I of target, noise and context; [batch, 4].
@@ -190,7 +192,7 @@ def compute_erft_loss(
     # v*: from the perturbed noise to the clean x_0, so the model learns to undo the error of x_0 and keeps that of the noise.
     target = bad_noise - x
     # One pass over the perturbed context and the perturbed x_σ: [B, F, C, H, W].
-    velocity = view.velocity(model, add_noise(bad_x, bad_noise, sigma), sigma, text, bad_context)
+    velocity = view.velocity(model, add_noise(bad_x, bad_noise, sigma), sigma, text, bad_context, filled=filled)
     residual = (velocity - target).detach()
     # Which rows enter the bank: those that carried errors, a share of the clean ones, and during the warm-up all.
     enter = ~clean | (torch.rand(len(levels), generator=rng) < spec.clean_update) | (step < spec.warmup)
@@ -213,9 +215,10 @@ def _draw_errors(
 
 def _add_to_context(context: Float[Tensor, "K C H W"], error: Float[Tensor, "F C H W"], view: TeacherView, segments: str) -> None:
     """Add the last frames of an error to the chosen segments of one context, in place."""
-    # Frames at the context's beginning that stay clean; a context that is not sparse has no segments. Early in a video the context is
-    # shorter than sink and fast part together, and what is in the sink counts there.
-    skip = {"all": 0, "slow_fast": view.sink, "fast": max(view.sink, len(context) - view.fast)}[segments] if view.context == "sparse" else 0
+    # Frames at the context's beginning that stay clean; a contiguous context has no segments. Early in a video the context is
+    # shorter than sink and fast part together: then its first frames belong to both, and stay clean as the sink's.
+    clean = {"all": 0, "slow_fast": view.sink, "fast": max(view.sink, len(context) - view.past_fast)}
+    skip = clean[segments] if view.context in ("sparse", "memory") else 0
     # Choice: the error's last frames meet the context's last frames, as many as both have.
     skip = max(skip, len(context) - len(error), 0)
     if skip < len(context):

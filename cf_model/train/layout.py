@@ -8,7 +8,10 @@ from pathlib import Path
 
 from cf_model.model.view import TeacherView
 
-VIEW_FIELDS = ("sink", "slow", "fast", "stride", "context_sigma", "context_pass")
+VIEW_FIELDS = ("sink", "slow", "fast", "stride", "chunk", "context_sigma", "context_pass")
+# where a memory's layout comes from
+MEMORY_FIELDS = {"sink": "stage2.memory.sink", "slow": "stage2.memory.slow", "fast": "stage2.memory.fast"}
+MEMORY_FIELDS |= {"stride": "stage2.memory.interval x stage2.rollout.chunk", "chunk": "stage2.rollout.chunk"}
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,19 @@ class TeacherLayout:
             raise ValueError(f"{problem}; use that, or none, or say that it is meant with stage2.teacher.mismatch: accept")
         for name in VIEW_FIELDS:
             if getattr(view, name) != getattr(trained, name):
-                problem = f"teacher.view.{name} is {getattr(view, name)}, but the teacher was trained with {getattr(trained, name)}"
+                stated = f"teacher.view.{name}"
+                if view.context == "memory" and name in MEMORY_FIELDS:
+                    stated = f"stage2.teacher.context is memory, and {MEMORY_FIELDS[name]}"
+                problem = f"{stated} is {getattr(view, name)}, but the teacher was trained with {getattr(trained, name)}"
                 raise ValueError(f"{problem}; use that, train it again, or use stage2.teacher.context: none")
         if wanted.target != self.target:
             problem = f"stage2.rollout.window is {wanted.target}, but the teacher was trained on targets of {self.target}"
             raise ValueError(f"{problem}; use the same, or stage2.teacher.context: none")
         if wanted.longest > self.longest:
-            begin = f"begin at {wanted.longest}, but the teacher's begin at {self.longest} at most"
-            raise ValueError(f"stage2.horizon.longest has targets that {begin}; use less, or stage2.teacher.context: none")
+            horizon, most = wanted.longest + wanted.target, self.longest + self.target
+            begin = f"whose last target begins at {wanted.longest}, but the teacher's begin at {self.longest} at most"
+            way = f"use whole chunks up to {most}, a teacher trained with a higher teacher.longest, or stage2.teacher.context: none"
+            raise ValueError(f"stage2.horizon.longest is {horizon}, {begin}; {way}")
 
 
 def read_agreed_view(teacher: Path, wanted: TeacherLayout, *, accept: bool) -> TeacherView:

@@ -53,7 +53,7 @@ class RolloutStreams:
             memory = restore_memory(self.spec, _move_to_device(part["memory"], self.device))
             stream.frames, stream.text = part["frames"], part["text"]
             # Only the video and the memory are needed to continue it: window, target chunks and exits belong to a past step.
-            stream.newest = Rollout(part["video"], slice(0), (), (), memory, ())
+            stream.newest = Rollout(part["video"], slice(0), (), (), memory, (), None)
 
 
 def _map_batch_tensors(change: Callable[..., Tensor], *values: Any) -> Any:

@@ -7,13 +7,14 @@ of eq. 6: the window that continues a context from the student's own rollout. Bo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cf_model.model.context import HeldFrames, list_held_frames
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
 from cf_model.model.memory import ChunkComparison, Memory, MemorySpec
@@ -27,6 +28,7 @@ from cf_model.train.trainer.ranks import BatchRandom
 from cf_model.train.trainer.zero import build_optimizer
 
 from .distill import compute_critic_loss, compute_generator_gradient, measure_student_loss, replay_window
+from .layout import TeacherLayout
 from .past import RolloutStreams
 
 
@@ -34,7 +36,7 @@ from .past import RolloutStreams
 class ScoreSpec:
     """What teacher and critic see of the past, and how strongly the teacher follows the prompt."""
 
-    context: Literal["none", "sparse", "contiguous"]
+    context: Literal["none", "memory", "sparse", "contiguous"]
     guidance: float  # null + guidance (cond - null); Self-Forcing's 3.0 is our 4.0
     guidance_passes: GuidancePasses  # of the teacher with and without the prompt: one after the other, or as one batch
     mismatch: Literal["refuse", "accept"]  # what to do with a context in another layout than the teacher was trained on
@@ -51,7 +53,9 @@ class StudentSpec:
     steps: int  # updates of the critic
     critic_updates: int  # for one update of the student
     critic_warmup: int  # steps before the student's first update, in which the critic gets to know the student
-    rollouts: Literal["each", "shared"]  # a new rollout for each update of the critic, or one until the student's next update
+    # a new rollout for each update of the critic, which the student's update of that step shares; one until the student's next update;
+    # or each, and one of its own for the student's update (Self-Forcing)
+    rollouts: Literal["each", "shared", "own"]
     batch: int
     memory: MemorySpec
     rollout: RolloutSpec
@@ -85,10 +89,33 @@ class StudentSpec:
         if self.rollouts == "shared" and self.rollout.persist == "stream":
             problem = "rollouts is shared, but rollout.persist is stream, where every step makes the next part of a video"
             raise ValueError(f"{problem}; use rollouts: each, or rollout.persist: fresh")
+        if self.teacher.context == "memory":
+            self._check_shown_memory()
         # The shortest rollout must at least hold the window (L0 >= l in alg. 1).
         self.memory.check_chunk(chunk)
         if self.horizon.shortest < self.rollout.window:
             raise ValueError(f"horizon.shortest is {self.horizon.shortest}, below rollout.window {self.rollout.window}; use at least that")
+
+    def _check_shown_memory(self) -> None:
+        """Raise ValueError where the frames that the student remembers cannot be a teacher's context."""
+        if self.rollout.persist == "stream":
+            problem = "teacher.context is memory, but rollout.persist is stream, whose windows begin before what the memory holds by then"
+            raise ValueError(f"{problem}; use teacher.context: sparse, or rollout.persist: fresh")
+        if self.teacher.first_latent == "reencode":
+            problem = "teacher.first_latent is reencode, but teacher.context is memory, which holds the video's own first frame"
+            raise ValueError(f"{problem}; use first_latent: as_is")
+        for name, drawn in (("keep", "first"), ("when", "evict"), ("fill", "none")):
+            if getattr(self.memory, name) != drawn:
+                problem = f"memory.{name} is {getattr(self.memory, name)}, but teacher.context is memory, which knows {drawn} alone"
+                raise ValueError(f"{problem}; use memory.{name}: {drawn}, or teacher.context: sparse")
+
+    def want_layout(self, view: TeacherView) -> TeacherLayout:
+        """Return what a teacher must have been trained on to score this student; `view` is the teacher's as params.yaml states it."""
+        wanted = replace(view, context=self.teacher.context)
+        if wanted.context == "memory":
+            memory, chunk = self.memory, self.rollout.chunk
+            wanted = replace(wanted, sink=memory.sink, slow=memory.slow, fast=memory.fast, stride=memory.interval * chunk, chunk=chunk)
+        return TeacherLayout(wanted, self.rollout.window, self.horizon.longest - self.rollout.window)
 
     @property
     def student_updates(self) -> int:
@@ -139,7 +166,7 @@ class DistillationTrainer:
             clips.rows("train", spec.horizon.longest - spec.rollout.window)  # refuses clips that are too short
         self.spec, self.view, self.flow, self.shape = spec, view, flow, shape
         self.steps, self.save_every = spec.steps, spec.save_every
-        self.student, self.critic, self.teacher = student, critic, teacher.requires_grad_(False)
+        self.student, self.critic, self.teacher = student, critic, teacher.freeze()
         self.random = BatchRandom(seed, device, batch=spec.batch, groups=engine.count_groups(spec.batch))
         # before build_optimizer, which may split the student over the ranks
         self.ema = EMA(student, spec.ema, spec.ema_start, ramp=spec.ema_ramp)
@@ -165,35 +192,52 @@ class DistillationTrainer:
         }
 
     def step(self, number: int) -> dict[str, float | Tensor]:
-        """Run the body of alg. 1's loop once: update the critic, and at every `critic_updates`-th step the student on the same rollout."""
-        student_learns = self.spec.student_learns(number)
-        self.comparisons.clear()
-        groups = [self._accumulate_group(number, group, student_learns) for group in self.random.groups(number)]
-        values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
-        values |= measure_promotion(self.spec.memory, join_comparisons(self.comparisons))
-        # The student's update first; the critic's gradients, of the same rollout, wait.
-        if student_learns:
-            values["student_gradient"] = self.student_optimizer.step()
-            values["ema_distance"] = self.ema.update()
-            self.shared.clear()
+        """Run the body of alg. 1's loop once: update the critic, and at every `critic_updates`-th step the student first."""
+        learns, own = self.spec.student_learns(number), self.spec.rollouts == "own"
+        values = dict[str, float | Tensor]()
+        # With a rollout of its own the student is updated before the critic's rollout is made, as in Self-Forcing.
+        if learns and own:
+            values |= self._accumulate(number, number, student=True, critic=False) | self._update_student()
+        # That second rollout takes its random numbers from behind the last step's.
+        values |= self._accumulate(number, number + self.steps * (learns and own), student=learns and not own, critic=True)
+        # Else the critic's gradients, of the same rollout, wait.
+        if learns and not own:
+            values |= self._update_student()
         values["critic_gradient"] = self.critic_optimizer.step()
         self.timer.lap("update")
         return values
 
-    def _accumulate_group(self, number: int, group: int, student_learns: bool) -> dict[str, float | Tensor]:
-        """Add the gradients of one group of the batch: the critic's, and the student's where it learns. Return the group's values."""
+    def _update_student(self) -> dict[str, float | Tensor]:
+        """Update the student and its average. Return the gradient's norm and the average's distance."""
+        values: dict[str, float | Tensor] = {"student_gradient": self.student_optimizer.step(), "ema_distance": self.ema.update()}
+        self.shared.clear()
+        self.timer.lap("update")
+        return values
+
+    def _accumulate(self, number: int, numbers: int, *, student: bool, critic: bool) -> dict[str, float | Tensor]:
+        """Add a batch's gradients, group by group, to those of the named models; `numbers` names its random numbers. Return its values."""
+        self.comparisons.clear()
+        groups = [self._accumulate_group(number, group, student, critic) for group in self.random.groups(numbers)]
+        values = {name: average_groups([group[name] for group in groups]) for name in groups[0]}
+        return values | measure_promotion(self.spec.memory, join_comparisons(self.comparisons))
+
+    def _accumulate_group(self, number: int, group: int, student: bool, critic: bool) -> dict[str, float | Tensor]:
+        """Add the gradients of one group of the batch, to the student's and to the critic's. Return the group's values."""
         spec = self.spec
         # Lines 5 to 28: a prompt, a rollout X of the student, without gradient.
         generated, text = self._get_rollout(number, group)
         self.timer.lap("rollout")
         # Line 29: the context v_c, [B, K, C, H, W], and the window that it is scored after, [B, F, C, H, W].
-        context, target = self.split_rollout(generated)
+        shown = self.find_context(generated)
+        context, target = self.split_rollout(generated, shown)
         self.timer.lap("data")
         self.newest_batch |= self.random.label(target=target, context=context, text=text)
         # The critic's keys and values of the context serve both updates, because the student's update does not change the critic.
-        past = self.view.read_context(self.critic, text, context)
+        past = self.view.read_context(self.critic, text, context, shown.filled)
         # Line 30: the contextual DMD loss (eq. 6; eq. 4 without a context).
-        values = self._accumulate_student_gradient(generated, target, context, text, past) if student_learns else {}
+        values = self._accumulate_student_gradient(generated, target, context, shown.filled, text, past) if student else {}
+        if not critic:
+            return values | self._describe_rollout(generated, shown)
         # DMD: the critic is trained on the student's frames, so that s_fake stays the score of what the student makes.
         loss = compute_critic_loss(
             target,
@@ -205,16 +249,17 @@ class DistillationTrainer:
             rng=self.random.rng,
             weight=spec.critic_weight,
             past=past,
+            filled=shown.filled,
         )
         self.critic_optimizer.backward(loss / self.random.count)
         self.timer.lap("critic")
-        return values | {"critic_loss": loss.detach()} | self._describe_rollout(generated, context)
+        return values | {"critic_loss": loss.detach()} | self._describe_rollout(generated, shown)
 
-    def _describe_rollout(self, generated: Rollout, context: Tensor) -> dict[str, float | Tensor]:
+    def _describe_rollout(self, generated: Rollout, shown: HeldFrames) -> dict[str, float | Tensor]:
         """Return a rollout's length, exit level, context, window, and what its memory promoted, for the log."""
         values: dict[str, float | Tensor] = {"frames": float(generated.video.shape[1])}
         values["exit"] = sum(generated.exits) / len(generated.exits)
-        values |= {"context_frames": float(context.shape[1]), "window": float(generated.window.start)}
+        values |= {"context_frames": shown.mean_count, "window": float(generated.window.start)}
         self.comparisons.append(generated.comparisons)
         if generated.comparisons:
             values["slow_frames"] = generated.memory.count_slow()
@@ -223,7 +268,7 @@ class DistillationTrainer:
     def _get_rollout(self, number: int, group: int) -> tuple[Rollout, Tensor]:
         """Return this step's rollout and its prompts: a new rollout, or with `rollouts: shared` that of the student's last update."""
         since_update, now = number % self.spec.critic_updates, self.random.rng
-        if self.spec.rollouts == "each":
+        if self.spec.rollouts != "shared":
             return self._roll_out(number, group)
         if not since_update:
             self.shared[group] = self._roll_out(number, group)
@@ -279,25 +324,33 @@ class DistillationTrainer:
         past = None
         if before:
             memory = self.student.remember_clip(real, text, spec.memory, chunk=spec.rollout.chunk)
-            past = Rollout(real, slice(0), (), (), memory, ())
+            past = Rollout(real, slice(0), (), (), memory, (), None)
         generated = rollout(
             self.student, text, length, self.shape, spec=spec.rollout, memory=spec.memory, flow=self.flow, rng=rng, past=past
         )
         return generated, text
 
-    def split_rollout(self, generated: Rollout) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
+    def find_context(self, generated: Rollout) -> HeldFrames:
+        """Return which frames of a rollout both scores see before its window: what each video's memory held then, or the view's."""
+        if self.view.context == "memory":
+            assert generated.held
+            return generated.held
+        return list_held_frames(self.view.context_frames(generated.window.start))
+
+    def split_rollout(self, generated: Rollout, shown: HeldFrames) -> tuple[Float[Tensor, "B K C H W"], Float[Tensor, "B F C H W"]]:
         """Split a rollout into the context and the target window, as both scores see them (alg. 1, line 29)."""
-        frames = self.view.context_frames(generated.window.start)
-        both = torch.cat([generated.video[:, frames], generated.video[:, generated.window]], dim=1)
-        first = [*frames, generated.window.start][0]
-        if self.spec.teacher.first_latent == "reencode" and first:
-            # The scores were trained on videos, whose first latent encodes a single picture; here a later latent comes first.
-            assert self.reencode
-            both = torch.cat([self.reencode(generated.video[:, : first + 1]), both[:, 1:]], dim=1)
-        return both[:, : len(frames)], both[:, len(frames) :]
+        context, target = shown.cut(generated.video), generated.video[:, generated.window]
+        if self.spec.teacher.first_latent == "as_is":
+            return context, target
+        # The scores were trained on videos, whose first latent encodes a single picture; here a later latent may come first.
+        assert self.reencode
+        if first := [*self.view.context_frames(generated.window.start), generated.window.start][0]:
+            both = torch.cat([self.reencode(generated.video[:, : first + 1]), torch.cat([context, target], dim=1)[:, 1:]], dim=1)
+            context, target = both[:, : context.shape[1]], both[:, context.shape[1] :]
+        return context, target
 
     def _accumulate_student_gradient(
-        self, generated: Rollout, target: Tensor, context: Tensor, text: Tensor, past: Memory | None
+        self, generated: Rollout, target: Tensor, context: Tensor, filled: Tensor | None, text: Tensor, past: Memory | None
     ) -> dict[str, float | Tensor]:
         """Add the student's gradient for one rollout: the scores' difference (eq. 6), then ∂G/∂θ by replaying the window's chunks."""
         gradient, values = compute_generator_gradient(
@@ -312,6 +365,7 @@ class DistillationTrainer:
             guidance=self.spec.teacher.guidance,
             guidance_passes=self.spec.teacher.guidance_passes,
             past=past,
+            filled=filled,
             null=self.null,
         )
         self.timer.lap("scores")

@@ -48,6 +48,9 @@ class TeacherSpec:
         require_at_least(1, steps=self.steps, batch=self.batch, target=self.target, shortest=self.shortest, save_every=self.save_every)
         if self.longest < self.shortest:
             raise ValueError(f"longest is {self.longest}, less than shortest {self.shortest}; use at least that")
+        if not self.view.list_starts(self.shortest, self.longest):
+            bounds = f"shortest is {self.shortest} and longest {self.longest}, but view.context is memory, where targets begin with a chunk"
+            raise ValueError(f"{bounds} of {self.view.chunk}; use a longest of {-(-self.shortest // self.view.chunk) * self.view.chunk}")
 
 
 class ClipsByLength:
@@ -90,8 +93,9 @@ class TeacherTrainer:
         self.steps, self.save_every = spec.steps, spec.save_every
         if spec.lora.rank:
             attach_lora(model, spec.lora, seed)
-        self.clips = ClipsByLength(latents, latents.rows("train", at_least=spec.shortest + spec.target))
-        self.longest = min(spec.longest, self.clips.longest - spec.target)  # start that the clips allow
+        shortest = spec.view.list_starts(spec.shortest, spec.longest)[0]
+        self.clips = ClipsByLength(latents, latents.rows("train", at_least=shortest + spec.target))
+        self.allowed = spec.view.list_starts(shortest, min(spec.longest, self.clips.longest - spec.target))  # starts that clips allow
         self.starts = DrawnStarts()
         self.device = next(model.parameters()).device
         self.random = BatchRandom(seed, self.device, batch=spec.batch, groups=engine.count_groups(spec.batch))
@@ -123,7 +127,7 @@ class TeacherTrainer:
         spec, rng = self.spec, self.random.rng
         # Draw how many latent frames of the past there are: none, or uniform in shortest..longest; the paper: 5 to 20 seconds (sec. 4).
         # Choice: the start first, then clips that are long enough for it, so that short clips do not shorten the past of the others.
-        start = 0 if self.random.coin(spec.no_context) else self.random.integers(spec.shortest, self.longest, 1)[0]
+        start = 0 if self.random.coin(spec.no_context) else self.allowed[self.random.integers(0, len(self.allowed) - 1, 1)[0]]
         rows = draw_rows(self.clips.at_least(start + spec.target), spec.batch, self.random)
         self.starts.longest = max(self.starts.longest, start)
         # Draw what the teacher sees of that past: the slow-fast view (Fig. 3), or its fast frames alone.
@@ -132,7 +136,8 @@ class TeacherTrainer:
         rows, starts = self.random.take_own(rows), self.random.take_own(starts)
         clip = self.latents.window(rows, starts, start + spec.target).to(self.device)  # [B, start + target, C, H, W]
         # The target X_{k+1:N}, [B, F, C, H, W], and the context X_{1:k} as the view cuts it, [B, K, C, H, W].
-        x, context = clip[:, start:], clip[:, view.context_frames(start)]
+        shown = view.draw_context_frames(start, len(rows), rng)
+        x, context = clip[:, start:], shown.cut(clip)
         text = drop_prompts(self.latents.text(rows).to(self.device), self.latents.empty_text, spec.dropout, self.random)
         # Noise levels of the whole batch, [batch]: each rank draws the errors of all rows.
         levels = self.flow.warp(torch.rand(spec.batch, generator=rng))
@@ -140,9 +145,20 @@ class TeacherTrainer:
         self.timer.lap("data")
         # Sec. 3.4: perturb the context by errors from the bank, and learn to recover the correct velocity.
         loss, residuals = compute_erft_loss(
-            self.model, x, text, context, levels, view=view, bank=self.bank, flow=self.flow, weight=spec.weight, step=number, rng=rng
+            self.model,
+            x,
+            text,
+            context,
+            levels,
+            view=view,
+            bank=self.bank,
+            flow=self.flow,
+            weight=spec.weight,
+            step=number,
+            rng=rng,
+            filled=shown.filled,
         )
         self.optimizer.backward(loss / self.random.count)
         self.timer.lap("loss")
         values: dict[str, float | Tensor] = {"loss" if start else "loss_without_context": loss.detach(), "start": float(start)}
-        return {**values, "context_frames": float(context.shape[1])}, residuals
+        return {**values, "context_frames": shown.mean_count}, residuals

@@ -21,7 +21,7 @@ from tasks.params.yaml_file import Refused, read_yaml
 from tasks.report import read_results
 
 FOLDER, STUDENT = Path("work/control"), "stage2"
-NEEDED = ("data/latents", "models/codec", "models/teacher", "models/stage1", "models/stage2", "results/cells.jsonl")
+NEEDED = ("data/latents", "data/prompts", "models/codec", "models/teacher", "models/stage1", "models/stage2", "results/cells.jsonl")
 SHOWN = {  # suite -> metrics of the table, and whether down or up is better; "" for what stands beside a win
     "continuations": {"map_error_absent": "down", "map_error": "down", "speed": "", "diversity": "", "headings_covered": ""},
     "recall": {"recall_error_75": "down", "recall_error_90": "down", "slow_gain_75": "up", "slow_gain_90": "up"},
@@ -60,7 +60,8 @@ def make_control(root: Path, folder: Path) -> None:
     shutil.copyfile(root / "dvc.yaml", folder / "dvc.yaml")  # `cf` finds its stages there; DVC does not look below work/
     data, codec = root / "data/latents", root / "models/codec"
     models = {name: root / "models" / name for name in ("base", "teacher", "causal_init", "stage1")} | {STUDENT: folder / "models/stage2"}
-    run_stage(folder, STUDENT, latents=data, codec=codec, teacher=models["teacher"], student=models["stage1"], out=models[STUDENT])
+    begin = {"teacher": models["teacher"], "student": root / params["start"]["stage2"]}
+    run_stage(folder, STUDENT, latents=data, prompts=root / "data/prompts", codec=codec, **begin, out=models[STUDENT])
     run_stage(folder, "generate", codec=codec, latents=data, **models, out=folder / "samples")
     run_stage(folder, "evaluate", samples=folder / "samples", clips=root / "data/clips", out=folder / "results")
 

@@ -51,7 +51,7 @@ EXAMPLES = """examples:
 networks      all of a stage's parameters: trained, frozen (the teacher of stage1 and stage2) and averaged
 weights       in float32, and bfloat16 copies where products are in it
 optimiser     two numbers a parameter (AdamW); with ZeRO also the master weights that DeepSpeed keeps
-ZeRO          shares among the GPUs: 1 the optimiser, 2 the gradients too, 3 the weights too; average and teacher stay whole
+ZeRO          shares among the GPUs: 1 the optimiser, 2 the averaged gradients too, 3 the weights too; average and teacher stay whole
 keys, values  of the remembered frames, and activations: of the samples that a GPU computes at once
 at once       engine.micro_batch, or the largest part of a GPU's share of the batch that fits; `1 too many`: it does not fit
 TFLOP         matrix products of the whole batch, a multiply-add as two, a backward pass as two forward passes

@@ -64,6 +64,7 @@ class Environment(BaseSettings):
     branch: str = _variable("main", "Branch that a container clones.")
     checkout: Path | None = _variable(None, "Where a container clones it; default: ~/context-forcing.")
     system: bool = _variable(False, "1 runs tests/system, with a real server, worker and browser.")
+    clips: Path | None = _variable(None, "Folder of real clips, 832 x 480 at 16 fps, that tests/metrics/test_real_clips.py scores.")
     screenshots: Path | None = _variable(None, "Folder that tests/system writes the screenshots of docs/ to.")
     # set by programs for programs
     machine: str | None = _variable(None, "Internal: the checkout that a process belongs to, for `cf down`.")

@@ -6,7 +6,6 @@ Each rule raises ValueError with one sentence: key, value, rule, and the values 
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from pydantic import BaseModel, ValidationError
 
 from cf_model.codec.interface import latent_frames
 from cf_model.data.video import UNREADABLE_WIDTHS
+from cf_model.model.denoiser import WITHOUT_MASK
+from cf_model.model.memory import MemorySpec
 from cf_model.train.layout import TeacherLayout
 
 from .nightly import RENDERED
-from .schema import Params
+from .schema import CAUSAL, Params
 from .yaml_file import COMPLETE, Refused, read_yaml
 
 
@@ -142,12 +143,14 @@ def check_ode_frames(p: Params) -> None:
 
 def check_student_layouts(p: Params) -> None:
     """Require that the teacher judges layouts that it was trained on, and that all causal stages cut videos into the same chunks."""
-    context, window = p.stage2.teacher.context, p.stage2.rollout.window
-    judged = TeacherLayout(replace(p.teacher.view, context=context), window, p.stage2.horizon.longest - window)
-    TeacherLayout(p.teacher.view, p.teacher.target, p.teacher.longest).check(judged, accept=p.stage2.teacher.mismatch == "accept")
+    trained, wanted = TeacherLayout(p.teacher.view, p.teacher.target, p.teacher.longest), p.stage2.want_layout(p.teacher.view)
+    trained.check(wanted, accept=p.stage2.teacher.mismatch == "accept")
     if p.stage1.teacher.context != "none":
         raise ValueError(f"stage1.teacher.context is {p.stage1.teacher.context}, but the base model knows no context; use none")
     chunk = p.stage2.rollout.chunk
+    for name, frames in (("samples.teacher.prefix", p.samples.teacher.prefix), ("teacher.target", p.teacher.target)):
+        if p.teacher.view.context == "memory" and frames % p.teacher.view.chunk:
+            raise ValueError(f"{name} is {frames}, but teacher.view.context is memory; use whole chunks of {p.teacher.view.chunk}")
     for name, other in (("causal_init", p.causal_init.chunk), ("stage1.rollout", p.stage1.rollout.chunk)):
         if other != chunk:
             raise ValueError(f"{name}.chunk is {other}, but stage2.rollout.chunk is {chunk}; use the same")
@@ -177,6 +180,26 @@ def check_engine(p: Params) -> None:
     if p.engine.zero == 3 and p.teacher.view.context_pass == "own" and not p.compute.checkpointing:
         cause = "engine.zero is 3 and teacher.view.context_pass own, whose gradient ZeRO 3 can't take"
         raise ValueError(f"{cause}; use compute.checkpointing: true, engine.zero: 2, or context_pass: joint")
+
+
+def check_attention(p: Params) -> None:
+    """Refuse kernels without a mask for batches whose videos decide for themselves: they remember different numbers of frames."""
+    if p.compute.attention not in WITHOUT_MASK:
+        return
+    cause = f"compute.attention is {p.compute.attention}, which can't be told that the videos of a batch remember different frames"
+    for stage in CAUSAL:
+        spec = getattr(p, stage)
+        if _decides_by_video(spec.memory) and spec.batch > 1 and p.engine.micro_batch != 1:
+            batch = f"engine.micro_batch is {p.engine.micro_batch} and {stage}.batch {spec.batch}"
+            raise ValueError(f"{cause}, but {batch}; use engine.micro_batch: 1, or attention: native or cudnn")
+    systems = [system for system in (*p.generate.systems.values(), *p.generate.continuations.values()) if system.weights in CAUSAL]
+    if p.generate.batch > 1 and any(_decides_by_video(system.memory or getattr(p, system.weights).memory) for system in systems):
+        raise ValueError(f"{cause}, but generate.batch is {p.generate.batch}; use generate.batch: 1, or attention: native or cudnn")
+
+
+def _decides_by_video(memory: MemorySpec) -> bool:
+    """Return whether the videos of a batch may promote different frames."""
+    return memory.promote == "similarity" and memory.slow > 0 and memory.tau > -1
 
 
 def check_starts(p: Params) -> None:
@@ -213,4 +236,4 @@ def check_samples(p: Params) -> None:
 
 
 RULES: tuple[Callable[[Params], None], ...] = (check_weights_are_named, check_picture_size, check_clip_lengths, check_ode_frames)
-RULES += (check_student_layouts, check_systems, check_engine, check_starts, check_samples)
+RULES += (check_student_layouts, check_systems, check_engine, check_attention, check_starts, check_samples)

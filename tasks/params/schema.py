@@ -7,9 +7,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cf_model.codec.linear import CodecSpec
 from cf_model.evaluate.trouble import CurveRule
-from cf_model.model.denoiser import Compute, ModelSpec
+from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
 from cf_model.model.memory import MemorySpec
+from cf_model.model.sizes import ModelSpec
 from cf_model.model.view import GuidancePasses, TeacherView
 from cf_model.train.base import BaseSpec
 from cf_model.train.causal_init import CausalInitSpec

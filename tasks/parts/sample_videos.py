@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
 from cf_model.codec.interface import Codec
 from cf_model.data.latents import Latents
-from cf_model.data.video import write_video
+from cf_model.data.video import measure_clipped_share, write_video
 from cf_model.model import checkpoint
 from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec
 from tasks.runner.track import Track
@@ -38,11 +39,15 @@ class SampleWriter:
         with torch.random.fork_rng(devices=[]):  # building its networks draws random numbers that training must not miss
             return load_codec(self.folder).to(choose_device())
 
-    def __call__(self, step: int) -> None:
-        """Make, write and show the samples of a step, where `every` asks for them."""
+    def __call__(self, step: int) -> dict[str, float]:
+        """Make, write and show the samples of a step, where `every` asks for them.
+
+        Returns `clipped`, the share of their pixels that are black or white: in the log of the first rank, which decodes them.
+        """
         if not self.spec.every or step % self.spec.every:
-            return
+            return {}
         files: dict[str, Path] = {}
+        shares: list[float] = []  # of the frames of all videos
         for number, row in enumerate(self.rows):
             text, real = self.clips.text([row]), self.clips.window([row], [0], self.prefix)
             with torch.no_grad():
@@ -50,8 +55,16 @@ class SampleWriter:
             if self.track.first:
                 path = files[f"samples/{number}"] = self.track.work / "samples" / f"step-{step:06d}-{number}.mp4"
                 path.parent.mkdir(exist_ok=True)
-                frames = (frame for part in self.codec.decode_stream(parts) for frame in part[0].numpy())
+                frames = self._decode(parts, shares)
                 with checkpoint.refuse_full_disk(self.track.work, path.name):
                     write_video(path, frames, fps=self.clips.fps, crf=self.spec.crf)
         if files:
             self.track.show(step, files, dict(zip(files, self.clips.captions(self.rows), strict=True)))
+        return {"clipped": sum(shares) / len(shares)} if shares else {}
+
+    def _decode(self, parts: list[Tensor], shares: list[float]) -> Iterator[np.ndarray]:
+        """Yield a video's frames [Y, X, 3], and append each frame's share of black and white pixels to `shares`."""
+        for part in self.codec.decode_stream(parts):
+            for frame in part[0].numpy():
+                shares.append(measure_clipped_share(frame))
+                yield frame

@@ -25,7 +25,7 @@ def measured(frames: np.ndarray, fps: float = 16.0) -> rules.ClipMeasures:
         fps=fps,
         width=32,
         height=32,
-        clipped=rules.clipped_share(frames),
+        clipped=video.measure_clipped_share(frames),
         motion=rules.motion_per_second(frames, fps),
         cut=rules.strongest_cut(small, fps),
         signature=rules.draw_signature(small),
@@ -110,9 +110,9 @@ def test_black_and_white_are_clipped_and_colours_are_not() -> None:
     frames = np.zeros((4, 32, 32, 3), np.uint8)
     frames[:, :, :8] = 255
     frames[:, :, 8:16] = (255, 0, 0)
-    assert rules.clipped_share(frames) == 0.75
-    assert rules.clipped_share(np.full((4, 32, 32, 3), (255, 254, 249), np.uint8)) == 0
-    assert rules.clipped_share(np.full((4, 32, 32, 3), (251, 252, 255), np.uint8)) == 1
+    assert video.measure_clipped_share(frames) == 0.75
+    assert video.measure_clipped_share(np.full((4, 32, 32, 3), (255, 254, 249), np.uint8)) == 0
+    assert video.measure_clipped_share(np.full((4, 32, 32, 3), (251, 252, 255), np.uint8)) == 1
 
 
 def test_block_means() -> None:

@@ -23,7 +23,7 @@ COLOURS = ("red", "green", "blue", "cyan")
 
 
 def view(context: Literal["sparse", "none"], slow: int) -> TeacherView:
-    return TeacherView(context, 3, slow, 6, 6, "zero", "joint")
+    return TeacherView(context, 3, slow, 6, 6, 3, "zero", "joint")
 
 
 def system(weights: Literal["base", "teacher", "causal_init", "stage1", "stage2"], past: MemorySpec | TeacherView) -> types.System:
@@ -34,7 +34,7 @@ def system(weights: Literal["base", "teacher", "causal_init", "stage1", "stage2"
 def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["sparse", "contiguous"] = "sparse") -> types.Params:
     """Only the sections the report reads: what else a profile holds is none of its business. `shown` to stage 2's teacher."""
     tiny = load.load_params(ROOT / "profiles/tiny.yaml")
-    slow = MemorySpec(3, 12, 6, "similarity", 0.95, 2, 1, "first", "evict", "clean", "none", "global", "anchored", "all")
+    slow = MemorySpec(3, 12, 6, "similarity", 0.95, "raw", 2, 1, "first", "evict", "clean", "none", "global", "anchored", "all")
     systems = {"base": system("base", view("none", 0)), "causal_init": system("causal_init", slow)}
     systems |= {"stage1": system("stage1", slow), "stage2": system("stage2", slow)}
     continuations = {"teacher": system("teacher", view("sparse", 12))}

@@ -159,3 +159,19 @@ def test_slow_columns_are_those_that_neither_sink_nor_fast_part_shows():
     assert [row.tolist() for row in far[3:]] == [[True, False, False, False]] * 4
     never = oracle.select_slow_columns(np.arange(72) * 0.5, start=12, chunk=1, sink=1, fast=1, columns=4, frames=6, time=4)
     assert not never.any(), "a camera that only goes on sees nothing again before it has gone round"
+
+
+def test_an_unrolled_video_shows_the_world_where_it_was_seen(videos):
+    """The panorama that the video was cut from, but for the sprite, and white where the camera never was."""
+    world, video = WORLDS[0], videos[0]
+    circle, truth = oracle.unroll_panorama(video), oracle.paint_truth(world.truth(1, FPS), 1)
+    assert circle.shape == truth.shape == (24, 96, 3)
+    heading = world.heading(np.arange(len(video)) / FPS)
+    seen = np.zeros(96, bool)
+    for h in heading:
+        seen[(int(np.ceil(h)) + np.arange(31)) % 96] = True
+    low = slice(13, 24)  # below the sprite
+    turned = np.roll(truth, 12, axis=1)
+    off, wrong = (np.abs(circle[low].astype(float) - where[low])[:, seen].mean() for where in (truth, turned))
+    assert off < 6 < 30 < wrong, "up to half a unit of rounding at the hills' edges, and no hill at its neighbour's place"
+    assert 8 < (~seen).sum() < 70 and (circle[:, ~seen] == 255).mean() > 0.9

@@ -15,9 +15,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from evaluate.project import EVIL, jsonl, make_params, write_project
+from evaluate.project import EVIL, jsonl, make_params, write_mp4, write_project
 
-from cf_model.evaluate.figures import Line, draw_chart, draw_strip
+from cf_model.data import worlds
+from cf_model.evaluate.figures import Line, draw_chart, draw_memories, draw_strip
 from cf_model.evaluate.report import Results, check_goals, compare_stages, format_number, state_verdict
 from cf_model.evaluate.statistics import Interval, without_interval
 from tasks.report import list_facts, run
@@ -215,3 +216,22 @@ def test_strip_is_a_png_of_frames_side_by_side() -> None:
     content = base64.b64decode(address.removeprefix("data:image/png;base64,"))
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(content[16:20]), int.from_bytes(content[20:24])) == (3 * 128, 64)
+
+
+def test_the_page_begins_with_the_worlds_as_they_are_remembered(tmp_path: Path) -> None:
+    """Rows of the first three known worlds of which every system has a video, the prefix apart from what comes after it."""
+    world = worlds.draw_world(3)
+    video = worlds.render_clip(world, 65, height=32, width=32, fps=16)
+    index = []
+    for number in range(4):
+        for system in ("t", "s"):
+            file = f"continuations/{system}/{number:05d}-s0.mp4"
+            write_mp4(tmp_path / file, video)
+            row = {"suite": "continuations", "system": system, "prompt": world.caption, "clip": f"c{number}", "seed": 0, "file": file}
+            index.append(row | {"prefix_frames": 33})
+    truths = {f"c{number}": world.truth(65, 16.0) if number != 1 else None for number in range(4)}
+    drawn = draw_memories(index, {"teacher": "t", "stage 2": "s"}, truths, tmp_path)
+    assert [one["number"] for one in drawn] == ["00000", "00002", "00003"]
+    assert [row["title"] for row in drawn[0]["rows"]] == ["the world", "seen before", "teacher", "stage 2"]
+    assert all(row["source"].startswith("data:image/png") for row in drawn[0]["rows"])
+    assert drawn[0]["rows"][1]["source"] != drawn[0]["rows"][2]["source"] == drawn[0]["rows"][3]["source"]

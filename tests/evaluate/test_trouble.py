@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from cf_model.codec.codec_file import save_codec
+from cf_model.codec.linear import LinearCodec
+from cf_model.data.video import measure_clipped_share, read_video
 from cf_model.evaluate.trouble import CurveRule, find_troubles
+from cf_model.model.memory import ChunkComparison
+from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.observe import measure_promotion
 from tasks.params import load
 from tasks.runner.track import Track
+from tests.small import SHAPE, normal, spec
+from tests.train import ranked
 
 ROOT = Path(__file__).parent.parent.parent
 DIVERGES = CurveRule(curve="critic_loss", above=3.0, below=None, steps=3, means="the critic diverges")
@@ -65,4 +75,33 @@ def test_a_run_says_it_once_and_a_resumed_run_does_not_say_it_again(tmp_path: Pa
 @pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
 def test_every_profile_watches_the_critic_and_the_memory(profile: str):
     watched = {rule.curve for rule in load.load_params(ROOT / f"profiles/{profile}.yaml").watch}
-    assert {"critic_loss", "similarity", "loss"} <= watched
+    assert {"critic_loss", "similarity/q50", "loss", "clipped"} <= watched
+
+
+@pytest.mark.parametrize(("rule", "watched"), [("similarity", True), ("none", False), ("uniform", False)])
+def test_equal_chunks_are_trouble_only_where_they_decide(rule: str, watched: bool) -> None:
+    """A memory that never promotes, or promotes by number, loses nothing when neighbouring chunks are alike."""
+    memory = spec(promote=rule)
+    same = [ChunkComparison(torch.ones(2, 3), torch.zeros(2, 1, dtype=torch.bool) if rule != "none" else None)] * 4
+    rows = [{"step": step, **measure_promotion(memory, same)} for step in range(1, 30)]
+    assert all(row["similarity"] == 1 for row in rows), "it is logged all the same"
+    found = find_troubles(rows, load.load_params(ROOT / "profiles/tiny.yaml").watch)
+    assert [sentence.split()[0] for sentence in found] == (["similarity/q50"] if watched else [])
+
+
+def test_samples_that_go_black_or_white_are_named_when_they_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A codec whose brightness is driven to the ends, as a diverged student's latents do."""
+    job, _ = ranked.base()
+    codec = LinearCodec(SHAPE[0], 8)
+    codec.decoder.copy_(normal(*codec.decoder.shape, seed=9) * 100)
+    save_codec(codec, tmp_path / "codec")
+    track = Track("base", tmp_path, rules=load.load_params(ROOT / "profiles/tiny.yaml").watch)
+    sample = ranked.sampler(job, track, tmp_path / "codec", 2)
+    job.steps, job.save_every = 3, 4
+    fit(job, track, sample)
+    logged = [json.loads(line) for line in track.curve.read_text().splitlines()]
+    assert [row["step"] for row in logged] == [1, 2, 3] and [row["step"] for row in logged if "clipped" in row] == [2]
+    frames = [read_video(tmp_path / f"samples/step-000002-{n}.mp4", height=32, width=32, fps=16) for n in (0, 1)]
+    stored = sum(measure_clipped_share(video) for video in frames) / 2
+    assert logged[1]["clipped"] == pytest.approx(stored, abs=0.1) and 0.1 < logged[1]["clipped"] < 1, "but for what H.264 changes"
+    assert capsys.readouterr().err.startswith(f"base: clipped is {logged[1]['clipped']:.6g} at step 2 (mean of 1), above 0.1: the sample")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from cf_model.metrics import judge, judges
+from tests.metrics.small_networks import write_judge
 
 PUBLISHED = json.loads((Path(__file__).parent.parent / "golden/eval/published.json").read_text())
 VIDEO = np.random.default_rng(0).integers(60, 190, (20, 90, 160, 3), dtype=np.uint8)
@@ -35,7 +36,9 @@ def test_the_rating_is_read(text: str, score: int) -> None:
     assert judge.read_rating(text) == score
 
 
-@pytest.mark.parametrize("text", ["", "I can't see videos.", "Score: 7", "Score: 3.5", "score: 8/10", "Frames 1 to 5 are dark.", "-1 of 20 frames"])
+@pytest.mark.parametrize(
+    "text", ["", "I can't see videos.", "Score: 7", "Score: 3.5", "score: 8/10", "Frames 1 to 5 are dark.", "-1 of 20 frames"]
+)
 def test_an_answer_without_a_rating_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="holds no score from 0 to 5"):
         judge.read_rating(text)
@@ -68,8 +71,15 @@ def test_recorded_answers_are_rated_and_failures_are_kept() -> None:
 
 def test_the_rule_of_thumb_sees_exposure() -> None:
     ramp = np.linspace(0, 1, 20)[:, None, None, None]
-    videos = {"even": VIDEO, "brighter": np.clip(VIDEO * (1 + 0.4 * ramp), 0, 255), "white": np.full_like(VIDEO, 255), "darker": VIDEO * (1 - 0.4 * ramp)}
-    scores = {name: judge.rate_video(judges.HeuristicJudge(), video.astype(np.uint8), 2, "", key=name)[0].score for name, video in videos.items()}
+    videos = {
+        "even": VIDEO,
+        "brighter": np.clip(VIDEO * (1 + 0.4 * ramp), 0, 255),
+        "white": np.full_like(VIDEO, 255),
+        "darker": VIDEO * (1 - 0.4 * ramp),
+    }
+    scores = {
+        name: judge.rate_video(judges.HeuristicJudge(), video.astype(np.uint8), 2, "", key=name)[0].score for name, video in videos.items()
+    }
     assert scores["even"] == 5 and scores["white"] == 0
     assert all(score is not None and 0 < score < 5 for name, score in scores.items() if name in ("brighter", "darker")), scores
 
@@ -117,7 +127,9 @@ def test_an_endpoint_is_asked_with_rubric_and_pictures(endpoint: Endpoint) -> No
     rating = judge.rate_video(model, VIDEO, 2, "a cat at sea", key="a")[0]
     assert (rating.score, rating.judge) == (3, "some-model")
     path, body, authorization = endpoint.asked[0]
-    assert path == "/v1/chat/completions" and authorization == "Bearer secret" and body["model"] == "some-model" and body["temperature"] == 0
+    assert (
+        path == "/v1/chat/completions" and authorization == "Bearer secret" and body["model"] == "some-model" and body["temperature"] == 0
+    )
     text, *pictures = body["messages"][0]["content"]
     assert "a cat at sea" in text["text"] and "Catastrophic Exposure" in text["text"] and len(pictures) == judges.PICTURES
     kind, data = pictures[0]["image_url"]["url"].split(",")
@@ -152,3 +164,16 @@ def test_an_endpoint_that_is_down(endpoint: Endpoint) -> None:
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="must be http"):
         judges.EndpointJudge(address, "m")
+
+
+def test_a_local_model_is_asked_with_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small random LLaVA: its answer means nothing, but is made of the rubric and the frames, and always the same."""
+    monkeypatch.setattr(judges, "ANSWER_TOKENS", 4)
+    model = judges.TransformersJudge(write_judge(tmp_path / "some-model"))
+    assert model.name == "some-model"
+    answers = [model.answer(video, 2, judge.RUBRIC.format(prompt="a cat"), key="a") for video in (VIDEO, VIDEO, VIDEO[:1])]
+    assert answers[0] == answers[1] and len(answers[0].split()) >= 1
+    failed = judge.rate_video(model, VIDEO, 2, "a cat", key="a")[0]
+    assert failed.score is None or 0 <= failed.score <= 5
+    with pytest.raises(ValueError, match=r"absent can't be opened as a judge"):
+        judges.TransformersJudge(tmp_path / "absent")

@@ -61,15 +61,21 @@ def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.C
     still, scrolls = pick(cells, "still.mp4"), pick(cells, "scrolls.mp4")
     assert still["vbench", "subject_consistency@pooled-8x8"] > 0.999 > scrolls["vbench", "subject_consistency@pooled-8x8"]
     assert (still["vbench", "dynamic_degree@ffmpeg-epzs"], scrolls["vbench", "dynamic_degree@ffmpeg-epzs"]) == (0, 1)
-    assert {protocol for protocol, _ in still} == {"vbench", "vbench-long/upstream@45e79ec", "vbench-long/fixed", protocols.COMPETITION, "own"}
+    assert {protocol for protocol, _ in still} == {
+        "vbench",
+        "vbench-long/upstream@45e79ec",
+        "vbench-long/fixed",
+        protocols.COMPETITION,
+        "own",
+    }
     assert still["own", "visual_stability@heuristic"] == 100 and scrolls["own", "seam_ratio"] == pytest.approx(1, abs=0.3)
     assert all(name.endswith(("@ffmpeg-epzs", "@heuristic")) or "@" not in name for protocol, name in still if protocol == "own")
     failed = {cell["video"]: cell["failed"] for cell in cells if cell["metric"] is None}
     assert set(failed) == {"one.mp4", "cut.mp4", "text.mp4"}
-    assert failed["one.mp4"] == "one.mp4 has 1 frames at 8 fps; scores compare frames, give at least 2"
+    assert failed["one.mp4"] == "one.mp4 has a single frame at 8 fps; scores compare frames, give a video of at least 2"
     assert failed["text.mp4"] == "text.mp4 is not a video, or has lost its header; replace it"
     said = capsys.readouterr().out
-    assert "vbench/total: 3 videos could not be scored; mend or remove them" in said and "not scored: cut.mp4" in said
+    assert "vbench/total: 3 of the videos could not be scored; mend or remove them" in said and "not scored: cut.mp4" in said
     assert f"{len(cells)} lines of 5 videos, 3 of which could not be scored" in said
 
 
@@ -87,7 +93,9 @@ def test_weights_prompts_and_recorded_ratings(folder: Path, tmp_path: Path, caps
     assert still["vbench", "subject_consistency@dino"] > 0.999 and still["vbench-long/fixed", "subject_consistency@dino@dinov2-fast"] > 0.9
     assert -1 <= still[protocols.COMPETITION, "clip_score@clip"] <= 1 and still["own", "visual_stability@replay-answers"] == 80
     row = next(cell for cell in cells if cell["video"] == "still.mp4")
-    assert (row["prompt_id"], row["seed"], row["fps"], row["frames"]) == ("cat", 3, 8, 40) and row["weights"]["subject"].startswith("sha256:")
+    assert (row["prompt_id"], row["seed"], row["fps"], row["frames"]) == ("cat", 3, 8, 40) and row["weights"]["subject"].startswith(
+        "sha256:"
+    )
     judged = next(cell for cell in cells if cell["video"] == "scrolls.mp4" and cell["metric"].startswith("visual_stability"))
     assert judged["value"] is None and "holds no score from 0 to 5" in judged["failed"] and judged["answers"] == ["hm"]
     said = capsys.readouterr().out

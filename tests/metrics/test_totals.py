@@ -54,4 +54,7 @@ def test_a_substitutes_score_takes_no_place_in_a_total() -> None:
 
 
 def test_a_value_beyond_its_range_is_not_clipped() -> None:
-    assert totals.compute_totals(every_dimension() | {"scene": 1.0}).semantic > totals.compute_totals(every_dimension() | {"scene": 0.8222}).semantic
+    assert (
+        totals.compute_totals(every_dimension() | {"scene": 1.0}).semantic
+        > totals.compute_totals(every_dimension() | {"scene": 0.8222}).semantic
+    )

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cf_model.model.key_values import KeyValues
 from cf_model.model.memory import Memory, empty_memory
+from cf_model.model.memory_state import dump_memory, restore_memory
 from cf_model.model.rollout import denoise_chunk, rollout, stream
 from cf_model.model.slow_part import SlowPart
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
@@ -31,6 +32,9 @@ READINGS = {
     "released, absolute": {"interval": 1, "when": "enqueue", "fill": "early_raw", "slow": 5, "positions": "absolute"},
     "no slow part": {"slow": 0, "promote": "none"},
     "fast context": {"commit": "fast", "slow": 3, "interval": 1},
+    "centred": {"similarity": "centred", "slow": 3, "interval": 1, "tau": 0.1},
+    "centred, released": {"similarity": "centred", "slow": 5, "interval": 1, "tau": 0.1, "scope": "layer"}
+    | {"when": "enqueue", "timing": "first_call", "fill": "early_raw"},
 }
 KEY = torch.randn(64, 2, 8, generator=rng(5))  # a key for each chunk and layer: neighbours are nearly orthogonal
 
@@ -108,6 +112,37 @@ def test_the_list_of_candidates_stays_short():
         assert len(part.candidates) < 8 and len(before.candidates) < 8
     assert part.list_frames(0, 0) == [35, 42, 49] and part.list_frames(1, 0) == [44, 46, 48]
     assert part.read(0)[0].flatten(1).tolist() == [[35, 42, 49], [44, 46, 48]]
+
+
+def test_centred_keys_are_compared_without_what_the_video_has_shown_on_average():
+    """Eq. 7 in plain words; keys that all share a large part are nearly equal, and only the rest tells chunks apart."""
+    keys = 30 * KEY[60] + KEY[:20].double()  # [chunk, layer, channel]
+    keys[7], keys[12] = keys[6], keys[11] + 0.01 * KEY[40]
+    layers = range(2)
+
+    def remember(similarity: str, tau: float) -> list[Memory]:
+        memories = [empty_memory(spec(similarity=similarity, tau=tau, interval=1))]
+        for number, key in enumerate(keys.float()):
+            one = tuple(key[layer].view(1, 1, 1, 8) for layer in layers)
+            memories.append(memories[-1].remember(tuple(KeyValues(3 * number + f, one, one) for f in range(3))))
+        return memories
+
+    memories = remember("centred", tau=0.5)
+    for number in range(1, 20):
+        mean = keys[:number].mean(dim=0)  # of the chunks before this one
+        expected = torch.cosine_similarity(keys[number] - mean, keys[number - 1] - mean, dim=-1)
+        got = memories[number + 1].similarity
+        assert got is not None and torch.allclose(got[0], expected.float(), atol=1e-3)
+        assert bool(memories[number + 1].is_newest_news) is bool(expected.mean() < 0.5)
+    kept = memories[-1].list_promoted()
+    assert 21 not in kept and 36 not in kept and len(kept) > 5, "a chunk that repeats the one before is no news"
+    assert not remember("raw", tau=0.99)[-1].list_promoted(), "with the shared part no chunk is"
+    # a memory is a value: going on from an old one, or from its state, is going on as it did
+    for old in (memories[10], restore_memory(memories[10].spec, dump_memory(memories[10]))):
+        one = tuple(keys[10].float()[layer].view(1, 1, 1, 8) for layer in layers)
+        again = old.remember(tuple(KeyValues(30 + f, one, one) for f in range(3)))
+        assert torch.equal(again.similarity, memories[11].similarity) and torch.equal(again.video_mean_key, memories[11].video_mean_key)
+        assert again.mean_chunks == 11
 
 
 def row_noise(shape: tuple[int, ...], seeds: list[int]) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cf_model.foreign import import_checkpoint, weight_names
-from cf_model.model.denoiser import ModelSpec
+from cf_model.model.sizes import ModelSpec
 from cf_model.model.weights import check_weights
 from tasks.params import yaml_file
 from tests.small import denoiser

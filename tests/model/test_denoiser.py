@@ -1,12 +1,16 @@
 import copy
 import dataclasses
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cf_model.model import wan
 from cf_model.model.denoiser import Compute, Denoiser, MemoryRope
 from cf_model.model.memory import empty_memory
+from cf_model.train.trainer.ema import EMA
+from cf_model.train.trainer.engine import Optimizer, OptimizerSpec
 from tests.small import SHAPE, denoiser, normal, spec
 
 TEXT = normal(2, 5, 8, seed=3)
@@ -166,6 +170,100 @@ def test_in_bfloat16_weights_and_gradients_stay_wide_and_keys_are_narrow():
     wide.square().mean().backward()
     for a, b in zip(low.parameters(), exact.parameters(), strict=True):
         assert a.dtype == a.grad.dtype == torch.float32 and float((a.grad - b.grad).norm() / b.grad.norm()) < 0.1
+
+
+LOW = Compute("native", "bfloat16", checkpointing=False)
+
+
+def random_states(model, x, sigma):
+    """What passes with and without gradient give, with a memory and without: by copies of the weights, and by autocast alone."""
+    made = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            memory = model.remember(x, TEXT, empty_memory(spec()), grad=grad)
+            keys = [frame.keys[1] for frame in memory.frames]
+            made.append([model.velocity(x, sigma, TEXT).detach(), model(x, sigma, TEXT, memory).detach(), *(k.detach() for k in keys)])
+    return made
+
+
+def test_copied_weights_give_what_autocast_gives_until_the_weights_change(monkeypatch):
+    model, x, sigma = Denoiser(plain(denoiser()), LOW), normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
+    optimizer = Optimizer(model, OptimizerSpec(0.1, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 0, 0.0), 4)
+    average, before = EMA(model, 0.5), None
+    for _ in range(2):
+        for one in (model, average.model):
+            copied, cast = random_states(one, x, sigma)
+            assert all(torch.equal(a, b) for a, b in zip(copied, cast, strict=True)) and one.copies.copies
+        assert before is None or not torch.equal(before, copied[0]), "an update shows in passes without gradient"
+        before = copied[0]
+        optimizer.backward(model.velocity(x, sigma, TEXT).square().mean())
+        optimizer.step()
+        average.update()
+        assert not model.copies.copies and not average.model.copies.copies
+    random_states(model, x, sigma)
+    model.load_state_dict(denoiser(3).state_dict())
+    copied, cast = random_states(model, x, sigma)
+    assert all(torch.equal(a, b) for a, b in zip(copied, cast, strict=True))
+
+
+def test_weights_are_cast_once_an_update_and_not_in_every_pass():
+    """By torch's own count of casts to bfloat16: of weights, whose sizes are those of the model's parameters."""
+    model, x, sigma = Denoiser(plain(denoiser()), LOW), normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
+    sizes = {id(weight): name for name, weight in model.named_parameters()}
+
+    class Casts(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+                storage = args[0].untyped_storage().data_ptr()
+                self.seen += [name for name, weight in model.named_parameters() if weight.untyped_storage().data_ptr() == storage]
+            return function(*args, **kwargs or {})
+
+    with torch.no_grad(), Casts():
+        for _ in range(3):
+            model.velocity(x, sigma, TEXT)
+    assert len(sizes) > len(Casts.seen) == len(set(Casts.seen)) > 20
+
+
+def test_a_frozen_model_is_narrow_and_gives_the_same():
+    model, x, sigma = Denoiser(plain(denoiser()), LOW), normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        before = model.velocity(x, sigma, TEXT)
+        model.freeze()
+        assert torch.equal(model.velocity(x, sigma, TEXT), before) and not model.copies.copies
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert dtypes["transformer.blocks.1.ffn.net.0.proj.weight"] == torch.bfloat16
+    wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert all("norm" in name or "scale_shift" in name or "time_" in name for name in wide)
+    assert {weight.dtype for weight in denoiser().freeze().parameters()} == {torch.float32}
+
+
+def test_the_time_embedding_is_float32_in_bfloat16_too():
+    """To the bit that of a model in float32, at levels that bfloat16 cannot tell apart: 1000 σ of 997 and 998."""
+    exact, low = denoiser(), Denoiser(plain(denoiser()), LOW)
+    seen = {}
+    for name, model in (("exact", exact), ("low", low)):
+        model.transformer.condition_embedder.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, out))
+        model.velocity(normal(2, 3, *SHAPE), torch.tensor([0.997, 0.998]), TEXT)
+    for ours, theirs in zip(seen["low"][:2], seen["exact"][:2], strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs) and not torch.equal(ours[0], ours[1])
+
+
+def test_keys_leave_a_checkpointed_block_as_its_results():
+    """The backward pass, which runs the blocks again, hands out nothing more; gradients are those without checkpoints."""
+    x, sigma, gradients = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9]), []
+    for checkpointing in (False, True):
+        model = Denoiser(plain(denoiser()), Compute("native", "float32", checkpointing))
+        captured: Any = {}
+        out = model._run_transformer(x, sigma, TEXT, None, captured)
+        first = {layer: pair for layer, pair in captured.items()}
+        (out.square().mean() + sum((k * v).mean() for k, v in captured.values())).backward()
+        assert sorted(captured) == [0, 1]
+        assert all(captured[layer][n] is pair[n] for layer, pair in first.items() for n in (0, 1))
+        gradients.append([weight.grad for weight in model.parameters()])
+    for plainly, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plainly, rtol=0, atol=1e-6)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):

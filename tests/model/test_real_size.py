@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cf_model.model import wan
-from cf_model.model.denoiser import ModelSpec
 from cf_model.model.memory import empty_memory
+from cf_model.model.sizes import ModelSpec
 from tasks.params import yaml_file
 from tests.small import normal, spec
 

@@ -1,6 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from cf_model.model import rollout as rollouts
 from cf_model.model.rollout import HorizonSpec, rollout
 from cf_model.model.rollout import place_window as window_start
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
@@ -78,13 +82,56 @@ def test_where_the_window_lies(place, mean):
     assert window_start(99, rolling(), noise) == 90
 
 
-def test_a_renoised_window_is_made_again_from_its_own_frames():
-    plan = rolling(renoise="own", exit="last")
-    made = rollout(denoiser(), TEXT, 18, SHAPE, spec=plan, memory=spec(), flow=FLOW, rng=rng(3))
+@pytest.mark.parametrize("exit", ["last", "per_chunk"])
+def test_a_renoised_window_is_made_again_from_its_own_frames(exit):
+    """The pass with gradient is at the last level, or at one drawn for the chunk; what it was given holds the finished frames."""
+    plan, finished, model = rolling(renoise="own", exit=exit, levels=(0.3, 0.2, 0.1)), [], denoiser()
+    remember = model.remember
+    model.remember = lambda x_0, *given, **more: finished.append(x_0) or remember(x_0, *given, **more)
+    made = rollout(model, TEXT, 18, SHAPE, spec=plan, memory=spec(), flow=replace(FLOW, shift=1.0), rng=rng(3))
+    sigmas = list(plan.levels)
+    begun = {target.sigma for target in made.targets}
+    assert begun == {sigmas[-1]} if exit == "last" else 1 < len(begun) <= len(set(sigmas) | begun) == len(sigmas)
     for target in made.targets:
         again = denoiser()(target.x_t, torch.full((2,), target.sigma), TEXT, target.memory)
         assert torch.allclose(again, made.video[:, target.first : target.first + 3], atol=1e-5)
-    assert len({target.sigma for target in made.targets}) > 1, "each chunk has a level of its own"
+        near = [F.cosine_similarity(target.x_t.flatten(), x_0.flatten(), dim=0) for x_0 in finished]
+        assert max(range(6), key=near.__getitem__) == target.first // 3
+
+
+def test_a_window_is_noised_to_one_level_which_may_be_any(monkeypatch):
+    begun, renoise = [], rollouts.renoise_chunk
+
+    def note(model, text, x_0, sigmas, *given):
+        begun[-1].add((sigmas[0], sigmas[-1]))
+        return renoise(model, text, x_0, sigmas, *given)
+
+    monkeypatch.setattr(rollouts, "renoise_chunk", note)
+    plan, levels = rolling(renoise="own", exit="last", levels=(0.9, 0.6, 0.3)), FLOW.shift_levels((0.9, 0.6, 0.3))
+    for seed in range(8):
+        begun.append(set())
+        rollout(denoiser(), TEXT, 9, SHAPE, spec=plan, memory=spec(), flow=FLOW, rng=rng(seed))
+    assert all(len(window) == 1 for window in begun)
+    assert set.union(*begun) == {(level, levels[-1]) for level in levels}
+
+
+def test_noise_in_the_cache_is_of_the_stated_size_and_repeats():
+    def keys(noise, seed=3):
+        made = rollout(denoiser(), TEXT, 9, SHAPE, spec=rolling(cache_noise=noise), memory=spec(slow=0), flow=FLOW, rng=rng(seed))
+        return made, torch.stack([made.memory.sink[0].keys[0], made.memory.sink[0].values[0]])
+
+    (_, plain), (noisy, disturbed) = keys(0.0), keys(0.5)
+    assert torch.equal(disturbed, keys(0.5)[1]) and torch.equal(plain, keys(0.0)[1])
+    # the first chunk's own frames know of no noise yet, so the difference is what was added to their keys and values
+    for before, after in zip(plain, disturbed, strict=True):
+        size = (after - before).square().mean(dim=(1, 2, 3)) / before.square().mean(dim=(1, 2, 3))
+        assert torch.allclose(size.sqrt(), torch.full((2,), 0.5), rtol=0.2), "of each video"
+    assert not torch.allclose(noisy.video[:, 3:6], keys(0.0)[0].video[:, 3:6], atol=1e-3), "and the next chunk sees it"
+    for target in noisy.targets[1:]:  # a replay sees the same noise: it is in the memory
+        again = denoiser()(target.x_t, torch.full((2,), target.sigma), TEXT, target.memory)
+        assert torch.allclose(again, noisy.video[:, target.first : target.first + 3], atol=1e-5)
+    with pytest.raises(ValueError, match=r"cache_noise is -1\.0, but it is a standard deviation"):
+        rolling(cache_noise=-1.0)
 
 
 def test_lengths_of_other_laws():

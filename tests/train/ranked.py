@@ -86,7 +86,7 @@ def teacher() -> tuple[TeacherTrainer, dict[str, Denoiser]]:
                        dtype="float32", bytes=1_000_000, warmup=3)  # fmt: skip
     plan = {"steps": STEPS, "batch": BATCH, "target": 6, "shortest": 6, "longest": 17, "no_context": 0.2, "fast_only": 0.2, "dropout": 0.2}
     plan |= {
-        "view": TeacherView("sparse", 3, 3, 3, 3, "zero", "own"),
+        "view": TeacherView("memory", 3, 3, 6, 3, 3, "zero", "own"),
         "errors": errors,
         "weight": "bell",
         "lora": LoraSpec(None, None, None),
@@ -108,15 +108,16 @@ def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, di
     plan = {"steps": STEPS, "critic_updates": 2, "critic_warmup": 0, "rollouts": "each", "batch": BATCH}
     plan |= {"memory": spec(slow=3, fast=3, tau=0.9)}
     plan |= {"rollout": rolling(levels=(1.0, 0.5), window=6), "horizon": HorizonSpec(shortest=9, longest=18, decay=0, mode="linear")}
-    scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
+    scores = ScoreSpec(context="memory", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
     plan |= {"teacher": scores, "critic_weight": "bell"}
     plan |= {"student_optimizer": OPTIMIZER, "critic_optimizer": OPTIMIZER, "ema_start": 0, "ema_ramp": True, **COMMON, **(more or {})}
+    whole = StudentSpec(**plan)  # type: ignore[arg-type]
     job = DistillationTrainer(
-        StudentSpec(**plan),  # type: ignore[arg-type]
+        whole,
         student=denoiser(0),
         teacher=denoiser(1),
         critic=denoiser(1),
-        view=TeacherView(context="sparse", sink=3, slow=3, fast=3, stride=6, context_sigma="zero", context_pass="joint"),
+        view=whole.want_layout(TeacherView("sparse", 3, 3, 3, 6, 3, "zero", "joint")).view,
         flow=FLOW,
         prompts=normal(7, 5, 8),
         null=torch.zeros(5, 8),
@@ -130,8 +131,8 @@ def student(more: dict[str, Any] | None = None) -> tuple[DistillationTrainer, di
 
 def streaming() -> tuple[DistillationTrainer, dict[str, Denoiser]]:
     """The same, on videos that go on from step to step, each for six chunks."""
-    job, models = student({"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist="stream")})
-    return job, models
+    scores = ScoreSpec(context="sparse", guidance=2.0, guidance_passes="apart", mismatch="refuse", first_latent="as_is")
+    return student({"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist="stream"), "teacher": scores})
 
 
 def sharing() -> tuple[DistillationTrainer, dict[str, Denoiser]]:
@@ -182,6 +183,25 @@ def small_codec(folder: Path) -> Path:
     return folder
 
 
+class SentNumbers:
+    """Counts what ranks send each other, by torch.distributed's function: calls, and numbers in all of them."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = {}
+        for name in ("all_reduce", "reduce", "all_gather", "reduce_scatter_tensor", "all_gather_into_tensor"):
+            setattr(dist, name, partial(self._count, name, getattr(dist, name)))
+
+    def _count(self, name: str, send: Any, *given: Any, **named: Any) -> Any:
+        tensor = given[0] if given else named.get("tensor", named.get("input_tensor"))
+        counts = self.counts.setdefault(name, [0, 0])
+        counts[0] += 1
+        counts[1] += sum(one.numel() for one in tensor) if isinstance(tensor, list) else tensor.numel()
+        return send(*given, **named)
+
+
+SENT = SentNumbers()
+
+
 def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first_rank() else ranks.Follower(name, out)
@@ -189,7 +209,10 @@ def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
     codec = small_codec(out / "codec") if is_first_rank() else out / "no codec"  # a rank that follows has no use for it
     samples = sampler(job, track, codec, every)
     job.steps = steps
+    SENT.counts.clear()
     fit(job, track, samples)
+    if is_first_rank():
+        (out / "sent.json").write_text(json.dumps(SENT.counts))
     parts = {model: job.state[model].state_dict() for model in models}
     if is_first_rank():
         save_file({f"{model}/{key}": value for model, part in parts.items() for key, value in part.items()}, out / "weights.safetensors")

@@ -17,7 +17,7 @@ from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, spec
 
 NULL = normal(5, 8, seed=7)
-NONE = TeacherView(context="none", sink=0, slow=0, fast=0, stride=1, context_sigma="zero", context_pass="joint")
+NONE = TeacherView(context="none", sink=0, slow=0, fast=0, stride=1, chunk=3, context_sigma="zero", context_pass="joint")
 
 
 class Prompts:
@@ -51,9 +51,7 @@ def made(track, model=None, name="made", **changes):
 
 
 def init(ways, model=None, **changes):
-    optimizer = OptimizerSpec(
-        lr=1e-3, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.0, muon_decay=0.0, clip=1.0, warmup=0, decay=0.0
-    )
+    optimizer = OptimizerSpec(lr=1e-3, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.0, muon_decay=0.0, clip=1.0, warmup=0, decay=0.0)
     values = {"method": "ode", "steps": 6, "batch": 4, "frames": 6, "longest": 0, "begin": 1.0, "chunk": 3, "dropout": 0.0}
     values |= {"ode": ways.spec, "memory": spec(), "optimizer": optimizer, "ema": 0.9, "save_every": 2}
     plan = CausalInitSpec(**(values | changes))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cf_model.model import wan
-from cf_model.model.denoiser import EXACT, Denoiser, ModelSpec
+from cf_model.model.denoiser import EXACT, Denoiser
 from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import HorizonSpec
+from cf_model.model.sizes import ModelSpec
 from cf_model.model.view import GuidancePasses, TeacherView, sample_window
 from cf_model.train.distill import compute_critic_loss, compute_generator_gradient
 from cf_model.train.erft import ErrorBank, ErrorSpec, compute_erft_loss
@@ -21,7 +22,7 @@ from cf_model.train.student import DistillationTrainer, ScoreSpec, StudentSpec
 from cf_model.train.trainer.engine import OptimizerSpec
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
-JOINT = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
+JOINT = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, chunk=3, context_sigma="zero", context_pass="joint")
 OWN = replace(JOINT, context_pass="own")
 TEXT, NULL = normal(2, 5, 8, seed=3), torch.zeros(5, 8)
 X, CONTEXT = normal(2, 6, *SHAPE), normal(2, 9, *SHAPE, seed=4)
@@ -38,9 +39,9 @@ class Counted(Denoiser):
 
     reads = looks = 0
 
-    def read_context(self, x_0: Tensor, text: Tensor) -> Any:
+    def read_context(self, *given: Any) -> Any:
         self.reads += 1
-        return super().read_context(x_0, text)
+        return super().read_context(*given)
 
     def velocity(self, *given: Any) -> Tensor:  # type: ignore[override]
         self.looks += 1
@@ -173,8 +174,10 @@ def job(view: TeacherView, guidance: float = 2.0) -> DistillationTrainer:
 class Forgetful(TeacherView):
     """Reads the context again for every pass."""
 
-    def velocity(self, model: Any, x_t: Tensor, sigma: Tensor, text: Tensor, context: Tensor, past: Any = None) -> Tensor:
-        return super().velocity(model, x_t, sigma, text, context, None)
+    def velocity(
+        self, model: Any, x_t: Tensor, sigma: Tensor, text: Tensor, context: Tensor, past: Any = None, filled: Any = None
+    ) -> Tensor:
+        return super().velocity(model, x_t, sigma, text, context, None, filled)
 
 
 def test_a_step_reads_the_context_once_for_both_updates() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cf_model.model.rollout import HorizonSpec
+from cf_model.model.rollout import HorizonSpec, rollout
 from cf_model.plan import need
 from cf_model.plan.cost import ModelCosts
 from cf_model.train.base import BaseTrainer
@@ -82,6 +82,37 @@ def test_a_step_of_tiny_holds_what_is_planned(stage: str, context: str, checkpoi
     # the student's gradients, which the plan counts apart, are there while the critic's loss is made
     gradients = wanted.states()["gradients"] / 2 if stage == "stage2" else 0
     assert held.peak == pytest.approx(wanted.batch * wanted.sample_bytes() + gradients, rel=0.15)
+
+
+@pytest.mark.parametrize(("slow", "tau", "renoise"), [(12, 1.0, "none"), (3, 1.0, "none"), (3, 1.0, "own")])
+def test_a_rollout_of_tiny_holds_what_is_planned(slow: int, tau: float, renoise: str) -> None:
+    """Keys and values with the slow part's spare candidates and compacted copies, and the view that the passes share.
+
+    With a slow part of 3 the list of candidates is compacted while the window's chunks wait for their replay.
+    """
+    p, costs = tiny("joint")
+    memory, horizon = replace(p.stage2.memory, slow=slow, tau=tau), HorizonSpec(60, 60, 0, "const")
+    plan = replace(p.stage2.rollout, levels=(1.0, 0.5), exit="last", renoise=renoise)  # type: ignore[arg-type]
+    wanted = need.estimate_student(replace(p.stage2, memory=memory, horizon=horizon, rollout=plan), costs, p.teacher.view)
+    student, text, noise = model(costs), normal(4, 16, 64), torch.Generator().manual_seed(0)
+    with Allocations() as held:
+        made = rollout(student, text, 60, (12, 4, 4), spec=plan, memory=memory, flow=p.flow, rng=noise)
+    assert made.memory.count_slow() == min(slow, 9), "every tested chunk was news"
+    latents = need.count_latent_bytes(costs, 60)
+    assert held.now == pytest.approx(4 * (wanted.memory + latents), rel=0.1), "what waits for the replay"
+    seen = memory.sink + min(slow, 8) + memory.fast - 3
+    view = seen * costs.frame_bytes() + costs.passing_bytes(3, seen)
+    assert held.peak == pytest.approx(4 * (wanted.memory + latents + view), rel=0.1)
+
+
+def test_a_step_of_short_windows_is_as_large_as_its_rollout() -> None:
+    """Where scores and replay are small beside the memory, the peak is the rollout's."""
+    p, costs = tiny("joint", checkpointing=True)
+    memory = replace(p.stage2.memory, sink=30, slow=60, interval=1)
+    short = replace(p.stage2.rollout, window=6, full_first=0, skip_first=0)
+    spec = replace(p.stage2, memory=memory, rollout=short, horizon=HorizonSpec(240, 240, 0, "const"))
+    wanted = need.estimate_student(replace(spec, teacher=replace(spec.teacher, context="none")), costs, p.teacher.view)
+    assert wanted.activations == 93 * costs.frame_bytes() + costs.passing_bytes(3, 93)
 
 
 @pytest.mark.parametrize("context", ["joint", "own"])

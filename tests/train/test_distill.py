@@ -8,7 +8,7 @@ from cf_model.train.distill import compute_critic_loss, compute_generator_gradie
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
 TEXT = normal(2, 5, 8, seed=3)
-VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
+VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, chunk=3, context_sigma="zero", context_pass="joint")
 ROLLOUT = rolling()
 NULL = torch.zeros(5, 8)
 
@@ -221,7 +221,7 @@ def test_levels_that_context_frames_are_announced_with(announced):
             self.sigma = sigma
             return x_t
 
-    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma=announced, context_pass="joint")
+    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, chunk=3, context_sigma=announced, context_pass="joint")
     x, sigma, model = normal(2, 6, *SHAPE), torch.tensor([0.5, 0.9]), Listener()
     assert torch.equal(view.velocity(model, x, sigma, TEXT, normal(2, 4, *SHAPE, seed=2)), x)
     levels = model.sigma if model.sigma.ndim == 2 else model.sigma[:, None].expand(2, 10)

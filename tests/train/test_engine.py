@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,18 @@ def test_deepspeed_in_two_ranks_is_plain_torch_in_one(split: dict[str, Any], tra
         same(trained / ("few" if few_steps(split, folder.name) else "1") / folder.name, folder, values=folder.name != "broken")
     rows = [json.loads(line) for line in (trained / "1/broken/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["loss"] is None] == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", ["", ", accumulated"])
+def test_gradients_are_reduced_once_an_update(groups: str, trained: Path) -> None:
+    """With ZeRO 2, of 20 updates of the critic and 10 of the student, of two chunks and one or two groups each.
+
+    Each of three checkpoints gathers two moments of both networks by the same function; the rest are norms and logged values.
+    """
+    weights = sum(p.numel() for p in ranked.denoiser().parameters())
+    calls, numbers = json.loads((trained / f"ZeRO 2{groups}/student/sent.json").read_text())["all_reduce"]
+    assert 0 <= numbers - (20 + 10 + 3 * 4) * weights < 0.1 * weights and calls < numbers / 100
 
 
 @pytest.mark.slow
@@ -245,6 +258,20 @@ def test_without_deepspeed_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     spec = OptimizerSpec(1e-3, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 2, 0.0)
     with pytest.raises(ValueError, match=r"can't be imported .*; `make deepspeed` installs it; or use engine.use: torch"):
         trainer_zero.build_optimizer(torch.nn.Linear(2, 2), spec, 5, EngineSpec("deepspeed", 0, "none", None))
+
+
+def test_a_deepspeed_that_lacks_a_name_is_refused_before_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name that is checked at import; and one that only an optimiser has which was made."""
+    deepspeed = pytest.importorskip("deepspeed")
+    for place, names in trainer_zero.IMPORTED_NAMES.items():
+        for name in names:
+            with monkeypatch.context() as without:
+                without.delattr(attrgetter(place)(deepspeed), name)
+                said = rf"deepspeed [\d.]+ has no {place}\.{name}, which .* needs; `make deepspeed` installs .*, or use engine.use: torch"
+                with pytest.raises(ValueError, match=said):
+                    trainer_zero._import_deepspeed(torch.device("cpu"))
+    with pytest.raises(ValueError, match="has no single_partition_of_fp32_groups, which"):
+        trainer_zero.check_name(deepspeed, trainer_zero.OPTIMIZER_NAMES[2], object())
 
 
 def test_plain_training_never_imports_deepspeed() -> None:

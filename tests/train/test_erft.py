@@ -9,7 +9,7 @@ from cf_model.model.view import TeacherView
 from cf_model.train.erft import ErrorBank, ErrorSpec, _add_to_context, compute_erft_loss
 from tests.small import FLOW, SHAPE, normal, restored, rng
 
-VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
+VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, chunk=3, context_sigma="zero", context_pass="joint")
 
 
 def errors(**changes):

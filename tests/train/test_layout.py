@@ -7,7 +7,7 @@ import pytest
 from cf_model.model.view import TeacherView
 from cf_model.train.layout import TeacherLayout, read_agreed_view
 
-VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="shared", context_pass="joint")
+VIEW = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, chunk=3, context_sigma="shared", context_pass="joint")
 TRAINED = TeacherLayout(VIEW, target=21, longest=99)
 
 
@@ -44,7 +44,7 @@ def test_no_context_always_passes(teacher, folder):
         ({"stride": 3}, "teacher.view.stride is 3"),
         ({"context_sigma": "zero"}, "teacher.view.context_sigma is zero, but the teacher was trained with shared"),
         ({"target": 18}, "stage2.rollout.window is 18, but the teacher was trained on targets of 21"),
-        ({"longest": 102}, "targets that begin at 102, but the teacher's begin at 99 at most"),
+        ({"longest": 102}, "whose last target begins at 102, but the teacher's begin at 99 at most"),
     ],
 )
 def test_anything_else_is_refused_by_name(teacher, changes, words):

@@ -193,7 +193,7 @@ def distillation(clips=None, **changes):
         "ema_ramp": True,
         "save_every": 10,
     }
-    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, context_sigma="zero", context_pass="joint")
+    view = TeacherView(context="sparse", sink=3, slow=12, fast=6, stride=6, chunk=3, context_sigma="zero", context_pass="joint")
     return DistillationTrainer(
         StudentSpec(**(plan | changes)),
         student=denoiser(0),
@@ -265,7 +265,7 @@ def test_the_picture_that_begins_what_the_scores_see():
     job.view = dataclasses.replace(job.view, context="none")
     job.reencode = lambda latents: asked.append(latents) or latents[:, -1:] + 100
     made, _ = job._roll_out(0, 0)
-    context, target = job.split_rollout(made)
+    context, target = job.split_rollout(made, job.find_context(made))
     assert context.shape[1] == 0 and torch.equal(asked[0], made.video[:, :7])
     assert torch.equal(target[:, :1], made.video[:, 6:7] + 100) and torch.equal(target[:, 1:], made.video[:, 7:12])
 

@@ -13,18 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cf_model.data.embedded_prompts import write_prompts
 from cf_model.data.latents import write_latents
 from cf_model.model import checkpoint, wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
+from cf_model.model.rollout import Rollout
 from cf_model.model.view import TeacherView, guide_velocity
+from cf_model.train import student
 from cf_model.train.adapter import LoraSpec
 from cf_model.train.teacher import TeacherTrainer
 from cf_model.train.trainer.ema import EMA
 from tasks import base, causal_init, stage1, teacher
 from tasks.params import load, schema
 from tasks.runner.track import Track
-from tests.small import FLOW, SHAPE, denoiser, normal, restored, rng
+from tests.small import FLOW, SHAPE, denoiser, normal, restored, rng, rolling
 from tests.train import ranked
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +87,39 @@ def test_rollouts_and_scores_use_the_raw_weights() -> None:
     assert all(torch.equal(p, q) for p, q in zip(one.student.parameters(), other.student.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("persist", ["fresh", "stream"])
+def test_with_rollouts_of_its_own_the_student_learns_first(persist: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-Forcing's order: the student's update on a rollout of its own, then the critic's on one by the student that it has become."""
+    plan: dict[str, Any] = {"rollout": rolling(levels=(1.0, 0.5), window=6, full_first=1, skip_first=1, persist=persist)}
+    made, whose = list[Tensor](), list[Tensor]()
+    inner = student.rollout
+
+    def note(model: Denoiser, *given: Any, **more: Any) -> Rollout:
+        whose.append(model.transformer.proj_out.weight.detach().clone())
+        generated = inner(model, *given, **more)
+        made.append(generated.video)
+        return generated
+
+    monkeypatch.setattr(student, "rollout", note)
+    if persist == "stream":  # whose windows begin before what the memory holds by then
+        plan |= {"teacher": student.ScoreSpec("sparse", 2.0, "apart", "refuse", "as_is")}
+    job, _ = ranked.student(plan | {"rollouts": "own", "critic_updates": 2})
+    job.step(0)
+    assert len(made) == 1, "a step of the critic alone"
+    values = job.step(1)
+    assert len(made) == 3 and torch.equal(whose[0], whose[1]) and not torch.equal(whose[1], whose[2])
+    assert made[1].shape != made[2].shape or not torch.equal(made[1], made[2])
+    assert {"student_loss", "student_gradient", "critic_loss", "critic_gradient", "promotion"} <= values.keys()
+    assert values["frames"] == made[2].shape[1], "the log is of the critic's rollout"
+
+
+def test_what_the_critic_learns_from_its_own_rollouts_is_no_students_affair() -> None:
+    """Until the student's first update `own` and `each` are the same, number for number."""
+    own, each = (ranked.student({"rollouts": kind, "critic_updates": 3})[0] for kind in ("own", "each"))
+    assert [own.step(number) for number in range(2)] == [each.step(number) for number in range(2)]
+    assert own.step(2)["student_loss"] == each.step(2)["student_loss"], "and that update sees the rollout that it would have seen"
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Params]:
     """Latents and a base model of the smoke profile's sizes."""
@@ -95,6 +131,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Para
         return normal(len(captions), 4, stated.text.channels)
 
     write_latents(root / "latents", clips, text, shard=2, dtype=torch.float32, fps=16.0, negative="")
+    write_prompts(root / "prompts", ["a disc"], text, shard=2, dtype=torch.float32)
     (root / "base").mkdir()
     model = wan.build_transformer(stated.model, channels=8, text_channels=stated.text.channels, seed=1)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
@@ -130,9 +167,11 @@ def test_what_is_generated_with_is_the_average(
     if stage == "base":
         base.run(stated, track, **paths)
     elif stage == "stage1":
-        stage1.run(stated, track, **paths, base=root / "base", causal_init=root / "base")
+        stage1.run(stated, track, **paths, prompts=root / "prompts", base=root / "base", causal_init=root / "base")
+    elif stage == "causal_init":
+        causal_init.run(stated, track, **paths, prompts=root / "prompts", base=root / "base")
     else:
-        {"teacher": teacher, "lora": teacher, "causal_init": causal_init}[stage].run(stated, track, **paths, base=root / "base")
+        teacher.run(stated, track, **paths, base=root / "base")
     bias = load_file(out / "diffusion_pytorch_model.safetensors")["proj_out.bias"]
     assert torch.equal(bias, torch.full_like(bias, mark))
 
@@ -154,7 +193,7 @@ class Listener:
 def test_guidance_is_that_of_the_literature_and_self_forcings_plus_one() -> None:
     """null + g (cond - null): 1 is the prompt alone, 0 would be the null prompt; cond + 3.0 (cond - null) is g = 4.0."""
     text, x = normal(2, 5, 8), normal(2, 3, *SHAPE)
-    view = TeacherView("none", 0, 0, 0, 1, "zero", "joint")
+    view = TeacherView("none", 0, 0, 0, 1, 3, "zero", "joint")
     cond, null = (t.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1) * torch.ones_like(x) for t in (text, NULL.expand_as(text)))
     for passes in ("apart", "together"):
         score = Listener()

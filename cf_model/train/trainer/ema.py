@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cf_model.model.precision import forget_copies
+
 from .zero import gather_weights
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,6 +39,7 @@ class EMA(Generic[Model]):
             if raw.requires_grad:
                 norms.append(torch.stack([(mean - raw).norm(), raw.norm()]).float())
         self.done += 1
+        forget_copies(self.model)
         distance, size = torch.stack(norms).norm(dim=0)  # norms is [weights, 2]
         return distance / size
 

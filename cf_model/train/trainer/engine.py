@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cf_model.model.precision import forget_copies
+
 from .muon import Muon
 from .ranks import count_ranks
 
@@ -128,6 +130,7 @@ class Optimizer:
         average_gradients(self.model)
         norm = self.update()
         self.model.zero_grad(set_to_none=True)
+        forget_copies(self.model)
         self.done += 1
         return norm
 

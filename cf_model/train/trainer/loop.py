@@ -78,12 +78,12 @@ class TrainingLog(Protocol):
         """Report that all steps are done. Ranks other than the first end here; the first rank saves the model."""
 
 
-def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], None] | None = None) -> None:
+def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], Mapping[str, float]] | None = None) -> None:
     """Run the trainer's steps 0 .. steps - 1, from the newest usable checkpoint in `log.work` on.
 
     After a SIGTERM the current step is finished, saved, and the last. A step with a value that is not finite is a bad step: its
     batch goes to bad-XXXXXXXX, and `MOST_BAD_STEPS` in a row end the run with ValueError. Every rank calls `sample` after every
-    step, before a checkpoint says that the step is done.
+    step, before a checkpoint says that the step is done; its values are logged with the step's.
     """
     timer, latest = trainer.timer, dict[str, float]()
     bad, (path, first) = 0, checkpoint.find_newest_checkpoint(log.work)
@@ -100,14 +100,14 @@ def fit(trainer: Trainer, log: TrainingLog, sample: Callable[[int], None] | None
             values, stop = ranks.average_values(read_values(trainer.step(number)), stop_requested())
             # A value that is not finite on any rank is so in the mean, so all ranks decide alike.
             not_finite = [name for name, value in values.items() if not math.isfinite(value)]
-            with checkpoint.refuse_full_disk(log.work, "metrics.jsonl"):
-                log.log(number + 1, **values)
-            latest |= values
             # Samples come before the checkpoint: a run resumed from it has them, and a run that repeats the step makes them again.
             if sample:
                 timer.lap("rest")
-                sample(number + 1)
+                values |= sample(number + 1)
                 timer.lap("samples")
+            with checkpoint.refuse_full_disk(log.work, "metrics.jsonl"):
+                log.log(number + 1, **values)
+            latest |= values
             bad = bad + 1 if not_finite else 0
             if not_finite:
                 name = not_finite[0]

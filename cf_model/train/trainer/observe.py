@@ -61,8 +61,9 @@ def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> 
     """Measure how similar neighbouring chunks are and how many of the tested chunks are promoted, as a guide to choosing tau (eq. 7).
 
     All values are over the videos of the batch. `similarity/qNN` are quantiles of the numbers that eq. 7 compares with tau: a chunk's
-    mean over layers, or with scope=layer each layer's own. `promotion/layer_NN` is the share of chunks that this layer promotes. With
-    scope=global layers do not decide; the value is what the layer would have decided alone. Returns {} where nothing was compared.
+    mean over layers, or with scope=layer each layer's own. Rules that do not look at similarity have none. `promotion/layer_NN` is the
+    share of chunks that this layer promotes. With scope=global layers do not decide; the value is what the layer would have decided
+    alone. Returns {} where nothing was compared.
     """
     if not compared:
         return {}
@@ -77,10 +78,11 @@ def measure_promotion(spec: MemorySpec, compared: Sequence[ChunkComparison]) -> 
     same = tested.new_ones(tested.shape[1], 1)
     promoted = torch.stack([news.double() if isinstance(news, Tensor) else same * news for _, news in decided])  # [tested, B, G]
     values["promotion"] = promoted.mean()
+    if spec.promote != "similarity":
+        return values
     # What each layer decides, or with scope=global would decide: its own similarity against tau.
-    if spec.promote == "similarity":
-        by_layer = promoted if spec.scope == "layer" else (tested < spec.tau).double()
-        values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(by_layer.mean(dim=(0, 1)).unbind())}
+    by_layer = promoted if spec.scope == "layer" else (tested < spec.tau).double()
+    values |= {f"promotion/layer_{n:02}": value for n, value in enumerate(by_layer.mean(dim=(0, 1)).unbind())}
     # What tau is compared with.
     against_tau = (tested if spec.scope == "layer" else tested.mean(dim=2)).flatten()
     quantiles = against_tau.quantile(torch.tensor(QUANTILES, dtype=torch.float64, device=tested.device))

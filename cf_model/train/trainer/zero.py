@@ -11,17 +11,38 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cf_model.model.precision import forget_copies
+
 from .engine import EngineSpec, Optimizer, OptimizerSpec
 from .ranks import count_ranks, get_rank, is_first_rank
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET_NUMBERS = 50_000_000  # that are sent at once: 200 MB in float32; DeepSpeed's default takes 2 GB
+# Names of DeepSpeed that no documentation promises, which is why requirements/deepspeed.txt pins one version: by where they are found
+# once DeepSpeed is imported, and by where once it has taken a model.
+IMPORTED_NAMES = {
+    "ops": ("__compatible_ops__",),
+    "zero": ("GatheredParameters",),
+    "utils": (
+        "safe_get_full_optimizer_state",
+        "safe_set_full_optimizer_state",
+        "safe_set_local_optimizer_state",
+        "safe_set_local_fp32_param",
+    ),
+    "runtime.engine.DeepSpeedEngine": ("coalesce_grad_reduction", "get_global_grad_norm"),
+    "runtime.base_optimizer.ZeROOptimizer": ("clear_backward_seen_flag",),
+    "runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": ("_lazy_init_hp_params_optimizer_state",),
+}
+OPTIMIZER_NAMES = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}
+PARAMETER_NAMES = {1: "_hp_mapping", 2: "_hp_mapping", 3: "ds_tensor"}
 
 
 def build_optimizer(model: nn.Module, spec: OptimizerSpec, steps: int, engine: EngineSpec) -> Optimizer:
@@ -62,6 +83,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     except Exception as error:  # more than ImportError: a missing CUDA toolkit raises an exception of DeepSpeed's own
         way = "`make deepspeed` installs it; or use engine.use: torch"
         raise ValueError(f"engine.use asks for DeepSpeed in {count_ranks()} ranks, but it can't be imported ({error}); {way}") from None
+    for place, names in IMPORTED_NAMES.items():
+        for name in names:
+            check_name(deepspeed, f"{place}.{name}")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # again, because importing DeepSpeed sets the level
     # Choice: gloo on the CPU. DeepSpeed's operator of shared memory would be compiled for minutes at a first start, and a
     # compilation that is killed leaves a lock at which every later start hangs.
@@ -73,9 +97,21 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def check_name(deepspeed: Any, path: str, found_in: Any = None) -> None:
+    """Raise ValueError where DeepSpeed lacks a name: `path` from the package on, or an attribute of the object `found_in`."""
+    try:
+        attrgetter(path)(deepspeed if found_in is None else found_in)
+    except AttributeError:
+        problem = f"deepspeed {deepspeed.__version__} has no {path}, which cf_model/train/trainer/zero.py needs"
+        raise ValueError(f"{problem}; `make deepspeed` installs the version that has it, or use engine.use: torch") from None
+
+
 def _build_config(stage: int, **more: Any) -> dict[str, Any]:
-    """Build DeepSpeed's configuration for a ZeRO stage. DeepSpeed sees no groups of a batch: every backward adds, `step` ends the batch."""
-    batch = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False}
+    """Build DeepSpeed's configuration for a ZeRO stage. DeepSpeed sees no groups of a batch: every backward adds, `step` ends the batch.
+
+    Stages 0 and 1 then reduce in `step`, and stage 3 in every backward. So would stage 2, where `ShardedOptimizer` collects instead.
+    """
+    batch = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": stage == 2}
     buckets = {"reduce_bucket_size": BUCKET_NUMBERS, "allgather_bucket_size": BUCKET_NUMBERS}
     return {**batch, "steps_per_print": 2**31, "gradient_clipping": 0.0, "zero_optimization": {"stage": stage, **buckets, **more}}
 
@@ -94,6 +130,7 @@ class ReplicatedOptimizer(Optimizer):
     def step(self) -> Tensor:
         self.engine.step()
         self.model.zero_grad(set_to_none=True)
+        forget_copies(self.model)
         self.done += 1
         return self.callback.norm
 
@@ -119,21 +156,33 @@ class ShardedOptimizer(Optimizer):
         offload = {"offload_optimizer": {"device": "cpu"}} if engine.offload == "optimizer" else {}
         config = _build_config(engine.zero, **offload) | {"gradient_clipping": spec.clip, "zero_allow_untested_optimizer": True}
         config |= {"zero_force_ds_cpu_optimizer": False}  # DeepSpeed's CPU Adam would have to be compiled; torch's works too
+        self.collecting = ExitStack()
+        self.is_collecting = False
         # `split` is DeepSpeed's optimiser around torch's AdamW
         self.engine, self.split, *_ = deepspeed.initialize(model=model, optimizer=self.parts[0][0], config=config, dist_init_required=False)
+        check_name(deepspeed, OPTIMIZER_NAMES[self.stage], self.split)
+        for parameter in list(self.parameters.values())[:1]:
+            check_name(deepspeed, PARAMETER_NAMES[self.stage], parameter)
 
     @property
     def weights(self) -> Any:
         return GatheredWeights(self)
 
     def backward(self, loss: Tensor) -> None:
+        # Choice: with ZeRO 2 a rank's gradients are summed over chunks and groups, and reduced once when `step` closes the collection.
+        if self.stage == 2 and not self.is_collecting:
+            self.collecting.enter_context(self.engine.coalesce_grad_reduction())
+            self.is_collecting = True
         # DeepSpeed's own forward, which is not called here, does this; without it ZeRO 3 drops the gradients of the groups before
         self.split.clear_backward_seen_flag()
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> Tensor:
         self.schedule()
+        self.collecting.close()
+        self.is_collecting = False
         self.engine.step()
+        forget_copies(self.model)
         self.done += 1
         return torch.as_tensor(self.engine.get_global_grad_norm())
 

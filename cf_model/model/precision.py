@@ -1,0 +1,104 @@
+"""What bfloat16 products and checkpoints need of diffusers' layers: float32 time embedding, norms, copies of weights, blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class TimeLinear(nn.Linear):
+    """Linear layer of the time embedding: float32 under autocast too, as in Wan's code, because bfloat16 has steps of 4 near 1000 σ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def prepare_layers(transformer: Any, *, checkpointing: bool) -> None:
+    """Change a diffusers transformer's layers in place as this file says; its weights and their names stay."""
+    # under autocast a norm's input is bfloat16 and its weights are float32
+    for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
+        norm.register_forward_pre_hook(widen_input)
+    times = transformer.condition_embedder
+    for linear in (times.time_embedder.linear_1, times.time_embedder.linear_2, times.time_proj):
+        linear.__class__ = TimeLinear
+    if checkpointing:
+        transformer.enable_gradient_checkpointing(checkpoint_block)
+
+
+def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Cast a norm's input to its weight's type, because torch has a fused kernel only where the two are equal."""
+    return tuple(x.to(norm.weight.dtype) for x in inputs)
+
+
+def checkpoint_block(block: Any, *inputs: Any) -> Tensor:
+    """Run a block whose activations are computed again in the backward pass (diffusers' `gradient_checkpointing_func`).
+
+    `inputs` end with the pass's view. Keys and values that are wanted leave the checkpoint as its results, not by the view: what a
+    checkpointed function hands out in another way it would hand out again in the backward pass.
+    """
+    *tensors, view = inputs
+    layer = block.attn1.processor.layer
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        own = replace(view, captured=None if view.captured is None else {})
+        hidden = block(*tensors, own)
+        return (hidden, *own.captured[layer]) if own.captured else (hidden,)
+
+    hidden, *captured = checkpoint(run, *tensors, use_reentrant=False)
+    if captured:
+        view.captured[layer] = (captured[0], captured[1])
+    return hidden
+
+
+class WeightCopies:
+    """bfloat16 copies of a transformer's weights, so that passes without gradient need not cast them, each time anew, as autocast does.
+
+    Only the weights of products are copied, which are those that autocast casts, so the results are the same to the bit.
+    """
+
+    def __init__(self, transformer: Any, *, wanted: bool) -> None:
+        self.transformer, self.wanted = transformer, wanted
+        self.copies = dict[str, Tensor]()  # empty: not made since the weights changed
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the copies by name, made at the first call after a change of the weights.
+
+        {} with gradients, which are those of the weights themselves, and where ZeRO 3 has split the weights.
+        """
+        if not self.wanted or torch.is_grad_enabled():
+            return {}
+        if not self.copies:
+            weights = dict(self._list_wide())
+            if not any(hasattr(weight, "ds_id") for weight in weights.values()):
+                self.copies = {name: weight.detach().to(torch.bfloat16) for name, weight in weights.items()}
+        return self.copies
+
+    def forget(self) -> None:
+        """Let go of the copies, because the weights have changed."""
+        self.copies = {}
+
+    def narrow_originals(self) -> None:
+        """Turn the weights themselves to bfloat16, where nothing will train them."""
+        for _, weight in self._list_wide() if self.wanted else ():
+            weight.data = weight.data.to(torch.bfloat16)
+        self.forget()
+
+    def _list_wide(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield names and float32 weights of products, but for the time embedding's."""
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d) and not isinstance(module, TimeLinear):
+                for part, weight in module.named_parameters(name, recurse=False):
+                    if weight.dtype == torch.float32:
+                        yield part, weight
+
+
+def forget_copies(model: nn.Module) -> None:
+    """Let go of a model's bfloat16 copies after an update of its weights; a model without copies is left alone."""
+    if isinstance(copies := getattr(model, "copies", None), WeightCopies):
+        copies.forget()

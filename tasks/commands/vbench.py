@@ -1,0 +1,70 @@
+"""`cf vbench`: a folder of videos in VBench's own naming and, with --python, the scores of its official script in its own environment."""
+
+import argparse
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from tasks.commands.score import list_rows
+from tasks.files.json_lines import dump_json_lines, load_json_object, write_json
+from tasks.params.yaml_file import Refused
+
+# VBench's script and its libraries get these of our environment, and none of its secrets
+HANDED_ON = ("PATH", "HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_OFFLINE", "VBENCH_CACHE_DIR", "TMPDIR", "LANG")
+EPILOG = """OUT/videos holds the videos as PROMPT-INDEX.mp4, a prompt that can be no file name as its number, and OUT/prompts.json says
+which is which, for VBench's `evaluate.py --mode custom_input --prompt_file`. With --checkout and --python, that script is run, and
+OUT/scores.jsonl gets a line a video and dimension. VBench needs a GPU, and fetches its networks itself.
+
+example:
+  cf vbench --videos DIR --manifest DIR/manifest.jsonl --out out/vbench --checkout VBench --python vbench-venv/bin/python \\
+     --dimension subject_consistency --dimension motion_smoothness"""
+
+
+def main(argv: list[str]) -> None:
+    from cf_model.metrics.vbench_folder import name_videos, read_results
+
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("cf vbench", description=__doc__, epilog=EPILOG, formatter_class=form)
+    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="a folder of videos")
+    parser.add_argument("--manifest", type=Path, required=True, metavar="FILE", help="their prompts, as for `cf score`")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a JSON object of prompts by id")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--checkout", type=Path, metavar="DIR", help="a checkout of Vchitect/VBench")
+    parser.add_argument("--python", type=Path, metavar="FILE", help="the python of an environment that has VBench's requirements")
+    parser.add_argument("--dimension", action="append", default=[], help="of VBench; may be given several times")
+    args = parser.parse_args(argv)
+    names = name_videos(list_rows(args.videos, args.manifest, args.prompts))
+    if absent := [file for file in names if not (args.videos / file).is_file()]:
+        raise Refused(f"{args.videos / absent[0]} is not there; correct {args.manifest}")
+    if args.out.exists():
+        raise Refused(f"--out {args.out} is there already; name a new folder")
+    if (args.python is None) != (args.checkout is None) or (args.python is None) != (not args.dimension):
+        raise Refused("--checkout, --python and --dimension go together: without them only the folder is made")
+    if args.python and not (args.python.is_file() and (args.checkout / "evaluate.py").is_file()):
+        raise Refused(f"{args.python} and {args.checkout / 'evaluate.py'} must both be there; name VBench's python and checkout")
+    (args.out / "videos").mkdir(parents=True)
+    for file, (name, _) in names.items():
+        shutil.copyfile(args.videos / file, args.out / "videos" / name)
+    write_json(args.out / "prompts.json", dict(names.values()), indent=1, ensure_ascii=False)
+    print(f"{args.out / 'videos'}: {len(names)} videos of {len({prompt for _, prompt in names.values()})} prompts")
+    if args.python:
+        results = run_script(args.out.resolve(), args.python.absolute(), args.checkout, args.dimension)
+        cells = read_results(load_json_object(results), names)
+        (args.out / "scores.jsonl").write_text(dump_json_lines(cells))
+        print(f"{args.out / 'scores.jsonl'}: {len(cells)} lines")
+
+
+def run_script(out: Path, python: Path, checkout: Path, dimensions: list[str]) -> Path:
+    """Run VBench's script on the folder and return the file of its results; Refused with its last line if it fails."""
+    words = ["--videos_path", out / "videos", "--prompt_file", out / "prompts.json", "--output_path", out / "results"]
+    command = [python, "evaluate.py", "--mode", "custom_input", *words, "--dimension", *dimensions]
+    environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=checkout, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    found = sorted((out / "results").glob("*_eval_results.json"))
+    if done.returncode or not found:
+        last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "it wrote no results")
+        raise Refused(f"VBench's script ended with code {done.returncode}: {last[:200]}; its folder is {out}, to run it by hand")
+    return found[-1]
