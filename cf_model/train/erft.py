@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.model.flow import Flow, add_noise, draw_gaussian, own_rows
+from cf_model.model.flow import Flow, add_noise, draw_gaussian, number_own_rows, own_rows
 from cf_model.model.view import Score, TeacherView
 from cf_model.train.trainer.ranks import gather_by_row
 
@@ -176,7 +176,7 @@ def compute_erft_loss(
     # Four chances a row: to stay clean, and the indicators I of target, noise and context; [batch, 4].
     spec, sigma, chances = bank.spec, own_rows(levels, rng).to(x), torch.rand(len(levels), 4, generator=rng)
     clean = chances[:, 0] < spec.clean if step >= spec.warmup else torch.ones(len(levels), dtype=torch.bool)
-    place = {row: i for i, row in enumerate(own_rows(torch.arange(len(levels)), rng).tolist())}  # row of the batch -> row of x
+    place = {row: i for i, row in enumerate(number_own_rows(len(levels), rng))}  # row of the batch -> row of x
     # X̃ = X + I · e, for the context and, as in SVI, for the target and its noise.
     bad_x, bad_noise, bad_context = x.clone(), noise.clone(), context.clone()
     for row in (~clean).nonzero().flatten().tolist():
