@@ -151,11 +151,6 @@ def own_rows(batch: Tensor, rng: Noise) -> Tensor:
     return rng.own_rows(batch) if isinstance(rng, BatchGenerator) else batch
 
 
-def number_own_rows(whole: int, rng: Noise) -> range:
-    """Return the numbers of this process's rows in a batch of `whole` rows."""
-    return range(rng.first, rng.first + len(rng.rows)) if isinstance(rng, BatchGenerator) else range(whole)
-
-
 def _draw_numbers(make: Callable[..., Tensor], shape: torch.Size | tuple[int, ...], rng: Noise) -> Tensor:
     if isinstance(rng, BatchGenerator):
         return rng.draw_rows(make, tuple(shape))
