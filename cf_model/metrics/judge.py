@@ -95,8 +95,10 @@ def rate_video(judge: Judge, video: Video, fps: float, prompt: str, *, key: str,
 def score_stability(ratings: Sequence[Rating]) -> float:
     """Return Visual Stability, 0 to 100: 20 x the mean rating. Raises ValueError if a rating failed, or there is none."""
     failed = [rating.failure for rating in ratings if rating.score is None]
-    if failed or not ratings:
-        raise ValueError(f"{len(failed)} of {len(ratings)} ratings failed; the first: {failed[0] if failed else 'no video was rated'}")
+    if not ratings:
+        raise ValueError("no video was rated, so there is no mean rating; rate at least one")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(ratings)} ratings failed; the first: {failed[0]}")
     return SCALE * float(np.mean([rating.score for rating in ratings if rating.score is not None]))
 
 

@@ -45,11 +45,11 @@ def score_range(trace: Trace, networks: Networks, frames: range, text: np.ndarra
     out[f"temporal_flickering{UNFILTERED}"] = vbench.score_flicker(trace.differences[first : stop - 1])
     if trace.interpolation is not None and len(frames) > 2:
         out[f"motion_smoothness{networks.interpolator}"] = vbench.score_smoothness(trace.interpolation[first : stop - 2])
-    if trace.kept_flow is not None and networks.make_flow:
-        kept = range(first, stop, vbench.choose_interval(trace.fps))
-        scores = trace.kept_flow[list(kept[:-1])]
+    if trace.sampled_flow is not None and networks.make_flow:
+        sampled = range(first, stop, vbench.choose_interval(trace.fps))
+        scores = trace.sampled_flow[list(sampled[:-1])]
         if not np.isnan(scores).any():
-            moves = vbench.decide_motion(scores.tolist(), height=trace.height, width=trace.width, kept=len(kept))
+            moves = vbench.decide_motion(scores.tolist(), height=trace.height, width=trace.width, sampled=len(sampled))
             out[f"dynamic_degree@{networks.flow_name}"] = float(moves)
     if "aesthetic" in trace.features and networks.aesthetic_head:
         rows = trace.features["aesthetic"][first:stop]

@@ -56,7 +56,7 @@ def total_scores(means: Mapping[str, Mapping[str, Mapping[str, float]]], failed:
         scores = {metric: entry["mean"] for metric, entry in entries.items() if "mean" in entry and "failed" not in entry}
         try:
             if failed:
-                raise ValueError(f"{failed} videos could not be scored; mend or remove them, and score the folder again")
+                raise ValueError(f"{failed} of the videos could not be scored; mend or remove them, and score the folder again")
             out[name] = 100 * compute(scores)
         except ValueError as error:
             out[name] = str(error)

@@ -16,6 +16,7 @@ from cf_model.metrics import drift, flow, long, preprocess, repetition, vbench, 
 from cf_model.metrics.encoders import FrameEncoder, TextImageEncoder
 
 Video = UInt8[np.ndarray, "V Y X 3"]
+Piece = UInt8[np.ndarray, "_ Y X 3"]  # frames of a video whose pieces differ in length
 PREVIEW_RATE = 2  # frames a second that a judge sees
 PREVIEW_SIDE = 512  # pixels of the longer side
 
@@ -56,7 +57,7 @@ class Trace:
     differences: np.ndarray = field(default_factory=lambda: np.zeros(0))  # [V-1]
     interpolation: np.ndarray | None = None  # [V-2], of frames 1 to V-2
     magnitudes: np.ndarray | None = None  # [V-1], of the flow between neighbouring frames
-    kept_flow: np.ndarray | None = None  # [V-interval]: score of the flow from frame k to frame k + interval
+    sampled_flow: np.ndarray | None = None  # [V-interval]: score of the flow from frame k to frame k + interval
     imaging: np.ndarray | None = None  # [V], 0..100
     thumbnails: np.ndarray = field(default_factory=lambda: np.zeros((0, repetition.SIDE, repetition.SIDE, 3), np.float32))
     preview: np.ndarray = field(default_factory=lambda: np.zeros((0, 2, 2, 3), np.uint8))
@@ -95,54 +96,54 @@ class Tracer:
     """Measures a video as its frames come in."""
 
     def __init__(self, networks: Networks, *, frames: int, fps: float, height: int, width: int) -> None:
-        self.networks, self.trace, self.seen = networks, Trace(frames, fps, height, width), 0
+        self.networks, self.trace, self.count = networks, Trace(frames, fps, height, width), 0
         self.tail = np.zeros((0, height, width, 3), np.uint8)
         self.parts: dict[str, list[np.ndarray]] = {}
         self.encoders = {"subject": networks.subject, "background": networks.background, "aesthetic": networks.aesthetic}
         self.wanted = set(list_anchor_frames(frames, fps).tolist()) if networks.anchor else set()
         short = min(height, width)
         self.near = FlowTrack(networks.make_flow, 1, lambda one: flow.measure_magnitude(one, short)) if networks.make_flow else None
-        self.kept = FlowTrack(networks.make_flow, vbench.choose_interval(fps), vbench.score_flow) if networks.make_flow else None
+        self.far = FlowTrack(networks.make_flow, vbench.choose_interval(fps), vbench.score_flow) if networks.make_flow else None
         self.preview_step = max(1, round(fps / PREVIEW_RATE))
         self.trace.preview_fps = fps / self.preview_step
 
     def add(self, video: Video) -> None:
         """Measure the next frames."""
         joined = np.concatenate([self.tail, video])
-        self.keep("differences", vbench.measure_differences(joined[max(len(self.tail) - 1, 0) :]))
+        self.append_part("differences", vbench.measure_differences(joined[max(len(self.tail) - 1, 0) :]))
         if self.networks.interpolate and len(joined) > 2:
-            self.keep("interpolation", vbench.measure_interpolation(joined, self.networks.interpolate))
+            self.append_part("interpolation", vbench.measure_interpolation(joined, self.networks.interpolate))
         self.tail = joined[-2:]
         for name, values in drift.measure_frames(video).items():
-            self.keep(f"statistics/{name}", values)
-        self.keep("thumbnails", repetition.make_thumbnails(video))
+            self.append_part(f"statistics/{name}", values)
+        self.append_part("thumbnails", repetition.make_thumbnails(video))
         for role, encoder in self.encoders.items():
             if encoder:
-                self.keep(f"features/{role}", encoder.encode(video))
+                self.append_part(f"features/{role}", encoder.encode(video))
         self.encode_anchors(video)
         if self.networks.quality:
-            self.keep("imaging", self.networks.quality(preprocess.prepare_imaging(preprocess.make_tensor(video))).numpy())
-        for index, frame in enumerate(video, self.seen):
-            for track in filter(None, (self.near, self.kept)):
+            self.append_part("imaging", self.networks.quality(preprocess.prepare_imaging(preprocess.make_tensor(video))).numpy())
+        for index, frame in enumerate(video, self.count):
+            for track in filter(None, (self.near, self.far)):
                 track.push(index, frame)
-        self.keep("preview", shrink_preview(video[-self.seen % self.preview_step :: self.preview_step]))
-        self.seen += len(video)
+        self.append_part("preview", shrink_preview(video[-self.count % self.preview_step :: self.preview_step]))
+        self.count += len(video)
 
-    def keep(self, name: str, values: np.ndarray) -> None:
+    def append_part(self, name: str, values: np.ndarray) -> None:
         """Put the values of some frames behind those before."""
         self.parts.setdefault(name, []).append(values)
 
     def encode_anchors(self, video: Video) -> None:
         """Encode with DINOv2 those of the frames that scores read."""
-        places = [k for k in range(len(video)) if self.seen + k in self.wanted]
+        places = [k for k in range(len(video)) if self.count + k in self.wanted]
         if places and self.networks.anchor:
             rows = self.networks.anchor.encode(video[places])
-            self.trace.anchors |= {self.seen + k: row for k, row in zip(places, rows, strict=True)}
+            self.trace.anchors |= {self.count + k: row for k, row in zip(places, rows, strict=True)}
 
     def finish(self) -> Trace:
         """Return the trace; ValueError if fewer frames came than were announced, or fewer than two."""
-        if self.seen != self.trace.frames or self.seen < 2:
-            raise ValueError(f"the video has {self.seen} frames, not {self.trace.frames} and at least 2; replace it by a whole one")
+        if self.count != self.trace.frames or self.count < 2:
+            raise ValueError(f"the video has {self.count} frames, not {self.trace.frames} and at least 2; replace it by a whole one")
         done = {name: np.concatenate(values) for name, values in self.parts.items()}
         for name, values in done.items():
             group, _, part = name.partition("/")
@@ -150,8 +151,8 @@ class Tracer:
                 getattr(self.trace, group)[part] = values
             else:
                 setattr(self.trace, group, values)
-        self.trace.magnitudes = self.near.finish(self.seen) if self.near else None
-        self.trace.kept_flow = self.kept.finish(self.seen) if self.kept else None
+        self.trace.magnitudes = self.near.finish(self.count) if self.near else None
+        self.trace.sampled_flow = self.far.finish(self.count) if self.far else None
         return self.trace
 
 
@@ -165,7 +166,7 @@ def shrink_preview(video: Video) -> UInt8[np.ndarray, "V _ _ 3"]:
     return frames.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def trace_video(pieces: Iterable[Video], networks: Networks, *, frames: int, fps: float, height: int, width: int) -> Trace:
+def trace_video(pieces: Iterable[Piece], networks: Networks, *, frames: int, fps: float, height: int, width: int) -> Trace:
     """Trace a video from its frames, which come in pieces of any length."""
     tracer = Tracer(networks, frames=frames, fps=fps, height=height, width=width)
     for piece in pieces:

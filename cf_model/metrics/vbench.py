@@ -20,8 +20,8 @@ Features = Float[np.ndarray, "V C"]
 Interpolator = Callable[[Float[Tensor, "1 3 Y X"], Float[Tensor, "1 3 Y X"]], Float[Tensor, "1 3 Y X"]]
 MULTIPLE = 16  # frames are padded to multiples of this many pixels before they are interpolated
 FASTEST_SHARE = 0.05  # of a flow field's pixels, those that decide whether it moves
-MOVING = 6 / 256  # shortest side of the frame that those must move by, from a kept frame to the next
-KEPT_RATE = 8  # frames a second that are kept to look for motion
+MOVING = 6 / 256  # shortest side of the frame that those must move by, from a sampled frame to the next
+SAMPLING_RATE = 8  # frames a second that are sampled to look for motion
 
 
 def normalise_rows(features: Float[np.ndarray, "*N C"]) -> Float[np.ndarray, "*N C"]:
@@ -66,7 +66,7 @@ def score_flicker(differences: Float[np.ndarray, " N"]) -> float:
     return float(1 - np.mean(differences) / 255)
 
 
-def interpolation_error(before: UInt8[np.ndarray, "Y X 3"], frame: UInt8[np.ndarray, "Y X 3"],
+def measure_interpolation_error(before: UInt8[np.ndarray, "Y X 3"], frame: UInt8[np.ndarray, "Y X 3"],
                         after: UInt8[np.ndarray, "Y X 3"], interpolate: Interpolator) -> float:  # fmt: skip
     """Return how far a frame is from what `interpolate` makes of its neighbours: mean absolute difference, in 0..255.
 
@@ -83,8 +83,8 @@ def interpolation_error(before: UInt8[np.ndarray, "Y X 3"], frame: UInt8[np.ndar
 
 
 def measure_interpolation(video: Video, interpolate: Interpolator) -> Float[np.ndarray, " V-2"]:
-    """Return `interpolation_error` of every frame but the first and the last."""
-    return np.array([interpolation_error(video[k], video[k + 1], video[k + 2], interpolate) for k in range(len(video) - 2)])
+    """Return `measure_interpolation_error` of every frame but the first and the last."""
+    return np.array([measure_interpolation_error(video[k], video[k + 1], video[k + 2], interpolate) for k in range(len(video) - 2)])
 
 
 def score_smoothness(errors: Float[np.ndarray, " N"]) -> float:
@@ -103,16 +103,16 @@ def score_flow(flow: Float[np.ndarray, "2 Y X"]) -> float:
 
 def choose_interval(fps: float) -> int:
     """Return the distance, in frames, of the frames that dynamic degree keeps: about 8 a second."""
-    return max(1, round(fps / KEPT_RATE))
+    return max(1, round(fps / SAMPLING_RATE))
 
 
-def decide_motion(flow_scores: Sequence[float], *, height: int, width: int, kept: int) -> bool:
-    """Decide whether a video moves, from `score_flow` of neighbouring kept frames; dynamic degree is the share of such videos.
+def decide_motion(flow_scores: Sequence[float], *, height: int, width: int, sampled: int) -> bool:
+    """Decide whether a video moves, from `score_flow` of neighbouring sampled frames; dynamic degree is the share of such videos.
 
-    A quarter of the `kept` frames, rounded, must be fast. For 2 kept frames that is 0 of them, so such a video always moves.
+    A quarter of the `sampled` frames, rounded, must be fast. For 2 sampled frames that is 0 of them, so such a video always moves.
     """
     fast = sum(score > MOVING * min(height, width) for score in flow_scores)
-    return len(flow_scores) > 0 and bool(fast >= round(kept / 4))
+    return len(flow_scores) > 0 and bool(fast >= round(sampled / 4))
 
 
 def score_aesthetics(features: Features, weight: Float[np.ndarray, " C"], bias: float) -> float:

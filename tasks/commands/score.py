@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cf_model.metrics.trace import Networks
 
 PROTOCOLS = ("vbench", "vbench-long", "vbench-competition", "windows", "own")
+COPIED = ("prompt_id", "seed", "system")  # of a manifest into every cell
 PIECE = 32  # frames that are decoded at once
 TOLERANCE = 0.01  # by which the manifest's frames a second may differ from the file's, as a part of them
 EXAMPLES = """A manifest is a file of JSON lines: {"file": "a.mp4", "prompt": "a cat", "fps": 16, "system": "ours", "seed": 0}; only file is
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
     means = average_cells(cells)
     for protocol, metrics in means.items():
         for metric, entry in metrics.items():
-            print(f"{protocol:<44} {metric:<46} {entry.get('mean', float('nan')):>10.4f}  {entry['videos']:.0f} videos")
+            print(f"{protocol:<44} {metric:<46} {entry.get('mean', float('nan')):>10.4f}  n = {entry['videos']:.0f}")
     for name, value in total_scores(means, len(failed)).items():
         print(f"{name}: {value if isinstance(value, str) else f'{value:.2f}'}")
     for cell in failed:
@@ -118,13 +119,12 @@ def score_rows(
     from cf_model.data.video import probe_video
     from cf_model.metrics.trace import describe_weights
 
-    kept = ("prompt_id", "seed", "system")
     weights = describe_weights(networks)
     # A file that crashes its reader costs a child process only, which decodes it before this process does.
     paths = [args.videos / row["file"] for row in rows]
     for index, answer in read_in_subprocess(check_readable, paths, workers=1, timeout=args.timeout):
         row, path = rows[index], paths[index]
-        key = {"video": row["file"], **{name: row[name] for name in kept if name in row}}
+        key = {"video": row["file"], **{name: row[name] for name in COPIED if name in row}}
         try:
             if isinstance(answer, Unreadable):
                 raise ValueError(answer.sentence)
@@ -158,7 +158,7 @@ def score_file(
         tracer = tracer or Tracer(networks, frames=counted[0], **shape)
         tracer.add(piece)
     if tracer is None or counted[0] < 2:
-        raise ValueError(f"{path.name} has {counted[0] if counted else 0} frames at {fps:g} fps; scores compare frames, give at least 2")
+        raise ValueError(f"{path.name} has a single frame at {fps:g} fps; scores compare frames, give a video of at least 2")
     trace = tracer.finish()
     wanted = [one for name in args.protocol or PROTOCOLS for one in ([protocols.VBENCH] if name == "vbench" else [name])]
     prompt = row.get("prompt")

@@ -150,4 +150,4 @@ def test_dynamic_degree_by_block_matching_tells_motion_from_stillness() -> None:
     still, moving = scrolling(9, 0), scrolling(9, 5)
     for video, moves in ((still, False), (moving, True)):
         scores = [vbench.score_flow(field) for field in flow.estimate_flow(video, flow.BlockMatchingFlow())]
-        assert vbench.decide_motion(scores, height=96, width=128, kept=9) == moves
+        assert vbench.decide_motion(scores, height=96, width=128, sampled=9) == moves

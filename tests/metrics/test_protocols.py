@@ -29,7 +29,7 @@ def whole() -> Trace:
 @pytest.mark.parametrize("size", [1, 7])
 def test_pieces_of_any_size_give_the_same_trace(size: int, whole: Trace) -> None:
     pieces = trace(size)
-    for name in ("differences", "interpolation", "magnitudes", "kept_flow", "thumbnails", "preview"):
+    for name in ("differences", "interpolation", "magnitudes", "sampled_flow", "thumbnails", "preview"):
         np.testing.assert_allclose(getattr(pieces, name), getattr(whole, name), atol=1e-6, err_msg=name)
     np.testing.assert_allclose(pieces.features["subject"], whole.features["subject"], atol=1e-4)
     assert pieces.anchors.keys() == whole.anchors.keys() == {0, 13}  # clips of 32 frames: 0 to 31 and 13 to 44
@@ -40,13 +40,13 @@ def test_a_clips_scores_are_those_of_its_frames_alone(whole: Trace) -> None:
     clips = protocols.score_clips(whole, NETWORKS)
     for number, frames in enumerate(long.split_into_clips(45, FPS)):
         video = VIDEO[frames.start : frames.stop]
-        kept = video[:: vbench.choose_interval(FPS)]
-        fields = [vbench.score_flow(field) for field in flow.estimate_flow(kept, flow.BlockMatchingFlow())]
+        sampled = video[:: vbench.choose_interval(FPS)]
+        fields = [vbench.score_flow(field) for field in flow.estimate_flow(sampled, flow.BlockMatchingFlow())]
         there = {
             "subject_consistency@pooled-8x8": vbench.score_consistency(POOLED.encode(video)),
             "temporal_flickering@unfiltered": vbench.score_flicker(vbench.measure_differences(video)),
             "motion_smoothness@mean": vbench.score_smoothness(vbench.measure_interpolation(video, average_neighbours)),
-            "dynamic_degree@ffmpeg-epzs": float(vbench.decide_motion(fields, height=96, width=128, kept=len(kept))),
+            "dynamic_degree@ffmpeg-epzs": float(vbench.decide_motion(fields, height=96, width=128, sampled=len(sampled))),
         }
         for name, value in there.items():
             assert clips[name][number] == pytest.approx(value, abs=1e-6), (name, number)
@@ -91,7 +91,18 @@ def test_aggregates_are_numbers_where_all_is_there_and_sentences_where_not() -> 
         "text_alignment needs 2 dimensions and lacks overall_consistency"
     )
     refused = summary.total_scores(summary.average_cells(cells), failed=2)
-    assert all(str(value).startswith("2 videos could not be scored") for value in refused.values()) and len(refused) == 3
+    assert all(str(value).startswith("2 of the videos could not be scored") for value in refused.values()) and len(refused) == 3
     half = [*cells, cell(protocols.COMPETITION, "imaging_quality", None, failed="no")]
     found = summary.total_scores(summary.average_cells(half), failed=0)
     assert "lacks imaging_quality" in str(found[f"{protocols.COMPETITION}/frame_wise_quality"])
+
+
+def test_windows_are_scored_from_the_frames_that_they_hold() -> None:
+    video = RNG.integers(0, 256, (88, 16, 16, 3), dtype=np.uint8)  # 11 s at 8 fps: the window at 10 s is frames 76 to 84
+    plain = Networks(anchor=POOLED, background=POOLED, make_flow=None)
+    traced = trace_video([video[:50], video[50:]], plain, frames=88, fps=8.0, height=16, width=16)
+    cells = protocols.score_trace(traced, plain, ["windows"], prompt=None)
+    rows = vbench.normalise_rows(POOLED.encode(video))
+    expected = pytest.approx(100 * (rows[76:85] @ rows[0]).mean(), abs=1e-4)
+    assert {cell["metric"]: cell["value"] for cell in cells} == {"dinov2_10s@pooled-8x8": expected, "clip_f_10s@pooled-8x8": expected}
+    assert set(traced.anchors) == {*range(0, 88, 16), 72, *range(76, 85)}  # and the first frames of clips

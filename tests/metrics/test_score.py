@@ -72,10 +72,10 @@ def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.C
     assert all(name.endswith(("@ffmpeg-epzs", "@heuristic")) or "@" not in name for protocol, name in still if protocol == "own")
     failed = {cell["video"]: cell["failed"] for cell in cells if cell["metric"] is None}
     assert set(failed) == {"one.mp4", "cut.mp4", "text.mp4"}
-    assert failed["one.mp4"] == "one.mp4 has 1 frames at 8 fps; scores compare frames, give at least 2"
+    assert failed["one.mp4"] == "one.mp4 has a single frame at 8 fps; scores compare frames, give a video of at least 2"
     assert failed["text.mp4"] == "text.mp4 is not a video, or has lost its header; replace it"
     said = capsys.readouterr().out
-    assert "vbench/total: 3 videos could not be scored; mend or remove them" in said and "not scored: cut.mp4" in said
+    assert "vbench/total: 3 of the videos could not be scored; mend or remove them" in said and "not scored: cut.mp4" in said
     assert f"{len(cells)} lines of 5 videos, 3 of which could not be scored" in said
 
 

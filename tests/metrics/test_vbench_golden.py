@@ -50,23 +50,23 @@ def test_dynamic_degree_of_flow_fields() -> None:
 
 def test_dynamic_degree_decides_which_videos_move() -> None:
     golden = load("dynamic_degree")
-    for (height, width, kept, threshold, needed, fast), moves in zip(golden["check_params"], golden["check_moves"], strict=True):
-        assert vbench.MOVING * min(height, width) == threshold and round(kept / 4) == needed
-        scores = [threshold + 0.1] * int(fast) + [threshold] * int(kept - 1 - fast)
-        assert vbench.decide_motion(scores, height=int(height), width=int(width), kept=int(kept)) == moves
+    for (height, width, sampled, threshold, needed, fast), moves in zip(golden["check_params"], golden["check_moves"], strict=True):
+        assert vbench.MOVING * min(height, width) == threshold and round(sampled / 4) == needed
+        scores = [threshold + 0.1] * int(fast) + [threshold] * int(sampled - 1 - fast)
+        assert vbench.decide_motion(scores, height=int(height), width=int(width), sampled=int(sampled)) == moves
 
 
 def test_dynamic_degree_from_flows_to_the_decision() -> None:
     golden = load("dynamic_degree")
     for lengths, moves in zip(golden["e2e_mags"], golden["e2e_moves"], strict=True):
         scores = [vbench.score_flow(np.full((2, 20, 30), length / np.sqrt(2), np.float32)) for length in lengths]
-        assert vbench.decide_motion(scores, height=256, width=256, kept=16) == moves
+        assert vbench.decide_motion(scores, height=256, width=256, sampled=16) == moves
     close(vbench.share_moving(golden["e2e_moves"]), 0.25)
 
 
 def test_dynamic_degree_keeps_eight_frames_a_second() -> None:
-    for fps, _, frames, kept in load("dynamic_degree")["mp4_fps_cvfps_frames_kept"]:
-        assert len(range(0, int(frames), vbench.choose_interval(fps))) == kept
+    for fps, _, frames, sampled in load("dynamic_degree")["mp4_fps_cvfps_frames_kept"]:
+        assert len(range(0, int(frames), vbench.choose_interval(fps))) == sampled
 
 
 def test_temporal_flickering() -> None:
@@ -190,5 +190,5 @@ def test_a_file_from_its_bytes_to_its_scores() -> None:
     for name, prepare in {"subject": preprocess.prepare_dino, "background": preprocess.prepare_clip}.items():
         scores[name] = vbench.score_consistency(F.adaptive_avg_pool2d(prepare(frames), 4).flatten(1).numpy())
         close(scores[name], golden[name], atol=1e-5)
-    kept = len(range(0, facts.frames, vbench.choose_interval(float(open_reader(path).get_avg_fps()))))
-    assert kept == golden["dynamic_frames"] and bool(golden["dynamic"])
+    sampled = len(range(0, facts.frames, vbench.choose_interval(float(open_reader(path).get_avg_fps()))))
+    assert sampled == golden["dynamic_frames"] and bool(golden["dynamic"])
