@@ -52,7 +52,7 @@ def nightly(date: Date | None = None, full: bool = False) -> State[None]:
     """Run one night.
 
     Args:
-        date: Of the night, such as 2026-01-31; empty for today, in nightly.timezone.
+        date: Of the night, such as 2026-01-31; empty for today, in `nightly.timezone`.
         full: Train everything anew, whatever day it is.
     """
     return run_framed(lambda: _run_night(date, full))

@@ -24,7 +24,7 @@ SECONDS = {
     "test_presets.py": 27,
     "flows/test_wandb_send.py": 26,
     "test_cli.py": 24,
-    "train/test_wan_step.py": 24,
+    "train/test_wan_step.py": 40,
     "train/test_cost_steps.py": 23,
     "flows/test_doctor.py": 22,
     "security/test_injection.py": 20,

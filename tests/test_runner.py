@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -259,7 +260,7 @@ def test_a_stage_by_hand_without_an_input_refuses_before_its_first_step(stage: s
         path.write_text("")
     name, path = read[-1]
     path.unlink()
-    with pytest.raises(Refused, match=f"{name} is {path}, which is not there; `cf repro {stage}` makes"):
+    with pytest.raises(Refused, match=re.escape(f"{name} is {path}, which is not there; `cf repro {stage}` makes")):
         ranks.run_stage(stage, words, project)
     assert not Path("work").exists()
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.model.flow import Flow, add_noise, draw_gaussian, own_rows
+from cf_model.model.flow import BatchGenerator, Flow, Noise, add_noise, draw_gaussian, own_rows
 from cf_model.model.view import Score, TeacherView
 from cf_model.train.trainer.ranks import gather_by_row
 
@@ -176,7 +176,7 @@ def compute_erft_loss(
     # Four chances a row: to stay clean, and the indicators I of target, noise and context; [batch, 4].
     spec, sigma, chances = bank.spec, own_rows(levels, rng).to(x), torch.rand(len(levels), 4, generator=rng)
     clean = chances[:, 0] < spec.clean if step >= spec.warmup else torch.ones(len(levels), dtype=torch.bool)
-    place = {row: i for i, row in enumerate(own_rows(torch.arange(len(levels)), rng).tolist())}  # row of the batch -> row of x
+    place = {row: i for i, row in enumerate(_number_own_rows(len(levels), rng))}  # row of the batch -> row of x
     # X̃ = X + I · e, for the context and, as in SVI, for the target and its noise.
     bad_x, bad_noise, bad_context = x.clone(), noise.clone(), context.clone()
     for row in (~clean).nonzero().flatten().tolist():
@@ -201,6 +201,11 @@ def compute_erft_loss(
     # The level's weight w(σ) multiplies each sample's mean.
     error = (velocity - target).square()
     return (error.mean(dim=(1, 2, 3, 4)) * flow.loss_weight(sigma) if weight == "bell" else error).mean(), residuals
+
+
+def _number_own_rows(whole: int, rng: Noise) -> range:
+    """Return the numbers of this process's rows in a batch of `whole` rows."""
+    return range(rng.first, rng.first + len(rng.rows)) if isinstance(rng, BatchGenerator) else range(whole)
 
 
 def _draw_errors(

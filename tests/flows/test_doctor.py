@@ -140,7 +140,7 @@ def test_a_full_disk(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(this_machine.shutil, "disk_usage", lambda root: Thing(free=2**28))
     (line,) = this_machine.check_disk(machine, False)
     assert line.level == "fail" and line.said.startswith("0.2 GiB free")
-    assert "--workspace" not in line.todo and "dvc gc --all-branches --all-tags" in line.todo
+    assert "dvc gc" not in line.todo and "`cf gc --delete`" in line.todo
 
 
 def test_a_disk_too_small_for_a_run(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_a_check_that_breaks_is_a_line(machine: Machine, monkeypatch: pytest.Mon
 
 def test_the_command(machine: Machine) -> None:
     """No server is no failure, but a supervisor that had died is one. With a server, and as JSON: tests/system."""
-    machine.folder.mkdir()
+    machine.folder.mkdir(exist_ok=True)
     machine.file("supervisor.pid").write_text("1")
     env = project.environment(CF_PORT="4999", CF_GPUS="0", WANDB_MODE="offline")
     words = [sys.executable, "-m", "flows.doctor.command"]

@@ -52,7 +52,7 @@ def test_a_pool_that_is_paused(machine: Machine, own: psutil.Process) -> None:
 
 def test_runs_are_late_and_nobody_takes_them(machine: Machine) -> None:
     (bad,) = server.check_worker(client([Thing()]), machine)
-    assert bad.level == "fail" and bad.said == "none of this checkout runs; 1 runs are late" and bad.todo == "`make up` starts it"
+    assert bad.level == "fail" and bad.said == "none of this checkout runs; 1 run late" and bad.todo == "`make up` starts it"
     assert [line.level for line in server.check_worker(client(), machine)] == ["warn"]
 
 
@@ -76,4 +76,4 @@ def test_errors_in_the_log_since_the_last_start(tmp_path: Path) -> None:
     assert list(server.check_server_log(log)) == []
     log.write_text(log.read_text() + "x" * 300_000 + f"\n13 | ERROR | scheduler {os.getpid()}\n")
     (bad,) = server.check_server_log(log)
-    assert bad.level == "warn" and bad.said.startswith("1 errors") and f"scheduler {os.getpid()}" in bad.said
+    assert bad.level == "warn" and bad.said.startswith("1 error in") and f"scheduler {os.getpid()}" in bad.said

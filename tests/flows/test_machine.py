@@ -68,7 +68,7 @@ def test_down_without_a_supervisor_ends_what_is_left(
     checkout: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(programs, "GRACE", 0.3)
-    assert up.stop_everything(settings.read_machine()).startswith("stopped: 1 processes")
+    assert up.stop_everything(settings.read_machine()).startswith("stopped: 1 process")
     assert stubborn.wait(10) == -signal.SIGKILL
     assert up.stop_everything(settings.read_machine()) == "nothing of this checkout is up"
 
