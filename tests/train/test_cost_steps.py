@@ -63,10 +63,12 @@ def job_of_tiny(stage: str, p: schema.Params, costs: ModelCosts) -> tuple[Any, n
 
 
 def tiny(context_pass: str, checkpointing: bool = False) -> tuple[schema.Params, ModelCosts]:
+    """Tiny with a context of a fixed layout and rollouts of the student's own, whose steps are all alike."""
     p = load.load_params(ROOT / "profiles/tiny.yaml")
-    view = replace(p.teacher.view, context_pass=context_pass)  # type: ignore[arg-type]
-    compute = replace(p.compute, checkpointing=checkpointing)
-    p = p.model_copy(update={"compute": compute, "teacher": replace(p.teacher, view=view)})
+    view = replace(p.teacher.view, context="sparse", context_pass=context_pass)  # type: ignore[arg-type]
+    shown, begun = replace(p.stage2.teacher, context="sparse"), replace(p.stage2.rollout, begin="own")
+    changed = {"teacher": replace(p.teacher, view=view), "stage2": replace(p.stage2, teacher=shown, rollout=begun)}
+    p = p.model_copy(update=changed | {"compute": replace(p.compute, checkpointing=checkpointing)})
     return p, plan.estimate_costs(p)
 
 
@@ -128,7 +130,8 @@ def test_an_own_context_costs_less_and_is_read_once_for_both_updates() -> None:
     p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
     wan_costs = plan.estimate_costs(p)
     own = replace(p.teacher.view, context_sigma="zero", context_pass="own")
-    at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"), critic_updates=1)
+    shown = replace(p.stage2.teacher, context="sparse")
+    at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"), critic_updates=1, teacher=shown)
     made = {name: need.estimate_student(at_105, wan_costs, view).operations for name, view in (("joint", p.teacher.view), ("own", own))}
     joint, read, look = (wan_costs.forward(*one).total for one in ((42,), (21,), (21, 21)))
     again = wan_costs.forward(42).trained(True) - wan_costs.forward(21).trained(True) - wan_costs.forward(21, 21).trained(True)
