@@ -125,7 +125,9 @@ def describe_system(system: System) -> str:
         return f"{system.weights}, memory: sink {memory.sink}, {slow}, fast {memory.fast}"
     if view := system.view:
         frames = f"sink {view.sink}, slow {view.slow}{f' (every {view.stride}th)' if view.slow else ''}, fast {view.fast}"
-        context = {"none": "nothing", "contiguous": f"the last {view.sink + view.slow + view.fast}", "sparse": frames}[view.context]
+        held = f"what a memory of sink {view.sink}, slow {view.slow}, fast {view.fast} holds if each tested chunk is kept"
+        contexts = {"none": "nothing", "contiguous": f"the last {view.sink + view.slow + view.fast}", "sparse": frames, "memory": held}
+        context = contexts[view.context]
         return f"{system.weights}, bidirectional, sees of the past: {context}"
     return system.weights
 

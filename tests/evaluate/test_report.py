@@ -8,10 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from cf_model.data import worlds
 from cf_model.evaluate.figures import Line, draw_chart, draw_memories, draw_strip
 from cf_model.evaluate.report import Results, check_goals, compare_stages, format_number, state_verdict
 from cf_model.evaluate.statistics import Interval, without_interval
-from tasks.report import list_facts, run
+from cf_model.model.view import TeacherView
+from tasks.report import describe_system, list_facts, run
 
 
 class Page(HTMLParser):
@@ -235,3 +237,11 @@ def test_the_page_begins_with_the_worlds_as_they_are_remembered(tmp_path: Path) 
     assert [row["title"] for row in drawn[0]["rows"]] == ["the world", "seen before", "teacher", "stage 2"]
     assert all(row["source"].startswith("data:image/png") for row in drawn[0]["rows"])
     assert drawn[0]["rows"][1]["source"] != drawn[0]["rows"][2]["source"] == drawn[0]["rows"][3]["source"]
+
+
+def test_every_kind_of_past_is_described() -> None:
+    system = next(one for one in make_params().generate.continuations.values() if one.view)
+    assert system.view
+    for context in get_args(get_type_hints(TeacherView)["context"]):
+        words = describe_system(replace(system, view=replace(system.view, context=context)))
+        assert words.startswith(f"{system.weights}, bidirectional, sees of the past: "), context
