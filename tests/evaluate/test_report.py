@@ -243,5 +243,5 @@ def test_every_kind_of_past_is_described() -> None:
     system = next(one for one in make_params().generate.continuations.values() if one.view)
     assert system.view
     for context in get_args(get_type_hints(TeacherView)["context"]):
-        words = describe_system(replace(system, view=replace(system.view, context=context)))
+        words = describe_system(system.model_copy(update={"view": replace(system.view, context=context)}))
         assert words.startswith(f"{system.weights}, bidirectional, sees of the past: "), context
