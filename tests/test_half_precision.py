@@ -32,6 +32,7 @@ OF_THAT_PATH = {
     "tests/train/test_cost.py",
     "tests/train/test_erft.py",
     "tests/train/test_muon.py",
+    "tests/train/test_wan_step.py",  # on meta tensors, which compute nothing
 }
 
 

@@ -139,7 +139,7 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
         ("text.kind", "umt5", "text.weights is null, but text.kind is umt5; name a folder"),
         ("base.init", "wan", "base.weights is null, but base.init is wan; name a folder"),
         ("base.weights", "some/folder", "base.weights is some/folder, but base.init is scratch"),
-        ("stage2.teacher.context", "contiguous", "the teacher was trained on sparse; use that, or none, or say that it is meant with"),
+        ("stage2.teacher.context", "contiguous", "the teacher was trained on memory; use that, or none, or say that it is meant with"),
         ("stage2.rollout.window", 18, "stage2.rollout.window is 18, but the teacher was trained on targets of 21; use the same"),
         ("stage2.horizon.longest", 123, "stage2.horizon.longest is 123, whose last target begins at 102, but the teacher's begin at 100"),
         ("causal_init", ODE | {"frames": 24}, "causal_init.frames is 24, but base.window is 21, and by method ode the base model makes"),

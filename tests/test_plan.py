@@ -72,7 +72,7 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert stage2["gib"]["2"]["at_once"] == 1 and stage2["gib"]["2"]["peak"] < 80, "a micro-batch of 1, as the profile states it"
     assert stage2["hours"] * 8 == pytest.approx(500 * stage2["tflop_per_step"] / (989 * 0.35) / 3600)
     # docs/method.md, "Cost", has about 200, 75 and 270 to 370 GPU hours, the last with rollouts of 105 latents for each update
-    assert 140 < found["teacher"]["hours"] * 8 < 200 and 50 < found["stage1"]["hours"] * 8 < 75 and 130 < stage2["hours"] * 8 < 270
+    assert 130 < found["teacher"]["hours"] * 8 < 200 and 50 < found["stage1"]["hours"] * 8 < 75 and 130 < stage2["hours"] * 8 < 270
 
 
 def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> None:
@@ -178,10 +178,10 @@ def test_a_stage_that_fits_is_never_refused(tiny: schema.Params, wan: schema.Par
 
 def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, wan: schema.Params) -> None:
     message = refused(wan, "stage2", 139)
-    assert message.startswith("stage2 needs about 2,06")
+    assert message.startswith("stage2 needs about 1,99")
     assert "but this machine has 139; use engine.micro_batch: 2; CF_IGNORE_PLAN=1" in message
     assert "8 such ranks with engine.zero: 3 and engine.micro_batch: 1 would hold it" in refused(wan, "stage2", 55)
-    assert "one sample alone takes 89.5: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
+    assert "one sample alone takes 85.7: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use engine.micro_batch: 2, or compute.checkpointing: true" in refused(tiny, "stage2", 0.1)
     large = tiny.model_copy(update={"video": tiny.video.model_copy(update={"height": 512, "width": 512})})
     lean = plan.estimate_checkpointed(large, "stage2")
@@ -230,10 +230,13 @@ def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch
     Path("params.yaml").write_bytes(TINY.read_bytes())
     Path("dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
     monkeypatch.setattr(plan, "measure_memory", lambda: 0.01 * GIB)
+    for path in ("data/latents", "models/codec"):  # what the stage reads is looked for first
+        Path(path).mkdir(parents=True)
     words = ["base", "--latents", "data/latents", "--codec", "models/codec", "--out", "models/base"]
     with pytest.raises(Refused, match=r"base needs about 0\.06"):
         cf.main(words)
-    assert {path.name for path in tmp_path.iterdir()} == {"params.yaml", "dvc.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"params.yaml", "dvc.yaml", "data", "models"}
+    assert not Path("models/base").exists()
     monkeypatch.setenv("CF_IGNORE_PLAN", "1")
     with pytest.raises(ValueError, match=r"data/latents has no index\.json"):
         cf.main(words)

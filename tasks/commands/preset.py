@@ -22,10 +22,11 @@ from tasks.params.yaml_file import Refused
 STUDENTS = ("causal_init", "stage1", "stage2")
 # what presets decide, which is the profile's before a preset is laid over it: so a second preset undoes the first
 DECIDED = [(stage, "memory") for stage in STUDENTS] + [("teacher", "view"), ("teacher", "errors")]
+OPTIMIZERS = ("student_optimizer", "critic_optimizer")
 DECIDED += [
     (stage, key)
     for stage in STUDENTS[1:]
-    for key in ("rollouts", "batch", "rollout", "horizon", "teacher", "critic_weight", "student_optimizer", "critic_optimizer")
+    for key in ("rollouts", "critic_warmup", "batch", "rollout", "horizon", "teacher", "critic_weight", *OPTIMIZERS)
 ]
 EXAMPLES = """examples:
   cf preset list

@@ -142,7 +142,7 @@ def test_half_a_project(tmp_path: Path) -> None:
 
 def test_a_context_that_the_teacher_was_not_trained_on_is_said(made: tuple[Any, str, Any]) -> None:
     said = dict(list_facts(make_params(shown="contiguous"), [], [], []))
-    assert said["context shown to the teacher"] == "contiguous, though it was trained on sparse (stage2.teacher.mismatch: accept)"
+    assert said["context shown to the teacher"] == "contiguous, though it was trained on memory (stage2.teacher.mismatch: accept)"
     assert "context shown to the teacher" not in dict(list_facts(make_params(), [], [], [])) and "though it was trained on" not in made[1]
 
 

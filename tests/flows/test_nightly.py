@@ -161,6 +161,8 @@ def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: P
     judge.write_parameters(tmp_path / "params.yaml", changed)
     assert overrides.parse_params((tmp_path / "params.yaml").read_text()) == changed
     shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    if (prompts := tmp_path / stated["start"]["prompts"]).suffix == ".txt":
+        prompts.write_text("a prompt\n")
     validated = [python_folder() / "python", "-m", "tasks", "validate", "--params", "params.yaml", "--out", "out.json"]
     done = subprocess.run(validated, cwd=tmp_path, env=project.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

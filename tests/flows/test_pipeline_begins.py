@@ -108,8 +108,8 @@ def test_every_stage_waits_for_dvcs_lock(plain: Path, monkeypatch: pytest.Monkey
     slow = graph[1]
     for pull in (True, False):
         assert stage_task.repro_stage(slow, run, print, pull=pull) == 0
-    common = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro"]
-    assert asked == [[*common, "--pull", "--single-item", "slow"], [*common, "--single-item", "slow"]]
+    common = ["-m", "dvc", "--wait-for-lock", "repro"]
+    assert [words[1:] for words in asked] == [[*common, "--pull", "--single-item", "slow"], [*common, "--single-item", "slow"]]
     held = "import sys, time; from dvc.repo import Repo; Repo('.').lock.lock(); print('held', flush=True); time.sleep(5)"
     with subprocess.Popen([sys.executable, "-c", held], cwd=plain, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout and holder.stdout.readline() == "held\n"

@@ -54,7 +54,7 @@ def asked(port: int, path: str, host: str | None = None, method: str = "GET") ->
 def test_a_report_and_nothing_else(served: int) -> None:
     assert asked(served, "/a-run-12345678/report.html") == (200, "<p>of a run</p>")
     code, said = asked(served, "/another-run/report.html")
-    assert code == 404 and "git worktree add DIR run/NAME" in said
+    assert code == 404 and "cf runs open NAME DIR" in said
     odd = "/ /a-run-12345678/ /a-run-12345678/params.yaml /../report.html /%2e%2e/report.html /./report.html //report.html"
     for path in [*odd.split(), "/a-run-12345678/reports/report.html", "/a-run-12345678/report.html?x=1", "/..%2f..%2fetc/report.html"]:
         assert asked(served, path)[0] == 404, path

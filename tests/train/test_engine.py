@@ -198,7 +198,8 @@ def test_a_batch_of_64_in_sixteen_groups_is_64_at_once(monkeypatch: pytest.Monke
     assert parts.random.count == 16
     for number in range(3):
         one, other = whole.step(number), parts.step(number)
-        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5) and other["gradient"] == pytest.approx(one["gradient"], rel=1e-5)
+        assert other["loss"] == pytest.approx(float(one["loss"]), abs=1e-5)
+        assert other["gradient"] == pytest.approx(float(one["gradient"]), rel=1e-5)
     for mine, its in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-5)
 
@@ -267,6 +268,8 @@ def test_a_deepspeed_that_lacks_a_name_is_refused_before_any_step(monkeypatch: p
         for name in names:
             with monkeypatch.context() as without:
                 without.delattr(attrgetter(place)(deepspeed), name)
+                if place == "ops":  # whose own __getattr__ makes the name when it is asked for
+                    without.delattr(deepspeed.ops, "__getattr__")
                 said = rf"deepspeed [\d.]+ has no {place}\.{name}, which .* needs; `make deepspeed` installs .*, or use engine.use: torch"
                 with pytest.raises(ValueError, match=said):
                     trainer_zero._import_deepspeed(torch.device("cpu"))
