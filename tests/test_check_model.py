@@ -13,7 +13,7 @@ import tasks.__main__ as cf
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.linear import LinearCodec
 from cf_model.model import wan
-from cf_model.model.denoiser import ModelSpec
+from cf_model.model.sizes import ModelSpec
 from tests.checkpoints import ORIGINAL
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

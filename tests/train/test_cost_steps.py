@@ -67,7 +67,7 @@ def tiny(context_pass: str, checkpointing: bool = False) -> tuple[schema.Params,
     p = load.load_params(ROOT / "profiles/tiny.yaml")
     view = replace(p.teacher.view, context="sparse", context_pass=context_pass)  # type: ignore[arg-type]
     shown, begun = replace(p.stage2.teacher, context="sparse"), replace(p.stage2.rollout, begin="own")
-    changed = {"teacher": replace(p.teacher, view=view), "stage2": replace(p.stage2, teacher=shown, rollout=begun)}
+    changed = {"teacher": replace(p.teacher, view=view), "stage2": replace(p.stage2, teacher=shown, rollout=begun, critic_warmup=0)}
     p = p.model_copy(update=changed | {"compute": replace(p.compute, checkpointing=checkpointing)})
     return p, plan.estimate_costs(p)
 
