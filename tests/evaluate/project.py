@@ -31,7 +31,7 @@ def system(weights: Literal["base", "teacher", "causal_init", "stage1", "stage2"
     return types.System(weights=weights, memory=memory, view=seen, frames=21)
 
 
-def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["sparse", "contiguous"] = "sparse") -> types.Params:
+def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["memory", "contiguous"] = "memory") -> types.Params:
     """Only the sections the report reads: what else a profile holds is none of its business. `shown` to stage 2's teacher."""
     tiny = load.load_params(ROOT / "profiles/tiny.yaml")
     slow = MemorySpec(3, 12, 6, "similarity", 0.95, "raw", 2, 1, "first", "evict", "clean", "none", "global", "anchored", "all")
