@@ -38,6 +38,7 @@ test: $(VENV)/.dev ## the tests, by three processes on two cores, because many w
 test-quick: $(VENV)/.dev ## those that take no time, while one works
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE) -m "not slow" -q
 
+test-system: WORKERS = 2 # servers, browsers and limits of seconds: a third would be in their way
 test-system: $(VENV)/.dev ## a real server, worker and browser (apt-get install chromium): runs, cancels, kills
 	@CF_SYSTEM=1 $(RUN) python -m pytest $(SIDE_BY_SIDE) tests/system
 
