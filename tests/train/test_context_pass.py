@@ -190,3 +190,20 @@ def test_a_step_reads_the_context_once_for_both_updates() -> None:
     # four steps, two with an update of the student, for which the teacher reads it with the prompt and without
     assert (shared.critic.reads, shared.teacher.reads) == (4, 4)  # type: ignore[attr-defined]
     assert again.critic.reads == 4 + 6  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_joint_pass_returns_the_targets_part(is_held: bool) -> None:
+    """Of a score that returns what it was given, the target comes back: also where not every video has every context frame."""
+
+    class Echo:
+        def velocity(self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Any = None, filled: Tensor | None = None) -> Tensor:
+            assert x_t.shape[1] == 5 + 4 and sigma.shape == (2, 9) and (filled is not None) == is_held
+            return x_t
+
+        def read_context(self, x_0: Tensor, text: Tensor, filled: Tensor | None = None) -> Any: ...
+
+    context, target = normal(2, 5, *SHAPE, seed=1), normal(2, 4, *SHAPE, seed=2)
+    filled = torch.ones(2, 5, dtype=torch.bool) if is_held else None
+    made = JOINT.velocity(Echo(), target, torch.full((2,), 0.5), normal(2, 5, 8), context, filled=filled)
+    assert torch.equal(made, target)
