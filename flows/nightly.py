@@ -113,7 +113,7 @@ def _work_through(plan: NightPlan, *, asked: bool) -> NightEnd:
             discard_worktree(plan.repo, plan.root)
             away = len(night.arrivals.turned_away)
             why = f"no new clips since {plan.past[-1].date}" if plan.past else "no clips yet"
-            return NightEnd(NOTHING_NEW, why + (f"; {away} were turned away" if away else ""), plan.date)
+            return NightEnd(NOTHING_NEW, why + (f"; {away} turned away" if away else ""), plan.date)
         prepare_start(night)
         return train_candidate(night)
 

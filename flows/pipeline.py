@@ -22,6 +22,7 @@ from flows.run.frame import commit_results, discard_worktree, name_run, run_fram
 from flows.run.repro import VALIDATE, check_parameters, plan_stages, push_results, read_checked_graph, remote_answers, repro_stages
 from flows.run.stage_task import DONE
 from flows.supervise import command
+from tasks.files.words import count_things
 
 AS_COMMITTED = RunConfig()
 EXAMPLES = """examples:
@@ -127,7 +128,8 @@ def main(argv: list[str]) -> None:
         parse_overrides(args.overrides)  # its sentences are better than those of the form's patterns
         config = RunConfig(**vars(args))
         if names := find_idle_stages(Path.cwd(), config):
-            print(f"{len(names)} stages; would run: none" if config.dry_run else f"{len(names)} stages, {len(names)} done; ran: none")
+            stages = count_things(len(names), "stage")
+            print(f"{stages}; would run: none" if config.dry_run else f"{stages}, {len(names)} done; ran: none")
             return
         command.mark_environment()
         say_failures_once()
@@ -144,7 +146,8 @@ def main(argv: list[str]) -> None:
     states = cast(dict[str, str], state.result())
     ran = ", ".join(stage for stage, outcome in states.items() if outcome not in ("Cached", "Restored")) or "none"
     done = sum(outcome in DONE for outcome in states.values())
-    print(f"{len(states)} stages; would run: {ran}" if args.dry_run else f"{len(states)} stages, {done} done; ran: {ran}")
+    stages = count_things(len(states), "stage")
+    print(f"{stages}; would run: {ran}" if args.dry_run else f"{stages}, {done} done; ran: {ran}")
 
 
 if __name__ == "__main__":

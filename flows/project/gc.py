@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.cli import count_things, one_line_errors
+from flows.cli import one_line_errors
 from flows.project.dvc_command import run_dvc
 from flows.project.git import run_git
 from flows.project.run_lock import hold_checkout
 from tasks.files.dvc_rwlock import find_dvc
+from tasks.files.words import count_things
 
 MD5 = re.compile(r"\b[0-9a-f]{32}(?:\.dir)?\b")
 RECORDS = ("*dvc.lock", "*.dvc")  # git's patterns of the files in which DVC names objects, at any depth

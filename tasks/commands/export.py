@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tasks.files.atomic import open_partial
 from tasks.files.json_lines import load_json_object
+from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def export_self_forcing(model: Path, out: Path) -> str:
             torch.save({"generator": branch, "generator_ema": branch}, partial)
     heads, head_dim = weights.config["num_attention_heads"], weights.config["attention_head_dim"]
     odd = "" if head_dim == weight_names.HEAD_DIM else f"; it can't say that heads are {head_dim} wide: import it with --heads {heads}"
-    return f"{out}: {len(state)} tensors under Self-Forcing's names{odd}"
+    return f"{out}: {count_things(len(state), 'tensor')} under Self-Forcing's names{odd}"
 
 
 def export_diffusers(args: argparse.Namespace) -> str:

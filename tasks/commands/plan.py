@@ -24,6 +24,7 @@ from cf_model.plan.fit import GIB, WorkSplit, format_number, list_micro_batches,
 from cf_model.plan.need import ZERO_STAGES, StageNeed
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
+from tasks.files.words import count_things
 from tasks.params.load import load_params
 from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused
@@ -230,7 +231,7 @@ def format_table(p: Params, machine: Hardware) -> str:
             f"{format_number(row['hours'] * machine.ranks):>13}{out:>10}{saved:>13}"
         )
     total, many = sum(row["hours"] for row in stages), count_clips(p)
-    all_clips = f"; {many} clips: {format_bytes(many * clip)}" if many else f"; no video lies in {p.clips.folder} yet"
+    all_clips = f"; {count_things(many, 'clip')}: {format_bytes(many * clip)}" if many else f"; no video lies in {p.clips.folder} yet"
     lines += [
         f"{'together':<12}{format_duration(total):>56}{format_number(total * machine.ranks):>13}",
         f"latents of a clip: {format_bytes(clip)}{all_clips}",
@@ -279,7 +280,7 @@ def describe_hardware(gpus: int | None, memory: float | None, tflops: float | No
         return Hardware(1, free, reached, "CPU", cpu + ("" if tflops else " (what profile tiny reaches on one core)"))
     size = memory * GIB if memory else measure_memory() if count_gpus() else DEFAULT_MEMORY * GIB
     peak = tflops or H100_TFLOPS
-    gpu = f"{count} GPU{'s' * (count > 1)} of {format_number(size / GIB)} GiB, {utilisation:.0%} of {format_number(peak)} TFLOP/s each"
+    gpu = f"{count_things(count, 'GPU')} of {format_number(size / GIB)} GiB, {utilisation:.0%} of {format_number(peak)} TFLOP/s each"
     return Hardware(count, size, peak * utilisation, "GPU", gpu)
 
 

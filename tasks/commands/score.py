@@ -10,6 +10,7 @@ from tasks.files.hashes import hash_file
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
+from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
         print(f"{name}: {value if isinstance(value, str) else f'{value:.2f}'}")
     for cell in failed:
         print(f"not scored: {cell['failed']}")
-    print(f"{args.out}: {len(cells)} lines of {len(rows)} videos, {len(failed)} of which could not be scored")
+    print(f"{args.out}: {count_things(len(cells), 'line')} of {count_things(len(rows), 'video')}, {len(failed)} not scored")
 
 
 def list_rows(folder: Path, manifest: Path | None, prompts: Path | None) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from . import lineage
 
 FINISH_SECONDS = 120  # that a stage waits at its end for W&B to take what is left; W&B alone would wait for ever
 ATTEMPT_FILE = "wandb.json"  # in the stage's working folder, which a success removes: the id and number of the last attempt
-MARK = "unsent"  # file in the folder of a run that W&B's server may lack, locked as long as the stage's process lives
+MARK = "unsent-"  # beginning of the name of a file beside the folder of a run that W&B's server may lack; its id follows
 MOST_VIDEOS = 4  # of each system
 MOST_BYTES = 64_000_000  # of all videos together; W&B copies each
 TABLE_COLUMNS = ("suite", "system", "metric", "mean", "low", "high", "videos")
@@ -83,7 +83,7 @@ class WandbRun:
     def _open(self) -> None:
         problem = explain_unreachable() if self.mode == "online" else None
         try:
-            self.run = None if problem else open_run(self.about, self.mode)
+            self.run = None if problem else self._open_marked(self.mode)
         except Exception as error:
             if self.mode != "online":
                 raise
@@ -92,12 +92,18 @@ class WandbRun:
             warnings.warn(f"W&B: {problem}; this run is written offline, `cf wandb sync` sends it", stacklevel=2)
             self.mode = "offline"
             self.about["id"] += "-offline"  # W&B reserves the first id for the run that could not start
-            self.run = open_run(self.about, "offline")
-        folder = Path(self.run.dir).parent
-        self._mark = (folder / MARK).open("w")
-        fcntl.flock(self._mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends, also by kill -9
-        self.folder = os.path.relpath(folder)
+            self.run = self._open_marked("offline")
+        self.folder = os.path.relpath(Path(self.run.dir).parent)
         self.url = self.run.url if self.mode == "online" else None
+
+    def _open_marked(self, mode: str) -> Any:
+        """Make W&B's run while its mark is held: a run without a mark would be sent by `cf wandb sync`, without what comes later."""
+        self._mark = hold_mark(self.about["id"])
+        try:
+            return open_run(self.about, mode)
+        except Exception:
+            self._remove_mark()
+            raise
 
     def _close(self, exit_code: int) -> None:
         try:
@@ -105,8 +111,11 @@ class WandbRun:
         except TimeoutError:  # W&B's file has the whole run, and its mark stays
             warnings.warn(f"W&B did not take all of the run within {FINISH_SECONDS} s; `cf wandb sync` sends it", stacklevel=2)
             return
+        self._remove_mark()
+
+    def _remove_mark(self) -> None:
         if self._mark:
-            Path(self._mark.name).unlink()
+            Path(self._mark.name).unlink(missing_ok=True)
             self._mark.close()
 
     def _use_inputs(self) -> None:
@@ -198,7 +207,7 @@ def describe_run(stage: str, project: Project, work: Path) -> dict[str, Any]:
 def open_run(about: Mapping[str, Any], mode: str) -> Any:
     """Return W&B's run, without its telemetry, machine statistics, console and code."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash reports
-    folder = Path(os.environ.get("WANDB_DIR") or "runtime")  # W&B writes wandb/ below it
+    folder = find_home()
     folder.mkdir(parents=True, exist_ok=True)
     # tables wait in WANDB_DATA_DIR until they are sent: beside the run, where `cf wandb sync` of this checkout finds them
     os.environ.setdefault("WANDB_DATA_DIR", str(folder.absolute() / "wandb-data"))
@@ -212,6 +221,20 @@ def open_run(about: Mapping[str, Any], mode: str) -> Any:
     run = wandb.init(**about, mode=mode, dir=str(folder), settings=settings)  # type: ignore[arg-type]
     run.define_metric("*", step_metric="step")
     return run
+
+
+def find_home() -> Path:
+    """Return the folder below which W&B writes wandb/."""
+    return Path(os.environ.get("WANDB_DIR") or "runtime")
+
+
+def hold_mark(run_id: str) -> IO[str]:
+    """Make and lock a run's mark. The kernel frees the lock when the process ends, also by kill -9."""
+    folder = find_home() / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = (folder / f"{MARK}{run_id}").open("w")
+    fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return mark
 
 
 def build_artifact(path: Path, about: Mapping[str, Any], *, by_this_run: bool = True) -> Any:
@@ -234,10 +257,10 @@ def build_artifact(path: Path, about: Mapping[str, Any], *, by_this_run: bool = 
     return artifact
 
 
-def is_running(folder: Path) -> bool:
-    """Return whether the process lives that writes the run in `folder`, by the lock of its mark."""
+def is_running(mark: Path) -> bool:
+    """Return whether the process lives that writes a run, by the lock of the run's mark."""
     try:
-        with (folder / MARK).open() as file:
+        with mark.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
