@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from cf_model.evaluate import excerpt
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5, list_files
 from tasks.files.json_lines import read_json_lines
@@ -33,9 +34,6 @@ from . import lineage
 FINISH_SECONDS = 120  # that a stage waits at its end for W&B to take what is left; W&B alone would wait for ever
 ATTEMPT_FILE = "wandb.json"  # in the stage's working folder, which a success removes: the id and number of the last attempt
 MARK = "unsent-"  # beginning of the name of a file beside the folder of a run that W&B's server may lack; its id follows
-MOST_VIDEOS = 4  # of each system
-MOST_BYTES = 64_000_000  # of all videos together; W&B copies each
-TABLE_COLUMNS = ("suite", "system", "metric", "mean", "low", "high", "videos")
 ARTIFACT_TYPES = {"data": "dataset", "models": "model", "samples": "videos", "results": "evaluation", "reports": "report"}
 
 
@@ -129,7 +127,8 @@ class WandbRun:
     def _log_outs(self, metrics: Mapping[str, Any]) -> None:
         aliases = ["latest", self.alias]
         for out in filter(Path.exists, lineage.list_outs(self.project.stage(self.stage))):
-            self._attempt("sample videos", lambda out: self._log_videos(select_videos(out), {}), out)
+            index = read_json_lines(out / "index.jsonl", missing_ok=True)
+            self._attempt("sample videos", lambda out, index: self._log_videos(excerpt.select_videos(index, out), {}), out, index)
             self._attempt("table", self._log_table, out, metrics)
             self._attempt(f"out {out}", lambda out: self.run.log_artifact(build_artifact(out, self.about), aliases=aliases), out)
 
@@ -142,12 +141,13 @@ class WandbRun:
             self.run.log(row | movies)
 
     def _log_table(self, out: Path, metrics: Mapping[str, Any]) -> None:
-        config = self.about["config"]
+        config, cells = self.about["config"], read_json_lines(out / "cells.jsonl", missing_ok=True)
         resamples = (config.get("evaluate") or {}).get("resamples", 1000)
-        if rows := build_table(out, metrics, resamples=resamples, seed=config.get("seed", 0)):
+        if cells:
             import wandb
 
-            self.run.log({"evaluation": wandb.Table(columns=list(TABLE_COLUMNS), data=[list(row) for row in rows])})
+            rows = excerpt.build_table(cells, metrics, resamples=resamples, seed=config.get("seed", 0))
+            self.run.log({"evaluation": wandb.Table(columns=list(excerpt.TABLE_COLUMNS), data=[list(row) for row in rows])})
 
     def _attempt(self, name: str | None, action: Callable[..., Any], *args: Any) -> None:
         """Do something in W&B; a failure is a warning that names the thing. Without a name it is what the run can't continue without:
@@ -294,47 +294,3 @@ def describe_error(error: Exception) -> str:
 def hide_key(text: str) -> str:
     key = os.environ.get("WANDB_API_KEY")
     return text.replace(key, "WANDB_API_KEY") if key else text
-
-
-def select_videos(out: Path) -> dict[str, list[tuple[Path, str]]]:
-    """Select the first videos of each system in the order of the prompts: videos/<suite>/<system> -> files with captions.
-
-    Empty for an out that has no index.jsonl.
-    """
-    selected: dict[str, list[tuple[Path, str]]] = {}
-    first_seeds: dict[tuple[str, str], int] = {}
-    bytes_left = MOST_BYTES
-    for row in read_json_lines(out / "index.jsonl", missing_ok=True):
-        videos = selected.setdefault(f"videos/{row['suite']}/{row['system']}", [])
-        seed, file = first_seeds.setdefault((row["suite"], row["prompt"]), row["seed"]), out / row["file"]
-        if row["seed"] != seed or len(videos) == MOST_VIDEOS or not file.exists() or file.stat().st_size > bytes_left:
-            continue
-        bytes_left -= file.stat().st_size
-        videos.append((file, f"{row['prompt']} (seed {row['seed']})"))
-    return {key: videos for key, videos in selected.items() if videos}
-
-
-def build_table(out: Path, metrics: Mapping[str, Any], *, resamples: int, seed: int) -> list[tuple[Any, ...]]:
-    """Build the rows of TABLE_COLUMNS, one for each suite, system and metric: mean over videos, 95 % interval over prompts.
-
-    From cells.jsonl of the out, and from `metrics` (without interval) for what only all videos of a system together have, such
-    as diversity. Empty for an out that has no cells.jsonl.
-    """
-    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for row in read_json_lines(out / "cells.jsonl", missing_ok=True):
-        if row["value"] is not None:
-            prompts = cells.setdefault((row["suite"], row["system"], row["metric"]), {})
-            prompts.setdefault(row["clip"] or row["prompt"], []).append(row["value"])
-    if not cells:
-        return []
-    from cf_model.evaluate.statistics import bootstrap
-
-    table: dict[tuple[str, str, str], tuple[Any, ...]] = {}
-    for suite in metrics.keys() - {"compared"}:  # which are pairs of systems
-        for system, values in metrics[suite].items():
-            table |= {(suite, system, metric): (value, None, None, None) for metric, value in values.items()}
-    for key, prompts in cells.items():
-        interval = bootstrap(prompts, resamples=resamples, seed=seed)
-        ends = (interval.low, interval.high) if interval.has_ends else (None, None)
-        table[key] = (interval.mean, *ends, sum(map(len, prompts.values())))
-    return [(*place, *numbers) for place, numbers in sorted(table.items())]
