@@ -91,6 +91,22 @@ def count_verdicts(suites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"of": len(rows), "says": says, "tested": tested, "by_chance": tested / 20, "few": FEWEST_PROMPTS}
 
 
+def list_differences(results: Results, first: str, second: str, shown: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Return a row for each metric that two systems have: both means, and the paired difference with its interval and verdict.
+
+    `shown`: suite -> metric -> whether down or up is better, or empty.
+    """
+    rows: list[dict[str, Any]] = []
+    for suite, metrics in shown.items():
+        for metric, better in metrics.items():
+            if found := results.difference(suite, first, second, metric):
+                change = found.change
+                row = {"suite": suite, "metric": metric, second: found.second, first: found.first, "difference": change.mean}
+                ends = {"low": change.low, "high": change.high} if change.has_ends else {}
+                rows.append(row | ends | {"says": state_verdict(change, better)})
+    return rows
+
+
 def compare_stage_metrics(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """List the stages' metrics that differ; those of `evaluate` have tables of their own."""
     rows = []

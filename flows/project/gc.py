@@ -6,7 +6,6 @@ can't restore a stage, so that a run with parameters that were tried before woul
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -82,7 +81,3 @@ def main(argv: list[str]) -> None:
             file.unlink(missing_ok=True)
     way = "removed" if options.delete else "which `cf gc --delete` removes" if unnamed else "nothing to remove"
     print(f"{count_things(len(unnamed), 'object')} of the cache ({size:.2f} GiB) that no branch, tag, experiment or worktree names: {way}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -43,6 +43,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a tree of parameters by YAML 1.2 rules."""
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(tree, file)
+
+
 def value_at(tree: Any, key: str) -> Any:
     """Look up a dotted key of params.yaml."""
     for part in key.split("."):
