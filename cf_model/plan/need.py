@@ -164,8 +164,9 @@ def estimate_causal_init(spec: CausalInitSpec, costs: ModelCosts) -> StageNeed:
 def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) -> StageNeed:
     """Estimate stage 1 or 2: a rollout and an update of the critic at every step, at every `critic_updates`-th the student's too.
 
-    The critic's warm-up has none of the student. For the student's update teacher (twice with guidance) and critic look at the window, then its chunks are replayed with gradient
-    (docs/performance.md, "Replay"). A context with a pass of its own is read by the critic once a step, and by the teacher once a prompt.
+    The critic's warm-up has none of the student. For the student's update teacher (twice with guidance) and critic look at the window,
+    then its chunks are replayed with gradient (docs/performance.md, "Replay"). A context with a pass of its own is read by the critic
+    once a step, and by the teacher once a prompt.
     """
     roll = spec.rollout
     view = spec.want_layout(view).view
