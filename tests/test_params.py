@@ -194,7 +194,7 @@ def test_flash_attention_is_refused_for_batches_whose_videos_decide(tmp_path: Pa
     load.load_params(tmp_path / "params.yaml")
 
 
-@pytest.mark.parametrize("value", ["some.parquet", "data", "two words.txt", "clips.jsonl"])
+@pytest.mark.parametrize("value", ["some.json", "data", "two words.txt", "clips.jsonl"])
 def test_prompts_are_captions_or_a_file_of_prompts(value: str, tmp_path: Path) -> None:
     said = refusal(changed("start.prompts", value), tmp_path)
     assert re.match(r"start(\.|: )prompts is ", said)

@@ -119,6 +119,14 @@ def test_a_shared_rollout_is_made_once_for_all_updates_of_the_critic(tiny: schem
     assert saved(3) / saved(2) == pytest.approx((2 / 3) / (1 / 2))
 
 
+def test_the_critics_warm_up_has_no_update_of_the_student(tiny: schema.Params) -> None:
+    """150 updates without a warm-up, 120 after 90 steps of it, 75 after 225: the planned cost falls by as many."""
+    specs = [replace(tiny.stage2, critic_warmup=warmup) for warmup in (0, 90, 225)]
+    none, short, long = (plan.estimate_needs(tiny.model_copy(update={"stage2": spec}))["stage2"].operations for spec in specs)
+    assert none - short > 0.01 * none
+    assert (none - long) / (none - short) == pytest.approx(75 / 30)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
