@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cf_model.data import worlds
-from cf_model.data.video import UNREADABLE_WIDTHS, read_video, write_video
+from cf_model.data.video import write_video
+from cf_model.data.video_reader import read_video
 from tasks.files.json_lines import Row, dump_json_lines
 from tasks.files.videos import VIDEO_SUFFIXES, list_videos
 from tasks.params.schema import Params
@@ -78,13 +79,11 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
 
 
 def check_size(params: Params) -> None:
-    """Raise ValueError for a size that a world cannot be rendered in, or that decord would read wrongly."""
+    """Raise ValueError for a size that a world cannot be rendered in."""
     height, width = params.video.height, params.video.width
-    if height % 32 or width % 2 or width in UNREADABLE_WIDTHS:
-        raise ValueError(
-            f"video.height is {height} and video.width {width}; a world's height is a multiple of 32, "
-            f"its width even and none of {sorted(UNREADABLE_WIDTHS)}, which decord misreads: use 32 and 32"
-        )
+    if height % 32 or width % 2:
+        sizes = f"video.height is {height} and video.width {width}"
+        raise ValueError(f"{sizes}; a world's height is a multiple of 32, its width even: use 32 and 32")
 
 
 def draw_kinds(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:

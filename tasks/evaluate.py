@@ -9,7 +9,7 @@ import numpy as np
 
 from cf_model.codec.interface import TIME, video_frames
 from cf_model.data import worlds
-from cf_model.data.video import read_video
+from cf_model.data.video_reader import read_video
 from cf_model.evaluate import oracle
 from cf_model.evaluate.statistics import RATIOS, bootstrap, bootstrap_ratio, paired, paired_ratio
 from cf_model.evaluate.stutter import measure_stutter

@@ -20,7 +20,8 @@ import numpy as np
 
 from cf_model.data.prompts import iterate_prompts
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
-from cf_model.data.video import VideoFacts, grow_video, growing_path, probe_video, read_video
+from cf_model.data.video import grow_video, growing_path
+from cf_model.data.video_reader import VideoFacts, probe_video, read_video
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
