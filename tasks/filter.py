@@ -30,7 +30,7 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     if not listed.is_file():
         raise ValueError(f"{listed} is not there; run the stage clips first")
     # Only these keys, because `planted` is the answer: a filter that reads it would prove nothing.
-    keys = ("id", "file", "caption", "source", "note")
+    keys = ("id", "file", "caption", "source", "note", "refused")
     about = [{key: row[key] for key in keys if row.get(key) is not None} for row in read_json_lines(listed)]
     needs = list_needed_lengths(params)
     shape = rules.ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
@@ -74,6 +74,9 @@ def measure_files(files: list[Path], spec: Filter, fps: float, track: Track) -> 
 
 def judge_file(about: Row, file: FileMeasures | Unreadable, spec: Filter, shape: rules.ModelShape, accepted: DuplicateIndex) -> list[Row]:
     """Return the manifest's rows of a file, one for each part that is judged; accepted parts are added to `accepted`."""
+    if sentence := about.get("refused"):
+        about = {key: value for key, value in about.items() if key != "refused"}
+        return [manifest_row(about, None, {}, rules.Rejection("caption", None, sentence))]
     if isinstance(file, Unreadable):
         return [manifest_row(about, None, {}, rules.Rejection("unreadable", None, file.sentence))]
     parts, rows = rules.split_at_cuts(file, spec), []

@@ -215,8 +215,9 @@ def test_folders_without_videos(tmp_path: Path) -> None:
         clips.run(folder(tmp_path / "absent"), MagicMock(), out=tmp_path / "clips")
     write_video(tmp_path / "a.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=16, crf=12)
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"a\.txt is empty"):
-        clips.run(folder(tmp_path), MagicMock(), out=tmp_path / "clips")
+    clips.run(folder(tmp_path), MagicMock(), out=tmp_path / "clips")
+    with pytest.raises(ValueError, match=r"no clip .* \(1 caption; the first: a\.mp4, a\.txt is empty; write a\.mp4's caption in it"):
+        filtering.run(folder(tmp_path), MagicMock(), clips=tmp_path / "clips", out=tmp_path / "manifest.jsonl")
 
 
 @pytest.mark.parametrize("size", [(40, 32), (32, 35)])

@@ -33,6 +33,8 @@ LONGEST_SIDE = 16_384  # pixels
 MOST_STRETCHED = 16  # height to width of a pixel, or width to height; more is a damaged header
 # AVI states no times of display, and FFmpeg's guess goes wrong for codecs that reorder frames: these frames are counted.
 COUNTED = frozenset({("avi", "h264"), ("avi", "hevc")})
+# MPEG program streams state some times and FFmpeg guesses the others, by a frame too early now and then.
+SLIGHTLY = 3  # usual distances between frames
 PART_OF_FRAME = Fraction(9, 10)  # of its time that a film's last frame must fill, because many containers round times to milliseconds
 CUT_OFF = (0.5, 0.05)  # seconds, and share of the length, by which a header that states no number of frames may promise too much
 FIT_TO_CROP = 4  # a picture of more than so many times the pixels that are needed is cropped before it is scaled
@@ -109,6 +111,7 @@ class VideoFile:
     def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yield (time stamp, frame) of every frame in the order in which they are shown; time stamps grow."""
         last: int | None = None
+        usual = self._usual_distance()
         for stamp, frame in self._decode_packets():
             if frame.is_corrupt:
                 raise ValueError(self._tell_damage())
@@ -118,6 +121,8 @@ class VideoFile:
             elif (frame.width, frame.height) != self.coded:
                 size = f"from {self.coded[0]}x{self.coded[1]} to {frame.width}x{frame.height}"
                 raise ValueError(f"{self.path.name} changes its size {size} after {self.frames} frames; cut it there")
+            elif stamp < last and last - stamp <= SLIGHTLY * usual:
+                stamp = last + usual
             elif stamp < last:
                 raise ValueError(f"{self.path.name} goes back in time after {self.frames} frames; write it anew, as a single recording")
             elif stamp == last:

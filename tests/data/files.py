@@ -71,5 +71,5 @@ def decode_in_order(path: Path) -> tuple[list[Fraction], list[float]]:
         file.streams.video[0].codec_context.thread_count = 1
         for frame in file.decode(video=0):
             times.append(frame.pts * frame.time_base)
-            levels.append(float(frame.to_ndarray(format="gray").mean()))
+            levels.append(float(frame.to_ndarray(format="rgb24").mean()))
     return times, levels

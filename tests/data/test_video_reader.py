@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cf_model.data import video, video_reader, worlds
-from tests.data.files import KINDS, PAIRS, decode_in_order, level, write_film
+from tests.data.files import KINDS, PAIRS, decode_in_order, write_film
 
 CLIPS = Path(__file__).parents[3] / "shared" / "clips"
 RATES = [Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(50), Fraction(60)]
@@ -46,18 +46,14 @@ def test_frames_at_16_fps_are_those_that_sequential_decoding_gives(
         times = list(np.cumsum([begin, *steps[:-1]]))
     write_film(path, container, codec, rate, [int(time) for time in times])
     shown, levels = decode_in_order(path)
-    assert len(shown) == count
-    if (container, codec) == ("avi", "libx264"):  # whose times are wrong in PyAV too; its order is right
-        shown = [Fraction(i) / rate for i in range(count)]
+    assert count - 1 <= len(shown) <= count  # mpeg4 drops a frame where the rate varies
+    if container == "mpeg" or (container, codec) == ("avi", "libx264"):  # whose times are wrong in PyAV too; its order is right
+        shown = [Fraction(i) / rate for i in range(len(shown))]
     facts = video_reader.probe_video(path)
     seen = read(path)
-    assert facts.frames == count and len(seen) == facts.count_frames(FPS)
+    assert facts.frames == len(shown) and len(seen) == facts.count_frames(FPS)
     wanted = [levels[i] for i in find_nearest(shown, len(seen), FPS)]
-    assert np.abs(seen.mean((1, 2, 3)) - wanted).max() < 40  # grey is written as limited range in most and full range in some
-    nearest = find_nearest(shown, len(seen), FPS)
-    assert [round((value - seen.mean((1, 2, 3))[0]) / 9) for value in seen.mean((1, 2, 3))] == pytest.approx(
-        [(level(i) - level(nearest[0])) / 9 for i in nearest], abs=1.01
-    )
+    assert np.abs(seen.mean((1, 2, 3)) - wanted).max() < 3, "neighbouring frames differ by 9 levels at least"
     length = shown[-1] - shown[0]
     assert length <= facts.length <= length + max(Fraction(9) / rate, Fraction(1, 8)) + Fraction(1, 500)
 
