@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cf_model.codec.linear import CodecSpec
+from cf_model.data.worlds import WorldSpec
 from cf_model.evaluate.trouble import CurveRule
 from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
@@ -45,6 +46,7 @@ class Clips(Section):
 
     source: Literal["worlds", "folder"]
     folder: Path | None  # of videos, when source is folder; FILE.txt beside FILE.mp4 is its caption
+    worlds: WorldSpec  # how the camera moves in rendered clips
     count: Count  # good clips
     bad: Count  # clips of each bad kind, planted among them
     frames: PositiveInt
