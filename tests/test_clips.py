@@ -16,6 +16,7 @@ from cf_model.codec.codec_file import save_codec
 from cf_model.codec.linear import LinearCodec
 from cf_model.data import worlds
 from cf_model.data.latents import Latents
+from cf_model.data.planted import PLANTED
 from cf_model.data.video import read_video, write_video
 from tasks import clips, encode
 from tasks import filter as filtering
@@ -63,11 +64,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_planted_clip_is_caught_for_its_own_reason_and_no_good_one_is_lost(made: Path) -> None:
     manifest = {row["id"]: row for row in rows(made / "manifest.jsonl")}
     planted = {row["id"]: row["planted"] for row in rows(made / "clips" / "clips.jsonl")}
-    assert sorted(kind for kind in planted.values() if kind) == sorted(clips.PLANTED) and len(planted) == 19
+    assert sorted(kind for kind in planted.values() if kind) == sorted(PLANTED) and len(planted) == 19
     assert manifest.keys() == planted.keys()
     for name, kind in planted.items():
         row = manifest[name]
-        assert row["reason"] == (clips.PLANTED[kind] if kind else None), row
+        assert row["reason"] == (PLANTED[kind] if kind else None), row
         assert row["kept"] == (kind is None)
         if kind:
             assert row["rule"] and (row["value"] is not None or row["reason"] == "unreadable") and row["split"] is None

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 import tasks.__main__ as cf
+from cf_model import memory_strip
 from cf_model.data import video
-from tasks.commands.video import memory_strip
 from tasks.runner.process import is_deliberate
 from tests.folders import SIZE, pipeline
 from tests.small import spec

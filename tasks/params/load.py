@@ -16,6 +16,7 @@ from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.denoiser import WITHOUT_MASK
 from cf_model.model.memory import MemorySpec
 from cf_model.train.layout import TeacherLayout
+from tasks.files.words import count_things
 
 from .nightly import RENDERED
 from .schema import CAUSAL, Params
@@ -62,7 +63,7 @@ def _describe_error(error: Any, model: type[BaseModel]) -> str:
         case "value_error":
             return _locate_spec_error(where, value, str(error["ctx"]["error"]))
     rule = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").split(", unable to")[0]
-    stated = f"a section of {len(value)} keys" if isinstance(value, Mapping) else repr(value)
+    stated = f"a section of {count_things(len(value), 'key')}" if isinstance(value, Mapping) else repr(value)
     return f"{where} is {stated}; it must be {rule}"
 
 

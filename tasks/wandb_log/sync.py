@@ -16,6 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tasks.files.words import count_things
+
 from .run import MARK, explain_unreachable, hide_key, is_running
 
 SEND_SECONDS = 600  # for one run; W&B itself tries for ever
@@ -34,8 +36,9 @@ class LocalRun:
     @property
     def state(self) -> str:
         """runs | empty (killed in its first seconds) | killed (what its file has is not sent yet) | waits (to be sent) | sent."""
-        marked = (self.folder / MARK).exists()  # it lives, was killed, or ended before the server had taken all of it
-        if is_running(self.folder):
+        mark = self.folder.with_name(f"{MARK}{self.id}")
+        marked = mark.exists()  # it lives, was killed, or ended before the server had taken all of it
+        if is_running(mark):
             return "runs"
         if any(self.folder.glob("*.wandb.synced")) or not (self.offline or marked):
             return "sent"
@@ -135,4 +138,4 @@ def main(argv: list[str]) -> None:
 
 
 def _say_waiting(number: int) -> str:
-    return "1 run waits" if number == 1 else f"{number} runs wait"
+    return f"{count_things(number, 'run')} {'waits' if number == 1 else 'wait'}"
