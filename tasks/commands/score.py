@@ -1,26 +1,17 @@
 """`cf score`, also `cf evaluate --videos`: a folder of videos scored by the protocols of both papers, a JSON line a video and metric."""
 
 import argparse
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks.files.atomic import open_partial
-from tasks.files.hashes import hash_file
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
 from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused, refuse_errors
 
-if TYPE_CHECKING:
-    from cf_model.metrics.judge import Judge
-    from cf_model.metrics.trace import Networks
-
 PROTOCOLS = ("vbench", "vbench-long", "vbench-competition", "windows", "own")
-COPIED = ("prompt_id", "seed", "system")  # of a manifest into every cell
-PIECE = 32  # frames that are decoded at once
-TOLERANCE = 0.01  # by which the manifest's frames a second may differ from the file's, as a part of them
 EXAMPLES = """A manifest is a file of JSON lines: {"file": "a.mp4", "prompt": "a cat", "fps": 16, "system": "ours", "seed": 0}; only file is
 needed. With --prompts FILE ({"id": "text"}), "prompt_id" may stand for "prompt". Without a manifest all videos of DIR are scored.
 
@@ -61,6 +52,7 @@ def main(argv: list[str]) -> None:
     from cf_model.metrics.judges import open_judge
     from cf_model.metrics.summary import average_cells, total_scores
     from cf_model.metrics.trace import open_networks
+    from cf_model.scoring import Scoring, score_rows
     from tasks.parts.device import choose_device
 
     key = read_settings().judge_key
@@ -70,7 +62,8 @@ def main(argv: list[str]) -> None:
     cells = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open_partial(args.out) as part, part.open("w") as file:
-        for scored in score_rows(args, rows, networks, judge):
+        how = Scoring(args.protocol or PROTOCOLS, args.fps, args.chunk, args.window, args.repeats, args.timeout)
+        for scored in score_rows(rows, args.videos, networks, judge, how):
             cells += scored
             file.write(dump_json_lines(scored))
             file.flush()
@@ -100,59 +93,3 @@ def list_rows(folder: Path, manifest: Path | None, prompts: Path | None) -> list
     if not rows:
         raise Refused(f"--videos {folder} holds no video; name another folder")
     return rows
-
-
-def score_rows(
-    args: argparse.Namespace, rows: list[dict[str, Any]], networks: "Networks", judge: "Judge | None"
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield the cells of each video; a video that can't be scored has one cell, without a metric, that says why."""
-    from cf_model.data.subprocess_reader import StreamingReader, Unreadable, read_in_subprocess
-    from cf_model.data.video_reader import probe_video, read_pieces
-    from cf_model.metrics.trace import describe_weights
-
-    weights = describe_weights(networks)
-    # A file that crashes its reader costs a child process only: one decodes it to its end, another hands over its frames.
-    paths = [args.videos / row["file"] for row in rows]
-    with StreamingReader(read_pieces, timeout=args.timeout) as reader:
-        for index, facts in read_in_subprocess(probe_video, paths, workers=1, timeout=args.timeout):
-            row, path = rows[index], paths[index]
-            key = {"video": row["file"], **{name: row[name] for name in COPIED if name in row}}
-            try:
-                if isinstance(facts, Unreadable):
-                    raise ValueError(facts.sentence)
-                stated = row.get("fps")
-                if stated and abs(stated - facts.fps) > TOLERANCE * facts.fps:
-                    raise ValueError(
-                        f"{path.name} has {facts.fps:g} frames a second and the manifest says {stated:g}; correct the one that is wrong"
-                    )
-                cells = score_file(reader, path, facts, row, args, networks, judge)
-            except ValueError as error:
-                yield [key | {"protocol": None, "metric": None, "value": None, "failed": str(error)}]
-                continue
-            facts_of_run = {"frames": cells.pop("frames"), "fps": cells.pop("fps"), "md5": hash_file(path), "weights": weights}
-            yield [key | cell | facts_of_run for cell in cells["cells"]]
-
-
-def score_file(
-    reader: Any, path: Path, facts: Any, row: Mapping[str, Any], args: argparse.Namespace, networks: "Networks", judge: "Judge | None"
-) -> dict[str, Any]:
-    """Decode a video once and return its cells, with its number of frames and their rate."""
-    from cf_model.metrics import protocols
-    from cf_model.metrics.trace import Tracer
-
-    fps = args.fps or facts.fps
-    shape, count = {"height": facts.height, "width": facts.width, "fps": fps}, facts.count_frames(fps)
-    if count < 2:
-        raise ValueError(f"{path.name} has a single frame at {fps:g} fps; scores compare frames, give a video of at least 2")
-    tracer = Tracer(networks, frames=count, **shape)
-    for piece in reader.stream(path, size=PIECE, **shape):
-        tracer.add(piece)
-    trace = tracer.finish()
-    wanted = [one for name in args.protocol or PROTOCOLS for one in ([protocols.VBENCH] if name == "vbench" else [name])]
-    prompt = row.get("prompt")
-    cells = protocols.score_trace(trace, networks, wanted, prompt=prompt, chunk=args.chunk, window=args.window)
-    if judge:
-        cells.append(protocols.judge_video(trace, judge, prompt or "(not known)", key=row["file"], repeats=args.repeats))
-    return {"cells": cells, "frames": trace.frames, "fps": trace.fps}
-
-

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cf_model.data.filter import keeps_bound, list_bounds
+from cf_model.data.clip_manifest import describe_fate
 from tasks.files.json_lines import Row, read_json_lines
 from tasks.params.load import load_params
 from tasks.params.schema import Filter
@@ -41,19 +41,3 @@ def names_row(name: str, row: Row) -> bool:
     """Say whether a name is a row's: an id, a file in data/clips, a path in the user's folder, or the end of a path to it."""
     source = row.get("source")
     return name in (row.get("id"), row.get("file"), source) or (source is not None and Path(name).as_posix().endswith(f"/{source}"))
-
-
-def describe_fate(row: Row, rules: Filter) -> str:
-    """Describe a row of the manifest in lines of text."""
-    place = f", from second {row['start'] / max(row['fps'], 1e-9):.2f}" if row.get("start") else ""
-    fate = f"accepted, {row['split']}" if row["kept"] else f"rejected, {row['reason']}: {row['rule']}"
-    lines = [f"{row.get('source', row['file'])} ({row['id']}{place}): {fate}"]
-    if row["frames"]:
-        lines.append(f"  {row['frames']} frames at {row['fps']:g} fps, {row['seconds']:g} s, {row['width']}x{row['height']}")
-    lines += [f"  {row[key]}" for key in ("stream", "note") if row.get(key)]
-    for reason, (what, comparison, bound) in list_bounds(rules).items():
-        if reason in row["values"]:
-            value = row["values"][reason]
-            sign = " " if keeps_bound(value, comparison, bound) else "!"
-            lines.append(f"{sign} {reason:<10} {value:>10.4f} {comparison:>2} {bound:<8g} {what}")
-    return "\n".join(lines)
