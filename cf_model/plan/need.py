@@ -164,8 +164,9 @@ def estimate_causal_init(spec: CausalInitSpec, costs: ModelCosts) -> StageNeed:
 def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) -> StageNeed:
     """Estimate stage 1 or 2: a rollout and an update of the critic at every step, at every `critic_updates`-th the student's too.
 
-    For the student's update teacher (twice with guidance) and critic look at the window, then its chunks are replayed with gradient
-    (docs/performance.md, "Replay"). A context with a pass of its own is read by the critic once a step, and by the teacher once a prompt.
+    The critic's warm-up has none of the student. For the student's update teacher (twice with guidance) and critic look at the window,
+    then its chunks are replayed with gradient (docs/performance.md, "Replay"). A context with a pass of its own is read by the critic
+    once a step, and by the teacher once a prompt.
     """
     roll = spec.rollout
     view = spec.want_layout(view).view
@@ -178,15 +179,16 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     rollouts = {start: cost_rollout(spec, costs, traced, start) for start in windows.shares}
     scorings = {start: plan_scoring(costs, view, roll.window, len(view.context_frames(start))) for start in windows.shares}
     operations, prompts = 0.0, 1 if spec.teacher.guidance == 1 else 2
+    learns = spec.student_updates / spec.steps  # share of the steps that update the student; in the critic's warm-up none does
     for start, often in windows.shares.items():
         scoring = scorings[start]
         update = (prompts + 1) * scoring.target_operations + prompts * scoring.context_operations + rollouts[start].replay
         # shared: the critic's updates between two of the student use one rollout; own: the student's update has one more
-        made = {"each": 1.0, "shared": 1 / spec.critic_updates, "own": 1 + 1 / spec.critic_updates}[spec.rollouts]
+        made = {"each": 1.0, "shared": 1 / spec.critic_updates, "own": 1 + learns}[spec.rollouts]
         rollout = made * rollouts[start].rollout
         if spec.rollouts == "own":
             update += scoring.context_operations  # the critic reads that rollout's context too
-        operations += often * (rollout + scoring.trained_operations + update / spec.critic_updates)
+        operations += often * (rollout + scoring.trained_operations + learns * update)
     alive = max(costed.alive for costed in rollouts.values())
     outlives = spec.rollouts == "shared" or roll.persist == "stream"
     replayed = max(costs.activation_bytes(roll.chunk, passes.denoising) for passes in traced)

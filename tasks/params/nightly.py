@@ -25,7 +25,7 @@ class Start(Section):
     """Files and folders that dvc.yaml names by ${start.NAME}, so that DVC tracks them as dependencies."""
 
     clips: Path  # clips.folder, or the code that renders them
-    prompts: Path  # of the students: data/manifest.jsonl for the training clips' captions, or a text or CSV file
+    prompts: Path  # of the students: data/manifest.jsonl for the training clips' captions, or a text, CSV or Parquet file
     stage2: Path  # weights that the student of stage 2 begins with: models/stage1, or a promoted student
 
     @model_validator(mode="after")
@@ -34,8 +34,9 @@ class Start(Section):
             value = str(getattr(self, name))
             if not re.fullmatch(r"[\w@./]*[\w@][\w@./-]*", value, re.ASCII):
                 raise ValueError(f"{name} is {value!r}, which dvc.yaml puts into a command; use letters, digits, and . _ / @ -")
-        if self.prompts != CAPTIONS and self.prompts.suffix not in (".txt", ".csv"):
-            way = f"use {CAPTIONS} for the clips' captions, a .txt file with one prompt a line, or a .csv file with a column `prompt`"
+        if self.prompts != CAPTIONS and self.prompts.suffix not in (".txt", ".csv", ".parquet"):
+            table = "a .csv or .parquet file with a column `prompt`"
+            way = f"use {CAPTIONS} for the clips' captions, a .txt file with one prompt a line, or {table}"
             raise ValueError(f"prompts is {self.prompts}, which is neither captions nor a file of prompts; {way}")
         return self
 

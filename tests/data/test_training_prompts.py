@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from cf_model.data.embedded_prompts import EmbeddedPrompts, write_prompts
 from cf_model.data.latents import Latents, write_latents
@@ -98,6 +100,21 @@ def test_a_second_start_embeds_nothing_again_and_writes_the_same_bytes(
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
 
 
+def write_parquet(**columns: list[Any]) -> bytes:
+    """Return a Parquet file of these columns."""
+    file = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({name: pyarrow.array(cells) for name, cells in columns.items()}), file)
+    return file.getvalue().to_pybytes()
+
+
+def test_a_parquet_file_gives_what_the_same_csv_file_gives(tmp_path: Path) -> None:
+    prompts = ["fog over  hills", "", "a red disc, at night", "fog over hills"]
+    (tmp_path / "some.parquet").write_bytes(write_parquet(id=[1, 2, 3, 4], prompt=prompts))
+    (tmp_path / "some.csv").write_text("id,prompt\n" + "".join(f'{n},"{prompt}"\n' for n, prompt in enumerate(prompts)))
+    wanted = ["fog over hills", "a red disc, at night", "fog over hills"]
+    assert read_prompts(tmp_path / "some.parquet") == read_prompts(tmp_path / "some.csv") == wanted
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -110,7 +127,11 @@ def test_a_second_start_embeds_nothing_again_and_writes_the_same_bytes(
         ("torn.csv", b'prompt\n"fog\nrain\n', r"torn\.csv line 3 is no CSV \(unexpected end of data\)"),
         ("short.csv", b"id,prompt\n1\n", r"short\.csv has no prompt in it"),
         ("seen.txt", b"a green square\n", "all of them are held-out prompts; name a file that has others"),
-        ("some.parquet", b"PAR1", r"some\.parquet is a Parquet file, which is not read; write it as a CSV file"),
+        ("torn.parquet", b"PAR1", r"torn\.parquet is no Parquet file that can be read \(.+\); write it again, or as a CSV file"),
+        ("other.parquet", write_parquet(id=[1], text=["fog"]), r"other\.parquet has no column `prompt`, only id, text; rename"),
+        ("numbers.parquet", write_parquet(prompt=[1, 2]), r"numbers\.parquet's column `prompt` holds int64, no text; rename"),
+        ("empty.parquet", write_parquet(prompt=["", None, " "]), r"empty\.parquet has no prompt in it"),
+        ("zero.parquet", write_parquet(prompt=["fog", "ra\0in"]), r"zero\.parquet line 2 holds a zero byte"),
     ],
 )
 def test_a_file_that_is_none_gets_one_sentence(name: str, content: bytes | None, said: str, latents: Path, tmp_path: Path) -> None:
