@@ -142,8 +142,9 @@ def main() -> None:
     print("eager", describe(eager), flush=True)
     compiled = extrapolate(*(small.count_compiled(tally) for small, tally in parts))
     print("compiled", describe(compiled), flush=True)
-    result = {"model": "Wan 1.3B, 832 x 480, bfloat16, the paper's memory of 21 latents, four passes and the clean one", "torch": torch.__version__}
-    write_result("audit", result | {"eager": describe(eager), "compiled": describe(compiled), "peers": PEERS})
+    model = "Wan 1.3B, 832 x 480, bfloat16, the paper's memory of 21 latents, four passes and the clean one"
+    result = {"model": model, "torch": torch.__version__, "eager": describe(eager), "compiled": describe(compiled), "peers": PEERS}
+    write_result("audit", result)
 
 
 if __name__ == "__main__":
