@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -17,6 +18,8 @@ from .key_values import Frames, LayerKeyValues
 from .memory import Memory, join_positions
 from .rope import Rotation, apply_rope, read_rotations
 from .store import SlotStore, read_filled
+
+NATIVE = "native"  # torch's own kernel
 
 
 class JoinedPast:
@@ -62,10 +65,11 @@ class PassView:
         return self.rotations[min(layer, len(self.rotations) - 1)]
 
     def join_past(self, layer: int, k: Float[Tensor, "B L N D"], v: Float[Tensor, "B L N D"]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return keys with positions, values and mask of all that a layer attends to; k and v are the pass's own, before rotation."""
+        """Return the keys, values and mask of all that a layer attends to; k and v are the pass's own, k at its places."""
         if self.past is None:
-            return apply_rope(k, self.rotation(layer)), v, self.mask
-        return self.past.write_own(layer, k, v) if isinstance(self.past, SlotStore) else self.past.join(layer, k, v)
+            return k, v, self.mask
+        assert isinstance(self.past, SlotStore)
+        return self.past.write_own(layer, k, v)
 
 
 class MemoryRope(nn.Module):
@@ -137,32 +141,43 @@ def _spread_mask(filled: Tensor | None, frames: int, tokens: int) -> Bool[Tensor
     return both[:, None, None, :, None].expand(-1, -1, -1, -1, tokens).flatten(3)
 
 
+def attend(
+    q: Float[Tensor, "B L N D"], k: Float[Tensor, "B K N D"], v: Float[Tensor, "B K N D"], mask: Tensor | None, backend: str
+) -> Float[Tensor, "B L N D"]:
+    """Attend by a kernel that diffusers knows by this name.
+
+    Causality is in what the memory holds, and the frames of a chunk see each other; a mask hides places that are still empty.
+    """
+    if backend == NATIVE:
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    from diffusers.models.attention_dispatch import dispatch_attention_fn  # here, so that reading params needs no diffusers
+
+    return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
+
+
 class MemoryAttention:
-    """Attention processor of diffusers: bidirectional over the frames of the pass and over everything remembered."""
+    """Attention processor of diffusers, for passes with gradient: over the frames of the pass and over everything remembered."""
 
     def __init__(self, layer: int, backend: str) -> None:
         self.layer, self.backend = layer, backend
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: PassView | None = None):  # type: ignore[no-untyped-def]
-        from diffusers.models.attention_dispatch import dispatch_attention_fn  # here, so that reading params needs no diffusers
-
         assert rotary_emb is not None
         # q, k, v [B, L, N, D], L = F * S tokens
-        k, v = self.capture(attn, hidden_states, rotary_emb)
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        q = apply_rope(q, rotary_emb.rotation(self.layer)).to(v.dtype)
-        # [B, (K + F) * S, N, D] for K remembered frames
-        k, v, mask = rotary_emb.join_past(self.layer, k, v)
-        # causality is in what the memory holds, and the frames of a chunk see each other; a mask hides places that are still empty
-        out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self.backend)
-        return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))
-
-    def capture(self, attn: Any, hidden_states: Float[Tensor, "B L ND"], view: PassView) -> tuple[Tensor, Tensor]:
-        """Return the pass's own keys and values, each [B, L, N, D], and hand them out if they are wanted. The norm is over all N * D."""
         v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
         # in bfloat16 the norm's answer is float32, which a memory need not hold
         k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1)).to(v.dtype)
         # before RoPE: positions are given anew whenever the keys are used
-        if view.captured is not None:
-            view.captured[self.layer] = (k, v)
-        return k, v
+        if rotary_emb.captured is not None:
+            rotary_emb.captured[self.layer] = (k, v)
+        rotation, past = rotary_emb.rotation(self.layer), rotary_emb.past
+        q = apply_rope(q, rotation).to(v.dtype)
+        # [B, (K + F) * S, N, D] for K remembered frames
+        if isinstance(past, JoinedPast):
+            k, v, mask = past.join(self.layer, k, v)
+        else:
+            k, mask = apply_rope(k, rotation), rotary_emb.mask
+        out = attend(q, k, v, mask, self.backend)
+        return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))

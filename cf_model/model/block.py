@@ -6,6 +6,8 @@ pass to pass: 160 products of 200 in a chunk of Wan's size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .attention import PassView
+from .attention import NATIVE, PassView, attend
 from .key_values import LayerKeyValues
-from .store import SlotStore
+from .rope import apply_rope
 
 
 class Prompt:
@@ -67,12 +69,10 @@ class PromptAttention:
         self.layer = layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):  # type: ignore[no-untyped-def]
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         prompt = encoder_hidden_states
         k, v = prompt.read(self.layer, attn) if isinstance(prompt, Prompt) else project_prompt(attn, prompt)
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).to(v.dtype)
-        out = dispatch_attention_fn(q, k, v)
+        out = attend(q, k, v, None, NATIVE)
         return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))
 
 
@@ -92,7 +92,8 @@ class FusedGELU(GELU):
         proj, x = self.proj, hidden_states
         # a layer with an adapter is another class, and with ZeRO 3 a weight is there in its own layer's pass alone
         is_plain = type(proj) is nn.Linear and not hasattr(proj.weight, "ds_id") and is_plain_pass(x)
-        if not is_plain or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        # a compiler makes one piece of both by itself
+        if not is_plain or x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, proj.weight, proj.bias, "gelu", [], self.approximate)
 
@@ -106,40 +107,82 @@ class TokenNorm(nn.RMSNorm):
             return super().forward(x)
         # [B, L, 1]
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * length.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
+        return x * length.square().div(x.shape[-1]).add(self.eps).rsqrt() * self.weight
 
 
 class MemoryBlock(WanTransformerBlock):
-    """diffusers' block, of which a pass that only remembers leaves out what comes after the last layer's keys and values."""
+    """diffusers' block in fewer operations, which ends after the last layer's keys and values where nothing else is wanted.
+
+    What comes before and after the self-attention is a function of tensors alone, which a compiler can make one piece of.
+    """
+
+    is_compiled = False
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Any, temb: Tensor, rotary_emb: PassView) -> Tensor:
         """Return the hidden states [B, L, N * D] after this block; those of a pass that stops here mean nothing."""
-        x, layer = hidden_states, self.attn1.processor.layer
-        is_last = rotary_emb.last == layer
-        if not is_last and not is_plain_pass(x):
-            return super().forward(x, encoder_hidden_states, temb, rotary_emb)
+        x, view, layer = hidden_states, rotary_emb, self.attn1.processor.layer
+        is_last = view.last == layer
+        if torch.is_grad_enabled() and not is_last:
+            return super().forward(x, encoder_hidden_states, temb, view)  # a backward pass wants what diffusers stores
         # each [B, 1, N * D], or [B, L, N * D] with a level for each token
         rows = (self.scale_shift_table + temb.float()).chunk(6, dim=-2)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (row.squeeze(2) if temb.ndim == 4 else row for row in rows)
-        normed = torch.addcmul(shift, self.norm1(x.float()), 1 + scale).type_as(x)
-        if is_last:
-            k, v = self.attn1.processor.capture(self.attn1, normed, rotary_emb)
-            if isinstance(rotary_emb.past, SlotStore):
-                rotary_emb.past.write_own(layer, k, v)  # for the passes over the next chunk
+        shift, scale, gate, *ffn_rows = (row.squeeze(2) if temb.ndim == 4 else row for row in rows)
+        k, v, q, turned = self._part("read_tokens")(self, x, shift, scale, torch.view_as_real(view.rotation(layer)), not is_last)
+        # before RoPE: positions are given anew whenever the keys are used
+        if view.captured is not None:
+            view.captured[layer] = (k, v)
+        if torch.is_grad_enabled():
             return x
-        x = torch.addcmul(x, self.attn1(normed, None, None, rotary_emb), gate)
-        x = x + self.attn2(self.norm2(x), encoder_hidden_states, None, None)
-        normed = torch.addcmul(ffn_shift, self.norm3(x), 1 + ffn_scale)
-        return torch.addcmul(x, self.ffn(normed), ffn_gate)
+        keys, values, mask = view.join_past(layer, turned, v)
+        if is_last:
+            return x
+        out = attend(q, keys, values, mask, self.attn1.processor.backend)
+        prompt = encoder_hidden_states
+        prompt = prompt.read(layer, self.attn2) if isinstance(prompt, Prompt) else project_prompt(self.attn2, prompt)
+        return self._part("finish_tokens")(self, x, out, gate, *prompt, *ffn_rows)
+
+    def read_tokens(self, x: Tensor, shift: Tensor, scale: Tensor, turns: Tensor, is_asked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the self-attention's keys and values, its queries, and queries and keys are rotated: each [B, L, N, D].
+
+        Without `is_asked` there are no queries. `turns` [1 or B, L, 1, D / 2, 2] are cos and sin of each pair of channels.
+        """
+        attn, rotation = self.attn1, torch.view_as_complex(turns) if not torch.compiler.is_compiling() else turns
+        normed = torch.addcmul(shift, self.norm1(x.float()), 1 + scale).type_as(x)
+        v = attn.to_v(normed).unflatten(2, (attn.heads, -1))
+        # in bfloat16 the norm's answer is float32, which a memory need not hold
+        k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1)).to(v.dtype)
+        q = apply_rope(attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1)), rotation).to(v.dtype) if is_asked else k
+        return k, v, q, apply_rope(k, rotation)
+
+    def finish_tokens(
+        self, x: Tensor, out: Tensor, gate: Tensor, keys: Tensor, values: Tensor, shift: Tensor, scale: Tensor, ffn_gate: Tensor
+    ) -> Tensor:
+        """Return the hidden states after the self-attention, whose answer is `out`, the prompt [B, T, N, D] and the feed-forward."""
+        attn = self.attn2
+        x = torch.addcmul(x.float(), self.attn1.to_out[0](out.flatten(2).type_as(x)).float(), gate).type_as(x)
+        q = attn.norm_q(attn.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, (attn.heads, -1)).to(values.dtype)
+        x = x + attn.to_out[0](attend(q, keys, values, None, NATIVE).flatten(2).type_as(x))
+        normed = torch.addcmul(shift, self.norm3(x.float()), 1 + scale).type_as(x)
+        return torch.addcmul(x.float(), self.ffn(normed).float(), ffn_gate).type_as(x)
+
+    def _part(self, name: str) -> Callable[..., Any]:
+        """Return one of the two functions, compiled if the block is."""
+        return compile_part(name) if self.is_compiled else getattr(MemoryBlock, name)
 
 
-def keep_prompts(transformer: Any) -> WeakTensorKeyDictionary:
+@cache
+def compile_part(name: str) -> Callable[..., Any]:
+    """Compile a part of all blocks, which differ in their weights alone; raises where it could not be one graph."""
+    return torch.compile(getattr(MemoryBlock, name), fullgraph=True, dynamic=False)
+
+
+def prepare_blocks(transformer: Any, *, compiled: bool) -> WeakTensorKeyDictionary:
     """Change a diffusers transformer's blocks and its prompt's layers in place as this file says; its weights and their names stay.
 
     Returns the prompts that are kept, which must be forgotten when the weights have changed.
     """
     for layer, block in enumerate(transformer.blocks):
-        block.__class__ = MemoryBlock
+        block.__class__, block.is_compiled = MemoryBlock, compiled
         block.attn2.set_processor(PromptAttention(layer))
         block.ffn.net[0].__class__ = FusedGELU
         for norm in (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q, block.attn2.norm_k):

@@ -45,6 +45,7 @@ class Compute:
     attention: Attention  # of the self-attention, by diffusers' dispatcher
     dtype: Precision  # of the products; weights, norms and sums stay in float32
     checkpointing: bool  # compute a block's activations again in the backward pass instead of storing them
+    compiled: bool  # passes without gradient by torch.compile, part by part of a block; a minute of compiling, once for all blocks
 
     def __post_init__(self) -> None:
         # flash and cuDNN kernels exist for half precision only
@@ -53,7 +54,7 @@ class Compute:
             raise ValueError(f"{problem}; use dtype: bfloat16, or attention: native")
 
 
-EXACT = Compute(attention="native", dtype="float32", checkpointing=False)
+EXACT = Compute(attention="native", dtype="float32", checkpointing=False, compiled=False)
 
 
 class Denoiser(nn.Module):
@@ -64,7 +65,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, transformer: Any, compute: Compute = EXACT) -> None:
         super().__init__()
-        from .block import keep_prompts  # here, so that reading params needs no diffusers
+        from .block import prepare_blocks  # here, so that reading params needs no diffusers
 
         backend, package = BACKENDS[compute.attention]
         if package and importlib.util.find_spec(package) is None:
@@ -76,7 +77,7 @@ class Denoiser(nn.Module):
         transformer.rope.takes_mask = compute.attention not in WITHOUT_MASK
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
-        prompts = keep_prompts(transformer)
+        prompts = prepare_blocks(transformer, compiled=compute.compiled)
         prepare_layers(transformer, checkpointing=compute.checkpointing)
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import
         self.compute, self.copies = compute, WeightCopies(transformer, prompts, wanted=compute.dtype == "bfloat16")

@@ -28,7 +28,8 @@ Held = tuple[KeyValues, int | None]  # a frame and its position; None: that of e
 class SlotStore:
     """Rotated keys and values of a memory and of the chunk that sees it: [B, N, slots * S, D] a layer each.
 
-    The addresses stay, but that a store grows once to all the slots that a memory can need.
+    All addresses stay, as a captured pass needs, but that a store grows once to all the slots that a memory can need. The own chunk's
+    slots go round in the ring, so there is one pass to capture for each of its places.
     """
 
     def __init__(self, table: Any, x: Float[Tensor, "B C F H W"], takes_mask: bool) -> None:
@@ -60,7 +61,12 @@ class SlotStore:
         self._place_frames(memory, slots[: first + fast], x)
         self._place_slow(memory, first + ring, x)
         self._own, self._own_positions = slots[first + fast :], memory.query_positions(frames)
-        self.rotations = [read_rotations(self.table, memory.query_positions(frames, group), x) for group in groups]
+        rotations = [read_rotations(self.table, memory.query_positions(frames, group), x) for group in groups]
+        if [at.shape for at in rotations] == [at.shape for at in self.rotations]:
+            for at, now in zip(self.rotations, rotations, strict=True):
+                at.copy_(now)
+        else:
+            self.rotations = rotations
         self.is_placed = True
 
     def _grow(self, memory: Memory, slots: int) -> None:
@@ -190,8 +196,11 @@ class SlotStore:
         slots[:, :, at : at + tokens.shape[1]].copy_(tokens.transpose(1, 2))
 
     def write_own(self, layer: int, k: Float[Tensor, "B L N D"], v: Float[Tensor, "B L N D"]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write a pass's own keys and values; return the keys and values that it attends to, [B, L, N, D], and what is added to scores."""
-        k, start = apply_rope(k, self.rotation(layer)), 0
+        """Write a pass's own keys, at their places, and values.
+
+        Returns the keys and values that the pass attends to, [B, L, N, D], and what is added to their scores.
+        """
+        start = 0
         while start < len(self._own):  # a chunk may go over the ring's end
             end = start + 1
             while end < len(self._own) and self._own[end] == self._own[end - 1] + 1:
@@ -203,10 +212,6 @@ class SlotStore:
         used, mask = _of_layer(self.used, layer), _of_layer(self.masks, layer)
         keys, values = (part[layer][:, :, :used].transpose(1, 2) for part in (self.keys, self.values))
         return keys, values, None if mask is None else mask[..., :used]
-
-    def rotation(self, layer: int) -> Rotation:
-        """Return a layer's rotation of the own chunk's queries and keys."""
-        return _of_layer(self.rotations, layer)
 
     def adopt(self, chunk: Frames) -> None:
         """Take over the next memory, in which these frames are what the last pass has written into the own chunk's slots; () if not."""
