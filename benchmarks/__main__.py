@@ -1,4 +1,4 @@
-"""One entry for every benchmark: `python -m benchmarks NAME [ARGUMENTS]`; without a name, what there is. `all` runs those of docs/speed.md."""
+"""One entry for every benchmark: `python -m benchmarks NAME [ARGUMENTS]`; without a name, what there is; `all`: docs/speed.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def main() -> None:
     benchmarks = list_benchmarks()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "all":
-        failed = [one for one in OF_THE_PAGE if subprocess.run([sys.executable, "-m", "benchmarks", one], env=os.environ | ENVIRONMENT).returncode]
+        environment = os.environ | ENVIRONMENT
+        failed = [one for one in OF_THE_PAGE if subprocess.run([sys.executable, "-m", "benchmarks", one], env=environment).returncode]
         sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
     if name in benchmarks:
         sys.argv = [str(HERE / f"{name}.py"), *sys.argv[2:]]

@@ -78,7 +78,8 @@ matrix products and attentions of the same shapes alone. Above 1 ours is faster;
         text += describe_comparison("By window", result["windows"], "window")
     if "windows" in before:
         heads = ["window", "usual / ours", "ours / floor"]
-        rows = [[row["window"], show_ratio(row["usual_over_ours"]), show_ratio(row["ours_over_floor"])] for row in before["windows"]["rows"]]
+        parts = before["windows"]["rows"]
+        rows = [[row["window"], show_ratio(row["usual_over_ours"]), show_ratio(row["ours_over_floor"])] for row in parts]
         text += f"### Before the memory had a store\n{name_machine(before['windows'])}\n{make_table(heads, rows)}\n"
     if "presets" in result:
         text += describe_comparison("By preset, with the memory that it generates with", result["presets"], "presets")
@@ -155,7 +156,8 @@ def describe_overhead() -> str:
     result = read_result("overhead")
     if not result:
         return ""
-    rows = [[row["command"], f"{row['cpu_seconds']} ({row['range'][0]} to {row['range'][1]})", row.get("goal", "")] for row in result["rows"]]
+    spent = [f"{row['cpu_seconds']} ({row['range'][0]} to {row['range'][1]})" for row in result["rows"]]
+    rows = [[row["command"], seconds, row.get("goal", "")] for row, seconds in zip(result["rows"], spent, strict=True)]
     text = "## Around the computation\n\nSeconds of CPU time, children included, with nothing to do.\n\n"
     return text + f"{name_machine(result)}\n{make_table(['command', 'seconds', 'goal'], rows)}\n"
 
