@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import audit
+from benchmarks import audit, page
 from benchmarks.common.kernels import count_kernels
 from benchmarks.common.usual_cache import UsualStudent
 from cf_model.model.context import build_plain_spec
@@ -73,3 +73,7 @@ def test_the_audit_counts_what_operations_read_and_write() -> None:
 def test_a_host_read_of_a_tensor_is_counted() -> None:
     tally = count_kernels(lambda: torch.ones(1).item())
     assert tally.host_reads == 1
+
+
+def test_the_page_of_speed_shows_the_committed_results() -> None:
+    assert page.PAGE.read_text() == page.write_page(), "run `python -m benchmarks page`"
