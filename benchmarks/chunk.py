@@ -132,12 +132,12 @@ def main() -> None:
     for name in sys.argv[1:] or SECTIONS:
         if name not in SECTIONS:
             sys.exit(f"{name} is no section of this benchmark; known are {', '.join(SECTIONS)}")
-        rows = []
+        rows, machine = [], describe_machine()  # at its beginning: the code that runs is the code that was loaded
         for row in SECTIONS[name]():
             rows.append(row)
             print(name, row, flush=True)
         about = {"sizes": str(SMALL), "dtype": "float32", "kernel": "torch SDPA (native)", "goals": GOALS}
-        result = result | about | {name: {"machine": describe_machine(), "rows": rows}}
+        result = result | about | {name: {"machine": machine, "rows": rows}}
         write_result("chunk", result)
 
 

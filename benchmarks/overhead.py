@@ -74,6 +74,12 @@ def measure(words: list[str], folder: Path, rounds: int = ROUNDS) -> dict[str, A
     return {"cpu_seconds": round(statistics.median(seconds), 2), "range": [round(min(seconds), 2), round(max(seconds), 2)]}
 
 
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print the newest row and write all of them."""
+    print(rows[-1], flush=True)
+    write_result("overhead", {"machine": describe_machine(), "unit": "seconds of CPU time, children included", "rows": rows})
+
+
 def main() -> None:
     python, rows = sys.executable, []
     with tempfile.TemporaryDirectory(prefix="cf-overhead-") as scratch:
@@ -89,13 +95,12 @@ def main() -> None:
         }
         for name, words in commands.items():
             rows.append({"command": name} | measure(words, folder) | ({"goal": GOALS[name]} if name in GOALS else {}))
-            print(rows[-1], flush=True)
+            report(rows)
         for stage in ("filter", "stage2", "generate", "evaluate"):
             options = Project(folder / "params.yaml").stage(stage)["cmd"].split()[3:]
             words = [python, "-c", WITHOUT_WORK.format(stage=stage), *options]
             rows.append({"command": f"cf {stage}, without its work"} | measure(words, folder) | {"goal": STAGE_GOAL})
-            print(rows[-1], flush=True)
-    write_result("overhead", {"machine": describe_machine(), "unit": "seconds of CPU time, children included", "rows": rows})
+            report(rows)
     missed = [row["command"] for row in rows if row["cpu_seconds"] > row.get("goal", float("inf"))]
     if missed:
         sys.exit(f"above their goals: {', '.join(missed)}")

@@ -78,7 +78,8 @@ matrix products and attentions of the same shapes alone. Above 1 ours is faster;
         text += describe_comparison("By window", result["windows"], "window")
     if "windows" in before:
         heads = ["window", "usual / ours", "ours / floor"]
-        rows = [[row["window"], show_ratio(row["usual_over_ours"]), show_ratio(row["ours_over_floor"])] for row in before["windows"]["rows"]]
+        parts = before["windows"]["rows"]
+        rows = [[row["window"], show_ratio(row["usual_over_ours"]), show_ratio(row["ours_over_floor"])] for row in parts]
         text += f"### Before the memory had a store\n{name_machine(before['windows'])}\n{make_table(heads, rows)}\n"
     if "presets" in result:
         text += describe_comparison("By preset, with the memory that it generates with", result["presets"], "presets")
@@ -125,7 +126,12 @@ torch's, and as five where it is written out.
         rows = [[row["operation"], row["kernels"], row["gigabytes"]] for row in result[way]["the_rest"] if row["gigabytes"] >= 0.5]
         text += f"What is left beside products and attention, {way}, largest first:\n\n"
         text += make_table(["operation", "kernels", "GB"], rows) + "\n"
-    return text
+    rows = []
+    for step in result.get("training_steps", []):
+        shares = sorted(step["shares"].items(), key=lambda item: -item[1])
+        rows.append([step["stage"], step["teraflop"], ", ".join(f"{name} {share:.0%}" for name, share in shares)])
+    text += "Where a training step of Wan 1.3B goes, by operations of products and attention, as `cf plan` counts them:\n\n"
+    return text + make_table(["stage", "TFLOP a step and sample", "what they are for"], rows)
 
 
 def describe_training() -> str:
@@ -155,8 +161,10 @@ def describe_overhead() -> str:
     result = read_result("overhead")
     if not result:
         return ""
-    rows = [[row["command"], f"{row['cpu_seconds']} ({row['range'][0]} to {row['range'][1]})", row.get("goal", "")] for row in result["rows"]]
-    text = "## Around the computation\n\nSeconds of CPU time, children included, with nothing to do.\n\n"
+    spent = [f"{row['cpu_seconds']} ({row['range'][0]} to {row['range'][1]})" for row in result["rows"]]
+    rows = [[row["command"], seconds, row.get("goal", "")] for row, seconds in zip(result["rows"], spent, strict=True)]
+    note = f" In this result {result['note']}." if "note" in result else ""
+    text = f"## Around the computation\n\nSeconds of CPU time, children included, with nothing to do.{note}\n\n"
     return text + f"{name_machine(result)}\n{make_table(['command', 'seconds', 'goal'], rows)}\n"
 
 

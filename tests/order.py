@@ -21,6 +21,7 @@ SECONDS = {
     "flows/test_wandb_sync.py": 40,
     "test_wan_pipeline.py": 35,
     "test_flow.py": 35,
+    "test_benchmarks.py": 60,
     "model/test_real_size.py": 30,
     "test_video.py": 30,
     "flows/test_pipeline_begins.py": 30,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ def count_fused(run: Callable[..., Any], inputs: list[Tensor], mode: FakeTensorM
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    with mode, torch.no_grad():
+    # the code asks torch whether it is being compiled, and takes the way that can be fused
+    with mode, torch.no_grad(), patch("torch.compiler.is_compiling", return_value=True):
         graph = make_fx(run, decomposition_table=select_decomp_table(), _allow_fake_constant=True)(*inputs)
+    with mode, torch.no_grad():
         inputs = [*inputs, *_lift_constants(graph)]
         view_to_reshape(graph)
         lowering = GraphLowering(graph, example_inputs=inputs, is_inference=True)

@@ -84,6 +84,16 @@ def is_plain_pass(x: Tensor) -> bool:
     return x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
+def add_product(base: Tensor, a: Tensor, b: Tensor, like: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L ND"]:
+    """Return base + a * b, computed in float32 and rounded to the type of `like`.
+
+    Without gradient this is one operation, which reads bfloat16 and writes it; otherwise each cast would be a copy.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.addcmul(base.float(), a.float(), b).type_as(like)
+    return torch.addcmul(base, a, b, out=torch.empty_like(like))
+
+
 class FusedGELU(GELU):
     """First layer of a feed-forward, whose activation a CPU computes in the product itself; it differs by rounding."""
 
@@ -148,7 +158,7 @@ class MemoryBlock(WanTransformerBlock):
         Without `is_asked` there are no queries. `turns` [1 or B, L, 1, D / 2, 2] are cos and sin of each pair of channels.
         """
         attn, rotation = self.attn1, torch.view_as_complex(turns) if not torch.compiler.is_compiling() else turns
-        normed = torch.addcmul(shift, self.norm1(x.float()), 1 + scale).type_as(x)
+        normed = add_product(shift, self.norm1(x.float()), 1 + scale, x)
         v = attn.to_v(normed).unflatten(2, (attn.heads, -1))
         # in bfloat16 the norm's answer is float32, which a memory need not hold
         k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1)).to(v.dtype)
@@ -160,11 +170,11 @@ class MemoryBlock(WanTransformerBlock):
     ) -> Tensor:
         """Return the hidden states after the self-attention, whose answer is `out`, the prompt [B, T, N, D] and the feed-forward."""
         attn = self.attn2
-        x = torch.addcmul(x.float(), self.attn1.to_out[0](out.flatten(2).type_as(x)).float(), gate).type_as(x)
+        x = add_product(x, self.attn1.to_out[0](out.flatten(2).type_as(x)), gate, x)
         q = attn.norm_q(attn.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, (attn.heads, -1)).to(values.dtype)
         x = x + attn.to_out[0](attend(q, keys, values, None, NATIVE).flatten(2).type_as(x))
-        normed = torch.addcmul(shift, self.norm3(x.float()), 1 + scale).type_as(x)
-        return torch.addcmul(x.float(), self.ffn(normed).float(), ffn_gate).type_as(x)
+        normed = add_product(shift, self.norm3(x.float()), 1 + scale, x)
+        return add_product(x, self.ffn(normed), ffn_gate, x)
 
     def _part(self, name: str) -> Callable[..., Any]:
         """Return one of the two functions, compiled if the block is."""
