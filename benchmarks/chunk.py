@@ -100,7 +100,8 @@ def measure_batch() -> Iterator[dict[str, Any]]:
         many = run_ours(model, SMALL, paper, batch=batch)
         spent = interleave({"one": repeat(one, 4), "many": repeat(many, 1)}, rounds=4)
         per_video = {"one": [value / 4 for value in spent["one"]], "many": [value / batch for value in spent["many"]]}
-        alone = {"one": repeat(run_floor(SMALL, attended=paper.size), 4), "many": repeat(run_floor(SMALL, attended=paper.size, batch=batch), 1)}
+        floors_of = {count: run_floor(SMALL, attended=paper.size, batch=count) for count in (1, batch)}
+        alone = {"one": repeat(floors_of[1], 4), "many": repeat(floors_of[batch], 1)}
         floors = interleave(alone, rounds=2)
         floor = {"one": [value / 4 for value in floors["one"]], "many": [value / batch for value in floors["many"]]}
         found = {name: summarize(values) for name, values in per_video.items()}

@@ -48,7 +48,7 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
     for i, kind in enumerate(kinds):
         # Each clip has two seeds of worlds for itself, because a hard cut needs a second world. Each value of params.seed has a million
         # seeds of worlds, so runs of different seeds share none.
-        world, other = (worlds.draw_world(params.seed * 1_000_000 + 2 * i + j) for j in range(2))
+        world, other = (worlds.draw_world(params.seed * 1_000_000 + 2 * i + j, clips.worlds) for j in range(2))
         row = make_row(f"{i:05d}", ".mp4", world.caption, planted=kind)
         path, crf = out / row["file"], clips.crf
         if kind == "duplicate":

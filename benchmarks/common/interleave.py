@@ -21,7 +21,8 @@ def interleave(ways: Mapping[str, Callable[[], object]], *, rounds: int, units: 
 
 def summarize(values: list[float]) -> dict[str, Any]:
     """Return median, least and most of some milliseconds."""
-    return {"median_ms": round(statistics.median(values), 2), "range_ms": [round(min(values), 2), round(max(values), 2)], "runs": len(values)}
+    middle, ends = statistics.median(values), [round(min(values), 2), round(max(values), 2)]
+    return {"median_ms": round(middle, 2), "range_ms": ends, "runs": len(values)}
 
 
 def compare(spent: Mapping[str, list[float]], way: str, other: str) -> dict[str, Any]:

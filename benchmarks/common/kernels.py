@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution")
 # operations that allocate or describe memory and run nothing
-NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias")
+NOTHING = ("device", "sym_size", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias")
 HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2")
 # of their first input these read only what they give out
 GATHERS = ("index", "gather", "index_select", "embedding", "take_along_dim", "_unsafe_index")
@@ -94,10 +95,32 @@ class KernelCounter(TorchDispatchMode):
             written = given[:1]
         if name in GATHERS:
             read = [*given[1:], *made]
+        self.add(name, [*read, *written])
+
+    def add(self, name: str, touched: list[Tensor]) -> None:
+        """Count one kernel that reads or writes these tensors."""
         count = self.tally.counts[name]
         count.kernels += 1
-        count.bytes += sum(map(count_bytes, [*read, *written]))
-        count.wide_bytes += sum(count_bytes(tensor) for tensor in [*read, *written] if tensor.dtype in WIDE)
+        count.bytes += sum(map(count_bytes, touched))
+        count.wide_bytes += sum(count_bytes(tensor) for tensor in touched if tensor.dtype in WIDE)
+
+
+class FusedNorms(TorchFunctionMode):
+    """Mode that counts an RMS norm as one operation, which it is on a GPU; on a CPU torch takes it apart."""
+
+    def __init__(self, counter: KernelCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (F.rms_norm, torch.rms_norm):
+            return func(*args, **(kwargs or {}))
+        before, self.counter.tally = self.counter.tally, Tally()  # of which nothing is kept
+        out = func(*args, **(kwargs or {}))
+        self.counter.tally = before
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.counter.add("rms_norm", [*given, out])
+        return out
 
 
 def is_same_storage(a: Tensor, b: Tensor) -> bool:
@@ -113,7 +136,7 @@ def count_bytes(tensor: Tensor) -> int:
 
 def count_kernels(run: Callable[[], object]) -> Tally:
     """Return what a function on fake tensors does. It may not read a tensor's value, because there is none."""
-    with KernelCounter() as counter:
+    with KernelCounter() as counter, FusedNorms(counter):
         run()
     return counter.tally
 
@@ -121,6 +144,3 @@ def count_kernels(run: Callable[[], object]) -> Tally:
 def list_largest(tally: Tally, *, below: float = 0.0) -> Iterator[tuple[str, Count]]:
     """Yield operations by their bytes, largest first."""
     yield from sorted(((name, count) for name, count in tally.counts.items() if count.bytes > below), key=lambda item: -item[1].bytes)
-
-
-__all__ = ["FakeTensor", "FakeTensorMode", "KernelCounter", "Tally", "count_kernels", "is_product", "list_largest"]

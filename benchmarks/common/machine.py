@@ -64,6 +64,9 @@ def _dump(value: Any, depth: int = 0) -> str:
     if len(flat) + depth <= 140 or not isinstance(value, dict | list) or not value:
         return flat
     pad = "\n" + " " * (depth + 1)
-    parts = [f"{json.dumps(k)}: {_dump(v, depth + 1)}" for k, v in value.items()] if isinstance(value, dict) else [_dump(v, depth + 1) for v in value]
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {_dump(entry, depth + 1)}" for key, entry in value.items()]
+    else:
+        parts = [_dump(entry, depth + 1) for entry in value]
     left, right = "{}" if isinstance(value, dict) else "[]"
     return left + pad + f",{pad}".join(parts) + "\n" + " " * depth + right

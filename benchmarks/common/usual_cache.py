@@ -73,7 +73,8 @@ class UsualStudent:
         hidden = t.patch_embedding(x.transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()
         level = embedder.time_embedder(embed_level(1000 * sigma, t.config.freq_dim, x).type_as(hidden))
         rows = embedder.time_proj(F.silu(level)).unflatten(1, (6, -1))
-        context = embedder.text_embedder(text)
+        words = embedder.text_embedder  # whose own forward would remember the prompt
+        context = words.linear_2(words.act_1(words.linear_1(text)))
         if not self.caches:
             sizes = len(x), self.window * grid[1] * grid[2], t.config.num_attention_heads, self.channels
             self.caches = [LayerCache(*sizes, like=hidden) for _ in t.blocks]

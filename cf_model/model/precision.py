@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,8 +62,8 @@ class WeightCopies:
     Only the weights of products are copied, which are those that autocast casts, so the results are the same to the bit.
     """
 
-    def __init__(self, transformer: Any, *, wanted: bool) -> None:
-        self.transformer, self.wanted = transformer, wanted
+    def __init__(self, transformer: Any, prompts: MutableMapping[Tensor, Any], *, wanted: bool) -> None:
+        self.transformer, self.prompts, self.wanted = transformer, prompts, wanted
         self.copies = dict[str, Tensor]()  # empty: not made since the weights changed
 
     def read(self) -> dict[str, Tensor]:
@@ -80,8 +80,9 @@ class WeightCopies:
         return self.copies
 
     def forget(self) -> None:
-        """Let go of the copies, because the weights have changed."""
+        """Let go of the copies and of prompts that were computed with the weights, because the weights have changed."""
         self.copies = {}
+        self.prompts.clear()
 
     def narrow_originals(self) -> None:
         """Turn the weights themselves to bfloat16, where nothing will train them."""

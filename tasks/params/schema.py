@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cf_model.codec.linear import CodecSpec
+from cf_model.data.worlds import WorldSpec
 from cf_model.evaluate.trouble import CurveRule
 from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
@@ -46,6 +47,7 @@ class Clips(Section):
     source: Literal["worlds", "folder", "table"]
     folder: Path | None  # of videos, unless source is worlds; FILE.txt beside FILE.mp4 is its caption
     table: Path | None  # in the folder: CSV, Parquet or JSON lines, with captions by file; source table takes what it lists, and no more
+    worlds: WorldSpec  # how the camera moves in rendered clips
     count: Count  # good clips
     bad: Count  # clips of each bad kind, planted among them
     frames: PositiveInt
