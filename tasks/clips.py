@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cf_model.data import worlds
+from cf_model.data.clip_table import ClipEntry, read_clip_table
 from cf_model.data.planted import WORSE_CRF, WRONG_FPS, draw_kinds, render_kind
 from cf_model.data.video import write_video
 from cf_model.data.video_reader import read_video
@@ -31,7 +32,7 @@ def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
     rendered clips have a truth: the others show no known world, or do not show it unchanged.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = list((copy_folder if params.clips.source == "folder" else render_worlds)(params, track, out))
+    rows = list((render_worlds if params.clips.source == "worlds" else copy_folder)(params, track, out))
     (out / "clips.jsonl").write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
     return {"clips": len(rows), "planted": sum(row["planted"] is not None for row in rows)}
 
@@ -86,25 +87,60 @@ def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
         others = f" ({next(iter(left_out))} {next(iter(left_out.values()))})" if left_out else ""
         endings = " ".join(VIDEO_SUFFIXES)
         raise ValueError(f"clips.folder is {folder}, which has no video ({endings}){others}; put some there, or name another")
-    progress = track.progress(len(found.videos), unit="clip")
-    for file in found.videos:
+    entries = list_entries(params, found.videos, folder, left_out)
+    progress = track.progress(len(entries), unit="clip")
+    copied: dict[Path, bool] = {}
+    for file, entry in entries:
         source = print_name(file.relative_to(folder))
         # The id is a hash of the file's path in the folder, because the id decides whether a clip is held out, and a new file must not
         # move other clips.
         name = hashlib.sha256(source.encode()).hexdigest()[:12]
-        row = make_row(name, file.suffix.lower(), "", source=source) | read_caption(file)
-        try:
-            # Choice: copied, not linked, because DVC makes files in its cache read-only, and through a link also the user's own file.
-            shutil.copyfile(file, out / row["file"])
-        except OSError as error:
-            if error.errno in DISK_FAULTS:
-                raise ValueError(f"{source} could not be copied to {out}: {error.strerror}; make room there") from None
-            left_out[source] = f"can't be read ({error.strerror})"
-            (out / row["file"]).unlink(missing_ok=True)
-            continue
+        row = make_row(name, file.suffix.lower(), "", source=source) | (read_caption(file) if entry is None or not entry.caption else {})
+        if file not in copied:
+            copied[file] = copy_file(file, out / row["file"], source, left_out)
+        if copied[file]:
+            yield row | (describe_entry(row["id"], entry) if entry else {})
         progress.update()
-        yield row
     (out / "left_out.jsonl").write_text(dump_json_lines({"source": name, "why": why} for name, why in left_out.items()), encoding="utf-8")
+
+
+def list_entries(params: Params, videos: list[Path], folder: Path, left_out: dict[str, str]) -> list[tuple[Path, ClipEntry | None]]:
+    """Return the videos with their rows of the table, if there is one; of source `table` only what it lists, in its order."""
+    if params.clips.table is None:
+        return [(file, None) for file in videos]
+    listed, known = read_clip_table(params.clips.table), {file.relative_to(folder).as_posix(): file for file in videos}
+    names = {file.stem: name for name, file in known.items()}  # collections name a clip without its ending
+    entries = [(known.get(entry.file) or known.get(names.get(entry.file, "")), entry) for entry in listed]
+    if params.clips.source == "folder":
+        by_file = {file: entry for file, entry in entries if file}
+        return [(file, by_file.get(file)) for file in videos]
+    left_out |= {entry.file: f"is in row {entry.row} of {params.clips.table} and not in {folder}" for file, entry in entries if not file}
+    return [(file, entry) for file, entry in entries if file]
+
+
+def describe_entry(clip: str, entry: ClipEntry) -> Row:
+    """Return what a row of the table changes in a clip's row: caption, and the seconds it takes, of which its id tells too."""
+    row: Row = {"caption": entry.caption} if entry.caption else {}
+    if entry.start is not None or entry.end is not None:
+        end = "end" if entry.end is None else f"{entry.end:g}"
+        row |= {"id": f"{clip}-{entry.start or 0:g}-{end}", "from": entry.start, "to": entry.end}
+    return row
+
+
+def copy_file(file: Path, place: Path, source: str, left_out: dict[str, str]) -> bool:
+    """Copy a file and say whether it could be read; raise ValueError if the disk is full.
+
+    # Choice: copied, not linked, because DVC makes files in its cache read-only, and through a link also the user's own file.
+    """
+    try:
+        shutil.copyfile(file, place)
+    except OSError as error:
+        if error.errno in DISK_FAULTS:
+            raise ValueError(f"{source} could not be copied to {place.parent}: {error.strerror}; make room there") from None
+        left_out[source] = f"can't be read ({error.strerror})"
+        place.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def print_name(path: Path) -> str:

@@ -28,7 +28,7 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     if not listed.is_file():
         raise ValueError(f"{listed} is not there; run the stage clips first")
     # Only these keys, because `planted` is the answer: a filter that reads it would prove nothing.
-    keys = ("id", "file", "caption", "source", "note", "refused")
+    keys = ("id", "file", "caption", "source", "note", "refused", "from", "to")
     about = [{key: row[key] for key in keys if row.get(key) is not None} for row in read_json_lines(listed)]
     needs = list_needed_lengths(params)
     shape = rules.ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
@@ -77,7 +77,7 @@ def judge_file(about: Row, file: FileMeasures | Unreadable, spec: Filter, shape:
         return [manifest_row(about, None, {}, rules.Rejection("caption", None, sentence))]
     if isinstance(file, Unreadable):
         return [manifest_row(about, None, {}, rules.Rejection("unreadable", None, file.sentence))]
-    parts, rows = rules.split_at_cuts(file, spec), []
+    parts, rows = rules.split_at_cuts(file, spec, about.get("from"), about.get("to")), []
     for number, part in enumerate(parts, 1):
         row = about if len(parts) == 1 else about | {"id": f"{about['id']}-{number:03d}"}
         values = rules.list_values(file, part, about["caption"], shape)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from cf_model.data import worlds
+from cf_model.data.clip_table import read_clip_table
 from cf_model.data.video import write_video
 from tasks import clips
 from tasks import filter as filtering
@@ -126,6 +130,67 @@ def test_a_clip_that_vanishes_after_it_was_listed(tmp_path: Path, monkeypatch: p
     filtering.run(folder(tmp_path / "raw"), MagicMock(), clips=tmp_path / "clips", out=tmp_path / "manifest.jsonl")
     gone, here = rows(tmp_path / "manifest.jsonl")
     assert here["kept"] and gone["rule"] == f"{listed[0]['file']} is not there; check its name"
+
+
+TABLES = {
+    "csv": 'videoFile,caption,start,end\nb.mp4,"a bar, blue",0.5,11.6\nb.mp4,late,60,\na,a red disc,,\ngone.mp4,x y,,\n',
+    "jsonl": '{"path": "b.mp4", "text": "a bar, blue", "start": 0.5, "end": 11.6}\n{"path": "b.mp4", "text": "late", "start": 60}\n'
+    '{"path": "a", "text": "a red disc"}\n{"path": "gone.mp4", "text": "x y"}\n',
+}
+
+
+def write_table(raw: Path, kind: str) -> Path:
+    path = raw / f"clips.{kind}"
+    if kind == "parquet":
+        rows = [json.loads(line) for line in TABLES["jsonl"].splitlines()]
+        names = ("path", "text", "start", "end")
+        parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), path)
+    else:
+        path.write_text(TABLES[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_table_says_which_clips_with_which_captions_and_which_seconds_of_them(tmp_path: Path, kind: str) -> None:
+    film(tmp_path / "raw/a.mp4", 1)
+    film(tmp_path / "raw/b.mp4", 2, 200)
+    film(tmp_path / "raw/more_of_it.mp4", 3)
+    p = folder(tmp_path / "raw")
+    settings = {"source": "table", "table": write_table(tmp_path / "raw", kind)}
+    p.clips = p.clips.model_copy(update=settings)
+    assert clips.run(p, MagicMock(), out=tmp_path / "clips")["clips"] == 3
+    listed = rows(tmp_path / "clips/clips.jsonl")
+    assert [(row["source"], row["caption"]) for row in listed] == [("b.mp4", "a bar, blue"), ("b.mp4", "late"), ("a.mp4", "a red disc")]
+    assert len({row["id"] for row in listed}) == 3 and len(list((tmp_path / "clips").glob("*.mp4"))) == 2
+    assert [row["source"] for row in rows(tmp_path / "clips/left_out.jsonl")] == ["gone.mp4"]
+    filtering.run(p, MagicMock(), clips=tmp_path / "clips", out=tmp_path / "manifest.jsonl")
+    part, late, whole = rows(tmp_path / "manifest.jsonl")
+    assert part["kept"] and (part["start"], part["length"], part["seconds"]) == (8, 177, 11.0625)
+    assert late["reason"] == "too_short" and late["rule"].endswith("it has 0")
+    assert whole["kept"] and (whole["start"], whole["length"]) == (None, None)
+    p.clips = p.clips.model_copy(update={"source": "folder"})
+    clips.run(p, MagicMock(), out=tmp_path / "all")
+    captions = {row["source"]: row["caption"] for row in rows(tmp_path / "all/clips.jsonl")}
+    assert captions == {"a.mp4": "a red disc", "b.mp4": "late", "more_of_it.mp4": "more of it"}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("name,caption\na,b\n", "row 1 names no file"),
+        ("file,caption\n/etc/passwd,b\n", "not below clips.folder"),
+        ("file,caption\n../a.mp4,b\n", "not below clips.folder"),
+        ("file,caption\nhttps://x.org/a.mp4,b\n", "an address; download it"),
+        ("file,start,end\na.mp4,5,4\n", "row 1 ends at 4 s and begins at 5 s"),
+        ("file,start\na.mp4,soon\n", "start is 'soon'; it must be a number"),
+        ("file,caption\n", "has no rows"),
+        ('file,caption\na.mp4,"b', "is no CSV"),
+    ],
+)
+def test_tables_that_can_not_be_used_are_refused_in_a_sentence(tmp_path: Path, content: str, why: str) -> None:
+    (tmp_path / "clips.csv").write_text(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/clips.csv[^\n]*{why}[^\n]*$"):
+        read_clip_table(tmp_path / "clips.csv")
 
 
 def test_why_explains_every_fate(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

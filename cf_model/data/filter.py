@@ -6,6 +6,7 @@ is in measures.py, and what of a picture and of a length the model will use is c
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -104,17 +105,19 @@ class Part:
         return self.end - self.first
 
 
-def split_at_cuts(file: FileMeasures, rules: FilterRules) -> list[Part]:
-    """Split a file into the parts that are judged.
+def split_at_cuts(file: FileMeasures, rules: FilterRules, start: float | None = None, stop: float | None = None) -> list[Part]:
+    """Split a file, or its seconds from `start` to `stop`, into the parts that are judged.
 
     A cut less than rules.trim seconds from an end is trimmed away with what is beyond it. With rules.cuts `reject` the rest is a single
     part, whatever cuts it has; with `split` a part begins at every cut.
     """
-    cuts = [int(frame) for frame in np.flatnonzero(file.cuts > rules.max_cut)]
+    last = file.frames if stop is None else min(math.floor(stop * file.fps), file.frames)
+    outer = Part(min(math.ceil((start or 0) * file.fps), last), last)
+    cuts = [int(frame) for frame in np.flatnonzero(file.cuts > rules.max_cut) if outer.first < frame < outer.end]
     near = rules.trim * file.fps
-    head, tail = [cut for cut in cuts if cut <= near], [cut for cut in cuts if cut >= file.frames - near]
-    first = max(head) if 0 < len(head) <= MOST_TRIMMED else 0
-    end = min(tail) if 0 < len(tail) <= MOST_TRIMMED and min(tail) > first else file.frames
+    head, tail = [cut for cut in cuts if cut <= outer.first + near], [cut for cut in cuts if cut >= outer.end - near]
+    first = max(head) if 0 < len(head) <= MOST_TRIMMED else outer.first
+    end = min(tail) if 0 < len(tail) <= MOST_TRIMMED and min(tail) > first else outer.end
     if rules.cuts == "reject":
         return [Part(first, end)]
     edges = [first, *(cut for cut in cuts if first < cut < end), end]

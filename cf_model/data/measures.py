@@ -77,7 +77,9 @@ class FileMeasures:
         return np.concatenate([[0.0], self.lasting[1:] / (CUT_FLOOR + usual)])
 
     def measure_part(self, first: int, end: int) -> dict[str, float]:
-        """Measure the frames from `first` up to `end` by every rule that looks at pictures."""
+        """Measure the frames from `first` up to `end` by every rule that looks at pictures; of no frames all measures are 0."""
+        if end <= first:
+            return dict.fromkeys(("clipped", "motion", "repeats", "shake", "cut", "sharpness", "border", "text"), 0.0)
         second = round(self.fps)
         motion = self.motion[first + min(second, max(1, end - first - 1)) : end]
         motion = motion[np.isfinite(motion)]

@@ -185,6 +185,9 @@ class VideoFile:
         there = max(self.packets, round(latest / self.stream.time_base)) if self.kind == "avi" else self.packets
         if promised and there < promised:
             raise ValueError(f"{name} is cut off: its header promises {promised} frames, {there} are there")
+        if "matroska" in self.kind and (size := read_segment_end(self.path)) and self.path.stat().st_size < size:
+            there = self.path.stat().st_size
+            raise ValueError(f"{name} is cut off: its header promises {size} bytes, {there} are there")
         if not promised and self.container.duration:
             seconds = self.container.duration / av.time_base
             if latest < seconds - max(CUT_OFF[0], CUT_OFF[1] * seconds):
@@ -285,6 +288,28 @@ class PictureConverter:
         plane = scaled.planes[0]
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width]
         return rows.reshape(height, width, 3)
+
+
+def read_segment_end(path: Path) -> int | None:
+    """Return where a Matroska file must end, in bytes, as its segment states; None if it does not, as in a live recording.
+
+    A file is an EBML header and a segment; each is an id of 4 bytes, a size, and so many bytes. A size has 1 to 8 bytes, as the place of
+    its first 1 bit says; all ones stand for unknown.
+    """
+    with path.open("rb") as file:
+        place = 0
+        for element in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+            file.seek(place)
+            head = file.read(12)
+            if head[:4] != element or len(head) < 12:
+                return None
+            length = 9 - head[4].bit_length()
+            if not 1 <= length <= 8:
+                return None
+            size = int.from_bytes(head[4 : 4 + length], "big") & ((1 << 7 * length) - 1)
+            unknown = size == (1 << 7 * length) - 1
+            place += 4 + length + (size if element[0] == 0x1A else 0)
+        return None if unknown else place + size
 
 
 def covering_size(tall: int, wide: int, height: int, width: int) -> tuple[int, int]:

@@ -202,9 +202,9 @@ def _decides_by_video(memory: MemorySpec) -> bool:
 
 def check_starts(p: Params) -> None:
     """Require that `start` and the night's inbox name what is used: DVC tracks the files that `start` names."""
-    used = p.clips.folder if p.clips.source == "folder" else RENDERED
+    used = p.clips.folder if p.clips.source != "worlds" else RENDERED
     if p.start.clips != used:
-        source = f"clips.source is {p.clips.source}" + (f" and clips.folder {p.clips.folder}" if p.clips.source == "folder" else "")
+        source = f"clips.source is {p.clips.source}" + (f" and clips.folder {p.clips.folder}" if p.clips.source != "worlds" else "")
         raise ValueError(f"start.clips is {p.start.clips}, but {source}; set start.clips to {used}, so that DVC sees when it changes")
     if p.nightly.inbox is not None and (p.clips.folder is None or p.clips.folder.is_absolute()):
         folders = f"nightly.inbox is {p.nightly.inbox}, but clips.folder is {p.clips.folder}"

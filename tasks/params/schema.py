@@ -42,10 +42,11 @@ class Tracking(Section):
 
 
 class Clips(Section):
-    """The training clips: rendered from worlds, or a folder of videos."""
+    """The training clips: rendered from worlds, a folder of videos, or those of its videos that a table lists."""
 
-    source: Literal["worlds", "folder"]
-    folder: Path | None  # of videos, when source is folder; FILE.txt beside FILE.mp4 is its caption
+    source: Literal["worlds", "folder", "table"]
+    folder: Path | None  # of videos, unless source is worlds; FILE.txt beside FILE.mp4 is its caption
+    table: Path | None  # in the folder: CSV, Parquet or JSON lines, with captions by file; source table takes what it lists, and no more
     worlds: WorldSpec  # how the camera moves in rendered clips
     count: Count  # good clips
     bad: Count  # clips of each bad kind, planted among them
@@ -54,8 +55,12 @@ class Clips(Section):
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if self.source == "folder" and self.folder is None:
-            raise ValueError("folder is null, but source is folder; name a folder of videos, or set source to worlds")
+        if self.source != "worlds" and self.folder is None:
+            raise ValueError(f"folder is null, but source is {self.source}; name a folder of videos, or set source to worlds")
+        if self.source == "table" and self.table is None:
+            raise ValueError("table is null, but source is table; name a table in the folder, or set source to folder")
+        if self.table is not None and (self.folder is None or not self.table.is_relative_to(self.folder)):
+            raise ValueError(f"table is {self.table}, but folder {self.folder}; put it in the folder, so that DVC sees when it changes")
         if self.source == "worlds" and not self.count:
             raise ValueError("count is 0; render at least one good clip, or set source to folder")
         return self

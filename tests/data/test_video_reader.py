@@ -227,6 +227,17 @@ def test_a_file_cut_anywhere_is_unreadable(tmp_path: Path, part: float, index: s
         video_reader.probe_video(path)
 
 
+@pytest.mark.parametrize("lost", [1, 200, 2000])
+@pytest.mark.parametrize(("container", "codec"), [("matroska", "libx264"), ("webm", "libvpx-vp9")])
+def test_a_matroska_file_that_lost_its_last_bytes_is_cut_off(tmp_path: Path, container: str, codec: str, lost: int) -> None:
+    path = tmp_path / "a.mkv"
+    write_film(path, container, codec, Fraction(25), range(300))
+    assert video_reader.read_segment_end(path) == path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(ValueError, match=r"a\.mkv is (cut off: its header promises \d+ bytes, \d+ are there|damaged)"):
+        video_reader.probe_video(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a video\n" * 500, bytes(10_000)])
 def test_other_files_are_no_videos(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.mp4").write_bytes(content)
@@ -247,7 +258,7 @@ class TestRealClips:
         assert frames.shape == (165, 32, 56, 3) and frames.std() > 20
         cut = tmp_path / "cut.mkv"
         cut.write_bytes(path.read_bytes()[: path.stat().st_size * 8 // 10])
-        with pytest.raises(ValueError, match=r"cut\.mkv is cut off: its header promises [\d.]+ s, [\d.]+ s are there"):
+        with pytest.raises(ValueError, match=r"cut\.mkv (is cut off: its header promises \d+ bytes, \d+ are there|is damaged)"):
             video_reader.probe_video(cut)
 
     def test_two_streams(self) -> None:
