@@ -53,7 +53,7 @@ class _KnownStages:
         return schema | ({"enum": names} if names else {})
 
 
-Profile = Literal["params.yaml", "tiny", "smoke", "wan-1.3b"]
+Profile = Literal["params.yaml", "tiny", "smoke", "small", "wan-1.3b"]
 StageName = Annotated[str, StringConstraints(pattern=STAGE), _KnownStages()]
 Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
 Overrides = Annotated[list[Override], Field(max_length=50), AfterValidator(_refuse_unreadable)]
