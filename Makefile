@@ -20,10 +20,10 @@ INSTALL = $(LOCKED) sh -c 'log=$(VENV)/pip.log; : > $$log; packages=$(VENV)/lib/
   $(PIP) --requirement requirements/$(1).txt > $$log; code=$$?; kill $$!; exit $$code'
 
 .DEFAULT_GOAL := help
-.PHONY: help repro control test test-quick test-system test-week bench lint up down deploy deepspeed
+.PHONY: help repro control study evidence test test-quick test-system test-week bench lint up down deploy deepspeed
 
 help: ## what can be made
-	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|wan-1.3b]"
+	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|small|wan-1.3b]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 
 repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke writes params.yaml first (smoke: 5 minutes)
@@ -32,6 +32,12 @@ repro: $(VENV)/.cpu ## the whole pipeline, from clips to report; PROFILE=smoke w
 
 control: $(VENV)/.cpu ## after repro: stage 2 with a memoryless teacher, and the paired comparison (tiny: 10 minutes)
 	@$(RUN) python -m tasks control
+
+study: $(VENV)/.cpu ## the planned trainings of study/plan.yaml that are missing, after a forecast of the hours; goes on where it stopped
+	@$(RUN) python -P -m study $(if $(PROFILE),--profile $(PROFILE)) run
+
+evidence: $(VENV)/.cpu ## docs/evidence.md from the committed cells in study/cells
+	@$(RUN) python -P -m study page
 
 test: $(VENV)/.dev ## the tests, by three processes on two cores, because many wait; WORKERS=6 on four
 	@$(RUN) python -m pytest $(SIDE_BY_SIDE)

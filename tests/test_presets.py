@@ -240,7 +240,7 @@ def test_a_preset_takes_tau_guidance_and_sizes_from_the_profile(profile: str, mo
 
 def test_cf_default_is_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for profile in ("tiny", "smoke", "wan-1.3b"):
+    for profile in ("tiny", "smoke", "small", "wan-1.3b"):
         plain = read_yaml(ROOT / f"profiles/{profile}.yaml")
         stated = preset.apply_preset(plain, "cf_default")
         assert {key: value for key, value in stated.items() if key != "generate"} == {k: v for k, v in plain.items() if k != "generate"}

@@ -5,8 +5,8 @@ The caption names the sprite's colour and shape, the sky and the speed. The capt
 random colours, because then a landmark that returns to view in its old colour shows that the model remembered it. The heading is the
 place in the panorama of the picture's left edge; every frame shows it, because the strip at the bottom has another hue at each place.
 The sprite moves within the picture and does not follow the camera. On the path `orbit` the camera goes round and round instead of back
-and forth, so that almost all it sees was seen before and went out of sight: only a long memory knows it. Lengths are in units of 1/32 of the picture's height, so that a world
-looks the same at every size.
+and forth, so that almost all it sees was seen before and went out of sight: only a long memory knows it. Lengths are in units of 1/32 of
+the picture's height, so that a world looks the same at every size.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class _KnownStages:
         return schema | ({"enum": [*self.first, *names]} if names else {})
 
 
-Profile = Literal["params.yaml", "tiny", "smoke", "wan-1.3b"]
+Profile = Literal["params.yaml", "tiny", "smoke", "small", "wan-1.3b"]
 StageName = Annotated[str, StringConstraints(pattern=STAGE), _KnownStages()]
 FirstStage = Annotated[str, StringConstraints(pattern=f"^{BEGINNING}$|{STAGE}"), _KnownStages(BEGINNING)]
 LastStage = Annotated[str, StringConstraints(pattern=f"^{END}$|{STAGE}"), _KnownStages(END)]

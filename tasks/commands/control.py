@@ -15,6 +15,7 @@ from typing import Any
 
 from cf_model.evaluate.report import Results, format_number
 from cf_model.evaluate.run_comparison import list_differences
+from tasks.files.atomic import delete_path
 from tasks.files.json_lines import write_json
 from tasks.params.yaml_file import Refused, read_yaml, write_yaml
 from tasks.report import read_results
@@ -67,11 +68,10 @@ def make_control(root: Path, folder: Path) -> None:
 def run_stage(folder: Path, stage: str, **paths: Path) -> None:
     """Run a stage in `folder`; raises Refused where it fails, because it has said why."""
     options = [word for name, path in paths.items() for word in (f"--{name.replace('_', '-')}", str(path))]
-    if Path(paths["out"]).exists():
-        shutil.rmtree(paths["out"])
+    delete_path(paths["out"])
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "WANDB_MODE": "disabled"}
     if subprocess.run([sys.executable, "-m", "tasks", stage, *options], cwd=folder, env=environment).returncode:
-        raise Refused(f"the control's {stage} failed, see above; say `make control` again to go on")
+        raise Refused(f"{stage} failed in {folder}, see above; the same command goes on from there")
 
 
 def compare_students(root: Path, folder: Path) -> list[dict[str, Any]]:

@@ -90,7 +90,8 @@ def _list_keys(schema: dict[str, Any], node: dict[str, Any], loc: tuple[Any, ...
         return [name for branch in node["anyOf"] for name in _list_keys(schema, branch, loc)]
     if not loc:
         return list(node.get("properties", {}))
-    inner = node.get("properties", {}).get(loc[0]) or node.get("additionalProperties")
+    named = node.get("additionalProperties") or next(iter(node.get("patternProperties", {}).values()), None)  # the user names the keys
+    inner = node.get("properties", {}).get(loc[0]) or named
     # The location of an error also names the branch of a union, which is no key of the file: such a part is skipped.
     return _list_keys(schema, inner, loc[1:]) if isinstance(inner, dict) else _list_keys(schema, node, loc[1:])
 

@@ -74,7 +74,7 @@ def test_a_run_says_it_once_and_a_resumed_run_does_not_say_it_again(tmp_path: Pa
     assert "critic_loss is 9 at step 3" in capsys.readouterr().err, "it had not happened before that checkpoint"
 
 
-@pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
+@pytest.mark.parametrize("profile", ["tiny", "smoke", "small", "wan-1.3b"])
 def test_every_profile_watches_the_critic_and_the_memory(profile: str):
     watched = {rule.curve for rule in load.load_params(ROOT / f"profiles/{profile}.yaml").watch}
     assert {"critic_loss", "similarity/q50", "loss", "clipped"} <= watched

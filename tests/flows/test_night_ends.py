@@ -128,7 +128,7 @@ def test_what_origin_took_meanwhile_is_known_at_the_end(repo: Path, two: Path) -
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
+@pytest.mark.parametrize("profile", ["tiny", "smoke", "small", "wan-1.3b"])
 def test_one_value_is_one_line_of_params_yaml(profile: str, tmp_path: Path) -> None:
     place, before = tmp_path / "params.yaml", (ROOT / f"profiles/{profile}.yaml").read_text()
     place.write_text(before)

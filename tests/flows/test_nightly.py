@@ -145,7 +145,7 @@ def test_one_night_at_a_time(repo: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
-@pytest.mark.parametrize("profile", ["tiny", "smoke", "wan-1.3b"])
+@pytest.mark.parametrize("profile", ["tiny", "smoke", "small", "wan-1.3b"])
 def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: Path) -> None:
     """Of the real dvc.yaml: every option that the stages have, with absolute paths, and only the given ones changed."""
     stated = overrides.parse_params((ROOT / f"profiles/{profile}.yaml").read_text())

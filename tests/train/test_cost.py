@@ -53,7 +53,7 @@ def wan_costs() -> ModelCosts:
 # -------------------------------------------------------------------------------------- against what PyTorch counts
 
 
-@pytest.mark.parametrize("profile", ["tiny", "smoke"])
+@pytest.mark.parametrize("profile", ["tiny", "smoke", "small"])
 def test_parameters_are_those_of_the_model(profile: str) -> None:
     costs = plan.estimate_costs(load.load_params(ROOT / f"profiles/{profile}.yaml"))
     made = model(costs)
