@@ -3,6 +3,7 @@
 Among rendered clips there are bad ones on purpose ("planted"), so that tests and the report can say whether the stage filter finds them.
 """
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -12,11 +13,15 @@ import numpy as np
 
 from cf_model.data import worlds
 from cf_model.data.planted import WORSE_CRF, WRONG_FPS, draw_kinds, render_kind
-from cf_model.data.video import UNREADABLE_WIDTHS, read_video, write_video
+from cf_model.data.video import write_video
+from cf_model.data.video_reader import read_video
 from tasks.files.json_lines import Row, dump_json_lines
-from tasks.files.videos import VIDEO_SUFFIXES, list_videos
+from tasks.files.texts import read_text_file
+from tasks.files.videos import VIDEO_SUFFIXES, look_for_videos
 from tasks.params.schema import Params
 from tasks.runner.track import Track
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # not the clip's
 
 
 def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
@@ -42,7 +47,7 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
     for i, kind in enumerate(kinds):
         # Each clip has two seeds of worlds for itself, because a hard cut needs a second world. Each value of params.seed has a million
         # seeds of worlds, so runs of different seeds share none.
-        world, other = (worlds.draw_world(params.seed * 1_000_000 + 2 * i + j) for j in range(2))
+        world, other = (worlds.draw_world(params.seed * 1_000_000 + 2 * i + j, clips.worlds) for j in range(2))
         row = make_row(f"{i:05d}", ".mp4", world.caption, planted=kind)
         path, crf = out / row["file"], clips.crf
         if kind == "duplicate":
@@ -63,13 +68,11 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
 
 
 def check_size(params: Params) -> None:
-    """Raise ValueError for a size that a world cannot be rendered in, or that decord would read wrongly."""
+    """Raise ValueError for a size that a world cannot be rendered in."""
     height, width = params.video.height, params.video.width
-    if height % 32 or width % 2 or width in UNREADABLE_WIDTHS:
-        raise ValueError(
-            f"video.height is {height} and video.width {width}; a world's height is a multiple of 32, "
-            f"its width even and none of {sorted(UNREADABLE_WIDTHS)}, which decord misreads: use 32 and 32"
-        )
+    if height % 32 or width % 2:
+        sizes = f"video.height is {height} and video.width {width}"
+        raise ValueError(f"{sizes}; a world's height is a multiple of 32, its width even: use 32 and 32")
 
 
 def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
@@ -77,31 +80,53 @@ def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
     folder = params.clips.folder
     if folder is None or not folder.is_dir():
         raise ValueError(f"clips.folder is {folder}, which is no folder; name one with videos, or set clips.source to worlds")
-    files = list_videos(folder)
-    if not files:
-        raise ValueError(f"clips.folder is {folder}, which has no video ({' '.join(VIDEO_SUFFIXES)}); put some there, or name another")
-    progress = track.progress(len(files), unit="clip")
-    for file in files:
-        source = file.relative_to(folder).as_posix()
+    found = look_for_videos(folder)
+    left_out = {print_name(file.relative_to(folder)): why for file, why in found.left_out.items()}
+    if not found.videos:
+        others = f" ({next(iter(left_out))} {next(iter(left_out.values()))})" if left_out else ""
+        endings = " ".join(VIDEO_SUFFIXES)
+        raise ValueError(f"clips.folder is {folder}, which has no video ({endings}){others}; put some there, or name another")
+    progress = track.progress(len(found.videos), unit="clip")
+    for file in found.videos:
+        source = print_name(file.relative_to(folder))
         # The id is a hash of the file's path in the folder, because the id decides whether a clip is held out, and a new file must not
         # move other clips.
         name = hashlib.sha256(source.encode()).hexdigest()[:12]
-        row = make_row(name, file.suffix.lower(), read_caption(file), source=source)
-        # Choice: copied, not linked, because DVC makes files in its cache read-only, and through a link also the user's own file.
-        shutil.copyfile(file, out / row["file"])
+        row = make_row(name, file.suffix.lower(), "", source=source) | read_caption(file)
+        try:
+            # Choice: copied, not linked, because DVC makes files in its cache read-only, and through a link also the user's own file.
+            shutil.copyfile(file, out / row["file"])
+        except OSError as error:
+            if error.errno in DISK_FAULTS:
+                raise ValueError(f"{source} could not be copied to {out}: {error.strerror}; make room there") from None
+            left_out[source] = f"can't be read ({error.strerror})"
+            (out / row["file"]).unlink(missing_ok=True)
+            continue
         progress.update()
         yield row
+    (out / "left_out.jsonl").write_text(dump_json_lines({"source": name, "why": why} for name, why in left_out.items()), encoding="utf-8")
 
 
-def read_caption(file: Path) -> str:
-    """Read FILE.txt beside FILE.mp4, or else take the words of the file's name; an empty FILE.txt raises ValueError."""
+def print_name(path: Path) -> str:
+    """Return a path as text that JSON can hold, also where it is not UTF-8."""
+    return path.as_posix().encode(errors="backslashreplace").decode()
+
+
+def read_caption(file: Path) -> Row:
+    """Read FILE.txt beside FILE.mp4, or else take the words of the file's name.
+
+    Beside the caption, `note` says if it was in another encoding than UTF-8, and `refused` why the clip can't be used for its caption.
+    """
     beside = file.with_suffix(".txt")
     if not beside.is_file():
-        return " ".join(file.stem.replace("-", " ").replace("_", " ").split())
-    words = beside.read_text(encoding="utf-8-sig", errors="replace").split()
-    if not words:
-        raise ValueError(f"{beside} is empty; write {file.name}'s caption in it, or delete it to use the name")
-    return " ".join(words)
+        return {"caption": " ".join(print_name(Path(file.stem)).replace("-", " ").replace("_", " ").split())}
+    try:
+        text, encoding = read_text_file(beside)
+    except (OSError, ValueError) as error:
+        return {"refused": str(error)}
+    if not text.split():
+        return {"refused": f"{beside.name} is empty; write {print_name(Path(file.name))}'s caption in it, or delete it to use the name"}
+    return {"caption": " ".join(text.split())} | ({"note": f"caption read as {encoding}"} if encoding else {})
 
 
 def make_row(name: str, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:

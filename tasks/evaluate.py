@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from cf_model.data.video import read_video
+from cf_model.data.video_reader import read_video
 from cf_model.evaluate import scores
 from cf_model.evaluate.statistics import bootstrap
 from tasks.files.json_lines import dump_json_lines, read_json_lines

@@ -13,7 +13,6 @@ import yaml
 from cf_model.evaluate import figures, page
 from cf_model.evaluate import report as tables
 from cf_model.evaluate.report import SUITES, Results
-from cf_model.evaluate.trouble import find_troubles
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params
 from tasks.parts.systems import as_trained
@@ -73,8 +72,7 @@ def run(
     stated = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
     recipes = {suite: {name: as_trained(params, system) for name, system in systems.items()} for suite, systems in stated.items()}
     present = {suite: page.systems_of(suite, systems, index, values) for suite, systems in recipes.items()}
-    names = [name for name in dict.fromkeys(present["prompts"] + present["continuations"]) if name != "real"]
-    colours = {name: figures.PALETTE[k % len(figures.PALETTE)] for k, name in enumerate(names)} | {"real": figures.GREY}
+    colours = page.choose_colours(present["prompts"] + present["continuations"])
     roles = {suite: page.by_weights(systems, present[suite]) for suite, systems in recipes.items()}
     stages = {weights: {suite: role[weights] for suite, role in roles.items() if weights in role} for weights in ("stage1", "stage2")}
     student = next((roles["prompts"][w] for w in ("stage2", "stage1", "causal_init", "base") if w in roles["prompts"]), None)
@@ -84,8 +82,7 @@ def run(
     manifest = read_json_lines(data, missing_ok=True)
     made = read_json_lines(clips / "clips.jsonl", missing_ok=True) if clips else []
     training = read_training(models)
-    broken = {stage: find_troubles(training.get(stage, []), params.watch) for stage in page.STAGES}
-    troubles = {stage: sentences for stage, sentences in broken.items() if sentences}
+    troubles = page.list_troubles(training, params.watch)
     contents = {
         "params": params,
         "troubles": troubles,

@@ -58,7 +58,7 @@ def test_videos_of_every_ending_are_counted(tiny: schema.Params, tmp_path: Path)
     (tmp_path / "text.txt").touch()
     (tmp_path / "folder.mp4").mkdir()
     stated = tiny.model_copy(update={"clips": tiny.clips.model_copy(update={"source": "folder", "folder": tmp_path})})
-    assert plan.count_clips(stated) == len(VIDEO_SUFFIXES) == 11
+    assert plan.count_clips(stated) == len(VIDEO_SUFFIXES) == 15
 
 
 def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ A video model is trained on these clips, and metrics (cf_model/evaluate/oracle.p
 The caption names the sprite's colour and shape, the sky and the speed. The caption never names the landmarks, which are hills of
 random colours, because then a landmark that returns to view in its old colour shows that the model remembered it. The heading is the
 place in the panorama of the picture's left edge; every frame shows it, because the strip at the bottom has another hue at each place.
-The sprite moves within the picture and does not follow the pan. Lengths are in units of 1/32 of the picture's height, so that a world
+The sprite moves within the picture and does not follow the camera. On the path `orbit` the camera goes round and round instead of back
+and forth, so that almost all it sees was seen before and went out of sight: only a long memory knows it. Lengths are in units of 1/32 of the picture's height, so that a world
 looks the same at every size.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -32,6 +34,8 @@ SKIES = {  # top and bottom of the gradient
 }
 SHAPES = ("disc", "bar", "post")
 SPEEDS = {"slow": 5.5, "fast": 10.0}  # units a second
+ORBIT_SPEEDS = {"slow": (8.0, 10.0), "fast": (10.0, 12.0)}  # least and most units a second
+BURST = (3.0, 6.0)  # least and most seconds of a rest and the rush after it
 PANORAMA = 96  # units around the whole circle
 LANDMARKS = 8  # number of hills around the circle
 SCENE = 24  # height of sky, hills and sprite together, in units; the strip of hues, the compass, has the other 8
@@ -40,6 +44,17 @@ SKY_ROWS = slice(1, 7)
 SPRITE_ROWS = slice(1, 12)
 LANDMARK_ROWS = slice(16, 23)
 COMPASS_ROWS = slice(25, 31)
+
+
+@dataclass(frozen=True)
+class WorldSpec:
+    """How the camera moves in all worlds of a set. Worlds of the same seed have the same landmarks, sprite and sky in every set."""
+
+    path: Literal["pan", "orbit"]  # back and forth over a part of the circle, or round and round
+    motion: Literal["steady", "bursty"]  # bursty: a third of the time the camera rests, then it makes up for that
+
+
+PLAIN = WorldSpec(path="pan", motion="steady")
 
 
 @dataclass(frozen=True)
@@ -56,17 +71,32 @@ class World:
     amplitude: float  # peak of the pan before its corners are rounded, in units; the camera swings 0.84 of it to each side
     phase: float  # of the pan at second 0, in radians
     path: tuple[float, float, float, float]  # of the sprite: frequencies in x and y (Hz), phases in x and y (radians)
+    turn: float = 0.0  # of an orbit: units a second, negative to the left; 0: the camera pans
+    burst: tuple[float, float] | None = None  # of a bursty camera: seconds of rest and rush together, and the share gone by second 0
 
     @property
     def caption(self) -> str:
         """The clip's caption, which is the prompt for a video of this world: sprite, sky and speed, but never the landmarks."""
-        return f"a {self.colour} {self.shape} in the {self.sky}, the camera pans {self.speed}"
+        verb = "circles" if self.turn else "pans"
+        return f"a {self.colour} {self.shape} in the {self.sky}, the camera {verb} {self.speed}"
+
+    def camera_seconds(self, seconds: np.ndarray) -> np.ndarray:
+        """Return how long a steady camera would have moved by these times: a bursty one rests in the first third of a burst."""
+        if self.burst is None:
+            return seconds
+        length, gone = self.burst
+        bursts = np.append(seconds / length + gone, gone)  # the last one is second 0
+        done = np.floor(bursts) + np.maximum(0, 1.5 * (bursts % 1) - 0.5)
+        return length * (done[:-1] - done[-1])
 
     def heading(self, seconds: np.ndarray) -> np.ndarray:
         """Return the place of the picture's left edge at these times (seconds), in units, not wrapped to 0..PANORAMA.
 
-        The pan is a triangle wave of slope SPEEDS[speed]; the factor 0.97 rounds its corners.
+        The pan is a triangle wave of slope SPEEDS[speed]; the factor 0.97 rounds its corners. An orbit is a straight line.
         """
+        seconds = self.camera_seconds(seconds)
+        if self.turn:
+            return self.centre + self.turn * seconds
         swing = np.sin(self.phase + seconds * SPEEDS[self.speed] / self.amplitude * np.pi / 2)
         return self.centre + self.amplitude * 2 / np.pi * np.arcsin(0.97 * swing)
 
@@ -83,25 +113,31 @@ class World:
         }
 
 
-def draw_world(seed: int) -> World:
+def draw_world(seed: int, spec: WorldSpec = PLAIN) -> World:
     """Choose a world at random; the same seed gives the same world."""
     rng = np.random.default_rng(seed)
+    moves = np.random.default_rng((seed, 1))  # of its own, so that orbits and bursts change nothing else of a world
 
     def pick(names: Iterable[str]) -> str:
         names = tuple(names)
         return str(names[rng.integers(len(names))])
 
+    colour, shape, sky, speed = pick(COLOURS), pick(SHAPES), pick(SKIES), pick(SPEEDS)
+    turn = float(moves.uniform(*ORBIT_SPEEDS[speed]) * moves.choice([-1, 1]))
+    burst = (float(moves.uniform(*BURST)), float(moves.uniform(0, 1)))
     return World(
         seed=seed,
-        colour=pick(COLOURS),
-        shape=pick(SHAPES),
-        sky=pick(SKIES),
-        speed=pick(SPEEDS),
+        colour=colour,
+        shape=shape,
+        sky=sky,
+        speed=speed,
         landmarks=tuple(pick(COLOURS) for _ in range(LANDMARKS)),
         centre=float(rng.uniform(0, PANORAMA)),
         amplitude=float(rng.uniform(22, 30)),
         phase=float(rng.uniform(0, 2 * np.pi)),
         path=(float(rng.uniform(0.08, 0.16)), float(rng.uniform(0.08, 0.16)), *rng.uniform(0, 2 * np.pi, 2).tolist()),
+        turn=turn if spec.path == "orbit" else 0.0,
+        burst=burst if spec.motion == "bursty" else None,
     )
 
 

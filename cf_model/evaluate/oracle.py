@@ -282,3 +282,17 @@ def select_slow_columns(
         here = units[start + k]  # [W, units]
         chosen[k] = before[here].all(axis=1) & (held[here].mean(axis=1) <= 0.5)
     return chosen
+
+
+def measure_slow_share(heading: Float[np.ndarray, " V"], *, start: int, target: int, sink: int, fast: int, time: int) -> float:
+    """Measure how much of a window only the slow part can know: seen before the window, but then in neither sink nor fast part.
+
+    `heading` is that of each video frame, in units; a picture is 32 units wide; latent k is video frame k `time`. The window is the
+    `target` latent frames from `start` on, all of its columns together.
+    """
+    left = np.floor(heading[::time]).astype(int)  # of each latent, [F]
+    seen = (left[:, None] + np.arange(32)) % worlds.PANORAMA  # [F, 32]
+    before, held = np.zeros(worlds.PANORAMA, bool), np.zeros(worlds.PANORAMA, bool)
+    before[seen[:start].ravel()] = True
+    held[seen[:sink].ravel()] = held[seen[max(0, start - fast) : start].ravel()] = True
+    return float((before & ~held)[seen[start : start + target]].mean())

@@ -11,6 +11,7 @@ from . import figures
 from . import report as tables
 from .figures import Row
 from .report import SUITES, Results
+from .trouble import CurveRule, find_troubles
 
 Curves = Mapping[tuple[str, str, str], Any]  # suite, system, metric -> lists of second, mean, low and high
 STAGES = {
@@ -45,6 +46,18 @@ class System(Protocol):
 def stage_order(name: str) -> tuple[int, str]:
     """Return the sort key that brings stages into running order, unknown names last."""
     return (list(STAGES).index(name) if name in STAGES else len(STAGES), name)
+
+
+def choose_colours(systems: Sequence[str]) -> dict[str, str]:
+    """Return a colour for each system, the real clips grey."""
+    names = [name for name in dict.fromkeys(systems) if name != "real"]
+    return {name: figures.PALETTE[k % len(figures.PALETTE)] for k, name in enumerate(names)} | {"real": figures.GREY}
+
+
+def list_troubles(training: Mapping[str, Sequence[Row]], rules: Sequence[CurveRule]) -> dict[str, list[str]]:
+    """Return the sentences about curves that left their bounds, by stage in running order."""
+    found = {stage: find_troubles(training.get(stage, []), rules) for stage in STAGES}
+    return {stage: sentences for stage, sentences in found.items() if sentences}
 
 
 def draw_curves(curves: Curves, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:

@@ -114,7 +114,8 @@ class TokenNorm(nn.RMSNorm):
     def forward(self, x: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L ND"]:
         """Return x / sqrt(mean(x²) + eps), scaled by the weight."""
         if not is_plain_pass(x):
-            return super().forward(x)
+            # under autocast x is bfloat16 and the weight float32, and torch has a fused kernel only where the two are equal
+            return super().forward(x.to(self.weight.dtype))
         # [B, L, 1]
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x * length.square().div(x.shape[-1]).add(self.eps).rsqrt() * self.weight

@@ -1,4 +1,4 @@
-"""What bfloat16 products and checkpoints need of diffusers' layers: float32 time embedding, norms, copies of weights, blocks."""
+"""What bfloat16 products and checkpoints need of diffusers' layers: float32 time embedding, copies of weights, blocks."""
 
 from __future__ import annotations
 
@@ -21,19 +21,11 @@ class TimeLinear(nn.Linear):
 
 def prepare_layers(transformer: Any, *, checkpointing: bool) -> None:
     """Change a diffusers transformer's layers in place as this file says; its weights and their names stay."""
-    # under autocast a norm's input is bfloat16 and its weights are float32
-    for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
-        norm.register_forward_pre_hook(widen_input)
     times = transformer.condition_embedder
     for linear in (times.time_embedder.linear_1, times.time_embedder.linear_2, times.time_proj):
         linear.__class__ = TimeLinear
     if checkpointing:
         transformer.enable_gradient_checkpointing(checkpoint_block)
-
-
-def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cast a norm's input to its weight's type, because torch has a fused kernel only where the two are equal."""
-    return tuple(x.to(norm.weight.dtype) for x in inputs)
 
 
 def checkpoint_block(block: Any, *inputs: Any) -> Tensor:

@@ -14,7 +14,7 @@ from tasks.files.json_lines import write_json
 from tasks.files.trees import list_nodes
 from tasks.files.words import count_things
 
-# metrics of tasks/evaluate.py that compare a video with what its clip was rendered from
+# metrics of the stage evaluate (cf_model/evaluate/scores.py) that compare a video with what its clip was rendered from
 NEED_TRUTH = (
     *("compass_coherence", "diversity", "heading_perplexity", "headings_covered", "jitter", "map_error", "map_error_absent"),
     *("map_error_recent", "memory_ratio", "other_heading", "same_heading", "shape_accuracy", "sky_accuracy", "sky_error", "speed"),

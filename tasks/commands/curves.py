@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from cf_model.evaluate.text_curves import average_neighbours, draw_line
+
 from tasks.files.json_lines import read_json_lines
 from tasks.params.yaml_file import Refused
 

@@ -12,8 +12,9 @@ LAION's aesthetic head is not on the Hub: --head FILE takes sa_0_4_vit_l_14_line
 
 
 def main(argv: list[str]) -> None:
-    from cf_model.metrics.encoders import PINNED, save_head
     from cf_model.metrics.fetch import fetch_role
+
+    from cf_model.metrics.encoders import PINNED, save_head
 
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("cf fetch-weights", description=__doc__, epilog=EPILOG, formatter_class=form)

@@ -106,50 +106,47 @@ def score_rows(
     args: argparse.Namespace, rows: list[dict[str, Any]], networks: "Networks", judge: "Judge | None"
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the cells of each video; a video that can't be scored has one cell, without a metric, that says why."""
-    from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
-    from cf_model.data.video import probe_video
+    from cf_model.data.subprocess_reader import StreamingReader, Unreadable, read_in_subprocess
+    from cf_model.data.video_reader import probe_video, read_pieces
     from cf_model.metrics.trace import describe_weights
 
     weights = describe_weights(networks)
-    # A file that crashes its reader costs a child process only, which decodes it before this process does.
+    # A file that crashes its reader costs a child process only: one decodes it to its end, another hands over its frames.
     paths = [args.videos / row["file"] for row in rows]
-    for index, answer in read_in_subprocess(check_readable, paths, workers=1, timeout=args.timeout):
-        row, path = rows[index], paths[index]
-        key = {"video": row["file"], **{name: row[name] for name in COPIED if name in row}}
-        try:
-            if isinstance(answer, Unreadable):
-                raise ValueError(answer.sentence)
-            facts = probe_video(path)
-            stated = row.get("fps")
-            if stated and abs(stated - facts.fps) > TOLERANCE * facts.fps:
-                raise ValueError(
-                    f"{path.name} has {facts.fps:g} frames a second and the manifest says {stated:g}; correct the one that is wrong"
-                )
-            cells = score_file(path, facts, row, args, networks, judge)
-        except ValueError as error:
-            yield [key | {"protocol": None, "metric": None, "value": None, "failed": str(error)}]
-            continue
-        facts_of_run = {"frames": cells.pop("frames"), "fps": cells.pop("fps"), "md5": hash_file(path), "weights": weights}
-        yield [key | cell | facts_of_run for cell in cells["cells"]]
+    with StreamingReader(read_pieces, timeout=args.timeout) as reader:
+        for index, facts in read_in_subprocess(probe_video, paths, workers=1, timeout=args.timeout):
+            row, path = rows[index], paths[index]
+            key = {"video": row["file"], **{name: row[name] for name in COPIED if name in row}}
+            try:
+                if isinstance(facts, Unreadable):
+                    raise ValueError(facts.sentence)
+                stated = row.get("fps")
+                if stated and abs(stated - facts.fps) > TOLERANCE * facts.fps:
+                    raise ValueError(
+                        f"{path.name} has {facts.fps:g} frames a second and the manifest says {stated:g}; correct the one that is wrong"
+                    )
+                cells = score_file(reader, path, facts, row, args, networks, judge)
+            except ValueError as error:
+                yield [key | {"protocol": None, "metric": None, "value": None, "failed": str(error)}]
+                continue
+            facts_of_run = {"frames": cells.pop("frames"), "fps": cells.pop("fps"), "md5": hash_file(path), "weights": weights}
+            yield [key | cell | facts_of_run for cell in cells["cells"]]
 
 
 def score_file(
-    path: Path, facts: Any, row: Mapping[str, Any], args: argparse.Namespace, networks: "Networks", judge: "Judge | None"
+    reader: Any, path: Path, facts: Any, row: Mapping[str, Any], args: argparse.Namespace, networks: "Networks", judge: "Judge | None"
 ) -> dict[str, Any]:
     """Decode a video once and return its cells, with its number of frames and their rate."""
-    from cf_model.data.video import read_pieces
     from cf_model.metrics import protocols
     from cf_model.metrics.trace import Tracer
 
     fps = args.fps or facts.fps
-    counted: list[int] = []
-    shape = {"height": facts.height, "width": facts.width, "fps": fps}
-    tracer = None
-    for piece in read_pieces(path, size=PIECE, cut=lambda count: counted.append(count) or count, **shape):  # type: ignore[func-returns-value]
-        tracer = tracer or Tracer(networks, frames=counted[0], **shape)
-        tracer.add(piece)
-    if tracer is None or counted[0] < 2:
+    shape, count = {"height": facts.height, "width": facts.width, "fps": fps}, facts.count_frames(fps)
+    if count < 2:
         raise ValueError(f"{path.name} has a single frame at {fps:g} fps; scores compare frames, give a video of at least 2")
+    tracer = Tracer(networks, frames=count, **shape)
+    for piece in reader.stream(path, size=PIECE, **shape):
+        tracer.add(piece)
     trace = tracer.finish()
     wanted = [one for name in args.protocol or PROTOCOLS for one in ([protocols.VBENCH] if name == "vbench" else [name])]
     prompt = row.get("prompt")
@@ -159,8 +156,3 @@ def score_file(
     return {"cells": cells, "frames": trace.frames, "fps": trace.fps}
 
 
-def check_readable(path: Path) -> int:
-    """Decode every frame of a file, small, and return their number; runs in a child process."""
-    from cf_model.data.video import read_squeezed
-
-    return read_squeezed(path, side=32)[0].frames

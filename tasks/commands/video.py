@@ -20,7 +20,8 @@ import numpy as np
 
 from cf_model.data.prompts import iterate_prompts
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
-from cf_model.data.video import VideoFacts, grow_video, growing_path, probe_video, read_video
+from cf_model.data.video import grow_video, growing_path
+from cf_model.data.video_reader import VideoFacts, probe_video, read_video
 from cf_model.timed_prompts import split_timed_prompts
 from tasks.files.atomic import open_partial, write_atomically
 from tasks.files.hashes import compute_dvc_md5

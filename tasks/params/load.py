@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cf_model.codec.interface import latent_frames
-from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.denoiser import WITHOUT_MASK
 from cf_model.model.memory import MemorySpec
 from cf_model.train.layout import TeacherLayout
@@ -108,13 +107,11 @@ def check_weights_are_named(p: Params) -> None:
 
 
 def check_picture_size(p: Params) -> None:
-    """Require whole tokens (16 pixels), whole units of a rendered world (1/32 of its height), and a width that decord reads."""
+    """Require whole tokens (16 pixels) and whole units of a rendered world (1/32 of its height)."""
     grid = 32 if p.clips.source == "worlds" else 16
     for name, value, step in (("height", p.video.height, grid), ("width", p.video.width, 16)):
         if value % step:
             raise ValueError(f"video.{name} is {value}, not a multiple of {step}; use {value // step * step + step}")
-    if p.video.width in UNREADABLE_WIDTHS:
-        raise ValueError(f"video.width is {p.video.width}, which decord can't read; use 32 or 64")
 
 
 def check_clip_lengths(p: Params) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cf_model.codec.linear import CodecSpec
+from cf_model.data.worlds import WorldSpec
 from cf_model.evaluate.trouble import CurveRule
 from cf_model.model.denoiser import Compute
 from cf_model.model.flow import Flow
@@ -45,6 +46,7 @@ class Clips(Section):
 
     source: Literal["worlds", "folder"]
     folder: Path | None  # of videos, when source is folder; FILE.txt beside FILE.mp4 is its caption
+    worlds: WorldSpec  # how the camera moves in rendered clips
     count: Count  # good clips
     bad: Count  # clips of each bad kind, planted among them
     frames: PositiveInt
@@ -64,10 +66,20 @@ class Filter(Section):
 
     min_seconds: PositiveFloat  # a clip must be longer
     min_fps: PositiveFloat
+    min_side: PositiveInt  # pixels of the shorter side
+    min_share: Share  # of the picture that is left when it covers video.height x video.width
     max_clipped: Share  # share of pixels at black or white
     min_motion: Annotated[float, Field(ge=0)]  # mean absolute difference of pictures a second apart, 0..255, median over the clip
+    max_repeats: Share  # share of frames that repeat the one before
+    max_shake: PositiveFloat  # mean change of the picture's shift from a frame to the next, in parts of its side
     max_cut: PositiveFloat  # largest lasting difference of neighbouring frames over what is usual around it
-    min_distance: Annotated[float, Field(ge=0)]  # mean absolute difference to any clip accepted before, 0..255
+    cuts: Literal["reject", "split"]  # a clip with a cut is rejected, or its parts are judged each
+    trim: Annotated[float, Field(ge=0)]  # seconds; a cut nearer than this to an end is trimmed away with what is beyond it
+    min_sharpness: Annotated[float, Field(ge=0)]  # mean absolute Laplacian of a grey picture, 0..255, median over the clip
+    max_border: Share  # share of the picture that is a black border
+    max_text: Share  # share of the picture that looks like text and stays in place
+    min_words: Count  # of the caption, without what cameras and programs call files
+    min_distance: Annotated[float, Field(ge=0)]  # mean absolute difference to a part of any clip before, or its mirror image, 0..255
     heldout: Count  # accepted clips that no training stage reads; the evaluation takes prompts and prefixes from them
     workers: PositiveInt  # processes that read files
     timeout: PositiveFloat  # seconds that one file may take to be read

@@ -53,12 +53,15 @@ class LocalRun:
 
 
 def list_runs(root: Path) -> list[LocalRun]:
-    """List the runs of WANDB_DIR, of this checkout and of its worktrees by start: what made an artifact comes before what used it."""
+    """List the runs of WANDB_DIR, of this checkout and of its worktrees: what made an artifact comes before what used it.
+
+    By the times of their folders, because their names have local times, which come twice when clocks are set back.
+    """
     homes = [Path(os.environ.get("WANDB_DIR") or root / "runtime"), root / "runtime", *sorted(root.glob(".runs/*/runtime"))]
     places = dict.fromkeys(home.resolve() / "wandb" for home in homes)
     named = [(folder, re.fullmatch(r"(offline-)?run-([^-]+)-(.+)", folder.name)) for place in places for folder in place.glob("*run-*-*")]
     runs = [LocalRun(folder, bool(match[1]), match[2], match[3]) for folder, match in named if match]
-    return sorted(runs, key=lambda run: (run.start, run.folder.stat().st_mtime))
+    return sorted(runs, key=lambda run: (run.folder.stat().st_mtime_ns, run.start))
 
 
 def send_run(run: LocalRun, seconds: float) -> None:
