@@ -53,14 +53,16 @@ def measure(seconds: float, out: Path) -> dict[str, Any]:
 
     pipe, start, began, cpu = model(), resident(), time.perf_counter(), time.process_time()
     samples: list[tuple[float, float, int]] = []  # seconds of video, MiB, promotions
-    shown, promoted, full = 0, [], None
+    shown, promoted, full, first, chunks = 0, [], None, None, 0
 
     def frames() -> Iterator[Any]:
-        nonlocal shown, full
+        nonlocal shown, full, first, chunks
         for number, chunk in enumerate(pipe.chunks("a red disc over hills", seconds=seconds)):
+            first = first or (time.perf_counter() - began, time.process_time() - cpu)
             promoted.extend([round(shown / pipe.recipe.fps, 2)] * len(chunk.promoted))
             if full is None and len(chunk.context["slow"]) == pipe.recipe.memory.slow:
                 full = round(shown / pipe.recipe.fps, 2)
+            chunks = number + 1
             yield from chunk.frames
             shown += len(chunk.frames)
             if number % EVERY == EVERY - 1:
@@ -68,11 +70,14 @@ def measure(seconds: float, out: Path) -> dict[str, Any]:
 
     count = grow_video(out, frames(), fps=pipe.recipe.fps, crf=16)
     wall, spent = time.perf_counter() - began, time.process_time() - cpu
-    assert count == seconds * pipe.recipe.fps
+    assert count == seconds * pipe.recipe.fps and first
     return {
         "seconds": seconds,
         "start_mib": round(start, 1),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "first_frame_seconds": round(first[0], 3),
+        "first_frame_cpu_seconds": round(first[1], 3),
+        "cpu_ms_a_chunk": round(1000 * (spent - first[1]) / max(1, chunks - 1), 1),
         "wall_seconds": round(wall, 2),
         "cpu_seconds": round(spent, 2),
         "video_seconds_per_cpu_second": round(seconds / spent, 3),
