@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from cf_model.data.filter import list_bounds
 from cf_model.evaluate import figures, page
 from cf_model.evaluate import report as tables
 from cf_model.evaluate.report import SUITES, Results
+from cf_model.evaluate.rule_histograms import describe_rules
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params
 from tasks.parts.systems import as_trained
@@ -102,7 +104,7 @@ def run(
         "teachers": tables.compare_memories(values, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
         "training": page.draw_training(training),
         "pipeline": page.list_stages(read_metrics(metrics)),
-        "filter": page.summarise_filter(manifest, made),
+        "filter": page.summarise_filter(manifest, made) | {"rules": describe_rules(manifest, list_bounds(params.filter))},
         # Where a run is tracked changes no result, so it must not change the page.
         "yaml": yaml.safe_dump(params.model_dump(mode="json", exclude={"tracking", "nightly"}), sort_keys=False, allow_unicode=True),
     }

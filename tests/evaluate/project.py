@@ -44,6 +44,7 @@ def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["m
         profile=profile,
         seed=7,
         watch=list(tiny.watch),
+        filter=tiny.filter,
         video=types.Video(height=32, width=32, fps=FPS),
         clips=types.Clips.model_construct(source=source, folder=None),
         teacher=tiny.teacher,
