@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?=
 WORKERS ?= 3
+BENCH ?= all
 # a file's tests stay together, for what they share, and the files come in the order of tests/conftest.py: what takes longest first
 SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 RUN = env PATH="$(abspath $(VENV))/bin:$$PATH"
@@ -19,7 +20,7 @@ INSTALL = $(LOCKED) sh -c 'log=$(VENV)/pip.log; : > $$log; packages=$(VENV)/lib/
   $(PIP) --requirement requirements/$(1).txt > $$log; code=$$?; kill $$!; exit $$code'
 
 .DEFAULT_GOAL := help
-.PHONY: help repro control study evidence test test-quick test-system test-week lint up down deploy deepspeed
+.PHONY: help repro control study evidence test test-quick test-system test-week bench lint up down deploy deepspeed
 
 help: ## what can be made
 	@echo "make TARGET [PYTHON=python3.12] [PROFILE=tiny|smoke|small|wan-1.3b]"
@@ -59,6 +60,9 @@ deploy: $(VENV)/.cpu ## pipeline, nightly and evaluate as deployments with run f
 
 test-week: $(VENV)/.dev ## seven nights on a project of seconds, and what goes wrong in them (10 minutes; not in CI)
 	@$(RUN) python -m tests.week.week
+
+bench: $(VENV)/.dev ## every number of docs/speed.md again, on an idle machine (half an hour); BENCH=chunk for one benchmark of it
+	@$(RUN) nice python -m benchmarks $(BENCH)
 
 lint: $(VENV)/.dev ## ruff, mypy, and who may import whom
 	@$(RUN) ruff check .

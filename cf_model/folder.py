@@ -34,6 +34,8 @@ from .model.weights import check_safetensors_header
 T = TypeVar("T")
 PIPELINE_CLASS = "ContextForcingPipeline"
 RECIPE_FILE = "context_forcing.json"
+# of the pipeline, what a model is that is not the finished student
+INTERMEDIATE = {"causal_init": "which knows only real videos", "stage1": "which has learned short videos without a context"}
 EXPORT_HINT = "`cf export --to diffusers --model {} --out DIR` makes one"
 
 
@@ -217,3 +219,39 @@ for frame in pipe.stream("...", seconds=600): ...  # as they are made; memory us
 The transformer runs in any diffusers pipeline that takes a WanTransformer3DModel, but without its memory: {RECIPE_FILE} is what
 makes the difference, and only this project's pipeline reads it.
 """
+
+
+def describe_origin(model: Path, system: str, profile: str, seed: int) -> tuple[str, str]:
+    """Return two values for the model card: a sentence on how the weights were made, and the usual licence of such weights.
+
+    `system`: whose memory and rollout the model is run with; `profile` and `seed`: of the parameters.
+    """
+    file = model / "import.json"
+    if not file.is_file():
+        stage = f"the stage `{model.name}` of context-forcing's pipeline"
+        maker = stage if model.name in (*INTERMEDIATE, "stage2") else f"context-forcing (folder {model.name})"
+        made = f"By {maker}, profile `{profile}`, seed {seed}"
+        made += "." if model.name == system else f", run with the settings of `{system}`."
+        if model.name in INTERMEDIATE:
+            made += f" It is an intermediate of the pipeline, {INTERMEDIATE[model.name]}; the finished student is that of stage2."
+        return made, "Apache-2.0"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    source = Path(str(facts.get("source", "unknown"))).name
+    made = f"Not by this project: imported from {source} ({facts.get('layout', 'unknown')})"
+    return f"{made}, run with the settings of `{system}` in profile `{profile}`.", "other"
+
+
+def change_values(spec: Any, settings: list[str], where: str) -> Any:
+    """Return a dataclass with the values that KEY=VALUE settings name. A ValueError for a malformed one begins with `where`."""
+    hints, values = get_type_hints(type(spec)), asdict(spec)
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{where}{setting} has no =; write KEY=VALUE, such as interval=4")
+        kind = hints.get(name, str)
+        try:
+            values[name] = value if get_args(kind) else kind(value)
+        except ValueError:
+            number = "whole number" if kind is int else "number"
+            raise ValueError(f"{where}{setting} is no {number}; write {name}={values[name]} or the like") from None
+    return build_typed(type(spec), values, where)

@@ -77,9 +77,11 @@ class ContextForcingPipeline:
         self.device = torch.device("cpu")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, attention: Attention = "native", dtype: Precision = "float32") -> ContextForcingPipeline:
+    def from_pretrained(
+        cls, path: str | Path, attention: Attention = "native", dtype: Precision = "float32", compiled: bool = False
+    ) -> ContextForcingPipeline:
         """Load a folder that `save_pretrained` or `cf export --to diffusers` wrote; nothing is ever downloaded."""
-        return cls(*folder.load_folder(Path(path), Compute(attention, dtype, checkpointing=False)))
+        return cls(*folder.load_folder(Path(path), Compute(attention, dtype, checkpointing=False, compiled=compiled)))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a new folder in diffusers' layout, which appears under its name when it is complete."""

@@ -1,4 +1,4 @@
-"""What every command of flows/ does with a refusal, one line and no traceback, and with a number of things."""
+"""What every command of flows/ does with a refusal: one line and no traceback."""
 
 import sys
 from collections.abc import Callable
@@ -16,8 +16,3 @@ def one_line_errors(main: Callable[[list[str]], None]) -> Callable[[list[str]], 
             sys.exit(f"cf: {' '.join(str(error).split())}")
 
     return run
-
-
-def count_things(number: int, thing: str) -> str:
-    """Return a number and its noun as a person says them: `1 run`, `2 runs`, `3 processes`."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}{'es' if thing.endswith('s') else 's'}"

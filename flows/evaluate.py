@@ -22,6 +22,7 @@ from flows.run.config import Overrides, Profile, StageName, describe_parameters,
 from flows.run.frame import commit_results, name_run, run_framed
 from flows.run.repro import ask_project, check_parameters, read_checked_graph, repro_stages
 from tasks.files.atomic import delete_path
+from tasks.files.words import count_things
 from tasks.params.yaml_file import read_yaml
 
 # letters that git takes in a tag and a folder's name has: no option, no shell
@@ -133,7 +134,7 @@ def record_checkpoint(repo: Path, root: Path, checkpoint: str, stage: str, commi
     dvc_graph.freeze_stages(root, [stage])
     run_dvc(root, "commit", "--force", "--no-relink", stage)
     sizes = [file.stat().st_size for file in (root / out).rglob("*") if file.is_file()]
-    get_run_logger().info(f"{out} is {checkpoint}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
+    get_run_logger().info(f"{out} is {checkpoint}: {count_things(len(sizes), 'file')}, {sum(sizes) / 2**20:.1f} MiB")
 
 
 def _out_paths(stage: dict[str, Any], kind: str) -> list[str]:

@@ -39,7 +39,7 @@ NOTHING_NEW = "nothing new"
 STATE_NAMES = {"promoted": "Promoted", "refused": "Refused", "no good clips": "NoGoodClips", "the same again": "TheSameAgain"}
 STATE_NAMES |= {NOTHING_NEW: "NoNewData"}
 Log = Callable[[str], None]
-Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+Date = Annotated[str, Field(pattern=r"^(\d{4}-\d{2}-\d{2})?$")]  # empty and not null, because Prefect's form then shows the field at once
 
 
 @flow(
@@ -48,7 +48,7 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
     on_crashed=[reconcile.close_tasks, alerts.on_crashed],
     on_cancellation=[reconcile.close_tasks],
 )
-def nightly(date: Date | None = None, full: bool = False) -> State[None]:
+def nightly(date: Date = "", full: bool = False) -> State[None]:
     """Run one night.
 
     Args:
@@ -58,7 +58,7 @@ def nightly(date: Date | None = None, full: bool = False) -> State[None]:
     return run_framed(lambda: _run_night(date, full))
 
 
-def _run_night(date: str | None, full: bool) -> State[None]:
+def _run_night(date: str, full: bool) -> State[None]:
     repo, log = Path.cwd().resolve(), get_run_logger().info
     if not (lock := lock_night(repo)):
         return Completed(name="StillRunning", message="the night before is still at work; this one leaves it alone")
@@ -75,7 +75,7 @@ def _run_night(date: str | None, full: bool) -> State[None]:
         return Completed(name="NotPushed", message=f"{name}: {end.why}. {late}") if late else Completed(name=name, message=end.why)
 
 
-def plan_night(repo: Path, date: str | None, full: bool, log: Log) -> NightPlan:
+def plan_night(repo: Path, date: str, full: bool, log: Log) -> NightPlan:
     """Create tonight's worktree and decide whether it is a full or a warm night. Raises ValueError for settings that can't be met.
 
     Settings come from the tracked branch, and never from the working copy; the name of that branch comes from the checkout's last
@@ -113,7 +113,7 @@ def _work_through(plan: NightPlan, *, asked: bool) -> NightEnd:
             discard_worktree(plan.repo, plan.root)
             away = len(night.arrivals.turned_away)
             why = f"no new clips since {plan.past[-1].date}" if plan.past else "no clips yet"
-            return NightEnd(NOTHING_NEW, why + (f"; {away} were turned away" if away else ""), plan.date)
+            return NightEnd(NOTHING_NEW, why + (f"; {away} turned away" if away else ""), plan.date)
         prepare_start(night)
         return train_candidate(night)
 
@@ -150,7 +150,7 @@ def lock_night(repo: Path) -> AcquireReturnProxy | None:
         return None
 
 
-def check_date(date: str | None) -> None:
+def check_date(date: str) -> None:
     """Raise ValueError for a date that is not in the calendar: the form's pattern lets the 30th of February through."""
     try:
         calendar.fromisoformat(date or "2026-01-01")
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> None:
     """Run one night; print its state, or exit with one sentence when it fails."""
     about = "A night of this checkout, without a server. Its state is the last line on stdout; exit code 1 and a sentence when it failed."
     parser = argparse.ArgumentParser("python -m flows.nightly", description=about)
-    parser.add_argument("--date", help="YYYY-MM-DD; default: today, in nightly.timezone")
+    parser.add_argument("--date", default="", help="YYYY-MM-DD; default: today, in nightly.timezone")
     parser.add_argument("--full", action="store_true", help="everything anew, whatever day it is")
     args = parser.parse_args(argv)
     command.mark_environment()

@@ -22,6 +22,7 @@ from flows.run.frame import commit_results, discard_worktree, name_run, run_fram
 from flows.run.repro import VALIDATE, check_parameters, plan_stages, push_results, read_checked_graph, remote_answers, repro_stages
 from flows.run.stage_task import DONE
 from flows.supervise import command
+from tasks.files.words import count_things
 
 AS_COMMITTED = RunConfig()
 EXAMPLES = """examples:
@@ -52,7 +53,7 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
     with run_lock.hold_checkout(root, str(runtime.flow_run.id)):
         # 2. What: DVC's graph is built here, once, and handed on. Parameters that passed are not checked again.
         graph = read_checked_graph(root)
-        chosen = dvc_graph.select_stages(graph, config.stages, config.from_stage, config.to_stage)
+        chosen = config.select(graph)
         unchanged = dvc_graph.find_unchanged(root, graph, get_run_logger().warning)
         may_run = VALIDATE in {stage.name for stage in chosen} and not config.dry_run
         as_stage: dict[str, Any] = {"run": run, "repo": repo} if may_run else {}
@@ -84,21 +85,23 @@ def _run_pipeline(config: RunConfig) -> dict[str, str]:
         return states
 
 
-def find_clean_checkout(repo: Path) -> list[str]:
-    """Return the names of all stages if none of them has anything to do and no server is there to be told; else nothing.
+def find_idle_stages(repo: Path, config: RunConfig) -> list[str]:
+    """Return the names of the chosen stages if none of them has anything to do and no server is there to be told; else nothing.
 
     So a run without anything to do does not start Prefect's temporary server, which takes far longer than the question.
     """
-    if get_current_settings().api.url or not (repo / "dvc.yaml").is_file() or run_lock.find_dead_run(repo):
+    apart = config.profile != AS_COMMITTED.profile or config.overrides
+    if apart or config.push or get_current_settings().api.url or not (repo / "dvc.yaml").is_file() or run_lock.find_dead_run(repo):
         return []
     try:
         with run_lock.hold_checkout(repo):
             graph = dvc_graph.read_graph(repo)
+            names = [stage.name for stage in config.select(graph)]
             unchanged = dvc_graph.find_unchanged(repo, graph)
     except (ValueError, RuntimeError):
         return []  # the flow says it
-    names = [stage.name for stage in graph]
-    return names if unchanged == {*names} and (VALIDATE in names or not (repo / "tasks/validate.py").exists()) else []
+    checked = VALIDATE in unchanged or not (repo / "tasks/validate.py").exists()
+    return names if checked and unchanged.issuperset(names) else []
 
 
 def main(argv: list[str]) -> None:
@@ -109,8 +112,8 @@ def main(argv: list[str]) -> None:
         "profile": {"default": "params.yaml"},
         "overrides": {"action": "append", "default": [], "metavar": "KEY=VALUE"},
         "stages": {"nargs": "+", "default": [], "metavar": "STAGE"},
-        "from_stage": {"metavar": "STAGE"},
-        "to_stage": {"metavar": "STAGE"},
+        "from_stage": {"default": AS_COMMITTED.from_stage, "metavar": "STAGE"},
+        "to_stage": {"default": AS_COMMITTED.to_stage, "metavar": "STAGE"},
         "at_once": {"type": int, "default": AS_COMMITTED.at_once, "metavar": "N"},
         "dry_run": {"action": "store_true"},
         "pull": {"action": "store_true"},
@@ -121,14 +124,16 @@ def main(argv: list[str]) -> None:
         flag = flags.get(name, f"--{name.replace('_', '-')}")
         parser.add_argument(flag, dest=name, help=RunConfig.model_fields[name].description, **option)
     args = parser.parse_args(argv)
-    if argv == [] and (names := find_clean_checkout(Path.cwd())):
-        print(f"{len(names)} stages, {len(names)} done; ran: none")
-        return
-    command.mark_environment()
-    say_failures_once()
     try:
         parse_overrides(args.overrides)  # its sentences are better than those of the form's patterns
-        state = pipeline(RunConfig(**vars(args)), return_state=True)
+        config = RunConfig(**vars(args))
+        if names := find_idle_stages(Path.cwd(), config):
+            stages = count_things(len(names), "stage")
+            print(f"{stages}; would run: none" if config.dry_run else f"{stages}, {len(names)} done; ran: none")
+            return
+        command.mark_environment()
+        say_failures_once()
+        state = pipeline(config, return_state=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -141,7 +146,8 @@ def main(argv: list[str]) -> None:
     states = cast(dict[str, str], state.result())
     ran = ", ".join(stage for stage, outcome in states.items() if outcome not in ("Cached", "Restored")) or "none"
     done = sum(outcome in DONE for outcome in states.values())
-    print(f"{len(states)} stages; would run: {ran}" if args.dry_run else f"{len(states)} stages, {done} done; ran: {ran}")
+    stages = count_things(len(states), "stage")
+    print(f"{stages}; would run: {ran}" if args.dry_run else f"{stages}, {done} done; ran: {ran}")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "plan": ("tasks.commands.plan", "[--gpus 8 --gpu-memory 80]: memory, operations, hours and disk of every training stage"),
     },
     "runs": {
+        "why": ("tasks.commands.why", "FILE: what became of a file of the clips folder, rule by rule"),
         "repro": ("tasks.commands.repro", "[DVC'S OPTIONS]: `dvc repro`, with each stage's number and about how long it takes"),
         "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage logs, in the terminal, while it runs or after"),
         "control": ("tasks.commands.control", "stage 2 with a teacher that sees no context, beside this run's stage 2, video by video"),
-        "compare": ("tasks.commands.compare.page", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
+        "compare": ("tasks.commands.compare", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
         "score": ("tasks.commands.score", "--videos DIR --out FILE: VBench, the papers' windows, drift and seams, of any videos"),
         "fetch-weights": ("tasks.commands.fetch_weights", "--out DIR: the networks that `cf score` compares frames with"),
         "vbench": ("tasks.commands.vbench", "--videos DIR --manifest FILE --out DIR: in VBench's naming, for its official scripts"),
@@ -32,7 +33,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "remote": ("flows.project.dvc_remote", "add NAME URL | check | push | pull | mend: the DVC remote, by which machines hand over"),
     },
     "models": {
-        "video": ("tasks.commands.video.command", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
+        "video": ("tasks.commands.video", "--model DIR --prompt TEXT --out FILE.mp4: a video from an exported model"),
         "check-model": ("tasks.commands.check_model", "DIR [--stage stage2]: whether it is a whole model that fits params.yaml"),
         "export": ("tasks.commands.export", "--to diffusers|self-forcing --model DIR --out OUT: a folder for `cf video`; the way back"),
         "import-weights": ("tasks.commands.import_weights", "SRC --out DIR: a checkpoint of Wan, Self-Forcing and others, or a LoRA"),

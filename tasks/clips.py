@@ -3,6 +3,7 @@
 Among rendered clips there are bad ones on purpose ("planted"), so that tests and the report can say whether the stage filter finds them.
 """
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -11,27 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from cf_model.data import worlds
-from cf_model.data.video import UNREADABLE_WIDTHS, read_video, write_video
+from cf_model.data.clip_table import ClipEntry, read_clip_table
+from cf_model.data.planted import WORSE_CRF, WRONG_FPS, draw_kinds, render_kind
+from cf_model.data.video import write_video
+from cf_model.data.video_reader import read_video
 from tasks.files.json_lines import Row, dump_json_lines
-from tasks.files.videos import VIDEO_SUFFIXES, list_videos
+from tasks.files.texts import read_text_file
+from tasks.files.videos import VIDEO_SUFFIXES, look_for_videos
 from tasks.params.schema import Params
 from tasks.runner.track import Track
 
-# Kinds of bad clips that are planted, and the reason for which the stage filter should reject each. Only tests and the report may read
-# a row's `planted`, because the filter must find the bad clips from the video alone.
-PLANTED = {
-    "too_short": "too_short",
-    "frozen": "frozen",
-    "hard_cut": "hard_cut",
-    "blown_out": "clipped",
-    "duplicate": "duplicate",
-    "truncated": "unreadable",
-    "wrong_fps": "wrong_fps",
-}
-SHORT_SECONDS = 6  # length of a clip that is too short
-WRONG_FPS = 8  # frame rate of a clip that has too few frames a second
-OVEREXPOSED = 0.4  # quantile, over all frames, of each pixel's darkest channel; the pixels above it become white
-WORSE_CRF = 6  # added to clips.crf for the second encoding of a duplicate, which is then coarser than the first
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # not the clip's
 
 
 def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
@@ -41,7 +32,7 @@ def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
     rendered clips have a truth: the others show no known world, or do not show it unchanged.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = list((copy_folder if params.clips.source == "folder" else render_worlds)(params, track, out))
+    rows = list((render_worlds if params.clips.source == "worlds" else copy_folder)(params, track, out))
     (out / "clips.jsonl").write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
     return {"clips": len(rows), "planted": sum(row["planted"] is not None for row in rows)}
 
@@ -78,46 +69,11 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
 
 
 def check_size(params: Params) -> None:
-    """Raise ValueError for a size that a world cannot be rendered in, or that decord would read wrongly."""
+    """Raise ValueError for a size that a world cannot be rendered in."""
     height, width = params.video.height, params.video.width
-    if height % 32 or width % 2 or width in UNREADABLE_WIDTHS:
-        raise ValueError(
-            f"video.height is {height} and video.width {width}; a world's height is a multiple of 32, "
-            f"its width even and none of {sorted(UNREADABLE_WIDTHS)}, which decord misreads: use 32 and 32"
-        )
-
-
-def draw_kinds(count: int, bad: int, rng: np.random.Generator) -> list[str | None]:
-    """Shuffle `count` good clips (None) and `bad` clips of each kind. The first is good, because a duplicate repeats an earlier one."""
-    kinds: list[str | None] = [None] * count + [kind for kind in PLANTED for _ in range(bad)]
-    kinds = [kinds[i] for i in rng.permutation(len(kinds))]
-    first = kinds.index(None)
-    kinds[0], kinds[first] = kinds[first], kinds[0]
-    return kinds
-
-
-def render_kind(
-    kind: str | None, world: worlds.World, other: worlds.World, frames: int, size: tuple[int, int], fps: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Render the frames of a clip of some kind, uint8 [frames, *size, 3]. Of a truncated clip the file is cut after it is written."""
-
-    def render(of: worlds.World, frames: int, fps: int = fps) -> np.ndarray:
-        return worlds.render_clip(of, frames, height=size[0], width=size[1], fps=fps)
-
-    if kind == "too_short":
-        return render(world, SHORT_SECONDS * fps)
-    if kind == "wrong_fps":
-        return render(world, max(1, frames * WRONG_FPS // fps), WRONG_FPS)
-    if kind == "frozen":
-        return render(world, 1).repeat(frames, axis=0)
-    video = render(world, frames)
-    if kind == "hard_cut":
-        at = int(frames * rng.uniform(0.2, 0.8))
-        return np.concatenate([video[:at], render(other, frames)[at:]])
-    if kind == "blown_out":
-        white = max(1.0, float(np.quantile(video.min(-1), OVEREXPOSED)))
-        return np.rint(np.minimum(255.0, video * (255.0 / white))).astype(np.uint8)
-    return video
+    if height % 32 or width % 2:
+        sizes = f"video.height is {height} and video.width {width}"
+        raise ValueError(f"{sizes}; a world's height is a multiple of 32, its width even: use 32 and 32")
 
 
 def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
@@ -125,31 +81,88 @@ def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
     folder = params.clips.folder
     if folder is None or not folder.is_dir():
         raise ValueError(f"clips.folder is {folder}, which is no folder; name one with videos, or set clips.source to worlds")
-    files = list_videos(folder)
-    if not files:
-        raise ValueError(f"clips.folder is {folder}, which has no video ({' '.join(VIDEO_SUFFIXES)}); put some there, or name another")
-    progress = track.progress(len(files), unit="clip")
-    for file in files:
-        source = file.relative_to(folder).as_posix()
+    found = look_for_videos(folder)
+    left_out = {print_name(file.relative_to(folder)): why for file, why in found.left_out.items()}
+    if not found.videos:
+        others = f" ({next(iter(left_out))} {next(iter(left_out.values()))})" if left_out else ""
+        endings = " ".join(VIDEO_SUFFIXES)
+        raise ValueError(f"clips.folder is {folder}, which has no video ({endings}){others}; put some there, or name another")
+    entries = list_entries(params, found.videos, folder, left_out)
+    progress = track.progress(len(entries), unit="clip")
+    copied: dict[Path, bool] = {}
+    for file, entry in entries:
+        source = print_name(file.relative_to(folder))
         # The id is a hash of the file's path in the folder, because the id decides whether a clip is held out, and a new file must not
         # move other clips.
         name = hashlib.sha256(source.encode()).hexdigest()[:12]
-        row = make_row(name, file.suffix.lower(), read_caption(file), source=source)
-        # Choice: copied, not linked, because DVC makes files in its cache read-only, and through a link also the user's own file.
-        shutil.copyfile(file, out / row["file"])
+        row = make_row(name, file.suffix.lower(), "", source=source) | (read_caption(file) if entry is None or not entry.caption else {})
+        if file not in copied:
+            copied[file] = copy_file(file, out / row["file"], source, left_out)
+        if copied[file]:
+            yield row | (describe_entry(row["id"], entry) if entry else {})
         progress.update()
-        yield row
+    (out / "left_out.jsonl").write_text(dump_json_lines({"source": name, "why": why} for name, why in left_out.items()), encoding="utf-8")
 
 
-def read_caption(file: Path) -> str:
-    """Read FILE.txt beside FILE.mp4, or else take the words of the file's name; an empty FILE.txt raises ValueError."""
+def list_entries(params: Params, videos: list[Path], folder: Path, left_out: dict[str, str]) -> list[tuple[Path, ClipEntry | None]]:
+    """Return the videos with their rows of the table, if there is one; of source `table` only what it lists, in its order."""
+    if params.clips.table is None:
+        return [(file, None) for file in videos]
+    listed, known = read_clip_table(params.clips.table), {file.relative_to(folder).as_posix(): file for file in videos}
+    names = {file.stem: name for name, file in known.items()}  # collections name a clip without its ending
+    entries = [(known.get(entry.file) or known.get(names.get(entry.file, "")), entry) for entry in listed]
+    if params.clips.source == "folder":
+        by_file = {file: entry for file, entry in entries if file}
+        return [(file, by_file.get(file)) for file in videos]
+    left_out |= {entry.file: f"is in row {entry.row} of {params.clips.table} and not in {folder}" for file, entry in entries if not file}
+    return [(file, entry) for file, entry in entries if file]
+
+
+def describe_entry(clip: str, entry: ClipEntry) -> Row:
+    """Return what a row of the table changes in a clip's row: caption, and the seconds it takes, of which its id tells too."""
+    row: Row = {"caption": entry.caption} if entry.caption else {}
+    if entry.start is not None or entry.end is not None:
+        end = "end" if entry.end is None else f"{entry.end:g}"
+        row |= {"id": f"{clip}-{entry.start or 0:g}-{end}", "from": entry.start, "to": entry.end}
+    return row
+
+
+def copy_file(file: Path, place: Path, source: str, left_out: dict[str, str]) -> bool:
+    """Copy a file and say whether it could be read; raise ValueError if the disk is full.
+
+    # Choice: copied, not linked, because DVC makes files in its cache read-only, and through a link also the user's own file.
+    """
+    try:
+        shutil.copyfile(file, place)
+    except OSError as error:
+        if error.errno in DISK_FAULTS:
+            raise ValueError(f"{source} could not be copied to {place.parent}: {error.strerror}; make room there") from None
+        left_out[source] = f"can't be read ({error.strerror})"
+        place.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def print_name(path: Path) -> str:
+    """Return a path as text that JSON can hold, also where it is not UTF-8."""
+    return path.as_posix().encode(errors="backslashreplace").decode()
+
+
+def read_caption(file: Path) -> Row:
+    """Read FILE.txt beside FILE.mp4, or else take the words of the file's name.
+
+    Beside the caption, `note` says if it was in another encoding than UTF-8, and `refused` why the clip can't be used for its caption.
+    """
     beside = file.with_suffix(".txt")
     if not beside.is_file():
-        return " ".join(file.stem.replace("-", " ").replace("_", " ").split())
-    words = beside.read_text(encoding="utf-8-sig", errors="replace").split()
-    if not words:
-        raise ValueError(f"{beside} is empty; write {file.name}'s caption in it, or delete it to use the name")
-    return " ".join(words)
+        return {"caption": " ".join(print_name(Path(file.stem)).replace("-", " ").replace("_", " ").split())}
+    try:
+        text, encoding = read_text_file(beside)
+    except (OSError, ValueError) as error:
+        return {"refused": str(error)}
+    if not text.split():
+        return {"refused": f"{beside.name} is empty; write {print_name(Path(file.name))}'s caption in it, or delete it to use the name"}
+    return {"caption": " ".join(text.split())} | ({"note": f"caption read as {encoding}"} if encoding else {})
 
 
 def make_row(name: str, suffix: str, caption: str, *, planted: str | None = None, source: str | None = None) -> Row:

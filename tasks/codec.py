@@ -1,17 +1,20 @@
 """Stage `codec`: the linear codec is fitted on accepted clips, or Wan's is copied; either is measured on held-out clips."""
 
+from collections.abc import Iterator
 from itertools import tee
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.interface import Codec
 from cf_model.codec.linear import fit_codec
 from cf_model.evaluate.stutter import measure_stutter
+from tasks.files.json_lines import Row
 from tasks.params.schema import Params
-from tasks.parts.codec_frames import read_frames
+from tasks.parts.codec_frames import ClipReader
 from tasks.parts.device import choose_device
 from tasks.parts.hub import resolve_weights
 from tasks.parts.manifest import read_split
@@ -27,26 +30,28 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
 
         codec, fitted = load_wan_codec(resolve_weights("codec.weights", params.codec.weights, ["vae"])), 0
     else:
-        files = [clips / row["file"] for row in train[: params.codec.clips]]
-        codec, fitted = fit_linear_codec(params, track, files), len(files)
+        rows = train[: params.codec.clips]
+        codec, fitted = fit_linear_codec(params, track, clips, rows), len(rows)
     save_codec(codec, out)
     track.save(out)
     codec = codec.to(choose_device())
     measured = read_split(manifest, "heldout") or train[-4:]
     bar = track.progress(len(measured), "clip")
     quality, stutter = [], []
-    for row in measured:
-        psnr, moving = measure_clip(params, codec, clips / row["file"])
-        quality.append(psnr)
-        stutter += [] if moving is None else [moving]
-        bar.update()
+    with ClipReader(clips, params.video) as reader:
+        for row in measured:
+            psnr, moving = measure_clip(codec, reader.read(row))
+            quality.append(psnr)
+            stutter += [] if moving is None else [moving]
+            bar.update()
     values = {"psnr": float(np.mean(quality)), "psnr_worst": float(np.min(quality)), "clips": float(fitted)}
     return values | ({"stutter": float(np.mean(stutter))} if stutter else {})
 
 
-def fit_linear_codec(params: Params, track: Track, files: list[Path]) -> Codec:
+def fit_linear_codec(params: Params, track: Track, clips: Path, rows: list[Row]) -> Codec:
     """Fit the linear codec on these clips, logging the loss of each step."""
-    train = [torch.cat(list(read_frames(file, params.video)), dim=1)[0] for file in files]
+    with ClipReader(clips, params.video) as reader:
+        train = [torch.cat(list(reader.read(row)), dim=1)[0] for row in rows]
     bar = track.progress(params.codec.linear.steps, "step")
 
     def tell(step: int, loss: float) -> None:
@@ -56,9 +61,9 @@ def fit_linear_codec(params: Params, track: Track, files: list[Path]) -> Codec:
     return fit_codec(train, params.codec.linear, params.seed, tell)
 
 
-def measure_clip(params: Params, codec: Codec, file: Path) -> tuple[float, float | None]:
+def measure_clip(codec: Codec, frames: Iterator[Tensor]) -> tuple[float, float | None]:
     """Measure PSNR in dB and stutter of a clip that was encoded and decoded, piece by piece, so that it may be long."""
-    pieces, truth = tee(read_frames(file, params.video))
+    pieces, truth = tee(frames)
     shown, decoded = tee(frame for part in codec.decode_stream(codec.encode_stream(pieces)) for frame in part[0])
     pairs = zip(decoded, (frame for part in truth for frame in part[0]), strict=True)
     error = [float((ours.double() - true.double()).square().mean()) for ours, true in pairs]

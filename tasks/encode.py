@@ -11,11 +11,11 @@ from torch import Tensor
 from cf_model.codec.codec_file import load_codec
 from cf_model.data.latents import write_latents
 from tasks.files.hashes import compute_dvc_md5
-from tasks.files.json_lines import read_json_lines
+from tasks.files.json_lines import Row, read_json_lines
 from tasks.params.schema import Params, Video
 from tasks.parts.caption_encoder import CaptionEncoder
 from tasks.parts.clip_cache import ClipCache
-from tasks.parts.codec_frames import read_frames
+from tasks.parts.codec_frames import ClipReader
 from tasks.parts.device import choose_device
 from tasks.runner.track import Track
 
@@ -24,20 +24,21 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     """Write data/latents: safetensors shards of clips and of their captions' embeddings, and index.json."""
     rows = [row for row in read_json_lines(manifest) if row["kept"]]
     dtype: torch.dtype = getattr(torch, params.encode.dtype)
-    text, pictures = CaptionEncoder(params.text, "text"), ClipEncoder(codec, params.video, dtype)
+    text, pictures = CaptionEncoder(params.text, "text"), ClipEncoder(clips, codec, params.video, dtype)
     progress = track.progress(len(rows), unit="clip")
     total, square, count = 0.0, 0.0, 0
 
     def encoded() -> Iterator[tuple[dict[str, Any], Tensor]]:
         nonlocal total, square, count
         for row in rows:
-            latents, sums = pictures.encode(clips / row["file"])
+            latents, sums = pictures.encode(row)
             total, square, count = total + sums[0].item(), square + sums[1].item(), count + latents.numel()
             yield {key: row[key] for key in ("id", "caption", "split")}, latents
             progress.update()
 
     negative, shard = params.text.negative, params.encode.shard
-    entries = write_latents(out, encoded(), text.encode, shard=shard, dtype=dtype, fps=params.video.fps, negative=negative)
+    with pictures.reader:
+        entries = write_latents(out, encoded(), text.encode, shard=shard, dtype=dtype, fps=params.video.fps, negative=negative)
     for cache in (pictures.cache, text.cache):
         cache.sweep()
     track.facts |= {"encoded": pictures.cache.new_entries, "captions_encoded": text.cache.new_entries}
@@ -54,20 +55,21 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
 class ClipEncoder:
     """Encoder of clips with a cache: a clip that was encoded before is read back."""
 
-    def __init__(self, codec: Path, video: Video, dtype: torch.dtype) -> None:
-        self.codec, self.video, self.dtype = load_codec(codec).to(choose_device()), video, dtype
+    def __init__(self, clips: Path, codec: Path, video: Video, dtype: torch.dtype) -> None:
+        self.clips, self.codec, self.dtype = clips, load_codec(codec).to(choose_device()), dtype
+        self.reader = ClipReader(clips, video)
         about = {"codec": compute_dvc_md5(codec), "video": video.model_dump(), "dtype": str(dtype), "device": choose_device().type}
-        parts = ("cf_model.data.video", "cf_model.codec.interface", "tasks.encode", "tasks.parts.codec_frames")
+        parts = ("cf_model.data.video_reader", "cf_model.codec.interface", "tasks.encode", "tasks.parts.codec_frames")
         modules = (*parts, type(self.codec).__module__)
-        self.cache = ClipCache("latents", about, modules=modules, libraries=("decord", "diffusers", "torch"))
+        self.cache = ClipCache("latents", about, modules=modules, libraries=("av", "diffusers", "torch"))
 
-    def encode(self, file: Path) -> tuple[Tensor, Tensor]:
+    def encode(self, row: Row) -> tuple[Tensor, Tensor]:
         """Return a clip's latents [F, C, H, W] as they are stored, and the sums of the unrounded latents and of their squares."""
-        content = compute_dvc_md5(file)
+        content = f"{compute_dvc_md5(self.clips / row['file'])} {row.get('start')} {row.get('length')}"
         if payload := self.cache.get(content):
             entry = load(payload)
             return entry["latents"], entry["sums"]
-        exact = torch.cat([part[0].cpu() for part in self.codec.encode_stream(read_frames(file, self.video))])
+        exact = torch.cat([part[0].cpu() for part in self.codec.encode_stream(self.reader.read(row))])
         wide = exact.double()
         entry = {"latents": exact.to(self.dtype).contiguous(), "sums": torch.stack([wide.sum(), wide.square().sum()])}
         self.cache.put(content, save(entry))

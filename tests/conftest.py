@@ -4,7 +4,8 @@ imported. Workers of pytest-xdist run side by side: what a test writes is below 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -12,9 +13,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 from tests.once import shared_folder
-from tests.order import SECONDS
+from tests.order import AROUND, SECONDS
 
 ROOT = Path(__file__).parents[1]
+USED: Counter[str] = Counter()  # file of tests -> seconds of the processor
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -40,13 +42,25 @@ def server() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first, so that no worker begins one when the others end, and are marked as slow."""
 
-    def seconds(item: pytest.Item) -> int:
-        return SECONDS.get(str(item.path.relative_to(ROOT / "tests")), 0)
+    def place(item: pytest.Item) -> str:
+        return str(item.path.relative_to(ROOT / "tests"))
 
-    items.sort(key=lambda item: -seconds(item))  # which leaves the order within a file as it is
+    items.sort(key=lambda item: -SECONDS.get(place(item), 0))  # which leaves the order within a file as it is
     for item in items:
-        if seconds(item):
+        if place(item) in SECONDS or place(item).startswith(AROUND):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-seconds", action="store_true", help="with -n0: the processor's seconds of each file, children included")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    began = sum(os.times()[:4])
+    answer = yield
+    USED[str(item.path)] += sum(os.times()[:4]) - began
+    return answer
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -54,3 +68,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not os.environ.get("CF_SYSTEM"):
         terminalreporter.write_line("not run: tests/system, a real server, worker and browser (`make test-system`)")
     terminalreporter.write_line("not run: tests/week, seven nights and what goes wrong in them (`make test-week`)")
+    if terminalreporter.config.getoption("--cpu-seconds"):
+        for path, seconds in USED.most_common():
+            terminalreporter.write_line(f"{seconds:8.1f} s  {Path(path).relative_to(ROOT)}")

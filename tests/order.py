@@ -1,5 +1,8 @@
 """Which files of tests take longest, in seconds on two busy cores, roughly: the longest begin first, and `make test-quick` leaves all
-of these out. `pytest --durations=0` says what has changed; a file that isn't here takes less than ten."""
+of these out. `pytest --durations=0` says what has changed; a file that isn't here takes less than ten. On a machine that does other
+things too, `pytest -n0 --cpu-seconds` counts the processor's time instead.
+
+It also leaves out what surrounds the method (AROUND), because nobody waits for that while working on the method."""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ SECONDS = {
     "flows/test_wandb_sync.py": 40,
     "test_wan_pipeline.py": 35,
     "test_flow.py": 35,
+    "test_benchmarks.py": 60,
     "model/test_real_size.py": 30,
     "test_video.py": 30,
     "flows/test_pipeline_begins.py": 30,
@@ -50,3 +54,26 @@ SECONDS = {
     "system/test_plots.py": 15,
     "system/test_machine.py": 60,
 }
+# containers, clusters, servers and browsers; networks of others that a metric or an encoder is computed with; pages and registries
+AROUND = (
+    "infra/",
+    "security/",
+    "metrics/test_encoders.py",
+    "metrics/test_judges.py",
+    "metrics/test_real_clips.py",
+    "metrics/test_score.py",
+    "metrics/test_vbench_folder.py",
+    "model/test_umt5.py",
+    "flows/test_machine.py",
+    "flows/test_night_ends.py",
+    "test_check_model.py",
+    "test_compare.py",
+    "test_control.py",
+    "test_folder.py",
+    "test_import_lora.py",
+    "test_import_refused.py",
+    "test_import_weights.py",
+    "test_origin.py",
+    "test_pretrained.py",
+    "test_repro.py",
+)

@@ -31,7 +31,7 @@ from tasks.runner.process import FIXED
 from tests.once import made_once, session_lives
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", "scipy.stats", "scipy.ndimage", "pydantic", "ruamel.yaml")
-LIBRARIES += ("yaml", "av", "decord", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
+LIBRARIES += ("yaml", "av", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
 # DVC, which tests of flows start hundreds of times
 LIBRARIES += ("dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.data_sync", "dvc.repo.reproduce", "dvc.stage.run")
 # what diffusers, transformers and pydantic load only when it is asked for

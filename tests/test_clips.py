@@ -16,7 +16,9 @@ from cf_model.codec.codec_file import save_codec
 from cf_model.codec.linear import LinearCodec
 from cf_model.data import worlds
 from cf_model.data.latents import Latents
-from cf_model.data.video import read_video, write_video
+from cf_model.data.planted import PLANTED
+from cf_model.data.video import write_video
+from cf_model.data.video_reader import read_video
 from tasks import clips, encode
 from tasks import filter as filtering
 from tasks.params.schema import Clips, Encode, Filter, Text, Video
@@ -29,13 +31,23 @@ def params(**sections: Any) -> Any:
     ours = {
         "seed": 3,
         "video": Video(height=32, width=32, fps=16),
-        "clips": Clips(source="worlds", folder=None, worlds=worlds.PLAIN, count=12, bad=1, frames=182, crf=12),
+        "clips": Clips(source="worlds", folder=None, table=None, worlds=worlds.PLAIN, count=12, bad=1, frames=182, crf=12),
         "filter": Filter(
             min_seconds=10.0,
             min_fps=15.0,
+            min_side=32,
+            min_share=0.5,
             max_clipped=0.4,
             min_motion=0.5,
+            max_repeats=0.6,
+            max_shake=0.05,
             max_cut=2.5,
+            cuts="reject",
+            trim=1.0,
+            min_sharpness=1.0,
+            max_border=0.2,
+            max_text=0.1,
+            min_words=1,
             min_distance=8.0,
             heldout=3,
             workers=2,
@@ -43,6 +55,13 @@ def params(**sections: Any) -> Any:
         ),
         "text": Text(kind="words", weights=None, tokens=12, channels=16, negative=""),
         "encode": Encode(shard=5, dtype="float32"),
+        # what the filter asks of later stages: lengths, in latents
+        "base": SimpleNamespace(window=5),
+        "teacher": SimpleNamespace(view=SimpleNamespace(context="memory", chunk=3), shortest=3, target=6),
+        "causal_init": SimpleNamespace(longest=6, frames=6),
+        "stage2": SimpleNamespace(rollout=SimpleNamespace(begin="share", chunk=3, window=9), horizon=SimpleNamespace(longest=21)),
+        "generate": SimpleNamespace(prefix=9),
+        "samples": SimpleNamespace(teacher=SimpleNamespace(every=10, prefix=6)),
     }
     return SimpleNamespace(**(ours | sections))
 
@@ -63,11 +82,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_planted_clip_is_caught_for_its_own_reason_and_no_good_one_is_lost(made: Path) -> None:
     manifest = {row["id"]: row for row in rows(made / "manifest.jsonl")}
     planted = {row["id"]: row["planted"] for row in rows(made / "clips" / "clips.jsonl")}
-    assert sorted(kind for kind in planted.values() if kind) == sorted(clips.PLANTED) and len(planted) == 19
+    assert sorted(kind for kind in planted.values() if kind) == sorted(PLANTED) and len(planted) == 19
     assert manifest.keys() == planted.keys()
     for name, kind in planted.items():
         row = manifest[name]
-        assert row["reason"] == (clips.PLANTED[kind] if kind else None), row
+        assert row["reason"] == (PLANTED[kind] if kind else None), row
         assert row["kept"] == (kind is None)
         if kind:
             assert row["rule"] and (row["value"] is not None or row["reason"] == "unreadable") and row["split"] is None
@@ -99,7 +118,7 @@ def test_truth_is_what_was_rendered(made: Path) -> None:
 
 
 def test_same_seed_same_bytes_and_another_seed_other_worlds(made: Path, tmp_path: Path) -> None:
-    few = Clips(source="worlds", folder=None, worlds=worlds.PLAIN, count=2, bad=1, frames=182, crf=12)
+    few = Clips(source="worlds", folder=None, table=None, worlds=worlds.PLAIN, count=2, bad=1, frames=182, crf=12)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         clips.run(params(clips=few, seed=seed), MagicMock(), out=tmp_path / name)
     contents = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "abc"]
@@ -132,24 +151,31 @@ def test_encode_then_read(made: Path, tmp_path: Path) -> None:
 
 
 def test_no_clip_passes(made: Path, tmp_path: Path) -> None:
-    """One sentence, and what an earlier run wrote stays as it is."""
+    """One sentence, and the manifest says of every clip why."""
     out = tmp_path / "manifest.jsonl"
     out.write_text("earlier")
     strict = params().filter.model_copy(update={"min_seconds": 100.0})
-    counts = r"\(18 too_short, 1 unreadable; the first: clip-00000\.mp4, seconds > 100\.0\)"
+    counts = r"\(18 too_short, 1 unreadable; the first: clip-00000\.mp4, seconds > 100\.0, 1601 frames at 16 fps; it has 182\)"
     with pytest.raises(ValueError, match=rf"no clip of .*clips passes the filter {counts}"):
         filtering.run(params(filter=strict), MagicMock(), clips=made / "clips", out=out)
+    assert len(rows(out)) == 19 and not any(row["kept"] for row in rows(out))
     greedy = params().filter.model_copy(update={"heldout": 12})
     with pytest.raises(ValueError, match=r"filter.heldout is 12, but only 12 of .*clips pass the filter \(.*; the first: .*\.mp4, "):
         filtering.run(params(filter=greedy), MagicMock(), clips=made / "clips", out=out)
     with pytest.raises(ValueError, match="run the stage clips first"):
         filtering.run(params(), MagicMock(), clips=tmp_path, out=out)
-    assert out.read_text() == "earlier"
+    later = params(teacher=SimpleNamespace(view=SimpleNamespace(context="memory", chunk=3), shortest=40, target=6))
+    with pytest.raises(ValueError, match=r"shortest \+ teacher.target is 48 latents, so 189 frames, but the longest accepted clip has 46"):
+        filtering.run(later, MagicMock(), clips=made / "clips", out=out)
+    with pytest.raises(ValueError, match=r"only 0 clips have 193 frames, which generate.prefix and a chunk needs"):
+        filtering.run(params(generate=SimpleNamespace(prefix=46)), MagicMock(), clips=made / "clips", out=out)
+    with pytest.raises(ValueError, match=r"frames >= 201 at 16 fps \(12.56 s\), which training needs; 181 of its 182 are whole latents"):
+        filtering.run(params(base=SimpleNamespace(window=51)), MagicMock(), clips=made / "clips", out=out)
 
 
 def folder(path: Path) -> Any:
     return params(
-        clips=Clips(source="folder", folder=path, worlds=worlds.PLAIN, count=0, bad=0, frames=1, crf=12),
+        clips=Clips(source="folder", folder=path, table=None, worlds=worlds.PLAIN, count=0, bad=0, frames=1, crf=12),
         filter=params().filter.model_copy(update={"heldout": 0}),
     )
 
@@ -190,11 +216,12 @@ def test_folders_without_videos(tmp_path: Path) -> None:
         clips.run(folder(tmp_path / "absent"), MagicMock(), out=tmp_path / "clips")
     write_video(tmp_path / "a.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=16, crf=12)
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"a\.txt is empty"):
-        clips.run(folder(tmp_path), MagicMock(), out=tmp_path / "clips")
+    clips.run(folder(tmp_path), MagicMock(), out=tmp_path / "clips")
+    with pytest.raises(ValueError, match=r"no clip .* \(1 caption; the first: a\.mp4, a\.txt is empty; write a\.mp4's caption in it"):
+        filtering.run(folder(tmp_path), MagicMock(), clips=tmp_path / "clips", out=tmp_path / "manifest.jsonl")
 
 
-@pytest.mark.parametrize("size", [(40, 32), (32, 48), (32, 35)])
+@pytest.mark.parametrize("size", [(40, 32), (32, 35)])
 def test_sizes_that_no_world_has(tmp_path: Path, size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"video.height is {size[0]} and video.width {size[1]}"):
         clips.run(params(video=Video(height=size[0], width=size[1], fps=16)), MagicMock(), out=tmp_path / "clips")
@@ -206,6 +233,8 @@ def test_real_clips_from_a_folder(tmp_path: Path) -> None:
     filtering.run(folder(SHARED), MagicMock(), clips=tmp_path / "clips", out=tmp_path / "manifest.jsonl")
     listed = {row["id"]: row["source"] for row in rows(tmp_path / "clips" / "clips.jsonl")}
     reasons = {listed[row["id"]]: row["reason"] for row in rows(tmp_path / "manifest.jsonl")}
-    assert [name for name, reason in reasons.items() if reason is None] == ["flipping_a_pancake.mkv"]
+    assert {name for name, reason in reasons.items() if reason is None} == {"flipping_a_pancake.mkv"}
     assert reasons["nasa_13013.mp4"] == "hard_cut" and reasons["pose.mp4"] == "too_short"
-    assert reasons["av1_video.mkv"] == reasons["corrupted.mp4"] == "unreadable"
+    assert reasons["corrupted.mp4"] == "unreadable" and reasons["av1_video.mkv"] == "too_short"
+    long = {row["source"] for row in rows(tmp_path / "manifest.jsonl") if row["values"].get("too_short", 0) > 10}
+    assert long == {"flipping_a_pancake.mkv", "nasa_13013.mp4"}

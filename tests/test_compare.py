@@ -9,16 +9,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from evaluate.project import EVIL, make_params, write_project
 
+from cf_model.evaluate import run_comparison
 from cf_model.evaluate.report import Results
 from cf_model.evaluate.run_comparison import compare_metric
-from tasks.commands.compare import page
+from tasks.commands import compare as page
+from tasks.files.json_lines import read_json_lines
 from tasks.params.yaml_file import Refused
-from tasks.report import read_results
+from tasks.report import read_curves, read_metrics, read_results, read_training
 
 PARAMS = "profile: tiny\nseed: 7\nvideo: {height: 32, width: 32, fps: 16}\nevaluate: {resamples: 200}\nstage2: {steps: 10, note: 'NOTE'}\n"
 
@@ -74,7 +77,7 @@ def text(html: str) -> str:
 
 def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
     a, b = (read(root) for root in pair)
-    (prompts, _) = page.compare_suites(a, b)
+    (prompts, _) = run_comparison.compare_suites(a, b)
     rows = {(one["name"], row["metric"]): row for one in prompts["systems"] for row in one["rows"]}
     sharp = rows["stage2", "sharpness"]
     assert sharp["found"].change.mean == pytest.approx(0.5) and sharp["found"].change.low == pytest.approx(0.5)
@@ -82,10 +85,10 @@ def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
     assert rows["stage2", "compass_coherence"]["says"] == "better"
     assert rows["stage1", "sharpness"]["says"] == "the same" and rows["stage2", "diversity"]["says"] == "the same"
     assert [one["name"] for one in prompts["systems"] if not one["same"]] == ["stage2"]
-    back = page.compare_suites(b, a)[0]["systems"]
+    back = run_comparison.compare_suites(b, a)[0]["systems"]
     (worse,) = [row for one in back for row in one["rows"] if row["metric"] == "compass_coherence" and not row["same"]]
     assert worse["says"] == "worse" and worse["found"].change.mean == pytest.approx(-0.2)
-    tally = page.count_verdicts(page.compare_suites(a, b))
+    tally = run_comparison.count_verdicts(run_comparison.compare_suites(a, b))
     assert tally["says"]["better"] == 1 and tally["says"]["higher"] == 1 and tally["tested"] == 2 and tally["by_chance"] == 0.1
 
 
@@ -94,7 +97,7 @@ def test_only_videos_of_both_are_compared(pair: tuple[Path, Path], tmp_path: Pat
     other = tmp_path / "other"
     shutil.copytree(pair[1], other)
     edit_cells(other, lambda row: row.update(prompt="another"))
-    found = page.compare_suites(read(pair[0]), read(other))
+    found = run_comparison.compare_suites(read(pair[0]), read(other))
     rows = [row for suite in found for one in suite["systems"] for row in one["rows"] if row["metric"] == "sharpness"]
     assert rows and all(row["pairs"] == 0 and row["says"] in ("no interval", "the same") for row in rows)
 
@@ -165,7 +168,7 @@ def test_numbers_of_a_stage_are_b_minus_a(tmp_path: Path) -> None:
         file = tmp_path / letter / "metrics/base.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"loss": value, "same": 5, "word": letter}))
-    loss, word = page.compare_stage_metrics(tmp_path / "A", tmp_path / "B")
+    loss, word = run_comparison.compare_stage_metrics(*(read_metrics(tmp_path / letter / "metrics") for letter in "AB"))
     assert (loss["a"], loss["b"], loss["change"]) == (1, 3, 2) and word["change"] is None
 
 
@@ -181,7 +184,7 @@ def test_a_damaged_file_is_named(name: str, damaged: str, pair: tuple[Path, Path
 
 def height(svg: str, letter: str) -> float:
     """Where the line of a run begins; SVG counts from the top."""
-    (first,) = re.findall(rf'<path d="M [\d.]+ ([\d.]+)[^"]*"[^>]*stroke: {page.COLOURS[letter]}', svg)
+    (first,) = re.findall(rf'<path d="M [\d.]+ ([\d.]+)[^"]*"[^>]*stroke: {run_comparison.COLOURS[letter]}', svg)
     return -float(first)
 
 
@@ -193,8 +196,8 @@ def test_each_curve_has_the_colour_of_its_run(tmp_path: Path) -> None:
         (tmp_path / letter / "results/curves.csv").write_text("suite,system,metric,second,mean,low,high\n" + row.format(0) + row.format(1))
         rows = [json.dumps({"step": step, "loss": value}) + "\n" for step in range(4)]
         (tmp_path / letter / "models/base/metrics.jsonl").write_text("".join(rows))
-    (system,) = page.draw_curves(tmp_path / "A", tmp_path / "B", page.COLOURS)
-    (stage,) = page.draw_training(tmp_path / "A", tmp_path / "B", page.COLOURS)["stages"]
+    (system,) = run_comparison.draw_curves(*(read_curves(tmp_path / letter / "results/curves.csv") for letter in "AB"))
+    (stage,) = run_comparison.draw_training(*(read_training(tmp_path / letter / "models") for letter in "AB"))["stages"]
     for charts in (system["charts"], stage["charts"]):
         (svg,) = [one["svg"] for one in charts]
         assert height(svg, "A") < height(svg, "B")
@@ -205,12 +208,18 @@ def test_videos_of_other_seeds_are_no_pair(pair: tuple[Path, Path], tmp_path: Pa
     index = tmp_path / "B/samples/index.jsonl"
     rows = [json.loads(line) for line in index.read_text().splitlines()]
     index.write_text("".join(json.dumps(row | {"seed": row["seed"] + 100}) + "\n" for row in rows))
-    measured = page.compare_suites(*(read(root) for root in pair))
-    assert page.embed_videos(*pair, measured, 16) and page.embed_videos(pair[0], tmp_path / "B", measured, 16) == []
+    measured = run_comparison.compare_suites(*(read(root) for root in pair))
+
+    def embedded(*roots: Path) -> list[dict[str, Any]]:
+        folders = [root / "samples" for root in roots]
+        indices = [read_json_lines(folder / "index.jsonl") for folder in folders]
+        return run_comparison.embed_videos(indices, folders[0], folders[1], measured, 16)
+
+    assert embedded(*pair) and embedded(pair[0], tmp_path / "B") == []
 
 
 def test_running_means_are_means() -> None:
     rows = [{"step": k, "loss": float(k % 2)} for k in range(40)] + [{"step": 40, "loss": None}]
-    line = page.draw_running_mean("red", rows, "loss")
+    line = run_comparison.draw_running_mean("red", rows, "loss")
     assert line is not None and set(np.round(line.y, 6)) == {0.5} and line.x[0] == 1
-    assert page.draw_running_mean("red", rows[:1], "loss") is None
+    assert run_comparison.draw_running_mean("red", rows[:1], "loss") is None

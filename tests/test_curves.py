@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tasks.__main__ as cf
+from cf_model.evaluate import text_curves
 from tasks.commands import curves
 from tasks.params.yaml_file import Refused
 
@@ -19,9 +20,9 @@ def written(file: Path, rows: list[dict[str, float]], rest: str = "") -> None:
 
 
 def test_a_letter_stands_for_the_mean_of_its_steps() -> None:
-    assert curves.average_neighbours([1, 3, 5, 7], 2) == [2, 6] and curves.average_neighbours([1, None, None, None], 2) == [1, None]
-    assert curves.average_neighbours([4.0], 40) == [4]
-    assert curves.draw_line([0, 1, None, 0.5, 1], "_-^") == "_^ -^" and curves.draw_line([3, 3], "_-^") == "__"
+    assert text_curves.average_neighbours([1, 3, 5, 7], 2) == [2, 6] and curves.average_neighbours([1, None, None, None], 2) == [1, None]
+    assert text_curves.average_neighbours([4.0], 40) == [4]
+    assert text_curves.draw_line([0, 1, None, 0.5, 1], "_-^") == "_^ -^" and curves.draw_line([3, 3], "_-^") == "__"
 
 
 def test_a_run_that_goes_on_is_shown_before_one_that_is_done(

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cf_model.foreign import weight_names
-from tasks.commands import import_weights
+from cf_model.foreign import import_checkpoint, weight_names
 from tasks.runner.process import is_deliberate
 from tests.checkpoints import HEADS, WAN, State, before, flat, imported, pt, same
 from tests.small import normal
@@ -134,7 +133,7 @@ def test_a_lora_that_changes_nothing_is_said_to(base: Path, tmp_path: Path, caps
     untrained = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in svi().items()}
     state, facts = imported(flat(tmp_path, untrained), "--base", str(base), *HEADS)
     assert same(state, merged(0.0)) and facts["lora"]["changes"].startswith("nothing")
-    assert "it changes nothing: all its products are 0" in import_weights.describe_import(facts)
+    assert "it changes nothing: all its products are 0" in import_checkpoint.describe_import(facts)
 
 
 def test_merging_happens_in_float32(base: Path, tmp_path: Path) -> None:

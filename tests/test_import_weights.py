@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import tasks.__main__ as cf
+from cf_model.folder import describe_origin
 from cf_model.model import wan
 from cf_model.model.memory import empty_memory
 from tasks.commands import export
-from tasks.params import load
 from tests.checkpoints import (
     FILE,
     HEADS,
@@ -135,14 +135,16 @@ def test_export_overwrites_nothing(tmp_path: Path) -> None:
 
 
 def test_a_card_says_which_stage_made_the_weights_and_what_is_not_a_finished_student() -> None:
-    params = load.load_params(ROOT / "profiles/smoke.yaml")
-    finished, licence = export.describe_origin(Path("models/stage2"), "stage2", params)
+    def said(folder: str, system: str = "stage2") -> tuple[str, str]:
+        return describe_origin(Path(folder), system, "smoke", 2602)
+
+    finished, licence = said("models/stage2")
     assert finished == "By the stage `stage2` of context-forcing's pipeline, profile `smoke`, seed 2602." and licence == "Apache-2.0"
-    between, _ = export.describe_origin(Path("models/stage1"), "stage2", params)
+    between, _ = said("models/stage1")
     assert "By the stage `stage1`" in between and "with the settings of `stage2`" in between
     assert "an intermediate of the pipeline" in between
-    assert "which knows only real videos; the finished" in export.describe_origin(Path("models/causal_init"), "causal_init", params)[0]
-    assert "(folder winner)" in export.describe_origin(Path("runs/winner"), "stage2", params)[0]
+    assert "which knows only real videos; the finished" in said("models/causal_init", "causal_init")[0]
+    assert "(folder winner)" in said("runs/winner")[0]
 
 
 @pytest.mark.parametrize("stage", ["base", "teacher"])

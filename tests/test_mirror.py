@@ -13,6 +13,7 @@ import offline
 import pytest
 from evaluate.project import write_mp4
 
+from cf_model.evaluate import excerpt
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import read_json_lines
 from tasks.params.project import Project
@@ -137,12 +138,12 @@ def test_videos_and_the_table_have_the_same_keys_in_every_run(here: Path) -> Non
     first, second = (run.folder for run in offline.runs(here))
     (row,) = offline.history(first)
     for system in ("stage1", "stage2"):
-        assert row[f"videos/prompts/{system}._type"] == "videos" and row[f"videos/prompts/{system}.count"] == mirror.MOST_VIDEOS
+        assert row[f"videos/prompts/{system}._type"] == "videos" and row[f"videos/prompts/{system}.count"] == excerpt.MOST_VIDEOS
         assert row[f"videos/prompts/{system}.captions"] == [f"prompt {k} (seed 3)" for k in range(4)]
     assert len(list(Path(first).rglob("*.mp4"))) == 8
     (file,) = Path(second).glob("files/media/table/*.table.json")
     table = json.loads(file.read_text())
-    assert tuple(table["columns"]) == mirror.TABLE_COLUMNS
+    assert tuple(table["columns"]) == excerpt.TABLE_COLUMNS
     by = {tuple(line[:3]): line[3:] for line in table["data"]}
     assert list(by) == [("prompts", "stage1", "diversity"), ("prompts", "stage1", "motion"), ("prompts", "stage2", "motion")]
     assert by["prompts", "stage1", "diversity"] == [40, None, None, None]

@@ -110,7 +110,7 @@ def test_the_committed_params_are_a_profile() -> None:
         ("stage1.student_optimizer.lr", 0, ["stage1.student_optimizer.lr is 0"]),
         ("model", None, ["model is None; it must be"]),
         ("tracking.wandb", {"mode": "off"}, ["it must be 'off', 'offline' or 'online'"]),
-        ("seed", {"first": 1}, ["seed is a section of 1 keys; it must be"]),
+        ("seed", {"first": 1}, ["seed is a section of 1 key; it must be"]),
     ],
 )
 def test_a_wrong_value_is_named_with_its_rule(key: str, value: Any, words: list[str], tmp_path: Path) -> None:

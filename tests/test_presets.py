@@ -50,10 +50,10 @@ class Tracer:
         self.passes: list[dict[str, Any]] = []
         inner = Denoiser._run_transformer
 
-        def traced(model: Denoiser, x_t: Any, sigma: Any, text: Any, memory: Any, taken: Any, filled: Any = None) -> Any:
+        def traced(model: Denoiser, x_t: Any, sigma: Any, text: Any, memory: Any, taken: Any, filled: Any = None, **more: Any) -> Any:
             one = {"model": id(model), "x": x_t, "sigma": sigma, "memory": memory, "filled": filled, "grad": torch.is_grad_enabled()}
             self.passes.append(one)
-            return inner(model, x_t, sigma, text, memory, taken, filled)
+            return inner(model, x_t, sigma, text, memory, taken, filled, **more)
 
         monkeypatch.setattr(Denoiser, "_run_transformer", traced)
 

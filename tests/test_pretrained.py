@@ -10,7 +10,7 @@ import pytest
 import tasks.__main__ as cf
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.linear import LinearCodec
-from cf_model.data import video
+from cf_model.data import video_reader
 from cf_model.model import wan
 from cf_model.pipeline import ContextForcingPipeline
 from tasks.params import load
@@ -42,7 +42,7 @@ def test_export_then_generate(project: Path, capsys: pytest.CaptureFixture[str])
     assert (recipe.chunk, recipe.fps, recipe.height, recipe.width) == (3, p.video.fps, p.video.height, p.video.width)
     assert "stage `stage2`" in Path("out/student/README.md").read_text() and recipe.licence == "Apache-2.0"
     cf.main(["video", "--model", "out/student", "--prompt", "a red disc", "--seconds", "1", "--out", "a.mp4"])
-    assert video.probe_video(Path("a.mp4")).frames == p.video.fps
+    assert video_reader.probe_video(Path("a.mp4")).frames == p.video.fps
 
 
 def test_imported_weights_run_with_a_system_of_a_params_file(project: Path) -> None:

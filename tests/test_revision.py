@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_compare import PARAMS, edit_cells, text, write
 
-from tasks.commands.compare import page
+from tasks.commands import compare as page
 from tasks.params.yaml_file import Refused
 
 

@@ -18,7 +18,7 @@ import pytest
 from tasks.params import yaml_file
 from tasks.params.project import Project
 from tasks.runner.ranks import build_parser
-from tests.order import SECONDS
+from tests.order import AROUND, SECONDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cf_model", "tasks", "flows", "study")
@@ -298,7 +298,7 @@ def test_stages_without_a_transformer_import_no_diffusers() -> None:
 
 
 def test_files_that_are_said_to_be_slow_are_there() -> None:
-    assert [file for file in SECONDS if not (ROOT / "tests" / file).exists()] == []
+    assert [file for file in (*SECONDS, *AROUND) if not (ROOT / "tests" / file).exists()] == []
 
 
 def test_files_and_functions_have_an_end() -> None:

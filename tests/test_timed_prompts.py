@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.commands.video.timed_prompts import split_timed_prompts
+from cf_model.timed_prompts import split_timed_prompts
 
 
 @pytest.mark.parametrize(

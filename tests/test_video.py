@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import pytest
 from PIL import Image
 
 import tasks.__main__ as cf
-from cf_model.data import video
-from tasks.commands.video import memory_strip
+from cf_model import memory_strip
+from cf_model.data import video, video_reader
 from tasks.runner.process import is_deliberate
 from tests.folders import SIZE, pipeline
 from tests.small import spec
@@ -43,8 +44,8 @@ def md5(path: Path) -> str:
 
 
 def frames(path: Path) -> np.ndarray:
-    found = video.probe_video(path)
-    return video.read_video(path, height=found.height, width=found.width, fps=found.fps)
+    found = video_reader.probe_video(path)
+    return video_reader.read_video(path, height=found.height, width=found.width, fps=found.fps)
 
 
 def names(folder: Path) -> set[str]:
@@ -59,7 +60,7 @@ def test_same_seed_same_bytes_and_nothing_else_is_left(model: Path, tmp_path: Pa
         generate(model, "--seed", seed, "--out", tmp_path / f"{name}.mp4")
     assert md5(tmp_path / "a.mp4") == md5(tmp_path / "b.mp4") != md5(tmp_path / "c.mp4")
     assert names(tmp_path) == {"a.mp4", "b.mp4", "c.mp4"}
-    assert video.probe_video(tmp_path / "a.mp4") == video.VideoFacts(frames=24, fps=16.0, width=SIZE, height=SIZE)
+    assert video_reader.probe_video(tmp_path / "a.mp4") == video_reader.VideoFacts(24, 16.0, SIZE, SIZE, Fraction(3, 2))
 
 
 def test_the_file_holds_the_frames_of_the_pipeline(model: Path, tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_killed_run_leaves_a_video_that_plays_and_no_half_written_out(model: P
         run.send_signal(signal.SIGKILL)
         run.wait()
     assert len(sizes) == 5 and names(tmp_path) == {"a.partial.mp4"}
-    assert video.probe_video(part).frames >= 8 and len(frames(part)) >= 8
+    assert video_reader.probe_video(part).frames >= 8 and len(frames(part)) >= 8
 
 
 def test_a_model_that_fails_before_its_first_chunk_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +150,7 @@ def test_the_burnt_strip_shows_what_is_held(model: Path, tmp_path: Path) -> None
     assert int((empty == rgb(memory_strip.COLOURS["slow"])).all(-1).sum()) < full["slow"] - 250
     assert area(memory_strip.FRESH) > 50  # the border of what was just promoted
     generate(model, "--out", tmp_path / "a.mp4", "--memory-strip", "burn")
-    found = video.probe_video(tmp_path / "a.mp4")
+    found = video_reader.probe_video(tmp_path / "a.mp4")
     assert names(tmp_path) == {"a.mp4"} and (found.height, found.width) == shown.shape[1:3] and found.frames == 24
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from cf_model.data.video import probe_video
+from cf_model.data.video_reader import probe_video
 from cf_model.pipeline import ContextForcingPipeline
 from tests import pretrained
 from tests.preloaded import python_folder

@@ -17,7 +17,8 @@ from cf_model.codec.codec_file import load_codec
 from cf_model.codec.wan_codec import load_wan_codec
 from cf_model.data import worlds
 from cf_model.data.latents import Latents
-from cf_model.data.video import read_video, write_video
+from cf_model.data.video import write_video
+from cf_model.data.video_reader import read_video
 from cf_model.text.umt5 import UMT5Encoder
 from tasks import codec, encode
 from tasks.params.schema import CodecParams, Encode, Text, Video

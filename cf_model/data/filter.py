@@ -1,27 +1,35 @@
-"""Which clips are fit to learn from: a few measures of each clip, and a threshold for each measure.
+"""Which clips are fit to learn from: a value of each clip for every rule, and a threshold for each value.
 
-The paper keeps clips "longer than 10 s" of "high quality" and publishes no filter (sec. 4), so the rules are ours.
-The measures look at every frame, squeezed to PICTURE_SIDE x PICTURE_SIDE, and need no network; each says what it can't see.
+The paper keeps clips "longer than 10 s" of "high quality" and publishes no filter (sec. 4), so the rules are ours. What the values are
+is in measures.py, and what of a picture and of a length the model will use is computed here.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float, UInt8
 
-from . import video
+from .duplicates import DuplicateIndex, Likeness
+from .measures import FileMeasures
 
-PICTURE_SIDE = 32  # pixels of the pictures that are measured
-BLOCKS_PER_SIDE = 8  # of the pictures that are compared with each other: so coarse that a pan hardly changes them
-SIGNATURE_FRAMES = 8  # frames of a clip in its signature
-CUT_FLOOR = 2.0  # grey levels added to the usual change, so that in a still scene the noise is no cut
-FLASH_FRAMES = 3  # frames; a change that is undone by then is no cut
-
-REASONS = ("unreadable", "too_short", "wrong_fps", "clipped", "frozen", "hard_cut", "duplicate")  # in the order in which rules are tried
+# in the order in which rules are tried
+REASONS = (
+    "unreadable", "too_short", "wrong_fps", "too_small", "cropped", "clipped", "frozen", "jerky", "shaking", "hard_cut", "blurred",
+    "border", "text", "caption", "duplicate",
+)  # fmt: skip
+MOST_TRIMMED = 3  # cuts near an end; a clip with more of them there stutters, and is left for the other rules
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]{2,}")  # a sign of Chinese, Japanese, Korean; or two letters
+JUNK = re.compile(  # names that cameras and programs give, addresses, and long runs of hexadecimal digits
+    r"(?<!\w)(img|dsc[nf]?|vid|mvi|mov|pxl|gopr|gx\d*|clip|video|movie|untitled|unnamed|output|screen ?recording|https?:\S*|www\S*"
+    r"|(?=[a-f]*\d)[0-9a-f]{8,}|mp4|avi|whatsapp)[\d_]*(?!\w)",
+    re.IGNORECASE,
+)
 
 
 class FilterRules(Protocol):
@@ -32,31 +40,48 @@ class FilterRules(Protocol):
     @property
     def min_fps(self) -> float: ...
     @property
+    def min_side(self) -> int: ...
+    @property
+    def min_share(self) -> float: ...
+    @property
     def max_clipped(self) -> float: ...
     @property
     def min_motion(self) -> float: ...
     @property
+    def max_repeats(self) -> float: ...
+    @property
+    def max_shake(self) -> float: ...
+    @property
     def max_cut(self) -> float: ...
+    @property
+    def cuts(self) -> str: ...
+    @property
+    def trim(self) -> float: ...
+    @property
+    def min_sharpness(self) -> float: ...
+    @property
+    def max_border(self) -> float: ...
+    @property
+    def max_text(self) -> float: ...
+    @property
+    def min_words(self) -> int: ...
     @property
     def min_distance(self) -> float: ...
 
 
-@dataclass(frozen=True, eq=False)
-class ClipMeasures:
-    """Measures of a clip that could be read."""
+@dataclass(frozen=True)
+class ModelShape:
+    """What the model takes of a clip."""
 
-    frames: int
-    fps: float
-    width: int
     height: int
-    clipped: float  # see video.measure_clipped_share
-    motion: float  # see motion_per_second
-    cut: float  # see strongest_cut
-    signature: UInt8[np.ndarray, "M y x 3"]
+    width: int
+    fps: float
+    frames: int  # fewest that a stage of training can use
+    latent: int  # frames of a latent; a clip's first latent is a single frame
 
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps
+    def count_usable(self, frames: int) -> int:
+        """Return how many of a clip's frames are whole latents."""
+        return 1 + (frames - 1) // self.latent * self.latent if frames else 0
 
 
 @dataclass(frozen=True)
@@ -68,93 +93,127 @@ class Rejection:
     rule: str
 
 
-def measure_clip(path: Path) -> ClipMeasures:
-    """Read every frame of a file and measure them. A ValueError says in one sentence why the file can't be read."""
-    probe, frames = video.read_squeezed(path, side=PICTURE_SIDE)
-    small = average_blocks(frames)
-    return ClipMeasures(
-        frames=probe.frames,
-        fps=probe.fps,
-        width=probe.width,
-        height=probe.height,
-        clipped=video.measure_clipped_share(frames),
-        motion=motion_per_second(frames, probe.fps),
-        cut=strongest_cut(small, probe.fps),
-        signature=draw_signature(small),
-    )
+@dataclass(frozen=True)
+class Part:
+    """A part of a file between two cuts, in frames at the model's rate."""
+
+    first: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.first
 
 
-def find_broken_rule(clip: ClipMeasures, accepted: dict[str, UInt8[np.ndarray, "M y x 3"]], rules: FilterRules) -> Rejection | None:
-    """Return the first rule that a clip breaks, or None; `accepted` are the signatures of the clips accepted before it, by id."""
-    if not clip.seconds > rules.min_seconds:
-        return Rejection("too_short", clip.seconds, f"seconds > {rules.min_seconds}")
-    if clip.fps < rules.min_fps:
-        return Rejection("wrong_fps", clip.fps, f"fps >= {rules.min_fps}")
-    if clip.clipped > rules.max_clipped:
-        return Rejection("clipped", clip.clipped, f"clipped <= {rules.max_clipped}")
-    if clip.motion < rules.min_motion:
-        return Rejection("frozen", clip.motion, f"motion >= {rules.min_motion}")
-    if clip.cut > rules.max_cut:
-        return Rejection("hard_cut", clip.cut, f"cut <= {rules.max_cut}")
-    if accepted:
-        twin, away = find_closest(clip.signature, accepted)
-        if away < rules.min_distance:
-            return Rejection("duplicate", away, f"distance >= {rules.min_distance} (from {twin})")
+def split_at_cuts(file: FileMeasures, rules: FilterRules, start: float | None = None, stop: float | None = None) -> list[Part]:
+    """Split a file, or its seconds from `start` to `stop`, into the parts that are judged.
+
+    A cut less than rules.trim seconds from an end is trimmed away with what is beyond it. With rules.cuts `reject` the rest is a single
+    part, whatever cuts it has; with `split` a part begins at every cut.
+    """
+    last = file.frames if stop is None else min(math.floor(stop * file.fps), file.frames)
+    outer = Part(min(math.ceil((start or 0) * file.fps), last), last)
+    cuts = [int(frame) for frame in np.flatnonzero(file.cuts > rules.max_cut) if outer.first < frame < outer.end]
+    near = rules.trim * file.fps
+    head, tail = [cut for cut in cuts if cut <= outer.first + near], [cut for cut in cuts if cut >= outer.end - near]
+    first = max(head) if 0 < len(head) <= MOST_TRIMMED else outer.first
+    end = min(tail) if 0 < len(tail) <= MOST_TRIMMED and min(tail) > first else outer.end
+    if rules.cuts == "reject":
+        return [Part(first, end)]
+    edges = [first, *(cut for cut in cuts if first < cut < end), end]
+    return [Part(*pair) for pair in pairwise(edges)]
+
+
+def list_values(file: FileMeasures, part: Part, caption: str, shape: ModelShape) -> dict[str, float]:
+    """Return a part's value for every rule but the duplicates', by the rule's reason."""
+    values = file.measure_part(part.first, part.end)
+    return {
+        "too_short": part.length / shape.fps,
+        "wrong_fps": file.facts.fps,
+        "too_small": min(file.facts.height, file.facts.width),
+        "cropped": measure_kept_share(file.facts.height, file.facts.width, shape),
+        "clipped": values["clipped"],
+        "frozen": values["motion"],
+        "jerky": values["repeats"],
+        "shaking": values["shake"],
+        "hard_cut": values["cut"],
+        "blurred": values["sharpness"],
+        "border": values["border"],
+        "text": values["text"],
+        "caption": count_words(caption),
+    }
+
+
+def list_bounds(rules: FilterRules) -> dict[str, tuple[str, str, float]]:
+    """Return the name, comparison and threshold of every rule, by its reason."""
+    return {
+        "too_short": ("seconds", ">", rules.min_seconds),
+        "wrong_fps": ("fps", ">=", rules.min_fps),
+        "too_small": ("pixels of the shorter side", ">=", rules.min_side),
+        "cropped": ("share of the picture that the model's shape keeps", ">=", rules.min_share),
+        "clipped": ("clipped", "<=", rules.max_clipped),
+        "frozen": ("motion", ">=", rules.min_motion),
+        "jerky": ("share of repeated frames", "<=", rules.max_repeats),
+        "shaking": ("shake", "<=", rules.max_shake),
+        "hard_cut": ("cut", "<=", rules.max_cut),
+        "blurred": ("sharpness", ">=", rules.min_sharpness),
+        "border": ("share of black borders", "<=", rules.max_border),
+        "text": ("share of text", "<=", rules.max_text),
+        "caption": ("words of the caption", ">=", rules.min_words),
+        "duplicate": ("distance", ">=", rules.min_distance),
+    }
+
+
+def find_broken_rule(file: FileMeasures, part: Part, values: dict[str, float], rules: FilterRules, shape: ModelShape) -> Rejection | None:
+    """Return the first rule that a part breaks, or None. `values` are those of list_values."""
+    for reason, (name, comparison, bound) in list_bounds(rules).items():
+        if reason in values and not keeps_bound(values[reason], comparison, bound):
+            return Rejection(reason, values[reason], f"{name} {comparison} {bound}{explain_value(reason, file, part, rules, shape)}")
+        if reason == "too_short" and (usable := shape.count_usable(part.length)) < shape.frames:
+            need = f"frames >= {shape.frames} at {shape.fps:g} fps ({shape.frames / shape.fps:.2f} s), which training needs"
+            return Rejection(reason, values[reason], f"{need}; {usable} of its {part.length} are whole latents")
     return None
 
 
-def average_blocks(frames: UInt8[np.ndarray, "V Y X 3"]) -> Float[np.ndarray, "V y x 3"]:
-    """Average frames over blocks, BLOCKS_PER_SIDE of them along each side."""
-    block = PICTURE_SIDE // BLOCKS_PER_SIDE
-    rows = frames.reshape(len(frames), BLOCKS_PER_SIDE, block, PICTURE_SIDE, 3).sum(2, dtype=np.uint16)
-    return rows.reshape(len(frames), BLOCKS_PER_SIDE, BLOCKS_PER_SIDE, block, 3).sum(3, dtype=np.uint16).astype(np.float32) / block**2
+def find_duplicate(signature: np.ndarray, accepted: DuplicateIndex, rules: FilterRules) -> tuple[Likeness | None, Rejection | None]:
+    """Return the most similar clip of those accepted before, and the rejection if it is too similar."""
+    likeness = accepted.find_closest(signature)
+    if likeness is None or likeness.distance >= rules.min_distance:
+        return likeness, None
+    how = "a mirror image of" if likeness.mirrored else "from"
+    return likeness, Rejection("duplicate", likeness.distance, f"distance >= {rules.min_distance} ({how} {likeness.clip})")
 
 
-def motion_per_second(frames: UInt8[np.ndarray, "V Y X 3"], fps: float) -> float:
-    """Measure how much a frame differs from the frame a second before: mean over pixels (0..255), median over frames.
-
-    The median, so that a clip that stands still for most of its time is not saved by one jerk. A camera on a tripod
-    before a calm sea has 1.1, a static picture after H.264 less than 0.1.
-    """
-    step = min(max(1, round(fps)), len(frames) - 1)
-    if step < 1:
-        return 0.0
-    apart = np.abs(frames[step:].astype(np.int16) - frames[:-step]).mean((1, 2, 3), dtype=np.float64)
-    return float(np.median(apart))
+def keeps_bound(value: float, comparison: str, bound: float) -> bool:
+    """Say whether a value is on the right side of its threshold."""
+    return value > bound if comparison == ">" else value >= bound if comparison == ">=" else value <= bound
 
 
-def strongest_cut(small: Float[np.ndarray, "V y x 3"], fps: float) -> float:
-    """Measure the largest change from a frame to the next, relative to the usual change within half a second around it.
-
-    Block means hardly change in a pan; where everything moves fast (a whip pan, an arm before the lens), the usual
-    change around is as large. The third quartile is the usual one, so that repeated frames (animation on twos,
-    24 fps shown as 30) don't halve it. What is undone within FLASH frames is a flash. Dissolves go unseen.
-    """
-    change = np.abs(np.diff(small, axis=0)).mean((1, 2, 3), dtype=np.float64)
-    if len(change) <= FLASH_FRAMES:
-        return 0.0
-    far = np.abs(small[FLASH_FRAMES:] - small[:-FLASH_FRAMES]).mean((1, 2, 3), dtype=np.float64)
-    since, until = np.concatenate([far, change[len(far) :]]), np.concatenate([change[: FLASH_FRAMES - 1], far])
-    lasting = np.minimum(change, np.minimum(since, until))  # neither a flash's beginning nor its end
-    reach = max(2, round(fps / 2))
-    padded = np.pad(change, reach, mode="reflect" if len(change) > reach else "edge")
-    around = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1)
-    usual = np.quantile(np.delete(around, reach, axis=1), 0.75, axis=1)
-    return float((lasting / (CUT_FLOOR + usual)).max())
+def explain_value(reason: str, file: FileMeasures, part: Part, rules: FilterRules, shape: ModelShape) -> str:
+    """Say what a rule's number does not: frames beside seconds, both sides of a picture, the time of a cut."""
+    if reason == "too_short":
+        fewest = int(Fraction(rules.min_seconds) * Fraction(shape.fps)) + 1
+        return f", {fewest} frames at {shape.fps:g} fps; it has {part.length}"
+    if reason in ("too_small", "cropped"):
+        return f"; it is {file.facts.width}x{file.facts.height}, the model's {shape.width}x{shape.height}"
+    if reason == "hard_cut":
+        frames = np.flatnonzero(file.cuts[part.first + 1 : part.end] > rules.max_cut) + part.first + 1
+        return f" (at {', '.join(f'{frame / shape.fps:.2f}' for frame in frames[:8])} s{', …' if len(frames) > 8 else ''})"
+    return ""
 
 
-def draw_signature(small: Float[np.ndarray, "V y x 3"]) -> UInt8[np.ndarray, "M y x 3"]:
-    """Take SIGNATURE_FRAMES frames evenly over the clip: nearly the same for a copy of another quality, size or frame rate.
-
-    Choice: a part of a clip, or its mirror image, is not recognised as a duplicate.
-    """
-    moments = np.linspace(0, len(small) - 1, SIGNATURE_FRAMES).round().astype(int)
-    return np.rint(small[moments]).astype(np.uint8)
+def measure_kept_share(tall: int, wide: int, shape: ModelShape) -> float:
+    """Measure how much of a picture is left when it covers the model's shape and is cut to its middle."""
+    ratio = (wide * shape.height) / (tall * shape.width)
+    return min(ratio, 1 / ratio)
 
 
-def find_closest(signature: UInt8[np.ndarray, "M y x 3"], accepted: dict[str, UInt8[np.ndarray, "M y x 3"]]) -> tuple[str, float]:
-    """Return the most similar of the accepted clips, and its mean absolute difference, 0..255."""
-    mine = signature.astype(np.int16)
-    away = {name: float(np.abs(mine - other).mean(dtype=np.float64)) for name, other in accepted.items()}
-    twin = min(away, key=lambda name: away[name])
-    return twin, away[twin]
+def count_words(caption: str) -> int:
+    """Count the words of a caption that say something: of letters, and no camera's or program's name for a file."""
+    return sum(1 for word in WORD.findall(JUNK.sub(" ", caption)))
+
+
+def describe_part(file: FileMeasures, part: Part) -> dict[str, Any]:
+    """Return a part's place in its file for the manifest; both None if it is all of the file."""
+    whole = part.first == 0 and part.end == file.frames
+    return {"start": None if whole else part.first, "length": None if whole else part.length}

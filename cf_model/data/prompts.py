@@ -37,10 +37,11 @@ def iterate_prompts(path: Path) -> Iterator[tuple[int, str]]:
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file with their numbers, decoded one by one."""
     number = 0
-    with path.open("rb") as file:
+    # bytes as characters, so that a line may end as on any system and a bad byte is told by its line
+    with path.open(encoding="latin-1", newline=None) as file:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
-            yield number, decode_line(line, number, path)
+            yield number, decode_line(line.encode("latin-1"), number, path)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, str]]:
@@ -86,7 +87,7 @@ def decode_line(line: bytes, number: int, path: Path) -> str:
     if len(line) > LONGEST_LINE:
         raise ValueError(f"{path} line {number} has more than {LONGEST_LINE:,} bytes; write one prompt a line")
     try:
-        words = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        words = line.decode("utf-8-sig")  # a mark may begin any line: files are joined
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} line {number} is not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
     return check_text(words, number, path)

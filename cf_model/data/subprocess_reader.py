@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -24,7 +28,7 @@ class Unreadable:
 
 def read_in_subprocess(
     task: Callable[[Path], T], paths: Sequence[Path], *, workers: int, timeout: float
-) -> Iterator[tuple[int, T | Unreadable]]:
+) -> Generator[tuple[int, T | Unreadable], None, None]:
     """Yield (index, task(path)) of every path, in the order of completion.
 
     A ValueError of the task, the child's death, and more than `timeout` seconds on one file give Unreadable; any other
@@ -63,12 +67,7 @@ class ReaderProcess(Generic[T]):
 
     def start(self) -> None:
         """Start a process that imports the task and waits for paths."""
-        # Choice: spawn, because forking a process that has run torch's threads can hang.
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve_reader, args=(self.task, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.process, self.pipe = start_child(serve_reader, self.task)
 
     def wait_until_ready(self) -> None:
         """Wait for the child's imports, whose seconds and failures are not a file's."""
@@ -117,9 +116,106 @@ class ReaderProcess(Generic[T]):
         self.pipe.close()
 
 
+class StreamingReader(Generic[T]):
+    """A child process that reads one file after the other and hands over each piece as soon as it is read.
+
+    `task` gives the pieces of a file; it must be a function of a module, cheap to import, or a partial of one. The child reads ahead
+    by what a pipe holds, so memory does not grow with a file's length. Use as a context manager.
+    """
+
+    def __init__(self, task: Callable[..., Iterator[T]], *, timeout: float) -> None:
+        self.task, self.timeout = task, timeout
+        self.process, self.pipe = None, None
+
+    process: BaseProcess | None
+    pipe: Connection | None
+
+    def __enter__(self) -> StreamingReader[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def stream(self, path: Path, **options: Any) -> Iterator[T]:
+        """Yield the pieces of a file, task(path, **options).
+
+        Raises ValueError, with one sentence, if the file can't be read, crashes the child, or gives no piece for `timeout` seconds.
+        """
+        if self.process is None or self.pipe is None:
+            self.process, self.pipe = start_child(serve_stream, self.task)
+            self.pipe.recv()  # its imports, whose seconds are not a file's
+        complete = False
+        try:
+            self.pipe.send((path, options))
+            while True:
+                if not self.pipe.poll(self.timeout):
+                    raise ValueError(f"{path.name} was not read on within {self.timeout:g} s; replace it")
+                piece, error = self.pipe.recv()
+                if error is not None:
+                    complete = isinstance(error, ValueError)
+                    raise error
+                if piece is None:
+                    complete = True
+                    return
+                yield piece
+        except (EOFError, BrokenPipeError):
+            self.process.join()
+            raise ValueError(f"{path.name} crashed its reader (exit code {self.process.exitcode}); replace it") from None
+        finally:
+            if not complete:  # the child is in the middle of a file, or dead
+                self.end()
+
+    def end(self) -> None:
+        """Kill the child, whatever it is doing."""
+        if self.process is not None and self.pipe is not None:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
+        self.process, self.pipe = None, None
+
+
+def start_child(serve: Callable[..., None], task: Callable[..., Any]) -> tuple[BaseProcess, Connection]:
+    """Start a process that imports the task, and return it with the pipe to it."""
+    # Choice: spawn, because forking a process that has run torch's threads can hang.
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(task, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, pipe
+
+
+def prepare_child() -> None:
+    """Silence FFmpeg, which writes thousands of lines about a bad file, and die with the parent even inside a decoder that hangs."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if sys.platform.startswith("linux"):
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def serve_stream(task: Callable[..., Iterator[Any]], pipe: Connection) -> None:
+    """Run a child: take a path and options, send each piece as (piece, None), then (None, error or None)."""
+    prepare_child()
+    pipe.send("ready")
+    while True:
+        try:
+            path, options = pipe.recv()
+        except EOFError:
+            return
+        error: Exception | None = None
+        try:
+            for piece in task(path, **options):
+                pipe.send((piece, None))
+        except MemoryError:
+            error = ValueError(f"{path.name} needs more memory than there is; replace it by a smaller one")
+        except Exception as fault:
+            error = fault
+        pipe.send((None, error))
+
+
 def serve_reader(task: Callable[[Path], T], pipe: Connection) -> None:
     """Run a child: take a path, send (result, error), until the parent closes the pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's complaints about bad files, thousands of lines
+    prepare_child()
     pipe.send("ready")
     while True:
         try:

@@ -20,6 +20,7 @@ BIN = 4  # units of heading that are compared as one
 BINS = worlds.PANORAMA // BIN
 EDGE = 3  # units at the picture's sides that are not read: the codec blurs them
 SHORTEST_VISIT = 4  # frames
+LANDMARK_TOP = worlds.LANDMARK_ROWS.start  # units of 1/32 of the picture's height above the landmarks
 _PALETTE = np.array(list(worlds.COLOURS.values()), float)
 _NAMES = list(worlds.COLOURS)
 

@@ -146,3 +146,23 @@ def _describe_weights(state: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         "channels": config["in_channels"],
         "text_channels": config["text_dim"],
     }
+
+
+def describe_import(facts: dict[str, Any]) -> str:
+    """Describe an import in one line, from the facts that import.json has."""
+    parts = [facts["layout"]]
+    if "branch" in facts:
+        parts.append(f"branch {facts['branch']} ({facts['container']}; there: {', '.join(facts['branches'])})")
+    if facts["stripped"]:
+        parts.append(f"without {', '.join(facts['stripped'])}")
+    if "lora" in facts:
+        lora = facts["lora"]
+        if lora["pairs"]:
+            parts.append(f"{lora['pairs']} pairs of rank {lora['rank']}, alpha {lora['alpha']} by {lora['alpha_from']}")
+        parts += [f"{lora['deltas']} weights and biases added as they are"] if "deltas" in lora else []
+        parts += [f"on {facts['base']['source']}"]
+        parts += [f"it changes {lora['changes']}"] if "changes" in lora else []
+    parts += [f"assumed: {facts['assumed']}"] if "assumed" in facts else []
+    dtype = facts["dtype"] if isinstance(facts["dtype"], str) else " and ".join(facts["dtype"])
+    parts.append(f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, {dtype}")
+    return "; ".join(parts)

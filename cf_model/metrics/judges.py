@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from cf_model.metrics.drift import measure_drift, measure_frames
-from cf_model.metrics.judge import BEST, Video
+from cf_model.metrics.judge import BEST, Judge, Video
 from cf_model.metrics.preprocess import sample_middle_frames
 
 PICTURES = 16  # frames of a video that a judge of pictures sees, the middle ones of as many equal parts
@@ -129,3 +129,33 @@ class TransformersJudge:
         inputs = self.processor(text=[prompt], images=[pictures], return_tensors="pt").to(self.model.device)
         tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER_TOKENS)
         return str(self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+
+
+def open_judge(named: str, model: str | None, key: str | None, device: torch.device) -> Judge:
+    """Open the judge that `cf score --judge` names: heuristic, a file of answers, a model's folder, or an endpoint with its model and key.
+
+    Raises ValueError for a name that is none of them.
+    """
+    if named == "heuristic":
+        return HeuristicJudge()
+    if "://" in named:
+        if not model:
+            raise ValueError("--judge is an endpoint, and --judge-model names no model; name one that the endpoint serves")
+        return EndpointJudge(named, model, key)
+    place = Path(named)
+    if place.is_file():
+        return ReplayJudge(read_answers(place), name=f"replay-{place.stem}")
+    if place.is_dir():
+        return TransformersJudge(place, device)
+    raise ValueError(f"--judge is {named}; it must be heuristic, a file of answers, a model's folder, or http(s)://HOST/v1")
+
+
+def read_answers(file: Path) -> dict[str, str]:
+    """Read recorded answers by the video's key. Raises ValueError for a file that is no JSON object."""
+    try:
+        answers = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(answers, dict):
+        raise ValueError(f"{file} is damaged: it has no names")
+    return answers

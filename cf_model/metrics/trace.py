@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 
 from cf_model.metrics import drift, flow, long, preprocess, repetition, vbench, windowed
-from cf_model.metrics.encoders import FrameEncoder, TextImageEncoder
+from cf_model.metrics.encoders import (
+    PINNED,
+    ClipEncoder,
+    FrameEncoder,
+    HubEncoder,
+    PooledEncoder,
+    TextImageEncoder,
+    list_missing,
+    open_encoder,
+    open_head,
+)  # fmt: skip
 
 Video = UInt8[np.ndarray, "V Y X 3"]
 Piece = UInt8[np.ndarray, "_ Y X 3"]  # frames of a video whose pieces differ in length
@@ -41,6 +52,29 @@ class Networks:
 def average_neighbours(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Make the frame between two frames as their mean: a stand-in for AMT, by the name of `mean`."""
     return (before + after) / 2
+
+
+def open_networks(weights: Path | None, device: torch.device) -> Networks:
+    """Open the encoders whose folders are in `weights`; without any, frames are compared by their pooled pixels.
+
+    Raises ValueError for a folder that has none of them.
+    """
+    there = [] if weights is None else [role for role in PINNED if not list_missing([role], weights)]
+    if weights is not None and not there:
+        raise ValueError(f"--weights {weights} has none of the folders {', '.join(PINNED)}; `cf fetch-weights --out {weights}` makes them")
+    found: dict[str, HubEncoder] = {role: open_encoder(role, weights / role, device) for role in there if weights}
+    pooled, text = PooledEncoder(), found.get("clip")
+    networks = Networks(
+        subject=found.get("dino", pooled),
+        anchor=found.get("dinov2", pooled),
+        background=text or pooled,
+        text=text if isinstance(text, ClipEncoder) else None,
+        interpolate=average_neighbours,
+    )
+    head = weights / "aesthetic-head.safetensors" if weights else None
+    if "clip-large" in found and head and head.is_file():
+        networks.aesthetic, networks.aesthetic_head = found["clip-large"], open_head(head)
+    return networks
 
 
 @dataclass

@@ -147,14 +147,14 @@ class ContextMemory:
         keys = [frame.keys[layer] for frame in self.sink]
         values = [frame.values[layer] for frame in self.sink]
         if self.slow_places:
-            slow_keys, slow_values = self._fill_slow(layer)
+            slow_keys, slow_values = self.read_slow(layer)
             keys.append(slow_keys.flatten(1, 2))
             values.append(slow_values.flatten(1, 2))
         keys += [frame.keys[layer] for frame in self.fast]
         values += [frame.values[layer] for frame in self.fast]
         return keys, values
 
-    def _fill_slow(self, layer: int) -> tuple[Tensor, Tensor]:
+    def read_slow(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the slow part's keys and values, [B, places, S, N, D]: promoted frames, then early frames where places are free."""
         if not self.early:
             return self.slow.read(layer)
@@ -319,17 +319,19 @@ class ContextMemory:
 
     def key_positions(self, frames: int, layer: int = 0) -> Positions:
         """Return the temporal RoPE index of every remembered frame, in the order of `past`, for the next `frames` frames."""
-        sink, fast = self.sink, self.fast
+        return join_positions(*self.part_positions(frames, layer))
+
+    def part_positions(self, frames: int, layer: int = 0) -> tuple[list[int], Positions, Positions]:
+        """Return the temporal RoPE indices of sink, slow part and fast part for the next `frames` frames."""
+        sink, fast, places = range(len(self.sink)), len(self.fast), range(self.slow_places)
         if self.spec.positions == "absolute":
-            return self.number_frames(layer)
-        places = range(self.slow_places)
+            return [frame.index for frame in self.sink], self._number_slow(layer), [frame.index for frame in self.fast]
         if self.spec.positions == "packed":
-            first = len(self.sink)
-            return join_positions(list(range(first)), [first + n for n in places], self._shift_by_slow(first, len(self.fast), layer))
+            return list(sink), [len(sink) + n for n in places], self._shift_by_slow(len(sink), fast, layer)
         # eq. 8: the sink from 0 on, the slow part after the sink's places, the fast part just before the current chunk.
         query = self.query_positions(frames)
         assert isinstance(query, list)
-        return [*range(len(sink)), *(self.spec.sink + n for n in places), *range(query[0] - len(fast), query[0])]
+        return list(sink), [self.spec.sink + n for n in places], list(range(query[0] - fast, query[0]))
 
     def number_frames(self, layer: int = 0) -> Positions:
         """Return the latent frame number of every remembered frame, in the order of `past`."""

@@ -20,7 +20,7 @@ VALUES += ["is_newest_news", "promoted_count"]
 
 def dump_memory(memory: Memory) -> dict[str, Any]:
     """Return a memory's state for `restore_memory`; its settings are not part of it."""
-    slow = {name: getattr(memory.slow, name) for name in ("order", "index", "count")}
+    slow = {name: getattr(memory.slow, name) for name in ("order", "index", "count", "turn")}
     slow["candidates"] = _dump_frames(memory.slow.candidates)
     pending = [{"index": index, "news": news} for index, news in memory.pending.items()]
     frames = {name: _dump_frames(getattr(memory, name)) for name in FRAMES}

@@ -1,8 +1,8 @@
-"""What bfloat16 products and checkpoints need of diffusers' layers: float32 time embedding, norms, copies of weights, blocks."""
+"""What bfloat16 products and checkpoints need of diffusers' layers: float32 time embedding, copies of weights, blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,19 +21,11 @@ class TimeLinear(nn.Linear):
 
 def prepare_layers(transformer: Any, *, checkpointing: bool) -> None:
     """Change a diffusers transformer's layers in place as this file says; its weights and their names stay."""
-    # under autocast a norm's input is bfloat16 and its weights are float32
-    for norm in (module for module in transformer.modules() if isinstance(module, nn.RMSNorm)):
-        norm.register_forward_pre_hook(widen_input)
     times = transformer.condition_embedder
     for linear in (times.time_embedder.linear_1, times.time_embedder.linear_2, times.time_proj):
         linear.__class__ = TimeLinear
     if checkpointing:
         transformer.enable_gradient_checkpointing(checkpoint_block)
-
-
-def widen_input(norm: nn.RMSNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Cast a norm's input to its weight's type, because torch has a fused kernel only where the two are equal."""
-    return tuple(x.to(norm.weight.dtype) for x in inputs)
 
 
 def checkpoint_block(block: Any, *inputs: Any) -> Tensor:
@@ -62,8 +54,8 @@ class WeightCopies:
     Only the weights of products are copied, which are those that autocast casts, so the results are the same to the bit.
     """
 
-    def __init__(self, transformer: Any, *, wanted: bool) -> None:
-        self.transformer, self.wanted = transformer, wanted
+    def __init__(self, transformer: Any, prompts: MutableMapping[Tensor, Any], *, wanted: bool) -> None:
+        self.transformer, self.prompts, self.wanted = transformer, prompts, wanted
         self.copies = dict[str, Tensor]()  # empty: not made since the weights changed
 
     def read(self) -> dict[str, Tensor]:
@@ -80,8 +72,9 @@ class WeightCopies:
         return self.copies
 
     def forget(self) -> None:
-        """Let go of the copies, because the weights have changed."""
+        """Let go of the copies and of prompts that were computed with the weights, because the weights have changed."""
         self.copies = {}
+        self.prompts.clear()
 
     def narrow_originals(self) -> None:
         """Turn the weights themselves to bfloat16, where nothing will train them."""

@@ -33,7 +33,7 @@ class CausalStudent(Protocol):
         self, x_0: Tensor, text: Tensor, memory: Memory, *, grad: bool = False, disturb: Callable[[Frames], Frames] | None = None
     ) -> Memory: ...
 
-    def forget_view(self, memory: Memory) -> None: ...
+    def forget_store(self, memory: Memory) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -230,13 +230,12 @@ def rollout(
             if spec.renoise == "own":
                 begin = int(noised_to * (leave + 1))
                 x_0, (x_t, memory_of_exit) = renoise_chunk(student, text, x_0, sigmas[begin : leave + 1], before, rng)
-                student.forget_view(before)
+                student.forget_store(before)
             targets.append(TargetChunk(first, x_t, sigmas[leave], memory_of_exit, into >= spec.skip_first))
         video.append(x_0)  # line 19
         comparisons += compare_newest_chunk(state)
-    # The targets' memories live on: what passes have copied of them (rotated keys, values) must not, until they are replayed.
-    for target in targets:
-        student.forget_view(target.memory)
+    # The memory lives on, with the frames that the targets are replayed with; what passes have copied of them must not.
+    student.forget_store(state)
     return Rollout(torch.cat(video, dim=1), window, tuple(targets), tuple(exits), state, tuple(comparisons), held)
 
 

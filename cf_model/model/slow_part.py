@@ -39,6 +39,10 @@ class SlowPart:
     order: Int[Tensor, "B G size"] | None = None  # a video's frames as numbers of `candidates`; beyond `count` they mean nothing
     index: Int[Tensor, "B G size"] | None = None  # the same frames as latent frame numbers
     count: Int[Tensor, "B G"] | None = None  # frames that a video holds
+    # How a store follows a slow part: it has the newest frame in the place of the one that was dropped, and learns what was added.
+    turn: int | Tensor = 0  # frames dropped so far, modulo `size`; [B, G] where videos differ
+    added: Frames = ()  # the newest candidates, whether or not some video holds them
+    added_count: int = 0  # candidates since the part was empty
 
     @property
     def places(self) -> int:
@@ -56,11 +60,12 @@ class SlowPart:
             return self
         copies = tuple(frame.copy() for frame in frames)
         if isinstance(news, bool):
-            return replace(self, candidates=(*self.candidates, *copies)[-self.size :])
+            candidates = (*self.candidates, *copies)
+            return replace(self, candidates=candidates[-self.size :], turn=(self.turn + max(len(candidates) - self.size, 0)) % self.size)
         part = self
         for frame in copies:
             part = part._append(frame, news)
-        return part
+        return replace(part, added=(*self.added, *copies)[-SPARE:], added_count=self.added_count + len(copies))
 
     def _append(self, frame: KeyValues, news: Bool[Tensor, "B G"]) -> SlowPart:
         """Add one candidate, and hold it in the videos to which it is news."""
@@ -80,6 +85,7 @@ class SlowPart:
             order=put(len(self.candidates), self.order),
             index=put(frame.index, self.index),
             count=(count + news.long()).clamp(max=self.size),
+            turn=(self.turn + (news & (count == self.size)).long()) % self.size,
         )
         return part._compact() if len(part.candidates) >= self.size + SPARE else part
 

@@ -116,7 +116,7 @@ class ModelCosts:
         pixels = (4 + n) * self.channels * TOKEN_PIXELS  # the model's input, and the loss's difference in float32
         prompt = self.text_tokens * n * (3 * d + self.text_channels)
         noise = levels * (8 * d + n * (3 * d + m.freq))
-        return queries * ((8 + n) * d + 8 + pixels) + prompt + noise + 8 * m.head_dim * (queries + (keys if past else 0))
+        return queries * ((8 + n) * d + 8 + pixels) + prompt + noise + 4 * m.head_dim * (queries + (keys if past else 0))
 
     def saved_bytes(self, frames: int, past: int = 0, levels: int = 1) -> int:
         """Count the bytes that a whole pass saves for its backward pass: all of every block, or with checkpointing each block's input."""

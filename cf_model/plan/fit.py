@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cf_model.train.trainer.engine import EngineSpec
 
 from .need import StageNeed
 
 GIB = 2**30
+# Choice: what the plan expects may be a third too much before a stage is refused; it was within a quarter wherever it was
+# measured (benchmarks/plan_memory.py), and a stage that would have fitted must never be refused.
+MEMORY_MARGIN = 1.5
+DISK_MARGIN = 1.1
 
 
 def list_micro_batches(batch: int, ranks: int) -> list[int]:
@@ -60,3 +67,36 @@ def format_number(value: float) -> str:
     if value >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value >= 1e-4 else f"{value:.0e}"
+
+
+def refuse_memory(stage: str, one: StageNeed, leaner: StageNeed | None, free: float, where: str, split: WorkSplit) -> None:
+    """Raise ValueError if a stage needs more than `MEMORY_MARGIN` times the `free` bytes of a rank.
+
+    `leaner`: the need with activation checkpointing, where that is off. `where`: whose memory it is, for the sentence.
+    """
+    expected = split.peak(one)
+    if expected <= MEMORY_MARGIN * free:
+        return
+    fixed, each = format_number(split.peak(one, 0) / GIB), format_number(one.sample_bytes() / GIB)
+    parts = f"{fixed} for networks, gradients and optimisers and {each} for each of {split.at_once} samples at once"
+    rank = f"a rank of {stage} of {split.ranks} with ZeRO {split.zero}" if split.ranks > 1 else stage
+    need = f"{rank} needs about {format_number(expected / GIB)} GiB ({parts}), but this {where} has {format_number(free / GIB)}"
+    raise ValueError(f"{need}; {suggest_remedy(one, leaner, free, split)}")
+
+
+def refuse_disk(stage: str, written: Mapping[str, float], out: Path, work: Path) -> None:
+    """Raise ValueError if a disk is too small for a stage's out or checkpoints, or for both where they lie on the same disk.
+
+    Checkpoints of an earlier attempt make room, because new ones replace them.
+    """
+    wanted: dict[int, tuple[Path, float]] = {}
+    reused = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
+    for path, size in ((out, written["out"]), (work, max(0.0, written["checkpoints"] - reused))):
+        home = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        device = home.stat().st_dev
+        wanted[device] = (home, wanted.get(device, (home, 0.0))[1] + size)
+    for home, size in wanted.values():
+        free = shutil.disk_usage(home).free
+        if size > free * DISK_MARGIN:
+            problem = f"{stage} writes up to {format_number(size / GIB)} GiB, but the disk of {home} has {format_number(free / GIB)} free"
+            raise ValueError(f"{problem}; free some, or put the project on a larger disk")

@@ -193,10 +193,10 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     outlives = spec.rollouts == "shared" or roll.persist == "stream"
     replayed = max(costs.activation_bytes(roll.chunk, passes.denoising) for passes in traced)
     context = max(scoring.context_bytes for scoring in scorings.values())
-    # Passes without gradient keep a second copy of what they see, keys rotated (PastView): in the rollout of a memory, in the scores of
-    # each context that has a pass of its own.
+    # Passes without gradient keep a second copy of what they see, keys rotated (SlotStore): in the rollout of a memory, with the raw keys
+    # of the slow part, in the scores of each context that has a pass of its own.
     seen = max(passes.denoising for passes in traced)
-    rolling = seen * costs.frame_bytes() + costs.passing_bytes(roll.chunk, seen)
+    rolling = (2 * spec.memory.size + spec.memory.slow) * costs.frame_bytes() // 2 + costs.passing_bytes(roll.chunk, seen)
     return StageNeed(
         steps=spec.steps,
         batch=spec.batch,

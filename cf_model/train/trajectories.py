@@ -77,6 +77,7 @@ class OdeTrajectories:
             # [B, F, C, H, W], each video's from a stream of its own.
             streams = BatchGenerator([(self.seed, video) for video in videos], next(model.parameters()).device)
             noise = draw_gaussian((len(videos), *self.shape), streams)
+            # All states of the sampler are computed, and those before the steps in `keep` are stored, with x_0: K of them.
             states = trace_ode(model, self.text(videos), noise, levels=self.path, guidance=self.spec.guidance, null=null)
             stored = [x.to("cpu", self.dtype) for step, x in enumerate(states) if step in (*self.spec.keep, self.spec.steps)]
             _write_states(self._find_file(first), torch.stack(stored, dim=1))  # [B, K, F, C, H, W]
@@ -117,6 +118,7 @@ def _is_complete(file: Path) -> bool:
 
 def _write_states(path: Path, states: Tensor) -> None:
     """Write a file under a temporary name and rename it once its bytes are on the disk."""
+    # Without fsync the name could reach the disk before the bytes, and a machine that loses power would leave a torn file.
     partial = path.with_suffix(".partial")
     save_file({"states": states.contiguous()}, partial)
     with partial.open("rb") as file:

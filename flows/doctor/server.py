@@ -13,11 +13,11 @@ from prefect.client.schemas.filters import DeploymentFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.responses import DeploymentResponse
 
-from flows.cli import count_things
 from flows.doctor.finding import Finding
 from flows.machine import alerts, programs, reconcile
 from flows.machine.settings import Machine, is_healthy
 from flows.machine.up import POOL
+from tasks.files.words import count_things
 
 SOON = timedelta(seconds=120)  # the scheduler looks every minute
 DAY = timedelta(hours=26)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 
-from flows.cli import count_things
 from flows.doctor.finding import Finding, Level
 from flows.machine import processes, programs
 from flows.machine.settings import Machine, process_environment
@@ -20,6 +19,7 @@ from flows.project.dvc_command import run_dvc
 from flows.supervise import gpus
 from tasks.files.dvc_rwlock import mend_rwlock
 from tasks.files.settings import read_settings
+from tasks.files.words import count_things
 from tasks.params import yaml_file
 
 

@@ -63,25 +63,19 @@ def main(argv: list[str]) -> None:
 
 def describe_nights(root: Path, nightly: dict[str, Any], paused: bool | None, page: str) -> str:
     """Say when the next night is, what it trains and where it pushes. `paused` is True for want of an inbox, False by a person."""
-    params, remotes = yaml_file.read_yaml(root / "params.yaml"), []
+    profile, pushes = yaml_file.read_yaml(root / "params.yaml").get("profile"), list[str]()
     with suppress(RuntimeError):
         if name := read_config(root).get("core.remote"):
-            remotes.append(f"data to the DVC remote {name}")
+            pushes.append(f"data to the DVC remote {name}")
     with suppress(RuntimeError):
         if "origin" in run_git(root, "remote").split():
-            remotes.append(
-                f"its branch and tags to origin ({re.sub(r'//[^/@]*@', '//', run_git(root, 'remote', 'get-url', 'origin').strip())})"
-            )
-    what = (
-        f"new clips from {nightly.get('inbox') or 'no inbox'}, profile {params.get('profile')}, pushes {' and '.join(remotes) or 'nothing'}"
-    )
+            origin = re.sub(r"//[^/@]*@", "//", run_git(root, "remote", "get-url", "origin").strip())  # without a password
+            pushes.append(f"its branch and tags to origin ({origin})")
+    inbox = nightly.get("inbox") or "no inbox"
+    what = f"new clips from {inbox}, profile {profile}, pushes {' and '.join(pushes) or 'nothing'}"
     if paused is not None:
-        way = (
-            f"name a folder as nightly.inbox in params.yaml and say `cf deploy` again, or resume it at {page}"
-            if paused
-            else "resume it there"
-        )
-        return f"nights are paused ({what}); {way}"
+        name_one = f"name a folder as nightly.inbox in params.yaml and say `cf deploy` again, or resume it at {page}"
+        return f"nights are paused ({what}); {name_one if paused else 'resume it there'}"
     now = datetime.now(ZoneInfo(str(nightly["timezone"])))
     return f"the next night is {next(CronSim(str(nightly['cron']), now)):%Y-%m-%d %H:%M} {nightly['timezone']}: {what}"
 

@@ -16,10 +16,10 @@ from xmlrpc.client import Fault
 import psutil
 from filelock import FileLock, Timeout
 
-from flows.cli import count_things
 from flows.machine import alerts, processes, programs, settings
 from flows.machine.settings import DATABASE, Machine, is_healthy, process_environment, read_machine
 from tasks.files.settings import read_settings
+from tasks.files.words import count_things
 
 POOL = "cf"
 PATIENCE = 600.0  # seconds for a start: 10 on a quiet machine, 200 were seen at a load of 20; a program that ends is noticed at once

@@ -12,8 +12,9 @@ from pydantic import BaseModel, FiniteFloat
 
 from tasks.files.json_lines import write_json
 from tasks.files.trees import list_nodes
+from tasks.files.words import count_things
 
-# metrics of tasks/evaluate.py that compare a video with what its clip was rendered from
+# metrics of the stage evaluate (cf_model/evaluate/scores.py) that compare a video with what its clip was rendered from
 NEED_TRUTH = (
     *("compass_coherence", "diversity", "heading_perplexity", "headings_covered", "jitter", "map_error", "map_error_absent"),
     *("map_error_recent", "memory_ratio", "other_heading", "same_heading", "shape_accuracy", "sky_accuracy", "sky_error", "speed"),
@@ -77,7 +78,8 @@ def decide_promotion(candidate: Measured, promoted: Measured | None, rules: Sequ
     if not rules:
         reasons = ["there is no rule; nightly.rules in params.yaml states them"]
     if troubles:
-        reasons.insert(0, f"{troubles} training curves left the bounds of params.yaml's section watch; the night's report names them")
+        curves = count_things(troubles, "training curve")
+        reasons.insert(0, f"{curves} left the bounds of params.yaml's section watch; the night's report says which")
     if not candidate.videos:
         reasons.insert(0, "the candidate has no videos")
     elif promoted and promoted.videos != candidate.videos:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tasks.files.atomic import open_partial
 from tasks.files.hashes import compute_dvc_md5
+from tasks.files.texts import read_text_file
 from tasks.files.videos import VIDEO_SUFFIXES
 
 UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".filepart")
@@ -92,8 +93,12 @@ def reason_to_refuse(file: Path, name: Path, settle: float) -> str | None:
         return f"was written to in the last {settle:g} s; the next night takes it"
     if not stat.st_size:
         return "is empty"
-    if file.suffix == CAPTION and not file.read_text(encoding="utf-8-sig", errors="replace").split():
-        return "is an empty caption; its video is called by its name"
+    if file.suffix == CAPTION:
+        try:
+            if not read_text_file(file)[0].split():
+                return "is an empty caption; its video is called by its name"
+        except ValueError as error:
+            return str(error).removeprefix(f"{file.name} ")
     return None
 
 

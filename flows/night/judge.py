@@ -12,7 +12,6 @@ from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from ruamel.yaml import YAML
 
 from flows.night.gate import Measured
 from flows.night.state import NightPlan
@@ -22,7 +21,7 @@ from flows.supervise.command import run_logged
 from flows.supervise.environment import stage_environment
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import read_json_lines
-from tasks.params.yaml_file import read_yaml
+from tasks.params.yaml_file import read_yaml, write_yaml
 
 GENERATE, EVALUATE, STUDENT, SUITE = "generate", "evaluate", "stage2", "prompts"
 NAME = "student"  # of the measured system, in nightly.rules too
@@ -36,7 +35,7 @@ def measure_student(
     folder = plan.root / "work/judged" / name
     folder.mkdir(parents=True, exist_ok=True)
     samples, params = folder / "samples", folder / "params.yaml"
-    write_parameters(params, nightly_parameters(read_yaml(plan.root / "params.yaml"), prompts))
+    write_yaml(params, nightly_parameters(read_yaml(plan.root / "params.yaml"), prompts))
     shutil.copyfile(plan.root / "dvc.yaml", folder / "dvc.yaml")  # `cf` finds its stages there; DVC does not look below work/
     _run_stage(plan, folder, stages[GENERATE], {STUDENT: student, "codec": codec, "out": samples, "params": params})
     _run_stage(plan, folder, stages[EVALUATE], {"samples": samples, "out": folder / "results", "params": params})
@@ -44,12 +43,6 @@ def measure_student(
     videos = [(str(row["prompt"]), int(row["seed"])) for row in rows if (row["suite"], row["system"]) == (SUITE, NAME)]
     numbers = json.loads((folder / f"metrics/{EVALUATE}.json").read_text())
     return Measured(md5=compute_dvc_md5(student, again=True), numbers=numbers, videos=videos, version=version)
-
-
-def write_parameters(path: Path, params: Mapping[str, Any]) -> None:
-    """Write a tree of parameters as YAML 1.2."""
-    with path.open("w") as file:
-        YAML(typ="safe", pure=True).dump(params, file)
 
 
 def nightly_parameters(params: Mapping[str, Any], prompts: Path | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from flows.project.dvc_graph import Stage
 from flows.run.artifacts import show_table
 from flows.run.repro import repro_stages
 from tasks.files.json_lines import read_json_object
+from tasks.files.words import count_things
 
 STUDENT = "stage2"
 COMMITTED = ["dvc.yaml", "dvc.lock", "params.yaml", "metrics", "nightly", warm_start.POINTER, ".gitignore"]
@@ -55,7 +56,7 @@ def train_candidate(night: NightState) -> NightEnd:
     # a full night's record also lists base and teacher, so compare as a subset
     if not plan.full and plan.past and night.data.items() <= plan.past[-1].data.items():
         counts = ", ".join(f"{count} {reason}" for reason, count in _rejection_counts(root).items())
-        why = f"{len(night.arrivals.copied)} new files, and the filter kept none of them"
+        why = f"{count_things(len(night.arrivals.copied), 'new file')}, of which the filter kept none"
         return close_night(night, "no good clips", why + (f" (of all clips it rejects {counts})" if counts else ""))
     # 2. The student, and what else the project makes of it.
     repro_stages(root, graph, [stage for stage in stages if stage not in before], run=plan.run, repo=plan.repo)

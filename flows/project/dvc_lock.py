@@ -18,6 +18,7 @@ from flows.project.dvc_graph import Stage
 from flows.project.git import read_committed
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
+from tasks.files.words import count_things
 
 Out = Mapping[str, Any]  # path, md5, and size or nfiles, as DVC writes them
 
@@ -113,7 +114,8 @@ def main(argv: list[str]) -> None:
     if damage := find_damage(root, names):
         print("\n".join(damage))
         sys.exit(1)
-    print(f"{sum(len(outs) for name, outs in read_outs(root).items() if name in names or not names)} outs are what dvc.lock says")
+    checked = sum(len(outs) for name, outs in read_outs(root).items() if name in names or not names)
+    print(f"{count_things(checked, 'out')} compared: as dvc.lock says")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from flows.project.dvc_config import is_secret
 from flows.project.dvc_lock import read_lock
 from flows.supervise import command as supervise
 from flows.supervise.environment import child_environment
+from tasks.files.words import count_things
 
 LIMIT = 3600.0  # Choice: seconds of one attempt. What it has sent stays sent, so four attempts are four hours of sending.
 DELAYS = [30.0, 120.0, 600.0]  # Choice: a restarted server is back by the first, a rebooted machine by the second
@@ -243,7 +244,8 @@ def main(argv: list[str]) -> None:
             print(f"{check_remote(root)} is there, and set up right")
         elif args.verb == "mend":
             removed = mend_remote(root)
-            print(f"{len(removed)} damaged objects removed{'; now push from a machine that has them: cf remote push' if removed else ''}")
+            way = "; now push from a machine that has them: cf remote push" if removed else ""
+            print(f"{count_things(len(removed), 'damaged object')} removed{way}")
         else:
             transfer_outs(args.verb, root, targets=args.targets, timeout=args.timeout, log=print)
     except (RemoteAway, RemoteMisconfigured) as error:

@@ -6,16 +6,16 @@ can't restore a stage, so that a run with parameters that were tried before woul
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.cli import count_things, one_line_errors
+from flows.cli import one_line_errors
 from flows.project.dvc_command import run_dvc
 from flows.project.git import run_git
 from flows.project.run_lock import hold_checkout
 from tasks.files.dvc_rwlock import find_dvc
+from tasks.files.words import count_things
 
 MD5 = re.compile(r"\b[0-9a-f]{32}(?:\.dir)?\b")
 RECORDS = ("*dvc.lock", "*.dvc")  # git's patterns of the files in which DVC names objects, at any depth
@@ -81,7 +81,3 @@ def main(argv: list[str]) -> None:
             file.unlink(missing_ok=True)
     way = "removed" if options.delete else "which `cf gc --delete` removes" if unnamed else "nothing to remove"
     print(f"{count_things(len(unnamed), 'object')} of the cache ({size:.2f} GiB) that no branch, tag, experiment or worktree names: {way}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from html import escape
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -104,17 +105,22 @@ def _show(complain: Complain, create: Callable[..., Any], *values: object, **opt
 
 
 def _metrics_text(root: Path) -> str:
-    """Return the key numbers as a table, and below it all metrics, folded where there are key numbers; empty without any metrics."""
+    """Return the key numbers as a table, and below it all metrics, folded where there are key numbers; empty without any metrics.
+
+    The fold is HTML in one block, because Prefect's page draws each block of Markdown by itself: a table of its own is never folded.
+    """
     metrics = {file.stem: read_json_object(file) for file in sorted((root / "metrics").glob("*.json"))}
     values = [(stage, *node) for stage, tree in metrics.items() for node in list_nodes(tree) if not isinstance(node[1], Mapping)]
-    if not values:
-        return ""
-    table = ["| stage | metric | value |", "|---|---|---|", *(f"| {stage} | {name} | {value} |" for stage, name, value in values)]
     numbers = {label: value for label, value in read_key_numbers(root).items() if value is not None}
     if not numbers:
-        return "\n".join(table)
+        return "\n".join(
+            ["| stage | metric | value |", "|---|---|---|", *(f"| {' | '.join(map(str, row))} |" for row in values)] if values else []
+        )
     key_rows = ["| number | value |", "|---|---|", *(f"| {label} | {value:.4g} |" for label, value in numbers.items())]
-    return "\n".join([*key_rows, "", f"<details><summary>all {len(values)} metrics</summary>", "", *table, "", "</details>"])
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in [("stage", "metric", "value"), *values]
+    )
+    return "\n".join([*key_rows, "", f"<details><summary>all {len(values)} metrics</summary><table>{rows}</table></details>"])
 
 
 def _summary_text(root: Path, run: str, states: Mapping[str, str], about: str, places: Mapping[str, str]) -> str:

@@ -8,10 +8,12 @@ from pydantic import AfterValidator, BaseModel, Field, GetJsonSchemaHandler, Str
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from flows.project.dvc_graph import Stage, select_stages
 from tasks.params.yaml_file import read_yaml
 
 # The patterns also keep a word of the form from being an option or a command to git, DVC or a shell.
 STAGE = r"^[A-Za-z0-9_][A-Za-z0-9_./:@-]{0,100}$"
+BEGINNING, END = "the beginning", "the end"  # what a form says in place of a stage's name
 OVERRIDE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*=[^\r\n]{1,1000}$"
 
 
@@ -45,16 +47,24 @@ def _refuse_unreadable(lines: list[str]) -> list[str]:
 
 
 class _KnownStages:
-    """Makes a form offer the stages that dvc.yaml has when the form is made, which is at `cf deploy`. A run checks the names itself."""
+    """Makes a form offer the stages that dvc.yaml has when the form is made, which is at `cf deploy`. A run checks the names itself.
+
+    `first` stands before them for no stage at all, because Prefect's form shows a list at once only where nothing can be null.
+    """
+
+    def __init__(self, *first: str) -> None:
+        self.first = first
 
     def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         file, schema = Path("dvc.yaml"), dict(handler(core))
         names = list(read_yaml(file).get("stages") or {}) if file.is_file() else []
-        return schema | ({"enum": names} if names else {})
+        return schema | ({"enum": [*self.first, *names]} if names else {})
 
 
 Profile = Literal["params.yaml", "tiny", "smoke", "small", "wan-1.3b"]
 StageName = Annotated[str, StringConstraints(pattern=STAGE), _KnownStages()]
+FirstStage = Annotated[str, StringConstraints(pattern=f"^{BEGINNING}$|{STAGE}"), _KnownStages(BEGINNING)]
+LastStage = Annotated[str, StringConstraints(pattern=f"^{END}$|{STAGE}"), _KnownStages(END)]
 Override = Annotated[str, StringConstraints(pattern=OVERRIDE)]
 Overrides = Annotated[list[Override], Field(max_length=50), AfterValidator(_refuse_unreadable)]
 
@@ -78,9 +88,14 @@ class RunConfig(BaseModel, extra="forbid"):
         max_length=100,
         description="Only these stages, checked when the run begins; empty for all. What they need must have been made before.",
     )
-    from_stage: StageName | None = Field(None, description="Only this stage and what follows from it. Checked when the run begins.")
-    to_stage: StageName | None = Field(None, description="Only this stage and what leads to it. Checked when the run begins.")
+    from_stage: FirstStage = Field(BEGINNING, description="Only this stage and what follows from it. Checked when the run begins.")
+    to_stage: LastStage = Field(END, description="Only this stage and what leads to it. Checked when the run begins.")
     at_once: int = Field(4, ge=1, le=16, description="Independent stages at the same time, at most.")
     dry_run: bool = Field(False, description="Only say which stages would run, and why.")
     pull: bool = Field(False, description="Take a stage's result from the DVC remote, where another machine has made the same.")
     push: bool = Field(False, description="Afterwards send results and run cache to the DVC remote.")
+
+    def select(self, graph: list[Stage]) -> list[Stage]:
+        """Return the stages of the graph that the run takes. Raises ValueError for a name that is no stage."""
+        first, last = (None if name in (BEGINNING, END) else name for name in (self.from_stage, self.to_stage))
+        return select_stages(graph, self.stages, first, last)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flows.locks import read_holder, try_lock, write_holder
 from tasks.files.settings import read_settings
+from tasks.files.words import count_things
 
 PAUSE = 0.5  # seconds between two attempts to take a lock
 SAY_EVERY = 60.0  # seconds between two lines of a wait
@@ -54,8 +55,9 @@ def lock_gpus(count: int, line: Line, stop: Callable[[], bool] = lambda: False) 
     """
     numbers = list_gpus()
     if count > len(numbers):
+        problem = f"a stage asks for {count_things(count, 'GPU')}, and this machine gives away {len(numbers)}"
         way = "lower meta.cf.gpus in dvc.yaml, or run it on a machine that has them"
-        raise ValueError(f"{count} GPUs are asked for, and this machine gives away {len(numbers)}; {way} (CF_GPUS states how many it has)")
+        raise ValueError(f"{problem}; {way} (CF_GPUS states how many it has)")
     locks: dict[int, int] = {}
     with ExitStack() as files:
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from cf_model.evaluate.report import Results, format_number, state_verdict
+from cf_model.evaluate.report import Results, format_number
+from cf_model.evaluate.run_comparison import list_differences
 from tasks.files.atomic import delete_path
 from tasks.files.json_lines import write_json
-from tasks.params.yaml_file import Refused, read_yaml
+from tasks.params.yaml_file import Refused, read_yaml, write_yaml
 from tasks.report import read_results
 
 FOLDER, STUDENT = Path("work/control"), "stage2"
@@ -56,8 +55,7 @@ def make_control(root: Path, folder: Path) -> None:
     params["stage2"]["teacher"]["context"] = "none"
     for suite in ("systems", "continuations"):
         params["generate"][suite] = {STUDENT: params["generate"][suite][STUDENT]}
-    with (folder / "params.yaml").open("w") as file:
-        YAML(typ="safe", pure=True).dump(params, file)
+    write_yaml(folder / "params.yaml", params)
     shutil.copyfile(root / "dvc.yaml", folder / "dvc.yaml")  # `cf` finds its stages there; DVC does not look below work/
     data, codec = root / "data/latents", root / "models/codec"
     models = {name: root / "models" / name for name in ("base", "teacher", "causal_init", "stage1")} | {STUDENT: folder / "models/stage2"}
@@ -88,12 +86,4 @@ def compare_students(root: Path, folder: Path) -> list[dict[str, Any]]:
         for suite, systems in results.means.items():
             means.setdefault(suite, {})[name] = systems.get(STUDENT, {})
     both = Results(cells, means, resamples=params["evaluate"]["resamples"], seed=params["seed"])
-    rows: list[dict[str, Any]] = []
-    for suite, metrics in SHOWN.items():
-        for metric, better in metrics.items():
-            if found := both.difference(suite, "memoryless", "context", metric):
-                row = {"suite": suite, "metric": metric, "context": found.second, "memoryless": found.first}
-                row["difference"] = found.change.mean
-                ends = {"low": found.change.low, "high": found.change.high} if found.change.has_ends else {}
-                rows.append(row | ends | {"says": state_verdict(found.change, better)})
-    return rows
+    return list_differences(both, "memoryless", "context", SHOWN)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.files.atomic import open_partial
-from tasks.files.json_lines import load_json_object
+from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused
 
 if TYPE_CHECKING:
     from tasks.params.schema import Params, System
 
 CODEC_FOLDER = Path("models/codec")
-INTERMEDIATE = {"causal_init": "which knows only real videos", "stage1": "which has learned short videos without a context"}
 EXAMPLES = """examples:
   cf export --to diffusers --model models/stage2 --out out/student
   cf export --to diffusers --model models/wan --system stage2 --params profiles/wan-1.3b.yaml --codec WAN/vae --text WAN --out out/wan
@@ -54,23 +53,15 @@ def export_self_forcing(model: Path, out: Path) -> str:
     if out.exists():
         raise ValueError(f"--out is {out}, which is there; name a new file")
 
-    import torch
-    from safetensors.torch import save_file
+    from cf_model.foreign.weight_names import HEAD_DIM
+    from cf_model.foreign.write_checkpoint import write_self_forcing
 
-    from cf_model.foreign import import_checkpoint, weight_names
-
-    weights = import_checkpoint.read_weights(model)
-    state = weight_names.to_self_forcing(weights.state)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open_partial(out) as partial:
-        if out.suffix == ".safetensors":
-            save_file(state, partial, metadata={"format": "pt"})
-        else:
-            branch = {f"model.{name}": tensor for name, tensor in state.items()}
-            torch.save({"generator": branch, "generator_ema": branch}, partial)
-    heads, head_dim = weights.config["num_attention_heads"], weights.config["attention_head_dim"]
-    odd = "" if head_dim == weight_names.HEAD_DIM else f"; it can't say that heads are {head_dim} wide: import it with --heads {heads}"
-    return f"{out}: {len(state)} tensors under Self-Forcing's names{odd}"
+        count, config = write_self_forcing(model, partial, flat=out.suffix == ".safetensors")
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    odd = "" if head_dim == HEAD_DIM else f"; it can't say that heads are {head_dim} wide: import it with --heads {heads}"
+    return f"{out}: {count_things(count, 'tensor')} under Self-Forcing's names{odd}"
 
 
 def export_diffusers(args: argparse.Namespace) -> str:
@@ -88,7 +79,7 @@ def export_diffusers(args: argparse.Namespace) -> str:
 
     from cf_model.codec.codec_file import load_codec
     from cf_model.codec.wan_codec import load_wan_codec
-    from cf_model.folder import Recipe
+    from cf_model.folder import Recipe, describe_origin
     from cf_model.model import wan
     from cf_model.pipeline import ContextForcingPipeline
     from tasks.params import load
@@ -100,7 +91,7 @@ def export_diffusers(args: argparse.Namespace) -> str:
         problem = f"--model is {model}, which the stage {model.name} made: a bidirectional model, which can't be run as {name}"
         raise Refused(f"{problem}; name models/stage2, or another causal model")
     rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout  # as in the stage generate
-    made, licence = describe_origin(model, name, params)
+    made, licence = describe_origin(model, name, params.profile, params.seed)
     assert system.memory is not None
     video, licence = params.video.model_dump(), args.licence or licence
     recipe = Recipe(system.memory, rollout.chunk, rollout.levels, params.flow, **video, made=made, licence=licence)
@@ -122,22 +113,3 @@ def find_system(params: Params, name: str) -> System:
     if name not in systems:
         raise Refused(f"{name!r} is none of {', '.join(systems)}; say with --system which of them --model is run as")
     return systems[name]
-
-
-def describe_origin(model: Path, system: str, params: Params) -> tuple[str, str]:
-    """Return two values for the model card: a sentence on how the weights were made, and the usual licence of such weights."""
-    from tasks.params.schema import CAUSAL
-
-    file = model / "import.json"
-    if not file.is_file():
-        stage = f"the stage `{model.name}` of context-forcing's pipeline"
-        maker = stage if model.name in CAUSAL else f"context-forcing (folder {model.name})"
-        made = f"By {maker}, profile `{params.profile}`, seed {params.seed}"
-        made += "." if model.name == system else f", run with the settings of `{system}`."
-        if model.name in INTERMEDIATE:
-            made += f" It is an intermediate of the pipeline, {INTERMEDIATE[model.name]}; the finished student is that of stage2."
-        return made, "Apache-2.0"
-    facts = load_json_object(file)
-    source = Path(str(facts.get("source", "unknown"))).name
-    made = f"Not by this project: imported from {source} ({facts.get('layout', 'unknown')})"
-    return f"{made}, run with the settings of `{system}` in profile `{params.profile}`.", "other"

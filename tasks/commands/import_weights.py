@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 EXAMPLES = """SRC may be
   a folder of diffusers (a pipeline, its transformer/ or a copy of that), sharded or not
@@ -39,24 +38,4 @@ def main(argv: list[str]) -> None:
 
     src, out, dtype = (options.pop(name) for name in ("src", "out", "dtype"))
     facts = import_checkpoint.import_transformer(src, out, dtype=dtype and getattr(torch, dtype), **options)
-    print(f"{out}: {describe_import(facts)}")
-
-
-def describe_import(facts: dict[str, Any]) -> str:
-    """Return the facts of an import as a line for the user."""
-    parts = [facts["layout"]]
-    if "branch" in facts:
-        parts.append(f"branch {facts['branch']} ({facts['container']}; there: {', '.join(facts['branches'])})")
-    if facts["stripped"]:
-        parts.append(f"without {', '.join(facts['stripped'])}")
-    if "lora" in facts:
-        lora = facts["lora"]
-        if lora["pairs"]:
-            parts.append(f"{lora['pairs']} pairs of rank {lora['rank']}, alpha {lora['alpha']} by {lora['alpha_from']}")
-        parts += [f"{lora['deltas']} weights and biases added as they are"] if "deltas" in lora else []
-        parts += [f"on {facts['base']['source']}"]
-        parts += [f"it changes {lora['changes']}"] if "changes" in lora else []
-    parts += [f"assumed: {facts['assumed']}"] if "assumed" in facts else []
-    dtype = facts["dtype"] if isinstance(facts["dtype"], str) else " and ".join(facts["dtype"])
-    parts.append(f"{facts['tensors']} tensors, {facts['parameters']:,} parameters, {dtype}")
-    return "; ".join(parts)
+    print(f"{out}: {import_checkpoint.describe_import(facts)}")

@@ -1,25 +1,17 @@
 """`cf score`, also `cf evaluate --videos`: a folder of videos scored by the protocols of both papers, a JSON line a video and metric."""
 
 import argparse
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks.files.atomic import open_partial
-from tasks.files.hashes import hash_file
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
-from tasks.params.yaml_file import Refused
-
-if TYPE_CHECKING:
-    from cf_model.metrics.judge import Judge
-    from cf_model.metrics.trace import Networks
+from tasks.files.words import count_things
+from tasks.params.yaml_file import Refused, refuse_errors
 
 PROTOCOLS = ("vbench", "vbench-long", "vbench-competition", "windows", "own")
-COPIED = ("prompt_id", "seed", "system")  # of a manifest into every cell
-PIECE = 32  # frames that are decoded at once
-TOLERANCE = 0.01  # by which the manifest's frames a second may differ from the file's, as a part of them
 EXAMPLES = """A manifest is a file of JSON lines: {"file": "a.mp4", "prompt": "a cat", "fps": 16, "system": "ours", "seed": 0}; only file is
 needed. With --prompts FILE ({"id": "text"}), "prompt_id" may stand for "prompt". Without a manifest all videos of DIR are scored.
 
@@ -57,13 +49,21 @@ def main(argv: list[str]) -> None:
     if args.repeats < 1 or min(args.chunk or 1, args.window or 1) < 1:
         raise Refused("--repeats, --chunk and --window are whole numbers from 1 on")
 
+    from cf_model.metrics.judges import open_judge
     from cf_model.metrics.summary import average_cells, total_scores
+    from cf_model.metrics.trace import open_networks
+    from cf_model.scoring import Scoring, score_rows
+    from tasks.parts.device import choose_device
 
-    judge, networks = open_judge(args.judge, args.judge_model), open_networks(args.weights)
+    key = read_settings().judge_key
+    with refuse_errors():
+        networks = open_networks(args.weights, choose_device())
+        judge = open_judge(args.judge, args.judge_model, key.get_secret_value() if key else None, choose_device()) if args.judge else None
     cells = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with open_partial(args.out) as part, part.open("w") as file:
-        for scored in score_rows(args, rows, networks, judge):
+        how = Scoring(args.protocol or PROTOCOLS, args.fps, args.chunk, args.window, args.repeats, args.timeout)
+        for scored in score_rows(rows, args.videos, networks, judge, how):
             cells += scored
             file.write(dump_json_lines(scored))
             file.flush()
@@ -76,146 +76,20 @@ def main(argv: list[str]) -> None:
         print(f"{name}: {value if isinstance(value, str) else f'{value:.2f}'}")
     for cell in failed:
         print(f"not scored: {cell['failed']}")
-    print(f"{args.out}: {len(cells)} lines of {len(rows)} videos, {len(failed)} of which could not be scored")
+    print(f"{args.out}: {count_things(len(cells), 'line')} of {count_things(len(rows), 'video')}, {len(failed)} not scored")
 
 
 def list_rows(folder: Path, manifest: Path | None, prompts: Path | None) -> list[dict[str, Any]]:
     """List the videos to score with their prompts; Refused for what contradicts itself, before anything is decoded."""
+    from cf_model.metrics.manifest import check_rows
+
     if not folder.is_dir():
         raise Refused(f"--videos {folder} is no folder; name one that holds videos")
     texts = load_json_object(prompts) if prompts else {}
-    if manifest is None:
-        rows: list[dict[str, Any]] = [{"file": file.relative_to(folder).as_posix()} for file in list_videos(folder)]
-        if not rows:
-            raise Refused(f"--videos {folder} holds no video; name another folder")
-        return rows
-    rows, seen = read_json_lines(manifest), set()
-    for number, row in enumerate(rows, 1):
-        name, rate = row.get("file"), row.get("fps")
-        where = f"{manifest} line {number}"
-        if not isinstance(name, str):
-            raise Refused(f'{where} names no file; every line needs one, as "file"')
-        if name in seen:
-            raise Refused(f"{where} names {name} a second time; keep one of the two")
-        if not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise Refused(f"{where} names {name}, which is outside {folder}; name a file in it")
-        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < 1000):
-            raise Refused(f"{where}: fps is {rate!r}; it must be the file's frames a second, or left out")
-        if (key := row.get("prompt_id")) is not None:
-            if key not in texts:
-                raise Refused(f"{where}: prompt_id is {key!r}, which {prompts or '--prompts, not given,'} does not hold; add it there")
-            row.setdefault("prompt", texts[key])
-        seen.add(name)
+    if manifest:
+        with refuse_errors():
+            return check_rows(read_json_lines(manifest), folder, texts, str(manifest), str(prompts or "--prompts, not given,"))
+    rows = [{"file": file.relative_to(folder).as_posix()} for file in list_videos(folder)]
     if not rows:
-        raise Refused(f"{manifest} names no video; give it a line for each")
+        raise Refused(f"--videos {folder} holds no video; name another folder")
     return rows
-
-
-def score_rows(
-    args: argparse.Namespace, rows: list[dict[str, Any]], networks: "Networks", judge: "Judge | None"
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield the cells of each video; a video that can't be scored has one cell, without a metric, that says why."""
-    from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
-    from cf_model.data.video import probe_video
-    from cf_model.metrics.trace import describe_weights
-
-    weights = describe_weights(networks)
-    # A file that crashes its reader costs a child process only, which decodes it before this process does.
-    paths = [args.videos / row["file"] for row in rows]
-    for index, answer in read_in_subprocess(check_readable, paths, workers=1, timeout=args.timeout):
-        row, path = rows[index], paths[index]
-        key = {"video": row["file"], **{name: row[name] for name in COPIED if name in row}}
-        try:
-            if isinstance(answer, Unreadable):
-                raise ValueError(answer.sentence)
-            facts = probe_video(path)
-            stated = row.get("fps")
-            if stated and abs(stated - facts.fps) > TOLERANCE * facts.fps:
-                raise ValueError(
-                    f"{path.name} has {facts.fps:g} frames a second and the manifest says {stated:g}; correct the one that is wrong"
-                )
-            cells = score_file(path, facts, row, args, networks, judge)
-        except ValueError as error:
-            yield [key | {"protocol": None, "metric": None, "value": None, "failed": str(error)}]
-            continue
-        facts_of_run = {"frames": cells.pop("frames"), "fps": cells.pop("fps"), "md5": hash_file(path), "weights": weights}
-        yield [key | cell | facts_of_run for cell in cells["cells"]]
-
-
-def score_file(
-    path: Path, facts: Any, row: Mapping[str, Any], args: argparse.Namespace, networks: "Networks", judge: "Judge | None"
-) -> dict[str, Any]:
-    """Decode a video once and return its cells, with its number of frames and their rate."""
-    from cf_model.data.video import read_pieces
-    from cf_model.metrics import protocols
-    from cf_model.metrics.trace import Tracer
-
-    fps = args.fps or facts.fps
-    counted: list[int] = []
-    shape = {"height": facts.height, "width": facts.width, "fps": fps}
-    tracer = None
-    for piece in read_pieces(path, size=PIECE, cut=lambda count: counted.append(count) or count, **shape):  # type: ignore[func-returns-value]
-        tracer = tracer or Tracer(networks, frames=counted[0], **shape)
-        tracer.add(piece)
-    if tracer is None or counted[0] < 2:
-        raise ValueError(f"{path.name} has a single frame at {fps:g} fps; scores compare frames, give a video of at least 2")
-    trace = tracer.finish()
-    wanted = [one for name in args.protocol or PROTOCOLS for one in ([protocols.VBENCH] if name == "vbench" else [name])]
-    prompt = row.get("prompt")
-    cells = protocols.score_trace(trace, networks, wanted, prompt=prompt, chunk=args.chunk, window=args.window)
-    if judge:
-        cells.append(protocols.judge_video(trace, judge, prompt or "(not known)", key=row["file"], repeats=args.repeats))
-    return {"cells": cells, "frames": trace.frames, "fps": trace.fps}
-
-
-def check_readable(path: Path) -> int:
-    """Decode every frame of a file, small, and return their number; runs in a child process."""
-    from cf_model.data.video import read_squeezed
-
-    return read_squeezed(path, side=32)[0].frames
-
-
-def open_networks(weights: Path | None) -> "Networks":
-    """Open the encoders whose folders are in `weights`; without any, frames are compared by their pooled pixels."""
-    from cf_model.metrics.encoders import PINNED, PooledEncoder, list_missing, open_encoder, open_head
-    from cf_model.metrics.trace import Networks, average_neighbours
-    from tasks.parts.device import choose_device
-
-    if weights is not None and len(list_missing(list(PINNED), weights)) == len(PINNED):
-        raise Refused(f"--weights {weights} has none of the folders {', '.join(PINNED)}; `cf fetch-weights --out {weights}` makes them")
-    there = [] if weights is None else [role for role in PINNED if role not in list_missing([role], weights)]
-    found: dict[str, Any] = {role: open_encoder(role, weights / role, choose_device()) for role in there if weights}
-    pooled = PooledEncoder()
-    networks = Networks(
-        subject=found.get("dino", pooled),
-        anchor=found.get("dinov2", pooled),
-        background=found.get("clip", pooled),
-        text=found.get("clip"),
-        interpolate=average_neighbours,
-    )
-    head = weights / "aesthetic-head.safetensors" if weights else None
-    if "clip-large" in found and head and head.is_file():
-        networks.aesthetic, networks.aesthetic_head = found["clip-large"], open_head(head)
-    return networks
-
-
-def open_judge(named: str | None, model: str | None) -> "Judge | None":
-    """Open the judge that --judge names."""
-    if named is None:
-        return None
-    from cf_model.metrics import judges
-
-    if named == "heuristic":
-        return judges.HeuristicJudge()
-    if "://" in named:
-        if not model:
-            raise Refused("--judge is an endpoint, and --judge-model names no model; name one that the endpoint serves")
-        key = read_settings().judge_key
-        return judges.EndpointJudge(named, model, key.get_secret_value() if key else None)
-    if Path(named).is_file():
-        return judges.ReplayJudge(load_json_object(Path(named)), name=f"replay-{Path(named).stem}")
-    if Path(named).is_dir():
-        from tasks.parts.device import choose_device
-
-        return judges.TransformersJudge(Path(named), choose_device())
-    raise Refused(f"--judge is {named}; it must be heuristic, a file of answers, a model's folder, or http(s)://HOST/v1")

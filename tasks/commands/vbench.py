@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tasks.commands.score import list_rows
 from tasks.files.json_lines import dump_json_lines, load_json_object, write_json
+from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused
 
 # VBench's script and its libraries get these of our environment, and none of its secrets
@@ -47,12 +48,13 @@ def main(argv: list[str]) -> None:
     for file, (name, _) in names.items():
         shutil.copyfile(args.videos / file, args.out / "videos" / name)
     write_json(args.out / "prompts.json", dict(names.values()), indent=1, ensure_ascii=False)
-    print(f"{args.out / 'videos'}: {len(names)} videos of {len({prompt for _, prompt in names.values()})} prompts")
+    prompts = count_things(len({prompt for _, prompt in names.values()}), "prompt")
+    print(f"{args.out / 'videos'}: {count_things(len(names), 'video')} of {prompts}")
     if args.python:
         results = run_script(args.out.resolve(), args.python.absolute(), args.checkout, args.dimension)
         cells = read_results(load_json_object(results), names)
         (args.out / "scores.jsonl").write_text(dump_json_lines(cells))
-        print(f"{args.out / 'scores.jsonl'}: {len(cells)} lines")
+        print(f"{args.out / 'scores.jsonl'}: {count_things(len(cells), 'line')}")
 
 
 def run_script(out: Path, python: Path, checkout: Path, dimensions: list[str]) -> Path:

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cf_model.codec.interface import latent_frames
-from cf_model.data.video import UNREADABLE_WIDTHS
 from cf_model.model.denoiser import WITHOUT_MASK
 from cf_model.model.memory import MemorySpec
 from cf_model.train.layout import TeacherLayout
+from tasks.files.words import count_things
 
 from .nightly import RENDERED
 from .schema import CAUSAL, Params
@@ -62,7 +62,7 @@ def _describe_error(error: Any, model: type[BaseModel]) -> str:
         case "value_error":
             return _locate_spec_error(where, value, str(error["ctx"]["error"]))
     rule = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").split(", unable to")[0]
-    stated = f"a section of {len(value)} keys" if isinstance(value, Mapping) else repr(value)
+    stated = f"a section of {count_things(len(value), 'key')}" if isinstance(value, Mapping) else repr(value)
     return f"{where} is {stated}; it must be {rule}"
 
 
@@ -108,13 +108,11 @@ def check_weights_are_named(p: Params) -> None:
 
 
 def check_picture_size(p: Params) -> None:
-    """Require whole tokens (16 pixels), whole units of a rendered world (1/32 of its height), and a width that decord reads."""
+    """Require whole tokens (16 pixels) and whole units of a rendered world (1/32 of its height)."""
     grid = 32 if p.clips.source == "worlds" else 16
     for name, value, step in (("height", p.video.height, grid), ("width", p.video.width, 16)):
         if value % step:
             raise ValueError(f"video.{name} is {value}, not a multiple of {step}; use {value // step * step + step}")
-    if p.video.width in UNREADABLE_WIDTHS:
-        raise ValueError(f"video.width is {p.video.width}, which decord can't read; use 32 or 64")
 
 
 def check_clip_lengths(p: Params) -> None:
@@ -205,9 +203,9 @@ def _decides_by_video(memory: MemorySpec) -> bool:
 
 def check_starts(p: Params) -> None:
     """Require that `start` and the night's inbox name what is used: DVC tracks the files that `start` names."""
-    used = p.clips.folder if p.clips.source == "folder" else RENDERED
+    used = p.clips.folder if p.clips.source != "worlds" else RENDERED
     if p.start.clips != used:
-        source = f"clips.source is {p.clips.source}" + (f" and clips.folder {p.clips.folder}" if p.clips.source == "folder" else "")
+        source = f"clips.source is {p.clips.source}" + (f" and clips.folder {p.clips.folder}" if p.clips.source != "worlds" else "")
         raise ValueError(f"start.clips is {p.start.clips}, but {source}; set start.clips to {used}, so that DVC sees when it changes")
     if p.nightly.inbox is not None and (p.clips.folder is None or p.clips.folder.is_absolute()):
         folders = f"nightly.inbox is {p.nightly.inbox}, but clips.folder is {p.clips.folder}"

@@ -42,10 +42,11 @@ class Tracking(Section):
 
 
 class Clips(Section):
-    """The training clips: rendered from worlds, or a folder of videos."""
+    """The training clips: rendered from worlds, a folder of videos, or those of its videos that a table lists."""
 
-    source: Literal["worlds", "folder"]
-    folder: Path | None  # of videos, when source is folder; FILE.txt beside FILE.mp4 is its caption
+    source: Literal["worlds", "folder", "table"]
+    folder: Path | None  # of videos, unless source is worlds; FILE.txt beside FILE.mp4 is its caption
+    table: Path | None  # in the folder: CSV, Parquet or JSON lines, with captions by file; source table takes what it lists, and no more
     worlds: WorldSpec  # how the camera moves in rendered clips
     count: Count  # good clips
     bad: Count  # clips of each bad kind, planted among them
@@ -54,8 +55,12 @@ class Clips(Section):
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if self.source == "folder" and self.folder is None:
-            raise ValueError("folder is null, but source is folder; name a folder of videos, or set source to worlds")
+        if self.source != "worlds" and self.folder is None:
+            raise ValueError(f"folder is null, but source is {self.source}; name a folder of videos, or set source to worlds")
+        if self.source == "table" and self.table is None:
+            raise ValueError("table is null, but source is table; name a table in the folder, or set source to folder")
+        if self.table is not None and (self.folder is None or not self.table.is_relative_to(self.folder)):
+            raise ValueError(f"table is {self.table}, but folder {self.folder}; put it in the folder, so that DVC sees when it changes")
         if self.source == "worlds" and not self.count:
             raise ValueError("count is 0; render at least one good clip, or set source to folder")
         return self
@@ -66,10 +71,20 @@ class Filter(Section):
 
     min_seconds: PositiveFloat  # a clip must be longer
     min_fps: PositiveFloat
+    min_side: PositiveInt  # pixels of the shorter side
+    min_share: Share  # of the picture that is left when it covers video.height x video.width
     max_clipped: Share  # share of pixels at black or white
     min_motion: Annotated[float, Field(ge=0)]  # mean absolute difference of pictures a second apart, 0..255, median over the clip
+    max_repeats: Share  # share of frames that repeat the one before
+    max_shake: PositiveFloat  # mean change of the picture's shift from a frame to the next, in parts of its side
     max_cut: PositiveFloat  # largest lasting difference of neighbouring frames over what is usual around it
-    min_distance: Annotated[float, Field(ge=0)]  # mean absolute difference to any clip accepted before, 0..255
+    cuts: Literal["reject", "split"]  # a clip with a cut is rejected, or its parts are judged each
+    trim: Annotated[float, Field(ge=0)]  # seconds; a cut nearer than this to an end is trimmed away with what is beyond it
+    min_sharpness: Annotated[float, Field(ge=0)]  # mean absolute Laplacian of a grey picture, 0..255, median over the clip
+    max_border: Share  # share of the picture that is a black border
+    max_text: Share  # share of the picture that looks like text and stays in place
+    min_words: Count  # of the caption, without what cameras and programs call files
+    min_distance: Annotated[float, Field(ge=0)]  # mean absolute difference to a part of any clip before, or its mirror image, 0..255
     heldout: Count  # accepted clips that no training stage reads; the evaluation takes prompts and prefixes from them
     workers: PositiveInt  # processes that read files
     timeout: PositiveFloat  # seconds that one file may take to be read

@@ -1,7 +1,8 @@
 """Reading params.yaml, profiles/*.yaml, dvc.yaml and dvc.lock as DVC reads them. Neither torch nor pydantic: flows imports this file."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ COMPLETE = "every value is stated, and the files in profiles/ are complete examp
 
 class Refused(ValueError):
     """A refusal of what the user stated: the message is one sentence with the way out, and `cf` ends with code 2."""
+
+
+@contextmanager
+def refuse_errors(way: str = "") -> Iterator[None]:
+    """Turn a ValueError, whose sentence is about what the user stated, into a refusal; `way` is added to the sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(f"{error}{way}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -31,6 +41,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise Refused(f"{path} holds no keys; {COMPLETE}")
     return tree
+
+
+def write_yaml(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a tree of parameters by YAML 1.2 rules."""
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(tree, file)
 
 
 def value_at(tree: Any, key: str) -> Any:

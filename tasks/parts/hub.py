@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused
 
 REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")  # owner/name, or owner/name@revision
@@ -33,7 +34,7 @@ def resolve_weights(key: str, weights: str | None, parts: Sequence[str]) -> Path
             listed = snapshot_download(name, revision=revision, allow_patterns=files, dry_run=True)
             fetched = [file.file_size or 0 for file in listed if file.will_download]
             if fetched:
-                what = f"{len(fetched)} files, {sum(fetched) / 1e9:.2f} GB, of {name} ({', '.join(parts)})"
+                what = f"{count_things(len(fetched), 'file')}, {sum(fetched) / 1e9:.2f} GB, of {name} ({', '.join(parts)})"
                 print(f"{key}: downloading {what} from {constants.ENDPOINT} to {constants.HF_HUB_CACHE}", file=sys.stderr, flush=True)
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 from cf_model.evaluate.trouble import CurveRule, CurveWatch
 from tasks.files.atomic import write_atomically
 from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
+from tasks.files.words import count_things
 from tasks.wandb_log.run import WandbRun
 
 PLAIN_SECONDS = 10  # between two lines of progress where there is no terminal
@@ -61,7 +62,7 @@ class Progress:
         self.printed = time.monotonic()
         seconds = self.printed - self.began
         rate = (self.done - self.start) / seconds if seconds else 0.0
-        parts = [f"{self.name}: {self.done} of {self.total} {self.unit}s"]
+        parts = [f"{self.name}: {self.done} of {count_things(self.total, self.unit)}"]
         if rate:
             left = (self.total - self.done) / rate
             parts += [f"{rate:.3g} a second", f"{left:.0f} s left" if self.done < self.total else f"in {seconds:.0f} s"]

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from cf_model.evaluate import excerpt
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5, list_files
 from tasks.files.json_lines import read_json_lines
@@ -32,10 +33,7 @@ from . import lineage
 
 FINISH_SECONDS = 120  # that a stage waits at its end for W&B to take what is left; W&B alone would wait for ever
 ATTEMPT_FILE = "wandb.json"  # in the stage's working folder, which a success removes: the id and number of the last attempt
-MARK = "unsent"  # file in the folder of a run that W&B's server may lack, locked as long as the stage's process lives
-MOST_VIDEOS = 4  # of each system
-MOST_BYTES = 64_000_000  # of all videos together; W&B copies each
-TABLE_COLUMNS = ("suite", "system", "metric", "mean", "low", "high", "videos")
+MARK = "unsent-"  # beginning of the name of a file beside the folder of a run that W&B's server may lack; its id follows
 ARTIFACT_TYPES = {"data": "dataset", "models": "model", "samples": "videos", "results": "evaluation", "reports": "report"}
 
 
@@ -83,7 +81,7 @@ class WandbRun:
     def _open(self) -> None:
         problem = explain_unreachable() if self.mode == "online" else None
         try:
-            self.run = None if problem else open_run(self.about, self.mode)
+            self.run = None if problem else self._open_marked(self.mode)
         except Exception as error:
             if self.mode != "online":
                 raise
@@ -92,12 +90,18 @@ class WandbRun:
             warnings.warn(f"W&B: {problem}; this run is written offline, `cf wandb sync` sends it", stacklevel=2)
             self.mode = "offline"
             self.about["id"] += "-offline"  # W&B reserves the first id for the run that could not start
-            self.run = open_run(self.about, "offline")
-        folder = Path(self.run.dir).parent
-        self._mark = (folder / MARK).open("w")
-        fcntl.flock(self._mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends, also by kill -9
-        self.folder = os.path.relpath(folder)
+            self.run = self._open_marked("offline")
+        self.folder = os.path.relpath(Path(self.run.dir).parent)
         self.url = self.run.url if self.mode == "online" else None
+
+    def _open_marked(self, mode: str) -> Any:
+        """Make W&B's run while its mark is held: a run without a mark would be sent by `cf wandb sync`, without what comes later."""
+        self._mark = hold_mark(self.about["id"])
+        try:
+            return open_run(self.about, mode)
+        except Exception:
+            self._remove_mark()
+            raise
 
     def _close(self, exit_code: int) -> None:
         try:
@@ -105,8 +109,11 @@ class WandbRun:
         except TimeoutError:  # W&B's file has the whole run, and its mark stays
             warnings.warn(f"W&B did not take all of the run within {FINISH_SECONDS} s; `cf wandb sync` sends it", stacklevel=2)
             return
+        self._remove_mark()
+
+    def _remove_mark(self) -> None:
         if self._mark:
-            Path(self._mark.name).unlink()
+            Path(self._mark.name).unlink(missing_ok=True)
             self._mark.close()
 
     def _use_inputs(self) -> None:
@@ -120,7 +127,8 @@ class WandbRun:
     def _log_outs(self, metrics: Mapping[str, Any]) -> None:
         aliases = ["latest", self.alias]
         for out in filter(Path.exists, lineage.list_outs(self.project.stage(self.stage))):
-            self._attempt("sample videos", lambda out: self._log_videos(select_videos(out), {}), out)
+            index = read_json_lines(out / "index.jsonl", missing_ok=True)
+            self._attempt("sample videos", lambda out, index: self._log_videos(excerpt.select_videos(index, out), {}), out, index)
             self._attempt("table", self._log_table, out, metrics)
             self._attempt(f"out {out}", lambda out: self.run.log_artifact(build_artifact(out, self.about), aliases=aliases), out)
 
@@ -133,12 +141,13 @@ class WandbRun:
             self.run.log(row | movies)
 
     def _log_table(self, out: Path, metrics: Mapping[str, Any]) -> None:
-        config = self.about["config"]
+        config, cells = self.about["config"], read_json_lines(out / "cells.jsonl", missing_ok=True)
         resamples = (config.get("evaluate") or {}).get("resamples", 1000)
-        if rows := build_table(out, metrics, resamples=resamples, seed=config.get("seed", 0)):
+        if cells:
             import wandb
 
-            self.run.log({"evaluation": wandb.Table(columns=list(TABLE_COLUMNS), data=[list(row) for row in rows])})
+            rows = excerpt.build_table(cells, metrics, resamples=resamples, seed=config.get("seed", 0))
+            self.run.log({"evaluation": wandb.Table(columns=list(excerpt.TABLE_COLUMNS), data=[list(row) for row in rows])})
 
     def _attempt(self, name: str | None, action: Callable[..., Any], *args: Any) -> None:
         """Do something in W&B; a failure is a warning that names the thing. Without a name it is what the run can't continue without:
@@ -198,7 +207,7 @@ def describe_run(stage: str, project: Project, work: Path) -> dict[str, Any]:
 def open_run(about: Mapping[str, Any], mode: str) -> Any:
     """Return W&B's run, without its telemetry, machine statistics, console and code."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash reports
-    folder = Path(os.environ.get("WANDB_DIR") or "runtime")  # W&B writes wandb/ below it
+    folder = find_home()
     folder.mkdir(parents=True, exist_ok=True)
     # tables wait in WANDB_DATA_DIR until they are sent: beside the run, where `cf wandb sync` of this checkout finds them
     os.environ.setdefault("WANDB_DATA_DIR", str(folder.absolute() / "wandb-data"))
@@ -212,6 +221,20 @@ def open_run(about: Mapping[str, Any], mode: str) -> Any:
     run = wandb.init(**about, mode=mode, dir=str(folder), settings=settings)  # type: ignore[arg-type]
     run.define_metric("*", step_metric="step")
     return run
+
+
+def find_home() -> Path:
+    """Return the folder below which W&B writes wandb/."""
+    return Path(os.environ.get("WANDB_DIR") or "runtime")
+
+
+def hold_mark(run_id: str) -> IO[str]:
+    """Make and lock a run's mark. The kernel frees the lock when the process ends, also by kill -9."""
+    folder = find_home() / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = (folder / f"{MARK}{run_id}").open("w")
+    fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return mark
 
 
 def build_artifact(path: Path, about: Mapping[str, Any], *, by_this_run: bool = True) -> Any:
@@ -234,10 +257,10 @@ def build_artifact(path: Path, about: Mapping[str, Any], *, by_this_run: bool = 
     return artifact
 
 
-def is_running(folder: Path) -> bool:
-    """Return whether the process lives that writes the run in `folder`, by the lock of its mark."""
+def is_running(mark: Path) -> bool:
+    """Return whether the process lives that writes a run, by the lock of the run's mark."""
     try:
-        with (folder / MARK).open() as file:
+        with mark.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -271,47 +294,3 @@ def describe_error(error: Exception) -> str:
 def hide_key(text: str) -> str:
     key = os.environ.get("WANDB_API_KEY")
     return text.replace(key, "WANDB_API_KEY") if key else text
-
-
-def select_videos(out: Path) -> dict[str, list[tuple[Path, str]]]:
-    """Select the first videos of each system in the order of the prompts: videos/<suite>/<system> -> files with captions.
-
-    Empty for an out that has no index.jsonl.
-    """
-    selected: dict[str, list[tuple[Path, str]]] = {}
-    first_seeds: dict[tuple[str, str], int] = {}
-    bytes_left = MOST_BYTES
-    for row in read_json_lines(out / "index.jsonl", missing_ok=True):
-        videos = selected.setdefault(f"videos/{row['suite']}/{row['system']}", [])
-        seed, file = first_seeds.setdefault((row["suite"], row["prompt"]), row["seed"]), out / row["file"]
-        if row["seed"] != seed or len(videos) == MOST_VIDEOS or not file.exists() or file.stat().st_size > bytes_left:
-            continue
-        bytes_left -= file.stat().st_size
-        videos.append((file, f"{row['prompt']} (seed {row['seed']})"))
-    return {key: videos for key, videos in selected.items() if videos}
-
-
-def build_table(out: Path, metrics: Mapping[str, Any], *, resamples: int, seed: int) -> list[tuple[Any, ...]]:
-    """Build the rows of TABLE_COLUMNS, one for each suite, system and metric: mean over videos, 95 % interval over prompts.
-
-    From cells.jsonl of the out, and from `metrics` (without interval) for what only all videos of a system together have, such
-    as diversity. Empty for an out that has no cells.jsonl.
-    """
-    cells: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for row in read_json_lines(out / "cells.jsonl", missing_ok=True):
-        if row["value"] is not None:
-            prompts = cells.setdefault((row["suite"], row["system"], row["metric"]), {})
-            prompts.setdefault(row["clip"] or row["prompt"], []).append(row["value"])
-    if not cells:
-        return []
-    from cf_model.evaluate.statistics import bootstrap
-
-    table: dict[tuple[str, str, str], tuple[Any, ...]] = {}
-    for suite in metrics.keys() - {"compared"}:  # which are pairs of systems
-        for system, values in metrics[suite].items():
-            table |= {(suite, system, metric): (value, None, None, None) for metric, value in values.items()}
-    for key, prompts in cells.items():
-        interval = bootstrap(prompts, resamples=resamples, seed=seed)
-        ends = (interval.low, interval.high) if interval.has_ends else (None, None)
-        table[key] = (interval.mean, *ends, sum(map(len, prompts.values())))
-    return [(*place, *numbers) for place, numbers in sorted(table.items())]

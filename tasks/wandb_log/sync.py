@@ -16,6 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tasks.files.words import count_things
+
 from .run import MARK, explain_unreachable, hide_key, is_running
 
 SEND_SECONDS = 600  # for one run; W&B itself tries for ever
@@ -34,8 +36,9 @@ class LocalRun:
     @property
     def state(self) -> str:
         """runs | empty (killed in its first seconds) | killed (what its file has is not sent yet) | waits (to be sent) | sent."""
-        marked = (self.folder / MARK).exists()  # it lives, was killed, or ended before the server had taken all of it
-        if is_running(self.folder):
+        mark = self.folder.with_name(f"{MARK}{self.id}")
+        marked = mark.exists()  # it lives, was killed, or ended before the server had taken all of it
+        if is_running(mark):
             return "runs"
         if any(self.folder.glob("*.wandb.synced")) or not (self.offline or marked):
             return "sent"
@@ -50,12 +53,15 @@ class LocalRun:
 
 
 def list_runs(root: Path) -> list[LocalRun]:
-    """List the runs of WANDB_DIR, of this checkout and of its worktrees by start: what made an artifact comes before what used it."""
+    """List the runs of WANDB_DIR, of this checkout and of its worktrees: what made an artifact comes before what used it.
+
+    By the times of their folders, because their names have local times, which come twice when clocks are set back.
+    """
     homes = [Path(os.environ.get("WANDB_DIR") or root / "runtime"), root / "runtime", *sorted(root.glob(".runs/*/runtime"))]
     places = dict.fromkeys(home.resolve() / "wandb" for home in homes)
     named = [(folder, re.fullmatch(r"(offline-)?run-([^-]+)-(.+)", folder.name)) for place in places for folder in place.glob("*run-*-*")]
     runs = [LocalRun(folder, bool(match[1]), match[2], match[3]) for folder, match in named if match]
-    return sorted(runs, key=lambda run: (run.start, run.folder.stat().st_mtime))
+    return sorted(runs, key=lambda run: (run.folder.stat().st_mtime_ns, run.start))
 
 
 def send_run(run: LocalRun, seconds: float) -> None:
@@ -135,4 +141,4 @@ def main(argv: list[str]) -> None:
 
 
 def _say_waiting(number: int) -> str:
-    return "1 run waits" if number == 1 else f"{number} runs wait"
+    return f"{count_things(number, 'run')} {'waits' if number == 1 else 'wait'}"

@@ -13,6 +13,14 @@ def test_one_prompt_a_line(tmp_path: Path) -> None:
     assert read_prompts(file) == ["a red disc", "a café , at dusk", "fog"]
 
 
+def test_line_ends_and_marks_of_any_system(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"a disc\ra bar\rfog")
+    assert list(iterate_prompts(file)) == [(1, "a disc"), (2, "a bar"), (3, "fog")]
+    file.write_bytes("a disc\n\ufeffa bar\r\nfog\u0085here\n".encode())
+    assert read_prompts(file) == ["a disc", "a bar", "fog here"]
+
+
 @pytest.mark.parametrize("content", [b"", b" \n\t\n\r\n"])
 def test_files_without_prompts_are_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "prompts.txt"

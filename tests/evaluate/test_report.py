@@ -20,10 +20,11 @@ from evaluate.project import EVIL, jsonl, make_params, write_mp4, write_project
 
 from cf_model.data import worlds
 from cf_model.evaluate.figures import Line, draw_chart, draw_memories, draw_strip
+from cf_model.evaluate.page import describe_system, list_facts
 from cf_model.evaluate.report import Results, check_goals, compare_stages, format_number, state_verdict
 from cf_model.evaluate.statistics import Interval, without_interval
 from cf_model.model.view import TeacherView
-from tasks.report import describe_system, list_facts, run
+from tasks.report import run
 
 
 class Page(HTMLParser):

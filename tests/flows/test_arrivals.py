@@ -68,11 +68,13 @@ def test_what_can_not_be_taken_is_turned_away_with_a_reason(inbox: Path, tmp_pat
     (inbox / "upload.mp4.part").write_bytes(b"x")
     (inbox / "line\nbreak.mp4").write_bytes(b"x")
     (inbox / "a.txt").write_text(" \n")
+    (inbox / "c.txt").write_bytes("кошка на окне".encode("cp1251"))
     (inbox / ".hidden.mp4").write_bytes(b"h")
     found = copy_new_clips(inbox, tmp_path / "raw", settle=0)
     assert found.copied == ["a.mp4", "sub/b.mp4", "sub/b.txt"]
-    gone = ["a.txt", "dead.mp4", "empty.mp4", "line\nbreak.mp4", "link.mp4", "loop", "pipe.mp4", "upload.mp4.part"]
+    gone = ["a.txt", "c.txt", "dead.mp4", "empty.mp4", "line\nbreak.mp4", "link.mp4", "loop", "pipe.mp4", "upload.mp4.part"]
     assert sorted(found.turned_away) == gone
+    assert found.turned_away["c.txt"] == "is no text in UTF-8, UTF-16 or cp1252; save it as UTF-8"
     assert set(names(tmp_path / "raw")) == {"a.mp4", "sub/b.mp4", "sub/b.txt"}
 
 

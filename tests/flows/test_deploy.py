@@ -163,11 +163,15 @@ def test_forms_offer_the_stages_and_say_what_each_field_is(api: str, checkout: P
     deploy.main([])
     schemas = {name: one["parameter_openapi_schema"] for name, one in deployed(api).items()}
     nightly = schemas["nightly"]["properties"]
-    assert nightly["date"]["description"].startswith("Of the night") and nightly["full"]["description"].startswith("Train everything anew")
+    assert nightly["date"]["type"] == "string" and nightly["date"]["description"].startswith("Of the night")
+    assert nightly["full"]["description"].startswith("Train everything anew")
     for flow, fields in (("pipeline", ("from_stage", "to_stage", "stages")), ("evaluate", ("stage", "measured"))):
         (config,) = schemas[flow]["definitions"].values()
         for field in fields:
-            assert str(project.STAGES) in str(config["properties"][field]), field
+            assert str(project.STAGES)[1:] in str(config["properties"][field]), field
+        for name, first in (("from_stage", "the beginning"), ("to_stage", "the end")) if flow == "pipeline" else ():
+            # a list at once: beside null the form shows a button first, which has to be pressed
+            assert config["properties"][name]["enum"] == [first, *project.STAGES] and config["properties"][name]["default"] == first
         for name, field in config["properties"].items():
             assert "description" in field and not re.search(r"[^`]student@", field["description"]), f"{name}: a mail link"
 

@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.cli import count_things
 from flows.doctor import command, server, this_machine
 from flows.machine import programs
 from flows.machine.settings import Machine, read_machine
+from tasks.files.words import count_things
 from tests.flows import project
 
 

@@ -69,6 +69,7 @@ def test_what_a_branch_a_tag_an_experiment_or_a_worktree_names_stays(
         (root / "metrics/slow.json").unlink()
         assert "Stage 'slow' is cached - skipping run" in project.dvc(root, "repro", "slow"), "metrics are needed for that too"
         assert weights(root) == value
+    assert "Stage 'slow' didn't change, skipping" in project.dvc(repo, "repro", "slow"), "a second time there is nothing to do"
     for name, value in (("student@v0.0.1", "3"), ("refs/exps/ab/cd/another", "4")):
         project.dvc(repo, "get", "--rev", name, "--out", f"got-{value}", ".", "models/slow")
         assert (repo / f"got-{value}/weights").read_text() == value

@@ -122,7 +122,7 @@ def test_those_that_want_all_do_not_hold_half_of_them_each(monkeypatch: pytest.M
 
 
 def test_more_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 GPUs are asked for, and this machine gives away 2"), gpus.lock_gpus(3, print):
+    with pytest.raises(ValueError, match=r"a stage asks for 3 GPUs, and this machine gives away 2"), gpus.lock_gpus(3, print):
         pass
 
 

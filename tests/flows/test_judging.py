@@ -92,7 +92,7 @@ def test_a_night_is_refused_for_trouble_in_the_stages_that_it_trained(
     settings: Any = SimpleNamespace(rules=[Rule(metric="a", better="higher", margin=0.0, bound=None)], keep=["base"], prompts_file=None)
     one.plan = dataclasses.replace(one.plan, full=full, settings=settings)
     verdict = steps.judge_candidate(one, [])
-    assert verdict.promote is not refused and ("1 training curves left the bounds" in verdict.why) is refused
+    assert verdict.promote is not refused and ("1 training curve left the bounds" in verdict.why) is refused
 
 
 def test_judging_is_no_run_of_wandb_and_runs_this_nights_code(one: state.NightState, monkeypatch: pytest.MonkeyPatch) -> None:

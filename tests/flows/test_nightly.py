@@ -158,7 +158,7 @@ def test_both_are_judged_by_the_pipelines_own_commands(profile: str, tmp_path: P
     ours = changed["generate"]
     assert ours["systems"] == {"student": stated["generate"]["systems"]["stage2"]} and ours["continuations"] == {}
     assert (ours["seeds"], ours["prompts"]) == (stated["nightly"]["seeds"], stated["nightly"]["prompts"])
-    judge.write_parameters(tmp_path / "params.yaml", changed)
+    judge.write_yaml(tmp_path / "params.yaml", changed)
     assert overrides.parse_params((tmp_path / "params.yaml").read_text()) == changed
     shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
     if (prompts := tmp_path / stated["start"]["prompts"]).suffix == ".txt":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -143,6 +144,15 @@ def test_without_a_connection_it_says_so_at_once(here: Path) -> None:
     done = sync(here, wandb_that("", here / "path"), "http://127.0.0.1:9")
     assert done.returncode == 1 and "127.0.0.1 can't be reached" in done.stderr and "2 runs wait" in done.stderr
     assert time.monotonic() - began < 30, "W&B itself tries for hours"
+
+
+def test_runs_of_the_hour_that_comes_twice_keep_their_order(here: Path) -> None:
+    """The night on which clocks are set back: `encode` ran at the first 2:50, `teacher`, which uses its latents, at the second 2:10."""
+    for place, name in enumerate(("20261025_025000-encode", "20261025_021000-teacher")):
+        folder = here / f"runtime/wandb/offline-run-{name}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (1000.0 + place, 1000.0 + place))
+    assert [run.id for run in wandb_sync.list_runs(here)] == ["encode", "teacher"]
 
 
 def test_two_syncs_at_once(here: Path) -> None:

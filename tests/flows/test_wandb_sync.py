@@ -14,6 +14,7 @@ import offline
 import pytest
 
 from tasks.wandb_log import sync
+from tasks.wandb_log.run import MARK
 from tests.flows import wandb_server
 from tests.preloaded import python_folder
 
@@ -70,6 +71,26 @@ def test_a_living_run_is_left_alone(here: Path) -> None:
     assert done.stdout == f"{living.id}: wandb sync {living.folder}\n1 run waits to be sent\n"
     header, row = cf(here, "list").stdout.splitlines()
     assert header.split() == ["state", "started", "id"] and row.split() == ["killed", living.start, living.id]
+
+
+def test_a_run_that_is_being_made_is_left_alone(here: Path) -> None:
+    """From before W&B makes its folder: what is sent then would lack all that comes later, and count as sent."""
+    look = "[one.state for one in sync.list_runs(Path.cwd())]"
+    really = f"""
+from tasks.wandb_log import sync
+from tasks.wandb_log.run import MARK
+really = mirror.open_run
+def watched(about, mode):
+    run = really(about, mode)
+    Path("states").write_text(str({look}))
+    return run
+mirror.open_run = watched
+stage, wandb = """
+    code = offline.STAGE.replace("BODY", "    out.mkdir(parents=True); return {}").replace("stage, wandb = ", really)
+    command = [sys.executable, "-c", code, "teacher", "offline", "models/teacher"]
+    assert subprocess.run(command, cwd=here, env=offline.environment(), timeout=120).returncode == 0
+    assert (here / "states").read_text() == "['runs']"
+    assert [run.state for run in sync.list_runs(here)] == ["waits"] and not list(here.glob(f"runtime/wandb/{MARK}*"))
 
 
 def test_what_wandbs_own_client_sends(here: Path) -> None:

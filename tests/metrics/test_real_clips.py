@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cf_model.data.video import VideoFacts, probe_video, read_video
+from cf_model.data.video_reader import VideoFacts, probe_video, read_video
 from cf_model.metrics import encoders, judges, long, protocols
 from cf_model.metrics.trace import Networks, Trace, average_neighbours, trace_video
 from tasks.files.settings import read_settings

@@ -76,7 +76,7 @@ def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.C
     assert failed["text.mp4"] == "text.mp4 is not a video, or has lost its header; replace it"
     said = capsys.readouterr().out
     assert "vbench/total: 3 of the videos could not be scored; mend or remove them" in said and "not scored: cut.mp4" in said
-    assert f"{len(cells)} lines of 5 videos, 3 of which could not be scored" in said
+    assert f"{len(cells)} lines of 5 videos, 3 not scored" in said
 
 
 def test_weights_prompts_and_recorded_ratings(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,7 +212,7 @@ def test_a_kernel_that_takes_no_mask_is_shown_the_filled_places_only(reading):
     try:
         model.transformer.rope.takes_mask = False
         for memory, masked in zip(memories, answers, strict=True):
-            model.transformer.rope.forget_view(memory)
+            model.transformer.rope.forget_store(memory)
             assert torch.allclose(model(x, sigma, text[:1], memory), masked, atol=1e-5)
             with torch.no_grad():
                 assert torch.allclose(model(x, sigma, text[:1], memory), masked, atol=1e-5)
@@ -232,7 +232,7 @@ def test_a_rollout_leaves_no_copies_of_the_memories_that_are_replayed(changes, p
     """At Wan's size each would hold gigabytes while the scores are computed."""
     model = denoiser()
     made = rollout(model, normal(1, 5, 8), 30, SHAPE, spec=rolling(**plan), memory=spec(tau=TAU, **changes), flow=FLOW, rng=rng())
-    assert len(made.targets) == 3 and not model.transformer.rope._views
+    assert len(made.targets) == 3 and not model.transformer.rope._stores
 
 
 def test_a_chunk_in_the_sink_is_no_news():

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cf_model.model import wan
-from cf_model.model.denoiser import Compute, Denoiser, MemoryRope
+from cf_model.model.attention import MemoryRope
+from cf_model.model.denoiser import Compute, Denoiser
 from cf_model.model.memory import empty_memory
 from cf_model.train.trainer.ema import EMA
 from cf_model.train.trainer.engine import Optimizer, OptimizerSpec
@@ -24,13 +25,13 @@ def plain(model):
     return reference.eval()
 
 
-def test_without_a_memory_it_is_diffusers_wan_to_the_bit():
+def test_without_a_memory_it_is_diffusers_wan():
     model = denoiser()
     x, sigma = normal(2, 6, *SHAPE), torch.tensor([0.3, 0.7])
     with torch.no_grad():
         expected = plain(model)(x.transpose(1, 2), 1000 * sigma, TEXT, return_dict=False)[0].transpose(1, 2)
-        assert torch.equal(model.velocity(x, sigma, TEXT), expected)
-        assert torch.equal(model(x, sigma, TEXT), x - sigma.view(-1, 1, 1, 1, 1) * expected)
+        assert float((model.velocity(x, sigma, TEXT) - expected).abs().max()) < 1e-6
+        assert float((model(x, sigma, TEXT) - (x - sigma.view(-1, 1, 1, 1, 1) * expected)).abs().max()) < 1e-6
 
 
 def test_one_level_a_frame_is_one_level_when_they_agree():
@@ -108,10 +109,10 @@ def test_what_was_forgotten_has_no_influence():
             for number, frame in enumerate(memory.slow.candidates):
                 for tensor in (*frame.keys, *frame.values):
                     tensor[video].add_(0.0 if number in mine else 1.0)
-        model.transformer.rope.forget_view(memory)
+        model.transformer.rope.forget_store(memory)
         assert torch.equal(model.velocity(x, sigma, TEXT, memory), before)
         memory.slow.candidates[int(memory.slow.order[held[:, 0].int().argmax(), 0, 0])].keys[0].add_(1.0)
-        model.transformer.rope.forget_view(memory)
+        model.transformer.rope.forget_store(memory)
         assert not torch.equal(model.velocity(x, sigma, TEXT, memory), before), "what is remembered does have influence"
 
 
@@ -150,17 +151,17 @@ def test_only_a_pass_that_remembers_takes_keys_and_values(monkeypatch):
 
 def test_an_attention_that_is_not_installed_is_refused():
     with pytest.raises(ValueError, match="attention is flash2, but the package flash_attn is not installed"):
-        Denoiser(plain(denoiser()), Compute("flash2", "bfloat16", checkpointing=False))
+        Denoiser(plain(denoiser()), Compute("flash2", "bfloat16", checkpointing=False, compiled=False))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="attention is cudnn, which needs a GPU, and there is none; use native"):
-            Denoiser(plain(denoiser()), Compute("cudnn", "bfloat16", checkpointing=False))
+            Denoiser(plain(denoiser()), Compute("cudnn", "bfloat16", checkpointing=False, compiled=False))
     with pytest.raises(ValueError, match="attention is cudnn, which computes in bfloat16, but dtype is float32; use dtype: bfloat16"):
-        Compute("cudnn", "float32", checkpointing=False)
+        Compute("cudnn", "float32", checkpointing=False, compiled=False)
 
 
 def test_in_bfloat16_weights_and_gradients_stay_wide_and_keys_are_narrow():
     exact = denoiser()
-    low = Denoiser(plain(exact), Compute("native", "bfloat16", checkpointing=True))
+    low = Denoiser(plain(exact), Compute("native", "bfloat16", checkpointing=True, compiled=False))
     x, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     memories = [model.remember_clip(normal(2, 9, *SHAPE), TEXT, spec(), chunk=3) for model in (exact, low)]
     wide, narrow = (model.velocity(x, sigma, TEXT, memory) for model, memory in zip((exact, low), memories, strict=True))
@@ -172,7 +173,7 @@ def test_in_bfloat16_weights_and_gradients_stay_wide_and_keys_are_narrow():
         assert a.dtype == a.grad.dtype == torch.float32 and float((a.grad - b.grad).norm() / b.grad.norm()) < 0.1
 
 
-LOW = Compute("native", "bfloat16", checkpointing=False)
+LOW = Compute("native", "bfloat16", checkpointing=False, compiled=False)
 
 
 def random_states(model, x, sigma):
@@ -254,7 +255,7 @@ def test_keys_leave_a_checkpointed_block_as_its_results():
     """The backward pass, which runs the blocks again, hands out nothing more; gradients are those without checkpoints."""
     x, sigma, gradients = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9]), []
     for checkpointing in (False, True):
-        model = Denoiser(plain(denoiser()), Compute("native", "float32", checkpointing))
+        model = Denoiser(plain(denoiser()), Compute("native", "float32", checkpointing, compiled=False))
         captured: Any = {}
         out = model._run_transformer(x, sigma, TEXT, None, captured)
         first = {layer: pair for layer, pair in captured.items()}

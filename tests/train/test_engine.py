@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cf_model.data.video import read_video
+from cf_model.data.video_reader import read_video
 from cf_model.model.flow import draw_gaussian, draw_uniform
 from cf_model.train.trainer import engine
 from cf_model.train.trainer import ranks as trainer_ranks

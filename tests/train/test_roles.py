@@ -211,9 +211,9 @@ def test_only_the_teacher_is_asked_with_the_null_prompt_and_it_is_the_stated_one
         model = getattr(job, name)
         inside = model._run_transformer
 
-        def listened(x: Tensor, sigma: Tensor, text: Tensor, *rest: Any, inside: Any = inside, texts: list[Tensor] = texts) -> Tensor:
+        def listened(x: Tensor, sigma: Tensor, text: Tensor, *rest: Any, inside: Any = inside, texts: Any = texts, **more: Any) -> Tensor:
             texts.append(text)
-            return inside(x, sigma, text, *rest)
+            return inside(x, sigma, text, *rest, **more)
 
         monkeypatch.setattr(model, "_run_transformer", listened)
     for number in range(2):

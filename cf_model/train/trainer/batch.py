@@ -51,11 +51,13 @@ Value = TypeVar("Value", float, Tensor, float | Tensor)
 
 def average_groups(values: Sequence[Value]) -> Value:
     """Average a value over the groups of a batch, which have equal sizes."""
+    # The sum begins with the first value, which may be a tensor: 0 + tensor would cost a kernel for nothing.
     return sum(values[1:], start=values[0]) / len(values)
 
 
 def draw_rows(rows: Iterable[int], count: int, rng: BatchRandom) -> list[int]:
     """Draw `count` of the rows with replacement: those of the whole batch, the same on every rank."""
+    # Choice: with replacement, so that a step's batch follows from the step alone and a resumed run needs no record of an epoch.
     rows = list(rows)
     return [rows[i] for i in rng.integers(0, len(rows) - 1, count)]
 

@@ -48,6 +48,8 @@ class BatchRandom:
 
     def draw_step(self, step: int) -> BatchGenerator:
         """Return the random numbers of a step from their beginning, for the rows of the current group."""
+        # Noise belongs to a row of the whole batch, whichever rank or group computes that row. So the result does not depend on how
+        # the batch is divided.
         first = self.part * self.rows
         videos = ((self.seed, step, row) for row in range(first, first + self.rows))
         return BatchGenerator(videos, self.device, shared=(self.seed, step), first=first)
@@ -57,6 +59,7 @@ class BatchRandom:
 
         All groups share the numbers that are drawn once for the batch, and each has its own rows', so together they are the batch.
         """
+        # Parts are numbered group by group: with R ranks, group g of rank r is part g * R + r.
         for group in range(self.count):
             self.part = group * count_ranks() + get_rank()
             self.rng = self.draw_step(step)
@@ -86,6 +89,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks, in the order of ranks, on every rank."""
     if count_ranks() == 1:
         return rows
+    # Every rank hands in as many rows as the others, because all_gather takes tensors of one shape only: [R * rows, ...].
     parts = [torch.empty_like(rows) for _ in range(count_ranks())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
@@ -96,6 +100,7 @@ def gather_by_row(own: Mapping[int, Tensor], rows: Sequence[int], like: Tensor) 
 
     `own` holds the rows that this rank has computed; each row belongs to one rank, and each tensor has the size of `like`.
     """
+    # A row that another rank has computed stays 0 here, and the sum over all ranks fills it in.
     stacked = like.new_zeros(len(rows), *like.shape)
     for place, row in enumerate(rows):
         if row in own:
@@ -120,6 +125,7 @@ def agree_on_start(step: int) -> int:
     """Return `step`, the newest checkpoint's. Raises ValueError where the ranks found different checkpoints."""
     if count_ranks() == 1:
         return step
+    # Ranks on machines with folders of their own may find different files; training on would mix two states.
     answers = [torch.zeros((), dtype=torch.long, device=_choose_device()) for _ in range(count_ranks())]
     dist.all_gather(answers, torch.tensor(step, device=_choose_device()))
     steps = [int(answer) for answer in answers]

@@ -116,6 +116,7 @@ def sample_continuation(
     null: Float[Tensor, "T E"],
 ) -> Iterator[Float[Tensor, "1 _ C H W"]]:
     """Yield a real beginning, then the teacher's window after it."""
+    # The beginning is shown too, so that a viewer sees where the teacher takes over.
     yield real
     # The teacher sees what its view cuts out of the real beginning.
     context, shape = real[:, view.context_frames(spec.prefix)], (spec.frames - spec.prefix, *real.shape[2:])
@@ -128,7 +129,7 @@ def sample_continuation(
         flow=flow,
         steps=spec.sampler_steps,
         guidance=spec.guidance,
-        guidance_passes="apart",
+        guidance_passes="apart",  # one pass after the other, which takes the least memory beside a training
         rng=rng,
         null=null.to(text),
     )
@@ -147,6 +148,7 @@ def sample_stream(
     flow: Flow,
 ) -> Iterator[Float[Tensor, "1 _ C H W"]]:
     """Yield chunk after chunk of a causal model, as at inference; `real` gives C, H, W only."""
+    # The memory begins empty and grows with the video, as for a user's prompt: the student gets no real frame.
     _, _, *size = real.shape
     shape = (size[0], size[1], size[2])
     chunks = stream(model, text, shape, sigmas=flow.shift_levels(levels), chunk=chunk, memory=empty_memory(memory), rng=rng)

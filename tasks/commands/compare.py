@@ -13,27 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cf_model.evaluate import figures
-from cf_model.evaluate.figures import Line, average_rows, draw_chart, embed_video, wants_logarithm
-from cf_model.evaluate.report import SUITES, describe_metric, render_page
-from cf_model.evaluate.run_comparison import compare_suites, count_verdicts
+from cf_model.evaluate import run_comparison
+from cf_model.evaluate.report import render_page
 from tasks.files.atomic import write_atomically
 from tasks.files.dvc_config import read_public_config
-from tasks.files.json_lines import Row, load_json_object, read_json_lines
+from tasks.files.json_lines import read_json_lines
 from tasks.files.trees import list_nodes
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused
-from tasks.report import read_curves, read_results
+from tasks.report import read_curves, read_metrics, read_results, read_training
 
-COLOURS = {"A": "#3f83c9", "B": "#e0813a"}
 ABSENT = "–"
 COMPARED_OUTS = ("results", "samples", "data/manifest.jsonl")  # outs that a comparison reads; of the models it reads only the curves
 CURVE_FILE = "metrics.jsonl"
 GIT, DVC = ("git",), (sys.executable, "-m", "dvc")
-SHOWN_PROMPTS = {"prompts": 4, "continuations": 2}  # whose videos are shown
-SUITE_BYTES = 3_000_000  # bytes of one suite's videos, of each run
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="cf-compare-") as scratch:
         a, b = (read_side(letter, name, Path(scratch)) for letter, name in (("A", args.a), ("B", args.b)))
-        html = render_page(build_page(a, b), Path(__file__).with_name("page.html.j2"))
+        html = render_page(build_page(a, b), Path(run_comparison.__file__).with_name("comparison.html.j2"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, html)
     print(f"{args.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
@@ -80,20 +73,21 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
     rules = a.params.get("evaluate") or {}
     resamples, seed = int(rules.get("resamples", 1000)), int(a.params.get("seed", 0))
     measured = [read_results(side.root / "results", side.root / "metrics", resamples=resamples, seed=seed) for side in (a, b)]
-    suites = compare_suites(*measured)
-    size = a.params.get("video") or {}
+    suites = run_comparison.compare_suites(*measured)
+    size, samples = a.params.get("video") or {}, [side.root / "samples" for side in (a, b)]
+    index = [read_json_lines(folder / "index.jsonl", missing_ok=True) for folder in samples]
     return {
         "sides": [a, b],
-        "colours": COLOURS,
+        "colours": run_comparison.COLOURS,
         "params": list_changed_params(a.params, b.params),
         "stages": compare_stages(a.lock, b.lock),
         "suites": suites,
-        "tally": count_verdicts(suites),
-        "curves": draw_curves(a.root, b.root, COLOURS),
-        "training": draw_training(a.root, b.root, COLOURS),
-        "videos": embed_videos(a.root, b.root, suites, int(size.get("fps", 16))),
+        "tally": run_comparison.count_verdicts(suites),
+        "curves": run_comparison.draw_curves(*(read_curves(side.root / "results/curves.csv") for side in (a, b))),
+        "training": run_comparison.draw_training(*(read_training(side.root / "models") for side in (a, b))),
+        "videos": run_comparison.embed_videos(index, samples[0], samples[1], suites, int(size.get("fps", 16))),
         "shape": (size.get("width", 1), size.get("height", 1)),
-        "numbers": compare_stage_metrics(a.root, b.root),
+        "numbers": run_comparison.compare_stage_metrics(*(read_metrics(side.root / "metrics") for side in (a, b))),
         "resamples": resamples,
     }
 
@@ -131,91 +125,6 @@ def list_changed_entries(one: Mapping[str, Any], other: Mapping[str, Any], kind:
     """List the paths whose md5 differs between two entries of dvc.lock; `kind`: deps or outs."""
     first, second = ({entry["path"]: entry.get("md5") for entry in lock.get(kind, [])} for lock in (one, other))
     return sorted(path for path in {*first, *second} if first.get(path) != second.get(path))
-
-
-def compare_stage_metrics(a: Path, b: Path) -> list[dict[str, Any]]:
-    """List the values of metrics/<stage>.json that differ; those of `evaluate` have tables of their own."""
-    rows = []
-    names = dict.fromkeys(path.stem for root in (a, b) for path in sorted((root / "metrics").glob("*.json")))
-    for name in names:
-        if name in ("evaluate", "report"):
-            continue
-        one, other = (load_json_object(root / "metrics" / f"{name}.json", missing_ok=True) for root in (a, b))
-        for key in dict.fromkeys([*one, *other]):
-            x, y = one.get(key), other.get(key)
-            if x != y:
-                change = y - x if isinstance(x, int | float) and isinstance(y, int | float) else None
-                rows.append({"stage": name, "key": key.replace("_", " "), "a": x, "b": y, "change": change})
-    return rows
-
-
-def draw_curves(a: Path, b: Path, colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Draw results/curves.csv of both: for each system whose curves differ, a chart for each metric."""
-    one, other = read_curves(a / "results/curves.csv"), read_curves(b / "results/curves.csv")
-    systems: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for key in [key for key in one if key in other and str(one[key]) != str(other[key])]:
-        curves = [Line(colours["A"], *one[key]), Line(colours["B"], *other[key])]
-        systems.setdefault(key[:2], []).append({"title": describe_metric(key[2]).title, "svg": draw_chart(curves, x="seconds")})
-    return [{"suite": SUITES.get(suite, suite), "system": name, "charts": charts} for (suite, name), charts in systems.items()]
-
-
-def draw_training(a: Path, b: Path, colours: Mapping[str, str]) -> dict[str, Any]:
-    """Draw running means of models/<stage>/metrics.jsonl of both; stages with equal rows are only named."""
-    stages, same = [], []
-    for name in dict.fromkeys(path.parent.name for root in (a, b) for path in sorted(root.glob("models/*/metrics.jsonl"))):
-        one, other = (read_json_lines(root / "models" / name / "metrics.jsonl", missing_ok=True) for root in (a, b))
-        if one == other:
-            same.append(name)
-            continue
-        charts = []
-        for key in dict.fromkeys(key for row in [*one, *other] for key in row if key != "step"):
-            means = [draw_running_mean(colours[letter], rows, key) for letter, rows in (("A", one), ("B", other))]
-            if drawn := [line for line in means if line]:
-                log = wants_logarithm(np.concatenate([line.y for line in drawn]))
-                charts.append({"title": key.replace("_", " "), "svg": draw_chart(drawn, x="step", log=log)})
-        stages.append({"stage": name, "charts": charts})
-    return {"stages": stages, "same": same}
-
-
-def draw_running_mean(colour: str, rows: Sequence[Row], key: str) -> Line | None:
-    """Return a value's running mean as a line; None for fewer than two numbers."""
-    if (found := average_rows(rows, key)) is None:
-        return None
-    steps, _, mean = found
-    return Line(colour, steps[-len(mean) :].tolist(), mean.tolist())
-
-
-def embed_videos(a: Path, b: Path, measured: Sequence[Mapping[str, Any]], fps: int) -> list[dict[str, Any]]:
-    """Embed, of each system that differs, the videos of A and B for the first prompts that both indices have, first seed."""
-    index = [read_json_lines(root / "samples/index.jsonl", missing_ok=True) for root in (a, b)]
-    suites = []
-    for suite in SUITES:
-        same = {one["name"] for part in measured if part["suite"] == suite for one in part["systems"] if one["same"]}
-        items = [figures.group_by_item(rows, suite) for rows in index]
-        shared = {key: {name: row for name, row in items[0][key].items() if name not in same} for key in items[0] if key in items[1]}
-        rows = []
-        for key in figures.fit_budget(shared, SHOWN_PROMPTS[suite], SUITE_BYTES, a / "samples"):
-            pairs = [embed_pair(name, items[0][key][name], items[1][key].get(name), a, b, fps) for name in shared[key] if name != "real"]
-            first, real = next(iter(items[0][key].values())), items[0][key].get("real")
-            prefix = max(row["prefix_frames"] for row in items[0][key].values()) / fps
-            facts = {"prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "pairs": [one for one in pairs if one]}
-            rows.append(facts | {"real": embed_video(a / "samples" / real["file"]) if real else None})
-        rows = [row for row in rows if row["pairs"]]
-        if rows:
-            suites.append({"title": SUITES[suite], "rows": rows, "of": len(shared), "same": sorted(same)})
-    return suites
-
-
-def embed_pair(name: str, one: Mapping[str, Any], other: Mapping[str, Any] | None, a: Path, b: Path, fps: int) -> dict[str, Any] | None:
-    """Embed a system's videos of both runs with their frame strips; None unless both have the video with that seed."""
-    if other is None or one["seed"] != other["seed"]:
-        return None
-    files = [root / "samples" / row["file"] for root, row in ((a, one), (b, other))]
-    if not all(file.exists() for file in files):
-        return None
-    readable = [frames for file in files if (frames := figures.read_frames(file, round(figures.STRIP_SECONDS * fps))) is not None]
-    strips = [figures.draw_strip(frames, figures.STRIP_HEIGHT) for frames in readable]
-    return {"system": name, "sources": [embed_video(file) for file in files], "strips": strips}
 
 
 def find_folder(name: str, into: Path) -> Path:

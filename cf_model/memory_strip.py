@@ -3,6 +3,8 @@
 Three forms of the same rows: a trace (jsonl) for programs, a timeline (PNG) for people, and a strip under every frame.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cf_model.model.memory import MemorySpec
-from cf_model.pipeline import Chunk
-from tasks.files.atomic import open_partial
-from tasks.files.json_lines import Row
+from .model.memory import MemorySpec
+from .pipeline import Chunk
+
+Row = dict[str, Any]  # of the trace, a chunk each
 
 # Choice: Tol's bright colours, which colour-blind readers can tell apart too
 COLOURS = {"sink": "#4477aa", "slow": "#ee6677", "fast": "#228833", "now": "#bbbbbb"}
@@ -97,8 +99,7 @@ def draw_timeline(rows: Sequence[Row], path: Path, seconds: float) -> None:
         sink = f"; sink, held throughout: {', '.join(map(str, rows[-1]['sink'])) or 'none'}"
         draw_panel(panels[1, 0], rows, seconds, seconds - PANEL_SECONDS, f"the last {PANEL_SECONDS:g} s{sink}")
     figure.legend(*panels[-1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=6, fontsize=9, frameon=False)
-    with open_partial(path) as partial:
-        figure.savefig(partial, format="png", dpi=130)
+    figure.savefig(path, format="png", dpi=130)
 
 
 def draw_panel(axes: Any, rows: Sequence[Row], seconds: float, begin: float, title: str) -> None:

@@ -1,5 +1,7 @@
 """Lines of a prompt file that hold several prompts, in the notations of LongLive and of Infinity-RoPE."""
 
+from __future__ import annotations
+
 import json
 import re
 

@@ -14,19 +14,19 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cf_model.data.prompts import iterate_prompts
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
-from cf_model.data.video import VideoFacts, grow_video, growing_path, probe_video, read_video
-from tasks.files.atomic import write_atomically
+from cf_model.data.video import grow_video, growing_path
+from cf_model.data.video_reader import VideoFacts, probe_video, read_video
+from cf_model.timed_prompts import split_timed_prompts
+from tasks.files.atomic import open_partial, write_atomically
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.params.yaml_file import Refused
-
-from .timed_prompts import split_timed_prompts
 
 if TYPE_CHECKING:
     from cf_model.folder import Recipe
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from cf_model.folder import change_values
     from cf_model.pipeline import ContextForcingPipeline
     from tasks.parts.device import choose_device
 
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
     if args.memory:
-        recipe = replace(pipe.recipe, memory=change_memory(pipe.recipe.memory, args.memory))
+        recipe = replace(pipe.recipe, memory=change_values(pipe.recipe.memory, args.memory, "--memory "))
         pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
     pipe = pipe.to(choose_device())
     clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
@@ -122,24 +123,6 @@ def refuse_impossible(args: argparse.Namespace) -> None:
         raise Refused(f"--at {' '.join(args.at[0])} does not begin with a time; write --at SECONDS TEXT") from None
 
 
-def change_memory(spec: Any, settings: list[str]) -> Any:
-    """Return the memory's spec with the values that KEY=VALUE settings name; raise Refused for a malformed setting."""
-    from cf_model.folder import build_typed
-
-    hints, values = get_type_hints(type(spec)), asdict(spec)
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise Refused(f"--memory {setting} has no =; write KEY=VALUE, such as interval=4")
-        kind = hints.get(name, str)
-        try:
-            values[name] = value if get_args(kind) else kind(value)
-        except ValueError:
-            number = "whole number" if kind is int else "number"
-            raise Refused(f"--memory {setting} is no {number}; write {name}={values[name]} or the like") from None
-    return build_typed(type(spec), values, "--memory ")
-
-
 def read_clip(path: Path, recipe: Recipe, *, resize: bool) -> np.ndarray:
     """Read the clip that is continued as frames [F, H, W, 3], in a child process, because any file may be named."""
     if not path.is_file():
@@ -163,9 +146,8 @@ def make_video(
     pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace
 ) -> None:
     """Make a video from (second, prompt) pairs, with the memory strip as --memory-strip says. Nothing is written before the first chunk."""
+    from cf_model import memory_strip
     from cf_model.request import usable_frames
-
-    from . import memory_strip
 
     fps = pipe.recipe.fps
     chunks = pipe.chunks(timed, seconds=args.seconds, seed=args.seed, switch=args.switch, keep_sink=not args.new_sink, continue_from=clip)
@@ -197,7 +179,8 @@ def make_video(
         print(f"stopped early; what was made is in {growing_path(out)}", file=sys.stderr)
         raise
     if args.memory_strip == "beside":
-        memory_strip.draw_timeline(rows, out.with_name(f"{out.stem}.memory.png"), seconds)
+        with open_partial(out.with_name(f"{out.stem}.memory.png")) as picture:
+            memory_strip.draw_timeline(rows, picture, seconds)
         trace.replace(out.with_name(f"{out.stem}.memory.jsonl"))
 
 

@@ -1,0 +1,145 @@
+"""Seconds of one chunk against the usual cache and the floor: every window, every preset, long videos, many videos at once.
+
+  python -m benchmarks chunk [SECTION ...]     windows, memories, presets, batch, long; writes results/chunk.json
+
+One chunk is four denoising passes and the clean one over 3 latents of 64 tokens, by a model of width 256 with 8 layers and random
+weights, in float32 by one thread, when the memory is full. Ours, the usual cache (common/usual_cache.py) and the floor, which are the
+matrix products and attentions of the same shapes alone, run in turn in one process (A B C C B A). What is compared is CPU time of the
+process, because the machine is shared. A ratio above 1 means that ours is faster.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from benchmarks.common import chunks
+from benchmarks.common.chunks import SMALL, repeat, run_floor, run_ours, run_usual
+from benchmarks.common.interleave import compare, interleave, summarize
+from benchmarks.common.machine import describe_machine, read_result, write_result
+from cf_model.model.context import build_plain_spec
+from cf_model.model.memory import MemorySpec
+from tasks.commands.preset import apply_preset
+from tasks.params.load import load_params, validate_params
+from tasks.params.yaml_file import read_yaml
+
+ROUNDS, COUNT = 6, 2  # runs of each way, chunks of a run
+GOALS = {"over_usual": 1.2, "memory_over_window": 1.03, "batch_share": 0.35}
+
+
+def compare_ways(spec: MemorySpec, *, rounds: int = ROUNDS, batch: int = 1) -> dict[str, Any]:
+    """Measure ours with one memory, the usual cache of the same number of frames, and the floor."""
+    model, size = chunks.build_model(SMALL), spec.size
+    sink = spec.sink if spec.sink % SMALL.chunk == 0 else 0
+    ways = {
+        "ours": repeat(run_ours(model, SMALL, spec, batch=batch), COUNT),
+        "usual": repeat(run_usual(model, SMALL, sink=sink, window=size, batch=batch), COUNT),
+        "floor": repeat(run_floor(SMALL, attended=size, batch=batch), COUNT),
+    }
+    spent = interleave(ways, rounds=rounds, units=COUNT)
+    row = {name: summarize(values) for name, values in spent.items()}
+    return row | {"usual_over_ours": compare(spent, "ours", "usual"), "ours_over_floor": compare(spent, "floor", "ours")}
+
+
+def measure_windows() -> Iterator[dict[str, Any]]:
+    """Every window at absolute positions, where both make the same video."""
+    for window in chunks.each_window(SMALL):
+        yield {"window": window} | compare_ways(build_plain_spec(0, window, "absolute"))
+
+
+def measure_memories() -> Iterator[dict[str, Any]]:
+    """Slow memory and bounded positions against a plain window of the same size, both ours."""
+    paper = load_params(ROOT / "profiles/wan-1.3b.yaml").stage2.memory
+    plain = build_plain_spec(0, paper.size, "absolute")
+    memories = {
+        "plain window, packed": replace(plain, positions="packed"),
+        "plain window, anchored": replace(plain, positions="anchored"),
+        "sink 3, anchored": replace(plain, sink=3, fast=paper.size - 3, positions="anchored"),
+        "slow memory, absolute": replace(paper, positions="absolute"),
+        "slow memory, anchored (the paper's)": paper,
+        "slow memory, decision of each layer": replace(paper, scope="layer"),
+    }
+    model = chunks.build_model(SMALL)
+    ways = {"plain window, absolute": plain} | memories
+    # eight chunks a run, because the slow part is put together anew every few chunks
+    runs = {name: repeat(run_ours(model, SMALL, spec), 8) for name, spec in ways.items()}
+    spent = interleave(runs, rounds=4, units=8)
+    for name in ways:
+        yield {"memory": name} | summarize(spent[name]) | {"over_plain_window": compare(spent, "plain window, absolute", name)}
+
+
+def list_preset_memories() -> dict[MemorySpec, list[str]]:
+    """Return the memories that all presets generate with (profile wan-1.3b), each with the presets that have it."""
+    tree, specs = read_yaml(ROOT / "profiles/wan-1.3b.yaml"), dict[MemorySpec, list[str]]()
+    for file in sorted((ROOT / "presets").glob("*.yaml")):
+        params = validate_params(apply_preset(tree, file.stem), file)
+        system = params.generate.systems[file.stem]
+        specs.setdefault(replace(system.memory or getattr(params, system.weights).memory, tau=0.95), []).append(file.stem)
+    return specs
+
+
+def measure_presets() -> Iterator[dict[str, Any]]:
+    """Every preset's memory against the usual cache of as many frames."""
+    for spec, names in list_preset_memories().items():
+        yield {"presets": names, "frames": spec.size} | compare_ways(spec, rounds=4)
+
+
+def measure_batch() -> Iterator[dict[str, Any]]:
+    """Many videos at once against one at a time, with the paper's memory."""
+    paper, model = load_params(ROOT / "profiles/wan-1.3b.yaml").stage2.memory, chunks.build_model(SMALL)
+    one = run_ours(model, SMALL, paper)
+    for batch in (4, 32):
+        many = run_ours(model, SMALL, paper, batch=batch)
+        spent = interleave({"one": repeat(one, 4), "many": repeat(many, 1)}, rounds=4)
+        per_video = {"one": [value / 4 for value in spent["one"]], "many": [value / batch for value in spent["many"]]}
+        floors_of = {count: run_floor(SMALL, attended=paper.size, batch=count) for count in (1, batch)}
+        alone = {"one": repeat(floors_of[1], 4), "many": repeat(floors_of[batch], 1)}
+        floors = interleave(alone, rounds=2)
+        floor = {"one": [value / 4 for value in floors["one"]], "many": [value / batch for value in floors["many"]]}
+        found = {name: summarize(values) for name, values in per_video.items()}
+        yield {"videos": batch} | found | {"share": compare(per_video, "one", "many"), "share_of_the_floor": compare(floor, "one", "many")}
+
+
+def measure_long() -> Iterator[dict[str, Any]]:
+    """A chunk after 10, 100 and 1,000 chunks of the same video, with the paper's memory; those before are passed clean."""
+    paper, model = load_params(ROOT / "profiles/wan-1.3b.yaml").stage2.memory, chunks.build_model(SMALL)
+    runs = {count: run_ours(model, SMALL, paper, chunks_before=count) for count in (10, 100, 1000)}
+    spent = interleave({str(count): repeat(run, 8) for count, run in runs.items()}, rounds=4, units=8)
+    for count in spent:
+        yield {"chunks_before": int(count)} | summarize(spent[count]) | {"over_chunk_10": compare(spent, "10", count)}
+
+
+SECTIONS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "windows": measure_windows,
+    "memories": measure_memories,
+    "presets": measure_presets,
+    "batch": measure_batch,
+    "long": measure_long,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    result = read_result("chunk")
+    for name in sys.argv[1:] or SECTIONS:
+        if name not in SECTIONS:
+            sys.exit(f"{name} is no section of this benchmark; known are {', '.join(SECTIONS)}")
+        rows, machine = [], describe_machine()  # at its beginning: the code that runs is the code that was loaded
+        for row in SECTIONS[name]():
+            rows.append(row)
+            print(name, row, flush=True)
+        about = {"sizes": str(SMALL), "dtype": "float32", "kernel": "torch SDPA (native)", "goals": GOALS}
+        result = result | about | {name: {"machine": machine, "rows": rows}}
+        write_result("chunk", result)
+
+
+if __name__ == "__main__":
+    main()

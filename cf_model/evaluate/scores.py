@@ -1,0 +1,137 @@
+"""Scores of videos against the known world that they come from: of each video, each system, and of pairs of systems.
+
+A cell is a mapping with suite, system, prompt, clip, seed, file, metric and value. All other results are derived from cells.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cf_model.codec.interface import TIME, video_frames
+
+from . import oracle
+from .statistics import RATIOS, bootstrap_ratio, paired, paired_ratio
+from .stutter import measure_stutter
+
+Cell = Mapping[str, Any]
+Truth = Mapping[str, Any]  # a world's facts (cf_model/data/worlds.py)
+Video = UInt8[np.ndarray, "V Y X 3"]
+WINDOW = 2  # seconds of video in a point of a curve
+COMPARED = (  # suite, system, system, metric: over the videos that have the metric in both systems
+    ("continuations", "teacher_fast", "teacher_slow_fast", "map_error"),
+    ("continuations", "teacher_fast", "teacher_slow_fast", "map_error_recent"),
+    ("continuations", "stage1", "stage2", "map_error"),
+    ("continuations", "stage1", "stage2", "map_error_absent"),
+    *(("recall", "stage1", "stage2", f"{name}_{level}") for name in ("recall_error", "slow_gain") for level in (75, 90)),
+    ("prompts", "stage1", "stage2", "memory_ratio"),
+    ("prompts", "stage1", "stage2", "motion"),
+)
+CURVES = ("sprite_recall", "sky_error", "sharpness", "motion", "compass_coherence")
+
+
+def score_video(video: Video, truth: Truth | None, prefix: int, *, fps: int, gap: float, absence: float, sink: int) -> dict[str, float]:
+    """Score a video by all metrics that apply to it, without its real prefix of frames, which is not the system's work.
+
+    `gap`, `absence` (seconds) and `sink` (latent frames) are explained in params.yaml's section evaluate.
+    """
+    new = video[prefix:]
+    stutter = measure_stutter(video, period=TIME, first=prefix)
+    values = {} if stutter is None else {"stutter": stutter}
+    if truth is None:
+        return values | oracle.plain_metrics(new)
+    kept = oracle.find_bins_in_view(video[: video_frames(sink)])
+    values |= oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(new, fps, absence, kept=kept)
+    if prefix:
+        values |= oracle.map_metrics(video, truth, prefix=prefix, fps=fps, gap=gap, absence=absence, kept=kept)
+    return values
+
+
+def score_windows(video: Video, truth: Truth, fps: int) -> Iterator[tuple[str, float, float]]:
+    """Yield metric, second and value of each metric of CURVES in every window of the video, its real prefix included."""
+    step = WINDOW * fps
+    for first in range(0, len(video) - step + 1, step):
+        values = oracle.prompt_metrics(video[first : first + step], truth, fps)
+        yield from ((name, first / fps, values[name]) for name in CURVES)
+
+
+def read_view(new: Video, truth: Truth) -> dict[str, Any]:
+    """Return what a system's videos are compared by among themselves: the landmarks, the sky and the headings that a video shows."""
+    return {"map": oracle.build_map(new), "sky": truth["sky"], "heading": oracle.read_heading(new)[0]}
+
+
+def score_recall(rows: Sequence[Mapping[str, Any]], truths: Mapping[str, Truth | None]) -> list[dict[str, Any]]:
+    """Return cells of `generate`'s one-step errors in the landmark row, where only the slow part can know what a column shows.
+
+    recall_error_NN is the error at noise level 0.NN with the whole memory, slow_gain_NN the error without the slow part minus that.
+    """
+    errors: dict[tuple[str, str, float], dict[bool, float]] = defaultdict(dict)
+    for row in rows:
+        if truth := truths.get(row["clip"]):
+            error = np.array(row["error"])  # [K, H, W]
+            layout = {name: row[name] for name in ("start", "chunk", "sink", "fast")}
+            chosen = oracle.select_slow_columns(np.array(truth["heading"]), **layout, frames=len(error), columns=error.shape[2], time=TIME)
+            if chosen.any():
+                landmarks = error[:, error.shape[1] * oracle.LANDMARK_TOP // 32]
+                errors[row["system"], row["clip"], row["sigma"]][row["slow"]] = float(landmarks[chosen].mean())
+    cells = []
+    for (system, clip, sigma), found in errors.items():
+        key = {"suite": "recall", "system": system, "prompt": "", "clip": clip, "seed": 0, "file": clip}
+        for name, value in (("recall_error", found[True]), ("slow_gain", found[False] - found[True])):
+            cells.append(key | {"metric": f"{name}_{round(100 * sigma)}", "value": value})
+    return cells
+
+
+def compare_systems(cells: Sequence[Cell], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Compare pairs of systems video by video, so that a system can't win by lacking the videos that are hard."""
+    values: dict[tuple[str, str, str], dict[tuple[str, int], float]] = defaultdict(dict)
+    for cell in cells:
+        values[cell["suite"], cell["system"], cell["metric"]][cell["clip"] or cell["prompt"], cell["seed"]] = cell["value"]
+    out = {}
+    for suite, before, after, metric in COMPARED:
+        tables = [[values[suite, system, name] for name in RATIOS.get(metric, (metric,))] for system in (before, after)]
+        first, second = tables
+        if metric in RATIOS:
+            pair = paired_ratio((first[0], first[1]), (second[0], second[1]), resamples=resamples, seed=seed)
+        else:
+            pair = paired(first[0], second[0], resamples=resamples, seed=seed)
+        if pair:
+            numbers = {"before": pair.first, "after": pair.second, "low": pair.change.low, "high": pair.change.high}
+            finite = {name: value for name, value in numbers.items() if np.isfinite(value)}  # a single video has no interval
+            out[f"{metric}: {before} to {after}"] = finite | {"videos": len(set.intersection(*map(set, [*first, *second])))}
+    return out
+
+
+def summarise_systems(cells: Sequence[Cell], views: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return each system's means over videos, and its metrics of all videos together (diversity, headings, ratios of means).
+
+    `views`: suite and system -> what `read_view` says of each video.
+    """
+    values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for cell in cells:
+        values[cell["suite"]][cell["system"]][cell["metric"]][cell["file"], cell["seed"]] = cell["value"]
+    out: dict[str, Any] = {
+        suite: {system: mean_metrics(metrics) for system, metrics in systems.items()} for suite, systems in values.items()
+    }
+    for (suite, system), videos in views.items():
+        more = {
+            "videos": float(len(videos)),
+            "diversity": oracle.measure_diversity([v["map"] for v in videos], [v["sky"] for v in videos]),
+            "heading_perplexity": oracle.heading_perplexity([v["heading"] for v in videos]),
+        }
+        out[suite][system] |= {name: value for name, value in more.items() if value is not None}
+    return out
+
+
+def mean_metrics(metrics: Mapping[str, Mapping[tuple[str, int], float]]) -> dict[str, float]:
+    """Return each metric's mean, the ratios of means, and, where not every video has the metric, the number of videos that have it."""
+    most = max(map(len, metrics.values()))
+    fewer = {f"{name}_videos": float(len(v)) for name, v in metrics.items() if len(v) < most}
+    pairs = {name: (metrics.get(top, {}), metrics.get(bottom, {})) for name, (top, bottom) in RATIOS.items()}
+    ratios = {name: bootstrap_ratio(*pair, resamples=1, seed=0) for name, pair in pairs.items()}
+    means = {name: float(np.mean([*v.values()])) for name, v in metrics.items()}
+    return means | {name: ratio.mean for name, ratio in ratios.items() if ratio} | fewer

@@ -1,0 +1,241 @@
+"""The store: what passes without gradient attend to, in slots that stay where they are while a video goes on.
+
+A memory holds frames, which nothing ever changes: raw keys, by which eq. 7 decides, and values. A store holds them as attention reads
+them, rotated keys and values in one tensor a layer each, so that no pass joins or rotates what another has. It follows one memory to the
+next: a slot is written when its frame is another, and its key is rotated when the frame's position has changed, once a chunk.
+
+Slots are numbered sink, fast part and own chunk, slow part, since only the slow part has empty places. Fast part and own chunk are a
+ring, in which a chunk that was remembered stays where its last pass has written it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .key_values import Frames, KeyValues
+from .memory import Memory, Positions, join_positions
+from .rope import Rotation, apply_rope, read_rotations
+from .slow_part import SlowPart
+
+T = TypeVar("T")
+Held = tuple[KeyValues, int | None]  # a frame and its position; None: that of each video is its own
+
+
+class SlotStore:
+    """Rotated keys and values of a memory and of the chunk that sees it: [B, N, slots * S, D] a layer each.
+
+    All addresses stay, as a captured pass needs, but that a store grows once to all the slots that a memory can need. The own chunk's
+    slots go round in the ring, so there is one pass to capture for each of its places.
+    """
+
+    def __init__(self, table: Any, x: Float[Tensor, "B C F H W"], takes_mask: bool) -> None:
+        self.table, self.grid, self.takes_mask = table, x.shape[2:], takes_mask
+        self.tokens = (x.shape[3] // table.patch_size[1]) * (x.shape[4] // table.patch_size[2])  # S
+        self.keys, self.values, self.slots = list[Tensor](), list[Tensor](), 0
+        self.masks: list[Tensor | None] = [None]  # added to the scores, [B, 1, 1, slots * S], of each group or of all; None: nothing is
+        self.used = [0]  # tokens that a pass of each group attends to
+        self.rotations = list[Rotation]()  # of the own chunk, for each group
+        self.is_placed = False  # for the memory that it belongs to now
+        self._held = dict[int, Held]()
+        # of the slow part: what its slots were made from, its raw keys [B, N, places * S, D] and where its values are, a layer each
+        self._source: tuple[Any, ...] | None = None
+        self._raw, self._slow_values, self._places, self._added = list[Tensor](), list[Tensor](), 0, 0
+        self._own = list[int]()  # slots of the own chunk
+        self._own_positions: Positions = []
+
+    def place(self, memory: Memory, x: Float[Tensor, "B C F H W"]) -> None:
+        """Bring the slots to what passes over chunks like `x` see of a memory. The host reads nothing but for kernels without masks."""
+        frames = x.shape[2]
+        first, fast = len(memory.sink), len(memory.fast)
+        ring, places = fast + frames, memory.slow_places
+        # a frame keeps its slot in a ring that is full; a ring that fills is in the order of time
+        turn = (memory.frame_count - fast - memory.spec.sink) % ring if ring == memory.spec.fast else 0
+        slots = [*range(first), *(first + (n + turn) % ring for n in range(ring))]
+        if first + ring + places > self.slots:
+            self._grow(memory, first + ring + places)
+        groups = range(memory.groups)
+        self._place_frames(memory, slots[: first + fast], x)
+        self._place_slow(memory, first + ring, x)
+        self._own, self._own_positions = slots[first + fast :], memory.query_positions(frames)
+        rotations = [read_rotations(self.table, memory.query_positions(frames, group), x) for group in groups]
+        if [at.shape for at in rotations] == [at.shape for at in self.rotations]:
+            for at, now in zip(self.rotations, rotations, strict=True):
+                at.copy_(now)
+        else:
+            self.rotations = rotations
+        self.is_placed = True
+
+    def _grow(self, memory: Memory, slots: int) -> None:
+        """Make room: first for exactly so many slots, as a context needs that never grows, then for all that the memory can need."""
+        self.slots = max(slots, memory.spec.size) if self.slots else slots
+        like = memory.frames[0]
+
+        def reserve(x: Float[Tensor, "B S N D"]) -> Float[Tensor, "B N T D"]:
+            return x.new_empty(x.shape[0], x.shape[2], self.slots * self.tokens, x.shape[3])
+
+        self.keys, self.values = [reserve(k) for k in like.keys], [reserve(v) for v in like.values]
+        self.masks, self._held, self._source = [None], {}, None
+
+    def _place_frames(self, memory: Memory, slots: list[int], x: Tensor) -> None:
+        """Write frames of sink and fast part into slots that held others, and rotate the keys of those that have moved."""
+        parts = [memory.part_positions(x.shape[2], group) for group in range(memory.groups)]
+        positions = [join_positions(sink, fast) for sink, _, fast in parts]
+        shared = positions[0]
+        held: dict[int, Held] = {}
+        stale = list[int]()
+        for place, (slot, frame) in enumerate(zip(slots, memory.sink + memory.fast, strict=True)):
+            before, _ = was = self._held.get(slot, (None, None))
+            held[slot] = frame, None if isinstance(shared, Tensor) else shared[place]
+            if before is not frame:
+                for layer, values in enumerate(self.values):
+                    self._write(values, slot, frame.values[layer])
+            if before is not frame or held[slot][1] is None or held[slot] != was:
+                stale.append(place)
+        self._held = held
+        if not stale:
+            return
+        moved = [at[:, stale] if isinstance(at, Tensor) else [at[place] for place in stale] for at in positions]
+        rotations = [read_rotations(self.table, at, x) for at in (moved if isinstance(shared, Tensor) else moved[:1])]
+        frames = [held[slots[place]][0] for place in stale]
+        for layer, keys in enumerate(self.keys):
+            # [B, stale * S, N, D]
+            rotated = apply_rope(torch.cat([frame.keys[layer] for frame in frames], dim=1), _of_layer(rotations, layer))
+            for n, place in enumerate(stale):
+                self._write(keys, slots[place], rotated[:, n * self.tokens : (n + 1) * self.tokens])
+
+    def _place_slow(self, memory: Memory, first: int, x: Tensor) -> None:
+        """Bring the slots from `first` on to the slow part, where it may be another, and say which of them are filled in each video."""
+        slow, places, groups = memory.slow, memory.slow_places, range(memory.groups)
+        positions = [memory.part_positions(x.shape[2], group)[1] for group in groups]
+        listed = None if isinstance(positions[0], Tensor) else tuple(positions[0])  # None: numbers of each video's own frames
+        source = slow, memory.early, first, listed
+        if source == self._source:
+            return
+        turns = [self._turn(slow, group, places) for group in groups]
+        if places:
+            new = slow.added_count - self._added
+            follows = self._source is not None and source[1:3] == self._source[1:3] and 0 <= new <= len(slow.added)
+            if follows and places == self._places and slow.order is not None:
+                for frame in slow.added[len(slow.added) - new :]:
+                    self._add_slow(slow, frame, turns)
+            else:
+                self._fill_slow(memory, first, places, turns)
+            positions = [at if turn is None else _turn_positions(at, turn) for at, turn in zip(positions, turns, strict=True)]
+            rotations = [read_rotations(self.table, at, x) for at in positions]
+            for layer, keys in enumerate(self.keys):
+                self._write(keys, first, apply_rope(self._raw[layer].transpose(1, 2), _of_layer(rotations, layer)))
+        self._source, self._added, self._places = source, slow.added_count, places
+        # [B, places] of each group, or None: all are filled
+        filled = [memory.mask_empty(group) for group in groups]
+        shown = [None if mask is None else mask[:, len(memory.sink) : len(memory.sink) + places] for mask in filled]
+        self.used = [(first + places) * self.tokens] * len(groups)
+        if self.takes_mask:
+            self.masks = [self._hide_empty(_of_layer(self.masks, group), mask, first) for group, mask in zip(groups, shown, strict=True)]
+        else:
+            self.used = [(first + (places if mask is None else len(read_filled(mask)))) * self.tokens for mask in shown]
+
+    def _turn(self, slow: SlowPart, group: int, places: int) -> Tensor | None:
+        """Return which of a video's frames, oldest first, each slot holds: [1 or B, places]; None: they are in order.
+
+        A full slow part is a ring, too: the newest frame is in the slot of the oldest, and all others stay.
+        """
+        if places < slow.size or (isinstance(slow.turn, int) and not slow.turn):
+            return None
+        device = self.keys[0].device
+        turn = torch.tensor([[slow.turn]], device=device) if isinstance(slow.turn, int) else slow.turn[:, group, None]
+        return (torch.arange(places, device=device) - turn) % slow.size
+
+    def _fill_slow(self, memory: Memory, first: int, places: int, turns: list[Tensor | None]) -> None:
+        """Write all of the slow part: its raw keys beside the slots, its values into them."""
+        self._raw = [keys.new_empty(*keys.shape[:2], places * self.tokens, keys.shape[3]) for keys in self.keys]
+        self._slow_values = list[Tensor]()
+        for layer, values in enumerate(self.values):
+            turn, parts = _of_layer(turns, layer), memory.read_slow(layer)  # [B, places, S, N, D]
+            if turn is not None:
+                videos = torch.arange(len(values), device=values.device)[:, None]
+                parts = parts[0][videos, turn], parts[1][videos, turn]
+            self._write(self._raw[layer], 0, parts[0].flatten(1, 2))
+            self._write(values, first, parts[1].flatten(1, 2))
+            at = slice(first * self.tokens, (first + places) * self.tokens)
+            self._slow_values.append(values[:, :, at].unflatten(2, (places, self.tokens)))
+
+    def _add_slow(self, slow: SlowPart, frame: KeyValues, turns: list[Tensor | None]) -> None:
+        """Write a frame into the slot that it has in each video that has promoted it; the others keep what they have there."""
+        assert slow.index is not None and slow.count is not None
+        places = self._places
+        videos = torch.arange(len(slow.count), device=slow.count.device)
+        ways = list[tuple[Tensor, Tensor]]()  # of each group: the slot in each video, [B], and whether it is to be written
+        for group, turn in enumerate(turns):
+            held = (slow.index[:, group, :places] == frame.index) & (videos.new_tensor(range(places)) < slow.count[:, group, None])
+            held = held if turn is None else held.gather(1, turn)
+            ways.append((held.long().argmax(dim=1), held.any(dim=1)[:, None, None, None]))
+        for layer, values in enumerate(self._slow_values):
+            slot, is_new = _of_layer(ways, layer)
+            raw = self._raw[layer].unflatten(2, (places, self.tokens))  # [B, N, places, S, D]
+            for slots, tokens in ((raw, frame.keys[layer]), (values, frame.values[layer])):
+                slots[videos, :, slot] = torch.where(is_new, tokens.transpose(1, 2), slots[videos, :, slot])
+
+    def _hide_empty(self, mask: Tensor | None, filled: Bool[Tensor, "B places"] | None, first: int) -> Tensor | None:
+        """Return what is added to the scores: minus infinity in the empty places of the slow part, else 0."""
+        if filled is None:
+            return None
+        # Adding is faster on a CPU than choosing by a mask of truth values, which is turned to this at every call.
+        if mask is None:
+            mask = self.keys[0].new_empty(len(filled), 1, 1, self.slots * self.tokens)
+        tokens = filled[:, None, None, :, None].expand(-1, 1, 1, -1, self.tokens).flatten(3)
+        mask.zero_()[..., first * self.tokens : first * self.tokens + tokens.shape[3]].masked_fill_(~tokens, -torch.inf)
+        return mask
+
+    def _write(self, slots: Tensor, first: int, tokens: Float[Tensor, "B L N D"]) -> None:
+        """Copy tokens into the slots from `first` on."""
+        at = first * self.tokens
+        slots[:, :, at : at + tokens.shape[1]].copy_(tokens.transpose(1, 2))
+
+    def write_own(self, layer: int, k: Float[Tensor, "B L N D"], v: Float[Tensor, "B L N D"]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write a pass's own keys, at their places, and values.
+
+        Returns the keys and values that the pass attends to, [B, L, N, D], and what is added to their scores.
+        """
+        start = 0
+        while start < len(self._own):  # a chunk may go over the ring's end
+            end = start + 1
+            while end < len(self._own) and self._own[end] == self._own[end - 1] + 1:
+                end += 1
+            part = slice(start * self.tokens, end * self.tokens)
+            self._write(self.keys[layer], self._own[start], k[:, part])
+            self._write(self.values[layer], self._own[start], v[:, part])
+            start = end
+        used, mask = _of_layer(self.used, layer), _of_layer(self.masks, layer)
+        keys, values = (part[layer][:, :, :used].transpose(1, 2) for part in (self.keys, self.values))
+        return keys, values, None if mask is None else mask[..., :used]
+
+    def adopt(self, chunk: Frames) -> None:
+        """Take over the next memory, in which these frames are what the last pass has written into the own chunk's slots; () if not."""
+        at = self._own_positions
+        if chunk:
+            numbers = [None] * len(chunk) if isinstance(at, Tensor) else at
+            self._held |= dict(zip(self._own, zip(chunk, numbers, strict=True), strict=True))
+        self.is_placed = False
+
+
+def _turn_positions(positions: Positions, turn: Tensor) -> Tensor:
+    """Return the positions of slots, of which each holds the frame of this place."""
+    at = torch.as_tensor(positions, device=turn.device)
+    return at[turn] if at.ndim == 1 else at.gather(1, turn.expand(len(at), -1))
+
+
+def _of_layer(groups: list[T], layer: int) -> T:
+    """Return what belongs to a layer, of one entry a layer or one for all."""
+    return groups[min(layer, len(groups) - 1)]
+
+
+def read_filled(filled: Bool[Tensor, "B K"]) -> Tensor:
+    """Return the numbers of the places that are filled, by reading them. Raises ValueError where the videos of a batch differ."""
+    if not bool((filled == filled[:1]).all()):
+        problem = "the videos of a batch remember different numbers of frames, which this attention kernel cannot be told"
+        raise ValueError(f"{problem}; use attention: native or cudnn, or a batch of 1 a process (engine.micro_batch: 1)")
+    return filled[0].nonzero()[:, 0]
