@@ -22,7 +22,7 @@ from tasks.params.yaml_file import read_yaml
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "study"
 PARAMS, MADE, WORK = STUDY / "params", STUDY / "made", STUDY / "work"
-SPARE = 8  # clips of a reported set beyond those that are needed, because the filter may find two too much alike
+SPARE = 16  # clips of a reported set beyond those that are needed, because the filter may find two too much alike
 TRAINED = ("base", "teacher", "causal_init", "stage1", "stage2")
 NOT_IN_KEY = ("tracking", "engine", "nightly", "samples", "watch", "profile", "start")  # sections that change no number of a cell
 

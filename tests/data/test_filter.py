@@ -61,6 +61,15 @@ def test_a_pan_is_kept_and_two_pans_in_one_are_not(seed: int) -> None:
     assert reason(np.concatenate([one[:160], other[160:]])) == "hard_cut"  # a second before the end
 
 
+@pytest.mark.parametrize("path", ["pan", "orbit"])
+@pytest.mark.parametrize("motion", ["steady", "bursty"])
+def test_no_camera_of_the_rendered_worlds_is_a_fault(path: str, motion: str) -> None:
+    """A rest is no frozen clip, and the move after it no cut."""
+    for seed in range(3):
+        world = worlds.draw_world(seed, worlds.WorldSpec(path, motion))  # type: ignore[arg-type]
+        assert reason(worlds.render_clip(world, 177, height=32, width=32, fps=16)) is None
+
+
 def whip(frames: np.ndarray) -> np.ndarray:
     """Half a second of very fast panning in the middle: the strip behind the camera moves 6 pixels a frame."""
     return np.stack([np.roll(frame, -6 * int(np.clip(t - 60, 0, 16)), axis=1) for t, frame in enumerate(frames)])

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cf_model.data import worlds
-from cf_model.data.filter import ClipMeasures, find_broken_rule, measure_clip
-from cf_model.data.video import write_video
 from cf_model.data.worlds import World, WorldSpec, draw_world
 from cf_model.evaluate.oracle import measure_slow_share, read_heading
-from tasks.params.load import load_params
 
-ROOT = Path(__file__).parents[2]
 SECONDS = np.arange(481) / 16
 ORBIT, BURSTY = WorldSpec("orbit", "steady"), WorldSpec("pan", "bursty")
 # of 40 frames of a clip, before there were other sets
@@ -64,24 +58,6 @@ def test_the_heading_of_an_orbit_is_read_off_its_frames() -> None:
     clip = worlds.render_clip(world, 33, height=32, width=32, fps=16)
     off = (read_heading(clip)[0] - world.heading(np.arange(33) / 16) + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
     assert np.abs(off).max() < 1.5
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[WorldSpec, int], ClipMeasures]:
-    folder = tmp_path_factory.mktemp("worlds")
-
-    def measure(spec: WorldSpec, seed: int) -> ClipMeasures:
-        file = folder / "clip.mp4"
-        write_video(file, worlds.render_clip(draw_world(seed, spec), 200, height=32, width=32, fps=16), fps=16, crf=12)
-        return measure_clip(file)
-
-    return measure
-
-
-@pytest.mark.parametrize("spec", [ORBIT, BURSTY, WorldSpec("orbit", "bursty")], ids=str)
-def test_the_filter_takes_no_rest_and_no_rush_for_a_fault(spec: WorldSpec, measured: Callable[[WorldSpec, int], ClipMeasures]) -> None:
-    rules = load_params(ROOT / "profiles/tiny.yaml").filter
-    assert [find_broken_rule(measured(spec, seed), {}, rules) for seed in range(3)] == [None] * 3
 
 
 def share(world: World, start: int, sink: int) -> float:

@@ -16,6 +16,8 @@ from torch import Tensor
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
+from cf_model.plan.fit import GIB
+from cf_model.plan.hardware import H100_TFLOPS, Hardware
 from cf_model.train.base import BaseTrainer
 from cf_model.train.causal_init import CausalInitTrainer
 from cf_model.train.student import DistillationTrainer
@@ -38,8 +40,8 @@ def params() -> Params:
 def test_it_is_of_the_size_that_its_head_says(params: Params) -> None:
     costs = plan.estimate_costs(params)
     assert round(costs.parameters / 1e6) == 44 and params.video.height == params.video.width == 64
-    machine = plan.Hardware(ranks=1, memory=80 * plan.GIB, tflops=plan.H100_TFLOPS * plan.UTILISATION, unit="GPU", description="")
-    rows = list(plan.forecast_stages(params, machine))
+    machine = Hardware(ranks=1, memory=80 * GIB, tflops=H100_TFLOPS * plan.UTILISATION, unit="GPU", description="")
+    rows = plan.forecast_stages(params, machine)
     assert [row["stage"] for row in rows] == ["base", "teacher", "causal_init", "stage1", "stage2"]
     assert all(row["gib"]["0"]["at_once"] >= 1 and row["gib"]["0"]["peak"] < 80 for row in rows)
 
