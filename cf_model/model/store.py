@@ -54,6 +54,7 @@ class SlotStore:
         ring, places = fast + frames, memory.slow_places
         # a frame keeps its slot in a ring that is full; a ring that fills is in the order of time
         turn = (memory.frame_count - fast - memory.spec.sink) % ring if ring == memory.spec.fast else 0
+        # slots of the sink's frames, of the fast part's, oldest first, and of the own chunk's
         slots = [*range(first), *(first + (n + turn) % ring for n in range(ring))]
         if first + ring + places > self.slots:
             self._grow(memory, first + ring + places)
@@ -62,6 +63,7 @@ class SlotStore:
         self._place_slow(memory, first + ring, x)
         self._own, self._own_positions = slots[first + fast :], memory.query_positions(frames)
         rotations = [read_rotations(self.table, memory.query_positions(frames, group), x) for group in groups]
+        # Written in place where they fit, because a captured pass reads them at the address that it was captured with.
         if [at.shape for at in rotations] == [at.shape for at in self.rotations]:
             for at, now in zip(self.rotations, rotations, strict=True):
                 at.copy_(now)
@@ -90,9 +92,11 @@ class SlotStore:
         for place, (slot, frame) in enumerate(zip(slots, memory.sink + memory.fast, strict=True)):
             before, _ = was = self._held.get(slot, (None, None))
             held[slot] = frame, None if isinstance(shared, Tensor) else shared[place]
+            # A frame never changes, so the values of a slot that holds the same frame as before are still right.
             if before is not frame:
                 for layer, values in enumerate(self.values):
                     self._write(values, slot, frame.values[layer])
+            # Eq. 8 moves a frame as the memory fills; positions that differ between videos are taken to have changed.
             if before is not frame or held[slot][1] is None or held[slot] != was:
                 stale.append(place)
         self._held = held
@@ -117,6 +121,7 @@ class SlotStore:
             return
         turns = [self._turn(slow, group, places) for group in groups]
         if places:
+            # How many frames were added since the slots were filled; only if all of them are still known can the slots be brought up to date.
             new = slow.added_count - self._added
             follows = self._source is not None and source[1:3] == self._source[1:3] and 0 <= new <= len(slow.added)
             if follows and places == self._places and slow.order is not None:
