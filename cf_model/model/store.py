@@ -121,7 +121,7 @@ class SlotStore:
             return
         turns = [self._turn(slow, group, places) for group in groups]
         if places:
-            # How many frames were added since the slots were filled; only if all of them are still known can the slots be brought up to date.
+            # How many frames were added since the slots were filled: while all of them are still known, only they are written.
             new = slow.added_count - self._added
             follows = self._source is not None and source[1:3] == self._source[1:3] and 0 <= new <= len(slow.added)
             if follows and places == self._places and slow.order is not None:
