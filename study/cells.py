@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cf_model.data.video import read_video
+from cf_model.data.video_reader import read_video
 from study import nodes
 from study.nodes import MADE, STUDY, WORK, compute_cell_key, hash_code, locate_weights, open_folder
 from study.plan import Cell, Plan
