@@ -45,6 +45,9 @@ SECONDS = {
     "flows/test_registry.py": 12,
     "flows/test_stages.py": 12,
     "test_doors.py": 11,
+    "test_evidence.py": 20,
+    "test_study.py": 20,
+    "train/test_small_steps.py": 20,
     "test_samples.py": 11,
     "flows/test_cache.py": 10,
     # of the system, which are run by themselves

@@ -71,7 +71,9 @@ def build_trainer(stage: str, p: Params) -> Any:
 
     def model(seed: int = 0) -> Denoiser:
         sizes = replace(p.model, layers=LAYERS)
-        return wan.build_transformer(sizes, channels=clips.shape[0], text_channels=p.text.channels, seed=seed, compute=p.compute)
+        made = wan.build_transformer(sizes, channels=clips.shape[0], text_channels=p.text.channels, seed=seed, compute=p.compute)
+        torch.nn.init.normal_(made.transformer.proj_out.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+        return made  # its head is not 0, so that gradients reach every weight from the first step on
 
     common: dict[str, Any] = {"flow": p.flow, "seed": 0}
     if stage == "base":
