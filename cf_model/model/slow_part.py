@@ -41,7 +41,7 @@ class SlowPart:
     count: Int[Tensor, "B G"] | None = None  # frames that a video holds
     # How a store follows a slow part: it has the newest frame in the place of the one that was dropped, and learns what was added.
     turn: int | Tensor = 0  # frames dropped so far, modulo `size`; [B, G] where videos differ
-    added: Frames = ()  # the newest candidates, whether or not some video holds them
+    added: tuple[tuple[KeyValues, Tensor], ...] = ()  # the newest candidates, and to which videos and layers each was news, [B, G]
     added_count: int = 0  # candidates since the part was empty
 
     @property
@@ -65,7 +65,10 @@ class SlowPart:
         part = self
         for frame in copies:
             part = part._append(frame, news)
-        return replace(part, added=(*self.added, *copies)[-SPARE:], added_count=self.added_count + len(copies))
+        # One frame can be a candidate several times, with the keys of several passes (timing first_call), so its number does not tell them
+        # apart: a video holds the candidate that was news to it.
+        added = (*self.added, *((frame, news) for frame in copies))[-SPARE:]
+        return replace(part, added=added, added_count=self.added_count + len(copies))
 
     def _append(self, frame: KeyValues, news: Bool[Tensor, "B G"]) -> SlowPart:
         """Add one candidate, and hold it in the videos to which it is news."""

@@ -125,8 +125,8 @@ class SlotStore:
             new = slow.added_count - self._added
             follows = self._source is not None and source[1:3] == self._source[1:3] and 0 <= new <= len(slow.added)
             if follows and places == self._places and slow.order is not None:
-                for frame in slow.added[len(slow.added) - new :]:
-                    self._add_slow(slow, frame, turns)
+                for frame, news in slow.added[len(slow.added) - new :]:
+                    self._add_slow(slow, frame, news, turns)
             else:
                 self._fill_slow(memory, first, places, turns)
             positions = [at if turn is None else _turn_positions(at, turn) for at, turn in zip(positions, turns, strict=True)]
@@ -168,8 +168,8 @@ class SlotStore:
             at = slice(first * self.tokens, (first + places) * self.tokens)
             self._slow_values.append(values[:, :, at].unflatten(2, (places, self.tokens)))
 
-    def _add_slow(self, slow: SlowPart, frame: KeyValues, turns: list[Tensor | None]) -> None:
-        """Write a frame into the slot that it has in each video that has promoted it; the others keep what they have there."""
+    def _add_slow(self, slow: SlowPart, frame: KeyValues, news: Bool[Tensor, "B G"], turns: list[Tensor | None]) -> None:
+        """Write a frame into the slot that it has in each video to which it was news; the others keep what they have there."""
         assert slow.index is not None and slow.count is not None
         places = self._places
         videos = torch.arange(len(slow.count), device=slow.count.device)
@@ -177,7 +177,8 @@ class SlotStore:
         for group, turn in enumerate(turns):
             held = (slow.index[:, group, :places] == frame.index) & (videos.new_tensor(range(places)) < slow.count[:, group, None])
             held = held if turn is None else held.gather(1, turn)
-            ways.append((held.long().argmax(dim=1), held.any(dim=1)[:, None, None, None]))
+            is_new = held.any(dim=1) & news[:, min(group, news.shape[1] - 1)]
+            ways.append((held.long().argmax(dim=1), is_new[:, None, None, None]))
         for layer, values in enumerate(self._slow_values):
             slot, is_new = _of_layer(ways, layer)
             raw = self._raw[layer].unflatten(2, (places, self.tokens))  # [B, N, places, S, D]

@@ -59,14 +59,14 @@ def init(ways, model=None, **changes):
 
 
 def test_a_trajectory_ends_where_the_sampler_does():
-    """An equivalence: generation's own sampler, of the same noise."""
+    """An equivalence up to rounding: generation's own sampler, of the same noise. Its passes have no gradient, so fewer operations."""
     model, text = denoiser(), normal(2, 5, 8)
     flow = dataclasses.replace(FLOW, shift=3.0)
     noise = torch.randn(2, 6, *SHAPE, generator=rng())
     *_, last = trace_ode(model, text, noise, levels=ode().levels(FLOW), guidance=2.0, null=NULL)
     how = {"view": NONE, "flow": flow, "steps": 4, "guidance": 2.0, "guidance_passes": "apart", "null": NULL}
     theirs = sample_window(model, text, normal(2, 0, *SHAPE), (6, *SHAPE), **how, rng=rng())
-    assert torch.equal(last, theirs)
+    assert torch.allclose(last, theirs, rtol=0, atol=1e-5)
 
 
 def test_the_named_steps_and_the_end_are_kept(track):

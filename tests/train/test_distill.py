@@ -142,7 +142,8 @@ def test_replay_is_the_stop_gradient_reference(float64, skip, checkpointing):
     model.zero_grad()
     model.transformer.disable_gradient_checkpointing()
     video = by_hand(model, text, small, skip)
-    assert torch.equal(video.detach(), made.video)
+    # Passes without gradient compute the same by fewer operations, whose norms are in float32, as diffusers' are.
+    assert torch.allclose(video.detach(), made.video, rtol=0, atol=1e-6)
     target, carried = video[:, 21 + 3 * skip :], g[:, 3 * skip :]
     (0.5 * torch.nn.functional.mse_loss(target, (target - carried).detach())).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -182,7 +183,7 @@ def test_replay_of_other_readings(float64, memory, plan):
     carry = [t for t in made.targets if t.grad]
     x_0 = torch.cat([model(t.x_t, torch.full((2,), t.sigma), text, t.memory) for t in carry], dim=1)
     first = carry[0].first
-    assert torch.allclose(x_0, made.video[:, first:], atol=1e-9) and [t.memory.frame_count for t in made.targets] == [21, 24, 27]
+    assert torch.allclose(x_0, made.video[:, first:], rtol=0, atol=1e-6) and [t.memory.frame_count for t in made.targets] == [21, 24, 27]
     (0.5 * torch.nn.functional.mse_loss(x_0, (x_0 - g[:, first - 21 :]).detach())).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert expected.norm() > 0 and float((got - expected).norm() / expected.norm()) < 1e-6
