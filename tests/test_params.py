@@ -142,7 +142,7 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
         ("stage2.teacher.context", "contiguous", "the teacher was trained on memory; use that, or none, or say that it is meant with"),
         ("stage2.rollout.window", 18, "stage2.rollout.window is 18, but the teacher was trained on targets of 21; use the same"),
         ("stage2.horizon.longest", 123, "stage2.horizon.longest is 123, whose last target begins at 102, but the teacher's begin at 100"),
-        ("causal_init", ODE | {"frames": 24, "longest": 63}, "causal_init.frames is 24, but base.window is 21, and by method ode the base model makes"),
+        ("causal_init", ODE | {"frames": 24, "longest": 63}, "frames is 24, but base.window is 21, and by method ode the base model makes"),
         ("causal_init.ode.keep", [0, 16], "causal_init.ode.keep is [0, 16]; name steps in rising order, from 0 to 15"),
         ("causal_init.ode.context", "own", "causal_init.ode.context is 'own'; it must be 'noisy' or 'clean'"),
         ("teacher.view.context_pass", "own", "generate's teacher_fast has view.context_pass joint, but teacher.view.context_pass is own"),

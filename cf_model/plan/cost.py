@@ -24,16 +24,32 @@ class ForwardOperations:
     cross: float  # attention to the prompt
     text: float  # the prompt's keys and values, which diffusers computes in every pass
     ends: float  # outside the blocks: patches in and out, the prompt's and the noise level's embedding
+    prompt: float  # of these, the prompt's embedding
+    last: float  # of the last block, what comes after its keys and values
+
+    @property
+    def repeated(self) -> float:
+        """Operations of a pass without gradient whose prompt an earlier pass has read (cf_model/model/block.py)."""
+        return self.total - self.text - self.prompt
+
+    @property
+    def remembered(self) -> float:
+        """Operations of such a pass that is made for its keys and values alone."""
+        return self.repeated - self.last
 
     @property
     def total(self) -> float:
         """Operations of the whole pass."""
         return self.linear + self.attention + self.cross + self.text + self.ends
 
-    def trained(self, checkpointing: bool) -> float:
-        """Return the operations with the backward pass; with checkpointing the blocks run forward a second time."""
-        again = self.total - self.ends if checkpointing else 0.0
-        return (1 + BACKWARD_RATIO) * self.total + again
+    def trained(self, checkpointing: bool, *, ends_early: bool = False) -> float:
+        """Return the operations with the backward pass; with checkpointing the blocks run forward a second time.
+
+        `ends_early` says that the pass is made for its keys and values alone.
+        """
+        made = self.total - self.last if ends_early else self.total
+        again = made - self.ends if checkpointing else 0.0
+        return (1 + BACKWARD_RATIO) * made + again
 
 
 @dataclass(frozen=True)
@@ -84,13 +100,22 @@ class ModelCosts:
         """Count the operations of a pass over `frames` that attend to each other and to `past` remembered frames."""
         d, m, t = self.dim, self.model, self.text_tokens
         queries, keys = frames * self.tokens, (frames + past) * self.tokens
+        # products of a block: keys and values 4 d², then queries, answer, the prompt's queries and answer 8 d², and the ffn
+        after_keys = queries * (8 * d**2 + 4 * d * m.ffn) + 4 * queries * keys * d + 4 * queries * t * d
+        pixels, prompt = 2 * d * queries * self.channels * TOKEN_PIXELS, 2 * d * t * (self.text_channels + d)
         return ForwardOperations(
             linear=m.layers * queries * (12 * d**2 + 4 * d * m.ffn),
             attention=4 * m.layers * queries * keys * d,
             cross=4 * m.layers * queries * t * d,
             text=4 * m.layers * t * d**2,
-            ends=2 * d * (2 * queries * self.channels * TOKEN_PIXELS + t * (self.text_channels + d) + levels * (m.freq + 7 * d)),
+            ends=2 * pixels + prompt + 2 * d * levels * (m.freq + 7 * d),
+            prompt=prompt,
+            last=after_keys,
         )
+
+    def prompt_bytes(self) -> int:
+        """Count the bytes that passes without gradient keep of a prompt: its embedding, and its keys and values in all layers."""
+        return (1 + 2 * self.model.layers) * self.text_tokens * self.dim * self.number_bytes
 
     def frame_bytes(self) -> int:
         """Count the bytes of the keys and values of one remembered latent frame, in all layers."""

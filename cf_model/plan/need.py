@@ -138,9 +138,11 @@ def estimate_causal_init(spec: CausalInitSpec, costs: ModelCosts) -> StageNeed:
     chunks, ahead = spec.frames // spec.chunk, spec.longest // spec.chunk
     traced = list(islice(trace_memory(spec.memory, spec.chunk), ahead + chunks))
     checkpointing = costs.compute.checkpointing
-    only_remembered = [costs.forward(spec.chunk, passes.committing).total for passes in traced]
+    only_remembered = [costs.forward(spec.chunk, passes.committing).remembered for passes in traced]
     learned = [
-        sum(costs.forward(spec.chunk, past).trained(checkpointing) for past in (passes.denoising, passes.committing)) for passes in traced
+        costs.forward(spec.chunk, passes.denoising).trained(checkpointing)
+        + costs.forward(spec.chunk, passes.committing).trained(checkpointing, ends_early=True)
+        for passes in traced
     ]
     by_past = [sum(only_remembered[:past]) + sum(learned[past : past + chunks]) for past in range(ahead + 1)]
     # The graph of a pass that only remembers ends at the last block's keys and values.
@@ -194,9 +196,9 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     replayed = max(costs.activation_bytes(roll.chunk, passes.denoising) for passes in traced)
     context = max(scoring.context_bytes for scoring in scorings.values())
     # Passes without gradient keep a second copy of what they see, keys rotated (SlotStore): in the rollout of a memory, with the raw keys
-    # of the slow part, in the scores of each context that has a pass of its own.
-    seen = max(passes.denoising for passes in traced)
-    rolling = (2 * spec.memory.size + spec.memory.slow) * costs.frame_bytes() // 2 + costs.passing_bytes(roll.chunk, seen)
+    # of the slow part, in the scores of each context that has a pass of its own. A chunk that is noised again has a second one.
+    seen, stores = max(passes.denoising for passes in traced), 2 if roll.renoise == "own" else 1
+    rolling = stores * (2 * spec.memory.size + spec.memory.slow) * costs.frame_bytes() // 2 + costs.passing_bytes(roll.chunk, seen)
     return StageNeed(
         steps=spec.steps,
         batch=spec.batch,
@@ -206,12 +208,17 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
         moments=count_moment_bytes(costs, spec.student_optimizer) + count_moment_bytes(costs, spec.critic_optimizer),
         copies=count_copy_bytes(costs, 2),
         operations=operations,
-        memory=alive * costs.frame_bytes() + 2 * context,
+        memory=alive * costs.frame_bytes() + costs.prompt_bytes() + 2 * context,
         # The critic's graph of the context waits while the teacher looks and the student's chunks are replayed.
         activations=max(
             rolling - 2 * context,  # when there are no contexts yet
             *(
-                max(one.activation_bytes, one.saved_bytes + max(replayed, 2 * prompts * one.context_bytes)) + one.context_bytes
+                # the critic's store outlives the student's update, since its context is read once for both
+                one.context_bytes
+                + max(
+                    one.activation_bytes + one.store_bytes,
+                    one.saved_bytes + max(replayed, prompts * (one.context_bytes + one.store_bytes)),
+                )
                 for one in scorings.values()
             ),
         ),

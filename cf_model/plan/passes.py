@@ -43,23 +43,29 @@ class ScoringPass:
     @property
     def target_operations(self) -> float:
         """Operations of the pass over the target."""
-        return self.costs.forward(*self.target).total
+        return self.costs.forward(*self.target).repeated
 
     @property
     def context_operations(self) -> float:
         """Operations of the pass over the context."""
-        return self.costs.forward(self.context).total if self.context else 0.0
+        return self.costs.forward(self.context).remembered if self.context else 0.0
 
     @property
     def trained_operations(self) -> float:
         """Operations of both passes with their backward passes."""
-        both = [self.target, *([(self.context, 0, 1)] if self.context else [])]
-        return sum(self.costs.forward(*sizes).trained(self.costs.compute.checkpointing) for sizes in both)
+        checkpointing = self.costs.compute.checkpointing
+        context = self.costs.forward(self.context).trained(checkpointing, ends_early=True) if self.context else 0.0
+        return self.costs.forward(*self.target).trained(checkpointing) + context
 
     @property
     def context_bytes(self) -> int:
         """Bytes of the context's keys and values."""
         return self.context * self.costs.frame_bytes()
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes in which passes without gradient find the context, its keys rotated, and leave the target's own."""
+        return (self.context + self.target[0]) * self.costs.frame_bytes() if self.context else 0
 
     @property
     def saved_bytes(self) -> int:
@@ -106,7 +112,8 @@ def trace_memory(spec: MemorySpec, chunk: int) -> Iterator[ChunkPasses]:
         chunk_frames = tuple(KeyValues(first + frame, nothing, nothing) for frame in range(chunk))
         memory = memory.offer(chunk_frames)
         past = memory.frames
-        yield ChunkPasses(memory.places, memory.commit_context(chunk).places, frozenset((*past, *chunk_frames)))
+        added = (frame for frame, _ in memory.slow.added)
+        yield ChunkPasses(memory.places, memory.commit_context(chunk).places, frozenset((*past, *added, *chunk_frames)))
         memory, first = memory.remember(chunk_frames), first + chunk
 
 
@@ -162,15 +169,15 @@ def cost_rollout(spec: StudentSpec, costs: ModelCosts, traced: list[ChunkPasses]
             # Finished first, then from a level drawn among those down to the pass with gradient (`renoise_chunk`): the mean number.
             again = 1 + (noisy_passes - 1) / 2
             noisy_passes = levels + again
-        rollout += noisy_passes * denoising.total + costs.forward(chunk, passes.committing).total
+        rollout += noisy_passes * denoising.repeated + costs.forward(chunk, passes.committing).remembered
         if place >= roll.skip_first:
             replay += denoising.trained(costs.compute.checkpointing)
     # `persist: stream` makes only what is new: the step's share of a long video, whose window overlaps the one before
     if roll.persist == "stream" and first:
         new = count - roll.skip_first
         rollout = sum(
-            (levels if number < first + roll.full_first else early) * costs.forward(chunk, traced[number].denoising).total
-            + costs.forward(chunk, traced[number].committing).total
+            (levels if number < first + roll.full_first else early) * costs.forward(chunk, traced[number].denoising).repeated
+            + costs.forward(chunk, traced[number].committing).remembered
             for number in range(first + count - new, first + count)
         )
     window = traced[first : first + count]
