@@ -113,7 +113,7 @@ def test_what_is_downloaded_is_said_before(monkeypatch: pytest.MonkeyPatch, caps
     def snapshot_download(name: str, *, dry_run: bool = False, **how: Any) -> Any:
         asked.append({"name": name, "dry_run": dry_run} | how)
         assert dry_run or capsys.readouterr().err.startswith(
-            "codec.weights: downloading 1 files, 0.51 GB, of Wan-AI/Wan2.1-T2V-1.3B-Diffusers (vae) from https://"
+            "codec.weights: downloading 1 file, 0.51 GB, of Wan-AI/Wan2.1-T2V-1.3B-Diffusers (vae) from https://"
         )
         return [SimpleNamespace(file_size=507_000_000 + n, will_download=n > 0) for n in range(2)] if dry_run else str(tmp_path)
 

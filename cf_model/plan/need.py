@@ -224,5 +224,5 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
         ),
         latents=count_latent_bytes(costs, longest + 3 * roll.window),
         shared=0,
-        carried=alive * costs.frame_bytes() + count_latent_bytes(costs, longest) if outlives else 0,
+        carried=alive * costs.frame_bytes() + costs.prompt_bytes() + count_latent_bytes(costs, longest) if outlives else 0,
     )

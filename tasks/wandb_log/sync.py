@@ -55,13 +55,19 @@ class LocalRun:
 def list_runs(root: Path) -> list[LocalRun]:
     """List the runs of WANDB_DIR, of this checkout and of its worktrees: what made an artifact comes before what used it.
 
-    By the times of their folders, because their names have local times, which come twice when clocks are set back.
+    By the times of their first files, because their names have local times, which come twice when clocks are set back, and a folder's
+    own time is that of its last change.
     """
     homes = [Path(os.environ.get("WANDB_DIR") or root / "runtime"), root / "runtime", *sorted(root.glob(".runs/*/runtime"))]
     places = dict.fromkeys(home.resolve() / "wandb" for home in homes)
     named = [(folder, re.fullmatch(r"(offline-)?run-([^-]+)-(.+)", folder.name)) for place in places for folder in place.glob("*run-*-*")]
     runs = [LocalRun(folder, bool(match[1]), match[2], match[3]) for folder, match in named if match]
-    return sorted(runs, key=lambda run: (run.folder.stat().st_mtime_ns, run.start))
+    return sorted(runs, key=lambda run: (find_beginning(run.folder), run.start))
+
+
+def find_beginning(folder: Path) -> int:
+    """Return when the first of a folder's files was written, in nanoseconds; of an empty folder, when it was made."""
+    return min((file.lstat().st_mtime_ns for file in folder.rglob("*") if file.is_file()), default=folder.stat().st_mtime_ns)
 
 
 def send_run(run: LocalRun, seconds: float) -> None:

@@ -54,11 +54,15 @@ def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["m
     )
 
 
+# x264 without what reads memory that was never written (cf_model/data/video.py), so that the same frames give the same file
+EVEN = {"crf": "20", "mbtree": "0", "preset": "veryfast"}
+
+
 def write_mp4(path: Path, frames: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=FPS)
-        stream.height, stream.width, stream.pix_fmt, stream.options = frames.shape[1], frames.shape[2], "yuv420p", {"crf": "20"}
+        stream.height, stream.width, stream.pix_fmt, stream.options = frames.shape[1], frames.shape[2], "yuv420p", EVEN
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(stream.encode())
