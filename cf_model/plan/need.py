@@ -163,6 +163,17 @@ def estimate_causal_init(spec: CausalInitSpec, costs: ModelCosts) -> StageNeed:
     )
 
 
+def count_rolling_bytes(spec: StudentSpec, costs: ModelCosts, seen: int) -> int:
+    """Count the bytes that a rollout holds beside the memory, where its passes see at most `seen` remembered frames.
+
+    Passes without gradient keep a second copy of what they see, keys rotated, and the slow part's raw keys (SlotStore). A chunk that is
+    noised again has a second store.
+    """
+    stores = 2 if spec.rollout.renoise == "own" else 1
+    store = (2 * spec.memory.size + spec.memory.slow) * costs.frame_bytes() // 2
+    return stores * store + costs.passing_bytes(spec.rollout.chunk, seen)
+
+
 def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) -> StageNeed:
     """Estimate stage 1 or 2: a rollout and an update of the critic at every step, at every `critic_updates`-th the student's too.
 
@@ -195,10 +206,7 @@ def estimate_student(spec: StudentSpec, costs: ModelCosts, view: TeacherView) ->
     outlives = spec.rollouts == "shared" or roll.persist == "stream"
     replayed = max(costs.activation_bytes(roll.chunk, passes.denoising) for passes in traced)
     context = max(scoring.context_bytes for scoring in scorings.values())
-    # Passes without gradient keep a second copy of what they see, keys rotated (SlotStore): in the rollout of a memory, with the raw keys
-    # of the slow part, in the scores of each context that has a pass of its own. A chunk that is noised again has a second one.
-    seen, stores = max(passes.denoising for passes in traced), 2 if roll.renoise == "own" else 1
-    rolling = stores * (2 * spec.memory.size + spec.memory.slow) * costs.frame_bytes() // 2 + costs.passing_bytes(roll.chunk, seen)
+    rolling = count_rolling_bytes(spec, costs, max(passes.denoising for passes in traced))
     return StageNeed(
         steps=spec.steps,
         batch=spec.batch,
