@@ -185,4 +185,4 @@ def test_the_server_refuses_a_command_before_there_is_a_run(server: None) -> Non
     assert ask(pipeline.pipeline, [{"config": {"overrides": ["seed=1"]}}]) == [0]
     places = [{"config": {"checkpoint": attack}} for attack in ATTACKS if attack not in HARMLESS]
     assert set(ask(evaluate.evaluate, places)) == {409}
-    assert set(ask(nightly.nightly, [{"date": attack} for attack in ATTACKS])) == {409}
+    assert set(ask(nightly.nightly, [{"date": attack} for attack in ATTACKS if attack])) == {409}  # an empty field is today
