@@ -21,9 +21,10 @@ from benchmarks.common.interleave import interleave, summarize
 from benchmarks.common.machine import describe_machine, write_result
 from cf_model.codec.linear import LinearCodec
 from cf_model.data import worlds
-from cf_model.data.filter import measure_clip
 from cf_model.data.latents import Latents, write_latents
-from cf_model.data.video import read_video, write_video
+from cf_model.data.measures import measure_file
+from cf_model.data.video import write_video
+from cf_model.data.video_reader import read_video
 from tasks.params.load import load_params
 
 ROUNDS = 7
@@ -51,8 +52,8 @@ def main() -> None:
         ways = {
             "render a world": lambda: worlds.render_clip(world, frames, **size),
             "write its mp4": lambda: write_video(file, video, fps=params.video.fps, crf=params.clips.crf),
-            "read it (decord)": lambda: read_video(file, **size),
-            "measure it (filter)": lambda: measure_clip(file),
+            "read it": lambda: read_video(file, **size),
+            "measure it (filter)": lambda: measure_file(file, fps=params.video.fps),
             "encode it to latents": lambda: codec.encode(pixels),
             "read a training batch": lambda: read.window(batch, [5 * n for n in batch], params.base.window),
         }

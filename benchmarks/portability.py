@@ -63,6 +63,7 @@ def build_stage(stage: str, profile: str = "tiny") -> Any:
         flow=p.flow,
         prompts=torch.randn(8, p.text.tokens, p.text.channels, generator=torch.Generator().manual_seed(1)),
         null=clips.empty_text,
+        clips=clips,
         shape=shape,
         seed=0,
     )

@@ -67,7 +67,8 @@ SETTINGS: dict[str, Callable[[Plan], Plan]] = {
     "critic_updates 1": spec(critic_updates=1),
     "critic_updates 5": spec(critic_updates=5),
     "rollouts shared": spec(rollouts="shared"),
-    "persist stream": rolled(persist="stream"),
+    # a stream begins before what a memory holds by then, so its teacher is shown a stride
+    "persist stream": both(scored(context="sparse"), rolled(persist="stream")),
     "guidance_passes together": scored(guidance_passes="together"),
     "context_pass own": viewed(context_pass="own"),
     "context_pass own, guidance_passes together": both(viewed(context_pass="own"), scored(guidance_passes="together")),
@@ -89,7 +90,9 @@ SETTINGS: dict[str, Callable[[Plan], Plan]] = {
 
 def job(change: Callable[[Plan], Plan]) -> DistillationTrainer:
     p = load.load_params(HERE.parent / "profiles/tiny.yaml")
-    first = replace(p.stage2, horizon=HorizonSpec(FRAMES, FRAMES, 0, "const"))
+    # Rollouts of the student's own, a new one at every step and no warm-up of the critic, so that each cycle of steps is like the others.
+    own = replace(p.stage2.rollout, begin="own")
+    first = replace(p.stage2, rollouts="each", critic_warmup=0, rollout=own, horizon=HorizonSpec(FRAMES, FRAMES, 0, "const"))
     plan = change({"spec": first, "view": p.teacher.view, "compute": p.compute, "engine": EngineSpec("torch", 0, "none", None)})
     shape = (p.codec.linear.channels, p.video.height // 8, p.video.width // 8)
     built = {"channels": shape[0], "text_channels": p.text.channels, "compute": plan["compute"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import audit, page
+from benchmarks import audit, page, portability, steps
 from benchmarks.common.kernels import count_kernels
 from benchmarks.common.usual_cache import UsualStudent
 from cf_model.model.context import build_plain_spec
@@ -77,3 +78,16 @@ def test_a_host_read_of_a_tensor_is_counted() -> None:
 
 def test_the_page_of_speed_shows_the_committed_results() -> None:
     assert page.PAGE.read_text() == page.write_page(), "run `python -m benchmarks page`"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in Path(page.__file__).parent.glob("*.py") if not file.stem.startswith("_")))
+def test_a_benchmark_finds_what_it_measures(name: str) -> None:
+    """Nothing else imports the benchmarks, so a function that moved would be missed when somebody wants its time."""
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+def test_a_step_can_be_built_with_every_setting_that_is_timed() -> None:
+    for name, change in steps.SETTINGS.items():
+        assert steps.job(change).spec.student_updates, name
+    for stage in portability.STAGES:
+        assert float(portability.build_stage(stage).step(0)["loss" if stage in ("base", "teacher", "causal_init") else "critic_loss"]) > 0
