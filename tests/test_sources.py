@@ -203,13 +203,14 @@ def test_why_explains_every_fate(tmp_path: Path, capsys: pytest.CaptureFixture[s
     p = folder(tmp_path / "raw")
     clips.run(p, MagicMock(), out=Path("data/clips"))
     filtering.run(p, MagicMock(), clips=Path("data/clips"), out=Path("data/manifest.jsonl"))
-    ids = {row["source"]: row["id"] for row in rows(Path("data/manifest.jsonl"))}
+    made = {row["source"]: row for row in rows(Path("data/manifest.jsonl"))}
+    id_, path = made["short.mp4"]["id"], f"data/clips/{made['short.mp4']['file']}"
     said = {}
-    for name in ("good.mp4", "short.mp4", "still.mp4", "notes.mp4", "gone.mkv", ids["short.mp4"], str(tmp_path / "raw/good.mp4")):
+    for name in ("good.mp4", "short.mp4", "still.mp4", "notes.mp4", "gone.mkv", id_, path, str(tmp_path / "raw/good.mp4")):
         why.explain_file(name, p.filter, Path("data"))
         said[name] = capsys.readouterr().out
     assert "accepted" in said["good.mp4"] and "motion" in said["good.mp4"] and said["good.mp4"] == said[str(tmp_path / "raw/good.mp4")]
-    assert "rejected, too_short: seconds > 10.0, 161 frames at 16 fps; it has 90" in said["short.mp4"] == said[ids["short.mp4"]]
+    assert "rejected, too_short: seconds > 10.0, 161 frames at 16 fps; it has 90" in said["short.mp4"] == said[id_] == said[path]
     assert "rejected, frozen" in said["still.mp4"] and "rejected, unreadable: " in said["notes.mp4"]
     assert "left out: is a link to nothing" in said["gone.mkv"]
     with pytest.raises(Refused, match=r"other\.mp4 is in neither"):

@@ -10,10 +10,14 @@ from tasks.params.schema import Filter
 from tasks.params.yaml_file import Refused
 
 FOLDER = Path("data")
+EXAMPLES = """examples:
+  cf why raw/holiday.mp4               a file of the folder clips.folder
+  cf why data/clips/clip-00003.mp4     or clip-00003: a clip that the stage clips made of one"""
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf why", description=__doc__)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("cf why", description=__doc__, epilog=EXAMPLES, formatter_class=form)
     parser.add_argument("file", help="its name in clips.folder, or a clip's id or file in data/clips")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
     args = parser.parse_args(argv)
@@ -38,6 +42,6 @@ def explain_file(name: str, rules: Filter, folder: Path) -> None:
 
 
 def names_row(name: str, row: Row) -> bool:
-    """Say whether a name is a row's: an id, a file in data/clips, a path in the user's folder, or the end of a path to it."""
-    source = row.get("source")
-    return name in (row.get("id"), row.get("file"), source) or (source is not None and Path(name).as_posix().endswith(f"/{source}"))
+    """Say whether a name is a row's: an id, a file in data/clips, one in the user's folder, or a path to either."""
+    files = [file for file in (row.get("file"), row.get("source")) if file]
+    return name in (row.get("id"), *files) or any(Path(name).as_posix().endswith(f"/{file}") for file in files)
