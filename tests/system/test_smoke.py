@@ -44,7 +44,7 @@ def test_a_smoke_run_and_the_same_again(ours: Machine) -> None:
     shown = ours.call("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}})
     (metrics,) = [one["data"] for one in shown if one["key"] == "metrics"]
     first, folded = metrics.split("<details>")
-    assert "stage1, sprite recall" in first and "| evaluate |" in folded and "| stage2 |" in folded
+    assert "stage1, sprite recall" in first and "<td>evaluate</td>" in folded and "<td>stage2</td>" in folded
     assert {f"progress-{stage}" for stage in ("teacher", "stage2", "generate")} <= {one["key"].replace("_", "-") for one in shown}
 
     (link,) = [one["data"] for one in shown if one["key"] == "report"]
