@@ -10,14 +10,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from prefect import allow_failure, get_run_logger
+from prefect import get_run_logger
 from prefect.utilities.annotations import quote
 
 from flows.project import dvc_graph, dvc_lock, dvc_remote, git
 from flows.project.dvc_command import dvc_words, explain_failure
 from flows.project.dvc_graph import Stage
 from flows.run import artifacts
-from flows.run.stage_task import SharedRun, read_outcome, run_stage
+from flows.run.stage_task import AnyEnd, SharedRun, read_outcome, run_stage
 from flows.supervise import command
 from flows.supervise.environment import stage_environment
 from tasks.params.yaml_file import read_yaml
@@ -93,10 +93,9 @@ def repro_stages(
     for stage in chosen:
         upstream = nearest_upstream(stage, graph, {stage.name for stage in chosen})
         options: dict[str, Any] = {"name": stage.name, "task_run_name": stage.name, "description": stage.desc, "retries": stage.retries}
+        ends = [AnyEnd(futures[other].task_run_id, futures[other].wrapped_future) for other in upstream]
         stage_task: Any = run_stage.with_options(**options, retry_delay_seconds=RETRY_DELAY, tags=["gpu"] if stage.gpus else [])
-        futures[stage.name] = stage_task.submit(
-            quote(stage), quote(upstream), quote(shared), wait_for=[allow_failure(futures[other]) for other in upstream]
-        )
+        futures[stage.name] = stage_task.submit(quote(stage), quote(upstream), quote(shared), wait_for=ends)
     try:
         for future in futures.values():
             future.wait()

@@ -11,6 +11,7 @@ from typing import Any
 from prefect import get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.futures import PrefectConcurrentFuture
 from prefect.states import Cancelled, Completed, Failed
 
 from flows.project.dvc_command import dvc_words, explain_failure
@@ -45,6 +46,17 @@ class SharedRun:
     done: Mapping[str, str] = field(default_factory=dict)  # states of stages that ran before the tasks began
     outcomes: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)  # why a stage failed, in one line
+
+
+class AnyEnd(PrefectConcurrentFuture[Any]):
+    """A stage's future for the stages that wait for it, which begin however it ended, because each finds out itself whether it can run.
+
+    Prefect's allow_failure lets a task begin after one that failed, and never after one that is Skipped or Cancelled.
+    """
+
+    @property
+    def state(self) -> State[Any]:
+        return Completed(data=True)
 
 
 def may_retry(task: object, run: object, state: State[Any]) -> bool:

@@ -144,8 +144,10 @@ def test_a_torn_record_of_dvcs_locks_is_mended_and_dvcs_reason_is_the_runs(root:
     assert "JSON structure is corrupted" in project.dvc(root, "repro", "prepare", code=255)
     assert go(to_stage="prepare").result() == {"prepare": "Completed"}
     change(root, "deps: [raw.txt, work.py]", "deps: [raw.txt, work.py, none.txt]", "dvc.yaml")
-    state = go(to_stage="slow")
+    state = go()
     assert state.is_failed() and re.match("prepare failed: .*No such file or directory: .*none.txt", state.message), state.message
+    assert state.message.endswith("skipped: slow, stubborn, last"), "also what comes after a skipped stage"
+    assert {name: word for name, (_, word) in seen(state).states().items()} == dict.fromkeys(ALL, "Skipped") | {"prepare": "Failed"}
     assert not [log.message for log in seen(state).logs if "without a word" in log.message], "of `dvc checkout` neither"
 
 
