@@ -18,7 +18,8 @@ def dvc_words(*words: str) -> list[str]:
 def run_dvc(root: Path, *words: str) -> str:
     """Run a short command of DVC and return what it prints. Raises RuntimeError with DVC's reason."""
     env = child_environment()
-    mend_rwlock(root)
+    if words[0] not in ("cache", "config"):  # which never read the record, so that `cf doctor` can ask them and report it as it is
+        mend_rwlock(root)
     done = subprocess.run(dvc_words(*words), cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`dvc {words[0]}` failed in {root}: {find_reason((done.stderr or done.stdout).splitlines())}")
