@@ -52,7 +52,7 @@ def test_a_smoke_run_and_the_same_again(ours: Machine) -> None:
     assert address and urllib.request.urlopen(address[1], timeout=30).read() == (root / "reports/report.html").read_bytes()
 
     again = ours.start(profile="smoke")
-    assert ours.finish(again, 300) == "Completed", ours.run(again)["state"]["message"]
+    assert ours.finish(again, 1000) == "Completed", ours.run(again)["state"]["message"]
     states = ours.tasks(again)
     assert {states[stage] for stage in STAGES if stage != "validate"} == {"Restored"}  # validate has nothing that is cached
     assert (ours.worktree(again) / "dvc.lock").read_text() == lock
@@ -62,7 +62,7 @@ def test_its_student_measured_by_its_commit(ours: Machine) -> None:
     """The same bytes in the place of stage2: nothing has to be made again, and stage2 itself doesn't run."""
     first = min((ours.root / ".runs").glob("*-????????/"), key=lambda folder: folder.stat().st_ctime)
     given = ours.start("evaluate", checkpoint=f"run/{first.name}", profile="smoke")
-    assert ours.finish(given, 300) == "Completed", ours.run(given)["state"]["message"]
+    assert ours.finish(given, 1000) == "Completed", ours.run(given)["state"]["message"]
     states = ours.tasks(given)
     assert {states[stage] for stage in ("generate", "evaluate", "report")} == {"Restored"} and "stage2" not in states
     place: Path = ours.worktree(given)
@@ -77,7 +77,7 @@ def test_two_nights_of_the_real_stages(ours: Machine) -> None:
     ours.command("tasks", "profile", "use", "smoke")
     project.git(ours.root, "commit", "-qam", "nights of smoke")
     first = ours.start_night(date="2026-01-05")
-    assert ours.finish(first, 600) == "Promoted", ours.run(first)["state"]["message"]
+    assert ours.finish(first, 1000) == "Promoted", ours.run(first)["state"]["message"]
     gate = json.loads(project.git(ours.root, "show", "nightly/2026-01-05:nightly/gate.json"))
     assert gate["promote"] and {"real", "student"} == set(gate["numbers"]["candidate"]["prompts"])
     assert all(finding["candidate"] is not None for finding in gate["findings"])
@@ -85,8 +85,8 @@ def test_two_nights_of_the_real_stages(ours: Machine) -> None:
     assert "student@v0.0.1" in project.git(ours.root, "tag", "--list")
 
     second = ours.start_night(date="2026-01-06")
-    assert ours.finish(second, 600) == "NoNewData"
+    assert ours.finish(second, 1000) == "NoNewData"
     third = ours.start_night(date="2026-01-06", full=True)
-    assert ours.finish(third, 600) == "TheSameAgain", ours.run(third)["state"]["message"]
+    assert ours.finish(third, 1000) == "TheSameAgain", ours.run(third)["state"]["message"]
     night = json.loads(project.git(ours.root, "show", "nightly/2026-01-06:nightly/record.json"))
     assert night["kind"] == "full" and night["candidate"] == gate["candidate"] and night["before"] == "v0.0.1"
