@@ -42,11 +42,10 @@ def main() -> None:
         write_video(file, video, fps=params.video.fps, crf=params.clips.crf)
         pixels = torch.from_numpy(video)[None]
         encoded = codec.encode(pixels)[0]
-        clips = (({"id": f"{n}", "caption": "a", "split": "train"}, encoded) for n in range(64))
+        clips = [{"id": f"{n}", "caption": "a", "split": "train"} for n in range(64)]
         rows = torch.zeros(1, params.text.tokens, params.text.channels)
-        write_latents(
-            latents, clips, lambda texts: rows.repeat(len(texts), 1, 1), shard=64, dtype=torch.float32, fps=params.video.fps, negative=""
-        )
+        layout: dict[str, Any] = {"shard_mib": params.encode.shard_mib, "dtype": torch.float32, "fps": params.video.fps, "negative": ""}
+        write_latents(latents, clips, lambda clip: (encoded, {}), lambda texts: rows.repeat(len(texts), 1, 1), **layout)
         read = Latents(latents)
         batch = list(range(params.base.batch))
         ways = {

@@ -1,6 +1,5 @@
 """Stage `encode`: accepted clips to latents and captions to embeddings, once, so that training never decodes a video."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
 from cf_model.data.latents import write_latents
+from tasks.files.atomic import swap_into_place
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, read_json_lines
 from tasks.params.schema import Params, Video
@@ -21,27 +21,28 @@ from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Path, out: Path) -> dict[str, float]:
-    """Write data/latents: safetensors shards of clips and of their captions' embeddings, and index.json."""
+    """Write data/latents: safetensors shards of clips and of their captions' embeddings, and index.parquet.
+
+    The shards are written in the working folder, so that a stage that was killed goes on after the last complete one.
+    """
     rows = [row for row in read_json_lines(manifest) if row["kept"]]
-    dtype: torch.dtype = getattr(torch, params.encode.dtype)
-    text, pictures = CaptionEncoder(params.text, "text"), ClipEncoder(clips, codec, params.video, dtype)
+    text, pictures = CaptionEncoder(params.text, "text"), ClipEncoder(clips, codec, params.video, getattr(torch, params.encode.dtype))
     progress = track.progress(len(rows), unit="clip")
-    total, square, count = 0.0, 0.0, 0
 
-    def encoded() -> Iterator[tuple[dict[str, Any], Tensor]]:
-        nonlocal total, square, count
-        for row in rows:
-            latents, sums = pictures.encode(row)
-            total, square, count = total + sums[0].item(), square + sums[1].item(), count + latents.numel()
-            yield {key: row[key] for key in ("id", "caption", "split")}, latents
-            progress.update()
+    def encode_clip(row: Row) -> tuple[Tensor, dict[str, Any]]:
+        encoded = pictures.encode(row)
+        progress.update()
+        return encoded
 
-    negative, shard = params.text.negative, params.encode.shard
+    layout = {"shard_mib": params.encode.shard_mib, "dtype": pictures.dtype, "fps": params.video.fps, "negative": params.text.negative}
     with pictures.reader:
-        entries = write_latents(out, encoded(), text.encode, shard=shard, dtype=dtype, fps=params.video.fps, negative=negative)
+        entries = write_latents(track.work / "latents", rows, encode_clip, text.encode, **layout)
+    progress.close()
+    swap_into_place(track.work / "latents", out)
     for cache in (pictures.cache, text.cache):
         cache.sweep()
     track.facts |= {"encoded": pictures.cache.new_entries, "captions_encoded": text.cache.new_entries}
+    total, square, count = (sum(entry[name] for entry in entries) for name in ("sum", "square", "count"))
     mean = total / count
     return {
         "clips": len(entries),
@@ -63,14 +64,16 @@ class ClipEncoder:
         modules = (*parts, type(self.codec).__module__)
         self.cache = ClipCache("latents", about, modules=modules, libraries=("av", "diffusers", "torch"))
 
-    def encode(self, row: Row) -> tuple[Tensor, Tensor]:
-        """Return a clip's latents [F, C, H, W] as they are stored, and the sums of the unrounded latents and of their squares."""
-        content = f"{compute_dvc_md5(self.clips / row['file'])} {row.get('start')} {row.get('length')}"
+    def encode(self, row: Row) -> tuple[Tensor, dict[str, Any]]:
+        """Return a clip's latents [F, C, H, W] as they are stored, its file's md5, and count, sum and sum of squares before rounding."""
+        md5 = compute_dvc_md5(self.clips / row["file"])
+        content = f"{md5} {row.get('start')} {row.get('length')}"
         if payload := self.cache.get(content):
             entry = load(payload)
-            return entry["latents"], entry["sums"]
-        exact = torch.cat([part[0].cpu() for part in self.codec.encode_stream(self.reader.read(row))])
-        wide = exact.double()
-        entry = {"latents": exact.to(self.dtype).contiguous(), "sums": torch.stack([wide.sum(), wide.square().sum()])}
-        self.cache.put(content, save(entry))
-        return entry["latents"], entry["sums"]
+        else:
+            exact = torch.cat([part[0].cpu() for part in self.codec.encode_stream(self.reader.read(row))])
+            wide = exact.double()
+            entry = {"latents": exact.to(self.dtype).contiguous(), "sums": torch.stack([wide.sum(), wide.square().sum()])}
+            self.cache.put(content, save(entry))
+        total, square = entry["sums"].tolist()
+        return entry["latents"], {"md5": md5, "count": entry["latents"].numel(), "sum": total, "square": square}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cf_model.data.latents import write_latents
 from cf_model.model import checkpoint, wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
@@ -32,6 +33,22 @@ def rolling(**changes: object) -> RolloutSpec:
     values |= {"full_denoise": "all", "full_first": changes.get("skip_first", 0), "skip_first": 0, "persist": "fresh", "begin": "own"}
     values |= {"cache_noise": 0.0}
     return RolloutSpec(**(values | changes))  # type: ignore[arg-type]
+
+
+def write_clips(
+    folder: Path,
+    clips: Iterable[tuple[dict[str, str], Tensor]],
+    text: Callable[[list[str]], Tensor],
+    *,
+    shard_mib: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    negative: str = "",
+) -> None:
+    """Latents that no codec made, as the stage encode writes them."""
+    made = {about["id"]: (about, latents) for about, latents in clips}
+    settings: dict[str, Any] = {"shard_mib": shard_mib, "dtype": dtype, "fps": 16.0, "negative": negative}
+    abouts = [about for about, _ in made.values()]
+    write_latents(folder, abouts, lambda about: (made[about["id"]][1], {"md5": f"md5 of {about['id']}"}), text, **settings)
 
 
 def denoiser(seed: int = 0, layers: int = 2, positions: int = 256) -> Denoiser:

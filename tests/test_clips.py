@@ -54,7 +54,7 @@ def params(**sections: Any) -> Any:
             timeout=60.0,
         ),
         "text": Text(kind="words", weights=None, tokens=12, channels=16, negative=""),
-        "encode": Encode(shard=5, dtype="float32"),
+        "encode": Encode(shard_mib=0.1, dtype="float32"),
         # what the filter asks of later stages: lengths, in latents
         "base": SimpleNamespace(window=5),
         "teacher": SimpleNamespace(view=SimpleNamespace(context="memory", chunk=3), shortest=3, target=6),
@@ -137,7 +137,12 @@ def test_encode_then_read(made: Path, tmp_path: Path) -> None:
     codec.encoder.copy_(torch.linalg.qr(torch.randn(codec.encoder.shape, generator=torch.Generator().manual_seed(0)))[0])
     save_codec(codec, tmp_path / "codec")
     metrics = encode.run(
-        params(), MagicMock(), clips=made / "clips", manifest=made / "manifest.jsonl", codec=tmp_path / "codec", out=tmp_path / "latents"
+        params(),
+        MagicMock(work=tmp_path / "work"),
+        clips=made / "clips",
+        manifest=made / "manifest.jsonl",
+        codec=tmp_path / "codec",
+        out=tmp_path / "latents",
     )
     store = Latents(tmp_path / "latents")
     kept = [row for row in rows(made / "manifest.jsonl") if row["kept"]]

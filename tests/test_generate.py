@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from cf_model.data.latents import write_latents
 from cf_model.model import wan
 from cf_model.text.encoder import WordEncoder
 from tasks import generate
 from tasks.params import load, schema
 from tasks.runner.track import Track
-from tests.small import denoiser, normal
+from tests.small import denoiser, normal, write_clips
 from tests.train import ranked
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +92,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three held-out clips, a codec, and one small model, which stands for all systems."""
     root = tmp_path_factory.mktemp("generate")
     clips = [({"id": f"c{n}", "caption": f"clip {n}", "split": "heldout"}, normal(9, 4, 4, 4, seed=n)) for n in range(3)]
-    write_latents(root / "latents", clips, WordEncoder(5, 8).encode, shard=2, dtype=torch.float32, fps=16.0, negative="")
+    write_clips(root / "latents", clips, WordEncoder(5, 8).encode)
     wan.save_transformer(denoiser(3), root / "model")
     systems = dict.fromkeys(("base", "teacher", "causal_init", "stage1", "stage2"), root / "model")
     return {"latents": root / "latents", "codec": ranked.small_codec(root / "codec"), **systems}

@@ -6,8 +6,8 @@ import os
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def coded(path: Path, seed: int) -> Path:
 
 def night(source: Path, codec: Path, out: Path, **changed: Any) -> tuple[dict[str, bytes], dict[str, int]]:
     """clips, filter and encode; all bytes that they write, and how much of it they had to work out."""
-    p, track = folder(source), SimpleNamespace(progress=lambda *a, **k: SimpleNamespace(update=lambda *a: None), facts={})
+    p, track = folder(source), MagicMock(work=out / "work", facts={})
     for name, value in changed.items():
         setattr(p, name, value)
     shutil.rmtree(out, ignore_errors=True)

@@ -6,50 +6,47 @@ A student's training needs no video, so it may have other prompts than the clips
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from itertools import islice
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .latents import text_name, trim_padding
+from .latents import text_key, trim_padding
+from .shards import ShardReader, ShardWriter
 
 
 def write_prompts(
-    folder: Path, prompts: Iterable[str], encode_text: Callable[[list[str]], Float[Tensor, "M T E"]], *, shard: int, dtype: torch.dtype
+    folder: Path, prompts: Iterable[str], encode_text: Callable[[list[str]], Float[Tensor, "M T E"]], *, shard_mib: float, dtype: torch.dtype
 ) -> int:
-    """Embed the prompts as they come, `shard` of them to a file, and return their number.
+    """Embed the prompts as they come into shards of at most `shard_mib` MiB, and return their number.
 
-    Beside the shards stand prompts.txt, one prompt a line, and index.json. The same prompts give the same bytes.
-    Raises ValueError if there is no prompt.
+    Beside the shards stand prompts.txt, one prompt a line, and index.json. The same prompts give the same bytes, also if a first call was
+    killed and a second one goes on with its complete shards. Raises ValueError if there is no prompt.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    count, size = 0, [0, 0]
+    writer = ShardWriter(folder, "text", shard_mib)
+    size: list[int] = []
+    count = 0
     with (folder / "prompts.txt").open("w", encoding="utf-8") as texts:
-        for number, part in enumerate(split_shards(prompts, shard)):
-            embedded = encode_text(part)
-            size = list(embedded.shape[1:])
-            rows = {f"{count + row:08d}": trim_padding(tokens).to(dtype) for row, tokens in enumerate(embedded)}
-            save_file(rows, folder / text_name(number))
-            texts.writelines(f"{prompt}\n" for prompt in part)
-            count += len(part)
+        for count, prompt in enumerate(prompts, 1):
+            key = text_key(count - 1)
+            if key not in writer.entries or not size:
+                [embedded] = encode_text([prompt])
+                size = list(embedded.shape)
+            if key not in writer.entries:
+                writer.add(key, trim_padding(embedded).to(dtype))
+            texts.write(f"{prompt}\n")
     if not count:
         raise ValueError(f"no prompt to write to {folder}: all of them are held-out prompts; name a file that has others")
-    about = {"prompts": count, "shard": shard, "tokens": size[0], "channels": size[1]}
+    shards = [len(list(group)) for _, group in groupby(entry["shard"] for entry in writer.entries.values())]
+    writer.close()
+    about = {"prompts": count, "shards": shards, "tokens": size[0], "channels": size[1]}  # shards: prompts of each
     (folder / "index.json").write_text(json.dumps(about, indent=1) + "\n")
     return count
-
-
-def split_shards(prompts: Iterable[str], shard: int) -> Iterator[list[str]]:
-    """Yield the prompts in lists of `shard`, the last one shorter."""
-    rest = iter(prompts)
-    while part := list(islice(rest, shard)):
-        yield part
 
 
 class EmbeddedPrompts:
@@ -58,15 +55,16 @@ class EmbeddedPrompts:
     def __init__(self, folder: Path) -> None:
         if not (folder / "index.json").is_file():
             raise ValueError(f"{folder} has no index.json; run the stage prompts first")
-        self.about: dict[str, int] = json.loads((folder / "index.json").read_text())
-        self.opened = cache(lambda name: safe_open(folder / name, framework="pt"))
+        self.about: dict[str, Any] = json.loads((folder / "index.json").read_text())
+        self.ends = list(accumulate(self.about["shards"]))  # of each shard, the number of the first prompt behind it
+        self.texts = ShardReader(folder, "text")
 
     def __len__(self) -> int:
-        return self.about["prompts"]
+        return int(self.about["prompts"])
 
     def __getitem__(self, at: list[int]) -> Float[Tensor, "P T E"]:
         embeddings = torch.zeros(len(at), self.about["tokens"], self.about["channels"])
         for out, number in zip(embeddings, at, strict=True):
-            tokens = self.opened(text_name(number // self.about["shard"])).get_tensor(f"{number:08d}")
+            tokens = self.texts.read(bisect_right(self.ends, number), text_key(number))
             out[: len(tokens)] = tokens
         return embeddings

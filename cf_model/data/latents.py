@@ -1,75 +1,97 @@
 """Clips as latents, and their captions as embeddings: safetensors shards with an index.
 
-index.json lists the clips in their order; a clip's number in that list is its row. A shard is two files, the latents of
-some clips and the embeddings of their captions, both under the clips' ids and each of its own length: of an embedding,
-the zeros past its text's end are left out. text.safetensors holds the embeddings of the empty text and of the null
-prompt, with their zeros. Reading maps the files into memory and touches only what a window needs.
+index.parquet has a row for each clip, in their order, by the columns of `COLUMNS`; a clip's number in it is its row, and the schema's
+metadata has the size of a latent. The shards `latents` hold the clips, each of its own length, by id; the shards `text` hold the
+embedding of each distinct caption once, by the caption's number, without the zeros past its text's end. text.safetensors holds the
+embeddings of the empty text and of the null prompt, with their zeros. Reading maps the files into memory and touches only what a window
+needs.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow
 import torch
 from jaxtyping import Float, Int
+from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .shards import ShardReader, ShardWriter
+
 Split = Literal["train", "heldout"]
 Rows = Sequence[int] | Int[Tensor, " B"]
+COLUMNS = {
+    "id": pyarrow.string(),
+    "split": pyarrow.string(),  # train or heldout
+    "frames": pyarrow.int32(),  # latents of the clip
+    "shard": pyarrow.int32(),  # of the clip's latents
+    "md5": pyarrow.string(),  # of the video file that the latents were made of
+    "caption": pyarrow.string(),
+    "caption_id": pyarrow.int32(),  # the caption's number among the distinct ones
+    "text_shard": pyarrow.int32(),  # of the caption's embedding
+}
+INDEX = "index.parquet"
 
 
 def write_latents(
     folder: Path,
-    clips: Iterable[tuple[dict[str, str], Float[Tensor, "F C H W"]]],
+    clips: Sequence[dict[str, Any]],
+    encode_clip: Callable[[dict[str, Any]], tuple[Float[Tensor, "F C H W"], dict[str, Any]]],
     encode_text: Callable[[list[str]], Float[Tensor, "M T E"]],
     *,
-    shard: int,
+    shard_mib: float,
     dtype: torch.dtype,
     fps: float,
     negative: str,
 ) -> list[dict[str, Any]]:
-    """Write the clips as they come, `shard` of them to a file, and return the index's entries.
+    """Encode the clips (id, caption, split) in their order into shards of at most `shard_mib` MiB; return the index's entries.
 
-    With each clip come its id, caption and split; `negative` is the null prompt of guidance. The same input gives the same
-    bytes: no file has metadata.
+    `encode_clip` gives a clip's latents and facts to keep with them, of which `md5` goes into the index. `negative` is the null prompt of
+    guidance. The same input gives the same bytes, also if a first call was killed and a second one goes on with its complete shards.
     """
+    if not clips:
+        raise ValueError(f"no clips to write to {folder}; the filter must keep at least one")
     folder.mkdir(parents=True, exist_ok=True)
-    # before any clip, so that a fault of the text encoder shows before hours of video
+    # All texts come before any clip, so that a fault of the text encoder shows before hours of video.
     empty, null = encode_text(["", negative]).to(dtype).unbind()
     save_file({"empty": empty.contiguous(), "null": null.contiguous()}, folder / "text.safetensors")
-    entries: list[dict[str, Any]] = []
-    shard_latents: dict[str, Tensor] = {}
+    texts = ShardWriter(folder, "text", shard_mib)
+    captions = {caption: number for number, caption in enumerate(dict.fromkeys(clip["caption"] for clip in clips))}
+    for caption, number in captions.items():
+        if text_key(number) not in texts.entries:
+            texts.add(text_key(number), trim_padding(encode_text([caption])[0]).to(dtype))
+    videos = ShardWriter(folder, "latents", shard_mib)
     size: list[int] = []
-
-    def flush_shard() -> None:
-        if shard_latents:
-            number = entries[-1]["shard"]
-            texts = encode_text([entry["caption"] for entry in entries[-len(shard_latents) :]])
-            save_file(shard_latents, folder / shard_name(number))
-            embeddings = {name: trim_padding(rows).to(dtype) for name, rows in zip(shard_latents, texts, strict=True)}
-            save_file(embeddings, folder / text_name(number))
-            shard_latents.clear()
-
-    for about, latents in clips:
-        size = size or list(latents.shape[1:])
-        if list(latents.shape[1:]) != size:
-            raise ValueError(f"{about['id']} has latents of {list(latents.shape[1:])}, the clips before it of {size}; use one size")
-        entries.append(dict(about) | {"frames": len(latents), "shard": len(entries) // shard})
-        shard_latents[about["id"]] = latents.to("cpu", dtype).contiguous()
-        if len(shard_latents) == shard:
-            flush_shard()
-    flush_shard()
-    if not entries:
-        raise ValueError(f"no clips to write to {folder}; the filter must keep at least one")
-    about_all = {"clips": entries, "channels": size[0], "height": size[1], "width": size[2], "fps": fps}
-    (folder / "index.json").write_text(json.dumps(about_all, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for clip in clips:
+        if clip["id"] not in videos.entries:
+            latents, facts = encode_clip(clip)
+            videos.add(clip["id"], latents.to(dtype), **facts, shape=list(latents.shape))
+        shape = videos.entries[clip["id"]]["shape"][1:]
+        size = size or shape
+        if shape != size:
+            raise ValueError(f"{clip['id']} has latents of {shape}, the clips before it of {size}; use one size")
+    entries = []
+    for clip in clips:
+        facts, number = videos.entries[clip["id"]], captions[clip["caption"]]
+        entry = {name: clip[name] for name in ("id", "caption", "split")} | facts | {"frames": facts["shape"][0], "caption_id": number}
+        entries.append(entry | {"text_shard": texts.entries[text_key(number)]["shard"]})
+    texts.close()
+    videos.close()
+    about = {"channels": size[0], "height": size[1], "width": size[2], "fps": fps}
+    schema = pyarrow.schema(COLUMNS, metadata={name: str(value) for name, value in about.items()})
+    parquet.write_table(pyarrow.Table.from_pylist(entries, schema), folder / INDEX)
     return entries
+
+
+def text_key(number: int) -> str:
+    """Return the name of a distinct text's embedding in its shard."""
+    return f"{number:08d}"
 
 
 def trim_padding(rows: Float[Tensor, "T E"]) -> Float[Tensor, "T_ E"]:
@@ -78,28 +100,20 @@ def trim_padding(rows: Float[Tensor, "T E"]) -> Float[Tensor, "T_ E"]:
     return rows[: int(filled.max()) + 1 if len(filled) else 0].contiguous()
 
 
-def shard_name(number: int) -> str:
-    """Return the file name of a shard's latents."""
-    return f"latents-{number:05d}.safetensors"
-
-
-def text_name(number: int) -> str:
-    """Return the file name of a shard's caption embeddings."""
-    return f"text-{number:05d}.safetensors"
-
-
 class Latents:
     """Reader of what `write_latents` wrote. A row is a clip's place in `clips`; callers draw rows and starts."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "index.json").is_file():
-            raise ValueError(f"{folder} has no index.json; run the stage encode first")
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if not (folder / INDEX).is_file():
+            raise ValueError(f"{folder} has no {INDEX}; run the stage encode first")
+        table = parquet.read_table(folder / INDEX, use_threads=False, memory_map=True)
+        about = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
         self.folder = folder
-        self.clips: list[dict[str, Any]] = index["clips"]
-        self.channels, self.height, self.width = index["channels"], index["height"], index["width"]
-        self.fps: float = index["fps"]
-        self.opened = cache(lambda name: safe_open(folder / name, framework="pt"))
+        self.clips: list[dict[str, Any]] = table.to_pylist()
+        self.channels, self.height, self.width = (int(about[name]) for name in ("channels", "height", "width"))
+        self.fps = float(about["fps"])
+        self.latents, self.texts = ShardReader(folder, "latents"), ShardReader(folder, "text")
+        self.own_texts = cache(lambda: safe_open(folder / "text.safetensors", framework="pt"))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -129,7 +143,7 @@ class Latents:
             clip, first = self.clips[int(row)], int(start)
             if not 0 <= first <= clip["frames"] - length:
                 raise ValueError(f"{clip['id']} has {clip['frames']} latent frames, not {length} from {first} on; draw an earlier start")
-            parts.append(self.opened(shard_name(clip["shard"])).get_slice(clip["id"])[first : first + length])
+            parts.append(self.latents.read_part(clip["shard"], clip["id"], first, length))
         return torch.stack(parts).float()
 
     def text(self, rows: Rows) -> Float[Tensor, "B T E"]:
@@ -137,20 +151,20 @@ class Latents:
         embeddings = torch.zeros(len(rows), *self.null_text.shape)
         for out, row in zip(embeddings, rows, strict=True):
             clip = self.clips[int(row)]
-            tokens = self.opened(text_name(clip["shard"])).get_tensor(clip["id"])
+            tokens = self.texts.read(clip["text_shard"], text_key(clip["caption_id"]))
             out[: len(tokens)] = tokens
         return embeddings
 
     @property
     def empty_text(self) -> Float[Tensor, "T E"]:
         """The embedding that takes a caption's place when training drops the caption."""
-        return self._text("empty")
+        return self._read_own_text("empty")
 
     @property
     def null_text(self) -> Float[Tensor, "T E"]:
         """The negative prompt's embedding, which guidance moves away from; training must not teach it as the absence of a prompt."""
-        return self._text("null")
+        return self._read_own_text("null")
 
-    def _text(self, name: str) -> Tensor:
-        embedding: Tensor = self.opened("text.safetensors").get_tensor(name)
+    def _read_own_text(self, name: str) -> Tensor:
+        embedding: Tensor = self.own_texts().get_tensor(name)
         return embedding.float()

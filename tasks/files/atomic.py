@@ -35,7 +35,7 @@ def swap_into_place(new: Path, path: Path) -> None:
     delete_path(old)
     if path.exists():
         path.rename(old)
-    new.rename(path)
+    shutil.move(new, path)  # a renaming, but for a folder on another disk
     delete_path(old)
 
 

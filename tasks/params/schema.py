@@ -112,7 +112,7 @@ class Text(Section):
 class Encode(Section):
     """How latents are stored."""
 
-    shard: PositiveInt  # clips in a file
+    shard_mib: PositiveFloat  # MiB of a file of latents or embeddings, at most; one that is larger has a file for itself
     dtype: Literal["float32", "float16", "bfloat16"]
 
 

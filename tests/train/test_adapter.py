@@ -9,14 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cf_model.data.latents import write_latents
 from cf_model.foreign import import_checkpoint
 from cf_model.model import wan
 from cf_model.train.adapter import LoraSpec, attach_lora
 from tasks import teacher
 from tasks.params import load
 from tasks.runner.track import Track
-from tests.small import SHAPE, denoiser, normal
+from tests.small import SHAPE, denoiser, normal, write_clips
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -59,7 +58,7 @@ def project(tmp_path_factory):
     def text(captions):
         return normal(len(captions), 4, stated.text.channels)
 
-    write_latents(root / "latents", clips, text, shard=2, dtype=torch.float32, fps=16.0, negative="")
+    write_clips(root / "latents", clips, text)
     model = wan.build_transformer(stated.model, channels=8, text_channels=stated.text.channels, seed=1)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     (root / "base").mkdir()

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cf_model.data.embedded_prompts import write_prompts
-from cf_model.data.latents import write_latents
 from cf_model.model import checkpoint, wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
@@ -27,7 +26,7 @@ from cf_model.train.trainer.ema import EMA
 from tasks import base, causal_init, stage1, teacher
 from tasks.params import load, schema
 from tasks.runner.track import Track
-from tests.small import FLOW, SHAPE, denoiser, normal, restored, rng, rolling
+from tests.small import FLOW, SHAPE, denoiser, normal, restored, rng, rolling, write_clips
 from tests.train import ranked
 
 ROOT = Path(__file__).parents[2]
@@ -130,8 +129,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, schema.Para
     def text(captions: list[str]) -> Tensor:
         return normal(len(captions), 4, stated.text.channels)
 
-    write_latents(root / "latents", clips, text, shard=2, dtype=torch.float32, fps=16.0, negative="")
-    write_prompts(root / "prompts", ["a disc"], text, shard=2, dtype=torch.float32)
+    write_clips(root / "latents", clips, text)
+    write_prompts(root / "prompts", ["a disc"], text, shard_mib=1.0, dtype=torch.float32)
     (root / "base").mkdir()
     model = wan.build_transformer(stated.model, channels=8, text_channels=stated.text.channels, seed=1)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
