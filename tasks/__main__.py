@@ -20,6 +20,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
     },
     "runs": {
         "why": ("tasks.commands.why", "FILE: what became of a file of the clips folder, rule by rule"),
+        "drift": ("tasks.commands.drift", "--new NAMES --out PAGE: new clips against the training set; a night makes it itself"),
         "repro": ("tasks.commands.repro", "[DVC'S OPTIONS]: `dvc repro`, with each stage's number and about how long it takes"),
         "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage logs, in the terminal, while it runs or after"),
         "control": ("tasks.commands.control", "stage 2 with a teacher that sees no context, beside this run's stage 2, video by video"),

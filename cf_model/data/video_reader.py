@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 from av.error import FFmpegError
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, ColorTrc, VideoReformatter
 from jaxtyping import UInt8
 
 from .video import HD_LINES
@@ -37,6 +38,8 @@ COUNTED = frozenset({("avi", "h264"), ("avi", "hevc")})
 SLIGHTLY = 3  # usual distances between frames
 PART_OF_FRAME = Fraction(9, 10)  # of its time that a film's last frame must fill, because many containers round times to milliseconds
 CUT_OFF = (0.5, 0.05)  # seconds, and share of the length, by which a header that states no number of frames may promise too much
+# Choice: high dynamic range is refused, because tone mapping is a matter of taste and PyAV's FFmpeg has no zscale to do it with.
+HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 FIT_TO_CROP = 4  # a picture of more than so many times the pixels that are needed is cropped before it is scaled
 
 
@@ -109,7 +112,22 @@ class VideoFile:
         self.container.close()
 
     def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yield (time stamp, frame) of every frame in the order in which they are shown; time stamps grow."""
+        """Yield (time stamp, frame) of every frame in the order in which they are shown, deinterlaced; time stamps grow."""
+        graph, stamps = None, deque[int]()  # a filter graph from the first interlaced frame on; it holds one or two frames
+        for stamp, frame in self._decode_checked():
+            if graph is None and not frame.interlaced_frame:
+                yield stamp, frame
+                continue
+            if graph is None:
+                graph = build_deinterlacer(frame)
+                self.chosen = "; ".join(filter(None, [self.chosen, "interlaced: FFmpeg's bwdif made its frames whole"]))
+            stamps.append(stamp)
+            yield from pull_frames(graph, frame, stamps)
+        if graph is not None:
+            yield from pull_frames(graph, None, stamps)
+
+    def _decode_checked(self) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yield (time stamp, frame) as coded, after all checks; the check of the file's end comes after the last frame."""
         last: int | None = None
         usual = self._usual_distance()
         for stamp, frame in self._decode_packets():
@@ -169,6 +187,9 @@ class VideoFile:
         shape = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or Fraction(1)
         pixel = Fraction(shape) if shape and shape > 0 else Fraction(1)
         self.coded = (frame.width, frame.height)
+        if frame.color_trc in HDR:
+            way = "convert it to SDR, as FFmpeg's filters zscale and tonemap do"
+            raise ValueError(f"{self.path.name} is HDR ({HDR[frame.color_trc]}), whose colours would come out pale; {way}")
         if max(self.coded) > LONGEST_SIDE or not 1 / MOST_STRETCHED <= pixel <= MOST_STRETCHED:
             about = f"{frame.width}x{frame.height} with pixels of {pixel}"
             raise ValueError(f"{self.path.name} says it is {about}, which no video is; replace it")
@@ -288,6 +309,25 @@ class PictureConverter:
         plane = scaled.planes[0]
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:height, : 3 * width]
         return rows.reshape(height, width, 3)
+
+
+def build_deinterlacer(frame: av.VideoFrame) -> av.filter.Graph:
+    """Make a filter graph that fills in the lines of the other field in interlaced frames and passes on others as they are."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")).configure()
+    return graph
+
+
+def pull_frames(graph: av.filter.Graph, frame: av.VideoFrame | None, stamps: deque[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Hand a frame to a graph, or the film's end, and yield (time stamp, frame) of what it has ready, in the order of going in."""
+    graph.push(frame)
+    while stamps:
+        try:
+            made = graph.pull()
+        except (BlockingIOError, EOFError):
+            return
+        yield stamps.popleft(), made
 
 
 def read_segment_end(path: Path) -> int | None:

@@ -1,6 +1,7 @@
 """The clips of a night: clips.folder as earlier nights and people left it, and what arrived since."""
 
 import shutil
+import sys
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -11,6 +12,11 @@ from flows.night.state import NightPlan, NightState
 from flows.night.warm_start import restore_targets
 from flows.project import dvc_lock, git
 from flows.project.dvc_command import run_dvc
+from flows.supervise.command import run_logged
+from flows.supervise.environment import stage_environment
+from tasks.files.json_lines import read_json_object
+
+DRIFT = "nightly/drift.html"
 
 
 @task(name="new clips", cache_policy=NO_CACHE)
@@ -44,6 +50,23 @@ def gather_clips(night: NightState) -> None:
     if any(file.is_file() for file in folder.rglob("*")):
         run_dvc(plan.root, "add", plan.clips_folder)
         night.clips = next(out["md5"] for out in dvc_lock.read_outs(plan.root)[pointer])
+
+
+def compare_with_training_set(night: NightState) -> None:
+    """Write nightly/drift.html and drift.json: which of the filter's rules tonight's clips moved; a night that drifts says so."""
+    plan, names, page = night.plan, night.plan.root / "work/arrived.txt", night.plan.root / DRIFT
+    page.unlink(missing_ok=True)  # of the night that this one's base was merged from
+    page.with_suffix(".json").unlink(missing_ok=True)
+    if not night.arrivals.copied:
+        return
+    names.parent.mkdir(exist_ok=True)
+    names.write_text("".join(f"{name}\n" for name in night.arrivals.copied), encoding="utf-8")
+    words = [sys.executable, "-m", "tasks", "drift", "--new", str(names), "--out", DRIFT]
+    environment = stage_environment(plan.run, plan.root, plan.repo) | {"PYTHONPATH": str(plan.root)}
+    code, _ = run_logged(words, log=plan.log, cwd=plan.root, env=environment)
+    found = read_json_object(page.with_suffix(".json"))
+    if code == 0 and any(finding["drifted"] for finding in found.get("findings", [])):
+        night.drift = str(found["sentence"])
 
 
 def commits_with_clips(plan: NightPlan, pointer: str) -> list[str]:

@@ -54,6 +54,7 @@ class NightState:
     plan: NightPlan
     arrivals: Arrivals = field(default_factory=Arrivals)
     clips: str | None = None  # md5 of the clips' folder
+    drift: str = ""  # which of the filter's rules tonight's clips moved, if they differ from the training set
     data: dict[str, str] = field(default_factory=dict)  # out of a data stage -> md5
     candidate: str | None = None  # md5 of the trained student
     verdict: gate.Verdict | None = None  # of the gate, if the candidate was measured

@@ -5,6 +5,7 @@ from pathlib import Path
 from prefect import get_run_logger
 
 from flows.night import gate, handover, warm_start
+from flows.night.clips import compare_with_training_set
 from flows.night.judge import measure_student
 from flows.night.records import GATE, PROMPTS, RECORD, NightRecord, free_date
 from flows.night.state import NightEnd, NightState
@@ -49,6 +50,7 @@ def train_candidate(night: NightState) -> NightEnd:
     # 1. All that stage 2 needs. What the filter keeps of the new clips decides whether there is anything to train on.
     before = [stage for stage in dvc_graph.select_stages(stages, last=STUDENT) if stage.name != STUDENT]
     repro_stages(root, graph, before, run=plan.run, repo=plan.repo)
+    compare_with_training_set(night)
     needed = next(stage for stage in stages if stage.name == STUDENT).upstream
     outs = dvc_lock.read_outs(root)
     data_stages = [stage.name for stage in before if stage.name in needed and not stage.name.endswith(".dvc")]
@@ -125,7 +127,7 @@ def close_night(night: NightState, outcome: str, why: str) -> NightEnd:
     A person who promotes or rolls back while the night is at work has decided: the candidate is refused, because it was compared with
     the student that was promoted before.
     """
-    plan, verdict = night.plan, night.verdict
+    plan, verdict, why = night.plan, night.verdict, "; ".join(filter(None, [why, night.drift]))
     handover.try_fetch(plan.repo, plan.log)  # dates and versions that other machines took meanwhile
     date = free_date(plan.repo, plan.date)
     with registry.lock_registry(plan.repo):
