@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import metrics
 from .data.subprocess_reader import StreamingReader, Unreadable, read_in_subprocess
 from .data.video_reader import probe_video, read_pieces
-from .metrics import protocols
-from .metrics.judge import Judge
+from .evaluate.cells import Cell, hash_code, select_item
+from .evaluate.statistics import Interval, bootstrap_ratio
+from .metrics import protocols, summary
+from .metrics.judge import RUBRIC_HASH, Judge
+from .metrics.manifest import describe_row
 from .metrics.trace import Networks, Tracer, describe_weights
 
 Row = Mapping[str, Any]  # of a manifest
-COPIED = ("prompt_id", "seed", "system")  # of a manifest into every cell
 PIECE = 32  # frames that are decoded at once
 TOLERANCE = 0.01  # by which the manifest's frames a second may differ from the file's, as a part of them
 
@@ -32,15 +36,31 @@ class Scoring:
     timeout: float  # seconds in which a video must be readable
 
 
-def score_rows(rows: Sequence[Row], folder: Path, networks: Networks, judge: Judge | None, how: Scoring) -> Iterator[list[dict[str, Any]]]:
-    """Yield the cells of each row's video in `folder`; a video that can't be scored has one cell, without a metric, that says why."""
-    weights = describe_weights(networks)
+def score_rows(
+    rows: Sequence[Row], folder: Path, networks: Networks, judge: Judge | None, how: Scoring, finished: Sequence[Cell] = ()
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the cells of each row's video in `folder`; a video that can't be scored has one cell, without a metric, that says why.
+
+    Cells of `finished`, an earlier scoring, stand for videos whose file, weights, code and settings are the same and of which none
+    failed; they come first.
+    """
+    keys = [describe_video(row, folder, networks, judge, how) for row in rows]
+    before: dict[str, list[dict[str, Any]]] = {}
+    for cell in finished:
+        before.setdefault(str(cell.get("file")), []).append(dict(cell))
+    todo = []
+    for index, key in enumerate(keys):
+        cells = before.get(key["file"], [])
+        same = all(cell.get(name) == value for cell in cells for name, value in key.items())
+        if cells and same and not any("failed" in cell for cell in cells):
+            yield cells
+        else:
+            todo.append(index)
     # A file that crashes its reader costs a child process only: one decodes it to its end, another hands over its frames.
-    paths = [folder / row["file"] for row in rows]
+    paths = [folder / rows[index]["file"] for index in todo]
     with StreamingReader(read_pieces, timeout=how.timeout) as reader:
-        for index, facts in read_in_subprocess(probe_video, paths, workers=1, timeout=how.timeout):
-            row, path = rows[index], paths[index]
-            key = {"video": row["file"], **{name: row[name] for name in COPIED if name in row}}
+        for number, facts in read_in_subprocess(probe_video, paths, workers=1, timeout=how.timeout):
+            key, row, path = keys[todo[number]], rows[todo[number]], paths[number]
             try:
                 if isinstance(facts, Unreadable):
                     raise ValueError(facts.sentence)
@@ -53,11 +73,24 @@ def score_rows(rows: Sequence[Row], folder: Path, networks: Networks, judge: Jud
             except ValueError as error:
                 yield [key | {"protocol": None, "metric": None, "value": None, "failed": str(error)}]
                 continue
-            facts_of_run = {"frames": cells.pop("frames"), "fps": cells.pop("fps"), "md5": hash_md5(path), "weights": weights}
-            yield [key | cell | facts_of_run for cell in cells["cells"]]
+            yield [key | cell for cell in cells]
 
 
-def score_file(reader: Any, path: Path, facts: Any, row: Row, networks: Networks, judge: Judge | None, how: Scoring) -> dict[str, Any]:
+def describe_video(row: Row, folder: Path, networks: Networks, judge: Judge | None, how: Scoring) -> dict[str, Any]:
+    """Return what all cells of a row's video share: what it is, its hash, and all that its scores depend on."""
+    path = folder / row["file"]
+    settings = asdict(how) | {"judge": judge.name if judge else None, "rubric": RUBRIC_HASH if judge else None}
+    del settings["timeout"]  # which changes no score
+    return describe_row(row) | {
+        "md5": hash_md5(path) if path.is_file() else None,
+        "weights": dict(describe_weights(networks)),
+        "code": hash_code(metrics, sys.modules[__name__]),
+        "settings": settings,
+    }
+
+
+def score_file(reader: Any, path: Path, facts: Any, row: Row, networks: Networks, judge: Judge | None,
+               how: Scoring) -> list[dict[str, Any]]:  # fmt: skip
     """Decode a video once and return its cells, with its number of frames and their rate. `reader` streams frames from a child process."""
     fps = how.fps or facts.fps
     shape, count = {"height": facts.height, "width": facts.width, "fps": fps}, facts.count_frames(fps)
@@ -72,10 +105,32 @@ def score_file(reader: Any, path: Path, facts: Any, row: Row, networks: Networks
     cells = protocols.score_trace(trace, networks, wanted, prompt=prompt, chunk=how.chunk, window=how.window)
     if judge:
         cells.append(protocols.judge_video(trace, judge, prompt or "(not known)", key=row["file"], repeats=how.repeats))
-    return {"cells": cells, "frames": trace.frames, "fps": trace.fps}
+    return [cell | {"frames": trace.frames, "fps": trace.fps} for cell in cells]
 
 
 def hash_md5(file: Path) -> str:
     """Return the md5 of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def average_systems(cells: Sequence[Cell], *, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Return a row for each suite, system, protocol and metric: mean by the protocol's own rule, interval over prompts, n, failures."""
+    groups: dict[tuple[str, str, str, str], list[Cell]] = {}
+    for cell in cells:
+        if cell["metric"]:
+            groups.setdefault((cell["suite"], str(cell["system"] or ""), cell["protocol"], cell["metric"]), []).append(cell)
+    rows = []
+    for (suite, system, protocol, metric), members in groups.items():
+        good = [cell for cell in members if cell["value"] is not None]
+        row = {"suite": suite, "system": system, "protocol": protocol, "metric": metric, "videos": len(good)}
+        row |= {"prompts": len({select_item(cell) for cell in good}), "failed": len(members) - len(good)}
+        rows.append(row | {"interval": average_weighted(good, resamples=resamples, seed=seed)})
+    return rows
+
+
+def average_weighted(cells: Sequence[Cell], *, resamples: int, seed: int) -> Interval | None:
+    """Return the mean of one metric's cells, weighted as their protocol weighs videos, with its interval; None without a cell."""
+    weights = {(select_item(cell), number): summary.weigh_video(cell) for number, cell in enumerate(cells)}
+    sums = {key: weight * cell["value"] for (key, weight), cell in zip(weights.items(), cells, strict=True)}
+    return bootstrap_ratio(sums, weights, resamples=resamples, seed=seed)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from cf_model.data.video_reader import read_video
+from cf_model.evaluate.cells import expand_lines, group_values
 from study import nodes
 from study.nodes import MADE, STUDY, WORK, compute_cell_key, hash_code, locate_weights, open_folder
 from study.plan import Cell, Plan
@@ -83,10 +84,9 @@ def describe_cell(plan: Plan, cell: Cell) -> Row:
 def collect_metrics(plan: Plan, folder: Path) -> Iterator[Row]:
     """Yield a line for each of the plan's metrics and each system, and the mean curves of its prompts' videos."""
     wanted = {(metric.suite, metric.name) for metric in plan.metrics.values()}
-    values: dict[tuple[str, str, str], dict[str, float]] = {}
-    for row in read_json_lines(folder / "results/cells.jsonl"):
-        if (row["suite"], row["metric"]) in wanted:
-            values.setdefault((row["suite"], row["system"], row["metric"]), {})[row["clip"]] = row["value"]
+    file = folder / "results/cells.jsonl"
+    measured = group_values(expand_lines(read_json_lines(file), str(file)), lambda cell: cell["clip"])
+    values = {key: {clip: value for (clip, _), value in found.items()} for key, found in measured.items() if (key[0], key[2]) in wanted}
     for (suite, system, metric), clips in values.items():
         mean = float(np.mean([*clips.values()]))
         yield {"kind": "metric", "suite": suite, "system": system, "metric": metric, "mean": mean, "clips": clips}

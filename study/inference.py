@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from cf_model.evaluate.statistics import bootstrap_crossed, correct_by_holm, sign_flip
 from study.cells import CommittedCell
 from study.nodes import compute_cell_key
 from study.plan import Contrast, Gate, Metric, Plan
 
 Verdict = Literal["holds", "does not hold", "not informative"]
-LEVEL = 0.95  # of intervals
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,8 @@ def tabulate_differences(evidence: Evidence, world: str, first: str, second: str
 
 
 def compare_signs(gains: np.ndarray) -> float:
-    """Return the exact one-sided p of a mean gain over seeds, if each could as well have had the other sign."""
-    if len(gains) < 2:
-        return 0.5 if gains.mean() > 0 else 1.0
-    options = {"permutation_type": "samples", "alternative": "greater", "n_resamples": np.inf, "vectorized": True}
-    return float(stats.permutation_test((gains,), np.mean, **options).pvalue)
+    """Return the exact one-sided p of a mean gain over seeds."""
+    return sign_flip(gains.tolist(), resamples=2**20, seed=0, one_sided=True)
 
 
 def compare_trend(evidence: Evidence, contrast: Contrast, seeds: Sequence[int]) -> float:
@@ -208,30 +205,3 @@ def compare_trend(evidence: Evidence, contrast: Contrast, seeds: Sequence[int]) 
         return 1.0
     rows = [[sign * (evidence.mean(contrast.world, arm, seed, metric) or 0.0) for arm in contrast.arms] for seed in seeds]
     return float(stats.page_trend_test(np.array(rows)).pvalue)
-
-
-def bootstrap_crossed(table: np.ndarray, resamples: int) -> tuple[float, float]:
-    """Return the percentile interval of the mean over seeds of their means over clips; seeds and clips are both drawn anew.
-
-    `table` is [seeds, clips], with nan where a clip has no value.
-    """
-    rng = np.random.default_rng(0)
-    seeds, clips = table.shape
-    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # how often each is drawn, [R, S]
-    drawn_clips = rng.multinomial(clips, np.full(clips, 1 / clips), size=resamples)  # [R, W]
-    known = ~np.isnan(table)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = (drawn_clips @ np.nan_to_num(table).T) / (drawn_clips @ known.T.astype(float))  # [R, S]
-    weights = drawn_seeds * np.isfinite(means)
-    values = (weights * np.nan_to_num(means)).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
-    low, high = np.quantile(values[weights.sum(axis=1) > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def correct_by_holm(p: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number by Holm's step-down method, in the order given."""
-    order, out, largest = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
-    for rank, number in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[number]))
-        out[number] = largest
-    return out

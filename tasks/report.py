@@ -13,7 +13,8 @@ import yaml
 from cf_model.data.filter import list_bounds
 from cf_model.evaluate import figures, page
 from cf_model.evaluate import report as tables
-from cf_model.evaluate.report import SUITES, Results
+from cf_model.evaluate.cells import SUITES, expand_lines, group_values, list_protocols
+from cf_model.evaluate.report import Results
 from cf_model.evaluate.rule_histograms import describe_rules
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params
@@ -44,12 +45,11 @@ def read_metrics(folder: Path) -> dict[str, Row]:
 
 def read_results(results: Path, metrics: Path, *, resamples: int, seed: int) -> Results:
     """Read the stage evaluate's cells and means; absent files give empty results."""
-    cells: dict[tuple[str, str, str], dict[tuple[str, int], float]] = {}
-    for row in read_json_lines(results / "cells.jsonl", missing_ok=True):
-        if row["value"] is not None:
-            cells.setdefault((row["suite"], row["system"], row["metric"]), {})[figures.item_key(row), row["seed"]] = row["value"]
+    file = results / "cells.jsonl"
+    cells = expand_lines(read_json_lines(file, missing_ok=True), str(file))
     means = load_json_object(metrics / "evaluate.json", missing_ok=True)
-    return Results(cells, {suite: systems for suite, systems in means.items() if suite in SUITES}, resamples, seed)
+    means = {suite: systems for suite, systems in means.items() if suite in SUITES}
+    return Results(group_values(cells, figures.item_key), means, resamples, seed, list_protocols(cells))
 
 
 def run(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cf_model.evaluate import statistics
 from study import inference, page
 from study.cells import read_cells
 from study.inference import Evidence, Finding, gather_evidence, judge_contrasts
@@ -133,8 +134,8 @@ def test_signs_are_flipped_exactly() -> None:
 
 
 def test_holm_steps_down() -> None:
-    assert inference.correct_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert inference.correct_by_holm([0.9, 0.5]) == [1.0, 1.0] and inference.correct_by_holm([]) == []
+    assert statistics.correct_by_holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.correct_by_holm([0.9, 0.5]) == [1.0, 1.0] and statistics.correct_by_holm([]) == []
 
 
 def test_the_interval_is_over_seeds_and_clips() -> None:
@@ -142,7 +143,7 @@ def test_the_interval_is_over_seeds_and_clips() -> None:
     by_seed, by_clip = draw.normal(0, 3, (8, 1)), draw.normal(0, 3, (1, 64))
 
     def width(table: np.ndarray) -> float:
-        low, high = inference.bootstrap_crossed(table, 2000)
+        low, high = statistics.bootstrap_crossed(table, 2000)
         return high - low
 
     assert width(np.zeros((8, 64)) + 5) == 0
@@ -151,7 +152,7 @@ def test_the_interval_is_over_seeds_and_clips() -> None:
     assert width(by_seed + by_clip) > max(width(by_seed + 0 * by_clip), width(0 * by_seed + by_clip))
     holes = by_seed + by_clip
     holes[draw.random(holes.shape) < 0.3] = np.nan
-    low, high = inference.bootstrap_crossed(holes, 500)
+    low, high = statistics.bootstrap_crossed(holes, 500)
     assert low < np.nanmean(holes, axis=1).mean() < high
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .cells import expand_lines, group_values
 from .statistics import bootstrap
 
 Row = Mapping[str, Any]  # of samples/index.jsonl or results/cells.jsonl
@@ -35,19 +36,17 @@ def select_videos(index: Iterable[Row], out: Path) -> dict[str, list[tuple[Path,
 def build_table(cells: Iterable[Row], metrics: Mapping[str, Any], *, resamples: int, seed: int) -> list[tuple[Any, ...]]:
     """Build the rows of TABLE_COLUMNS, one for each suite, system and metric: mean over videos, 95 % interval over prompts.
 
-    From the stage evaluate's cells, and from its `metrics` (without interval) for what only all videos of a system together have, such
-    as diversity.
+    From the lines of the stage evaluate's cells, and from its `metrics` (without interval) for what only all videos of a system
+    together have, such as diversity.
     """
-    values: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for row in cells:
-        if row["value"] is not None:
-            prompts = values.setdefault((row["suite"], row["system"], row["metric"]), {})
-            prompts.setdefault(row["clip"] or row["prompt"], []).append(row["value"])
     table: dict[tuple[str, str, str], tuple[Any, ...]] = {}
     for suite in metrics.keys() - {"compared"}:  # which are pairs of systems
         for system, means in metrics[suite].items():
             table |= {(suite, system, metric): (value, None, None, None) for metric, value in means.items()}
-    for key, prompts in values.items():
+    for key, videos in group_values(expand_lines(cells, "results/cells.jsonl")).items():
+        prompts: dict[str, list[float]] = {}
+        for (item, _), value in videos.items():
+            prompts.setdefault(item, []).append(value)
         interval = bootstrap(prompts, resamples=resamples, seed=seed)
         ends = (interval.low, interval.high) if interval.has_ends else (None, None)
         table[key] = (interval.mean, *ends, sum(map(len, prompts.values())))

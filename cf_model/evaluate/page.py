@@ -9,8 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from . import figures
 from . import report as tables
+from .cells import SUITES
 from .figures import Row
-from .report import SUITES, Results
+from .report import Results
 from .trouble import CurveRule, find_troubles
 
 Curves = Mapping[tuple[str, str, str], Any]  # suite, system, metric -> lists of second, mean, low and high

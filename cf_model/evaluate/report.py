@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import jinja2
 
 from cf_model.evaluate.statistics import RATIOS, Difference, Interval, bootstrap, bootstrap_ratio, paired, paired_ratio, without_interval
 
-SUITES = {"prompts": "Videos from a prompt", "continuations": "Continuations of a real prefix"}
 GUARD_SHARE = 0.9  # of stage 1's value of a guard; if stage 2 has less, its win may be hollow
 ARROWS = {"up": "↑", "down": "↓", "real": "≈", "": ""}
 
@@ -81,6 +80,7 @@ class Results:
     means: Mapping[str, Mapping[str, Mapping[str, float]]]
     resamples: int
     seed: int
+    protocols: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)  # suite and metric -> how it was measured
 
     def interval(self, suite: str, system: str, metric: str) -> Interval | None:
         """Return a system's mean with its bootstrap interval, a mean without interval, or None if the metric is absent."""

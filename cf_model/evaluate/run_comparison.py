@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from . import figures
+from .cells import SUITES, refuse_other_protocols
 from .figures import Line, Row, average_rows, draw_chart, wants_logarithm
 from .page import Curves
-from .report import ARROWS, SUITES, Results, describe_metric, state_verdict
-from .statistics import Difference, paired, without_interval
+from .report import ARROWS, Results, describe_metric, state_verdict
+from .statistics import Difference, correct_by_holm, paired, without_interval
 
 # Choice: with fewer prompts an interval is too narrow to be believed, and even equal signs could be chance (p > 0.03).
 FEWEST_PROMPTS = 6
@@ -24,7 +25,11 @@ CLEAR = {"better": "good", "worse": "bad", "higher": "other", "lower": "other"} 
 
 
 def compare_suites(a: Results, b: Results) -> list[dict[str, Any]]:
-    """Compare, for each suite, the systems of both runs: their metrics as B minus A over the videos that both have."""
+    """Compare, for each suite, the systems of both runs: their metrics as B minus A over the videos that both have.
+
+    ValueError if the runs measured a metric by different protocols.
+    """
+    refuse_other_protocols(a.protocols, b.protocols)
     rows = []
     for suite, title in SUITES.items():
         names = [list_systems(one, suite) for one in (a, b)]
@@ -34,6 +39,10 @@ def compare_suites(a: Results, b: Results) -> list[dict[str, Any]]:
         if systems or any(only.values()):
             differ = build_matrix([one for one in systems if not one["same"]])
             rows.append({"suite": suite, "title": title, "systems": systems, "only": only, "matrix": differ})
+    # The family that Holm's correction counts: every test of the page, but not of numbers that are the same by construction.
+    family = [row for suite in rows for one in suite["systems"] for row in one["rows"] if not row["same"] and row["found"].p >= 0]
+    for row, p in zip(family, correct_by_holm([row["found"].p for row in family]), strict=True):
+        row["p_family"] = p
     return rows
 
 
@@ -73,7 +82,7 @@ def compare_metric(a: Results, b: Results, suite: str, name: str, metric: str) -
     kind = "same" if same else CLEAR.get(says, "none")
     return {
         "metric": metric, "word": word, "arrow": ARROWS[word.better], "first": first, "second": second, "found": difference,
-        "pairs": len(shared), "says": says, "bar": bar, "same": same, "clear": says in CLEAR, "kind": kind,
+        "pairs": len(shared), "p_family": float("nan"), "says": says, "bar": bar, "same": same, "clear": says in CLEAR, "kind": kind,
     }  # fmt: skip
 
 

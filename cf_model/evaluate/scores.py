@@ -1,6 +1,6 @@
 """Scores of videos against the known world that they come from: of each video, each system, and of pairs of systems.
 
-A cell is a mapping with suite, system, prompt, clip, seed, file, metric and value. All other results are derived from cells.
+All results are derived from cells (cf_model/evaluate/cells.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from jaxtyping import UInt8
 from cf_model.codec.interface import TIME, video_frames
 
 from . import oracle
+from .cells import Cell, group_values, iterate_values
 from .statistics import RATIOS, bootstrap_ratio, paired, paired_ratio
 from .stutter import measure_stutter
 
-Cell = Mapping[str, Any]
 Truth = Mapping[str, Any]  # a world's facts (cf_model/data/worlds.py)
 Video = UInt8[np.ndarray, "V Y X 3"]
+PROTOCOL = "world/1"  # the number goes up when a metric of the known world changes its meaning
 WINDOW = 2  # seconds of video in a point of a curve
 COMPARED = (  # suite, system, system, metric: over the videos that have the metric in both systems
     ("continuations", "teacher_fast", "teacher_slow_fast", "map_error"),
@@ -32,6 +33,11 @@ COMPARED = (  # suite, system, system, metric: over the videos that have the met
     ("prompts", "stage1", "stage2", "motion"),
 )
 CURVES = ("sprite_recall", "sky_error", "sharpness", "motion", "compass_coherence")
+
+
+def name_protocol(*, fps: int, gap: float, absence: float, sink: int) -> str:
+    """Name the protocol of all metrics of the known world with the settings that their meaning depends on."""
+    return f"{PROTOCOL},fps={fps},gap={gap:g},absence={absence:g},sink={sink}"
 
 
 def score_video(video: Video, truth: Truth | None, prefix: int, *, fps: int, gap: float, absence: float, sink: int) -> dict[str, float]:
@@ -88,12 +94,10 @@ def score_recall(rows: Sequence[Mapping[str, Any]], truths: Mapping[str, Truth |
 
 def compare_systems(cells: Sequence[Cell], *, resamples: int, seed: int) -> dict[str, Any]:
     """Compare pairs of systems video by video, so that a system can't win by lacking the videos that are hard."""
-    values: dict[tuple[str, str, str], dict[tuple[str, int], float]] = defaultdict(dict)
-    for cell in cells:
-        values[cell["suite"], cell["system"], cell["metric"]][cell["clip"] or cell["prompt"], cell["seed"]] = cell["value"]
+    values = group_values(cells)
     out = {}
     for suite, before, after, metric in COMPARED:
-        tables = [[values[suite, system, name] for name in RATIOS.get(metric, (metric,))] for system in (before, after)]
+        tables = [[values.get((suite, system, name), {}) for name in RATIOS.get(metric, (metric,))] for system in (before, after)]
         first, second = tables
         if metric in RATIOS:
             pair = paired_ratio((first[0], first[1]), (second[0], second[1]), resamples=resamples, seed=seed)
@@ -106,24 +110,31 @@ def compare_systems(cells: Sequence[Cell], *, resamples: int, seed: int) -> dict
     return out
 
 
-def summarise_systems(cells: Sequence[Cell], views: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Return each system's means over videos, and its metrics of all videos together (diversity, headings, ratios of means).
-
-    `views`: suite and system -> what `read_view` says of each video.
-    """
-    values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for cell in cells:
-        values[cell["suite"]][cell["system"]][cell["metric"]][cell["file"], cell["seed"]] = cell["value"]
-    out: dict[str, Any] = {
-        suite: {system: mean_metrics(metrics) for system, metrics in systems.items()} for suite, systems in values.items()
-    }
+def score_together(views: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return cells of what only all videos of a system together have. `views`: suite and system -> what `read_view` says of each video."""
+    cells = []
     for (suite, system), videos in views.items():
-        more = {
+        values = {
             "videos": float(len(videos)),
             "diversity": oracle.measure_diversity([v["map"] for v in videos], [v["sky"] for v in videos]),
             "heading_perplexity": oracle.heading_perplexity([v["heading"] for v in videos]),
         }
-        out[suite][system] |= {name: value for name, value in more.items() if value is not None}
+        key = {"suite": suite, "system": system, "prompt": None, "clip": None, "seed": None, "file": None}
+        cells += [key | {"metric": name, "value": value} for name, value in values.items() if value is not None]
+    return cells
+
+
+def summarise_systems(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return each system's means over videos, the ratios of means, and its metrics of all videos together."""
+    values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for cell in iterate_values(cells):
+        values[cell["suite"]][cell["system"]][cell["metric"]][cell["file"], cell["seed"]] = cell["value"]
+    out: dict[str, Any] = {
+        suite: {system: mean_metrics(metrics) for system, metrics in systems.items()} for suite, systems in values.items()
+    }
+    for cell in cells:
+        if cell["file"] is None:
+            out[cell["suite"]][cell["system"]][cell["metric"]] = cell["value"]
     return out
 
 

@@ -1,7 +1,8 @@
-"""Intervals for means over prompts, and for paired differences of two systems.
+"""Intervals for means over prompts, and for paired differences of two systems or of two recipes over training seeds.
 
 The unit that is resampled is the prompt, never the video: seeds of one prompt are one draw (a cluster bootstrap).
-That covers the choice of prompts and noise. It says nothing about another training run, which would need training seeds.
+That covers the choice of prompts and noise. It says nothing about another training run, which needs training seeds: `bootstrap_crossed`
+and a one-sided `sign_flip` over the seeds' means. Tests that were declared together are corrected together, by `correct_by_holm`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ def without_interval(mean: float) -> Interval:
 
 
 class Difference(NamedTuple):
-    """Difference of two systems, second minus first, over the (prompt, seed) pairs of both; `p` is two-sided, by sign flips, or nan."""
+    """Difference of two systems, second minus first, over the (prompt, seed) pairs of both; `p` is two-sided, by sign flips, or nan.
+
+    `effect` is the mean difference in standard deviations of the prompts' differences, where they have one.
+    """
 
     first: float
     second: float
     change: Interval
     p: float
+    prompts: int = 0
+    effect: Interval | None = None
 
 
 def bootstrap(values: Mapping[str, Sequence[float]] | Sequence[float], *, resamples: int, seed: int) -> Interval:
@@ -62,22 +68,65 @@ def bootstrap(values: Mapping[str, Sequence[float]] | Sequence[float], *, resamp
     return Interval(mean, float(low), float(high))
 
 
-def sign_flip(differences: Sequence[float], *, resamples: int, seed: int) -> float:
-    """Return the two-sided p of a mean difference, if each prompt's difference could as well have had the other sign.
+def sign_flip(differences: Sequence[float], *, resamples: int, seed: int, one_sided: bool = False) -> float:
+    """Return the p of a mean difference, if each unit's difference (a prompt's, a training seed's) could as well have had the other sign.
 
-    Exact when all sign patterns fit into `resamples`, otherwise drawn; then p is never below 1 / (resamples + 1).
+    Two-sided, or for a claim that the mean is above 0. Exact when all sign patterns fit into `resamples`, otherwise drawn; then p is
+    never below 1 / (resamples + 1).
     """
     values = np.asarray(differences, float)
     if len(values) == 0:
         raise ValueError("sign_flip got no differences; it needs at least one pair")
+    fold = (lambda means: means) if one_sided else np.abs
     # A hair below the observed mean, because rounding must not let the observed pattern miss its own bound.
-    bound = abs(values.mean()) * (1 - 1e-12)
+    bound = fold(values.mean()) - abs(values.mean()) * 1e-12
     if 2 ** min(len(values), 62) <= resamples:
         patterns = np.arange(2 ** len(values))[:, None] >> np.arange(len(values)) & 1
-        return float(np.mean(np.abs((1 - 2 * patterns) @ values / len(values)) >= bound))
+        return float(np.mean(fold((1 - 2 * patterns) @ values / len(values)) >= bound))
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(values)))
-    hits = int(np.sum(np.abs(signs @ values / len(values)) >= bound))
+    hits = int(np.sum(fold(signs @ values / len(values)) >= bound))
     return (hits + 1) / (resamples + 1)
+
+
+def correct_by_holm(p: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's step-down method, in the order given. They are the declared family."""
+    order, out, largest = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[number]))
+        out[number] = largest
+    return out
+
+
+def measure_effect(differences: Sequence[float], *, resamples: int, seed: int) -> Interval | None:
+    """Return the mean of paired differences in their own standard deviations (Cohen's d of pairs), with its bootstrap interval.
+
+    None for fewer than two units, and where all differences are equal. Draws of equal units, which have no deviation, are left out.
+    """
+    values = np.asarray(differences, float)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return None
+    drawn = values[np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))]
+    drawn = drawn[np.ptp(drawn, axis=1) > 0]
+    low, high = np.quantile(drawn.mean(1) / drawn.std(1, ddof=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(values.mean() / values.std(ddof=1)), float(low), float(high))
+
+
+def bootstrap_crossed(table: np.ndarray, resamples: int) -> tuple[float, float]:
+    """Return the percentile interval of the mean over seeds of their means over clips; seeds and clips are both drawn anew.
+
+    `table` is [seeds, clips], with nan where a clip has no value.
+    """
+    rng = np.random.default_rng(0)
+    seeds, clips = table.shape
+    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # how often each is drawn, [R, S]
+    drawn_clips = rng.multinomial(clips, np.full(clips, 1 / clips), size=resamples)  # [R, W]
+    known = ~np.isnan(table)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (drawn_clips @ np.nan_to_num(table).T) / (drawn_clips @ known.T.astype(float))  # [R, S]
+    weights = drawn_seeds * np.isfinite(means)
+    values = (weights * np.nan_to_num(means)).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
+    low, high = np.quantile(values[weights.sum(axis=1) > 0], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def paired(
@@ -98,6 +147,8 @@ def paired(
         second=float(np.mean([second[key] for key in shared])),
         change=change,
         p=p,
+        prompts=len(means),
+        effect=measure_effect(means, resamples=resamples, seed=seed),
     )
 
 
@@ -140,7 +191,7 @@ def paired_ratio(
     before, after = (float(value[0]) for value in ratios(np.arange(len(prompts))[None]))
     change = after - before if minus else after
     if len(prompts) < 2:
-        return Difference(before, after, without_interval(change), float("nan"))
+        return Difference(before, after, without_interval(change), float("nan"), len(prompts))
     first_drawn, second_drawn = ratios(np.random.default_rng(seed).integers(len(prompts), size=(resamples, len(prompts))))
     low, high = np.quantile(second_drawn - first_drawn if minus else second_drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Difference(before, after, Interval(change, float(low), float(high)), float("nan"))
+    return Difference(before, after, Interval(change, float(low), float(high)), float("nan"), len(prompts))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+SUITE = "videos"  # of rows that name none
+
 
 def check_rows(rows: list[dict[str, Any]], folder: Path, texts: Mapping[str, str], manifest: str, prompts: str) -> list[dict[str, Any]]:
     """Return the rows of a manifest with each prompt_id's text from `texts`. Raises ValueError for a row that contradicts itself.
@@ -32,3 +34,11 @@ def check_rows(rows: list[dict[str, Any]], folder: Path, texts: Mapping[str, str
     if not rows:
         raise ValueError(f"{manifest} names no video; give it a line for each")
     return rows
+
+
+def describe_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a row of a manifest says of its video, as cells say it."""
+    return {name: row.get(name) for name in ("system", "prompt", "prompt_id", "seed")} | {
+        "suite": row.get("suite", SUITE),
+        "file": row["file"],
+    }

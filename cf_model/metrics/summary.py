@@ -9,7 +9,6 @@ import numpy as np
 
 from cf_model.metrics import long, totals
 from cf_model.metrics.protocols import COMPETITION, VBENCH
-from cf_model.metrics.vbench import average_by_frames
 
 
 def average_cells(cells: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -29,19 +28,22 @@ def average_cells(cells: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dic
         if len(good) < len(rows):
             entry["failed"] = float(len(rows) - len(good))
         if good:
-            entry["mean"] = average_metric(protocol, metric, good)
+            weights = [weigh_video(row) for row in good]
+            entry["mean"] = float(np.average([float(row["value"]) for row in good], weights=weights))
         out.setdefault(protocol, {})[metric] = entry
     return out
 
 
-def average_metric(protocol: str, metric: str, rows: list[Mapping[str, Any]]) -> float:
-    """Average a metric's values over videos by its protocol's own rule."""
-    values = [float(row["value"]) for row in rows]
-    if protocol == VBENCH and metric.partition("@")[0] in ("subject_consistency", "background_consistency"):
-        return average_by_frames(values, [int(row["frames"]) for row in rows])
-    if protocol in (long.UPSTREAM, COMPETITION):
-        return float(np.mean([one for row in rows for one in row["clips"]]))
-    return float(np.mean(values))
+def weigh_video(cell: Mapping[str, Any]) -> float:
+    """Return how much a cell counts in its metric's mean over videos: the same as all, its pairs of frames, or its clips.
+
+    Pairs of frames are VBench's weights of consistency on one GPU; on several it takes the plain mean, which is the same only for videos
+    of equal length.
+    """
+    protocol, metric = cell["protocol"], cell["metric"].partition("@")[0]
+    if protocol == VBENCH and metric in ("subject_consistency", "background_consistency"):
+        return float(cell["frames"] - 1)
+    return float(len(cell["clips"])) if protocol in (long.UPSTREAM, COMPETITION) else 1.0
 
 
 def total_scores(means: Mapping[str, Mapping[str, Mapping[str, float]]], failed: int) -> dict[str, float | str]:

@@ -47,15 +47,6 @@ def score_consistency(features: Features) -> float:
     return float((np.maximum(before, 0) + np.maximum(first, 0)).mean() / 2)
 
 
-def average_by_frames(scores: Sequence[float], frames: Sequence[int]) -> float:
-    """Average consistency over videos as VBench does on one GPU: every pair of frames counts the same, so long videos count more.
-
-    On several GPUs VBench takes the plain mean over videos; the two are equal only for videos of equal length.
-    """
-    pairs = np.asarray(frames, float) - 1
-    return float((np.asarray(scores) * pairs).sum() / pairs.sum())
-
-
 def measure_differences(video: Video) -> Float[np.ndarray, " V-1"]:
     """Return the mean absolute difference of neighbouring frames, in 0..255."""
     return np.array([np.abs(a.astype(np.int16) - b).mean() for a, b in pairwise(video)])

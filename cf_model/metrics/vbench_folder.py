@@ -59,5 +59,5 @@ def read_results(results: Mapping[str, Sequence[Any]], names: Mapping[str, tuple
         if unknown := [name for name, _ in rows if name not in files]:
             raise ValueError(f"VBench's results of {dimension} are of {unknown[0]}, which was not handed in; empty its output folder")
         scale = 0.01 if dimension in PERCENT else 1.0
-        cells += [{"video": files[name], "protocol": PROTOCOL, "metric": dimension, "value": value * scale} for name, value in rows]
+        cells += [{"file": files[name], "protocol": PROTOCOL, "metric": dimension, "value": value * scale} for name, value in rows]
     return cells

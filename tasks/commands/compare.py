@@ -20,7 +20,7 @@ from tasks.files.dvc_config import read_public_config
 from tasks.files.json_lines import read_json_lines
 from tasks.files.trees import list_nodes
 from tasks.params import yaml_file
-from tasks.params.yaml_file import Refused
+from tasks.params.yaml_file import Refused, refuse_errors
 from tasks.report import read_curves, read_metrics, read_results, read_training
 
 ABSENT = "–"
@@ -73,7 +73,8 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
     rules = a.params.get("evaluate") or {}
     resamples, seed = int(rules.get("resamples", 1000)), int(a.params.get("seed", 0))
     measured = [read_results(side.root / "results", side.root / "metrics", resamples=resamples, seed=seed) for side in (a, b)]
-    suites = run_comparison.compare_suites(*measured)
+    with refuse_errors():
+        suites = run_comparison.compare_suites(*measured)
     size, samples = a.params.get("video") or {}, [side.root / "samples" for side in (a, b)]
     index = [read_json_lines(folder / "index.jsonl", missing_ok=True) for folder in samples]
     return {

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cf_model.evaluate.cells import refuse_other_protocols
 from cf_model.evaluate.report import Results, format_number
 from cf_model.evaluate.run_comparison import list_differences
 from tasks.files.atomic import delete_path
 from tasks.files.json_lines import write_json
-from tasks.params.yaml_file import Refused, read_yaml, write_yaml
+from tasks.params.yaml_file import Refused, read_yaml, refuse_errors, write_yaml
 from tasks.report import read_results
 
 FOLDER, STUDENT = Path("work/control"), "stage2"
@@ -79,6 +80,8 @@ def compare_students(root: Path, folder: Path) -> list[dict[str, Any]]:
     params = read_yaml(root / "params.yaml")
     sides: Mapping[str, Path] = {"context": root, "memoryless": folder}
     read = {name: read_results(side / "results", side / "metrics", resamples=1, seed=0) for name, side in sides.items()}
+    with refuse_errors():
+        refuse_other_protocols(read["context"].protocols, read["memoryless"].protocols, ("this run", str(folder)))
     cells: dict[tuple[str, str, str], Mapping[tuple[str, int], float]] = {}
     means: dict[str, dict[str, Mapping[str, float]]] = {}
     for name, results in read.items():

@@ -1,16 +1,21 @@
-"""`cf score`, also `cf evaluate --videos`: a folder of videos scored by the protocols of both papers, a JSON line a video and metric."""
+"""`cf score`, also `cf evaluate --videos`: a folder of videos scored by the protocols of both papers, a cell a video and metric.
+
+A second start goes on where the first was interrupted, and scores anew only what has changed."""
 
 import argparse
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.files.atomic import open_partial
+from cf_model.evaluate.cells import expand_lines, fold_cells, refuse_duplicates
+from tasks.files.atomic import write_atomically
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
 from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused, refuse_errors
 
+Cell = dict[str, Any]
 PROTOCOLS = ("vbench", "vbench-long", "vbench-competition", "windows", "own")
 EXAMPLES = """A manifest is a file of JSON lines: {"file": "a.mp4", "prompt": "a cat", "fps": 16, "system": "ours", "seed": 0}; only file is
 needed. With --prompts FILE ({"id": "text"}), "prompt_id" may stand for "prompt". Without a manifest all videos of DIR are scored.
@@ -50,7 +55,6 @@ def main(argv: list[str]) -> None:
         raise Refused("--repeats, --chunk and --window are whole numbers from 1 on")
 
     from cf_model.metrics.judges import open_judge
-    from cf_model.metrics.summary import average_cells, total_scores
     from cf_model.metrics.trace import open_networks
     from cf_model.scoring import Scoring, score_rows
     from tasks.parts.device import choose_device
@@ -59,24 +63,57 @@ def main(argv: list[str]) -> None:
     with refuse_errors():
         networks = open_networks(args.weights, choose_device())
         judge = open_judge(args.judge, args.judge_model, key.get_secret_value() if key else None, choose_device()) if args.judge else None
-    cells = []
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open_partial(args.out) as part, part.open("w") as file:
-        how = Scoring(args.protocol or PROTOCOLS, args.fps, args.chunk, args.window, args.repeats, args.timeout)
-        for scored in score_rows(rows, args.videos, networks, judge, how):
-            cells += scored
-            file.write(dump_json_lines(scored))
-            file.flush()
-    failed = [cell for cell in cells if cell["metric"] is None]
-    means = average_cells(cells)
-    for protocol, metrics in means.items():
-        for metric, entry in metrics.items():
-            print(f"{protocol:<44} {metric:<46} {entry.get('mean', float('nan')):>10.4f}  n = {entry['videos']:.0f}")
-    for name, value in total_scores(means, len(failed)).items():
-        print(f"{name}: {value if isinstance(value, str) else f'{value:.2f}'}")
-    for cell in failed:
-        print(f"not scored: {cell['failed']}")
-    print(f"{args.out}: {count_things(len(cells), 'line')} of {count_things(len(rows), 'video')}, {len(failed)} not scored")
+    how = Scoring(args.protocol or PROTOCOLS, args.fps, args.chunk, args.window, args.repeats, args.timeout)
+    with refuse_errors(f"; or remove {args.out} to begin anew"):
+        cells = score_on(rows, args.out, lambda finished: score_rows(rows, args.videos, networks, judge, how, finished))
+    print_scores(cells)
+    failed = sum(cell["metric"] is None for cell in cells)
+    print(f"{args.out}: {count_things(len(cells), 'cell')} of {count_things(len(rows), 'video')}, {failed} not scored")
+
+
+def score_on(rows: list[dict[str, Any]], out: Path, score: Callable[[list[Cell]], Iterator[list[Cell]]]) -> list[Cell]:
+    """Score videos and write the cells to `out`, whole or not at all; return them in the order of the rows.
+
+    Each scored video is kept beside `out` until then, because the next start of an interrupted one goes on with it.
+    """
+    begun, by_file = out.with_name(f"{out.name}.begun"), dict[str, list[Cell]]()
+    earlier = [expand_lines(read_json_lines(out, missing_ok=True), str(out))]
+    earlier.append(expand_lines(read_json_lines(begun, missing_ok=True, growing=True), str(begun), growing=True))
+    for cell in (cell for some in earlier for cell in some):
+        by_file.setdefault(cell["file"], []).append(cell)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(begun, dump_json_lines(fold_cells(earlier[1])))
+    with begun.open("a") as file:
+        for scored in score([cell for some in by_file.values() for cell in some]):
+            if scored != by_file.get(scored[0]["file"]):
+                by_file[scored[0]["file"]] = scored
+                file.write(dump_json_lines(fold_cells(scored)))
+                file.flush()
+    cells = [cell for row in rows for cell in by_file[row["file"]]]
+    refuse_duplicates(cells, str(out))
+    write_atomically(out, dump_json_lines(fold_cells(cells)))
+    begun.unlink()
+    return cells
+
+
+def print_scores(cells: list[Cell]) -> None:
+    """Print each system's means with n and interval, and its totals or the sentences that refuse them."""
+    from cf_model.metrics.summary import average_cells, total_scores
+    from cf_model.scoring import average_systems
+
+    for row in average_systems(cells, resamples=1000, seed=0):
+        interval, who = row["interval"], f"{row['system'] + ' ' if row['system'] else ''}{row['protocol']}"
+        mean = "–" if interval is None else f"{interval.mean:.4f}"
+        ends = f"[{interval.low:.4f}, {interval.high:.4f}]" if interval and interval.has_ends else ""
+        failed = f", {row['failed']} failed" if row["failed"] else ""
+        print(f"{who:<44} {row['metric']:<46} {mean:>10} {ends:<20} n = {row['videos']} of {row['prompts']} prompts{failed}")
+    for system in dict.fromkeys(cell["system"] for cell in cells):
+        own = [cell for cell in cells if cell["system"] == system]
+        for name, value in total_scores(average_cells(own), sum(cell["metric"] is None for cell in own)).items():
+            print(f"{f'{system} ' if system else ''}{name}: {value if isinstance(value, str) else f'{value:.2f}'}")
+    for cell in cells:
+        if cell["metric"] is None:
+            print(f"not scored: {cell['failed']}")
 
 
 def list_rows(folder: Path, manifest: Path | None, prompts: Path | None) -> list[dict[str, Any]]:

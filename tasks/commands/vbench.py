@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from tasks.commands.score import list_rows
+from tasks.files.hashes import hash_file
 from tasks.files.json_lines import dump_json_lines, load_json_object, write_json
 from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused
@@ -15,7 +16,7 @@ from tasks.params.yaml_file import Refused
 HANDED_ON = ("PATH", "HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_OFFLINE", "VBENCH_CACHE_DIR", "TMPDIR", "LANG")
 EPILOG = """OUT/videos holds the videos as PROMPT-INDEX.mp4, a prompt that can be no file name as its number, and OUT/prompts.json says
 which is which, for VBench's `evaluate.py --mode custom_input --prompt_file`. With --checkout and --python, that script is run, and
-OUT/scores.jsonl gets a line a video and dimension. VBench needs a GPU, and fetches its networks itself.
+OUT/scores.jsonl gets a cell a video and dimension. VBench needs a GPU, and fetches its networks itself.
 
 example:
   cf vbench --videos DIR --manifest DIR/manifest.jsonl --out out/vbench --checkout VBench --python vbench-venv/bin/python \\
@@ -23,6 +24,8 @@ example:
 
 
 def main(argv: list[str]) -> None:
+    from cf_model.evaluate.cells import fold_cells
+    from cf_model.metrics.manifest import describe_row
     from cf_model.metrics.vbench_folder import name_videos, read_results
 
     form = argparse.RawDescriptionHelpFormatter
@@ -35,7 +38,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--python", type=Path, metavar="FILE", help="the python of an environment that has VBench's requirements")
     parser.add_argument("--dimension", action="append", default=[], help="of VBench; may be given several times")
     args = parser.parse_args(argv)
-    names = name_videos(list_rows(args.videos, args.manifest, args.prompts))
+    rows = list_rows(args.videos, args.manifest, args.prompts)
+    names = name_videos(rows)
     if absent := [file for file in names if not (args.videos / file).is_file()]:
         raise Refused(f"{args.videos / absent[0]} is not there; correct {args.manifest}")
     if args.out.exists():
@@ -52,8 +56,9 @@ def main(argv: list[str]) -> None:
     print(f"{args.out / 'videos'}: {count_things(len(names), 'video')} of {prompts}")
     if args.python:
         results = run_script(args.out.resolve(), args.python.absolute(), args.checkout, args.dimension)
-        cells = read_results(load_json_object(results), names)
-        (args.out / "scores.jsonl").write_text(dump_json_lines(cells))
+        facts = {row["file"]: describe_row(row) | {"md5": hash_file(args.videos / row["file"])} for row in rows}
+        cells = [facts[cell["file"]] | cell for cell in read_results(load_json_object(results), names)]
+        (args.out / "scores.jsonl").write_text(dump_json_lines(fold_cells(sorted(cells, key=lambda cell: cell["file"]))))
         print(f"{args.out / 'scores.jsonl'}: {count_things(len(cells), 'line')}")
 
 

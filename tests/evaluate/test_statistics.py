@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cf_model.evaluate.statistics import bootstrap, bootstrap_ratio, paired, paired_ratio, sign_flip
+from cf_model.evaluate.statistics import bootstrap, bootstrap_ratio, measure_effect, paired, paired_ratio, sign_flip
 
 
 def test_mean_is_over_videos_and_the_draw_is_over_prompts() -> None:
@@ -61,6 +61,25 @@ def test_p_by_hand() -> None:
     # |±1 ±2 ±3| >= |1 + 2 - 3| = 0 always; >= 4 (as in -1 + 2 + 3) for ±6 and ±4: 4 of 8 patterns
     assert sign_flip([1.0, 2.0, -3.0], resamples=100, seed=0) == 1.0
     assert sign_flip([-1.0, 2.0, 3.0], resamples=100, seed=0) == 0.5
+
+
+def test_a_one_sided_p_by_hand() -> None:
+    # of ±1 ±2 ±3, the means of 1 + 2 + 3 = 6 and 6 - 2 = 4 are those of one and of two patterns; every pattern reaches -6
+    assert sign_flip([1.0, 2.0, 3.0], resamples=100, seed=0, one_sided=True) == 1 / 8
+    assert sign_flip([-1.0, 2.0, 3.0], resamples=100, seed=0, one_sided=True) == 2 / 8
+    assert sign_flip([-1.0, -2.0, -3.0], resamples=100, seed=0, one_sided=True) == 1.0
+    assert sign_flip([0.0], resamples=100, seed=0, one_sided=True) == 1.0 and sign_flip([2.0], resamples=9, seed=0, one_sided=True) == 0.5
+
+
+def test_an_effect_is_in_deviations_of_the_differences_and_has_an_interval() -> None:
+    values = [1.0, 2.0, 3.0, 2.0, 1.0, 3.0]
+    found = measure_effect(values, resamples=500, seed=0)
+    assert found and found.mean == pytest.approx(2 / np.std(values, ddof=1)) and 0 < found.low < found.mean < found.high
+    tenfold = measure_effect([10 * value for value in values], resamples=500, seed=0)
+    assert tenfold and tenfold == pytest.approx(found)
+    assert measure_effect([1.0], resamples=10, seed=0) is None and measure_effect([2.0, 2.0], resamples=10, seed=0) is None
+    both = paired({(str(k), 0): 0.0 for k in range(6)}, {(str(k), 0): v for k, v in enumerate(values)}, resamples=500, seed=0)
+    assert both and both.effect == found and both.prompts == 6
 
 
 def test_drawn_p_agrees_with_the_exact_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import tasks.__main__ as cf
+from cf_model import scoring
 from cf_model.data.video import write_video
+from cf_model.evaluate.cells import expand_lines
 from cf_model.metrics import encoders, protocols
 from tasks.commands import score
 from tasks.params.yaml_file import Refused
@@ -44,7 +47,12 @@ def run(*words: str | Path) -> list[dict[str, Any]]:
     """Run `cf evaluate --videos`, and return the lines that it wrote."""
     cf.main(["evaluate", *map(str, words)])
     out = Path(words[words.index("--out") + 1])
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    assert not list(out.parent.glob("*.begun*")), "nothing half-done is left"
+    return read(out)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    return expand_lines(map(json.loads, out.read_text().splitlines()), str(out))
 
 
 def manifest(path: Path, *rows: dict[str, Any]) -> Path:
@@ -53,7 +61,7 @@ def manifest(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def pick(cells: list[dict[str, Any]], video: str) -> dict[tuple[str, str], float]:
-    return {(cell["protocol"], cell["metric"]): cell["value"] for cell in cells if cell["video"] == video}
+    return {(cell["protocol"], cell["metric"]): cell["value"] for cell in cells if cell["file"] == video}
 
 
 def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,13 +78,14 @@ def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.C
     }
     assert still["own", "visual_stability@heuristic"] == 100 and scrolls["own", "seam_ratio"] == pytest.approx(1, abs=0.3)
     assert all(name.endswith(("@ffmpeg-epzs", "@heuristic")) or "@" not in name for protocol, name in still if protocol == "own")
-    failed = {cell["video"]: cell["failed"] for cell in cells if cell["metric"] is None}
+    failed = {cell["file"]: cell["failed"] for cell in cells if cell["metric"] is None}
     assert set(failed) == {"one.mp4", "cut.mp4", "text.mp4"}
     assert failed["one.mp4"] == "one.mp4 has a single frame at 8 fps; scores compare frames, give a video of at least 2"
     assert failed["text.mp4"] == "text.mp4 is not a video, or has lost its header; replace it"
     said = capsys.readouterr().out
     assert "vbench/total: 3 of the videos could not be scored; mend or remove them" in said and "not scored: cut.mp4" in said
-    assert f"{len(cells)} lines of 5 videos, 3 not scored" in said
+    assert f"{len(cells)} cells of 5 videos, 3 not scored" in said
+    assert re.search(r"vbench +subject_consistency@pooled-8x8 .* n = 2 of 2 prompts", said)
 
 
 def test_weights_prompts_and_recorded_ratings(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,14 +101,67 @@ def test_weights_prompts_and_recorded_ratings(folder: Path, tmp_path: Path, caps
     still = pick(cells, "still.mp4")
     assert still["vbench", "subject_consistency@dino"] > 0.999 and still["vbench-long/fixed", "subject_consistency@dino@dinov2-fast"] > 0.9
     assert -1 <= still[protocols.COMPETITION, "clip_score@clip"] <= 1 and still["own", "visual_stability@replay-answers"] == 80
-    row = next(cell for cell in cells if cell["video"] == "still.mp4")
+    row = next(cell for cell in cells if cell["file"] == "still.mp4")
     assert (row["prompt_id"], row["seed"], row["fps"], row["frames"]) == ("cat", 3, 8, 40) and row["weights"]["subject"].startswith(
         "sha256:"
     )
-    judged = next(cell for cell in cells if cell["video"] == "scrolls.mp4" and cell["metric"].startswith("visual_stability"))
+    judged = next(cell for cell in cells if cell["file"] == "scrolls.mp4" and cell["metric"].startswith("visual_stability"))
     assert judged["value"] is None and "holds no score from 0 to 5" in judged["failed"] and judged["answers"] == ["hm"]
     said = capsys.readouterr().out
     assert "vbench/total: VBench's total needs 16 dimensions and lacks subject_consistency" in said
+
+
+def test_an_interrupted_scoring_goes_on_and_a_second_scores_only_what_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "scores.jsonl"
+    videos.mkdir()
+    for name in ("scrolls", "still"):
+        shutil.copyfile(folder / f"{name}.mp4", videos / f"{name}.mp4")
+    scored: list[str] = []
+    real = scoring.score_file
+
+    def score_file(reader: Any, path: Path, *rest: Any) -> list[dict[str, Any]]:
+        scored.append(path.name)
+        if path.name == "still.mp4" and len(scored) == 2:
+            raise KeyboardInterrupt
+        return real(reader, path, *rest)
+
+    monkeypatch.setattr(scoring, "score_file", score_file)
+    words = ("--videos", videos, "--out", out, "--protocol", "vbench")
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    with out.with_name("scores.jsonl.begun").open("a") as begun:
+        begun.write('{"id": "12", "cells": 4}\n{"of": "1')  # as a kill leaves it
+    assert not out.exists()
+    cells = run(*words)
+    assert scored == ["scrolls.mp4", "still.mp4", "still.mp4"] and {cell["file"] for cell in cells} == {"scrolls.mp4", "still.mp4"}
+    first = out.read_bytes()
+    run(*words)
+    assert len(scored) == 3 and out.read_bytes() == first
+    shutil.copyfile(folder / "scrolls.mp4", videos / "still.mp4")
+    again = run(*words)
+    assert scored[3:] == ["still.mp4"] and {cell["md5"] for cell in again} == {cells[0]["md5"]}
+    run(*words, "--fps", "4")
+    assert scored[4:] == ["scrolls.mp4", "still.mp4"]
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:-1]))
+    with pytest.raises(Refused, match=r"cells of still\.mp4: it was cut off; score the videos again; or remove .* to begin anew"):
+        run(*words)
+
+
+def test_systems_are_averaged_apart_and_duplicates_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"file": name, "prompt_id": "a", "seed": 0, "system": name[:-4]} for name in ("still.mp4", "scrolls.mp4")]
+    (tmp_path / "p.json").write_text('{"a": "a cat"}')
+    words = ("--videos", folder, "--prompts", tmp_path / "p.json", "--out", tmp_path / "out.jsonl", "--protocol", "vbench")
+    run(*words, "--manifest", manifest(tmp_path / "m.jsonl", *rows))
+    said = capsys.readouterr().out
+    assert re.search(r"still vbench +dynamic_degree@ffmpeg-epzs +0\.0000 .* n = 1 of 1 prompts", said)
+    assert re.search(r"scrolls vbench +dynamic_degree@ffmpeg-epzs +1\.0000 ", said) and "scrolls vbench/total: VBench's total needs" in said
+    (tmp_path / "out.jsonl").unlink()
+    with pytest.raises(Refused, match=r"two cells for .* of ours, prompt 'a', seed 0: of still\.mp4 and of scrolls\.mp4; keep one"):
+        run(*words, "--manifest", manifest(tmp_path / "m.jsonl", *(row | {"system": "ours"} for row in rows)))
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_frames_are_taken_at_their_own_rate_or_resampled(folder: Path, tmp_path: Path) -> None:
@@ -128,7 +190,7 @@ def test_a_manifest_that_contradicts_itself(folder: Path, tmp_path: Path, rows: 
 def test_videos_that_are_not_what_the_manifest_says(folder: Path, tmp_path: Path) -> None:
     listed = manifest(tmp_path / "manifest.jsonl", {"file": "still.mp4", "fps": 16}, {"file": "absent.mp4"})
     cells = run("--videos", folder, "--manifest", listed, "--out", tmp_path / "scores.jsonl")
-    assert {cell["video"]: cell["failed"] for cell in cells} == {
+    assert {cell["file"]: cell["failed"] for cell in cells} == {
         "still.mp4": "still.mp4 has 8 frames a second and the manifest says 16; correct the one that is wrong",
         "absent.mp4": "absent.mp4 is not there; check its name",
     }

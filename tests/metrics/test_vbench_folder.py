@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tasks.__main__ as cf
+from cf_model.evaluate.cells import expand_lines
 from cf_model.metrics.vbench_folder import name_videos, read_results
 from tasks.params.yaml_file import Refused
 
@@ -88,8 +89,8 @@ def test_prompts_that_are_absent_or_would_collide() -> None:
 def test_the_official_script_scores_the_folder(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "x")
     out = run(videos, *worker(videos, "imaging_quality", "dynamic_degree"))
-    cells = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-    assert {(cell["video"], cell["metric"]): cell["value"] for cell in cells} == {
+    cells = expand_lines(map(json.loads, (out / "scores.jsonl").read_text().splitlines()), "scores")
+    assert {(cell["file"], cell["metric"]): cell["value"] for cell in cells} == {
         (f"{number}.mp4", metric): value for number in range(4) for metric, value in (("imaging_quality", 0.625), ("dynamic_degree", 1.0))
     }
     assert {cell["protocol"] for cell in cells} == {"vbench/official"}

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from cf_model.data.video_reader import probe_video, read_video
-from cf_model.metrics import long, preprocess, totals, vbench
+from cf_model.metrics import long, preprocess, summary, totals, vbench
 
 GOLDEN = Path(__file__).parent.parent / "golden/eval"
 TIGHT = {"rtol": 0, "atol": 2e-6}  # VBench adds in float32
@@ -31,7 +31,8 @@ def test_consistency(dimension: str) -> None:
     videos = np.split(golden["feats"], np.cumsum(golden["lens"])[:-1])
     scores = [vbench.score_consistency(video) for video in videos]
     close(scores, golden[f"{dimension}_per_video"])
-    close(vbench.average_by_frames(scores, [len(video) for video in videos]), golden[f"{dimension}_overall"])
+    cells = [{"protocol": "vbench", "metric": f"{dimension}_consistency", "frames": len(video)} for video in videos]
+    close(np.average(scores, weights=[summary.weigh_video(cell) for cell in cells]), golden[f"{dimension}_overall"])
     if dimension == "subject":
         close(np.mean(scores), golden["subject_overall_multi_gpu"])
 
