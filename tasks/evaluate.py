@@ -25,14 +25,15 @@ def run(params: Params, track: Track, *, samples: Path, clips: Path, out: Path) 
     views: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in videos:
         video = read_video(samples / row["file"], **params.video.model_dump())
-        truth, prefix = truths.get(row["clip"]), row["prefix_frames"]
+        truth = truths.get(row["clip"])
         key = {name: row[name] for name in ("suite", "system", "prompt", "clip", "seed", "file")}
-        found = scores.score_video(video, truth, prefix, fps=fps, gap=spec.gap, absence=spec.absence, sink=spec.sink)
-        cells += [key | {"metric": name, "value": round_value(value)} for name, value in found.items()]
-        if truth:
-            views[row["suite"], row["system"]].append(scores.read_view(video[prefix:], truth))
-            for name, second, value in scores.score_windows(video, truth, fps):
-                curves[row["suite"], row["system"], name, second][row["prompt"]].append(value)
+        rules = {"gap": spec.gap, "absence": spec.absence, "sink": spec.sink, "chunk": row.get("chunk")}
+        found = scores.score_video(video, truth, row["prefix_frames"], fps=fps, **rules)
+        cells += [key | {"metric": name, "value": round_value(value)} for name, value in found.values.items()]
+        if found.view:
+            views[row["suite"], row["system"]].append(found.view)
+        for name, second, value in found.curves:
+            curves[row["suite"], row["system"], name, second][row["prompt"]].append(value)
         bar.update()
     recall = scores.score_recall(read_json_lines(samples / "recall.jsonl", missing_ok=True), truths)
     cells += [cell | {"value": round_value(cell["value"])} for cell in recall]
