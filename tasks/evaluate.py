@@ -9,7 +9,7 @@ from typing import Any
 
 from cf_model.data import worlds
 from cf_model.data.video_reader import read_video
-from cf_model.evaluate import oracle, scores, stutter
+from cf_model.evaluate import course, oracle, places, scores, stutter
 from cf_model.evaluate.cells import Cell, expand_lines, fold_cells, group_curves, hash_code
 from cf_model.evaluate.statistics import bootstrap
 from tasks.files.hashes import hash_file
@@ -30,20 +30,20 @@ def score_videos(params: Params, track: Track, samples: Path, clips: Path) -> It
     truths = {row["id"]: row["truth"] for row in read_json_lines(clips / "clips.jsonl")}
     videos, fps = read_json_lines(samples / "index.jsonl"), params.video.fps
     settings: dict[str, Any] = params.evaluate.model_dump(include={"gap", "absence", "sink"})
-    about = {"code": hash_code(oracle, scores, stutter, worlds), "protocol": scores.name_protocol(fps=fps, **settings)}
+    about = {"code": hash_code(course, oracle, places, scores, stutter, worlds), "protocol": scores.name_protocol(fps=fps, **settings)}
     bar = track.progress(len(videos), "video")
     views: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in videos:
         file = samples / row["file"]
-        video, truth, prefix = read_video(file, **params.video.model_dump()), truths.get(row["clip"]), row["prefix_frames"]
+        video, truth = read_video(file, **params.video.model_dump()), truths.get(row["clip"])
         key = {name: row[name] for name in ("suite", "system", "prompt", "clip", "seed", "file")} | {"md5": hash_file(file)} | about
         key |= {"frames": len(video), "fps": fps}
-        found = scores.score_video(video, truth, prefix, fps=fps, **settings)
-        yield from (key | {"metric": name, "value": round_value(value)} for name, value in found.items())
-        if truth:
-            views[row["suite"], row["system"]].append(scores.read_view(video[prefix:], truth))
-            for name, second, value in scores.score_windows(video, truth, fps):  # not rounded, because their means will be
-                yield key | {"metric": name, "second": second, "value": value if math.isfinite(value) else None}
+        found = scores.score_video(video, truth, row["prefix_frames"], fps=fps, chunk=row.get("chunk"), **settings)
+        yield from (key | {"metric": name, "value": round_value(value)} for name, value in found.values.items())
+        if found.view:
+            views[row["suite"], row["system"]].append(found.view)
+        for name, second, value in found.curves:  # not rounded, because their means will be
+            yield key | {"metric": name, "second": second, "value": value if math.isfinite(value) else None}
         bar.update()
     recall = scores.score_recall(read_json_lines(samples / "recall.jsonl", missing_ok=True), truths)
     yield from (cell | about | {"value": round_value(cell["value"])} for cell in recall)

@@ -1,13 +1,14 @@
 """Metrics of the known world (cf_model/data/worlds.py): what a video shows, read off its pixels.
 
 The compass strip gives the heading of every frame, so landmarks can be compared with those seen before at the same
-heading. Lengths are in the world's units; colours in 0..255. Every function takes uint8 frames [V, Y, X, 3].
+heading. Lengths are in the world's units; colours in 0..255; videos are uint8 frames [V, Y, X, 3].
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,23 @@ BIN = 4  # units of heading that are compared as one
 BINS = worlds.PANORAMA // BIN
 EDGE = 3  # units at the picture's sides that are not read: the codec blurs them
 SHORTEST_VISIT = 4  # frames
+HILL = worlds.PANORAMA // worlds.LANDMARKS  # units from the middle of a hill to that of the next
+GAPS = (2, 4, 8)  # seconds out of sight, each to twice itself, by which identities are told apart
+READABLE = 40.0  # mean distance, in 0..255, at which a colour is still called by the palette's name
 LANDMARK_TOP = worlds.LANDMARK_ROWS.start  # units of 1/32 of the picture's height above the landmarks
 _PALETTE = np.array(list(worlds.COLOURS.values()), float)
 _NAMES = list(worlds.COLOURS)
 
 
-def crop_rows(video: Video, which: slice) -> np.ndarray:
-    """Return a band of the picture as float; `which` is in the world's units."""
+def crop_rows(video: Video, which: slice) -> UInt8[np.ndarray, "V R X 3"]:
+    """Return a band of the picture; `which` is in the world's units."""
     unit = video.shape[1] // 32
-    return video[:, which.start * unit : which.stop * unit].astype(float)
+    return video[:, which.start * unit : which.stop * unit]
+
+
+def wrap_heading(difference: np.ndarray) -> np.ndarray:
+    """Return differences of headings as the shorter way round, in units."""
+    return (difference + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
 
 
 def read_heading(video: Video) -> tuple[Float[np.ndarray, " V"], Float[np.ndarray, " V"]]:
@@ -46,9 +55,15 @@ def read_heading(video: Video) -> tuple[Float[np.ndarray, " V"], Float[np.ndarra
     return np.angle(turn) / (2 * np.pi) * worlds.PANORAMA % worlds.PANORAMA, np.abs(turn)
 
 
+def find_median(values: UInt8[np.ndarray, "*N K"]) -> Float[np.ndarray, "*N"]:
+    """Return the median of the last axis; sorting bytes is several times faster than np.median of floats."""
+    ordered, middle = np.sort(values, axis=-1), values.shape[-1] // 2
+    return ordered[..., middle].astype(float) if values.shape[-1] % 2 else ordered[..., middle - 1 : middle + 1].mean(axis=-1)
+
+
 def read_sky(video: Video) -> Float[np.ndarray, "V 3"]:
     """Read the sky's colour in every frame, as the median of its rows."""
-    return np.median(crop_rows(video, worlds.SKY_ROWS), axis=(1, 2))
+    return find_median(np.ascontiguousarray(crop_rows(video, worlds.SKY_ROWS).reshape(len(video), -1, 3).transpose(0, 2, 1)))
 
 
 def _sky_colours() -> np.ndarray:
@@ -68,56 +83,91 @@ class Sprite:
 
 def find_sprite(video: Video) -> Sprite:
     """Find the sprite in every frame as the vivid pixels that differ from the sky of their row."""
-    unit = video.shape[1] // 32
+    unit, frames, colours = video.shape[1] // 32, len(video), len(_PALETTE)
     region = crop_rows(video, worlds.SPRITE_ROWS)
-    # the median of the row is the sky: no sprite is half as wide as the picture
-    away = np.abs(region - np.median(region, axis=2, keepdims=True)).sum(axis=-1)
+    # the median of the row is the sky, [V, rows, 3]: no sprite is half as wide as the picture
+    sky = find_median(np.ascontiguousarray(region.transpose(0, 1, 3, 2)))
+    away = np.abs(2 * region.astype(np.int16) - (2 * sky).astype(np.int16)[:, :, None]).sum(axis=-1)
     vivid = region.max(axis=-1) - region.min(axis=-1) > 60
-    nearest = ((region[..., None, :] - _PALETTE) ** 2).sum(axis=-1).argmin(axis=-1)
-    mask = (away > 90) & vivid
-    by_colour = np.stack([(mask & (nearest == c)) for c in range(len(_PALETTE))], axis=-1)
-    counts = by_colour.sum(axis=(1, 2)) / unit**2
-    main = np.take_along_axis(by_colour, counts.argmax(axis=1)[:, None, None, None], axis=-1)[..., 0].astype(float)
-    total = main.sum(axis=(1, 2))
-    y, x = np.mgrid[0 : main.shape[1], 0 : main.shape[2]] / unit
-    with np.errstate(invalid="ignore", divide="ignore"):
-        extent = []
-        for place in (x, y):
-            mean = (main * place).sum(axis=(1, 2)) / total
-            extent.append(np.sqrt((main * (place - mean[:, None, None]) ** 2).sum(axis=(1, 2)) / total))
+    # of the pixels that stand out, and of them alone, the nearest colour of the palette
+    frame, row, column = np.nonzero((away > 180) & vivid)
+    nearest = ((region[frame, row, column, None].astype(np.int32) - _PALETTE.astype(np.int32)) ** 2).sum(axis=-1).argmin(axis=-1)
+    counts = np.bincount(frame * colours + nearest, minlength=frames * colours).reshape(frames, colours)
+    chosen = nearest == counts.argmax(axis=1)[frame]
+    frame, total = frame[chosen], counts.max(axis=1)
+    extent = []
+    for place in (column[chosen] / unit, row[chosen] / unit):
+        mean = np.bincount(frame, place, frames) / np.maximum(total, 1)
+        extent.append(np.sqrt(np.bincount(frame, (place - mean[frame]) ** 2, frames) / np.maximum(total, 1)))
     few = total < 8 * unit**2
-    return Sprite(counts, np.where(few, np.nan, extent[0]), np.where(few, np.nan, extent[1]))
+    return Sprite(counts / unit**2, np.where(few, np.nan, extent[0]), np.where(few, np.nan, extent[1]))
+
+
+def measure_motion(video: Video) -> Float[np.ndarray, " V-1"]:
+    """Measure the mean change from each frame to the next, in 0..255."""
+    return np.array([np.abs(np.subtract(after, before, dtype=np.int16)).mean() for before, after in pairwise(video)])
+
+
+def measure_sharpness(video: Video) -> Float[np.ndarray, " V"]:
+    """Measure the mean difference of pixels beside each other in the scene, in 0..255 a unit."""
+    scene, unit = crop_rows(video, slice(0, worlds.SCENE)), video.shape[1] // 32
+    return np.array([np.abs(np.subtract(frame[:, 1:], frame[:, :-1], dtype=np.int16)).mean() * unit for frame in scene])
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What is read off a video's frames once, and measured several times."""
+
+    heading: Float[np.ndarray, " V"]
+    coherence: Float[np.ndarray, " V"]
+    sky: Float[np.ndarray, "V 3"]
+    sprite: Sprite
+    sharpness: Float[np.ndarray, " V"]
+    motion: Float[np.ndarray, " V-1"]
+
+    def cut(self, first: int) -> Reading:
+        """Return the reading of the frames from `first` on."""
+        sprite = Sprite(self.sprite.counts[first:], self.sprite.wide[first:], self.sprite.high[first:])
+        sharpness, motion = self.sharpness[first:], self.motion[first:]
+        return Reading(self.heading[first:], self.coherence[first:], self.sky[first:], sprite, sharpness, motion)
+
+
+def read_frames(video: Video) -> Reading:
+    """Read a video's frames."""
+    heading, coherence = read_heading(video)
+    return Reading(heading, coherence, read_sky(video), find_sprite(video), measure_sharpness(video), measure_motion(video))
 
 
 def plain_metrics(video: Video) -> dict[str, float]:
     """Measure what can be measured of any video: sharpness and motion."""
-    scene = crop_rows(video, slice(0, worlds.SCENE))
+    return {"sharpness": float(measure_sharpness(video).mean()), "motion": float(measure_motion(video).mean())}
+
+
+def judge_frames(found: Reading, truth: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " V"]]:
+    """Judge each frame by what the caption says of it."""
+    colours, wanted = _sky_colours(), list(worlds.SKIES).index(truth["sky"])
+    ratio = np.log(np.maximum(found.sprite.wide, 0.1) / np.maximum(found.sprite.high, 0.1))
+    shape = np.where(ratio > 0.45, "bar", np.where(ratio < -0.35, "post", "disc"))
     return {
-        "sharpness": float(np.abs(np.diff(scene, axis=2)).mean() * (video.shape[1] // 32)),
-        "motion": float(np.abs(np.diff(video.astype(float), axis=0)).mean()),
+        "compass_coherence": found.coherence,
+        "sky_accuracy": ((found.sky[:, None] - colours) ** 2).sum(-1).argmin(axis=1) == wanted,
+        "sky_error": np.abs(found.sky - colours[wanted]).mean(axis=1),
+        "sprite_recall": found.sprite.counts[:, _NAMES.index(truth["colour"])] >= 8,
+        "shape_accuracy": (shape == truth["shape"]) & ~np.isnan(ratio),  # no sprite has no shape
+        "sharpness": found.sharpness,
     }
 
 
-def prompt_metrics(video: Video, truth: Mapping[str, Any], fps: float) -> dict[str, float]:
+def prompt_metrics(found: Reading, truth: Mapping[str, Any], fps: float) -> dict[str, float]:
     """Measure how much of the caption a video shows, and how it moves."""
-    turn, coherence = read_heading(video)
-    top = read_sky(video)
-    colours, wanted = _sky_colours(), list(worlds.SKIES).index(truth["sky"])
-    found_sprite = find_sprite(video)
-    own_colour = found_sprite.counts[:, _NAMES.index(truth["colour"])]
-    step = (np.diff(turn) + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
-    out = plain_metrics(video) | {
-        "compass_coherence": coherence.mean(),
-        "sky_accuracy": (((top[:, None] - colours) ** 2).sum(-1).argmin(axis=1) == wanted).mean(),
-        "sky_error": np.abs(top - colours[wanted]).mean(),
-        "sprite_recall": (own_colour >= 8).mean(),
-        "sprite_precision": own_colour.sum() / max(found_sprite.counts.sum(), 1.0),
+    step = wrap_heading(np.diff(found.heading))
+    own_colour = found.sprite.counts[:, _NAMES.index(truth["colour"])]
+    out = {name: values.mean() for name, values in judge_frames(found, truth).items()} | {
+        "motion": found.motion.mean(),
+        "sprite_precision": own_colour.sum() / max(found.sprite.counts.sum(), 1.0),
         "speed": np.abs(step).mean() * fps,
         "jitter": np.abs(np.diff(step)).mean() * fps,
     }
-    ratio = np.log(np.maximum(found_sprite.wide, 0.1) / np.maximum(found_sprite.high, 0.1))
-    shape = np.where(ratio > 0.45, "bar", np.where(ratio < -0.35, "post", "disc"))
-    out["shape_accuracy"] = ((shape == truth["shape"]) & ~np.isnan(ratio)).mean()  # no sprite has no shape
     return {name: float(value) for name, value in out.items()}
 
 
@@ -131,16 +181,15 @@ class Visit:
     colour: Float[np.ndarray, "rows 3"]  # median over the visit
 
 
-def find_visits(video: Video) -> list[Visit]:
-    """Find a video's visits to every bin of heading, in the order of their beginnings."""
+def find_visits(video: Video, turn: Float[np.ndarray, " V"]) -> list[Visit]:
+    """Find a video's visits to every bin of heading, in the order of their beginnings; `turn` is the heading that each frame shows."""
     unit = video.shape[1] // 32
-    turn, _ = read_heading(video)
     band = crop_rows(video, worlds.LANDMARK_ROWS)
     width = video.shape[2] / unit
     out = []
     for b in range(BINS):
         # where the bin's middle stands in the picture, in units from the left edge, frame by frame
-        place = (b * BIN + BIN / 2 - turn + worlds.PANORAMA / 2) % worlds.PANORAMA - worlds.PANORAMA / 2
+        place = wrap_heading(b * BIN + BIN / 2 - turn)
         inside = np.concatenate([[False], (place > EDGE) & (place < width - EDGE), [False]])
         edges = np.flatnonzero(np.diff(inside.astype(int)))
         for first, last in zip(edges[::2], edges[1::2], strict=True):
@@ -159,7 +208,7 @@ def find_bins_in_view(video: Video) -> frozenset[int]:
     return frozenset(np.flatnonzero((place < video.shape[2] / (video.shape[1] // 32)).any(axis=0)).tolist())
 
 
-def memory_metrics(video: Video, fps: float, gap: float, *, kept: Collection[int]) -> dict[str, float]:
+def memory_metrics(visits: Sequence[Visit], fps: float, gap: float, *, kept: Collection[int]) -> dict[str, float]:
     """Measure whether landmarks come back as they were: colour distances of a visit to the visit before it, `gap` seconds earlier.
 
     The last visit, not any, because a colour that drifts slowly is not forgotten. Headings in `kept`, which a memory's sink shows for
@@ -167,56 +216,99 @@ def memory_metrics(video: Video, fps: float, gap: float, *, kept: Collection[int
     is a perfect memory, 1 is none. It means nothing without the diversity of the videos, because a world of a single colour would have
     a low distance everywhere.
     """
-    all_visits = find_visits(video)
-    same, other = [], []
-    newest: dict[int, Visit] = {}
-    for i, visit in enumerate(all_visits):
+    bins = np.array([visit.bin for visit in visits], int)
+    colours = np.array([visit.colour.ravel() for visit in visits]).reshape(len(visits), 3 * len(range(32)[worlds.LANDMARK_ROWS]))
+    distances = np.abs(colours[:, None] - colours).mean(axis=-1)  # [visits, visits]
+    same = []
+    newest: dict[int, int] = {}
+    for i, visit in enumerate(visits):
         before = newest.get(visit.bin)
-        if before and visit.bin not in kept and visit.first - before.last >= gap * fps:
-            same.append(float(np.abs(visit.colour - before.colour).mean()))
-        newest[visit.bin] = visit
-        for later in all_visits[i + 1 :]:
-            if min((visit.bin - later.bin) % BINS, (later.bin - visit.bin) % BINS) * BIN >= 12:
-                other.append(float(np.abs(visit.colour - later.colour).mean()))
-    out = {"headings_covered": len({v.bin for v in all_visits}) / BINS}
-    if other:
-        out["other_heading"] = float(np.mean(other))
+        if before is not None and visit.bin not in kept and visit.first - visits[before].last >= gap * fps:
+            same.append(distances[i, before])
+        newest[visit.bin] = i
+    apart = np.minimum((bins[:, None] - bins) % BINS, (bins - bins[:, None]) % BINS) * BIN
+    other = distances[np.triu(apart >= HILL)]
+    out = {"headings_covered": len(newest) / BINS}
+    if len(other):
+        out["other_heading"] = float(other.mean())
     return out | ({"same_heading": float(np.mean(same))} if same else {})
 
 
-def map_metrics(
-    video: Video, truth: Mapping[str, Any], *, prefix: int, fps: float, gap: float, absence: float, kept: Collection[int]
-) -> dict[str, float]:
+def identity_metrics(visits: Sequence[Visit], fps: float, *, kept: Collection[int]) -> dict[str, float]:
+    """Measure whether a hill that comes back has the colour of its last visit, by the seconds that it was out of sight.
+
+    identity_2s is the share of hills that were away for 2 to 4 s and are of the same one of the palette's six colours as before, and
+    so on; guessing gives about 1/6. hills_readable is the share of visits to the middle of a hill, where its colour is pure, that show
+    a colour of the palette; visits that do not are left out. Headings in `kept`, which a memory's sink shows, are left out too.
+    """
+    names = {i: decode_hill(visit.colour) for i, visit in enumerate(visits) if visit.bin % (HILL // BIN) == HILL // BIN // 2}
+    returns: dict[int, list[bool]] = {gap: [] for gap in GAPS}
+    newest: dict[int, int] = {}
+    for i in (i for i, name in names.items() if name):
+        visit, before = visits[i], newest.get(visits[i].bin)
+        newest[visit.bin] = i
+        away = (visit.first - visits[before].last) / fps if before is not None and visit.bin not in kept else 0.0
+        for gap in (gap for gap in GAPS if gap <= away < 2 * gap):
+            returns[gap].append(names[i] == names[before] if before is not None else False)
+    out = {f"identity_{gap}s": float(np.mean(values)) for gap, values in returns.items() if values}
+    return out | ({"hills_readable": float(np.mean([name is not None for name in names.values()]))} if names else {})
+
+
+def decode_hill(colour: Float[np.ndarray, "R 3"]) -> str | None:
+    """Return the palette's name for the lower rows of a hill, or None where no colour is near."""
+    away = np.abs(colour[len(colour) // 2 :].mean(axis=0) - _PALETTE).mean(axis=1)
+    return _NAMES[int(away.argmin())] if away.min() <= READABLE else None
+
+
+def map_metrics(visits: Sequence[Visit], truth: Mapping[str, Any], *, unit: int, prefix: int, fps: float, gap: float, absence: float,
+                kept: Collection[int]) -> dict[str, float]:  # fmt: skip
     """Measure landmarks after a real prefix of `prefix` frames against the true panorama at the heading that the video shows.
 
     map_error counts what was seen in the prefix and then was out of sight for more than `gap` seconds; map_error_recent what was seen
     in the prefix and is still, or again, in view sooner. map_error_absent counts what only a slow memory can hold: out of sight for
-    more than `absence` seconds, at a heading that is not in `kept`, the headings that a memory's sink shows for ever.
+    more than `absence` seconds, at a heading that is not in `kept`, the headings that a memory's sink shows for ever. `unit` is in
+    pixels.
     """
-    unit = video.shape[1] // 32
     band = slice(worlds.LANDMARK_ROWS.start * unit, worlds.LANDMARK_ROWS.stop * unit)
     true = worlds.paint_panorama(tuple(truth["landmarks"]), truth["sky"], unit)[band]
-    all_visits = find_visits(video)
     errors: dict[str, list[float]] = {"map_error": [], "map_error_recent": [], "map_error_absent": []}
-    for i, visit in enumerate(all_visits):
+    oldest: dict[int, Visit] = {}
+    newest: dict[int, Visit] = {}
+    for visit in visits:
+        before, newest[visit.bin] = newest.get(visit.bin), visit
         # only bins that were in view in the prefix and come into view again after it
-        before = [v for v in all_visits[:i] if v.bin == visit.bin]
-        if visit.last <= prefix or not before or before[0].first >= prefix or visit.first < prefix:
+        if before is None or oldest.setdefault(visit.bin, before).first >= prefix or visit.first < prefix:
             continue
         middle = int((visit.bin * BIN + BIN / 2) * unit)
         columns = np.arange(middle - unit, middle + unit + 1) % true.shape[1]
         error = float(np.abs(visit.colour - true[:, columns].mean(axis=1)).mean())
-        away = (visit.first - before[-1].last) / fps
+        away = (visit.first - before.last) / fps
         errors["map_error" if away > gap else "map_error_recent"].append(error)
         if away > absence and visit.bin not in kept:
             errors["map_error_absent"].append(error)
     return {name: float(np.mean(values)) for name, values in errors.items() if values}
 
 
-def build_map(video: Video) -> dict[int, np.ndarray]:
+def find_speed(truth: Mapping[str, Any], fps: float) -> float:
+    """Return the usual speed of a world's camera, in units a second."""
+    steps = np.abs(wrap_heading(np.diff(np.array(truth["heading"]))))
+    return float(np.median(steps[steps > 0]) * fps) if (steps > 0).any() else float(worlds.SPEEDS[truth["speed"]])
+
+
+def heading_metrics(heading: Float[np.ndarray, " V"], truth: Mapping[str, Any], prefix: int, speed: float) -> dict[str, float]:
+    """Measure how far the camera of a continuation is from that of the world, in seconds of its `speed` (units a second).
+
+    Where the prefix did not show where the camera turns back, a continuation may choose; real continuations say what is reached.
+    """
+    true = np.array(truth["heading"])[prefix : len(heading)]
+    off = np.abs(wrap_heading(heading[prefix : prefix + len(true)] - true))
+    return {"heading_error": float(off.mean() / speed)} if len(off) else {}
+
+
+def build_map(visits: Sequence[Visit]) -> dict[int, np.ndarray]:
     """Average the landmark colours at each heading that a video shows: bin -> [rows, 3]."""
     out: dict[int, list[np.ndarray]] = {}
-    for visit in find_visits(video):
+    for visit in visits:
         out.setdefault(visit.bin, []).append(visit.colour)
     return {b: np.mean(colours, axis=0) for b, colours in out.items()}
 

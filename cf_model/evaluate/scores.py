@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,6 +16,8 @@ from cf_model.codec.interface import TIME, video_frames
 
 from . import oracle
 from .cells import Cell, group_values, iterate_values
+from .course import list_borders, score_course
+from .places import score_places
 from .statistics import RATIOS, bootstrap_ratio, paired, paired_ratio
 from .stutter import measure_stutter
 
@@ -40,34 +42,53 @@ def name_protocol(*, fps: int, gap: float, absence: float, sink: int) -> str:
     return f"{PROTOCOL},fps={fps},gap={gap:g},absence={absence:g},sink={sink}"
 
 
-def score_video(video: Video, truth: Truth | None, prefix: int, *, fps: int, gap: float, absence: float, sink: int) -> dict[str, float]:
+class Scored(NamedTuple):
+    """What is known of a video: its metrics, its curves (metric, second, value), and what videos are compared by among themselves."""
+
+    values: dict[str, float]
+    curves: list[tuple[str, float, float]]
+    view: dict[str, Any] | None  # None where no world is known
+
+
+def score_video(
+    video: Video, truth: Truth | None, prefix: int, *, fps: int, gap: float, absence: float, sink: int, chunk: int | None
+) -> Scored:
     """Score a video by all metrics that apply to it, without its real prefix of frames, which is not the system's work.
 
-    `gap`, `absence` (seconds) and `sink` (latent frames) are explained in params.yaml's section evaluate.
+    `gap`, `absence` (seconds) and `sink` (latent frames) are explained in params.yaml's section evaluate; `chunk` is the number of
+    latents that were made at once, None for a real video.
     """
-    new = video[prefix:]
     stutter = measure_stutter(video, period=TIME, first=prefix)
     values = {} if stutter is None else {"stutter": stutter}
+    borders = list_borders(len(video), first=prefix, latents=chunk, time=TIME) if chunk else None
     if truth is None:
-        return values | oracle.plain_metrics(new)
+        values |= oracle.plain_metrics(video[prefix:])
+        return Scored(values | score_course(video, oracle.measure_motion(video), fps, prefix=prefix, borders=borders), [], None)
+    found = oracle.read_frames(video)
+    new, visits, speed = found.cut(prefix), oracle.find_visits(video[prefix:], found.heading[prefix:]), oracle.find_speed(truth, fps)
     kept = oracle.find_bins_in_view(video[: video_frames(sink)])
-    values |= oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(new, fps, absence, kept=kept)
+    values |= oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(visits, fps, absence, kept=kept)
+    values |= score_course(video, found.motion, fps, prefix=prefix, borders=borders)
+    values |= score_places(video, found.heading, prefix=prefix, fps=fps, absence=absence, speed=speed, kept=kept)
+    every = oracle.find_visits(video, found.heading) if prefix else visits
+    values |= oracle.identity_metrics([visit for visit in every if visit.last > prefix], fps, kept=kept)
     if prefix:
-        values |= oracle.map_metrics(video, truth, prefix=prefix, fps=fps, gap=gap, absence=absence, kept=kept)
-    return values
+        rules: dict[str, Any] = {"prefix": prefix, "fps": fps, "gap": gap, "absence": absence, "kept": kept}
+        values |= oracle.map_metrics(every, truth, unit=video.shape[1] // 32, **rules)
+        values |= oracle.heading_metrics(found.heading, truth, prefix, speed)
+    view = {"map": oracle.build_map(visits), "sky": truth["sky"], "heading": new.heading}
+    return Scored(values, list(average_windows(found, truth, fps)), view)
 
 
-def score_windows(video: Video, truth: Truth, fps: int) -> Iterator[tuple[str, float, float]]:
-    """Yield metric, second and value of each metric of CURVES in every window of the video, its real prefix included."""
+def average_windows(found: oracle.Reading, truth: Truth, fps: int) -> Iterator[tuple[str, float, float]]:
+    """Yield metric, second and mean of each metric of CURVES in every window of a video, its real prefix included."""
     step = WINDOW * fps
-    for first in range(0, len(video) - step + 1, step):
-        values = oracle.prompt_metrics(video[first : first + step], truth, fps)
-        yield from ((name, first / fps, values[name]) for name in CURVES)
-
-
-def read_view(new: Video, truth: Truth) -> dict[str, Any]:
-    """Return what a system's videos are compared by among themselves: the landmarks, the sky and the headings that a video shows."""
-    return {"map": oracle.build_map(new), "sky": truth["sky"], "heading": oracle.read_heading(new)[0]}
+    windows = len(found.heading) // step
+    motion = np.append(0.0, found.motion)  # of a window, without the change from the frame before it
+    frames = oracle.judge_frames(found, truth) | {"motion": motion}
+    for name in CURVES:
+        parts = frames[name][: windows * step].reshape(windows, step)[:, 1 if name == "motion" else 0 :]
+        yield from ((name, float(WINDOW * k), float(part.mean())) for k, part in enumerate(parts))
 
 
 def score_recall(rows: Sequence[Mapping[str, Any]], truths: Mapping[str, Truth | None]) -> list[dict[str, Any]]:

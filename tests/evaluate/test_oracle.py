@@ -30,7 +30,11 @@ def mean(name, values):
 
 def measure_prompts(videos, shown_worlds=WORLDS):
     """Measure each video against the world that its caption names."""
-    return [oracle.prompt_metrics(v, w.truth(1, FPS), FPS) for v, w in zip(videos, shown_worlds, strict=True)]
+    return [oracle.prompt_metrics(oracle.read_frames(v), w.truth(1, FPS), FPS) for v, w in zip(videos, shown_worlds, strict=True)]
+
+
+def find_visits(video):
+    return oracle.find_visits(video, oracle.read_heading(video)[0])
 
 
 def forgetful(world):
@@ -67,7 +71,7 @@ def test_fast_is_faster_than_slow(videos):
 
 def test_memory_ratio_tells_memory_from_none(videos):
     def ratio(shown):
-        found = [oracle.memory_metrics(v, FPS, 2.0, kept=oracle.find_bins_in_view(v[:9])) for v in shown]
+        found = [oracle.memory_metrics(find_visits(v), FPS, 2.0, kept=oracle.find_bins_in_view(v[:9])) for v in shown]
         both = [m for m in found if "same_heading" in m]
         assert len(both) >= 6
         return mean("same_heading", both) / mean("other_heading", both)
@@ -75,13 +79,26 @@ def test_memory_ratio_tells_memory_from_none(videos):
     assert ratio(videos) < 0.05 and ratio(map(forgetful, WORLDS)) > 0.7
 
 
-def test_a_heading_of_the_sink_and_slow_drift_are_no_forgetting(videos, monkeypatch):
+def test_a_heading_of_the_sink_and_slow_drift_are_no_forgetting():
     """Bin 0 changes by 10 at each visit, 20 from its first; bin 9 changes by 90, but the sink shows it."""
     dark = np.zeros((7, 3))
     found = [oracle.Visit(b, 100 * n, 100 * n + 10, dark + (10 if b == 0 else 90) * n) for n in range(3) for b in (0, 9)]
-    monkeypatch.setattr(oracle, "find_visits", lambda video: found)
-    assert oracle.memory_metrics(videos[0], FPS, 2.0, kept={9})["same_heading"] == pytest.approx(10)
-    assert oracle.memory_metrics(videos[0], FPS, 2.0, kept=())["same_heading"] == pytest.approx(50)
+    assert oracle.memory_metrics(found, FPS, 2.0, kept={9})["same_heading"] == pytest.approx(10)
+    assert oracle.memory_metrics(found, FPS, 2.0, kept=())["same_heading"] == pytest.approx(50)
+    assert oracle.memory_metrics([], FPS, 2.0, kept=()) == {"headings_covered": 0}
+
+
+def test_an_identity_is_that_of_the_last_visit_by_the_seconds_out_of_sight():
+    """Bins 1, 4, 7 … are the middles of hills: bin 1 changes its colour after 3 s and keeps it for 10 s; bin 4 is grey once."""
+
+    def visit(b, first, last, name):
+        return oracle.Visit(b, first, last, np.tile(np.array(worlds.COLOURS.get(name, (128, 128, 128)), float) + 12, (7, 1)))
+
+    found = [visit(1, 0, 16, "red"), visit(2, 0, 16, "red"), visit(4, 0, 16, "grey"), visit(1, 64, 80, "blue"), visit(4, 64, 80, "green")]
+    found += [visit(1, 240, 256, "blue"), visit(4, 240, 250, "green"), visit(2, 240, 256, "cyan")]
+    measured = oracle.identity_metrics(found, FPS, kept=())
+    assert measured == {"identity_2s": 0.0, "identity_8s": 1.0, "hills_readable": pytest.approx(5 / 6)}
+    assert "identity_2s" not in oracle.identity_metrics(found, FPS, kept={1}), "what the sink shows tests nothing"
 
 
 def test_the_bins_in_view_are_those_between_the_pictures_edges(videos):
@@ -92,14 +109,14 @@ def test_the_bins_in_view_are_those_between_the_pictures_edges(videos):
 
 def test_map_error_counts_what_was_long_out_of_sight(videos):
     truths = [w.truth(1, FPS) for w in WORLDS]
-    asked = {"fps": FPS, "gap": 5.0, "absence": 2.0, "kept": ()}
-    true = [oracle.map_metrics(v, t, prefix=10 * FPS + 1, **asked) for v, t in zip(videos, truths, strict=True)]
-    wrong = [oracle.map_metrics(forgetful(w), t, prefix=80, **asked) for w, t in zip(WORLDS, truths, strict=True)]
+    asked = {"unit": 1, "fps": FPS, "gap": 5.0, "absence": 2.0, "kept": ()}
+    true = [oracle.map_metrics(find_visits(v), t, prefix=10 * FPS + 1, **asked) for v, t in zip(videos, truths, strict=True)]
+    wrong = [oracle.map_metrics(find_visits(forgetful(w)), t, prefix=80, **asked) for w, t in zip(WORLDS, truths, strict=True)]
     assert sum("map_error" in m for m in true) >= 4
     assert mean("map_error", true) < 12 < 40 < mean("map_error", wrong)
 
 
-def test_map_error_is_of_the_long_absent_and_nothing_else(videos, monkeypatch):
+def test_map_error_is_of_the_long_absent_and_nothing_else():
     """A return counts by how long a bin, a section of the panorama, was out of sight. The prefix is the first 160 frames, which are given.
 
     Bin 0 returns after 9.4 s with a wrong colour and alone makes `map_error`, because `gap` is 5 s. Bin 1 returns after 1.9 s with the
@@ -118,8 +135,7 @@ def test_map_error_is_of_the_long_absent_and_nothing_else(videos, monkeypatch):
     found = [visit(0, 0, 50), visit(1, 0, 150), visit(2, 170, 190, 90.0)]
     found += [visit(1, 180, 220), visit(0, 200, 240, 50.0), visit(2, 300, 320, 90.0)]
     found += [visit(3, 0, 140), visit(4, 0, 140), visit(3, 180, 220, 30.0), visit(4, 180, 220, 70.0)]  # both 2.5 s later
-    monkeypatch.setattr(oracle, "find_visits", lambda video: found)
-    errors = oracle.map_metrics(videos[0], truth, prefix=160, fps=FPS, gap=5.0, absence=2.0, kept={4})
+    errors = oracle.map_metrics(found, truth, unit=1, prefix=160, fps=FPS, gap=5.0, absence=2.0, kept={4})
     assert errors["map_error"] == pytest.approx(50) and errors["map_error_recent"] == pytest.approx(100 / 3)
     assert errors["map_error_absent"] == pytest.approx(40), "bins 0 and 3; bin 4 stands in the sink"
 
@@ -132,7 +148,7 @@ def test_blur_freezing_and_the_same_landmarks_everywhere_lower_their_metrics(vid
     same = [render(replace(w, landmarks=WORLDS[0].landmarks)) for w in WORLDS]
 
     def spread(many):
-        return oracle.measure_diversity([oracle.build_map(v) for v in many], ["any"] * len(many))
+        return oracle.measure_diversity([oracle.build_map(find_visits(v)) for v in many], ["any"] * len(many))
 
     assert spread(same) < 0.5 * spread(videos)
     assert oracle.heading_perplexity([np.full(100, 3.0)]) == pytest.approx(1)
@@ -142,7 +158,7 @@ def test_blur_freezing_and_the_same_landmarks_everywhere_lower_their_metrics(vid
 def test_sizes_do_not_change_what_is_measured():
     world = WORLDS[0]
     small, large = (worlds.render_clip(world, 81, height=h, width=h, fps=FPS) for h in (32, 64))
-    a, b = (oracle.prompt_metrics(v, world.truth(1, FPS), FPS) for v in (small, large))
+    a, b = (oracle.prompt_metrics(oracle.read_frames(v), world.truth(1, FPS), FPS) for v in (small, large))
     for name in ("compass_coherence", "sky_accuracy", "sprite_recall", "speed", "shape_accuracy"):
         assert a[name] == pytest.approx(b[name], abs=0.1), name
 
