@@ -49,7 +49,9 @@ def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["m
         clips=types.Clips.model_construct(source=source, folder=None),
         teacher=tiny.teacher,
         stage2=replace(tiny.stage2, teacher=replace(tiny.stage2.teacher, context=shown)),
-        generate=types.Generate.model_construct(prompts=10, seeds=[0, 1], systems=systems, continuations=continuations),
+        generate=types.Generate.model_construct(
+            prompts=10, continued=10, prefix=11, seeds=[0, 1], systems=systems, continuations=continuations
+        ),
         evaluate=types.Evaluate.model_construct(gap=5.0, resamples=200, choices=4),
     )
 
@@ -135,7 +137,7 @@ def write_project(
         "models": root / "models",
         "data": root / "data/manifest.jsonl",
         "clips": root / "data/clips",
-        "out": root / "reports/report.html",
+        "out": root / "reports",
     }
 
 
