@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from cf_model.data.video import write_video
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import BatchGenerator
-from cf_model.model.memory import empty_memory
+from cf_model.model.memory import Memory, empty_memory
 from cf_model.model.recall import measure_one_step_errors
-from cf_model.model.rollout import stream
+from cf_model.model.rollout import denoise_chunk
 from cf_model.model.view import sample_window
 from tasks.files.json_lines import dump_json_lines
 from tasks.params.schema import CAUSAL, Params, System
@@ -78,9 +79,12 @@ def run(
             if system and system.weights not in models:
                 models = {system.weights: wan.load_transformer(weights[system.weights], params.compute).to(choose_device())}
             prompts, null = text.encode([job.prompt for job in jobs]).to(choose_device()), clips.null_text.to(choose_device())
-            pieces = list(generate_latents(params, jobs, models, prompts, null))
+            held: list[list[dict[str, Any]]] = [[] for _ in jobs]
+            pieces = list(generate_latents(params, jobs, models, prompts, null, held))
             for row, job in enumerate(jobs):
                 (finished / job.file).parent.mkdir(parents=True, exist_ok=True)
+                if held[row]:  # before the video, whose presence says that both are there
+                    (finished / job.file).with_suffix(".json").write_text(json.dumps(held[row], separators=(",", ":")))
                 # Decoded one video after the other, because pixels are many times the size of latents.
                 video = pictures.decode_stream(piece[row : row + 1] for piece in pieces)
                 frames = (frame for part in video for frame in part[0].numpy())
@@ -121,6 +125,13 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
         bar.update()
     bar.close()
     out.write_text(dump_json_lines(found))
+
+
+def note_memory(memory: Memory, chunk: int, held: Sequence[list[dict[str, Any]]]) -> None:
+    """Add to `held`, of each video, the latent frames in each part of its memory, and those of the chunk that is begun."""
+    now = list(range(memory.frame_count, memory.frame_count + chunk))
+    for video, rows in enumerate(held):
+        rows.append(memory.frame_indices(video) | {"now": now})
 
 
 def index_row(params: Params, job: VideoJob) -> dict[str, Any]:
@@ -166,9 +177,17 @@ def group_jobs(todo: list[VideoJob], batch: int) -> Iterator[list[VideoJob]]:
 
 
 def generate_latents(
-    params: Params, jobs: Sequence[VideoJob], models: dict[str, Denoiser], text: Float[Tensor, "B T E"], null: Float[Tensor, "T E"]
+    params: Params,
+    jobs: Sequence[VideoJob],
+    models: dict[str, Denoiser],
+    text: Float[Tensor, "B T E"],
+    null: Float[Tensor, "T E"],
+    held: Sequence[list[dict[str, Any]]] = (),
 ) -> Iterator[Float[Tensor, "B _ C H W"]]:
-    """Yield the latents of videos of one system, chunk by chunk or window by window, after their real prefixes."""
+    """Yield the latents of videos of one system, chunk by chunk or window by window, after their real prefixes.
+
+    Add to `held`, of each video, what a causal system's memory held when it began each chunk.
+    """
     real = None if jobs[0].real is None else torch.cat([job.real for job in jobs if job.real is not None]).to(text.device)
     if real is not None:
         yield real
@@ -182,9 +201,13 @@ def generate_latents(
         # causal_init has no levels of its own: it is trained at all of them
         rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
         memory = empty_memory(spec) if real is None else model.remember_clip(real, text, spec, chunk=rollout.chunk)
-        chunks = stream(model, text, size, sigmas=params.flow.shift_levels(rollout.levels), chunk=rollout.chunk, memory=memory, rng=rng)
+        sigmas = params.flow.shift_levels(rollout.levels)
         for _ in range((system.frames - memory.frame_count) // rollout.chunk):
-            yield next(chunks)
+            note_memory(memory, rollout.chunk, held)
+            with torch.no_grad():  # alg. 1 with r' = T for every chunk, and the clean pass of line 21
+                x_0, _, memory = denoise_chunk(model, text, size, sigmas, rollout.chunk, memory, rng)
+                memory = model.remember(x_0, text, memory)
+            yield x_0
         return
     view = system.view
     assert view

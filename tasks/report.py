@@ -4,18 +4,23 @@ It reads what the other stages wrote, and names what is absent.
 """
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from cf_model.data.contact_sheet import draw_clips
 from cf_model.data.filter import list_bounds
-from cf_model.evaluate import figures, page
-from cf_model.evaluate import report as tables
-from cf_model.evaluate.cells import SUITES, expand_lines, group_values, list_protocols
-from cf_model.evaluate.report import Results
-from cf_model.evaluate.rule_histograms import describe_rules
+from cf_model.evaluate.cells import SUITES, expand_lines, group_curves, group_values, list_protocols
+from cf_model.evaluate.contents import Measured, Trained, build_contents, view_filter
+from cf_model.evaluate.figures import item_key
+from cf_model.evaluate.page import count_contents
+from cf_model.evaluate.planes import list_plane_rows
+from cf_model.evaluate.report import Results, render_page
+from cf_model.evaluate.rule_histograms import list_bins
+from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params
 from tasks.parts.systems import as_trained
@@ -49,7 +54,25 @@ def read_results(results: Path, metrics: Path, *, resamples: int, seed: int) -> 
     cells = expand_lines(read_json_lines(file, missing_ok=True), str(file))
     means = load_json_object(metrics / "evaluate.json", missing_ok=True)
     means = {suite: systems for suite, systems in means.items() if suite in SUITES}
-    return Results(group_values(cells, figures.item_key), means, resamples, seed, list_protocols(cells))
+    return Results(group_values(cells, item_key), means, resamples, seed, list_protocols(cells))
+
+
+def hash_origins(paths: Iterable[Path]) -> dict[str, str]:
+    """Return DVC's md5 of each path that is there."""
+    return {path.name: compute_dvc_md5(path) for path in paths if path.exists()}
+
+
+def write_table(path: Path, rows: list[list[Any]]) -> None:
+    """Write rows as a CSV file, for `dvc plots`."""
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def read_measured(results: Path, metrics: Path, *, resamples: int, seed: int) -> Measured:
+    """Read all that was measured of the videos; absent files give empty results."""
+    values = read_results(results, metrics, resamples=resamples, seed=seed)
+    failures = read_json_lines(results / "failures.jsonl", missing_ok=True)
+    return Measured(values, {}, read_curves(results / "curves.csv"), failures)
 
 
 def run(
@@ -64,51 +87,34 @@ def run(
     out: Path,
     clips: Path | None = None,
 ) -> dict[str, Any]:
-    """Write the report: one HTML page with videos, frame strips, curves and tables that needs no other file.
+    """Write the folder of the report: report.html, one page with videos, strips, curves and tables that needs no other file, and the
+    tables rules.csv and plane.csv for `dvc plots`.
 
-    `data` is the manifest; `clips`, if given, says which bad clips were planted. Times and hardware are not in the page
-    itself: it loads ../runtime/runtime.js where there is one.
+    `data` is the manifest; `clips`, if given, is the folder of the clips and says which bad ones were planted. Run, commit, times and
+    hardware are not in the page itself: it loads ../runtime/runtime.js where there is one.
     """
-    index = read_json_lines(samples / "index.jsonl", missing_ok=True)
-    values = read_results(results, metrics, resamples=params.evaluate.resamples, seed=params.seed)
+    index, manifest = read_json_lines(samples / "index.jsonl", missing_ok=True), read_json_lines(data, missing_ok=True)
+    bounds = list_bounds(params.filter)
+    filtered = view_filter(manifest, bounds)
+    if clips:
+        wanted = filtered.list_wanted(manifest)
+        filtered.pictures.update(draw_clips(wanted, clips, fps=params.video.fps, workers=params.filter.workers))
+    trained = Trained(
+        manifest,
+        read_json_lines(clips / "clips.jsonl", missing_ok=True) if clips else [],
+        read_training(models),
+        read_metrics(metrics),
+        hash_origins([*sorted(models.glob("*")), samples, results, data]),
+    )
+    measured = read_measured(results, metrics, resamples=params.evaluate.resamples, seed=params.seed)
     stated = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
     recipes = {suite: {name: as_trained(params, system) for name, system in systems.items()} for suite, systems in stated.items()}
-    present = {suite: page.systems_of(suite, systems, index, values) for suite, systems in recipes.items()}
-    colours = page.choose_colours(present["prompts"] + present["continuations"])
-    roles = {suite: page.by_weights(systems, present[suite]) for suite, systems in recipes.items()}
-    stages = {weights: {suite: role[weights] for suite, role in roles.items() if weights in role} for weights in ("stage1", "stage2")}
-    student = next((roles["prompts"][w] for w in ("stage2", "stage1", "causal_init", "base") if w in roles["prompts"]), None)
-    galleries = {suite: figures.build_gallery(suite, index, present[suite], samples, params.video.fps) for suite in SUITES}
-    teachers = [name for name in present["continuations"] if (s := recipes["continuations"].get(name)) and s.weights == "teacher"]
-    kinds = {page.name_memory(recipes["continuations"][name]): name for name in reversed(teachers)}
-    manifest = read_json_lines(data, missing_ok=True)
-    made = read_json_lines(clips / "clips.jsonl", missing_ok=True) if clips else []
-    training = read_training(models)
-    troubles = page.list_troubles(training, params.watch)
-    contents = {
-        "params": params,
-        "troubles": troubles,
-        "facts": page.list_facts(params, index, manifest, [row for gallery in galleries.values() for row in gallery["rows"]]),
-        "colours": colours,
-        "recipes": {suite: {name: page.describe_system(system) for name, system in systems.items()} for suite, systems in recipes.items()},
-        "claim": page.build_claim(values, index, stages, kinds.get("slow-fast"), made, samples),
-        "goals": tables.check_goals(values, roles["prompts"], kinds),
-        "student": student,
-        "guesses": figures.build_guesses(index, student, samples, choices=params.evaluate.choices, seed=params.seed),
-        "machine": {key: value for key, value in values.means.get("prompts", {}).get(student or "", {}).items() if "guess" in key},
-        "galleries": galleries,
-        "suites": page.build_suites(values, present, page.draw_curves(read_curves(results / "curves.csv"), colours)),
-        "compared": tables.compare_stages(values, stages["stage1"], stages["stage2"]),
-        "pairs": {suite: (name, stages["stage2"][suite]) for suite, name in stages["stage1"].items() if suite in stages["stage2"]},
-        "every": figures.STRIP_SECONDS,
-        "teachers": tables.compare_memories(values, sorted(teachers, key=lambda name: name != kinds.get("slow-fast"))),
-        "training": page.draw_training(training),
-        "pipeline": page.list_stages(read_metrics(metrics)),
-        "filter": page.summarise_filter(manifest, made) | {"rules": describe_rules(manifest, list_bounds(params.filter))},
-        # Where a run is tracked changes no result, so it must not change the page.
-        "yaml": yaml.safe_dump(params.model_dump(mode="json", exclude={"tracking", "nightly"}), sort_keys=False, allow_unicode=True),
-    }
-    html = tables.render_page(contents)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
-    return page.count_contents(html) | {"troubles": {stage: len(sentences) for stage, sentences in troubles.items()}}
+    contents = build_contents(params, recipes, measured, trained, filtered, samples, index)
+    # Where a run is tracked changes no result, so it must not change the page.
+    shown = params.model_dump(mode="json", exclude={"tracking", "nightly"})
+    html = render_page(contents | {"yaml": yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)})
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.html").write_text(html, encoding="utf-8")
+    write_table(out / "rules.csv", list_bins(manifest, bounds))
+    write_table(out / "plane.csv", list_plane_rows(contents["planes"]))
+    return count_contents(html) | {"troubles": {stage: len(sentences) for stage, sentences in contents["troubles"].items()}}

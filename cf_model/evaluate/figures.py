@@ -1,14 +1,16 @@
 """The report's videos, frame strips and curves, each as text that goes into the page.
 
-Videos are the first of the index, as many as fit, so that none is picked by hand.
+Videos are chosen by rule (cases.py), as many as fit, so that none is picked by hand.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,9 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cf_model.codec.interface import TIME
 from cf_model.evaluate import oracle
+from cf_model.evaluate.statistics import Interval
 
 Row = Mapping[str, Any]  # of samples/index.jsonl
 
@@ -45,28 +49,71 @@ class Line(NamedTuple):
     faint: bool = False
 
 
+class Point(NamedTuple):
+    """A system in a plane, with the intervals of both its coordinates."""
+
+    colour: str
+    name: str
+    x: Interval
+    y: Interval
+
+
+class Mark(NamedTuple):
+    """A vertical line of a chart with a few words beside it."""
+
+    at: float
+    words: str
+
+
 INK = "#010203"  # becomes currentColor, so that a figure follows the page's theme
 
 
-def draw_chart(lines: Sequence[Line], *, x: str, log: bool = False) -> str:
-    """Draw curves as a small inline SVG; `x` labels the axis."""
+@contextmanager
+def open_axes(size: tuple[float, float]) -> Iterator[tuple[Any, io.StringIO]]:
+    """Yield axes in the page's style, and a file that holds the figure as SVG afterwards."""
     style: Any = {"svg.hashsalt": "context-forcing", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.5, 1.9), layout="constrained")
+        figure, file = Figure(figsize=size, layout="constrained"), io.StringIO()
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15, linewidth=0.6)
+        yield axes, file
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+
+
+def draw_chart(lines: Sequence[Line], *, x: str, log: bool = False, marks: Sequence[Mark] = ()) -> str:
+    """Draw curves as a small inline SVG; `x` labels the axis."""
+    with open_axes((3.5, 1.9)) as (axes, file):
         for line in lines:
             axes.plot(line.x, line.y, color=line.colour, linewidth=0.7 if line.faint else 1.6, alpha=0.35 if line.faint else 1)
             if len(line.low):
                 axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.15, linewidth=0)
+        for mark in marks:
+            axes.axvline(mark.at, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+            place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(mark.words, (mark.at, 1), (2, -1), **place, fontsize=7, va="top", alpha=0.75)
         axes.set_xlabel(x)
         if log:
             axes.set_yscale("log")
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = file.getvalue()
+    return clean_svg(file.getvalue())
+
+
+def draw_points(points: Sequence[Point], *, x: str, y: str) -> str:
+    """Draw systems as points with their names and, where there are any, the intervals of both coordinates, as an inline SVG."""
+    with open_axes((4.6, 3.2)) as (axes, file):
+        for colour, name, across, up in points:
+            both = {"xerr": across, "yerr": up}
+            bars = {axis: [[max(0, i.mean - i.low)], [max(0, i.high - i.mean)]] for axis, i in both.items() if i.has_ends}
+            axes.errorbar(across.mean, up.mean, fmt="o", color=colour, elinewidth=1, markersize=6, alpha=0.9, **bars)
+            axes.annotate(name, (across.mean, up.mean), (6, 4), textcoords="offset points", fontsize=8)
+        axes.margins(0.12)
+        axes.set(xlabel=x, ylabel=y)
+    return clean_svg(file.getvalue())
+
+
+def clean_svg(svg: str) -> str:
+    """Return matplotlib's SVG as a fragment for a page: without its head, in the page's colour, with no id that nothing refers to."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
@@ -162,15 +209,20 @@ def read_frames(path: Path, step: int = 1) -> np.ndarray | None:
     return np.stack(frames) if frames else None
 
 
-def build_gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samples: Path, fps: int) -> dict[str, Any]:
-    """Build a suite's gallery: videos of all systems for the same prompt and seed, and strips of the first rows."""
+def build_gallery(
+    suite: str, index: Sequence[Row], systems: Sequence[str], samples: Path, fps: int, cases: Mapping[str, str]
+) -> dict[str, Any]:
+    """Build a suite's gallery: videos of all systems for the same prompt and seed, and strips of the first rows.
+
+    `cases`: the items to show in their order, and why each is shown.
+    """
     real = {row["clip"]: row for row in index if row["system"] == "real" and row["clip"] is not None}
     items = group_by_item(index, suite)
     for key, videos in items.items():  # a real clip is written once, and belongs to every item that has its prompt
         clip = next(iter(videos.values()))["clip"]
         items[key] = {"real": real[clip]} | videos if clip in real else videos
     systems = [*(name for name in systems if name != "real"), "real"]
-    chosen = fit_budget(items, GALLERY_ROWS[suite], BYTE_BUDGET[suite], samples)
+    chosen = fit_budget({key: items[key] for key in cases}, GALLERY_ROWS[suite], BYTE_BUDGET[suite], samples)
     present = {name for videos in items.values() for name in videos}  # real clips need not have been written as samples
     rows = []
     for place, key in enumerate(chosen):
@@ -180,15 +232,34 @@ def build_gallery(suite: str, index: Sequence[Row], systems: Sequence[str], samp
         strips: list[dict[str, Any]] = []
         for name in [name for name in systems if name in videos]:
             row = videos[name]
-            tiles.append({"system": name, "source": embed_video(samples / row["file"]), "seconds": video_seconds(samples / row["file"])})
+            file = samples / row["file"]
+            about = {"file": row["file"], "held": read_held(file.with_suffix(".json"), fps)}
+            tiles.append({"system": name, "source": embed_video(file), "seconds": video_seconds(file)} | about)
             if place < STRIP_ROWS and (frames := read_frames(samples / row["file"], round(STRIP_SECONDS * fps))) is not None:
                 strips.append({"system": name, "source": draw_strip(frames, STRIP_HEIGHT), "frames": len(frames)})
         absent = [name for name in systems if name not in videos and (name in present or name != "real")]
         times = [STRIP_SECONDS * k for k in range(max((s["frames"] for s in strips), default=0))]
         prefix = max(row["prefix_frames"] for row in videos.values()) / fps
         about = {"number": prompt_number(first), "prompt": first["prompt"], "seed": first["seed"], "prefix": prefix, "times": times}
-        rows.append(about | {"tiles": tiles, "strips": strips, "absent": absent})
+        rows.append(about | {"id": f"{suite}-{place}", "why": cases[key], "key": key, "tiles": tiles, "strips": strips, "absent": absent})
     return {"rows": rows, "of": len(items), "most": GALLERY_ROWS[suite], "real": "real" in present}
+
+
+def read_held(path: Path, fps: int) -> str | None:
+    """Read what a video's memory held in each chunk, as JSON for the page: first second, then latent frames in sink, slow, fast and now.
+
+    None where the stage generate wrote no such file, because the system has no memory.
+    """
+    if not path.exists():
+        return None
+    chunks = json.loads(path.read_text())
+    rows = [[begin_second(c["now"][0], fps), c["sink"], c["slow"], c["fast"], c["now"]] for c in chunks]
+    return json.dumps(rows, separators=(",", ":"))
+
+
+def begin_second(latent: int, fps: float) -> float:
+    """Return the second of the video at which a latent frame's frames begin; the first latent is one frame, every other four."""
+    return round(max(0, TIME * latent - TIME + 1) / fps, 3)
 
 
 def draw_memories(index: Sequence[Row], systems: Mapping[str, str], truths: Mapping[str, Any], samples: Path) -> list[dict[str, Any]]:
@@ -215,13 +286,15 @@ def draw_memories(index: Sequence[Row], systems: Mapping[str, str], truths: Mapp
     return drawn
 
 
-def build_guesses(index: Sequence[Row], student: str | None, samples: Path, *, choices: int, seed: int) -> list[dict[str, Any]]:
-    """Build the blind guess: videos after the gallery's, each with its caption among `choices` captions in random order.
+def build_guesses(
+    index: Sequence[Row], student: str | None, samples: Path, *, shown: Sequence[str], choices: int, seed: int
+) -> list[dict[str, Any]]:
+    """Build the blind guess: first videos of items not `shown`, each with its caption among `choices` captions in random order.
 
     The wrong captions are drawn from those of the other prompts, whether they differ in a word or in all.
     """
     items = {key: {student: row[student]} for key, row in group_by_item(index, "prompts").items() if student and student in row}
-    order = list(items)[GALLERY_ROWS["prompts"] :] + list(items)[: GALLERY_ROWS["prompts"]]
+    order = sorted(items, key=lambda key: key in shown)  # a stable sort: the others first
     captions = sorted({row["prompt"] for videos in items.values() for row in videos.values()})
     questions: list[dict[str, Any]] = []
     for key in fit_budget({key: items[key] for key in order}, GUESS_VIDEOS, BYTE_BUDGET["guess"], samples):

@@ -7,14 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from . import figures
+from cf_model.codec.interface import TIME
+
+from . import failures, figures
 from . import report as tables
+from .cases import choose_cases
 from .cells import SUITES
 from .figures import Row
 from .report import Results
 from .trouble import CurveRule, find_troubles
 
 Curves = Mapping[tuple[str, str, str], Any]  # suite, system, metric -> lists of second, mean, low and high
+MOST_FAILURES = 200  # rows of the failure log
 STAGES = {
     "validate": "checks every value of params.yaml",
     "clips": "renders worlds to video files, bad ones among them",
@@ -61,14 +65,27 @@ def list_troubles(training: Mapping[str, Sequence[Row]], rules: Sequence[CurveRu
     return {stage: sentences for stage, sentences in found.items() if sentences}
 
 
-def draw_curves(curves: Curves, colours: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """Draw the charts of the metrics over time by suite: a metric against time, with a line for each system."""
+def list_marks(params: Any) -> dict[str, list[figures.Mark]]:
+    """List the moments that the charts over time mark, by suite: how long stage 2's videos were in training, and what its memory holds.
+
+    The paper's context length is the frames that a pass attends to, in seconds of video.
+    """
+    fps, stage = params.video.fps, params.stage2
+    trained = figures.begin_second(stage.horizon.longest, fps)
+    marks = [figures.Mark(stage.memory.size * TIME / fps, "context"), figures.Mark(trained, "trained to")]
+    return {"prompts": marks, "continuations": [figures.Mark(figures.begin_second(params.generate.prefix, fps), "real to"), *marks[1:]]}
+
+
+def draw_curves(curves: Curves, colours: Mapping[str, str], marks: Mapping[str, Sequence[figures.Mark]]) -> dict[str, list[dict[str, Any]]]:
+    """Draw the charts of the metrics over time by suite: a metric against time, with a line for each system and the suite's marks."""
     lines: dict[tuple[str, str], list[figures.Line]] = {}
     for (suite, system, metric), columns in curves.items():
         lines.setdefault((suite, metric), []).append(figures.Line(colours.get(system, figures.GREY), *columns))
     charts: dict[str, list[dict[str, Any]]] = {}
     for (suite, metric), drawn in lines.items():
-        charts.setdefault(suite, []).append({"word": tables.describe_metric(metric), "svg": figures.draw_chart(drawn, x="seconds")})
+        last = max(x for line in drawn for x in line.x)
+        svg = figures.draw_chart(drawn, x="seconds", marks=[mark for mark in marks.get(suite, ()) if mark.at <= last])
+        charts.setdefault(suite, []).append({"word": tables.describe_metric(metric), "svg": svg})
     return charts
 
 
@@ -186,6 +203,40 @@ def build_claim(
     shown = {title: name for title, name in names.items() if name}
     rows = tables.state_claim(values, names["stage 1"], names["stage 2"], teacher) if names["stage 1"] and names["stage 2"] else []
     return {"worlds": figures.draw_memories(index, shown, truths, samples) if shown else [], "rows": rows}
+
+
+def build_galleries(
+    values: Results,
+    index: Sequence[Row],
+    present: Mapping[str, list[str]],
+    stages: Mapping[str, Mapping[str, str]],
+    samples: Path,
+    fps: int,
+) -> dict[str, dict[str, Any]]:
+    """Build each suite's gallery of the cases that `choose_cases` chooses for stage 2, or for stage 1 where that is the last."""
+    galleries = {}
+    for suite in SUITES:
+        students = [names[suite] for names in (stages["stage1"], stages["stage2"]) if suite in names]
+        last, before = students[-1] if students else None, students[0] if len(students) > 1 else None
+        items, most = list(figures.group_by_item(index, suite)), figures.GALLERY_ROWS[suite]
+        cases = dict(choose_cases(values, suite, items, last, before, most))
+        galleries[suite] = figures.build_gallery(suite, index, present[suite], samples, fps, cases)
+    return galleries
+
+
+def list_failures(rows: Sequence[Row], index: Sequence[Row], galleries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Count failures by suite, system and kind, and list them with the place of their video on the page, where it is shown."""
+    shown = {tile["file"]: row["id"] for gallery in galleries.values() for row in gallery["rows"] for tile in row["tiles"]}
+    videos = Counter((row["suite"], row["system"]) for row in index)
+    counts: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in videos}
+    for suite, system, kind, _ in {(row["suite"], row["system"], row["kind"], row["file"]) for row in rows}:
+        counts[suite, system][kind] += 1
+    placed = [dict(row) | {"place": shown.get(row["file"])} for row in rows]
+    placed.sort(key=lambda row: (row["place"] is None, row["system"] == "real"))  # a stable sort: videos of this page first
+    table = [
+        {"suite": suite, "system": system, "videos": videos[suite, system], "kinds": kinds} for (suite, system), kinds in counts.items()
+    ]
+    return {"table": table, "rows": placed[:MOST_FAILURES], "of": len(placed), "kinds": failures.KINDS}
 
 
 def build_suites(values: Results, present: Mapping[str, list[str]], charts: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -49,7 +49,9 @@ def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["m
         clips=types.Clips.model_construct(source=source, folder=None),
         teacher=tiny.teacher,
         stage2=replace(tiny.stage2, teacher=replace(tiny.stage2.teacher, context=shown)),
-        generate=types.Generate.model_construct(prompts=10, seeds=[0, 1], systems=systems, continuations=continuations),
+        generate=types.Generate.model_construct(
+            prompts=10, continued=10, prefix=11, seeds=[0, 1], systems=systems, continuations=continuations
+        ),
         evaluate=types.Evaluate.model_construct(gap=5.0, resamples=200, choices=4),
     )
 
@@ -90,6 +92,7 @@ def write_project(
     rng = np.random.default_rng(0)
     index: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
     curves = ["suite,system,metric,second,mean,low,high"]
     groups = {
         "prompts": (
@@ -111,6 +114,11 @@ def write_project(
                     file = f"{suite}/{name}/{k:05d}-s{seed}.mp4"
                     row = {"suite": suite, "system": name, "prompt": caption(k), "clip": f"clip-{k:05d}", "seed": seed, "file": file}
                     index.append(row | {"prefix_frames": 41 if suite == "continuations" else 0})
+                    if seed == 0 and name.startswith("stage"):
+                        write_held(root / "samples" / file, 41 if suite == "continuations" else 0, round(seconds * FPS) + 1)
+                    if seed == 0 and k == 2 and name == "stage2":
+                        event = {name: row[name] for name in ("suite", "system", "file", "prompt", "seed")}
+                        failures.append(event | {"kind": "stall", "second": 3.25, "seconds": 1.5, "size": 0.01})
                     if seed == 0:
                         write_mp4(root / "samples" / file, draw(caption(k), place + k, round((5 if name == "base" else seconds) * FPS) + 1))
                     for metric in groups[suite]:
@@ -122,6 +130,7 @@ def write_project(
                     curves.append(f"{suite},{name},{metric},{second},{middle:.4f},{middle - 0.5:.4f},{middle + 0.5:.4f}")
     jsonl(root / "samples/index.jsonl", index)
     jsonl(root / "results/cells.jsonl", cells)
+    jsonl(root / "results/failures.jsonl", failures)
     (root / "results/curves.csv").write_text("\n".join(curves) + "\n")
     names = ["real", *params.generate.systems]
     system_level = {name: {"diversity": 40.0 - 9 * k, "heading_perplexity": 10.0 - k} for k, name in enumerate(names)}
@@ -135,8 +144,19 @@ def write_project(
         "models": root / "models",
         "data": root / "data/manifest.jsonl",
         "clips": root / "data/clips",
-        "out": root / "reports/report.html",
+        "out": root / "reports",
     }
+
+
+def write_held(video: Path, prefix: int, frames: int) -> None:
+    """What the stage generate writes of a causal system's memory: in every chunk of three latent frames, the parts' frames."""
+    first, latents = (prefix + 3) // 4, (frames + 3) // 4
+    rows = [
+        {"now": [n, n + 1, n + 2], "sink": [0, 1, 2], "slow": list(range(6, max(6, n - 3), 6)), "fast": list(range(max(3, n - 3), n))}
+        for n in range(first, latents - 2, 3)
+    ]
+    video.parent.mkdir(parents=True, exist_ok=True)
+    video.with_suffix(".json").write_text(json.dumps(rows))
 
 
 def write_metrics(root: Path, system_level: dict[str, dict[str, float]]) -> None:
@@ -153,14 +173,18 @@ def write_metrics(root: Path, system_level: dict[str, dict[str, float]]) -> None
 
 
 def write_clips(root: Path) -> None:
-    good = {"file": "x.mp4", "caption": EVIL, "fps": 16.0, "frames": 481, "width": 32, "height": 32, "seconds": 30.0}
+    good = {"caption": EVIL, "fps": 16.0, "frames": 481, "width": 32, "height": 32, "seconds": 30.0}
     kept = {"kept": True, "reason": None, "value": None, "rule": None}
+    values = [{"too_short": 9.0 + k, "frozen": 1.0 + k} for k in range(6)]
     manifest = [{"id": f"clip-{k:05d}", **good, **kept, "split": "heldout" if k else "train"} for k in range(3)]
     bad = [("too_short", 8.0, "seconds > 10.0"), ("hard_cut", 31.4, "cut < 6.0"), ("unreadable", None, None)]
     manifest += [
         {"id": f"clip-{3 + k:05d}", **good, "kept": False, "reason": why, "value": value, "rule": rule, "split": None}
         for k, (why, value, rule) in enumerate(bad)
     ]
+    manifest = [row | {"file": f"{row['id']}.mp4", "values": values[k]} for k, row in enumerate(manifest)]
+    for row in manifest[1:]:  # the first one's file is absent
+        write_mp4(root / "data/clips" / str(row["file"]), drawn("", len(str(row["id"])), 3 * FPS))
     jsonl(root / "data/manifest.jsonl", manifest)
     planted = [None, None, None, "too_short", "hard_cut", "truncated"]
     clips = [{"id": row["id"], "caption": EVIL, "planted": kind} for row, kind in zip(manifest, planted, strict=True)]

@@ -47,7 +47,7 @@ class Page(HTMLParser):
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], str, dict[str, float]]:
     paths = write_project(tmp_path_factory.mktemp("project"), make_params())
     metrics = run(make_params(), cast(Any, SimpleNamespace()), **paths)
-    return paths, paths["out"].read_text(), metrics
+    return paths, (paths["out"] / "report.html").read_text(), metrics
 
 
 def test_captions_stay_text(made: tuple[Any, str, Any]) -> None:
@@ -102,7 +102,7 @@ def test_unique_ids(made: tuple[Any, str, Any]) -> None:
 
 
 def test_same_bytes_in_another_process(made: tuple[dict[str, Path], str, Any], tmp_path: Path) -> None:
-    paths = {name: str(path) for name, path in (made[0] | {"out": tmp_path / "again.html"}).items()}
+    paths = {name: str(path) for name, path in (made[0] | {"out": tmp_path / "again"}).items()}
     code = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parents[1]), *sys.path]!r}
@@ -113,13 +113,13 @@ run(make_params(), None, **{{name: Path(path) for name, path in {paths!r}.items(
 """
     elsewhere = {**os.environ, "PYTHONHASHSEED": "4711", "TZ": "Asia/Tokyo", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=elsewhere)
-    assert Path(paths["out"]).read_bytes() == made[0]["out"].read_bytes()
+    assert (Path(paths["out"]) / "report.html").read_bytes() == (made[0]["out"] / "report.html").read_bytes()
 
 
 def test_empty_project_is_a_page_that_says_so(tmp_path: Path) -> None:
     names = ("results", "samples", "metrics", "models", "data", "out")
     metrics = run(make_params("smoke", "folder"), cast(Any, None), **{name: tmp_path / name for name in names})
-    text = Page((tmp_path / "out").read_text()).text
+    text = Page((tmp_path / "out/report.html").read_text()).text
     assert metrics["videos"] == 0
     assert text.count("absent") > 10
     assert "no oracle metrics" in text and "Smoke shows that everything runs" in text
@@ -136,7 +136,7 @@ def test_half_a_project(tmp_path: Path) -> None:
         (paths["results"] / file).unlink()
     (paths["metrics"] / "evaluate.json").write_text(json.dumps({"prompts": {"stage2": {"motion": 1.25}}, "clips": 3}))
     run(make_params("smoke"), cast(Any, None), **(paths | {"clips": None}))
-    text = Page(paths["out"].read_text()).text
+    text = Page((paths["out"] / "report.html").read_text()).text
     assert "file absent" in text and "No metric against time" in text
     assert "1.25" in text
 
@@ -153,7 +153,7 @@ def test_videos_too_large_for_a_page_are_left_out(tmp_path: Path) -> None:
         file.write_bytes(bytes(5_000_000))
     metrics = run(make_params(), cast(Any, None), **paths)
     assert metrics["videos"] == 0
-    assert "too large for one page" in paths["out"].read_text()
+    assert "too large for one page" in (paths["out"] / "report.html").read_text()
 
 
 def results(**values: float) -> Results:
