@@ -1,6 +1,6 @@
 """docs/speed.md and its picture, from the committed results: nothing is measured here.
 
-  python -m benchmarks page            writes docs/speed.md and docs/speed.png
+python -m benchmarks page            writes docs/speed.md and docs/speed.png
 """
 
 from __future__ import annotations

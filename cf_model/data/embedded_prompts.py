@@ -21,7 +21,12 @@ from .shards import ShardReader, ShardWriter
 
 
 def write_prompts(
-    folder: Path, prompts: Iterable[str], encode_text: Callable[[list[str]], Float[Tensor, "M T E"]], *, shard_mib: float, dtype: torch.dtype
+    folder: Path,
+    prompts: Iterable[str],
+    encode_text: Callable[[list[str]], Float[Tensor, "M T E"]],
+    *,
+    shard_mib: float,
+    dtype: torch.dtype,
 ) -> int:
     """Embed the prompts as they come into shards of at most `shard_mib` MiB, and return their number.
 

@@ -90,7 +90,10 @@ def average_columns(band: np.ndarray, places: np.ndarray, chosen: np.ndarray) ->
 
 
 def fit_windows(
-    frames: Float[np.ndarray, "T R W 3"], back: Bool[np.ndarray, "T W"], windows: Float[np.ndarray, "H R W 3"], seen: Bool[np.ndarray, "H W"]
+    frames: Float[np.ndarray, "T R W 3"],
+    back: Bool[np.ndarray, "T W"],
+    windows: Float[np.ndarray, "H R W 3"],
+    seen: Bool[np.ndarray, "H W"],
 ) -> tuple[Float[np.ndarray, "T H"], Float[np.ndarray, "T H"]]:
     """Fit every frame by gain >= 0 and bias of each colour of what is known at every heading, over the columns that both have.
 

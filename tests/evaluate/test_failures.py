@@ -17,7 +17,8 @@ RULES = {"fps": FPS, "gap": 5.0, "absence": 2.0, "sink": 3, "chunk": 3}
 PERFECT = {  # metric -> least and most
     "identity_4s": (1, 1), "identity_8s": (1, 1), "hills_readable": (1, 1), "revisit_skill": (0.85, 1), "place_error": (0, 0.15),
     "match_quality": (0.97, 1), "heading_error": (0, 0.15), "map_error_absent": (0, 8), "luma_drift": (0, 0.1), "colour_drift": (0, 0.1),
-    "sharpness_drift": (0, 0.2), "motion_late": (0.8, 1.2), "motion_spike": (1, 1.6), "seam_ratio": (0.9, 1.1), "repeat_distance": (20, 255),
+    "sharpness_drift": (0, 0.2), "motion_late": (0.8, 1.2), "motion_spike": (1, 1.6), "seam_ratio": (0.9, 1.1),
+    "repeat_distance": (20, 255),
 }  # fmt: skip
 MOVED = {  # failure -> metric -> least and most: what finds it, all outside PERFECT
     "forget": {"identity_8s": (0, 0.3), "revisit_skill": (-1, 0.4), "place_error": (1.5, 99), "map_error_absent": (30, 255)},
