@@ -9,7 +9,7 @@ from typing import Any
 
 from cf_model.data import worlds
 from cf_model.data.video_reader import read_video
-from cf_model.evaluate import course, oracle, places, scores, stutter
+from cf_model.evaluate import course, oracle, places, scores
 from cf_model.evaluate.cells import Cell, expand_lines, fold_cells, group_curves, hash_code
 from cf_model.evaluate.statistics import bootstrap
 from tasks.files.hashes import hash_file
@@ -30,7 +30,7 @@ def score_videos(params: Params, track: Track, samples: Path, clips: Path) -> It
     truths = {row["id"]: row["truth"] for row in read_json_lines(clips / "clips.jsonl")}
     videos, fps = read_json_lines(samples / "index.jsonl"), params.video.fps
     settings: dict[str, Any] = params.evaluate.model_dump(include={"gap", "absence", "sink"})
-    about = {"code": hash_code(course, oracle, places, scores, stutter, worlds), "protocol": scores.name_protocol(fps=fps, **settings)}
+    about = {"code": hash_code(course, oracle, places, scores, worlds), "protocol": scores.name_protocol(fps=fps, **settings)}
     bar = track.progress(len(videos), "video")
     views: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in videos:
@@ -46,6 +46,7 @@ def score_videos(params: Params, track: Track, samples: Path, clips: Path) -> It
             yield key | {"metric": name, "second": second, "value": value if math.isfinite(value) else None}
         bar.update()
     recall = scores.score_recall(read_json_lines(samples / "recall.jsonl", missing_ok=True), truths)
+    recall += scores.score_interventions(read_json_lines(samples / "interventions.jsonl", missing_ok=True))
     yield from (cell | about | {"value": round_value(cell["value"])} for cell in recall)
     yield from (cell | about for cell in scores.score_together(views))
 
@@ -55,8 +56,8 @@ def derive_results(params: Params, results: Path) -> dict[str, Any]:
     file = results / "cells.jsonl"
     cells = expand_lines(read_json_lines(file), str(file))
     write_curves(results / "curves.csv", cells, params)
-    compared = scores.compare_systems(cells, resamples=params.evaluate.resamples, seed=params.seed)
-    return scores.summarise_systems(cells) | {"compared": compared}
+    rules: dict[str, Any] = {"resamples": params.evaluate.resamples, "seed": params.seed}
+    return scores.summarise_systems(cells, **rules) | {"compared": scores.compare_systems(cells, **rules)}
 
 
 def write_curves(path: Path, cells: list[dict[str, Any]], params: Params) -> None:

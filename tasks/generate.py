@@ -15,23 +15,35 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.codec.interface import SPACE, video_frames
+from cf_model.codec.interface import SPACE, Codec, video_frames
+from cf_model.data.interventions import find_pairs, render_pairs
 from cf_model.data.latents import Latents
 from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import BatchGenerator
+<<<<<<< HEAD
 from cf_model.model.memory import Memory, empty_memory
 from cf_model.model.recall import measure_one_step_errors
 from cf_model.model.rollout import denoise_chunk
+=======
+from cf_model.model.memory import empty_memory
+from cf_model.model.recall import measure_following, measure_one_step_errors
+from cf_model.model.rollout import RolloutSpec, stream
+>>>>>>> 18b2b60 (Effective context by intervention; causal_init and both students without their slow part continue clips; the pairs that claims need are compared; evaluate reads each frame once)
 from cf_model.model.view import sample_window
+from cf_model.text.encoder import TextEncoder
 from tasks.files.json_lines import dump_json_lines
 from tasks.params.schema import CAUSAL, Params, System
 from tasks.parts.device import choose_device
 from tasks.parts.systems import as_trained
 from tasks.parts.text_encoder import open_text_encoder
 from tasks.runner.track import Track
+
+DECODED = 12  # latent frames that are decoded at once: few enough for any memory, and faster than a chunk at a time
+STUDENTS = ("stage1", "stage2")
+FACTS = 500_000  # of the million seeds of worlds that a value of params.seed has, the first of those that clips are not rendered from
 
 
 @dataclass(frozen=True)
@@ -79,14 +91,18 @@ def run(
             if system and system.weights not in models:
                 models = {system.weights: wan.load_transformer(weights[system.weights], params.compute).to(choose_device())}
             prompts, null = text.encode([job.prompt for job in jobs]).to(choose_device()), clips.null_text.to(choose_device())
+<<<<<<< HEAD
             held: list[list[dict[str, Any]]] = [[] for _ in jobs]
             pieces = list(generate_latents(params, jobs, models, prompts, null, held))
+=======
+            latents_of_all = torch.cat(list(generate_latents(params, jobs, models, prompts, null)), dim=1)
+>>>>>>> 18b2b60 (Effective context by intervention; causal_init and both students without their slow part continue clips; the pairs that claims need are compared; evaluate reads each frame once)
             for row, job in enumerate(jobs):
                 (finished / job.file).parent.mkdir(parents=True, exist_ok=True)
                 if held[row]:  # before the video, whose presence says that both are there
                     (finished / job.file).with_suffix(".json").write_text(json.dumps(held[row], separators=(",", ":")))
                 # Decoded one video after the other, because pixels are many times the size of latents.
-                video = pictures.decode_stream(piece[row : row + 1] for piece in pieces)
+                video = pictures.decode_stream(latents_of_all[row : row + 1].split(DECODED, dim=1))
                 frames = (frame for part in video for frame in part[0].numpy())
                 write_video(finished / job.file, frames, fps=params.video.fps, crf=params.generate.crf)
         bar.update(len(jobs))
@@ -94,16 +110,17 @@ def run(
     shutil.copytree(finished, out, dirs_exist_ok=True)
     (out / "index.jsonl").write_text(dump_json_lines(index_row(params, job) for job in todo))
     probe_recall(params, track, clips, weights, out / "recall.jsonl")
+    probe_context(params, track, pictures, text, weights, out / "interventions.jsonl")
     return {"videos": float(len(todo))}
 
 
 def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str, Path], out: Path) -> None:
-    """Write the one-step errors of every causal system that continues clips, on held-out clips: recall.jsonl, a row for each clip, noise
+    """Write the one-step errors of the students on held-out clips: recall.jsonl, a row for each clip, noise
     level and memory, with the errors by latent frame, row and column.
     """
     probe = params.generate.recall
     length = probe.start + probe.frames
-    causal = {name: as_trained(params, system) for name, system in params.generate.continuations.items() if system.weights in CAUSAL}
+    causal = list_students(params)
     rows = [row for row in clips.rows("heldout") if clips.frames(row) >= length][: probe.clips]
     if not rows or not causal:
         out.write_text("")
@@ -127,11 +144,55 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
     out.write_text(dump_json_lines(found))
 
 
+<<<<<<< HEAD
 def note_memory(memory: Memory, chunk: int, held: Sequence[list[dict[str, Any]]]) -> None:
     """Add to `held`, of each video, the latent frames in each part of its memory, and those of the chunk that is begun."""
     now = list(range(memory.frame_count, memory.frame_count + chunk))
     for video, rows in enumerate(held):
         rows.append(memory.frame_indices(video) | {"now": now})
+=======
+def list_students(params: Params) -> dict[str, System]:
+    """Return the trained students among the systems that continue clips, but not those whose slow part stays empty: it has no worth."""
+    named = {name: as_trained(params, system) for name, system in params.generate.continuations.items() if system.weights in STUDENTS}
+    return {
+        name: system
+        for name, system in named.items()
+        if system.memory and (system.memory.promote != "similarity" or system.memory.tau > -1)
+    }
+
+
+def probe_context(params: Params, track: Track, codec: Codec, text: TextEncoder, weights: dict[str, Path], out: Path) -> None:
+    """Write which of two worlds each system follows that goes on from contexts that differ in one fact: interventions.jsonl, a row for
+    each pair of worlds and each system. Without rendered clips no fact is known, and there are no rows.
+    """
+    probe, found = params.generate.interventions, list[dict[str, Any]]()
+    ends = {"sink": params.stage2.memory.sink, "start": probe.start, "stop": probe.start + probe.frames}
+    frames, fps, seed = {name: video_frames(latents) for name, latents in ends.items()}, params.video.fps, params.seed * 1_000_000 + FACTS
+    lags = probe.lags if params.clips.source == "worlds" else []
+    pairs = [pair for lag in lags for pair in find_pairs(lag, probe.pairs, params.clips.worlds, seed=seed, fps=fps, **frames)]
+    systems = {name: system for name, system in list_students(params).items() if pairs}
+    batches = [pairs[first : first + params.generate.batch] for first in range(0, len(pairs), params.generate.batch)]
+    bar = track.progress(len(systems) * len(pairs), "pair")
+    for name, system in systems.items():
+        student, rollout = wan.load_transformer(weights[system.weights], params.compute).to(choose_device()), choose_rollout(params, system)
+        assert system.memory
+        for batch in batches:
+            videos = torch.from_numpy(render_pairs(batch, frames["stop"], height=params.video.height, width=params.video.width, fps=fps))
+            real = codec.encode(videos.flatten(0, 1)).to(choose_device()).unflatten(0, (2, len(batch)))
+            prompts = text.encode([pair.first.caption for pair in batch]).to(choose_device())
+            given: dict[str, Any] = {"start": probe.start, "chunk": rollout.chunk, "sigmas": params.flow.shift_levels(rollout.levels)}
+            follows = measure_following(student, real, prompts, system.memory, seed=params.seed, **given)
+            for pair, sides in zip(batch, follows.T.tolist(), strict=True):
+                found.append({"system": name, "lag": pair.lag, "world": pair.first.seed, "away": round(pair.away, 2), "follows": sides})
+            bar.update(len(batch))
+    bar.close()
+    out.write_text(dump_json_lines(found))
+
+
+def choose_rollout(params: Params, system: System) -> RolloutSpec:
+    """Return the chunks and levels that a causal system generates with; causal_init has none of its own: it is trained at all levels."""
+    return params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
+>>>>>>> 18b2b60 (Effective context by intervention; causal_init and both students without their slow part continue clips; the pairs that claims need are compared; evaluate reads each frame once)
 
 
 def index_row(params: Params, job: VideoJob) -> dict[str, Any]:
@@ -145,7 +206,15 @@ def index_row(params: Params, job: VideoJob) -> dict[str, Any]:
         "seed": job.seed,
         "file": job.file,
         "prefix_frames": prefix,
+        "chunk": count_made_at_once(params, job.system) if job.system else None,
     }
+
+
+def count_made_at_once(params: Params, system: System) -> int:
+    """Return the latent frames that a system makes at once: a student's chunk, or a bidirectional model's window."""
+    if system.weights in CAUSAL:
+        return choose_rollout(params, system).chunk
+    return params.base.window if system.weights == "base" else params.teacher.target
 
 
 def list_jobs(params: Params, clips: Latents) -> Iterator[VideoJob]:
@@ -198,8 +267,7 @@ def generate_latents(
     # the noise depends on seed and prompt alone, so that systems can be compared pair by pair
     rng = BatchGenerator([(job.seed, job.number) for job in jobs], text.device)
     if spec := system.memory:
-        # causal_init has no levels of its own: it is trained at all of them
-        rollout = params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
+        rollout = choose_rollout(params, system)
         memory = empty_memory(spec) if real is None else model.remember_clip(real, text, spec, chunk=rollout.chunk)
         sigmas = params.flow.shift_levels(rollout.levels)
         for _ in range((system.frames - memory.frame_count) // rollout.chunk):
@@ -211,7 +279,7 @@ def generate_latents(
         return
     view = system.view
     assert view
-    length = params.base.window if system.weights == "base" else params.teacher.target
+    length = count_made_at_once(params, system)
     past = text.new_zeros(len(jobs), 0, *size) if real is None else real
     while past.shape[1] < system.frames:
         start = past.shape[1]

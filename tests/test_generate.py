@@ -147,4 +147,4 @@ def test_killed_and_started_again_goes_on_with_the_same_bytes(
     made.clear()
     whole = run("whole")
     assert len(made) == 3 and again == made[3 - len(again) :], "what was complete is not made again"
-    assert len(whole) == 14 and resumed == whole
+    assert len(whole) == 15 and resumed == whole

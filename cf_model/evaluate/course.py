@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from cf_model.codec.interface import TIME
 from cf_model.metrics.drift import measure_drift, measure_frames
 from cf_model.metrics.repetition import make_thumbnails, measure_repetition
 
@@ -41,7 +42,15 @@ def score_course(video: Video, motion: Motion, fps: int, *, prefix: int, borders
 
 
 def score_motion(motion: Motion, prefix: int) -> Iterator[tuple[str, float]]:
-    """Yield motion_late and motion_spike, unless the video is too short or its parts that others are compared with stand still."""
+    """Yield stutter, motion_late and motion_spike, unless the video is too short or what others are compared with stands still.
+
+    stutter is what `measure_stutter` (stutter.py) measures of a video's frames, from the motion that is known already.
+    """
+    number = np.arange(1, len(motion) + 1)  # of the later frame
+    at = number % TIME == 1
+    border, inside = (float(motion[(number > prefix) & some].mean() if (some & (number > prefix)).any() else 0) for some in (at, ~at))
+    if border or inside:
+        yield "stutter", border / max(inside, 1e-3)
     quarter, new = len(motion) // 4, motion[max(0, prefix - 1) :]
     if quarter and motion[:quarter].mean() > 0:
         yield "motion_late", float(motion[-quarter:].mean() / motion[:quarter].mean())

@@ -18,21 +18,27 @@ from . import oracle
 from .cells import Cell, group_values, iterate_values
 from .course import list_borders, score_course
 from .places import score_places
-from .statistics import RATIOS, bootstrap_ratio, paired, paired_ratio
-from .stutter import measure_stutter
+from .statistics import RATIOS, bootstrap, bootstrap_ratio, paired, paired_ratio
 
 Truth = Mapping[str, Any]  # a world's facts (cf_model/data/worlds.py)
 Video = UInt8[np.ndarray, "V Y X 3"]
 PROTOCOL = "world/1"  # the number goes up when a metric of the known world changes its meaning
 WINDOW = 2  # seconds of video in a point of a curve
+EFFECT = "context_effect_"  # and the lag in seconds, of the metrics that `score_interventions` makes
+ABSENT = ("map_error_absent", "map_error", "revisit_skill", "identity_4s")
+DRIFTS = ("luma_drift", "sharpness_drift")
 COMPARED = (  # suite, system, system, metric: over the videos that have the metric in both systems
     ("continuations", "teacher_fast", "teacher_slow_fast", "map_error"),
     ("continuations", "teacher_fast", "teacher_slow_fast", "map_error_recent"),
-    ("continuations", "stage1", "stage2", "map_error"),
-    ("continuations", "stage1", "stage2", "map_error_absent"),
+    *(("continuations", "teacher_fast", "teacher_slow_fast", metric) for metric in ("map_error_absent", "revisit_skill")),
+    *(("continuations", "causal_init", "stage1", metric) for metric in ("map_error", *DRIFTS)),
+    *(("continuations", "stage1", "stage2", metric) for metric in (*ABSENT, *DRIFTS)),
+    *(("continuations", f"{student}_without_slow", student, metric) for student in ("stage1", "stage2") for metric in ABSENT),
     *(("recall", "stage1", "stage2", f"{name}_{level}") for name in ("recall_error", "slow_gain") for level in (75, 90)),
+    ("prompts", "causal_init", "stage1", "sprite_recall"),
     ("prompts", "stage1", "stage2", "memory_ratio"),
     ("prompts", "stage1", "stage2", "motion"),
+    ("prompts", "stage2_without_slow", "stage2", "memory_ratio"),
 )
 CURVES = ("sprite_recall", "sky_error", "sharpness", "motion", "compass_coherence")
 
@@ -58,16 +64,14 @@ def score_video(
     `gap`, `absence` (seconds) and `sink` (latent frames) are explained in params.yaml's section evaluate; `chunk` is the number of
     latents that were made at once, None for a real video.
     """
-    stutter = measure_stutter(video, period=TIME, first=prefix)
-    values = {} if stutter is None else {"stutter": stutter}
     borders = list_borders(len(video), first=prefix, latents=chunk, time=TIME) if chunk else None
     if truth is None:
-        values |= oracle.plain_metrics(video[prefix:])
-        return Scored(values | score_course(video, oracle.measure_motion(video), fps, prefix=prefix, borders=borders), [], None)
+        course = score_course(video, oracle.measure_motion(video), fps, prefix=prefix, borders=borders)
+        return Scored(oracle.plain_metrics(video[prefix:]) | course, [], None)
     found = oracle.read_frames(video)
     new, visits, speed = found.cut(prefix), oracle.find_visits(video[prefix:], found.heading[prefix:]), oracle.find_speed(truth, fps)
     kept = oracle.find_bins_in_view(video[: video_frames(sink)])
-    values |= oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(visits, fps, absence, kept=kept)
+    values = oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(visits, fps, absence, kept=kept)
     values |= score_course(video, found.motion, fps, prefix=prefix, borders=borders)
     values |= score_places(video, found.heading, prefix=prefix, fps=fps, absence=absence, speed=speed, kept=kept)
     every = oracle.find_visits(video, found.heading) if prefix else visits
@@ -113,6 +117,27 @@ def score_recall(rows: Sequence[Mapping[str, Any]], truths: Mapping[str, Truth |
     return cells
 
 
+def score_interventions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return cells of `generate`'s continuations of two contexts that differ in one fact, which was last seen LAG seconds before.
+
+    context_effect_LAGs of a pair is the share of its two continuations that follow their own context's fact, less the half that chance
+    gives: 0.5 is memory, and 0 where both are the same because neither context is remembered.
+    """
+    cells = []
+    for row in rows:
+        clip = f"world-{row['world']}"
+        key = {"suite": "recall", "system": row["system"], "prompt": "", "clip": clip, "seed": 0, "file": clip}
+        value = float(np.mean([side > 0 for side in row["follows"]])) - 0.5
+        cells.append(key | {"metric": f"{EFFECT}{row['lag']:g}s", "value": value})
+    return cells
+
+
+def find_effective_context(metrics: Mapping[str, Mapping[Any, float]], *, resamples: int, seed: int) -> float | None:
+    """Return the longest lag, in seconds, whose effect has a lower bound above 0; None if there is none. `metrics`: name -> values."""
+    lags = {float(name.removeprefix(EFFECT)[:-1]): [*values.values()] for name, values in metrics.items() if name.startswith(EFFECT)}
+    return max((lag for lag, values in lags.items() if bootstrap(values, resamples=resamples, seed=seed).low > 0), default=None)
+
+
 def compare_systems(cells: Sequence[Cell], *, resamples: int, seed: int) -> dict[str, Any]:
     """Compare pairs of systems video by video, so that a system can't win by lacking the videos that are hard."""
     values = group_values(cells)
@@ -132,7 +157,7 @@ def compare_systems(cells: Sequence[Cell], *, resamples: int, seed: int) -> dict
 
 
 def score_together(views: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return cells of what only all videos of a system together have. `views`: suite and system -> what `read_view` says of each video."""
+    """Return cells of what only all videos of a system together have. `views`: suite and system -> the view of each video."""
     cells = []
     for (suite, system), videos in views.items():
         values = {
@@ -145,7 +170,7 @@ def score_together(views: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]])
     return cells
 
 
-def summarise_systems(cells: Sequence[Cell]) -> dict[str, Any]:
+def summarise_systems(cells: Sequence[Cell], *, resamples: int, seed: int) -> dict[str, Any]:
     """Return each system's means over videos, the ratios of means, and its metrics of all videos together."""
     values: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for cell in iterate_values(cells):
@@ -156,6 +181,9 @@ def summarise_systems(cells: Sequence[Cell]) -> dict[str, Any]:
     for cell in cells:
         if cell["file"] is None:
             out[cell["suite"]][cell["system"]][cell["metric"]] = cell["value"]
+    for system, metrics in values.get("recall", {}).items():
+        if (lag := find_effective_context(metrics, resamples=resamples, seed=seed)) is not None:
+            out["recall"][system]["effective_context"] = lag
     return out
 
 

@@ -1,8 +1,8 @@
-"""Recall of real clips, one denoising step at a time: a probe that no camera can confound, because all that is seen is real.
+"""Probes of the memory: recall of real clips, one denoising step at a time, and effective context, by changing a single fact.
 
-The memory reads a real clip chunk by chunk. Before each chunk is read, the student denoises it once from noise of a known level, with its
-memory and with a memory that never had a slow part. Where a landmark stood neither in the sink nor in the fast part, the difference of
-the two errors is what the slow part is worth.
+No camera can confound recall, because all that is seen is real. The memory reads a real clip chunk by chunk. Before each chunk is read,
+the student denoises it once from noise of a known level, with its memory and with a memory that never had a slow part. Where a landmark
+stood neither in the sink nor in the fast part, the difference of the two errors is what the slow part is worth.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .flow import Noise, add_noise, draw_gaussian
+from .flow import BatchGenerator, Noise, add_noise, draw_gaussian
 from .memory import MemorySpec, empty_memory
+from .rollout import stream
 
 
 @torch.no_grad()
@@ -49,3 +50,33 @@ def measure_one_step_errors(
                     errors[sigma, slow].append((student(x_t, level, text, memory) - x).square().mean(dim=2))
         memories = {slow: student.remember(x, text, memory) for slow, memory in memories.items()}
     return {key: torch.cat(parts, dim=1) for key, parts in errors.items()}
+
+
+@torch.no_grad()
+def measure_following(
+    student: Denoiser,
+    pairs: Float[Tensor, "2 N F C H W"],
+    text: Float[Tensor, "N T E"],
+    spec: MemorySpec,
+    *,
+    start: int,
+    chunk: int,
+    sigmas: list[float],
+    seed: int,
+) -> Float[Tensor, "2 N"]:
+    """Measure whether what a student makes follows the fact of its own context: 0.5 is its own world, -0.5 the other one of its pair.
+
+    The two clips of a pair differ in one fact. The student reads either up to latent frame `start` and goes on with the same noise; the
+    result is projected on the difference of the two clips there. Where the fact is not remembered both results are the same, and the
+    two numbers of the pair cancel.
+    """
+    count, size = pairs.shape[1], pairs.shape[3:]
+    real, texts = pairs.flatten(0, 1), torch.cat([text, text])
+    memory = student.remember_clip(real[:, :start], texts, spec, chunk=chunk)
+    rng = BatchGenerator([(seed, n) for n in range(count)] * 2, real.device)  # both clips of a pair get the same noise
+    chunks = stream(student, texts, (size[0], size[1], size[2]), sigmas=sigmas, chunk=chunk, memory=memory, rng=rng)
+    made = torch.cat([next(chunks) for _ in range(start, real.shape[1], chunk)], dim=1).unflatten(0, (2, count))
+    truth = pairs[:, :, start:]
+    change = (truth - truth.flip(0)).flatten(2)  # from the other world to the own one
+    middle = ((truth + truth.flip(0)) / 2).flatten(2)
+    return ((made.flatten(2) - middle) * change).sum(dim=2) / change.square().sum(dim=2)

@@ -172,6 +172,11 @@ def check_systems(p: Params) -> None:
         read, trained = system.view and system.view.context != "none" and system.view.context_pass, p.teacher.view.context_pass
         if read and read != trained:
             raise ValueError(f"generate's {name} has view.context_pass {read}, but teacher.view.context_pass is {trained}; use the same")
+    probe, chunk = p.generate.interventions, p.stage2.rollout.chunk
+    for key, frames in (("start", probe.start), ("frames", probe.frames)):
+        if frames % chunk:
+            whole = frames // chunk * chunk + chunk
+            raise ValueError(f"generate.interventions.{key} is {frames}, not whole chunks of {chunk} latent frames; use {whole}")
 
 
 def check_engine(p: Params) -> None:

@@ -150,6 +150,15 @@ class RecallProbe(Section):
     sigmas: list[Annotated[float, Field(gt=0, lt=1)]]  # noise levels
 
 
+class Interventions(Section):
+    """Continuations of contexts that differ in one fact (cf_model/data/interventions.py), of which `evaluate` takes effective context."""
+
+    pairs: PositiveInt  # of worlds for each lag
+    start: PositiveInt  # latent frame from which on the systems go on
+    frames: PositiveInt  # latent frames that they make
+    lags: list[Annotated[float, Field(ge=0)]]  # seconds, to twice as much, since the fact was last in view
+
+
 class Generate(Section):
     """The videos that are compared: prompts and seeds, continued clips, and the systems that make them."""
 
@@ -165,6 +174,7 @@ class Generate(Section):
     guidance_passes: GuidancePasses
     crf: Annotated[int, Field(ge=0, le=51)]
     recall: RecallProbe
+    interventions: Interventions
     systems: dict[str, System]  # text to video
     continuations: dict[str, System]  # of a real prefix
 

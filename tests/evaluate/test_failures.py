@@ -10,6 +10,7 @@ import pytest
 
 from cf_model.data import worlds
 from cf_model.evaluate import course, scores
+from cf_model.evaluate.stutter import measure_stutter
 from tests.evaluate.failures import FAILURES, FPS, FRAMES, PREFIX
 
 WORLDS = [worlds.draw_world(seed) for seed in range(4)]
@@ -83,6 +84,13 @@ def test_a_seam_is_found_at_the_borders_of_chunks_alone() -> None:
     motion = scores.oracle.measure_motion(flashed)
     ratios = [course.score_course(flashed, motion, FPS, prefix=0, borders=np.array(at))["seam_ratio"] for at in ([9, 21, 33], [10, 22, 34])]
     assert 0.8 < plain["seam_ratio"] < 1.2 and ratios[0] > 4 and ratios[1] < 0.3
+
+
+def test_stutter_is_that_of_the_frames() -> None:
+    video = np.random.default_rng(0).integers(0, 255, (46, 32, 32, 3), np.uint8)
+    for first in (0, 9):
+        found = dict(course.score_motion(scores.oracle.measure_motion(video), first))
+        assert found["stutter"] == pytest.approx(measure_stutter(video, period=4, first=first), rel=1e-5)
 
 
 def test_a_video_of_which_nothing_comes_back_has_no_such_metrics() -> None:
