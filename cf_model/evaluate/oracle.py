@@ -300,22 +300,6 @@ def map_metrics(visits: Sequence[Visit], truth: Mapping[str, Any], *, unit: int,
     return {name: float(np.mean(values)) for name, values in errors.items() if values}
 
 
-def find_speed(truth: Mapping[str, Any], fps: float) -> float:
-    """Return the usual speed of a world's camera, in units a second."""
-    steps = np.abs(wrap_heading(np.diff(np.array(truth["heading"]))))
-    return float(np.median(steps[steps > 0]) * fps) if (steps > 0).any() else float(worlds.SPEEDS[truth["speed"]])
-
-
-def heading_metrics(heading: Float[np.ndarray, " V"], truth: Mapping[str, Any], prefix: int, speed: float) -> dict[str, float]:
-    """Measure how far the camera of a continuation is from that of the world, in seconds of its `speed` (units a second).
-
-    Where the prefix did not show where the camera turns back, a continuation may choose; real continuations say what is reached.
-    """
-    true = np.array(truth["heading"])[prefix : len(heading)]
-    off = np.abs(wrap_heading(heading[prefix : prefix + len(true)] - true))
-    return {"heading_error": float(off.mean() / speed)} if len(off) else {}
-
-
 def build_map(visits: Sequence[Visit]) -> dict[int, np.ndarray]:
     """Average the landmark colours at each heading that a video shows: bin -> [rows, 3]."""
     out: dict[int, list[np.ndarray]] = {}

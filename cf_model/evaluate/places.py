@@ -7,7 +7,8 @@ nothing. Sprites never enter the rows that are compared.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -18,6 +19,22 @@ from . import oracle
 
 RATE = 4  # frames a second that are compared
 FEWEST = oracle.HILL  # columns of a frame that must have come back, and be known, for it to be compared
+
+
+def find_speed(truth: Mapping[str, Any], fps: float) -> float:
+    """Return the usual speed of a world's camera, in units a second."""
+    steps = np.abs(oracle.wrap_heading(np.diff(np.array(truth["heading"]))))
+    return float(np.median(steps[steps > 0]) * fps) if (steps > 0).any() else float(worlds.SPEEDS[truth["speed"]])
+
+
+def heading_metrics(heading: Float[np.ndarray, " V"], truth: Mapping[str, Any], prefix: int, speed: float) -> dict[str, float]:
+    """Measure how far the camera of a continuation is from that of the world, in seconds of its `speed` (units a second).
+
+    Where the prefix did not show where the camera turns back, a continuation may choose; real continuations say what is reached.
+    """
+    true = np.array(truth["heading"])[prefix : len(heading)]
+    off = np.abs(oracle.wrap_heading(heading[prefix : prefix + len(true)] - true))
+    return {"heading_error": float(off.mean() / speed)} if len(off) else {}
 
 
 def score_places(

@@ -17,7 +17,7 @@ from cf_model.codec.interface import TIME, video_frames
 from . import oracle
 from .cells import Cell, group_values, iterate_values
 from .course import list_borders, score_course
-from .places import score_places
+from .places import find_speed, heading_metrics, score_places
 from .statistics import RATIOS, bootstrap, bootstrap_ratio, paired, paired_ratio
 
 Truth = Mapping[str, Any]  # a world's facts (cf_model/data/worlds.py)
@@ -69,7 +69,7 @@ def score_video(
         course = score_course(video, oracle.measure_motion(video), fps, prefix=prefix, borders=borders)
         return Scored(oracle.plain_metrics(video[prefix:]) | course, [], None)
     found = oracle.read_frames(video)
-    new, visits, speed = found.cut(prefix), oracle.find_visits(video[prefix:], found.heading[prefix:]), oracle.find_speed(truth, fps)
+    new, visits, speed = found.cut(prefix), oracle.find_visits(video[prefix:], found.heading[prefix:]), find_speed(truth, fps)
     kept = oracle.find_bins_in_view(video[: video_frames(sink)])
     values = oracle.prompt_metrics(new, truth, fps) | oracle.memory_metrics(visits, fps, absence, kept=kept)
     values |= score_course(video, found.motion, fps, prefix=prefix, borders=borders)
@@ -79,7 +79,7 @@ def score_video(
     if prefix:
         rules: dict[str, Any] = {"prefix": prefix, "fps": fps, "gap": gap, "absence": absence, "kept": kept}
         values |= oracle.map_metrics(every, truth, unit=video.shape[1] // 32, **rules)
-        values |= oracle.heading_metrics(found.heading, truth, prefix, speed)
+        values |= heading_metrics(found.heading, truth, prefix, speed)
     view = {"map": oracle.build_map(visits), "sky": truth["sky"], "heading": new.heading}
     return Scored(values, list(average_windows(found, truth, fps)), view)
 
