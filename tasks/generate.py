@@ -16,22 +16,16 @@ from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
 from cf_model.codec.interface import SPACE, Codec, video_frames
-from cf_model.data.interventions import find_pairs, render_pairs
+from cf_model.context_probe import choose_pairs, follow_facts
 from cf_model.data.latents import Latents
 from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import BatchGenerator
-<<<<<<< HEAD
 from cf_model.model.memory import Memory, empty_memory
 from cf_model.model.recall import measure_one_step_errors
-from cf_model.model.rollout import denoise_chunk
-=======
-from cf_model.model.memory import empty_memory
-from cf_model.model.recall import measure_following, measure_one_step_errors
-from cf_model.model.rollout import RolloutSpec, stream
->>>>>>> 18b2b60 (Effective context by intervention; causal_init and both students without their slow part continue clips; the pairs that claims need are compared; evaluate reads each frame once)
+from cf_model.model.rollout import RolloutSpec, denoise_chunk
 from cf_model.model.view import sample_window
 from cf_model.text.encoder import TextEncoder
 from tasks.files.json_lines import dump_json_lines
@@ -43,7 +37,6 @@ from tasks.runner.track import Track
 
 DECODED = 12  # latent frames that are decoded at once: few enough for any memory, and faster than a chunk at a time
 STUDENTS = ("stage1", "stage2")
-FACTS = 500_000  # of the million seeds of worlds that a value of params.seed has, the first of those that clips are not rendered from
 
 
 @dataclass(frozen=True)
@@ -91,12 +84,8 @@ def run(
             if system and system.weights not in models:
                 models = {system.weights: wan.load_transformer(weights[system.weights], params.compute).to(choose_device())}
             prompts, null = text.encode([job.prompt for job in jobs]).to(choose_device()), clips.null_text.to(choose_device())
-<<<<<<< HEAD
             held: list[list[dict[str, Any]]] = [[] for _ in jobs]
-            pieces = list(generate_latents(params, jobs, models, prompts, null, held))
-=======
-            latents_of_all = torch.cat(list(generate_latents(params, jobs, models, prompts, null)), dim=1)
->>>>>>> 18b2b60 (Effective context by intervention; causal_init and both students without their slow part continue clips; the pairs that claims need are compared; evaluate reads each frame once)
+            latents_of_all = torch.cat(list(generate_latents(params, jobs, models, prompts, null, held)), dim=1)
             for row, job in enumerate(jobs):
                 (finished / job.file).parent.mkdir(parents=True, exist_ok=True)
                 if held[row]:  # before the video, whose presence says that both are there
@@ -110,7 +99,7 @@ def run(
     shutil.copytree(finished, out, dirs_exist_ok=True)
     (out / "index.jsonl").write_text(dump_json_lines(index_row(params, job) for job in todo))
     probe_recall(params, track, clips, weights, out / "recall.jsonl")
-    probe_context(params, track, pictures, text, weights, out / "interventions.jsonl")
+    probe_context(params, pictures, text, weights, out / "interventions.jsonl")
     return {"videos": float(len(todo))}
 
 
@@ -144,55 +133,39 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
     out.write_text(dump_json_lines(found))
 
 
-<<<<<<< HEAD
 def note_memory(memory: Memory, chunk: int, held: Sequence[list[dict[str, Any]]]) -> None:
     """Add to `held`, of each video, the latent frames in each part of its memory, and those of the chunk that is begun."""
     now = list(range(memory.frame_count, memory.frame_count + chunk))
     for video, rows in enumerate(held):
         rows.append(memory.frame_indices(video) | {"now": now})
-=======
+
+
 def list_students(params: Params) -> dict[str, System]:
     """Return the trained students among the systems that continue clips, but not those whose slow part stays empty: it has no worth."""
     named = {name: as_trained(params, system) for name, system in params.generate.continuations.items() if system.weights in STUDENTS}
-    return {
-        name: system
-        for name, system in named.items()
-        if system.memory and (system.memory.promote != "similarity" or system.memory.tau > -1)
-    }
+    return {name: one for name, one in named.items() if one.memory and (one.memory.promote != "similarity" or one.memory.tau > -1)}
 
 
-def probe_context(params: Params, track: Track, codec: Codec, text: TextEncoder, weights: dict[str, Path], out: Path) -> None:
-    """Write which of two worlds each system follows that goes on from contexts that differ in one fact: interventions.jsonl, a row for
-    each pair of worlds and each system. Without rendered clips no fact is known, and there are no rows.
+def probe_context(params: Params, codec: Codec, text: TextEncoder, weights: dict[str, Path], out: Path) -> None:
+    """Write which of two worlds the students follow that go on from contexts which differ in one fact: interventions.jsonl, a row for
+    each student and pair of worlds. Without rendered clips no fact is known, and there are no rows.
     """
-    probe, found = params.generate.interventions, list[dict[str, Any]]()
-    ends = {"sink": params.stage2.memory.sink, "start": probe.start, "stop": probe.start + probe.frames}
-    frames, fps, seed = {name: video_frames(latents) for name, latents in ends.items()}, params.video.fps, params.seed * 1_000_000 + FACTS
-    lags = probe.lags if params.clips.source == "worlds" else []
-    pairs = [pair for lag in lags for pair in find_pairs(lag, probe.pairs, params.clips.worlds, seed=seed, fps=fps, **frames)]
-    systems = {name: system for name, system in list_students(params).items() if pairs}
-    batches = [pairs[first : first + params.generate.batch] for first in range(0, len(pairs), params.generate.batch)]
-    bar = track.progress(len(systems) * len(pairs), "pair")
-    for name, system in systems.items():
+    probe, video, found = params.generate.interventions, params.video.model_dump(), list[dict[str, Any]]()
+    ends: dict[str, Any] = {"start": probe.start, "stop": probe.start + probe.frames}
+    place = ends | {"sink": params.stage2.memory.sink, "seed": params.seed, "fps": params.video.fps}
+    pairs = choose_pairs(probe.lags, probe.pairs, params.clips.worlds, **place) if params.clips.source == "worlds" else []
+    for name, system in list_students(params).items() if pairs else ():
         student, rollout = wan.load_transformer(weights[system.weights], params.compute).to(choose_device()), choose_rollout(params, system)
         assert system.memory
-        for batch in batches:
-            videos = torch.from_numpy(render_pairs(batch, frames["stop"], height=params.video.height, width=params.video.width, fps=fps))
-            real = codec.encode(videos.flatten(0, 1)).to(choose_device()).unflatten(0, (2, len(batch)))
-            prompts = text.encode([pair.first.caption for pair in batch]).to(choose_device())
-            given: dict[str, Any] = {"start": probe.start, "chunk": rollout.chunk, "sigmas": params.flow.shift_levels(rollout.levels)}
-            follows = measure_following(student, real, prompts, system.memory, seed=params.seed, **given)
-            for pair, sides in zip(batch, follows.T.tolist(), strict=True):
-                found.append({"system": name, "lag": pair.lag, "world": pair.first.seed, "away": round(pair.away, 2), "follows": sides})
-            bar.update(len(batch))
-    bar.close()
+        how: dict[str, Any] = {"chunk": rollout.chunk, "sigmas": params.flow.shift_levels(rollout.levels), "seed": params.seed}
+        how |= ends | {"batch": params.generate.batch, "video": video, "device": choose_device()}
+        found += [{"system": name} | row for row in follow_facts(student, system.memory, pairs, codec, text, **how)]
     out.write_text(dump_json_lines(found))
 
 
 def choose_rollout(params: Params, system: System) -> RolloutSpec:
     """Return the chunks and levels that a causal system generates with; causal_init has none of its own: it is trained at all levels."""
     return params.stage2.rollout if system.weights == "stage2" else params.stage1.rollout
->>>>>>> 18b2b60 (Effective context by intervention; causal_init and both students without their slow part continue clips; the pairs that claims need are compared; evaluate reads each frame once)
 
 
 def index_row(params: Params, job: VideoJob) -> dict[str, Any]:
