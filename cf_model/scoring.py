@@ -12,15 +12,18 @@ from typing import Any
 from . import metrics
 from .data.subprocess_reader import StreamingReader, Unreadable, read_in_subprocess
 from .data.video_reader import probe_video, read_pieces
-from .evaluate.cells import Cell, hash_code, select_item
+from .evaluate.cells import Cell, hash_code, hash_facts, select_item
 from .evaluate.statistics import Interval, bootstrap_ratio
-from .metrics import protocols, summary
+from .metrics import drift, encoders, flow, long, preprocess, protocols, repetition, summary, vbench, windowed
+from .metrics import trace as tracing
 from .metrics.judge import RUBRIC_HASH, Judge
 from .metrics.manifest import describe_row
-from .metrics.trace import Networks, Tracer, describe_weights
+from .metrics.trace import Networks, Trace, Tracer, describe_weights
+from .metrics.trace_file import describe_trace, read_trace, write_trace
 
 Row = Mapping[str, Any]  # of a manifest
 PIECE = 32  # frames that are decoded at once
+TRACING = (tracing, encoders, preprocess, drift, flow, repetition, vbench, windowed, long)  # the code that a trace depends on
 TOLERANCE = 0.01  # by which the manifest's frames a second may differ from the file's, as a part of them
 
 
@@ -37,12 +40,19 @@ class Scoring:
 
 
 def score_rows(
-    rows: Sequence[Row], folder: Path, networks: Networks, judge: Judge | None, how: Scoring, finished: Sequence[Cell] = ()
+    rows: Sequence[Row],
+    folder: Path,
+    networks: Networks,
+    judge: Judge | None,
+    how: Scoring,
+    finished: Sequence[Cell] = (),
+    features: Path | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the cells of each row's video in `folder`; a video that can't be scored has one cell, without a metric, that says why.
 
     Cells of `finished`, an earlier scoring, stand for videos whose file, weights, code and settings are the same and of which none
-    failed; they come first.
+    failed; they come first. In the folder `features` is kept what was measured of each video: there a video that is scored once more, by
+    another protocol or judge, is not decoded again.
     """
     keys = [describe_video(row, folder, networks, judge, how) for row in rows]
     before: dict[str, list[dict[str, Any]]] = {}
@@ -52,8 +62,11 @@ def score_rows(
     for index, key in enumerate(keys):
         cells = before.get(key["file"], [])
         same = all(cell.get(name) == value for cell in cells for name, value in key.items())
+        kept = locate_trace(features, networks, key["md5"], how.fps)
         if cells and same and not any("failed" in cell for cell in cells):
             yield cells
+        elif kept and (found := read_trace(kept[0])):
+            yield list(rate_trace(found[0], found[1]["source_fps"], key, rows[index], networks, judge, how))
         else:
             todo.append(index)
     # A file that crashes its reader costs a child process only: one decodes it to its end, another hands over its frames.
@@ -64,16 +77,32 @@ def score_rows(
             try:
                 if isinstance(facts, Unreadable):
                     raise ValueError(facts.sentence)
-                stated = row.get("fps")
-                if stated and abs(stated - facts.fps) > TOLERANCE * facts.fps:
-                    raise ValueError(
-                        f"{path.name} has {facts.fps:g} frames a second and the manifest says {stated:g}; correct the one that is wrong"
-                    )
-                cells = score_file(reader, path, facts, row, networks, judge, how)
+                check_rate(row, facts.fps)
+                trace = decode_trace(reader, path, facts, networks, how)
+                if kept := locate_trace(features, networks, key["md5"], how.fps):
+                    write_trace(kept[0], trace, kept[1] | {"source_fps": facts.fps})
+                cells = list(rate_trace(trace, facts.fps, key, row, networks, judge, how))
             except ValueError as error:
-                yield [key | {"protocol": None, "metric": None, "value": None, "failed": str(error)}]
-                continue
-            yield [key | cell for cell in cells]
+                cells = [fail_video(key, error)]
+            yield cells
+
+
+def fail_video(key: Mapping[str, Any], error: ValueError) -> dict[str, Any]:
+    """Return the one cell of a video that can't be scored, which says why."""
+    return {**key, "protocol": None, "metric": None, "value": None, "failed": str(error)}
+
+
+def check_rate(row: Row, fps: float) -> None:
+    """Raise ValueError if the manifest states another rate than the file has."""
+    stated, name = row.get("fps"), Path(row["file"]).name
+    if stated and abs(stated - fps) > TOLERANCE * fps:
+        raise ValueError(f"{name} has {fps:g} frames a second and the manifest says {stated:g}; correct the one that is wrong")
+
+
+def locate_trace(features: Path | None, networks: Networks, md5: str | None, fps: float | None) -> tuple[Path, dict[str, Any]] | None:
+    """Return the file in which a video's trace is kept and what it depends on; None where none is kept."""
+    about = describe_trace(networks, md5, fps, hash_code(*TRACING)) if features and md5 else None
+    return (features / f"{hash_facts(about)}.safetensors", about) if features and about else None
 
 
 def describe_video(row: Row, folder: Path, networks: Networks, judge: Judge | None, how: Scoring) -> dict[str, Any]:
@@ -89,9 +118,8 @@ def describe_video(row: Row, folder: Path, networks: Networks, judge: Judge | No
     }
 
 
-def score_file(reader: Any, path: Path, facts: Any, row: Row, networks: Networks, judge: Judge | None,
-               how: Scoring) -> list[dict[str, Any]]:  # fmt: skip
-    """Decode a video once and return its cells, with its number of frames and their rate. `reader` streams frames from a child process."""
+def decode_trace(reader: Any, path: Path, facts: Any, networks: Networks, how: Scoring) -> Trace:
+    """Decode a video once and return its trace. `reader` streams frames from a child process."""
     fps = how.fps or facts.fps
     shape, count = {"height": facts.height, "width": facts.width, "fps": fps}, facts.count_frames(fps)
     if count < 2:
@@ -99,13 +127,23 @@ def score_file(reader: Any, path: Path, facts: Any, row: Row, networks: Networks
     tracer = Tracer(networks, frames=count, **shape)
     for piece in reader.stream(path, size=PIECE, **shape):
         tracer.add(piece)
-    trace = tracer.finish()
-    wanted = [one for name in how.protocols for one in ([protocols.VBENCH] if name == "vbench" else [name])]
-    prompt = row.get("prompt")
-    cells = protocols.score_trace(trace, networks, wanted, prompt=prompt, chunk=how.chunk, window=how.window)
-    if judge:
-        cells.append(protocols.judge_video(trace, judge, prompt or "(not known)", key=row["file"], repeats=how.repeats))
-    return [cell | {"frames": trace.frames, "fps": trace.fps} for cell in cells]
+    return tracer.finish()
+
+
+def rate_trace(trace: Trace, source_fps: float, key: Mapping[str, Any], row: Row, networks: Networks, judge: Judge | None,
+               how: Scoring) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Yield the cells of a traced video, or the one that says why it can't be scored. `source_fps` is the file's own rate."""
+    try:
+        check_rate(row, source_fps)
+        wanted = [one for name in how.protocols for one in ([protocols.VBENCH] if name == "vbench" else [name])]
+        prompt = row.get("prompt")
+        cells = protocols.score_trace(trace, networks, wanted, prompt=prompt, chunk=how.chunk, window=how.window)
+        if judge:
+            cells.append(protocols.judge_video(trace, judge, prompt or "(not known)", key=row["file"], repeats=how.repeats))
+    except ValueError as error:
+        yield fail_video(key, error)
+        return
+    yield from ({**key, **cell, "frames": trace.frames, "fps": trace.fps} for cell in cells)
 
 
 def hash_md5(file: Path) -> str:

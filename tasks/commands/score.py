@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--judge-model", metavar="NAME", help="the model's name at the endpoint")
     parser.add_argument("--repeats", type=int, default=1, help="ratings a video; default: 1")
     parser.add_argument("--timeout", type=float, default=600, help="seconds in which a video must be readable; default: 600")
+    parser.add_argument("--features", type=Path, metavar="DIR", help="keep what is measured of each video here (10 MB a minute of DINO and "
+                        "CLIP): other protocols and judges then need no decoding")  # fmt: skip
     parser.add_argument("--threads", default="1", help="threads of a CPU; default: 1")
     args = parser.parse_args(argv)
     rows = list_rows(args.videos, args.manifest, args.prompts)
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> None:
         judge = open_judge(args.judge, args.judge_model, key.get_secret_value() if key else None, choose_device()) if args.judge else None
     how = Scoring(args.protocol or PROTOCOLS, args.fps, args.chunk, args.window, args.repeats, args.timeout)
     with refuse_errors(f"; or remove {args.out} to begin anew"):
-        cells = score_on(rows, args.out, lambda finished: score_rows(rows, args.videos, networks, judge, how, finished))
+        cells = score_on(rows, args.out, lambda finished: score_rows(rows, args.videos, networks, judge, how, finished, args.features))
     print_scores(cells)
     failed = sum(cell["metric"] is None for cell in cells)
     print(f"{args.out}: {count_things(len(cells), 'cell')} of {count_things(len(rows), 'video')}, {failed} not scored")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cf_model import scoring
 from cf_model.data.video_reader import VideoFacts, probe_video, read_video
 from cf_model.metrics import encoders, judges, long, protocols
 from cf_model.metrics.trace import Networks, Trace, average_neighbours, trace_video
@@ -18,7 +19,7 @@ CLIPS = read_settings().clips
 pytestmark = pytest.mark.skipif(CLIPS is None or not CLIPS.is_dir(), reason="CF_CLIPS names no folder of real clips")
 ALL = ("vbench", "vbench-long", "vbench-competition", "windows", "own")
 FALLS = ("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness")  # when frames are shuffled
-RISES = ("flow_magnitude", "flow_variance")
+RISES = ("flow_magnitude", "flow_variance", "flow_variance_largest")
 
 
 def list_clips() -> list[tuple[Path, VideoFacts]]:
@@ -55,6 +56,7 @@ def score(traced: Trace, networks: Networks) -> dict[tuple[str, str], float]:
 
 
 def test_a_shuffled_clip_is_worse_in_every_temporal_metric(networks: Networks) -> None:
+    """In every protocol. The windows are not among them: they compare with frame 0 alone, whatever lies between."""
     path, facts = list_clips()[0]
     assert (facts.frames, facts.fps) == (81, 16)
     video = read(path, facts)
@@ -89,3 +91,26 @@ def test_windows_of_a_long_video_and_its_true_rate(networks: Networks) -> None:
     assert windows["dinov2_10s@dinov2"] == pytest.approx(100 * (rows[76:85] @ rows[0]).mean(), abs=1e-3)
     path, facts = clips[0]
     assert len(read_video(path, height=120, width=208, fps=facts.fps / 2)) == 40  # of 5.06 s
+
+
+@pytest.mark.slow
+def test_files_are_resampled_in_seconds_and_end_with_numbers_in_every_protocol(networks: Networks) -> None:
+    """All clips of the folder at 4 frames a second, as `cf score` reads them; a manifest that states another rate than a file has."""
+    assert CLIPS is not None
+    clips = list_clips()
+    rows = [{"file": path.name, "prompt": "a boat", "fps": facts.fps} for path, facts in clips] + [{"file": clips[0][0].name, "fps": 25.0}]
+    how = scoring.Scoring(ALL, 4.0, 3, 2, 1, 600)
+    scored = list(scoring.score_rows(rows, CLIPS, networks, judges.HeuristicJudge(), how))
+    assert len(scored) == len(clips) + 1 and [cell["failed"] for cell in scored[-1]] == [
+        f"{clips[0][0].name} has 16 frames a second and the manifest says 25; correct the one that is wrong"
+    ]
+    for cells in scored[:-1]:
+        assert {cell["protocol"] for cell in cells} == {"vbench", long.UPSTREAM, long.FIXED, protocols.COMPETITION, "own"}
+        assert all(np.isfinite(cell["value"]) and (cell["frames"], cell["fps"]) == (20, 4) for cell in cells)
+        names = {cell["metric"].partition("@")[0] for cell in cells}
+        assert names >= {*FALLS, *RISES, "dynamic_degree", "clip_score", "luma_slope", "seam_ratio", "visual_stability"}
+    motion = {
+        key: [cell["value"] for cell in cells if cell["metric"].startswith("flow_magnitude")] for key, cells in enumerate(scored[:-1])
+    }
+    video = read(*clips[0])[::4]  # the frames at whole quarters of a second
+    assert motion[0] == [pytest.approx(score(trace(video[:20], networks, 4), networks)["own", "flow_magnitude@ffmpeg-epzs"], rel=1e-6)]

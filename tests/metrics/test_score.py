@@ -119,15 +119,15 @@ def test_an_interrupted_scoring_goes_on_and_a_second_scores_only_what_changed(
     for name in ("scrolls", "still"):
         shutil.copyfile(folder / f"{name}.mp4", videos / f"{name}.mp4")
     scored: list[str] = []
-    real = scoring.score_file
+    real = scoring.decode_trace
 
-    def score_file(reader: Any, path: Path, *rest: Any) -> list[dict[str, Any]]:
+    def decode_trace(reader: Any, path: Path, *rest: Any) -> Any:
         scored.append(path.name)
         if path.name == "still.mp4" and len(scored) == 2:
             raise KeyboardInterrupt
         return real(reader, path, *rest)
 
-    monkeypatch.setattr(scoring, "score_file", score_file)
+    monkeypatch.setattr(scoring, "decode_trace", decode_trace)
     words = ("--videos", videos, "--out", out, "--protocol", "vbench")
     with pytest.raises(KeyboardInterrupt):
         run(*words)
@@ -169,6 +169,42 @@ def test_frames_are_taken_at_their_own_rate_or_resampled(folder: Path, tmp_path:
     options = ("--videos", folder, "--manifest", listed, "--out", tmp_path / "scores.jsonl", "--protocol", "own")
     own, slow = (pick(run(*options, *more), "scrolls.mp4")["own", "flow_magnitude@ffmpeg-epzs"] for more in ((), ("--fps", "4")))
     assert slow == pytest.approx(2 * own, rel=0.1)  # half as many frames, each twice as far from the one before
+
+
+def test_what_was_measured_is_kept_by_the_hashes_of_video_and_networks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another protocol decodes nothing, and gives what it gives without the folder; another rate, video or network does."""
+    videos, features = tmp_path / "videos", tmp_path / "features"
+    videos.mkdir()
+    shutil.copyfile(folder / "scrolls.mp4", videos / "a.mp4")
+    decoded: list[str] = []
+    real = scoring.decode_trace
+
+    def decode_trace(reader: Any, path: Path, *rest: Any) -> Any:
+        decoded.append(path.name)
+        return real(reader, path, *rest)
+
+    monkeypatch.setattr(scoring, "decode_trace", decode_trace)
+    run("--videos", videos, "--out", tmp_path / "1.jsonl", "--protocol", "vbench", "--features", features)
+    kept = run("--videos", videos, "--out", tmp_path / "2.jsonl", "--features", features, "--judge", "heuristic")
+    assert decoded == ["a.mp4"] and len(list(features.iterdir())) == 1
+    assert kept == run("--videos", videos, "--out", tmp_path / "3.jsonl", "--judge", "heuristic") and len(decoded) == 2
+    run("--videos", videos, "--out", tmp_path / "4.jsonl", "--features", features, "--fps", "4")
+    assert len(decoded) == 3 and len(list(features.iterdir())) == 2, "the rate is part of what is kept"
+    monkeypatch.setattr(encoders.PooledEncoder, "weights", "others")
+    run("--videos", videos, "--out", tmp_path / "5.jsonl", "--features", features)
+    assert len(decoded) == 4, "so are the networks"
+    monkeypatch.undo()
+    wrong = manifest(tmp_path / "m.jsonl", {"file": "a.mp4", "fps": 25})
+    cells = run("--videos", videos, "--out", tmp_path / "6.jsonl", "--features", features, "--manifest", wrong)
+    assert [cell["failed"] for cell in cells] == ["a.mp4 has 8 frames a second and the manifest says 25; correct the one that is wrong"]
+    for file in features.iterdir():
+        file.write_bytes(file.read_bytes()[:100])  # cut off
+    assert run("--videos", videos, "--out", tmp_path / "7.jsonl", "--features", features, "--judge", "heuristic") == kept
+    shutil.copyfile(folder / "still.mp4", videos / "a.mp4")
+    still = run("--videos", videos, "--out", tmp_path / "8.jsonl", "--features", features, "--judge", "heuristic")
+    assert still != kept and not [file for file in features.iterdir() if file.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
