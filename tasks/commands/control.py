@@ -25,7 +25,7 @@ FOLDER, STUDENT = Path("work/control"), "stage2"
 NEEDED = ("data/latents", "data/prompts", "models/codec", "models/teacher", "models/stage1", "models/stage2", "results/cells.jsonl")
 SHOWN = {  # suite -> metrics of the table, and whether down or up is better; "" for what stands beside a win
     "continuations": {"map_error_absent": "down", "map_error": "down", "speed": "", "diversity": "", "headings_covered": ""},
-    "recall": {"recall_error_75": "down", "recall_error_90": "down", "slow_gain_75": "up", "slow_gain_90": "up"},
+    "recall": {"recall_error_75": "down", "recall_error_90": "down", "slow_gain_75": "up", "slow_gain_90": "up", "context_effect_4s": "up"},
     "prompts": {"memory_ratio": "down", "other_heading": "", "speed": "", "sprite_recall": "", "diversity": ""},
 }
 
