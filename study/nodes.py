@@ -81,7 +81,7 @@ def state_systems(plan: Plan, tree: Mapping[str, Any], name: str) -> dict[str, A
     assert student
     memory = tree[student]["memory"] | arm.memory if arm.memory else None
     one = {"student": {"weights": student, "memory": memory, "view": None, "frames": frames}}
-    return {"systems": one, "continuations": one, "continued": plan.reported}
+    return {"systems": one, "continuations": one, "continued": plan.reported, "continued_beside": plan.reported}
 
 
 def build_clip_params(plan: Plan, world: str, use: str) -> dict[str, Any]:

@@ -148,3 +148,14 @@ def test_killed_and_started_again_goes_on_with_the_same_bytes(
     whole = run("whole")
     assert len(made) == 3 and again == made[3 - len(again) :], "what was complete is not made again"
     assert len(whole) == 15 and resumed == whole
+
+
+def test_what_stands_beside_the_students_continues_the_first_of_their_clips(stated: schema.Params, project: dict[str, Path]) -> None:
+    some = {"prompts": 1, "continued": 3, "continued_beside": 2, "frames": 9, "prefix": 3, "systems": {}}
+    params = stated.model_copy(update={"generate": stated.generate.model_copy(update=some)})
+    jobs = [job for job in generate.list_jobs(params, Latents(project["latents"])) if job.suite == "continuations" and job.system]
+    numbers = {name: [job.number for job in jobs if job.name == name] for name in {job.name for job in jobs}}
+    beside = ("causal_init", "stage1_without_slow", "stage2_without_slow")
+    assert {*beside, "stage1", "stage2"} <= numbers.keys()
+    assert all(found == ([0, 1] if name in beside else [0, 1, 2]) for name, found in numbers.items())
+    assert [*generate.list_students(params)] == ["stage1", "stage2"], "an empty slow part has no worth to measure"

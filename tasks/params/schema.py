@@ -164,6 +164,7 @@ class Generate(Section):
 
     prompts: PositiveInt
     continued: PositiveInt  # held-out clips whose beginnings are continued
+    continued_beside: PositiveInt  # of these, the first, that causal_init and memories which nothing was trained with continue
     prompts_file: Path | None  # one prompt a line; null: captions of the held-out clips
     seeds: list[Count]
     frames: PositiveInt  # latent frames of the real clips that are shown for comparison
