@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cf_model.data.latents import Latents
 from cf_model.model import wan
 from cf_model.text.encoder import WordEncoder
 from tasks import generate
