@@ -1,6 +1,6 @@
 """CPU time of the evaluation of one video of 15.6 s at profile tiny, metric by metric.
 
-  python -m benchmarks evaluation            a minute of one core; writes results/evaluation.json
+python -m benchmarks evaluation            a minute of one core; writes results/evaluation.json
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.data.latents import write_latents
+from cf_model.data.latents import summarize_entries, write_latents
 from tasks.files.atomic import swap_into_place
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, read_json_lines
@@ -34,7 +34,12 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
         progress.update()
         return encoded
 
-    layout = {"shard_mib": params.encode.shard_mib, "dtype": pictures.dtype, "fps": params.video.fps, "negative": params.text.negative}
+    layout: dict[str, Any] = {
+        "shard_mib": params.encode.shard_mib,
+        "dtype": pictures.dtype,
+        "fps": params.video.fps,
+        "negative": params.text.negative,
+    }
     with pictures.reader:
         entries = write_latents(track.work / "latents", rows, encode_clip, text.encode, **layout)
     progress.close()
@@ -42,15 +47,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     for cache in (pictures.cache, text.cache):
         cache.sweep()
     track.facts |= {"encoded": pictures.cache.new_entries, "captions_encoded": text.cache.new_entries}
-    total, square, count = (sum(entry[name] for entry in entries) for name in ("sum", "square", "count"))
-    mean = total / count
-    return {
-        "clips": len(entries),
-        "frames": sum(entry["frames"] for entry in entries),
-        "captions": len({entry["caption"] for entry in entries}),
-        "mean": mean,
-        "std": max(0.0, square / count - mean**2) ** 0.5,
-    }
+    return summarize_entries(entries)
 
 
 class ClipEncoder:

@@ -89,6 +89,19 @@ def write_latents(
     return entries
 
 
+def summarize_entries(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Count clips, latents and distinct captions, and return mean and deviation of all numbers; entries have `count`, `sum`, `square`."""
+    total, square, count = (sum(entry[name] for entry in entries) for name in ("sum", "square", "count"))
+    mean = total / count
+    return {
+        "clips": len(entries),
+        "frames": sum(entry["frames"] for entry in entries),
+        "captions": len({entry["caption"] for entry in entries}),
+        "mean": mean,
+        "std": max(0.0, square / count - mean**2) ** 0.5,
+    }
+
+
 def text_key(number: int) -> str:
     """Return the name of a distinct text's embedding in its shard."""
     return f"{number:08d}"
