@@ -32,17 +32,18 @@ def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
     """
     out.mkdir(parents=True, exist_ok=True)
     sources = {"worlds": render_worlds, "folder": copy_folder, "table": copy_folder}
-    rows = list(sources.get(params.clips.source, copy_collection)(params, track, out))
+    left_out: dict[str, str] = {}  # what is not taken, and why
+    rows = list(sources.get(params.clips.source, copy_collection)(params, track, out, left_out))
+    if params.clips.source != "worlds":
+        why = dump_json_lines({"source": name, "why": why} for name, why in left_out.items())
+        (out / "left_out.jsonl").write_text(why, encoding="utf-8")
     (out / "clips.jsonl").write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
     return {"clips": len(rows), "planted": sum(row["planted"] is not None for row in rows)}
 
 
-def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
+def render_worlds(params: Params, track: Track, out: Path, left_out: dict[str, str]) -> Iterator[Row]:
     """Render worlds to clips and yield their rows."""
     clips, video = params.clips, params.video
-    if video.height % 32 or video.width % 2:
-        sizes = f"video.height is {video.height} and video.width {video.width}"
-        raise ValueError(f"{sizes}; a world's height is a multiple of 32, its width even: use 32 and 32")
     settings = {"count": clips.count, "bad": clips.bad, "frames": clips.frames, "crf": clips.crf, "fps": video.fps, "seed": params.seed}
     progress = track.progress(clips.count + clips.bad * len(PLANTED), unit="clip")
     for clip in render_clips(out, clips.worlds, size=(video.height, video.width), **settings):
@@ -50,7 +51,7 @@ def render_worlds(params: Params, track: Track, out: Path) -> Iterator[Row]:
         progress.update()
 
 
-def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
+def copy_folder(params: Params, track: Track, out: Path, left_out: dict[str, str]) -> Iterator[Row]:
     """Copy a folder's videos, with those of its subfolders, in the order of their names, and yield their rows.
 
     A table's rows may name addresses too, which are fetched. An address that can't give a video is left out; if one broke off, the run
@@ -60,7 +61,7 @@ def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
     if folder is None or not folder.is_dir():
         raise ValueError(f"clips.folder is {folder}, which is no folder; name one with videos, or set clips.source to worlds")
     found = look_for_videos(folder)
-    left_out = {print_name(file.relative_to(folder)): why for file, why in found.left_out.items()}
+    left_out |= {print_name(file.relative_to(folder)): why for file, why in found.left_out.items()}
     clips, table = params.clips, read_clip_table(params.clips.table) if params.clips.table else []
     addresses = [entry for entry in table if entry.is_address and clips.source == "table"]
     if addresses and clips.fetch is None:
@@ -94,10 +95,9 @@ def copy_folder(params: Params, track: Track, out: Path) -> Iterator[Row]:
     if fetcher and fetcher.broken:
         way = f"what came is kept in {FETCHED}; or take them out of {clips.table}"
         raise ValueError(f"{len(fetcher.broken)} of {len(entries)} videos were not fetched, the first: {fetcher.broken[0]}: {way}")
-    write_left_out(out, left_out)
 
 
-def copy_collection(params: Params, track: Track, out: Path) -> Iterator[Row]:
+def copy_collection(params: Params, track: Track, out: Path, left_out: dict[str, str]) -> Iterator[Row]:
     """Fetch Sekai or UltraVideo, take the videos that its tables list, clips.count of them or all, and yield their rows."""
     clips = params.clips
     assert clips.fetch is not None  # the schema requires it for a collection
@@ -113,7 +113,7 @@ def copy_collection(params: Params, track: Track, out: Path) -> Iterator[Row]:
         if number == total:
             break
     else:
-        write_left_out(out, {entry.file: f"is in no archive of {clips.source}" for entry in reader.missing.values()})
+        left_out |= {entry.file: f"is in no archive of {clips.source}" for entry in reader.missing.values()}
     track.facts |= {"revision": reader.commit}
 
 
@@ -131,11 +131,6 @@ def copy_file(file: Path, place: Path, source: str, left_out: dict[str, str]) ->
         place.unlink(missing_ok=True)
         return False
     return True
-
-
-def write_left_out(out: Path, left_out: dict[str, str]) -> None:
-    """Write what was not taken, and why."""
-    (out / "left_out.jsonl").write_text(dump_json_lines({"source": name, "why": why} for name, why in left_out.items()), encoding="utf-8")
 
 
 def print_name(path: Path) -> str:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 
 ATTEMPTS = 5  # a connection that breaks is opened again, as long as the attempt before brought something
 PAUSE = 30.0  # seconds without a byte after which a connection counts as broken
-BLOCK = 2**20  # bytes
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # answers after which another try may succeed
 
 
@@ -88,10 +87,10 @@ def fetch_file(address: str, place: Path, limits: FetchLimits, checksum: str | N
             try:
                 _fetch_rest(address, partial, mark, limits, end)
                 break
-            except httpx.TransportError as error:
+            except httpx2.TransportError as error:
                 if attempt + 1 == ATTEMPTS or _count_bytes(partial) <= before:
                     raise NotFetchedError(f"{address} broke off ({error or type(error).__name__}); start again to go on with it") from None
-            except httpx.InvalidURL as error:
+            except httpx2.InvalidURL as error:
                 raise ValueError(f"{address} is no address that can be fetched ({error})") from None
         mark.unlink(missing_ok=True)
     check_sum(partial if partial.exists() else place, checksum, address)
@@ -105,7 +104,7 @@ def _fetch_rest(address: str, partial: Path, mark: Path, limits: FetchLimits, en
     headers = {"Accept-Encoding": "identity"}  # bytes as they are stored, because places in the file are counted
     if size and known:
         headers |= {"Range": f"bytes={size}-", "If-Range": known}
-    with httpx.stream("GET", address, headers=headers, follow_redirects=True, timeout=PAUSE) as answer:
+    with httpx2.stream("GET", address, headers=headers, follow_redirects=True, timeout=PAUSE) as answer:
         if answer.status_code in TRANSIENT:
             raise NotFetchedError(f"{address} was answered with {answer.status_code}; start again later")
         if answer.status_code == 416:  # nothing is behind the end, but what came can't be told from another version
@@ -123,14 +122,14 @@ def _fetch_rest(address: str, partial: Path, mark: Path, limits: FetchLimits, en
         with partial.open("r+b" if first else "wb") as file:
             file.seek(first)
             file.truncate()
-            for block in answer.iter_raw(BLOCK):
+            for block in answer.iter_raw():  # as they come: blocks of a stated size would be lost in part when a connection breaks
                 file.write(block)
                 limits.refuse_size(file.tell(), address)
                 if time.monotonic() > end:
                     took = f"took longer than clips.fetch.seconds, {limits.seconds:g}"
                     raise NotFetchedError(f"{address} {took}; start again to go on with it")
     if total is not None and _count_bytes(partial) != total:
-        raise httpx.ReadError(f"{_count_bytes(partial)} of {total} bytes came")
+        raise httpx2.ReadError(f"{_count_bytes(partial)} of {total} bytes came")
 
 
 def check_sum(file: Path, checksum: str | None, what: str) -> None:

@@ -19,11 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
-import httpx
+import httpx2
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from .clip_table import ClipEntry, read_clip_table
 from .fetch_files import FetchLimits, check_sum
@@ -54,7 +53,7 @@ class CollectionVideo:
 
     entry: ClipEntry
     origin: str  # repository@commit:archive/member
-    file: IO[bytes]
+    file: zipfile.ZipExtFile
 
 
 class CollectionReader:
@@ -69,7 +68,7 @@ class CollectionReader:
         repository = self.collection.repository
         try:
             info = HfApi().dataset_info(repository, revision=limits.revision, files_metadata=True)
-        except (OSError, ValueError, httpx.HTTPError, HfHubHTTPError) as error:
+        except (OSError, ValueError, httpx2.HTTPError) as error:
             raise ValueError(f"{repository} can't be asked for its files ({_shorten(error)}); try again where there is a network") from None
         self.commit = str(info.sha)
         self.files: dict[str, Any] = {file.rfilename: file for file in info.siblings or []}
@@ -93,7 +92,7 @@ class CollectionReader:
         repository = self.collection.repository
         try:
             path = HfApi().hf_hub_download(repository, name, repo_type="dataset", revision=self.commit, local_dir=self.folder)
-        except (OSError, ValueError, httpx.HTTPError, HfHubHTTPError) as error:
+        except (OSError, ValueError, httpx2.HTTPError) as error:
             raise ValueError(f"{name} of {repository} was not fetched ({_shorten(error)}); start again to go on with it") from None
         stated = self.files[name].lfs if name in self.files else None
         check_sum(Path(path), stated.sha256 if stated else None, f"{name} of {repository}")

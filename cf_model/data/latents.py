@@ -89,6 +89,12 @@ def write_latents(
     return entries
 
 
+def sum_latents(latents: Float[Tensor, "F C H W"]) -> Float[Tensor, "2"]:
+    """Return the sum of a clip's numbers and of their squares, before they are rounded to the dtype that is stored."""
+    wide = latents.double()
+    return torch.stack([wide.sum(), wide.square().sum()])
+
+
 def summarize_entries(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Count clips, latents and distinct captions, and return mean and deviation of all numbers; entries have `count`, `sum`, `square`."""
     total, square, count = (sum(entry[name] for entry in entries) for name in ("sum", "square", "count"))

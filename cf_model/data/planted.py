@@ -46,6 +46,9 @@ def render_clips(
 
     The kinds are shuffled, because otherwise a clip's number would tell its kind.
     """
+    if size[0] % 32 or size[1] % 2:
+        sizes = f"video.height is {size[0]} and video.width {size[1]}"
+        raise ValueError(f"{sizes}; a world's height is a multiple of 32, its width even: use 32 and 32")
     rng = np.random.default_rng(seed)
     good: list[RenderedClip] = []
     for i, kind in enumerate(draw_kinds(count, bad, rng)):

@@ -205,7 +205,7 @@ def test_training_states_take_what_is_published(wan_costs: ModelCosts) -> None:
     parts = {2: 8 + 4 + 2 + 8 + (16 + 8) / 8 + 4, 3: 4 + 2 + (8 + 8 + 16 + 8) / 8 + 4}
     for zero, each in parts.items():
         assert sum(stage2.states(zero, 8).values()) == pytest.approx(each * wan_costs.parameters)
-    assert plan.estimate_clip_bytes(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
+    assert plan.estimate_encoding(p).clip_bytes == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
 
 
 # -------------------------------------------------------------------------------------------------- what is averaged
