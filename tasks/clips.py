@@ -43,10 +43,10 @@ def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
 
 def render_worlds(params: Params, track: Track, out: Path, left_out: dict[str, str]) -> Iterator[Row]:
     """Render worlds to clips and yield their rows."""
-    clips, video = params.clips, params.video
-    settings = {"count": clips.count, "bad": clips.bad, "frames": clips.frames, "crf": clips.crf, "fps": video.fps, "seed": params.seed}
+    clips, size = params.clips, (params.video.height, params.video.width)
+    settings = {name: getattr(clips, name) for name in ("count", "bad", "frames", "crf")} | {"fps": params.video.fps, "seed": params.seed}
     progress = track.progress(clips.count + clips.bad * len(PLANTED), unit="clip")
-    for clip in render_clips(out, clips.worlds, size=(video.height, video.width), **settings):
+    for clip in render_clips(out, clips.worlds, size=size, **settings):
         yield make_row(clip.file, clip.caption) | {"planted": clip.planted, "truth": clip.truth}
         progress.update()
 

@@ -41,8 +41,7 @@ def run(params: Params, track: Track, *, source: Path, latents: Path, out: Path)
         return embedded
 
     count = write_prompts(work, prompts, embed, **layout)
-    if prompts.heldout:
-        (work / HELDOUT.name).write_text("".join(f"{prompt}\n" for prompt in prompts.heldout), encoding="utf-8")
+    prompts.write_heldout(work / HELDOUT.name)
     swap_into_place(work, out)
     progress.close()
     encoder.cache.sweep()

@@ -195,6 +195,11 @@ class PromptSplit:
                 count += 1
                 yield prompt
 
+    def write_heldout(self, file: Path) -> None:
+        """Write the held-out prompts, one a line, if there are any."""
+        if self.heldout:
+            file.write_text("".join(f"{prompt}\n" for prompt in self.heldout), encoding="utf-8")
+
 
 def select_distinct(prompts: Iterable[str], without: Iterable[str] = ()) -> Iterator[str]:
     """Yield each prompt once, in the order in which it first comes, and none of `without`; see `normalise_prompt` for what makes another.
