@@ -27,7 +27,7 @@ class FetchLimits:
     def __post_init__(self) -> None:
         for name in ("max_mib", "seconds"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"fetch.{name} is {getattr(self, name)}; use more than 0, or fetch: null")
+                raise ValueError(f"{name} is {getattr(self, name)}; use more than 0, or fetch: null")
 
     def refuse_size(self, size: int, what: str) -> None:
         """Raise ValueError for a file of more bytes than are allowed."""
