@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.data.latents import sum_latents, summarize_entries, write_latents
+from cf_model.data.latents import join_parts, sum_latents, summarize_entries, write_latents
 from tasks.files.atomic import swap_into_place
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, read_json_lines
@@ -63,7 +63,7 @@ class ClipEncoder:
         if payload := self.cache.get(content):
             entry = load(payload)
         else:
-            exact = torch.cat([part[0].cpu() for part in self.codec.encode_stream(self.reader.read(row))])
+            exact = join_parts(part[0].cpu() for part in self.codec.encode_stream(self.reader.read(row)))
             entry = {"latents": exact.to(self.dtype).contiguous(), "sums": sum_latents(exact)}
             self.cache.put(content, save(entry))
         total, square = entry["sums"].tolist()

@@ -112,6 +112,7 @@ class CollectionReader:
                     if path.suffix.lower() == ".mp4" and (entry := self.missing.pop(path.stem, None)):
                         self.limits.refuse_size(member.file_size, f"{member.filename} in {parts[0]}")
                         with archive.open(member) as file:
+                            assert isinstance(file, zipfile.ZipExtFile)  # which is more than typeshed says
                             origin = f"{self.collection.repository}@{self.commit}:{parts[0].partition('.part_')[0]}/{member.filename}"
                             yield CollectionVideo(entry, origin, file)
 
