@@ -1,5 +1,6 @@
 """Stage `encode`: accepted clips to latents and captions to embeddings, once, so that training never decodes a video."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
-from cf_model.data.latents import write_latents
+from cf_model.data.latents import join_parts, sum_latents, summarize_entries, write_latents
 from tasks.files.atomic import swap_into_place
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, read_json_lines
@@ -26,38 +27,29 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     The shards are written in the working folder, so that a stage that was killed goes on after the last complete one.
     """
     rows = [row for row in read_json_lines(manifest) if row["kept"]]
-    text, pictures = CaptionEncoder(params.text, "text"), ClipEncoder(clips, codec, params.video, getattr(torch, params.encode.dtype))
-    progress = track.progress(len(rows), unit="clip")
-
-    def encode_clip(row: Row) -> tuple[Tensor, dict[str, Any]]:
-        encoded = pictures.encode(row)
-        progress.update()
-        return encoded
-
-    layout = {"shard_mib": params.encode.shard_mib, "dtype": pictures.dtype, "fps": params.video.fps, "negative": params.text.negative}
+    text, progress = CaptionEncoder(params.text, "text"), track.progress(len(rows), unit="clip")
+    pictures = ClipEncoder(clips, codec, params.video, getattr(torch, params.encode.dtype), progress.update)
+    layout: dict[str, Any] = {
+        "shard_mib": params.encode.shard_mib,
+        "dtype": pictures.dtype,
+        "fps": params.video.fps,
+        "negative": params.text.negative,
+    }
     with pictures.reader:
-        entries = write_latents(track.work / "latents", rows, encode_clip, text.encode, **layout)
+        entries = write_latents(track.work / "latents", rows, pictures.encode, text.encode, **layout)
     progress.close()
     swap_into_place(track.work / "latents", out)
     for cache in (pictures.cache, text.cache):
         cache.sweep()
     track.facts |= {"encoded": pictures.cache.new_entries, "captions_encoded": text.cache.new_entries}
-    total, square, count = (sum(entry[name] for entry in entries) for name in ("sum", "square", "count"))
-    mean = total / count
-    return {
-        "clips": len(entries),
-        "frames": sum(entry["frames"] for entry in entries),
-        "captions": len({entry["caption"] for entry in entries}),
-        "mean": mean,
-        "std": max(0.0, square / count - mean**2) ** 0.5,
-    }
+    return summarize_entries(entries)
 
 
 class ClipEncoder:
     """Encoder of clips with a cache: a clip that was encoded before is read back."""
 
-    def __init__(self, clips: Path, codec: Path, video: Video, dtype: torch.dtype) -> None:
-        self.clips, self.codec, self.dtype = clips, load_codec(codec).to(choose_device()), dtype
+    def __init__(self, clips: Path, codec: Path, video: Video, dtype: torch.dtype, count: Callable[[], object]) -> None:
+        self.clips, self.codec, self.dtype, self.count = clips, load_codec(codec).to(choose_device()), dtype, count
         self.reader = ClipReader(clips, video)
         about = {"codec": compute_dvc_md5(codec), "video": video.model_dump(), "dtype": str(dtype), "device": choose_device().type}
         parts = ("cf_model.data.video_reader", "cf_model.codec.interface", "tasks.encode", "tasks.parts.codec_frames")
@@ -71,9 +63,9 @@ class ClipEncoder:
         if payload := self.cache.get(content):
             entry = load(payload)
         else:
-            exact = torch.cat([part[0].cpu() for part in self.codec.encode_stream(self.reader.read(row))])
-            wide = exact.double()
-            entry = {"latents": exact.to(self.dtype).contiguous(), "sums": torch.stack([wide.sum(), wide.square().sum()])}
+            exact = join_parts(part[0].cpu() for part in self.codec.encode_stream(self.reader.read(row)))
+            entry = {"latents": exact.to(self.dtype).contiguous(), "sums": sum_latents(exact)}
             self.cache.put(content, save(entry))
         total, square = entry["sums"].tolist()
+        self.count()
         return entry["latents"], {"md5": md5, "count": entry["latents"].numel(), "sum": total, "square": square}

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from cf_model.data.prompts import iterate_prompts
-from tasks.params.nightly import CAPTIONS
+from cf_model.data.prompts import iterate_prompts, read_ids
+from tasks.params.nightly import CAPTIONS, HELDOUT
 from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused
 from tasks.runner.track import Track
@@ -13,9 +13,10 @@ from tasks.runner.track import Track
 def run(params: Params, track: Track, *, out: Path = Path("build/params.json")) -> dict[str, float]:
     """Check every value of params.yaml, alone and against the others, and write them to build/params.json, sorted."""
     own = params.start.prompts if params.start.prompts != CAPTIONS else None
-    for key, file in (("generate.prompts_file", params.generate.prompts_file), ("start.prompts", own)):
+    shown = params.generate.prompts_file if params.generate.prompts_file != HELDOUT else None  # which the stage prompts will make
+    for key, file, chosen in (("generate.prompts_file", shown, None), ("start.prompts", own, params.prompts.ids)):
         try:  # read to its end now, because a later stage would refuse it after hours
-            for _ in iterate_prompts(file) if file else ():
+            for _ in iterate_prompts(file, read_ids(chosen) if chosen else ()) if file else ():
                 pass
         except ValueError as error:
             raise Refused(f"{key}: {error}") from None

@@ -31,7 +31,7 @@ def params(**sections: Any) -> Any:
     ours = {
         "seed": 3,
         "video": Video(height=32, width=32, fps=16),
-        "clips": Clips(source="worlds", folder=None, table=None, worlds=worlds.PLAIN, count=12, bad=1, frames=182, crf=12),
+        "clips": Clips(source="worlds", folder=None, table=None, fetch=None, worlds=worlds.PLAIN, count=12, bad=1, frames=182, crf=12),
         "filter": Filter(
             min_seconds=10.0,
             min_fps=15.0,
@@ -118,7 +118,7 @@ def test_truth_is_what_was_rendered(made: Path) -> None:
 
 
 def test_same_seed_same_bytes_and_another_seed_other_worlds(made: Path, tmp_path: Path) -> None:
-    few = Clips(source="worlds", folder=None, table=None, worlds=worlds.PLAIN, count=2, bad=1, frames=182, crf=12)
+    few = Clips(source="worlds", folder=None, table=None, fetch=None, worlds=worlds.PLAIN, count=2, bad=1, frames=182, crf=12)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         clips.run(params(clips=few, seed=seed), MagicMock(), out=tmp_path / name)
     contents = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "abc"]
@@ -180,7 +180,7 @@ def test_no_clip_passes(made: Path, tmp_path: Path) -> None:
 
 def folder(path: Path) -> Any:
     return params(
-        clips=Clips(source="folder", folder=path, table=None, worlds=worlds.PLAIN, count=0, bad=0, frames=1, crf=12),
+        clips=Clips(source="folder", folder=path, table=None, fetch=None, worlds=worlds.PLAIN, count=0, bad=0, frames=1, crf=12),
         filter=params().filter.model_copy(update={"heldout": 0}),
     )
 

@@ -180,7 +180,7 @@ def test_a_table_says_which_clips_with_which_captions_and_which_seconds_of_them(
         ("name,caption\na,b\n", "row 1 names no file"),
         ("file,caption\n/etc/passwd,b\n", "not below clips.folder"),
         ("file,caption\n../a.mp4,b\n", "not below clips.folder"),
-        ("file,caption\nhttps://x.org/a.mp4,b\n", "an address; download it"),
+        ("file,md5\na.mp4,12\n", "row 1 has the checksum '12'; write a sha256 or md5"),
         ("file,start,end\na.mp4,5,4\n", "row 1 ends at 4 s and begins at 5 s"),
         ("file,start\na.mp4,soon\n", "start is 'soon'; it must be a number"),
         ("file,caption\n", "has no rows"),

@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # The first of these names that a table has is used. Sekai has videoFile and caption, UltraVideo clip_id and Detailed Description.
-FILE = ("file", "path", "videoFile", "clip_id", "video")
+FILE = ("file", "path", "videoFile", "clip_id", "video", "url")
 CAPTION = ("caption", "Detailed Description", "text", "prompt")
 START = ("start", "start_time", "begin")
 END = ("end", "end_time")
+CHECKSUM = ("sha256", "md5")
+# A file that this column names was cut out already: UltraVideo's start_time and end_time are of the film that it was cut from.
+CUT_OUT = "clip_id"
 LARGEST_CELL = 1_000_000  # characters
 
 
@@ -22,11 +26,30 @@ LARGEST_CELL = 1_000_000  # characters
 class ClipEntry:
     """A row of a table."""
 
-    file: str
+    file: str  # in the folder, or an address
     caption: str | None
     start: float | None  # seconds
     end: float | None
     row: int  # from 1 on
+    checksum: str | None = None  # of the file at an address, sha256 or md5
+
+    @property
+    def is_address(self) -> bool:
+        """Whether the file is to be fetched."""
+        return "://" in self.file
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the row changes in a clip's row of clips.jsonl: the caption, and the seconds that are taken of the file."""
+        caption = {"caption": self.caption} if self.caption else {}
+        return caption | ({} if self.start is None and self.end is None else {"from": self.start, "to": self.end})
+
+    @property
+    def suffix(self) -> str:
+        """What the row adds to a clip's id: the seconds that are taken, because several rows may name one file."""
+        if self.start is None and self.end is None:
+            return ""
+        return f"-{self.start or 0:g}-{'end' if self.end is None else f'{self.end:g}'}"
 
 
 def read_clip_table(path: Path) -> list[ClipEntry]:
@@ -42,6 +65,17 @@ def read_clip_table(path: Path) -> list[ClipEntry]:
     if not entries:
         raise ValueError(f"{path} has no rows; give it one for each clip")
     return entries
+
+
+def match_entries(entries: Sequence[ClipEntry], files: Collection[str], *, whole: bool) -> list[tuple[str, ClipEntry | None]]:
+    """Return names of files with their rows of a table, in its order; a row of none of the files keeps its own name.
+
+    `whole`: return all files, in their own order, with their rows as far as there are some.
+    """
+    names = {name.rpartition("/")[2].rpartition(".")[0]: name for name in files}  # collections name a clip without its ending
+    matched = [(entry.file if entry.file in files else names.get(entry.file, entry.file), entry) for entry in entries]
+    rows = dict(matched)
+    return [(name, rows.get(name)) for name in files] if whole else list(matched)
 
 
 def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -83,14 +117,17 @@ def _make_entry(row: Mapping[str, Any], number: int, path: Path) -> ClipEntry:
     where = f"{path} row {number}"
     if not isinstance(file, str) or not file.strip():
         raise ValueError(f"{where} names no file; give the table a column {' or '.join(FILE)}, with a path in every row")
-    if "://" in file:
-        raise ValueError(f"{where} names {file}, an address; download it into clips.folder and name the file")
-    if Path(file).is_absolute() or ".." in Path(file).parts:
+    if "://" not in file and (Path(file).is_absolute() or ".." in Path(file).parts):
         raise ValueError(f"{where} names {file}, which is not below clips.folder; name a file in it")
-    times = [_read_seconds(_pick_column(row, names), names[0], where) for names in (START, END)]
+    checksum = _pick_column(row, CHECKSUM)
+    if checksum and not re.fullmatch(r"[0-9a-fA-F]{32}(?:[0-9a-fA-F]{32})?", str(checksum)):
+        raise ValueError(f"{where} has the checksum {checksum!r}; write a sha256 or md5 in hexadecimal digits, or leave it out")
+    columns = (START[:1], END[:1]) if file == row.get(CUT_OUT) else (START, END)
+    times = [_read_seconds(_pick_column(row, names), names[0], where) for names in columns]
     if times[1] is not None and times[1] <= (times[0] or 0):
         raise ValueError(f"{where} ends at {times[1]:g} s and begins at {times[0] or 0:g} s; let it end later")
-    return ClipEntry(file.strip(), " ".join(str(caption).split()) if caption else None, times[0], times[1], number)
+    words = " ".join(str(caption).split()) if caption else None
+    return ClipEntry(file.strip(), words, times[0], times[1], number, str(checksum) if checksum else None)
 
 
 def _pick_column(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:

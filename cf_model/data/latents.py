@@ -9,7 +9,7 @@ needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,46 @@ def write_latents(
     schema = pyarrow.schema(COLUMNS, metadata={name: str(value) for name, value in about.items()})
     parquet.write_table(pyarrow.Table.from_pylist(entries, schema), folder / INDEX)
     return entries
+
+
+def join_parts(parts: Iterable[Float[Tensor, "_ C H W"]]) -> Float[Tensor, "F C H W"]:
+    """Join a clip's latents as they come, in a buffer that doubles when it is full. Raises ValueError if none comes.
+
+    A list of the parts would be as large, but each part would stay between the freed pixels of two pieces of video: the heap (of
+    glibc) is then full of holes, and grows with a clip's pixels.
+    """
+    buffer, count = torch.empty(0), 0
+    for part in parts:
+        end = count + len(part)
+        if end > len(buffer):
+            larger = part.new_empty(2 * end, *part.shape[1:])
+            if count:
+                larger[:count] = buffer[:count]
+            buffer = larger
+        buffer[count:end] = part
+        count = end
+    if not count:
+        raise ValueError("a clip gave no latents; it has no frame that can be read")
+    return buffer[:count].clone()
+
+
+def sum_latents(latents: Float[Tensor, "F C H W"]) -> Float[Tensor, "2"]:
+    """Return the sum of a clip's numbers and of their squares, before they are rounded to the dtype that is stored."""
+    wide = latents.double()
+    return torch.stack([wide.sum(), wide.square().sum()])
+
+
+def summarize_entries(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Count clips, latents and distinct captions, and return mean and deviation of all numbers; entries have `count`, `sum`, `square`."""
+    total, square, count = (sum(entry[name] for entry in entries) for name in ("sum", "square", "count"))
+    mean = total / count
+    return {
+        "clips": len(entries),
+        "frames": sum(entry["frames"] for entry in entries),
+        "captions": len({entry["caption"] for entry in entries}),
+        "mean": mean,
+        "std": max(0.0, square / count - mean**2) ** 0.5,
+    }
 
 
 def text_key(number: int) -> str:

@@ -84,7 +84,7 @@ def check_settings(params: dict[str, Any]) -> NightSettings:
     """Return the section `nightly` of the parameters. Raises ValueError for a rule whose metric no clip of this night is measured by."""
     settings = NightSettings.model_validate(params["nightly"])
     unknown = [rule.metric for rule in settings.rules if rule.metric.rpartition(".")[2] in gate.NEED_TRUTH]
-    if unknown and (params["clips"]["source"] == "folder" or settings.prompts_file):
+    if unknown and (params["clips"]["source"] != "worlds" or settings.prompts_file):
         why = "is only known of clips that are rendered (clips.source: worlds), on their own captions"
         raise ValueError(f"nightly.rules asks for {unknown[0]}, which {why}; name sharpness or motion, or a metric of your own")
     return settings

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cf_model.codec.interface import SPACE, latent_frames
+from cf_model.codec.interface import SPACE
 from cf_model.model.checkpoint import CHECKPOINTS_TO_KEEP
 from cf_model.plan import hardware, need, table
 from cf_model.plan.cost import ModelCosts
+from cf_model.plan.encoding import PAPER_CLIPS, EncodingNeed, estimate_clip
 from cf_model.plan.fit import WorkSplit, refuse_disk, refuse_memory
 from cf_model.plan.hardware import H100_TFLOPS, Hardware
 from cf_model.plan.need import StageNeed
@@ -68,15 +69,15 @@ def estimate_disk(p: Params, stage: str) -> dict[str, float]:
     return {"out": 4.0 * estimate_costs(p).parameters, "checkpoints": (CHECKPOINTS_TO_KEEP + 1.0) * one.checkpoint if saves else 0.0}
 
 
-def estimate_clip_bytes(p: Params) -> float:
-    """Return the bytes of a whole clip's latents, without its caption's embedding, which is as long as the caption."""
-    one, number = estimate_costs(p), 4 if p.encode.dtype == "float32" else 2
-    return number * latent_frames(p.clips.frames) * one.channels * one.height * one.width
+def estimate_encoding(p: Params) -> EncodingNeed:
+    """Return what a whole clip's latents take, without its caption's embedding, which is as long as the caption."""
+    size = (estimate_costs(p).channels, p.video.height, p.video.width)
+    return estimate_clip(p.codec.kind, p.clips.frames, size, p.encode.dtype, p.encode.shard_mib)
 
 
 def count_clips(p: Params) -> int:
-    """Return how many clips there are before the filter: those to be rendered, or the videos in the user's folder."""
-    if p.clips.source == "worlds":
+    """Return how many clips there are before the filter: those to be rendered or fetched, or the videos in the user's folder."""
+    if p.clips.source not in ("folder", "table"):
         return p.clips.count
     return len(list_videos(p.clips.folder)) if p.clips.folder else 0
 
@@ -109,16 +110,17 @@ def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:
 
 def format_plan(p: Params, machine: Hardware) -> str:
     """Return what `cf plan` prints: time and disk of each stage, and memory by ZeRO stage."""
-    stages, one, clip, many = forecast_stages(p, machine), estimate_costs(p), estimate_clip_bytes(p), count_clips(p)
+    stages, one, clip, many = forecast_stages(p, machine), estimate_costs(p), estimate_encoding(p), count_clips(p)
     frame = f"a latent frame is {one.tokens} tokens and {format_bytes(one.frame_bytes())}"
-    all_clips = f"; {count_things(many, 'clip')}: {format_bytes(many * clip)}" if many else f"; no video lies in {p.clips.folder} yet"
+    all_clips = f"{count_things(many, 'clip')}: {clip.format_line(many, machine)}" if many else f"no video lies in {p.clips.folder} yet"
     lines = [
         f"profile {p.profile}: {one.parameters:,} parameters a network; {frame} of keys and values a sample",
         f"compute: products in {p.compute.dtype}, checkpointing {'on' if p.compute.checkpointing else 'off'}",
         f"hardware: {machine.description}",
         "",
         *table.format_times(stages, machine),
-        f"latents of a clip: {format_bytes(clip)}{all_clips}",
+        f"latents of a clip: {format_bytes(clip.clip_bytes)}; {all_clips}",
+        f"the paper's {PAPER_CLIPS:,} clips: {clip.format_line(PAPER_CLIPS, machine)}; reading and decoding videos not counted",
         "",
         *table.format_memory(stages, machine),
     ]

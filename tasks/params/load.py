@@ -17,7 +17,7 @@ from cf_model.model.memory import MemorySpec
 from cf_model.train.layout import TeacherLayout
 from tasks.files.words import count_things
 
-from .nightly import RENDERED
+from .nightly import CAPTIONS, COLLECTIONS, HELDOUT, RENDERED
 from .schema import CAUSAL, Params
 from .yaml_file import COMPLETE, Refused, read_yaml
 
@@ -208,13 +208,17 @@ def _decides_by_video(memory: MemorySpec) -> bool:
 
 def check_starts(p: Params) -> None:
     """Require that `start` and the night's inbox name what is used: DVC tracks the files that `start` names."""
-    used = p.clips.folder if p.clips.source != "worlds" else RENDERED
+    own = p.clips.source in ("folder", "table")
+    used = p.clips.folder if own else RENDERED if p.clips.source == "worlds" else COLLECTIONS
     if p.start.clips != used:
-        source = f"clips.source is {p.clips.source}" + (f" and clips.folder {p.clips.folder}" if p.clips.source != "worlds" else "")
+        source = f"clips.source is {p.clips.source}" + (f" and clips.folder {p.clips.folder}" if own else "")
         raise ValueError(f"start.clips is {p.start.clips}, but {source}; set start.clips to {used}, so that DVC sees when it changes")
     if p.nightly.inbox is not None and (p.clips.folder is None or p.clips.folder.is_absolute()):
         folders = f"nightly.inbox is {p.nightly.inbox}, but clips.folder is {p.clips.folder}"
         raise ValueError(f"{folders}; name a folder of the project that `dvc add` tracks, such as raw, for new clips to go into")
+    if p.generate.prompts_file == HELDOUT and (p.start.prompts == CAPTIONS or not p.prompts.heldout):
+        cause = f"generate.prompts_file is {HELDOUT}, but start.prompts is {p.start.prompts} and prompts.heldout {p.prompts.heldout:g}"
+        raise ValueError(f"{cause}, so that no prompt is held out; hold out a share of a file's prompts, or name another file")
 
 
 def check_samples(p: Params) -> None:

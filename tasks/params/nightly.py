@@ -10,7 +10,9 @@ from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 RENDERED = Path("cf_model/data/worlds.py")  # where clips come from when they are rendered
+COLLECTIONS = Path("cf_model/data/hub_collections.py")  # where they come from when a collection is fetched
 CAPTIONS = Path("data/manifest.jsonl")  # where the students' prompts come from when they are the clips' captions
+HELDOUT = Path("data/prompts/heldout.txt")  # the share of a file's prompts that the stage prompts keeps from training
 BRANCH = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 DAYS = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 
@@ -24,7 +26,7 @@ class Section(BaseModel):
 class Start(Section):
     """Files and folders that dvc.yaml names by ${start.NAME}, so that DVC tracks them as dependencies."""
 
-    clips: Path  # clips.folder, or the code that renders them
+    clips: Path  # clips.folder, or the code that renders or fetches them
     prompts: Path  # of the students: data/manifest.jsonl for the training clips' captions, or a text, CSV or Parquet file
     stage2: Path  # weights that the student of stage 2 begins with: models/stage1, or a promoted student
 

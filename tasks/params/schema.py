@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cf_model.codec.linear import CodecSpec
+from cf_model.data.fetch_files import FetchLimits
+from cf_model.data.prompts import PromptSpec
 from cf_model.data.worlds import WorldSpec
 from cf_model.evaluate.trouble import CurveRule
 from cf_model.model.denoiser import Compute
@@ -42,20 +44,23 @@ class Tracking(Section):
 
 
 class Clips(Section):
-    """The training clips: rendered from worlds, a folder of videos, or those of its videos that a table lists."""
+    """The training clips: rendered from worlds, a folder of videos, those that a table lists, or a collection."""
 
-    source: Literal["worlds", "folder", "table"]
+    source: Literal["worlds", "folder", "table", "sekai", "ultravideo"]
     folder: Path | None  # of videos, unless source is worlds; FILE.txt beside FILE.mp4 is its caption
     table: Path | None  # in the folder: CSV, Parquet or JSON lines, with captions by file; source table takes what it lists, and no more
+    fetch: FetchLimits | None  # null: nothing is fetched
     worlds: WorldSpec  # how the camera moves in rendered clips
-    count: Count  # good clips
+    count: Count  # good clips; of a collection the first ones that its archives hold, 0: all
     bad: Count  # clips of each bad kind, planted among them
     frames: PositiveInt
     crf: Annotated[int, Field(ge=0, le=51)]
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if self.source != "worlds" and self.folder is None:
+        if self.source in ("sekai", "ultravideo") and self.fetch is None:
+            raise ValueError(f"fetch is null, but source is {self.source}, which is fetched; state max_mib, seconds and revision there")
+        if self.source in ("folder", "table") and self.folder is None:
             raise ValueError(f"folder is null, but source is {self.source}; name a folder of videos, or set source to worlds")
         if self.source == "table" and self.table is None:
             raise ValueError("table is null, but source is table; name a table in the folder, or set source to folder")
@@ -114,12 +119,6 @@ class Encode(Section):
 
     shard_mib: PositiveFloat  # MiB of a file of latents or embeddings, at most; one that is larger has a file for itself
     dtype: Literal["float32", "float16", "bfloat16"]
-
-
-class Prompts(Section):
-    """The prompts that students are trained on; start.prompts says where they come from."""
-
-    most: PositiveInt | None  # prompts that are embedded, the first of them; null: all
 
 
 CAUSAL = ("causal_init", "stage1", "stage2")
@@ -207,7 +206,7 @@ class Params(Section):
     codec: CodecParams
     text: Text
     encode: Encode
-    prompts: Prompts
+    prompts: PromptSpec
     model: ModelSpec
     flow: Flow
     base: BaseSpec

@@ -32,7 +32,7 @@ from .track import Track, round_value
 
 Run = Callable[..., Mapping[str, Any]]
 METRICS, RUNTIME, WORK = Path("metrics"), Path("runtime"), Path("work")
-USER_FILES = ("folder", "prompts_file")  # parameters that are paths of the user's own files
+USER_FILES = ("folder", "prompts_file", "ids")  # parameters that are paths of the user's own files
 
 
 def execute(

@@ -11,7 +11,7 @@ import torch
 from pyarrow import parquet
 from safetensors import safe_open
 
-from cf_model.data.latents import INDEX, Latents, write_latents
+from cf_model.data.latents import INDEX, Latents, join_parts, write_latents
 from cf_model.data.shards import MIB, ShardWriter, shard_name
 from cf_model.text.encoder import WordEncoder
 from tests.small import write_clips
@@ -117,6 +117,14 @@ def test_each_distinct_caption_is_embedded_once(tmp_path: Path) -> None:
 
     write_clips(tmp_path, clips(), encode, negative="dull")
     assert asked == ["", "dull", "a red disc", "a blue square", "fog"]
+
+
+def test_parts_are_joined_as_they_are() -> None:
+    parts = [torch.randn(length, 4, 2, 3, generator=torch.Generator().manual_seed(length)) for length in (1, 16, 16, 3)]
+    joined = join_parts(iter(parts))
+    assert torch.equal(joined, torch.cat(parts)) and joined.untyped_storage().nbytes() == joined.nbytes
+    with pytest.raises(ValueError, match="gave no latents"):
+        join_parts([])
 
 
 def test_at_most_one_shard_waits_in_memory(tmp_path: Path) -> None:

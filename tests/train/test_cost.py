@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cf_model.model import wan
 from cf_model.model.denoiser import Compute, Denoiser
@@ -19,6 +21,8 @@ from cf_model.model.sizes import ModelSpec
 from cf_model.model.slow_part import SPARE
 from cf_model.plan import need, passes
 from cf_model.plan.cost import ModelCosts
+from cf_model.plan.encoding import EncodingNeed, count_codec_operations
+from cf_model.plan.hardware import Hardware
 from tasks.commands import plan
 from tasks.params import load
 from tests.operations import OperationCounter
@@ -205,7 +209,7 @@ def test_training_states_take_what_is_published(wan_costs: ModelCosts) -> None:
     parts = {2: 8 + 4 + 2 + 8 + (16 + 8) / 8 + 4, 3: 4 + 2 + (8 + 8 + 16 + 8) / 8 + 4}
     for zero, each in parts.items():
         assert sum(stage2.states(zero, 8).values()) == pytest.approx(each * wan_costs.parameters)
-    assert plan.estimate_clip_bytes(p) == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
+    assert plan.estimate_encoding(p).clip_bytes == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
 
 
 # -------------------------------------------------------------------------------------------------- what is averaged
@@ -232,3 +236,26 @@ def test_the_memory_is_counted_by_its_own_policy() -> None:
     by_number = [one for one, _ in zip(passes.trace_memory(spec(promote="uniform"), 3), range(40), strict=False)]
     assert len(by_number[-1].alive) == spec().size
     assert {len(one.alive) for one in seen[28:]} == {spec().size + 1 + spare for spare in range(SPARE)}
+
+
+@pytest.mark.slow
+def test_wans_encoder_costs_what_pytorch_counts() -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKLWan().eval()
+    counted = []
+    for frames in (1, 5):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            vae.encode(torch.zeros(1, 3, frames, 64, 64))
+        counted.append(counter.get_total_flops())
+    for frames, operations in zip((1, 5), counted, strict=True):
+        assert count_codec_operations("wan", 16, frames, 64 * 64) == pytest.approx(operations, rel=0.03)
+
+
+def test_the_papers_clips_in_shards() -> None:
+    one = plan.estimate_encoding(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
+    assert one.count_shards(25) == 1 and one.count_shards(26) == 2, "25 clips of 20 MiB in 512 MiB"
+    assert one.count_shards(40_000) == 1600
+    machine = Hardware(ranks=8, memory=80 * 2**30, tflops=346.0, unit="GPU", description="")
+    line = one.format_line(40_000, machine)
+    assert line.startswith("781 GiB in 1,600 shards of 512 MiB, an index of about 39.1 MiB, ") and line.endswith(" in the codec")
+    assert EncodingNeed(100.0, 1 / 2**20, 1.0).count_shards(3) == 3, "a clip that is larger than a shard has one for itself"
