@@ -12,7 +12,7 @@ from typing import Any
 from . import metrics
 from .data.subprocess_reader import StreamingReader, Unreadable, read_in_subprocess
 from .data.video_reader import probe_video, read_pieces
-from .evaluate.cells import Cell, hash_code, select_item
+from .evaluate.cells import Cell, hash_code, hash_facts, select_item
 from .evaluate.statistics import Interval, bootstrap_ratio
 from .metrics import protocols, summary
 from .metrics.judge import RUBRIC_HASH, Judge
@@ -44,7 +44,9 @@ def score_rows(
     Cells of `finished`, an earlier scoring, stand for videos whose file, weights, code and settings are the same and of which none
     failed; they come first.
     """
-    keys = [describe_video(row, folder, networks, judge, how) for row in rows]
+    paths, shared = [folder / row["file"] for row in rows], describe_scoring(networks, judge, how)
+    hashes = [hash_md5(path) if path.is_file() else None for path in paths]
+    keys = [describe_row(row) | {"md5": found} | shared for row, found in zip(rows, hashes, strict=True)]
     before: dict[str, list[dict[str, Any]]] = {}
     for cell in finished:
         before.setdefault(str(cell.get("file")), []).append(dict(cell))
@@ -57,10 +59,9 @@ def score_rows(
         else:
             todo.append(index)
     # A file that crashes its reader costs a child process only: one decodes it to its end, another hands over its frames.
-    paths = [folder / rows[index]["file"] for index in todo]
     with StreamingReader(read_pieces, timeout=how.timeout) as reader:
-        for number, facts in read_in_subprocess(probe_video, paths, workers=1, timeout=how.timeout):
-            key, row, path = keys[todo[number]], rows[todo[number]], paths[number]
+        for number, facts in read_in_subprocess(probe_video, [paths[index] for index in todo], workers=1, timeout=how.timeout):
+            key, row, path = (some[todo[number]] for some in (keys, rows, paths))
             try:
                 if isinstance(facts, Unreadable):
                     raise ValueError(facts.sentence)
@@ -76,17 +77,13 @@ def score_rows(
             yield [key | cell for cell in cells]
 
 
-def describe_video(row: Row, folder: Path, networks: Networks, judge: Judge | None, how: Scoring) -> dict[str, Any]:
-    """Return what all cells of a row's video share: what it is, its hash, and all that its scores depend on."""
-    path = folder / row["file"]
-    settings = asdict(how) | {"judge": judge.name if judge else None, "rubric": RUBRIC_HASH if judge else None}
+def describe_scoring(networks: Networks, judge: Judge | None, how: Scoring) -> dict[str, Any]:
+    """Return all that scores depend on besides the video: weights, code and settings, as JSON gives them back."""
+    settings = asdict(how) | {"protocols": list(how.protocols), "judge": judge.name if judge else None}
     del settings["timeout"]  # which changes no score
-    return describe_row(row) | {
-        "md5": hash_md5(path) if path.is_file() else None,
-        "weights": dict(describe_weights(networks)),
-        "code": hash_code(metrics, sys.modules[__name__]),
-        "settings": settings,
-    }
+    if judge:
+        settings |= {"rubric": RUBRIC_HASH, "answers": hash_facts(getattr(judge, "answers", None))}  # recorded ones
+    return {"weights": dict(describe_weights(networks)), "code": hash_code(metrics, sys.modules[__name__]), "settings": settings}
 
 
 def score_file(reader: Any, path: Path, facts: Any, row: Row, networks: Networks, judge: Judge | None,
