@@ -20,6 +20,7 @@ from .metrics.manifest import describe_row
 from .metrics.trace import Networks, Tracer, describe_weights
 
 Row = Mapping[str, Any]  # of a manifest
+RESAMPLES = 1000  # of the intervals that are printed
 PIECE = 32  # frames that are decoded at once
 TOLERANCE = 0.01  # by which the manifest's frames a second may differ from the file's, as a part of them
 
@@ -131,3 +132,18 @@ def average_weighted(cells: Sequence[Cell], *, resamples: int, seed: int) -> Int
     weights = {(select_item(cell), number): summary.weigh_video(cell) for number, cell in enumerate(cells)}
     sums = {key: weight * cell["value"] for (key, weight), cell in zip(weights.items(), cells, strict=True)}
     return bootstrap_ratio(sums, weights, resamples=resamples, seed=seed)
+
+
+def describe_scores(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield lines for a terminal: each system's means with interval and n, its totals or the sentences that refuse them, and failures."""
+    for row in average_systems(cells, resamples=RESAMPLES, seed=0):
+        interval, who = row["interval"], f"{row['system']} {row['protocol']}".lstrip()
+        mean = "–" if interval is None else f"{interval.mean:.4f}"
+        ends = f"[{interval.low:.4f}, {interval.high:.4f}]" if interval and interval.has_ends else ""
+        failed = f", {row['failed']} failed" if row["failed"] else ""
+        yield f"{who:<44} {row['metric']:<46} {mean:>10} {ends:<20} n = {row['videos']} of {row['prompts']} prompts{failed}"
+    for system in dict.fromkeys(cell["system"] for cell in cells):
+        own = [cell for cell in cells if cell["system"] == system]
+        for name, value in summary.total_scores(summary.average_cells(own), sum(cell["metric"] is None for cell in own)).items():
+            yield f"{system or ''} {name}: {value if isinstance(value, str) else f'{value:.2f}'}".lstrip()
+    yield from (f"not scored: {cell['failed']}" for cell in cells if cell["metric"] is None)

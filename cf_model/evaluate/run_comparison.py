@@ -111,6 +111,7 @@ def list_differences(results: Results, first: str, second: str, shown: Mapping[s
             if found := results.difference(suite, first, second, metric):
                 change = found.change
                 row = {"suite": suite, "metric": metric, second: found.second, first: found.first, "difference": change.mean}
+                row["prompts"] = found.prompts
                 ends = {"low": change.low, "high": change.high} if change.has_ends else {}
                 rows.append(row | ends | {"says": state_verdict(change, better)})
     return rows

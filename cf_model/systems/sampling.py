@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -101,3 +101,37 @@ def describe_cost(tasks: Sequence[VideoTask], frames: int, rate: float | None, s
         f"{total / rate / 3600:.2f} GPU hours at {rate:g} frames a second ({source})" if rate else "hours not known before the first video"
     )
     return f"{len(tasks)} videos of {prompts} prompts, {frames} frames each, {total} in all: {hours}"
+
+
+def refuse_request(
+    system: str, weights: Path, tasks: Sequence[VideoTask], seconds: float, rate: float | None, first_frames: Path | None
+) -> None:
+    """Raise ValueError for what can be refused before weights are read. `first_frames` holds PROMPT_ID.png for systems that need them."""
+    facts, ids = KNOWN.get(system), {task.prompt_id for task in tasks}
+    if seconds <= 0 or (rate is not None and rate <= 0):
+        raise ValueError(f"--seconds is {seconds:g} and --rate {rate}; both are above 0")
+    if facts and facts.longest and seconds > facts.longest:
+        raise ValueError(f"--seconds is {seconds:g}, and {system} is made for {facts.longest:g} s at most; ask for shorter videos")
+    if not weights.is_dir():
+        raise ValueError(f"--weights {weights} is no folder; name one that holds {facts.weights if facts else 'a model of this project'}")
+    needs = bool(facts and facts.pipeline == "HunyuanVideoFramepackPipeline")
+    if needs and not first_frames:
+        raise ValueError(f"{system} begins from a picture; name a folder of PROMPT_ID.png by --first-frames")
+    if first_frames and not needs:
+        raise ValueError(f"--first-frames is for systems that begin from a picture, and {system} does not; leave it out")
+    if first_frames and (absent := sorted(key for key in ids if not (first_frames / f"{key}.png").is_file())):
+        raise ValueError(f"{first_frames} has no {absent[0]}.png; {len(absent)} of {len(ids)} prompts lack their first frame")
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Return KEY=VALUE settings with values read as JSON, or as text where they are none."""
+    out: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting} has no =; write KEY=VALUE, such as num_inference_steps=20")
+        try:
+            out[key] = json.loads(value)
+        except ValueError:
+            out[key] = value
+    return out

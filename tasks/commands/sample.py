@@ -41,13 +41,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     from cf_model.systems.adapters import identify_system, open_system
-    from cf_model.systems.sampling import describe_cost, find_rate, list_tasks, read_prompts
+    from cf_model.systems.sampling import describe_cost, find_rate, list_tasks, parse_settings, read_prompts, refuse_request
     from tasks.parts.device import choose_device
 
     with refuse_errors():
         prompts = read_prompts(args.prompts, args.extended)
         tasks = list_tasks(prompts, args.subset)
-        refuse_impossible(args, {task.prompt_id for task in tasks})
+        refuse_request(args.system, args.weights, tasks, args.seconds, args.rate, args.first_frames)
         changes, (_, fps) = parse_settings(args.set), identify_system(args.system, args.weights)
     rate, source = args.rate or find_rate(args.system), "--rate" if args.rate else "as Context Forcing's Table 2 prints it"
     print(describe_cost(tasks, round(args.seconds * fps), rate, source), flush=True)
@@ -74,40 +74,6 @@ def main(argv: list[str]) -> None:
             print(describe_cost(tasks, len(video), round(len(video) / seconds, 3), "measured on the first video"), flush=True)
         rows.append(row)
     print(f"{args.out / 'manifest.jsonl'}: {len(rows)} videos, {len(rows) - len(finished)} of them new")
-
-
-def refuse_impossible(args: argparse.Namespace, ids: set[str]) -> None:
-    """Raise Refused for options that can be refused before weights are loaded."""
-    from cf_model.systems.known import KNOWN
-
-    facts = KNOWN.get(args.system)
-    if args.seconds <= 0 or (args.rate is not None and args.rate <= 0):
-        raise Refused(f"--seconds is {args.seconds:g} and --rate {args.rate}; both are above 0")
-    if facts and facts.longest and args.seconds > facts.longest:
-        raise Refused(f"--seconds is {args.seconds:g}, and {args.system} is made for {facts.longest:g} s at most; ask for shorter videos")
-    if not args.weights.is_dir():
-        raise Refused(f"--weights {args.weights} is no folder; name one that holds {facts.weights if facts else 'a model of this project'}")
-    needs = bool(facts and facts.pipeline == "HunyuanVideoFramepackPipeline")
-    if needs and not args.first_frames:
-        raise Refused(f"{args.system} begins from a picture; name a folder of PROMPT_ID.png by --first-frames")
-    if args.first_frames and not needs:
-        raise Refused(f"--first-frames is for systems that begin from a picture, and {args.system} does not; leave it out")
-    if args.first_frames and (absent := sorted(key for key in ids if not (args.first_frames / f"{key}.png").is_file())):
-        raise Refused(f"{args.first_frames} has no {absent[0]}.png; {len(absent)} of {len(ids)} prompts lack their first frame")
-
-
-def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """Return KEY=VALUE settings with values read as JSON, or as text where they are none."""
-    out = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise Refused(f"--set {setting} has no =; write KEY=VALUE, such as num_inference_steps=20")
-        try:
-            out[key] = json.loads(value)
-        except ValueError:
-            out[key] = value
-    return out
 
 
 def begin_folder(out: Path, settings: dict[str, Any], prompts: Any) -> list[dict[str, Any]]:

@@ -197,6 +197,8 @@ def test_frames_are_taken_at_their_own_rate_or_resampled(folder: Path, tmp_path:
         ([{"prompt": "a"}], "line 1 names no file"),
         ([{"file": "still.mp4", "fps": "fast"}], "line 1: fps is 'fast'; it must be"),
         ([{"file": "still.mp4", "prompt_id": "dog"}], "line 1: prompt_id is 'dog', which --prompts, not given, does not hold"),
+        ([{"file": "still.mp4", "seed": "0"}], "line 1: seed is '0'; it must be a whole number"),
+        ([{"file": "still.mp4", "system": 1}], "line 1: system, suite, prompt and prompt_id are texts"),
         ([], "names no video"),
     ],
 )

@@ -12,7 +12,6 @@ import pytest
 import tasks.__main__ as cf
 from cf_model.evaluate.cells import expand_lines
 from cf_model.systems import adapters, sampling
-from tasks.commands import sample
 from tasks.params.yaml_file import Refused
 
 MODEL = '{"_class_name": "ContextForcingPipeline"}'
@@ -160,4 +159,4 @@ def test_a_missing_first_frame_and_a_strange_folder_are_refused(words: list[str]
     (tmp_path / "out/mine.txt").touch()
     with pytest.raises(Refused, match="is already there and not from an earlier run of this command"):
         run(*words)
-    assert sample.parse_settings(["a=1", "b=x", "c=true"]) == {"a": 1, "b": "x", "c": True}
+    assert sampling.parse_settings(["a=1", "b=x", "c=true"]) == {"a": 1, "b": "x", "c": True}
