@@ -30,7 +30,7 @@ def compare_suites(a: Results, b: Results) -> list[dict[str, Any]]:
     ValueError if the runs measured a metric by different protocols.
     """
     refuse_other_protocols(a.protocols, b.protocols)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for suite, title in SUITES.items():
         names = [list_systems(one, suite) for one in (a, b)]
         both = [name for name in names[0] if name in names[1]]
