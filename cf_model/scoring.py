@@ -62,7 +62,8 @@ def score_rows(
     # A file that crashes its reader costs a child process only: one decodes it to its end, another hands over its frames.
     with StreamingReader(read_pieces, timeout=how.timeout) as reader:
         for number, facts in read_in_subprocess(probe_video, [paths[index] for index in todo], workers=1, timeout=how.timeout):
-            key, row, path = (some[todo[number]] for some in (keys, rows, paths))
+            index = todo[number]
+            key, row, path = keys[index], rows[index], paths[index]
             try:
                 if isinstance(facts, Unreadable):
                     raise ValueError(facts.sentence)
