@@ -22,6 +22,7 @@ from .metrics.trace import Networks, Trace, Tracer, describe_weights
 from .metrics.trace_file import describe_trace, read_trace, write_trace
 
 Row = Mapping[str, Any]  # of a manifest
+RESAMPLES = 1000  # of the intervals that are printed
 PIECE = 32  # frames that are decoded at once
 TRACING = (tracing, encoders, preprocess, drift, flow, repetition, vbench, windowed, long)  # the code that a trace depends on
 TOLERANCE = 0.01  # by which the manifest's frames a second may differ from the file's, as a part of them
@@ -54,7 +55,9 @@ def score_rows(
     failed; they come first. In the folder `features` is kept what was measured of each video: there a video that is scored once more, by
     another protocol or judge, is not decoded again.
     """
-    keys = [describe_video(row, folder, networks, judge, how) for row in rows]
+    paths, shared = [folder / row["file"] for row in rows], describe_scoring(networks, judge, how)
+    hashes = [hash_md5(path) if path.is_file() else None for path in paths]
+    keys = [describe_row(row) | {"md5": found} | shared for row, found in zip(rows, hashes, strict=True)]
     before: dict[str, list[dict[str, Any]]] = {}
     for cell in finished:
         before.setdefault(str(cell.get("file")), []).append(dict(cell))
@@ -70,10 +73,10 @@ def score_rows(
         else:
             todo.append(index)
     # A file that crashes its reader costs a child process only: one decodes it to its end, another hands over its frames.
-    paths = [folder / rows[index]["file"] for index in todo]
     with StreamingReader(read_pieces, timeout=how.timeout) as reader:
-        for number, facts in read_in_subprocess(probe_video, paths, workers=1, timeout=how.timeout):
-            key, row, path = keys[todo[number]], rows[todo[number]], paths[number]
+        for number, facts in read_in_subprocess(probe_video, [paths[index] for index in todo], workers=1, timeout=how.timeout):
+            index = todo[number]
+            key, row, path = keys[index], rows[index], paths[index]
             try:
                 if isinstance(facts, Unreadable):
                     raise ValueError(facts.sentence)
@@ -105,17 +108,13 @@ def locate_trace(features: Path | None, networks: Networks, md5: str | None, fps
     return (features / f"{hash_facts(about)}.safetensors", about) if features and about else None
 
 
-def describe_video(row: Row, folder: Path, networks: Networks, judge: Judge | None, how: Scoring) -> dict[str, Any]:
-    """Return what all cells of a row's video share: what it is, its hash, and all that its scores depend on."""
-    path = folder / row["file"]
-    settings = asdict(how) | {"judge": judge.name if judge else None, "rubric": RUBRIC_HASH if judge else None}
+def describe_scoring(networks: Networks, judge: Judge | None, how: Scoring) -> dict[str, Any]:
+    """Return all that scores depend on besides the video: weights, code and settings, as JSON gives them back."""
+    settings = asdict(how) | {"protocols": list(how.protocols), "judge": judge.name if judge else None}
     del settings["timeout"]  # which changes no score
-    return describe_row(row) | {
-        "md5": hash_md5(path) if path.is_file() else None,
-        "weights": dict(describe_weights(networks)),
-        "code": hash_code(metrics, sys.modules[__name__]),
-        "settings": settings,
-    }
+    if judge:
+        settings |= {"rubric": RUBRIC_HASH, "answers": hash_facts(getattr(judge, "answers", None))}  # recorded ones
+    return {"weights": dict(describe_weights(networks)), "code": hash_code(metrics, sys.modules[__name__]), "settings": settings}
 
 
 def decode_trace(reader: Any, path: Path, facts: Any, networks: Networks, how: Scoring) -> Trace:
@@ -172,3 +171,18 @@ def average_weighted(cells: Sequence[Cell], *, resamples: int, seed: int) -> Int
     weights = {(select_item(cell), number): summary.weigh_video(cell) for number, cell in enumerate(cells)}
     sums = {key: weight * cell["value"] for (key, weight), cell in zip(weights.items(), cells, strict=True)}
     return bootstrap_ratio(sums, weights, resamples=resamples, seed=seed)
+
+
+def describe_scores(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield lines for a terminal: each system's means with interval and n, its totals or the sentences that refuse them, and failures."""
+    for row in average_systems(cells, resamples=RESAMPLES, seed=0):
+        interval, who = row["interval"], f"{row['system']} {row['protocol']}".lstrip()
+        mean = "–" if interval is None else f"{interval.mean:.4f}"
+        ends = f"[{interval.low:.4f}, {interval.high:.4f}]" if interval and interval.has_ends else ""
+        failed = f", {row['failed']} failed" if row["failed"] else ""
+        yield f"{who:<44} {row['metric']:<46} {mean:>10} {ends:<20} n = {row['videos']} of {row['prompts']} prompts{failed}"
+    for system in dict.fromkeys(cell["system"] for cell in cells):
+        own = [cell for cell in cells if cell["system"] == system]
+        for name, value in summary.total_scores(summary.average_cells(own), sum(cell["metric"] is None for cell in own)).items():
+            yield f"{system or ''} {name}: {value if isinstance(value, str) else f'{value:.2f}'}".lstrip()
+    yield from (f"not scored: {cell['failed']}" for cell in cells if cell["metric"] is None)

@@ -84,8 +84,8 @@ def describe_cell(plan: Plan, cell: Cell) -> Row:
 def collect_metrics(plan: Plan, folder: Path) -> Iterator[Row]:
     """Yield a line for each of the plan's metrics and each system, and the mean curves of its prompts' videos."""
     wanted = {(metric.suite, metric.name) for metric in plan.metrics.values()}
-    file = folder / "results/cells.jsonl"
-    measured = group_values(expand_lines(read_json_lines(file), str(file)), lambda cell: cell["clip"])
+    source = folder / "results/cells.jsonl"
+    measured = group_values(expand_lines(read_json_lines(source), str(source)), lambda cell: cell["clip"])
     values = {key: {clip: value for (clip, _), value in found.items()} for key, found in measured.items() if (key[0], key[2]) in wanted}
     for (suite, system, metric), clips in values.items():
         mean = float(np.mean([*clips.values()]))

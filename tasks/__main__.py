@@ -25,6 +25,7 @@ COMMANDS = {  # heading -> command -> its module (or module:function, instead of
         "curves": ("tasks.commands.curves", "STAGE [VALUE ...]: what a training stage logs, in the terminal, while it runs or after"),
         "control": ("tasks.commands.control", "stage 2 with a teacher that sees no context, beside this run's stage 2, video by video"),
         "compare": ("tasks.commands.compare", "RUN_A RUN_B --out compare.html: two folders, revisions or experiments on one page"),
+        "sample": ("tasks.commands.sample", "--system NAME --weights DIR --prompts FILE --out DIR: a system's videos, to be scored"),
         "score": ("tasks.commands.score", "--videos DIR --out FILE: VBench, the papers' windows, drift and seams, of any videos"),
         "fetch-weights": ("tasks.commands.fetch_weights", "--out DIR: the networks that `cf score` compares frames with"),
         "vbench": ("tasks.commands.vbench", "--videos DIR --manifest FILE --out DIR: in VBench's naming, for its official scripts"),
@@ -72,7 +73,7 @@ def cli() -> NoReturn:
     """Run `cf` as a process: print a refusal as one sentence and a bug with its traceback; exit with 2, or 1."""
     argv = sys.argv[1:]
     try:
-        if argv and not {"-h", "--help"} & set(argv) and (argv[0] in ("video", "score") or argv[0] not in TARGETS):
+        if argv and not {"-h", "--help"} & set(argv) and (argv[0] in ("video", "score", "sample") or argv[0] not in TARGETS):
             fix_environment()
         main(argv)
     except KeyboardInterrupt:
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> None:
     if command in ("-h", "--help"):
         print(describe_commands(project))
     elif command in TARGETS:
-        if command in ("video", "score"):
+        if command in ("video", "score", "sample"):
             os.environ["OMP_NUM_THREADS"] = given.threads
         module, _, function = TARGETS[command].partition(":")
         getattr(importlib.import_module(module), function or "main")(options)

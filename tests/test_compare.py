@@ -83,6 +83,9 @@ def test_differences_and_intervals(pair: tuple[Path, Path]) -> None:
     assert sharp["found"].change.mean == pytest.approx(0.5) and sharp["found"].change.low == pytest.approx(0.5)
     assert sharp["pairs"] == 12 and sharp["says"] == "higher", "≈: neither higher nor lower is better"
     assert rows["stage2", "compass_coherence"]["says"] == "better"
+    assert sharp["found"].prompts == 6 and sharp["found"].effect is None, "all differences are equal, so they have no deviation"
+    assert sharp["p_family"] == pytest.approx(2 * sharp["found"].p), "two tests on the page, corrected by Holm"
+    assert np.isnan(rows["stage1", "sharpness"]["p_family"]), "what is the same was not tested"
     assert rows["stage1", "sharpness"]["says"] == "the same" and rows["stage2", "diversity"]["says"] == "the same"
     assert [one["name"] for one in prompts["systems"] if not one["same"]] == ["stage2"]
     back = run_comparison.compare_suites(b, a)[0]["systems"]
@@ -136,6 +139,20 @@ def test_two_equal_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
     page.main([str(pair[0]), str(pair[0]), "--out", str(tmp_path / "same.html")])
     said = text((tmp_path / "same.html").read_text())
     assert "None: the two were made with the same values." in said and "None differs." in said and "0 better in B 0 worse in B" in said
+
+
+def test_other_protocols_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    sides = []
+    for gap in (2, 5):
+        sides.append(tmp_path / f"gap{gap}")
+        shutil.copytree(pair[0], sides[-1])
+        edit_cells(sides[-1], lambda row, gap=gap: row.update(protocol=f"world/1,gap={gap}"))  # type: ignore[misc]
+    with pytest.raises(
+        Refused, match=r"measured by protocol world/1,gap=2 in A and by world/1,gap=5 in B, so the numbers can't be compared"
+    ):
+        page.main([str(sides[0]), str(sides[1]), "--out", str(tmp_path / "page.html")])
+    assert not (tmp_path / "page.html").exists()
+    page.main([str(pair[0]), str(sides[0]), "--out", str(tmp_path / "page.html")])  # cells from before protocols were stated
 
 
 def test_what_is_absent_is_said(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ def test_only_the_teachers_context_differs(project: Path, monkeypatch: pytest.Mo
     assert ran[0][1]["student"] == project / "models/stage1"
     (row,) = json.loads((folder / "compared.json").read_text())
     found: dict[str, Any] = {"context": 85.0, "memoryless": 100.0, "difference": -15.0, "low": -15.0, "high": -15.0, "says": "better"}
-    assert row == {"suite": "continuations", "metric": "map_error_absent"} | found
-    assert "map_error_absent" in capsys.readouterr().out
+    assert row == {"suite": "continuations", "metric": "map_error_absent", "prompts": 12} | found
+    said = capsys.readouterr().out
+    assert "map_error_absent" in said and "n =  12 better" in said
 
 
 def test_a_run_comes_first(project: Path) -> None:

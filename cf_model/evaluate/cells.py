@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
@@ -102,13 +102,6 @@ def refuse_duplicates(cells: Sequence[Cell], where: str) -> None:
             video = f"{cell.get('system')}, prompt {cell.get('prompt_id') or cell.get('prompt')!r}, seed {cell.get('seed')}"
             files = f"of {other.get('file')} and of {cell.get('file')}"
             raise ValueError(f"{where} has two cells for {cell.get('metric')} of {video}: {files}; keep one of the two")
-
-
-def refuse_unknown_prompts(cells: Iterable[Cell], prompts: Collection[str], where: str, source: str) -> None:
-    """Raise ValueError for a prompt_id that the prompts of the file `source` do not hold."""
-    for cell in cells:
-        if (key := cell.get("prompt_id")) is not None and key not in prompts:
-            raise ValueError(f"{where} has cells of prompt {key!r}, which {source} does not hold; add it there, or leave these cells out")
 
 
 def list_protocols(cells: Iterable[Cell]) -> dict[tuple[str, str], frozenset[str]]:

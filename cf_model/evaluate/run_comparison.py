@@ -30,7 +30,7 @@ def compare_suites(a: Results, b: Results) -> list[dict[str, Any]]:
     ValueError if the runs measured a metric by different protocols.
     """
     refuse_other_protocols(a.protocols, b.protocols)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for suite, title in SUITES.items():
         names = [list_systems(one, suite) for one in (a, b)]
         both = [name for name in names[0] if name in names[1]]
@@ -111,6 +111,7 @@ def list_differences(results: Results, first: str, second: str, shown: Mapping[s
             if found := results.difference(suite, first, second, metric):
                 change = found.change
                 row = {"suite": suite, "metric": metric, second: found.second, first: found.first, "difference": change.mean}
+                row["prompts"] = found.prompts
                 ends = {"low": change.low, "high": change.high} if change.has_ends else {}
                 rows.append(row | ends | {"says": state_verdict(change, better)})
     return rows

@@ -103,10 +103,11 @@ def measure_effect(differences: Sequence[float], *, resamples: int, seed: int) -
     None for fewer than two units, and where all differences are equal. Draws of equal units, which have no deviation, are left out.
     """
     values = np.asarray(differences, float)
-    if len(values) < 2 or np.ptp(values) == 0:
+    least = 1e-9 * np.abs(values).max(initial=0.0)  # rounding is no deviation
+    if len(values) < 2 or np.ptp(values) <= least:
         return None
     drawn = values[np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))]
-    drawn = drawn[np.ptp(drawn, axis=1) > 0]
+    drawn = drawn[np.ptp(drawn, axis=1) > least]
     low, high = np.quantile(drawn.mean(1) / drawn.std(1, ddof=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(values.mean() / values.std(ddof=1)), float(low), float(high))
 

@@ -26,6 +26,10 @@ def check_rows(rows: list[dict[str, Any]], folder: Path, texts: Mapping[str, str
             raise ValueError(f"{where} names {name}, which is outside {folder}; name a file in it")
         if rate is not None and not (isinstance(rate, int | float) and 0 < rate < 1000):
             raise ValueError(f"{where}: fps is {rate!r}; it must be the file's frames a second, or left out")
+        if any(not isinstance(row.get(key, ""), str) for key in ("system", "suite", "prompt", "prompt_id")):
+            raise ValueError(f"{where}: system, suite, prompt and prompt_id are texts; write them in quotes")
+        if not isinstance(row.get("seed", 0), int):
+            raise ValueError(f"{where}: seed is {row['seed']!r}; it must be a whole number, or left out")
         if (key := row.get("prompt_id")) is not None:
             if key not in texts:
                 raise ValueError(f"{where}: prompt_id is {key!r}, which {prompts} does not hold; add it there")

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     for row in rows:
         ends = f"[{format_number(row['low'])}, {format_number(row['high'])}]" if "low" in row else ""
         numbers = " ".join(f"{format_number(row[name]):>8}" for name in ("context", "memoryless", "difference"))
-        print(f"{row['suite']:14} {row['metric']:18} {numbers} {ends:18} {row['says']}")
+        print(f"{row['suite']:14} {row['metric']:18} {numbers} {ends:18} n = {row['prompts']:3} {row['says']}")
 
 
 def make_control(root: Path, folder: Path) -> None:

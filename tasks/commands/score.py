@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
     from cf_model.metrics.judges import open_judge
     from cf_model.metrics.trace import open_networks
-    from cf_model.scoring import Scoring, score_rows
+    from cf_model.scoring import Scoring, describe_scores, score_rows
     from tasks.parts.device import choose_device
 
     key = read_settings().judge_key
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     how = Scoring(args.protocol or PROTOCOLS, args.fps, args.chunk, args.window, args.repeats, args.timeout)
     with refuse_errors(f"; or remove {args.out} to begin anew"):
         cells = score_on(rows, args.out, lambda finished: score_rows(rows, args.videos, networks, judge, how, finished, args.features))
-    print_scores(cells)
+    print(*describe_scores(cells), sep="\n")
     failed = sum(cell["metric"] is None for cell in cells)
     print(f"{args.out}: {count_things(len(cells), 'cell')} of {count_things(len(rows), 'video')}, {failed} not scored")
 
@@ -96,26 +96,6 @@ def score_on(rows: list[dict[str, Any]], out: Path, score: Callable[[list[Cell]]
     write_atomically(out, dump_json_lines(fold_cells(cells)))
     begun.unlink()
     return cells
-
-
-def print_scores(cells: list[Cell]) -> None:
-    """Print each system's means with n and interval, and its totals or the sentences that refuse them."""
-    from cf_model.metrics.summary import average_cells, total_scores
-    from cf_model.scoring import average_systems
-
-    for row in average_systems(cells, resamples=1000, seed=0):
-        interval, who = row["interval"], f"{row['system'] + ' ' if row['system'] else ''}{row['protocol']}"
-        mean = "–" if interval is None else f"{interval.mean:.4f}"
-        ends = f"[{interval.low:.4f}, {interval.high:.4f}]" if interval and interval.has_ends else ""
-        failed = f", {row['failed']} failed" if row["failed"] else ""
-        print(f"{who:<44} {row['metric']:<46} {mean:>10} {ends:<20} n = {row['videos']} of {row['prompts']} prompts{failed}")
-    for system in dict.fromkeys(cell["system"] for cell in cells):
-        own = [cell for cell in cells if cell["system"] == system]
-        for name, value in total_scores(average_cells(own), sum(cell["metric"] is None for cell in own)).items():
-            print(f"{f'{system} ' if system else ''}{name}: {value if isinstance(value, str) else f'{value:.2f}'}")
-    for cell in cells:
-        if cell["metric"] is None:
-            print(f"not scored: {cell['failed']}")
 
 
 def list_rows(folder: Path, manifest: Path | None, prompts: Path | None) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ from cf_model.evaluate.cells import (
     hash_code,
     list_protocols,
     refuse_other_protocols,
-    refuse_unknown_prompts,
 )
 from tasks import evaluate
 from tasks.params import load
@@ -72,12 +71,6 @@ def test_two_cells_of_one_place_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"x has two cells for motion of ours, prompt .*, seed 0: of .*\.mp4 and of a\.mp4; keep one"):
         expand_lines(fold_cells(pair), "x")
     expand_lines([cell(**more), cell(**more, seed=1)], "x")
-
-
-def test_an_unknown_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"x has cells of prompt '9', which p\.json does not hold"):
-        refuse_unknown_prompts([cell(prompt_id="9")], {"7"}, "x", "p.json")
-    refuse_unknown_prompts([cell(prompt_id="7"), cell()], {"7"}, "x", "p.json")
 
 
 def test_other_protocols_are_not_compared() -> None:

@@ -150,6 +150,24 @@ def test_an_interrupted_scoring_goes_on_and_a_second_scores_only_what_changed(
         run(*words)
 
 
+def test_a_judge_that_is_down_makes_failed_cells_that_the_next_start_asks_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = manifest(tmp_path / "manifest.jsonl", {"file": "still.mp4"})
+    scored = []
+    real = scoring.score_file
+    monkeypatch.setattr(scoring, "score_file", lambda reader, path, *rest: scored.append(path.name) or real(reader, path, *rest))
+    words = ("--videos", folder, "--manifest", listed, "--out", tmp_path / "scores.jsonl", "--judge-model", "m")
+    for times in (1, 2):
+        judged = [cell for cell in run(*words, "--judge", "http://127.0.0.1:9/v1") if "visual_stability" in cell["metric"]]
+        assert [cell["value"] for cell in judged] == [None] and "127.0.0.1" in judged[0]["failed"] and len(scored) == times
+        assert re.search(r"own +visual_stability@m +– +n = 0 of 0 prompts, 1 failed", capsys.readouterr().out)
+    for answer, times in (("Score: 4", 3), ("Score: 4", 3), ("Score: 5", 4)):  # scored anew only with other answers
+        (tmp_path / "answers.json").write_text(json.dumps({"still.mp4": answer}))
+        run(*words[:-2], "--judge", tmp_path / "answers.json")
+        assert len(scored) == times
+
+
 def test_systems_are_averaged_apart_and_duplicates_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"file": name, "prompt_id": "a", "seed": 0, "system": name[:-4]} for name in ("still.mp4", "scrolls.mp4")]
     (tmp_path / "p.json").write_text('{"a": "a cat"}')
@@ -215,6 +233,8 @@ def test_what_was_measured_is_kept_by_the_hashes_of_video_and_networks(
         ([{"prompt": "a"}], "line 1 names no file"),
         ([{"file": "still.mp4", "fps": "fast"}], "line 1: fps is 'fast'; it must be"),
         ([{"file": "still.mp4", "prompt_id": "dog"}], "line 1: prompt_id is 'dog', which --prompts, not given, does not hold"),
+        ([{"file": "still.mp4", "seed": "0"}], "line 1: seed is '0'; it must be a whole number"),
+        ([{"file": "still.mp4", "system": 1}], "line 1: system, suite, prompt and prompt_id are texts"),
         ([], "names no video"),
     ],
 )
