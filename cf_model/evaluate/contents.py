@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .planes import Windows, draw_consistency, draw_planes
 from .provenance import list_provenance, list_warnings
 from .report import Results
 from .rule_histograms import describe_rules, select_pictured, sort_by_fate
+from .twins import Recompute, build_twins
 
 Systems = Mapping[str, page.System]
 STUDENTS = ("stage2", "stage1", "causal_init", "base")  # the first that has videos is the one whose prompts are guessed
@@ -27,10 +28,10 @@ class Measured:
     values: Results
     windows: Windows = field(default_factory=dict)
     curves: page.Curves = field(default_factory=dict)
-    failures: Sequence[Row] = ()  # of results/failures.jsonl
+    failures: Sequence[Row] = ()  # suite, system, file, kind, second and others
     unscored: Sequence[str] = ()  # why videos could not be scored
-    protocols: Sequence[str] = ()
-    weights: Sequence[str] = ()  # of networks that score
+    protocols: Collection[str] = ()
+    weights: Collection[str] = ()  # of networks that score
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,13 @@ def build_contents(
     filtered: FilterView,
     samples: Path,
     index: Sequence[Row],
+    recompute: Recompute,
 ) -> dict[str, Any]:
-    """Build what the template shows. `params`: those of params.yaml; `recipes`: each suite's systems as trained; `index`: of `samples`."""
+    """Build what the template shows.
+
+    `params`: those of params.yaml; `recipes`: each suite's systems as trained; `index`: of the folder `samples`; `recompute`: VBench's
+    total from its printed parts, where that is not the printed total.
+    """
     values, fps = measured.values, params.video.fps
     present = {suite: page.systems_of(suite, systems, index, values) for suite, systems in recipes.items()}
     colours = page.choose_colours(present["prompts"] + present["continuations"])
@@ -98,6 +104,7 @@ def build_contents(
         "galleries": galleries,
         "suites": page.build_suites(values, present, charts),
         "planes": planes,
+        "twins": build_twins(values, present["prompts"], *page.measure_lengths(params, recipes["prompts"], index, samples), recompute),
         "consistency": draw_consistency(values, present, colours),
         "every": figures.STRIP_SECONDS,
         "suite_titles": SUITES,

@@ -6,6 +6,7 @@ No file is read but the page's template. The same input gives the same bytes: no
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,10 @@ class Metric(NamedTuple):
 
 
 OBEYS, LOOKS, MOVES, RECALLS = "Does it show what was asked?", "Does it look right?", "Does it move?", "Does it remember?"
+STAYS = "Does it stay the same?"
+WINDOWED = Metric(
+    STAYS, "", "Context Forcing, Table 1: mean cosine with the first frame (CLIP-T: with the prompt) around that second, times 100"
+)
 DESCRIPTIONS = {
     "compass_coherence": Metric(OBEYS, "up", "how clearly one heading can be read off the strip at the bottom; 1 is a clean strip"),
     "sky_accuracy": Metric(OBEYS, "up", "share of frames whose sky is nearest to the caption's"),
@@ -41,6 +46,7 @@ DESCRIPTIONS = {
     "speed": Metric(MOVES, "real", "of the camera, units a second; captions ask for slow or fast"),
     "motion": Metric(MOVES, "real", "mean difference of neighbouring frames, 0..255; near zero is a frozen video"),
     "stutter": Metric(MOVES, "real", "change between two latents' frames over change inside a latent's frames; 1 moves evenly"),
+    "failures": Metric(LOOKS, "down", "resets, jumps, stalls and exposure events in a video, as the failure log lists them"),
     "headings_covered": Metric(MOVES, "real", "share of the circle that the camera sees"),
     "heading_perplexity": Metric(MOVES, "real", "how many of twelve headings all videos together use evenly"),
     "memory_ratio": Metric(RECALLS, "down", "mean same heading over mean other heading, see there; 0 is perfect memory, 1 is none"),
@@ -73,6 +79,10 @@ DESCRIPTIONS = {
     "seam_ratio": Metric(MOVES, "real", "change at the borders of chunks over that elsewhere; 1 has no seams"),
     "repeat_distance": Metric(MOVES, "real", "distance from the nearest return to the first frame, 0..255; 0 is a loop"),
     "diversity": Metric(RECALLS, "real", "landmark distance between videos; a fall means that the worlds become alike"),
+    "subject_consistency": Metric(
+        STAYS, "", "VBench: mean cosine of each frame with the one before and with the first; a frozen video has 1"
+    ),
+    "background_consistency": Metric(STAYS, "", "the same by another network"),
     "videos": Metric("How many?", "", "videos measured"),
 }
 GUARDS = ("diversity", "heading_perplexity", "headings_covered", "motion")
@@ -84,9 +94,12 @@ COMPARED = (
 
 
 def describe_metric(metric: str) -> Metric:
-    """Return a metric's words, with its name as the title; a new metric gets a group of its own."""
-    words = DESCRIPTIONS.get(metric, Metric("Other", "", "no description is known to this page"))
-    return words._replace(title=metric.replace("_", " "))
+    """Return a metric's words, with its name as the title; a new metric gets a group of its own. A network after an @ is named."""
+    name, _, network = metric.partition("@")
+    windowed = re.fullmatch(r"(dinov2|clip_f|clip_t)_(\d+)s", name)
+    words = WINDOWED if windowed else DESCRIPTIONS.get(name, Metric("Other", "", "no description is known to this page"))
+    means = f"{words.means}; made with {network} in the place of the metric's own network" if network else words.means
+    return words._replace(title=metric.replace("_", " "), means=means)
 
 
 @dataclass(frozen=True)
