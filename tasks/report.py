@@ -18,7 +18,7 @@ from cf_model.evaluate.contents import Measured, Trained, build_contents, view_f
 from cf_model.evaluate.figures import item_key
 from cf_model.evaluate.page import count_contents
 from cf_model.evaluate.planes import list_plane_rows
-from cf_model.evaluate.report import Results, render_page
+from cf_model.evaluate.report import RECALL, Results, render_page
 from cf_model.evaluate.rule_histograms import list_bins
 from cf_model.metrics.totals import recompute_printed_total
 from tasks.files.hashes import compute_dvc_md5
@@ -59,7 +59,7 @@ def read_results(results: Path, metrics: Path, *, resamples: int, seed: int, cel
     """Read the stage evaluate's cells, unless they are given, and its means; absent files give empty results."""
     cells = read_cells(results) if cells is None else cells
     means = load_json_object(metrics / "evaluate.json", missing_ok=True)
-    means = {suite: systems for suite, systems in means.items() if suite in SUITES}
+    means = {suite: systems for suite, systems in means.items() if suite in (*SUITES, RECALL)}
     return Results(group_values(cells, item_key), means, resamples, seed, list_protocols(cells))
 
 

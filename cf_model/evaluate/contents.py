@@ -89,6 +89,7 @@ def build_contents(
     shown = [row["key"] for row in galleries["prompts"]["rows"]]
     planes = draw_planes(values, measured.windows, present, colours, figures.begin_second(params.generate.prefix, fps))
     charts = page.draw_curves(measured.curves, colours, page.list_marks(params))
+    continued = list(recipes["continuations"])
     of_student = values.means.get("prompts", {}).get(student or "", {})
     return {
         "params": params,
@@ -103,6 +104,7 @@ def build_contents(
         "machine": {key: value for key, value in of_student.items() if "guess" in key},
         "galleries": galleries,
         "suites": page.build_suites(values, present, charts),
+        "recall": page.build_recall(values, continued),
         "planes": planes,
         "twins": build_twins(values, present["prompts"], *page.measure_lengths(params, recipes["prompts"], index, samples), recompute),
         "consistency": draw_consistency(values, present, colours),

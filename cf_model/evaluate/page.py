@@ -257,6 +257,12 @@ def build_suites(values: Results, present: Mapping[str, list[str]], charts: Mapp
     ]
 
 
+def build_recall(values: Results, order: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the tables of the suite without videos, systems in the order of params.yaml."""
+    present = {system for suite, system, _ in values.cells if suite == tables.RECALL} | set(values.means.get(tables.RECALL, {}))
+    return tables.build_tables(values, tables.RECALL, [*(name for name in order if name in present), *sorted(present - set(order))])
+
+
 def count_contents(html: str) -> dict[str, float]:
     """Count the videos, film strips and bytes of a page."""
     return {"videos": html.count("data:video/mp4"), "strips": html.count("data:image/png"), "bytes": len(html.encode())}

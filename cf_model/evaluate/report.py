@@ -16,6 +16,7 @@ import jinja2
 
 from cf_model.evaluate.statistics import RATIOS, Difference, Interval, bootstrap, bootstrap_ratio, paired, paired_ratio, without_interval
 
+RECALL = "recall"  # the suite of measures that need no video: one-step errors and interventions
 GUARD_SHARE = 0.9  # of stage 1's value of a guard; if stage 2 has less, its win may be hollow
 ARROWS = {"up": "↑", "down": "↓", "real": "≈", "": ""}
 
@@ -31,9 +32,10 @@ class Metric(NamedTuple):
 
 OBEYS, LOOKS, MOVES, RECALLS = "Does it show what was asked?", "Does it look right?", "Does it move?", "Does it remember?"
 STAYS = "Does it stay the same?"
-WINDOWED = Metric(
-    STAYS, "", "Context Forcing, Table 1: mean cosine with the first frame (CLIP-T: with the prompt) around that second, times 100"
-)
+WINDOWED = "Context Forcing, Table 1: mean cosine with the first frame (CLIP-T: with the prompt) around that second, times 100"
+NUMBERED = {  # names that end in a number of seconds
+    **{begin: Metric(STAYS, "", WINDOWED) for begin in ("dinov2_", "clip_f_", "clip_t_")},
+}
 DESCRIPTIONS = {
     "compass_coherence": Metric(OBEYS, "up", "how clearly one heading can be read off the strip at the bottom; 1 is a clean strip"),
     "sky_accuracy": Metric(OBEYS, "up", "share of frames whose sky is nearest to the caption's"),
@@ -96,8 +98,8 @@ COMPARED = (
 def describe_metric(metric: str) -> Metric:
     """Return a metric's words, with its name as the title; a new metric gets a group of its own. A network after an @ is named."""
     name, _, network = metric.partition("@")
-    windowed = re.fullmatch(r"(dinov2|clip_f|clip_t)_(\d+)s", name)
-    words = WINDOWED if windowed else DESCRIPTIONS.get(name, Metric("Other", "", "no description is known to this page"))
+    numbered = next((NUMBERED[begin] for begin in NUMBERED if re.fullmatch(rf"{begin}[\d.]+s", name)), None)
+    words = numbered or DESCRIPTIONS.get(name, Metric("Other", "", "no description is known to this page"))
     means = f"{words.means}; made with {network} in the place of the metric's own network" if network else words.means
     return words._replace(title=metric.replace("_", " "), means=means)
 
