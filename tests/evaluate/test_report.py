@@ -98,7 +98,7 @@ def test_says_where_the_numbers_come_from_and_what_stands_in_for_another(made: t
     assert "Substituted: dinov2_10s@pooled-8x8" in text and "SHA-256 of their sorted lines" in text
     assert "180 of 130" in text, "the made-up project continues each clip with two seeds"
     assert "Infinity-RoPE" in text and "arXiv 2602.06028v1, Table 1, p. 8" in text
-    assert "1 of 1 failures" in text and "git checkout COMMIT" in text
+    assert "4 of 4 failures" in text and "git checkout COMMIT" in text
     assert len(re.findall(r'<img alt="three frames of clip-0000', made[1])) > 5 and "no picture" in text
 
 
