@@ -85,6 +85,7 @@ def read_measured(results: Path, metrics: Path, *, resamples: int, seed: int) ->
         failures=[cell | event for cell in cells for event in cell.get("events", ())],
         unscored=[cell["failed"] for cell in cells if cell.get("failed")],
         protocols={cell["protocol"] for cell in cells if cell.get("protocol")},
+        seconds={cell["system"]: cell["frames"] / cell["fps"] for cell in cells if cell.get("suite") == "prompts" and "frames" in cell},
         weights={str(cell["weights"]) for cell in cells if cell.get("weights")},
     )
 

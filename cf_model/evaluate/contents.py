@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cf_model.codec.interface import TIME
+
 from . import figures, page
 from . import report as tables
 from .cells import SUITES
@@ -32,6 +34,7 @@ class Measured:
     unscored: Sequence[str] = ()  # why videos could not be scored
     protocols: Collection[str] = ()
     weights: Collection[str] = ()  # of networks that score
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of the videos from a prompt, by system
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def build_contents(
     shown = [row["key"] for row in galleries["prompts"]["rows"]]
     planes = draw_planes(values, measured.windows, present, colours, figures.begin_second(params.generate.prefix, fps))
     charts = page.draw_curves(measured.curves, colours, page.list_marks(params))
+    contexts = {name: system.memory.size * TIME / fps for name, system in recipes["prompts"].items() if system.memory}
     continued = list(recipes["continuations"])
     of_student = values.means.get("prompts", {}).get(student or "", {})
     return {
@@ -106,7 +110,7 @@ def build_contents(
         "suites": page.build_suites(values, present, charts),
         "recall": page.build_recall(values, continued),
         "planes": planes,
-        "twins": build_twins(values, present["prompts"], *page.measure_lengths(params, recipes["prompts"], index, samples), recompute),
+        "twins": build_twins(values, present["prompts"], contexts, measured.seconds, recompute),
         "consistency": draw_consistency(values, present, colours),
         "every": figures.STRIP_SECONDS,
         "suite_titles": SUITES,

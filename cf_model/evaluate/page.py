@@ -224,16 +224,6 @@ def build_galleries(
     return galleries
 
 
-def measure_lengths(
-    params: Any, recipes: Mapping[str, System], index: Sequence[Row], samples: Path
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return, by system, the seconds of frames that a pass attends to (the paper's context length), and the seconds of its first video."""
-    fps = params.video.fps
-    contexts = {name: system.memory.size * TIME / fps for name, system in recipes.items() if system.memory}
-    first = {row["system"]: row["file"] for row in reversed(index) if row["suite"] == "prompts"}
-    return contexts, {name: figures.video_seconds(samples / file) or 0.0 for name, file in first.items()}
-
-
 def list_failures(rows: Sequence[Row], index: Sequence[Row], galleries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Count failures by suite, system and kind, and list them with the place of their video on the page, where it is shown."""
     shown = {tile["file"]: row["id"] for gallery in galleries.values() for row in gallery["rows"] for tile in row["tiles"]}
