@@ -114,7 +114,9 @@ def build_contents(
         "consistency": draw_consistency(values, present, colours),
         "every": figures.STRIP_SECONDS,
         "suite_titles": SUITES,
-        "failures": page.list_failures(measured.failures, index, galleries),
+        "failures": page.list_failures(
+            measured.failures, index, galleries, searched=any(metric == "failures" for _, _, metric in values.cells)
+        ),
         "training": page.draw_training(trained.training),
         "pipeline": page.list_stages(trained.metrics),
         "filter": page.summarise_filter(trained.manifest, trained.clips) | vars(filtered),

@@ -57,7 +57,8 @@ def build_twins(
                 "citation": numbers[0].citation,
                 "columns": [name_column(column) for column in columns],
                 "published": [
-                    {"name": name, "ours": name == OURS, "cells": [values.get(c) for c in columns]} for name, values in rows.items()
+                    {"name": name, "ours": name == OURS, "cells": [print_number(c, values.get(c)) for c in columns]}
+                    for name, values in rows.items()
                 ],
                 "measured": measured,
                 "notes": notes,
@@ -79,6 +80,13 @@ def name_column(column: Column) -> str:
         if metric.startswith(begin):
             return f"{title} {metric.removeprefix(begin).removesuffix('s')} s"
     return ABBREVIATED.get(metric, metric) + (f", {seconds} s" if seconds else "")
+
+
+def print_number(column: Column, value: float | None) -> str | None:
+    """Return a published number as the paper prints it: scores with two decimals, a context length of 20 as 20+."""
+    if value is None or column[0] in ("parameters_billion", "frames_a_second", "context_length"):
+        return None if value is None else "20+" if (column[0], value) == ("context_length", 20) else f"{value:g}"
+    return f"{value:.2f}"
 
 
 def measure_rows(

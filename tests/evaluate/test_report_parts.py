@@ -71,6 +71,7 @@ def test_twins_show_published_rows_and_measured_ones_by_their_own_name() -> None
     assert (own["network"], own["cells"][1].mean) == ("", 70) and (pooled["network"], pooled["cells"][1].mean) == ("pooled-8x8", 85)
     assert sum(cell is not None for cell in own["cells"]) == 1, "30 s videos have no place among consistencies of 60 s"
     assert two["measured"] == three["measured"] == []
+    assert one["published"][0]["cells"][:2] == ["9.2", "81.86"] and one["published"][3]["cells"][0] == "20+"
     assert any("82.06" in note for note in two["notes"]), "the paper's own total contradicts its parts"
     (whole,) = build_twins(found, ["s"], {}, {"s": 60.5}, recompute_printed_total)[2]["measured"]
     assert [cell.mean for cell in whole["cells"] if cell] == [50.0]
@@ -128,6 +129,6 @@ def test_failures_are_counted_by_video_and_lead_to_the_page() -> None:
     event = {"kind": "stall", "second": 1.0, "seconds": 2.0, "size": 0.0}
     rows = [row("s", 1) | event, row("s", 1) | event | {"second": 5.0}, row("s", 2) | event]
     galleries = {"prompts": {"rows": [{"id": "prompts-0", "tiles": [{"file": row("s", 2)["file"]}]}]}}
-    made = list_failures(rows, [row("s", k) for k in range(4)], galleries)
+    made = list_failures(rows, [row("s", k) for k in range(4)], galleries, searched=True)
     assert made["table"][0]["kinds"] == {"stall": 2} and made["table"][0]["videos"] == 4
     assert [entry["place"] for entry in made["rows"]] == ["prompts-0", None, None]
