@@ -9,9 +9,10 @@ from typing import Any
 
 from cf_model.data import worlds
 from cf_model.data.video_reader import read_video
-from cf_model.evaluate import course, oracle, places, scores
+from cf_model.evaluate import course, failures, oracle, places, scores
 from cf_model.evaluate.cells import Cell, expand_lines, fold_cells, group_curves, hash_code
 from cf_model.evaluate.statistics import bootstrap
+from cf_model.metrics import pooled, vbench, windowed
 from tasks.files.hashes import hash_file
 from tasks.files.json_lines import dump_json_lines, read_json_lines
 from tasks.params.schema import Params
@@ -30,20 +31,26 @@ def score_videos(params: Params, track: Track, samples: Path, clips: Path) -> It
     truths = {row["id"]: row["truth"] for row in read_json_lines(clips / "clips.jsonl")}
     videos, fps = read_json_lines(samples / "index.jsonl"), params.video.fps
     settings: dict[str, Any] = params.evaluate.model_dump(include={"gap", "absence", "sink"})
-    about = {"code": hash_code(course, oracle, places, scores, worlds), "protocol": scores.name_protocol(fps=fps, **settings)}
+    modules = (course, failures, oracle, places, scores, worlds)
+    about = {"code": hash_code(*modules), "protocol": scores.name_protocol(fps=fps, **settings)}
+    by_pixels = {"code": hash_code(pooled, vbench, windowed), "weights": "pooled-8x8"}
     bar = track.progress(len(videos), "video")
     views: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in videos:
         file = samples / row["file"]
-        video, truth = read_video(file, **params.video.model_dump()), truths.get(row["clip"])
+        video, truth, prefix = read_video(file, **params.video.model_dump()), truths.get(row["clip"]), row["prefix_frames"]
         key = {name: row[name] for name in ("suite", "system", "prompt", "clip", "seed", "file")} | {"md5": hash_file(file)} | about
         key |= {"frames": len(video), "fps": fps}
-        found = scores.score_video(video, truth, row["prefix_frames"], fps=fps, chunk=row.get("chunk"), **settings)
+        found = scores.score_video(video, truth, prefix, fps=fps, chunk=row.get("chunk"), **settings)
         yield from (key | {"metric": name, "value": round_value(value)} for name, value in found.values.items())
         if found.view:
             views[row["suite"], row["system"]].append(found.view)
         for name, second, value in found.curves:  # not rounded, because their means will be
             yield key | {"metric": name, "second": second, "value": value if math.isfinite(value) else None}
+        events = failures.find_failures(video, fps=fps, first=prefix)
+        yield key | {"metric": "failures", "value": len(events)} | ({"events": events} if events else {})
+        for protocol, name, value in pooled.score_pooled(video[prefix:], fps):
+            yield key | by_pixels | {"protocol": protocol, "metric": name, "value": round_value(value)}
         bar.update()
     recall = scores.score_recall(read_json_lines(samples / "recall.jsonl", missing_ok=True), truths)
     recall += scores.score_interventions(read_json_lines(samples / "interventions.jsonl", missing_ok=True))

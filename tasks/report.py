@@ -13,13 +13,14 @@ import yaml
 
 from cf_model.data.contact_sheet import draw_clips
 from cf_model.data.filter import list_bounds
-from cf_model.evaluate.cells import SUITES, expand_lines, group_values, list_protocols
+from cf_model.evaluate.cells import SUITES, expand_lines, group_curves, group_values, list_protocols
 from cf_model.evaluate.contents import Measured, Trained, build_contents, view_filter
 from cf_model.evaluate.figures import item_key
 from cf_model.evaluate.page import count_contents
 from cf_model.evaluate.planes import list_plane_rows
-from cf_model.evaluate.report import Results, render_page
+from cf_model.evaluate.report import RECALL, Results, render_page
 from cf_model.evaluate.rule_histograms import list_bins
+from cf_model.metrics.totals import recompute_printed_total
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, load_json_object, read_json_lines
 from tasks.params.schema import Params
@@ -48,12 +49,17 @@ def read_metrics(folder: Path) -> dict[str, Row]:
     return {path.stem: load_json_object(path) for path in sorted(folder.glob("*.json")) if path.stem != "report"}
 
 
-def read_results(results: Path, metrics: Path, *, resamples: int, seed: int) -> Results:
-    """Read the stage evaluate's cells and means; absent files give empty results."""
+def read_cells(results: Path) -> list[Row]:
+    """Read the cells of the stage evaluate; none if the file is absent."""
     file = results / "cells.jsonl"
-    cells = expand_lines(read_json_lines(file, missing_ok=True), str(file))
+    return expand_lines(read_json_lines(file, missing_ok=True), str(file))
+
+
+def read_results(results: Path, metrics: Path, *, resamples: int, seed: int, cells: list[Row] | None = None) -> Results:
+    """Read the stage evaluate's cells, unless they are given, and its means; absent files give empty results."""
+    cells = read_cells(results) if cells is None else cells
     means = load_json_object(metrics / "evaluate.json", missing_ok=True)
-    means = {suite: systems for suite, systems in means.items() if suite in SUITES}
+    means = {suite: systems for suite, systems in means.items() if suite in (*SUITES, RECALL)}
     return Results(group_values(cells, item_key), means, resamples, seed, list_protocols(cells))
 
 
@@ -70,9 +76,18 @@ def write_table(path: Path, rows: list[list[Any]]) -> None:
 
 def read_measured(results: Path, metrics: Path, *, resamples: int, seed: int) -> Measured:
     """Read all that was measured of the videos; absent files give empty results."""
-    values = read_results(results, metrics, resamples=resamples, seed=seed)
-    failures = read_json_lines(results / "failures.jsonl", missing_ok=True)
-    return Measured(values, {}, read_curves(results / "curves.csv"), failures)
+    cells = read_cells(results)
+    values = read_results(results, metrics, resamples=resamples, seed=seed, cells=cells)
+    return Measured(
+        values,
+        group_curves(cells),
+        read_curves(results / "curves.csv"),
+        failures=[cell | event for cell in cells for event in cell.get("events", ())],
+        unscored=[cell["failed"] for cell in cells if cell.get("failed")],
+        protocols={cell["protocol"] for cell in cells if cell.get("protocol")},
+        seconds={cell["system"]: cell["frames"] / cell["fps"] for cell in cells if cell.get("suite") == "prompts" and "frames" in cell},
+        weights={str(cell["weights"]) for cell in cells if cell.get("weights")},
+    )
 
 
 def run(
@@ -109,7 +124,7 @@ def run(
     measured = read_measured(results, metrics, resamples=params.evaluate.resamples, seed=params.seed)
     stated = {"prompts": params.generate.systems, "continuations": params.generate.continuations}
     recipes = {suite: {name: as_trained(params, system) for name, system in systems.items()} for suite, systems in stated.items()}
-    contents = build_contents(params, recipes, measured, trained, filtered, samples, index)
+    contents = build_contents(params, recipes, measured, trained, filtered, samples, index, recompute_printed_total)
     # Where a run is tracked changes no result, so it must not change the page.
     shown = params.model_dump(mode="json", exclude={"tracking", "nightly"})
     html = render_page(contents | {"yaml": yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from cf_model.codec.interface import TIME
 
 from . import figures, page
 from . import report as tables
@@ -15,6 +17,7 @@ from .planes import Windows, draw_consistency, draw_planes
 from .provenance import list_provenance, list_warnings
 from .report import Results
 from .rule_histograms import describe_rules, select_pictured, sort_by_fate
+from .twins import Recompute, build_twins
 
 Systems = Mapping[str, page.System]
 STUDENTS = ("stage2", "stage1", "causal_init", "base")  # the first that has videos is the one whose prompts are guessed
@@ -27,10 +30,11 @@ class Measured:
     values: Results
     windows: Windows = field(default_factory=dict)
     curves: page.Curves = field(default_factory=dict)
-    failures: Sequence[Row] = ()  # of results/failures.jsonl
+    failures: Sequence[Row] = ()  # suite, system, file, kind, second and others
     unscored: Sequence[str] = ()  # why videos could not be scored
-    protocols: Sequence[str] = ()
-    weights: Sequence[str] = ()  # of networks that score
+    protocols: Collection[str] = ()
+    weights: Collection[str] = ()  # of networks that score
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of the videos from a prompt, by system
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,13 @@ def build_contents(
     filtered: FilterView,
     samples: Path,
     index: Sequence[Row],
+    recompute: Recompute,
 ) -> dict[str, Any]:
-    """Build what the template shows. `params`: those of params.yaml; `recipes`: each suite's systems as trained; `index`: of `samples`."""
+    """Build what the template shows.
+
+    `params`: those of params.yaml; `recipes`: each suite's systems as trained; `index`: of the folder `samples`; `recompute`: VBench's
+    total from its printed parts, where that is not the printed total.
+    """
     values, fps = measured.values, params.video.fps
     present = {suite: page.systems_of(suite, systems, index, values) for suite, systems in recipes.items()}
     colours = page.choose_colours(present["prompts"] + present["continuations"])
@@ -83,6 +92,8 @@ def build_contents(
     shown = [row["key"] for row in galleries["prompts"]["rows"]]
     planes = draw_planes(values, measured.windows, present, colours, figures.begin_second(params.generate.prefix, fps))
     charts = page.draw_curves(measured.curves, colours, page.list_marks(params))
+    contexts = {name: system.memory.size * TIME / fps for name, system in recipes["prompts"].items() if system.memory}
+    continued = list(recipes["continuations"])
     of_student = values.means.get("prompts", {}).get(student or "", {})
     return {
         "params": params,
@@ -97,11 +108,15 @@ def build_contents(
         "machine": {key: value for key, value in of_student.items() if "guess" in key},
         "galleries": galleries,
         "suites": page.build_suites(values, present, charts),
+        "recall": page.build_recall(values, continued),
         "planes": planes,
+        "twins": build_twins(values, present["prompts"], contexts, measured.seconds, recompute),
         "consistency": draw_consistency(values, present, colours),
         "every": figures.STRIP_SECONDS,
         "suite_titles": SUITES,
-        "failures": page.list_failures(measured.failures, index, galleries),
+        "failures": page.list_failures(
+            measured.failures, index, galleries, searched=any(metric == "failures" for _, _, metric in values.cells)
+        ),
         "training": page.draw_training(trained.training),
         "pipeline": page.list_stages(trained.metrics),
         "filter": page.summarise_filter(trained.manifest, trained.clips) | vars(filtered),

@@ -34,7 +34,7 @@ GUESS_VIDEOS = 8  # videos in the blind guess, those after the gallery's
 STRIP_ROWS = 4  # gallery rows that have frame strips
 STRIP_SECONDS = 2.5  # seconds between the frames of a strip
 MEMORY_WORLDS = 3  # continued worlds in the picture that the page begins with
-STRIP_HEIGHT = 64  # pixels of a strip's frames in the file; the page shows them larger
+STRIP_HEIGHT = 48  # pixels of a strip's frames in the file; the page shows them larger
 BYTE_BUDGET = {"prompts": 4_000_000, "guess": 900_000, "continuations": 1_600_000}  # bytes of mp4: keeps the page below 12 MB
 
 

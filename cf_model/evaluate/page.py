@@ -224,8 +224,13 @@ def build_galleries(
     return galleries
 
 
-def list_failures(rows: Sequence[Row], index: Sequence[Row], galleries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Count failures by suite, system and kind, and list them with the place of their video on the page, where it is shown."""
+def list_failures(
+    rows: Sequence[Row], index: Sequence[Row], galleries: Mapping[str, Mapping[str, Any]], *, searched: bool
+) -> dict[str, Any]:
+    """Count failures by suite, system and kind, and list them with the place of their video on the page, where it is shown.
+
+    `searched`: whether videos were searched for failures at all.
+    """
     shown = {tile["file"]: row["id"] for gallery in galleries.values() for row in gallery["rows"] for tile in row["tiles"]}
     videos = Counter((row["suite"], row["system"]) for row in index)
     counts: dict[tuple[str, str], Counter[str]] = {key: Counter() for key in videos}
@@ -236,7 +241,7 @@ def list_failures(rows: Sequence[Row], index: Sequence[Row], galleries: Mapping[
     table = [
         {"suite": suite, "system": system, "videos": videos[suite, system], "kinds": kinds} for (suite, system), kinds in counts.items()
     ]
-    return {"table": table, "rows": placed[:MOST_FAILURES], "of": len(placed), "kinds": failures.KINDS}
+    return {"table": table, "searched": searched, "rows": placed[:MOST_FAILURES], "of": len(placed), "kinds": failures.KINDS}
 
 
 def build_suites(values: Results, present: Mapping[str, list[str]], charts: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -245,6 +250,12 @@ def build_suites(values: Results, present: Mapping[str, list[str]], charts: Mapp
         {"title": title, "systems": present[s], "tables": tables.build_tables(values, s, present[s]), "charts": charts.get(s, [])}
         for s, title in SUITES.items()
     ]
+
+
+def build_recall(values: Results, order: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the tables of the suite without videos, systems in the order of params.yaml."""
+    present = {system for suite, system, _ in values.cells if suite == tables.RECALL} | set(values.means.get(tables.RECALL, {}))
+    return tables.build_tables(values, tables.RECALL, [*(name for name in order if name in present), *sorted(present - set(order))])
 
 
 def count_contents(html: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ Run, commit, hardware and cost are not here: they differ between two runs that m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .figures import Row, item_key
@@ -15,7 +15,7 @@ from .report import Results
 
 
 def list_provenance(
-    params: Any, index: Sequence[Row], protocols: Sequence[str], hashes: Mapping[str, str], weights: Sequence[str]
+    params: Any, index: Sequence[Row], protocols: Collection[str], hashes: Mapping[str, str], weights: Collection[str]
 ) -> list[tuple[str, list[str]]]:
     """List the facts of the card: name, and lines of text. `hashes`: path -> DVC's md5, as dvc.lock has it."""
     prompts = sorted({row["prompt"] for row in index if row["system"] != "real"})

@@ -6,6 +6,7 @@ No file is read but the page's template. The same input gives the same bytes: no
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import jinja2
 
 from cf_model.evaluate.statistics import RATIOS, Difference, Interval, bootstrap, bootstrap_ratio, paired, paired_ratio, without_interval
 
+RECALL = "recall"  # the suite of measures that need no video: one-step errors and interventions
 GUARD_SHARE = 0.9  # of stage 1's value of a guard; if stage 2 has less, its win may be hollow
 ARROWS = {"up": "↑", "down": "↓", "real": "≈", "": ""}
 
@@ -29,6 +31,11 @@ class Metric(NamedTuple):
 
 
 OBEYS, LOOKS, MOVES, RECALLS = "Does it show what was asked?", "Does it look right?", "Does it move?", "Does it remember?"
+STAYS = "Does it stay the same?"
+WINDOWED = "Context Forcing, Table 1: mean cosine with the first frame (CLIP-T: with the prompt) around that second, times 100"
+NUMBERED = {  # names that end in a number of seconds
+    **{begin: Metric(STAYS, "", WINDOWED) for begin in ("dinov2_", "clip_f_", "clip_t_")},
+}
 DESCRIPTIONS = {
     "compass_coherence": Metric(OBEYS, "up", "how clearly one heading can be read off the strip at the bottom; 1 is a clean strip"),
     "sky_accuracy": Metric(OBEYS, "up", "share of frames whose sky is nearest to the caption's"),
@@ -41,6 +48,7 @@ DESCRIPTIONS = {
     "speed": Metric(MOVES, "real", "of the camera, units a second; captions ask for slow or fast"),
     "motion": Metric(MOVES, "real", "mean difference of neighbouring frames, 0..255; near zero is a frozen video"),
     "stutter": Metric(MOVES, "real", "change between two latents' frames over change inside a latent's frames; 1 moves evenly"),
+    "failures": Metric(LOOKS, "down", "resets, jumps, stalls and exposure events in a video, as the failure log lists them"),
     "headings_covered": Metric(MOVES, "real", "share of the circle that the camera sees"),
     "heading_perplexity": Metric(MOVES, "real", "how many of twelve headings all videos together use evenly"),
     "memory_ratio": Metric(RECALLS, "down", "mean same heading over mean other heading, see there; 0 is perfect memory, 1 is none"),
@@ -73,6 +81,10 @@ DESCRIPTIONS = {
     "seam_ratio": Metric(MOVES, "real", "change at the borders of chunks over that elsewhere; 1 has no seams"),
     "repeat_distance": Metric(MOVES, "real", "distance from the nearest return to the first frame, 0..255; 0 is a loop"),
     "diversity": Metric(RECALLS, "real", "landmark distance between videos; a fall means that the worlds become alike"),
+    "subject_consistency": Metric(
+        STAYS, "", "VBench: mean cosine of each frame with the one before and with the first; a frozen video has 1"
+    ),
+    "background_consistency": Metric(STAYS, "", "the same by another network"),
     "videos": Metric("How many?", "", "videos measured"),
 }
 GUARDS = ("diversity", "heading_perplexity", "headings_covered", "motion")
@@ -84,9 +96,12 @@ COMPARED = (
 
 
 def describe_metric(metric: str) -> Metric:
-    """Return a metric's words, with its name as the title; a new metric gets a group of its own."""
-    words = DESCRIPTIONS.get(metric, Metric("Other", "", "no description is known to this page"))
-    return words._replace(title=metric.replace("_", " "))
+    """Return a metric's words, with its name as the title; a new metric gets a group of its own. A network after an @ is named."""
+    name, _, network = metric.partition("@")
+    numbered = next((NUMBERED[begin] for begin in NUMBERED if re.fullmatch(rf"{begin}[\d.]+s", name)), None)
+    words = numbered or DESCRIPTIONS.get(name, Metric("Other", "", "no description is known to this page"))
+    means = f"{words.means}; made with {network} in the place of the metric's own network" if network else words.means
+    return words._replace(title=metric.replace("_", " "), means=means)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import load_json_object
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused, value_at
+from tasks.wandb_log import lineage
 from tasks.wandb_log import run as mirror
 
 from .track import Track, round_value
@@ -68,7 +69,7 @@ def execute(
         track.close(metrics)
         track.save_times(RUNTIME)
         RUNTIME.mkdir(exist_ok=True)
-        facts = measure_runtime(began, params.threads) | track.facts
+        facts = measure_runtime(began, params.threads) | lineage.describe_origin(WORK) | track.facts
         write_atomically(RUNTIME / f"{stage}.json", json.dumps(facts, indent=2, sort_keys=True) + "\n")
         # and all stages into a script, because a page that is opened from disk can load no JSON
         stages = {file.stem: load_json_object(file) for file in sorted(RUNTIME.glob("*.json"))}
@@ -203,7 +204,9 @@ def measure_runtime(began: float, threads: int) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return {
+    torch = sys.modules.get("torch")
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {}
+    return gpu | {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
         "wall_seconds": round(time.time() - began, 2),
         "cpu_seconds": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 2),

@@ -29,6 +29,13 @@ def describe_git() -> dict[str, Any]:
     return {"sha": sha, "dirty": bool(names)} | ({"changed": names[:50]} if names else {})
 
 
+def describe_origin(work: Path) -> dict[str, str]:
+    """Return the run and the commit of a stage, as its runtime facts and the report's card show them; no commit where Git has none."""
+    git = describe_git()
+    commit = f"{git['sha']}{' with uncommitted changes' if git['dirty'] else ''}"
+    return {"run": name_pipeline_run(work)} | ({"commit": commit} if git["sha"] else {})
+
+
 def _run_git(*words: str) -> str:
     return subprocess.run(["git", *words], check=True, capture_output=True, text=True, timeout=60).stdout
 

@@ -4,8 +4,8 @@ Group = one run of the pipeline, job type = stage. Outs are artifacts that refer
 outs of the stages before it: their digests are made of DVC's md5s, so that the versions are the same and W&B draws clips → latents →
 teacher → students → report. Whatever goes wrong here is a warning and never ends a stage.
 
-Videos and the table of results have the same keys in every run, because W&B puts runs with equal keys side by side. The choice of
-videos is the report's: the first prompts of the index, first seed.
+Videos and the table of results have the same keys in every run, because W&B puts runs with equal keys side by side. The videos are
+those of the first prompts of the index, first seed, in every run the same: the report's worst cases differ from run to run.
 
 An attempt that continues a killed one logs the earlier steps again, so the last attempt's run has all of them.
 """

@@ -85,6 +85,22 @@ def caption(k: int) -> str:
     return EVIL if k == 1 else f"a {COLOURS[k % 4]} disc in the {sky} , the camera pans {speed}"
 
 
+MEASURED = {
+    "prompts": (
+        "compass_coherence",
+        "sky_accuracy",
+        "sprite_recall",
+        "sharpness",
+        "motion",
+        "headings_covered",
+        "memory_ratio",
+        "new_metric",
+        "dinov2_10s@pooled-8x8",
+    ),
+    "continuations": ("map_error", "map_error_recent", "sharpness"),
+}
+
+
 def write_project(
     root: Path, params: types.Params, *, prompts: int = 10, seconds: float = 5, draw: Callable[[str, int, int], np.ndarray] = drawn
 ) -> dict[str, Path]:
@@ -92,21 +108,7 @@ def write_project(
     rng = np.random.default_rng(0)
     index: list[dict[str, Any]] = []
     cells: list[dict[str, Any]] = []
-    failures: list[dict[str, Any]] = []
     curves = ["suite,system,metric,second,mean,low,high"]
-    groups = {
-        "prompts": (
-            "compass_coherence",
-            "sky_accuracy",
-            "sprite_recall",
-            "sharpness",
-            "motion",
-            "headings_covered",
-            "memory_ratio",
-            "new_metric",
-        ),
-        "continuations": ("map_error", "map_error_recent", "sharpness"),
-    }
     for suite, systems in (("prompts", params.generate.systems), ("continuations", params.generate.continuations)):
         for place, name in enumerate(["real", *systems] if suite == "prompts" else systems):
             for k in range(prompts):
@@ -116,12 +118,13 @@ def write_project(
                     index.append(row | {"prefix_frames": 41 if suite == "continuations" else 0})
                     if seed == 0 and name.startswith("stage"):
                         write_held(root / "samples" / file, 41 if suite == "continuations" else 0, round(seconds * FPS) + 1)
-                    if seed == 0 and k == 2 and name == "stage2":
-                        event = {name: row[name] for name in ("suite", "system", "file", "prompt", "seed")}
-                        failures.append(event | {"kind": "stall", "second": 3.25, "seconds": 1.5, "size": 0.01})
+                        events = [{"kind": "stall", "second": 3.25, "seconds": 1.5, "size": 0.01}] if k == 2 else []
+                        cells.append(row | {"metric": "failures", "value": len(events), "events": events})
                     if seed == 0:
                         write_mp4(root / "samples" / file, draw(caption(k), place + k, round((5 if name == "base" else seconds) * FPS) + 1))
-                    for metric in groups[suite]:
+                    windows = [{"second": s, "value": float(5 + place + 0.1 * s * place + rng.normal() * 0.2)} for s in range(6)]
+                    cells += [row | {"metric": "sharpness"} | window for window in windows]
+                    for metric in MEASURED[suite]:
                         if metric != "memory_ratio" or k % 3:  # does not apply to each video
                             cells.append(row | {"metric": metric, "value": float(1 - 0.1 * place + rng.normal() * 0.04 + k * 0.01)})
             for second in range(0, round(seconds) + 1):
@@ -130,12 +133,8 @@ def write_project(
                     curves.append(f"{suite},{name},{metric},{second},{middle:.4f},{middle - 0.5:.4f},{middle + 0.5:.4f}")
     jsonl(root / "samples/index.jsonl", index)
     jsonl(root / "results/cells.jsonl", cells)
-    jsonl(root / "results/failures.jsonl", failures)
     (root / "results/curves.csv").write_text("\n".join(curves) + "\n")
-    names = ["real", *params.generate.systems]
-    system_level = {name: {"diversity": 40.0 - 9 * k, "heading_perplexity": 10.0 - k} for k, name in enumerate(names)}
-    system_level["stage2"]["blind_guess_hits"] = 7
-    write_metrics(root, system_level)
+    write_metrics(root, params)
     write_clips(root)
     return {
         "results": root / "results",
@@ -159,7 +158,10 @@ def write_held(video: Path, prefix: int, frames: int) -> None:
     video.with_suffix(".json").write_text(json.dumps(rows))
 
 
-def write_metrics(root: Path, system_level: dict[str, dict[str, float]]) -> None:
+def write_metrics(root: Path, params: types.Params) -> None:
+    names = ["real", *params.generate.systems]
+    system_level = {name: {"diversity": 40.0 - 9 * k, "heading_perplexity": 10.0 - k} for k, name in enumerate(names)}
+    system_level["stage2"]["blind_guess_hits"] = 7
     (root / "metrics").mkdir()
     (root / "metrics/evaluate.json").write_text(json.dumps({"prompts": system_level}))
     (root / "metrics/filter.json").write_text(json.dumps({"kept": 3, "rejected": 2, "seconds_kept": 1530.5}))

@@ -65,11 +65,15 @@ def test_needs_no_other_file(made: tuple[Any, str, Any]) -> None:
     assert len(made[1]) < 12e6
 
 
-def test_shows_the_first_prompts_and_all_systems(made: tuple[Any, str, Any]) -> None:
+def test_shows_cases_by_rule_and_all_systems(made: tuple[Any, str, Any]) -> None:
     _, html, metrics = made
     assert metrics["videos"] == 8 * 5 + 8 + 4 * 6  # prompts x systems, blind guess, continuations x systems; real is one of them
     assert metrics["strips"] == 4 * 5 + 4 * 6
-    assert "00007, seed 0" in html and "00008, seed 0" not in html
+    said = Page(html).text
+    assert said.count("among the worst of stage2") == 3 + 2 and said.count("among the most changed from stage1 to stage2") == 3 + 2
+    assert said.index("among the worst") < said.index("among the most changed") < said.index("among the first of samples")
+    numbers = re.findall(r"<small>(\d{5}), seed 0", html)
+    assert len(numbers) == 8 + 4 and len(set(numbers[:8])) == 8, "no prompt is shown twice"
 
 
 def test_blind_guess_holds_the_right_answer_and_different_captions(made: tuple[Any, str, Any]) -> None:
@@ -87,6 +91,21 @@ def test_says_what_was_planted_and_caught(made: tuple[Any, str, Any]) -> None:
     assert "3 of 6 clips were kept" in text
     assert "all of them were caught" in text and "no good one was lost" in text
     assert "seconds > 10.0" in text
+
+
+def test_says_where_the_numbers_come_from_and_what_stands_in_for_another(made: tuple[Any, str, Any]) -> None:
+    text = " ".join(Page(made[1]).text.split())
+    assert "Substituted: dinov2_10s@pooled-8x8" in text and "SHA-256 of their sorted lines" in text
+    assert "180 of 130" in text, "the made-up project continues each clip with two seeds"
+    assert "Infinity-RoPE" in text and "arXiv 2602.06028v1, Table 1, p. 8" in text
+    assert "4 of 4 failures" in text and "git checkout COMMIT" in text
+    assert len(re.findall(r'<img alt="three frames of clip-0000', made[1])) > 5 and "no picture" in text
+
+
+def test_tables_for_dvc_plots(made: tuple[dict[str, Path], str, Any]) -> None:
+    rules, plane = ((made[0]["out"] / name).read_text().splitlines() for name in ("rules.csv", "plane.csv"))
+    assert rules[0] == "rule,low,high,clips,threshold" and {line.split(",")[0] for line in rules[1:]} == {"too_short", "frozen"}
+    assert plane[0].startswith("suite,system,drift,") and [line.split(",")[1] for line in plane[1:]][-1] == "real" and len(plane) == 6
 
 
 def test_nothing_of_the_run_itself_is_in_the_page(made: tuple[Any, str, Any]) -> None:

@@ -74,8 +74,8 @@ def test_the_memory_of_the_seen_chunk_is_shown(opened: tuple[Any, list[str], lis
         page.eval_on_selector(f"{row} input[type=range]", f"bar => {{ bar.value = {place}; bar.dispatchEvent(new Event('input')); }}")
         page.wait_for_function(f"{words}.startsWith('chunk {1 if place == 0 else 7} of 7')")
         said.append(page.evaluate(words))
-    assert said[0] == "chunk 1 of 7: frames 0–2; sink 0–2, slow –, fast –"
-    assert said[1] == "chunk 7 of 7: frames 18–20; sink 0–2, slow 6 12, fast 15–17"
+    assert said[0] == "chunk 1 of 7: latents 0–2; sink 0–2, slow –, fast –"
+    assert said[1] == "chunk 7 of 7: latents 18–20; sink 0–2, slow 6 12, fast 15–17"
     colours = page.eval_on_selector_all(f"{row} canvas", "all => all.map(c => c.toDataURL().length)")
     assert len(colours) == 2 and min(colours) > 200
 

@@ -20,7 +20,7 @@ def test_the_funnel_counts_down_and_the_nearest_are_named() -> None:
     short, frozen = describe_rules(manifest, BOUNDS)
     assert [(rule["broken"], rule["left"]) for rule in (short, frozen)] == [(1, 22), (2, 20)]
     assert short["rule"] == "seconds > 10" and len(short["near"]) == BORDERLINE
-    assert frozen["near"][0] == {"clip": "clip-21", "value": 0.4, "kept": False}
+    assert frozen["near"][0] == {"id": "clip-21", "clip": "clip-21", "value": 0.4, "kept": False}
     assert frozen["near"][1]["clip"] == "raw/<b>.mp4" and "<b>" not in frozen["svg"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tests.system.driver import ROOT, chromium
 PLOTS = """plots:
   - Loss: {template: curve, x: step, y: {curve.csv: loss}}
   - Systems: {template: systems, x: second, y: {systems.csv: mean}}
+  - Rules: {template: rules, x: low, y: {rules.csv: clips}}
+  - Plane: {template: plane, x: drift, y: {plane.csv: forgetting}}
 """
 COLOURS = """canvas => {
   const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data, seen = new Set();
@@ -31,6 +34,10 @@ def test_the_page_of_dvc_plots_opens_without_a_network(tmp_path: Path) -> None:
         (tmp_path / "curve.csv").write_text("step,loss\n" + "".join(f"{step},{times / (1 + step)}\n" for step in range(9)))
         rows = [f"{second},prompts,{system},motion,{times * second},1,3\n" for system in ("stage1", "stage2") for second in (2, 4, 6)]
         (tmp_path / "systems.csv").write_text("second,suite,system,metric,mean,low,high\n" + "".join(rows))
+        bins = [f"{rule},{low},{low + 1},{times * low},2\n" for rule in ("frozen", "border") for low in range(4)]
+        (tmp_path / "rules.csv").write_text("rule,low,high,clips,threshold\n" + "".join(bins))
+        points = [f"prompts,{system},{times * place},{3 - place}\n" for place, system in enumerate(("stage1", "stage2"))]
+        (tmp_path / "plane.csv").write_text("suite,system,drift,forgetting\n" + "".join(points))
         if times == 1:
             project.git(tmp_path, "add", "-A")
             project.git(tmp_path, "commit", "-qm", "before")
@@ -43,7 +50,9 @@ def test_the_page_of_dvc_plots_opens_without_a_network(tmp_path: Path) -> None:
         page.goto(page_file)
         page.wait_for_selector("canvas", timeout=30_000)
         page.wait_for_timeout(500)
+        if folder := os.environ.get("CF_SCREENSHOTS"):
+            page.screenshot(path=f"{folder}/plots.png", full_page=True)
         colours = [canvas.evaluate(COLOURS) for canvas in page.query_selector_all("canvas")]
         browser.close()
-    assert len(colours) == 2 and min(colours) > 4, f"{colours} colours of the two plots: a white page"
+    assert len(colours) == 4 and min(colours) > 4, f"{colours} colours of the four plots: a white page"
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
