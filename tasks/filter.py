@@ -7,11 +7,14 @@ from pathlib import Path
 from cf_model.codec.interface import TIME, video_frames
 from cf_model.data import filter as rules
 from cf_model.data.clip_manifest import check_accepted, count_reasons, manifest_row, split_heldout
+from cf_model.data.clip_pool import ClipPool
 from cf_model.data.duplicates import DuplicateIndex
-from cf_model.data.measures import FileMeasures, dump_measures, load_measures, measure_file
-from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
+from cf_model.data.measures import FileMeasures, load_measures, measure_to_bytes
+from cf_model.data.networks import DESCRIBE, SCORE, ClipNetworks, load_network
+from cf_model.data.subprocess_reader import Unreadable
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
+from tasks.files.settings import read_settings
 from tasks.params.schema import Filter, Params
 from tasks.parts.clip_cache import ClipCache
 from tasks.parts.needed_lengths import list_needed_lengths
@@ -34,10 +37,11 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     shape = rules.ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
     accepted, rows = DuplicateIndex(), list[Row]()
     progress = track.progress(len(about), unit="clip")
-    measures = measure_files([clips / row["file"] for row in about], params.filter, params.video.fps, track)
-    for row, file in zip(about, measures, strict=True):
-        rows += judge_file(row, file, params.filter, shape, accepted)
-        progress.update()
+    with open_networks(params.filter, shape) as networks:
+        measures = measure_files([clips / row["file"] for row in about], params.filter, params.video.fps, track)
+        for row, file in zip(about, measures, strict=True):
+            rows += judge_file(row, clips / row["file"], file, params.filter, shape, accepted, networks)
+            progress.update()
     try:
         check_accepted(rows, str(clips), params.filter.heldout, held=needs.heldout, longest=needs.longest)
         split_heldout(rows, params.filter.heldout, needs.heldout[1])
@@ -47,30 +51,40 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
 
 
 def measure_files(files: list[Path], spec: Filter, fps: float, track: Track) -> Iterator[FileMeasures | Unreadable]:
-    """Yield every file's measures, in the files' order; only files that no run has measured before are read.
-
-    # Choice: an unreadable file is tried again each time, because it may have been too slow for a busy machine.
-    """
+    """Yield every file's measures, in the files' order; only files that no run has measured before are read."""
     cache = ClipCache("measures", {"fps": fps}, modules=MODULES, libraries=("av", "numpy"))
-    contents = [compute_dvc_md5(file) for file in files]
-    new = [i for i, content in enumerate(contents) if cache.get(content) is None]
-    reading = read_in_subprocess(partial(measure_file, fps=fps), [files[i] for i in new], workers=spec.workers, timeout=spec.timeout)
-    early: dict[int, FileMeasures | Unreadable] = {}  # results of files whose turn has not come: some files take longer than others
-    waiting = set(new)
-    for i, content in enumerate(contents):
-        while i in waiting and i not in early:
-            j, result = next(reading)
-            early[new[j]] = result
-            if isinstance(result, FileMeasures):
-                cache.put(contents[new[j]], dump_measures(result))
-        payload = None if i in waiting else cache.get(content)
-        yield early.pop(i) if payload is None else load_measures(payload)
-    reading.close()
+    contents, task = [compute_dvc_md5(file) for file in files], partial(measure_to_bytes, fps=fps)
+    paths = [file.absolute() for file in files]  # workers of a cluster stand elsewhere
+    pool, unreadable = ClipPool(spec.workers, spec.timeout, read_settings().dask), 0
+    for payload in pool.compute_payloads(cache, contents, paths, task):
+        unreadable += isinstance(payload, Unreadable)
+        yield payload if isinstance(payload, Unreadable) else load_measures(payload)
     cache.sweep()
-    track.facts["measured"] = len(new)
+    track.facts["measured"] = cache.new_entries + unreadable
 
 
-def judge_file(about: Row, file: FileMeasures | Unreadable, spec: Filter, shape: rules.ModelShape, accepted: DuplicateIndex) -> list[Row]:
+def open_networks(spec: Filter, shape: rules.ModelShape) -> ClipNetworks:
+    """Load the networks that params.filter names, and what they have said of clips before."""
+    scorers = {one.name: load_network(f"filter.networks.{one.name}", one, SCORE) for one in spec.networks}
+    captioner = spec.captioner and load_network("filter.captioner", spec.captioner, DESCRIBE)
+    networks = ClipNetworks(scorers, captioner, shape, spec.timeout)
+    if found := [*scorers.values(), *filter(None, [captioner])]:
+        weights = [compute_dvc_md5(one.weights) for one in (*spec.networks, *filter(None, [spec.captioner]))]
+        on = {"shape": (shape.height, shape.width, shape.fps), "scorers": [*scorers], "weights": weights}
+        modules = ("cf_model.data.networks", "cf_model.data.video_reader", *(type(one).__module__ for one in found))
+        networks.cache = ClipCache("networks", on, modules=modules, libraries=("av", "numpy"))
+    return networks
+
+
+def judge_file(
+    about: Row,
+    path: Path,
+    file: FileMeasures | Unreadable,
+    spec: Filter,
+    shape: rules.ModelShape,
+    accepted: DuplicateIndex,
+    networks: ClipNetworks,
+) -> list[Row]:
     """Return the manifest's rows of a file, one for each part that is judged; accepted parts are added to `accepted`."""
     if sentence := about.get("refused"):
         about = {key: value for key, value in about.items() if key != "refused"}
@@ -80,8 +94,7 @@ def judge_file(about: Row, file: FileMeasures | Unreadable, spec: Filter, shape:
     parts, rows = rules.split_at_cuts(file, spec, about.get("from"), about.get("to")), []
     for number, part in enumerate(parts, 1):
         row = about if len(parts) == 1 else about | {"id": f"{about['id']}-{number:03d}"}
-        values = rules.list_values(file, part, about["caption"], shape)
-        rejection = rules.find_broken_rule(file, part, values, spec, shape)
+        row, values, rejection = judge_part(row, path, file, part, spec, shape, networks)
         signature = file.sign_part(part.first, part.end)
         twin = None
         if rejection is None:
@@ -92,3 +105,23 @@ def judge_file(about: Row, file: FileMeasures | Unreadable, spec: Filter, shape:
             accepted.add(row["id"], signature)
         rows.append(manifest_row(row, (file, part), values, rejection))
     return rows
+
+
+def judge_part(
+    row: Row, path: Path, file: FileMeasures, part: rules.Part, spec: Filter, shape: rules.ModelShape, networks: ClipNetworks
+) -> tuple[Row, dict[str, float], rules.Rejection | None]:
+    """Return a part's row, perhaps with a caption by a network, its value for every rule, and its rejection or None."""
+    values = rules.list_values(file, part, row["caption"], shape)
+    rejection = rules.find_broken_rule(file, part, values, spec, shape)
+    try:
+        if rejection and rejection.reason == "caption" and spec.captioner:
+            caption = networks.describe_clip(path, compute_dvc_md5(path), part)
+            row = row | {"caption": caption, "note": f"caption by {spec.captioner.code}"}
+            values = rules.list_values(file, part, caption, shape)
+            rejection = rules.find_broken_rule(file, part, values, spec, shape)
+        if rejection is None and spec.networks:
+            values |= networks.score_clip(path, compute_dvc_md5(path), part, row["caption"])
+            rejection = rules.find_broken_rule(file, part, values, spec, shape)
+    except ValueError as error:  # the file changed since it was measured
+        rejection = rules.Rejection("unreadable", None, str(error))
+    return row, values, rejection

@@ -49,6 +49,8 @@ def params(**sections: Any) -> Any:
             max_text=0.1,
             min_words=1,
             min_distance=8.0,
+            networks=[],
+            captioner=None,
             heldout=3,
             workers=2,
             timeout=60.0,

@@ -83,7 +83,7 @@ def count_reasons(rows: Sequence[Row]) -> dict[str, float]:
         "kept_seconds": sum(row["seconds"] for row in accepted),
         "train": sum(row["split"] == "train" for row in accepted),
         "heldout": sum(row["split"] == "heldout" for row in accepted),
-        **{f"rejected_{reason}": reasons[reason] for reason in REASONS},
+        **{f"rejected_{reason}": reasons[reason] for reason in (*REASONS, *sorted(reasons.keys() - set(REASONS)))},
     }
 
 
