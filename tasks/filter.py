@@ -12,11 +12,12 @@ from cf_model.data.duplicates import DuplicateIndex
 from cf_model.data.measures import FileMeasures, load_measures, measure_to_bytes
 from cf_model.data.networks import DESCRIBE, SCORE, ClipNetworks, load_network
 from cf_model.data.subprocess_reader import Unreadable
+from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
 from tasks.files.settings import read_settings
 from tasks.params.schema import Filter, Params
-from tasks.parts.clip_cache import ClipCache
+from tasks.parts.clip_cache import REFUSED, ClipCache
 from tasks.parts.needed_lengths import list_needed_lengths
 from tasks.runner.track import Track
 
@@ -25,7 +26,7 @@ MODULES = tuple(f"cf_model.data.{name}" for name in ("measures", "video", "video
 
 def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, float]:
     """Write data/manifest.jsonl: a row for each clip, or each part between two cuts, with its values for every rule, and its split or
-    the reason, value and rule of its rejection. The manifest is written before a run is refused, so that `cf why` can explain it.
+    the reason, value and rule of its rejection. The rows of a run that is refused are in work/, where `cf why` finds them.
     """
     listed = clips / "clips.jsonl"
     if not listed.is_file():
@@ -45,6 +46,11 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     try:
         check_accepted(rows, str(clips), params.filter.heldout, held=needs.heldout, longest=needs.longest)
         split_heldout(rows, params.filter.heldout, needs.heldout[1])
+        REFUSED.unlink(missing_ok=True)
+    except ValueError:
+        REFUSED.parent.mkdir(exist_ok=True)
+        write_atomically(REFUSED, dump_json_lines(rows, ensure_ascii=False))
+        raise
     finally:
         out.write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
     return count_reasons(rows)
@@ -66,7 +72,7 @@ def measure_files(files: list[Path], spec: Filter, fps: float, track: Track) -> 
 def open_networks(spec: Filter, shape: rules.ModelShape) -> ClipNetworks:
     """Load the networks that params.filter names, and what they have said of clips before."""
     scorers = {one.name: load_network(f"filter.networks.{one.name}", one, SCORE) for one in spec.networks}
-    captioner = spec.captioner and load_network("filter.captioner", spec.captioner, DESCRIBE)
+    captioner = load_network("filter.captioner", spec.captioner, DESCRIBE) if spec.captioner else None
     networks = ClipNetworks(scorers, captioner, shape, spec.timeout)
     if found := [*scorers.values(), *filter(None, [captioner])]:
         weights = [compute_dvc_md5(one.weights) for one in (*spec.networks, *filter(None, [spec.captioner]))]

@@ -50,6 +50,7 @@ class NetworkSpec(Protocol):
 def load_network(key: str, spec: NetworkSpec, method: str) -> Any:
     """Import and make a network. Raises ValueError, which names the parameter `key`, if its code or its weights are not here."""
     module, _, name = spec.code.partition(":")
+    found: Any
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
@@ -58,7 +59,8 @@ def load_network(key: str, spec: NetworkSpec, method: str) -> Any:
         raise ValueError(f"{key}.code is {spec.code}, which is no class with a method {method}; see cf_model/data/networks.py")
     if not spec.weights.exists():
         raise ValueError(f"{key}.weights is {spec.weights}, which is not there; fetch it by hand, or take the entry out")
-    return found(spec.weights)
+    network: Any = found
+    return network(spec.weights)
 
 
 class ClipNetworks:
