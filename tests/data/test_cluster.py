@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from cf_model.data.cluster import run_on_cluster
-from cf_model.data.subprocess_reader import Unreadable
+from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
+from tasks import encode
 from tests.test_kept import FACTS, codec, night, source  # noqa: F401  fixtures
 
-distributed = pytest.importorskip("distributed")
 PATHS = [Path(f"{number:02d}") for number in range(12)]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
+    distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as made:
         yield made
 
@@ -63,6 +64,33 @@ def test_filter_and_encode_write_the_same_bytes_on_a_cluster(
     assert there == here and worked[FACTS[0]] == 3
 
 
+def test_two_encoders_of_two_gpus_write_the_bytes_of_one(
+    source: Path,  # noqa: F811
+    codec: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CF_KEPT", "off")
+    one, _ = night(source, codec, tmp_path / "one")
+    monkeypatch.setattr(encode, "list_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(encode, "open_encoder", None)  # no clip is encoded in this process
+    monkeypatch.setattr(encode.ClipEncoder, "close", lambda self: None)
+    assert night(source, codec, tmp_path / "two")[0] == one
+
+
+def read_gpu(path: Path) -> str:
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_each_child_has_a_gpu_of_its_own_and_the_parents_environment_stays() -> None:
+    before = dict(os.environ)
+    gpus = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in (3, 5)]
+    answers = dict(read_in_subprocess(read_gpu, PATHS[:2], workers=2, timeout=60.0, environments=gpus))  # a file for each child
+    assert answers == {0: "3", 1: "5"}
+    assert dict(os.environ) == before
+
+
 def test_no_scheduler_is_a_sentence() -> None:
+    pytest.importorskip("distributed")
     with pytest.raises(ValueError, match=r"CF_DASK is nowhere://x, where no Dask scheduler answers .*; start one, or unset it$"):
         next(run_on_cluster(str, [1], address="nowhere://x", timeout=1.0))
