@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cf_model.codec.interface import TIME, video_frames
 from cf_model.data import filter as rules
-from cf_model.data.clip_manifest import check_accepted, count_reasons, manifest_row, split_heldout
+from cf_model.data.clip_manifest import check_accepted, check_longest, count_reasons, manifest_row, split_heldout
 from cf_model.data.clip_pool import ClipPool
 from cf_model.data.duplicates import DuplicateIndex
 from cf_model.data.measures import FileMeasures, load_measures, measure_to_bytes
@@ -17,16 +17,17 @@ from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
 from tasks.files.settings import read_settings
 from tasks.params.schema import Filter, Params
-from tasks.parts.clip_cache import REFUSED, ClipCache
+from tasks.parts.clip_cache import ClipCache
 from tasks.parts.needed_lengths import list_needed_lengths
 from tasks.runner.track import Track
 
+REFUSED = "refused.jsonl"  # rows of the last run that was refused, whose out the runner deletes
 MODULES = tuple(f"cf_model.data.{name}" for name in ("measures", "video", "video_reader"))
 
 
 def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, float]:
     """Write data/manifest.jsonl: a row for each clip, or each part between two cuts, with its values for every rule, and its split or
-    the reason, value and rule of its rejection. The rows of a run that is refused are in work/, where `cf why` finds them.
+    the reason, value and rule of its rejection. The rows of a run that is refused are in refused.jsonl beside it, for `cf why`.
     """
     listed = clips / "clips.jsonl"
     if not listed.is_file():
@@ -43,13 +44,14 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
         for row, file in zip(about, measures, strict=True):
             rows += judge_file(row, clips / row["file"], file, params.filter, shape, accepted, networks)
             progress.update()
+    refused = out.with_name(REFUSED)
     try:
-        check_accepted(rows, str(clips), params.filter.heldout, held=needs.heldout, longest=needs.longest)
+        check_accepted(rows, str(clips), params.filter.heldout, held=needs.heldout)
         split_heldout(rows, params.filter.heldout, needs.heldout[1])
-        REFUSED.unlink(missing_ok=True)
+        check_longest(rows, needs.longest)
+        refused.unlink(missing_ok=True)
     except ValueError:
-        REFUSED.parent.mkdir(exist_ok=True)
-        write_atomically(REFUSED, dump_json_lines(rows, ensure_ascii=False))
+        write_atomically(refused, dump_json_lines(rows, ensure_ascii=False))
         raise
     finally:
         out.write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")

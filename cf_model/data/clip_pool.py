@@ -30,9 +30,7 @@ class ClipPool:
         """Yield (index, task(clip)) of every clip; a clip has a `name`, for sentences about it."""
         if clips and self.cluster:
             return run_on_cluster(task, clips, address=self.cluster, timeout=self.timeout)
-        if self.workers:
-            return read_in_subprocess(task, clips, workers=self.workers, timeout=self.timeout, environments=self.environments)
-        return ((index, task(clip)) for index, clip in enumerate(clips))
+        return read_in_subprocess(task, clips, workers=self.workers, timeout=self.timeout, environments=self.environments)
 
     def compute_payloads(
         self, cache: PayloadCache, contents: Sequence[str], clips: Sequence[Any], task: Callable[[Any], bytes]
@@ -42,6 +40,9 @@ class ClipPool:
         Results are stored as they come, so that an interrupted run goes on where it stopped.
         # Choice: an unreadable file is tried again each time, because it may have been too slow for a busy machine.
         """
+        if not (self.workers or self.cluster):
+            yield from self._compute_here(cache, contents, clips, task)
+            return
         new = [i for i, content in enumerate(contents) if cache.get(content) is None]
         computing = self.run_task(task, [clips[i] for i in new])
         early: dict[int, bytes | Unreadable] = {}  # results of clips whose turn has not come: some take longer than others
@@ -55,4 +56,15 @@ class ClipPool:
             payload = early.pop(i) if i in waiting else cache.get(content)
             if payload is None:
                 raise RuntimeError("a result was removed from the clips' cache while it was read; run the stage again")
+            yield payload
+
+    def _compute_here(
+        self, cache: PayloadCache, contents: Sequence[str], clips: Sequence[Any], task: Callable[[Any], bytes]
+    ) -> Iterator[bytes]:
+        """Do as compute_payloads in this process, where each entry of the cache is read once."""
+        for content, clip in zip(contents, clips, strict=True):
+            payload = cache.get(content)
+            if payload is None:
+                payload = task(clip)
+                cache.put(content, payload)
             yield payload

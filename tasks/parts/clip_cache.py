@@ -19,7 +19,6 @@ from tasks.files.hashes import compute_dvc_md5
 from tasks.files.settings import read_settings
 
 WORK = Path("work")
-REFUSED = WORK / "refused_manifest.jsonl"  # of the last filter that was refused, whose out the runner deletes
 UNUSED_DAYS = 30  # an entry that no run has read for so long is removed: of clips that were taken out, of codecs fitted anew
 CHECKSUM_BYTES = 32  # a SHA-256 before each entry's payload
 

@@ -12,6 +12,7 @@ import pytest
 
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.linear import LinearCodec
+from cf_model.data.clip_manifest import check_longest
 from tasks import clips, encode
 from tasks import filter as filtering
 from tests.test_clips import folder, rows
@@ -63,5 +64,12 @@ def test_a_clip_that_vanishes_between_the_filter_and_encode_is_a_sentence_and_no
     (tmp_path / "clips" / gone).unlink()
     given = {"clips": tmp_path / "clips", "manifest": tmp_path / "manifest.jsonl", "codec": tmp_path / "codec"}
     with pytest.raises(ValueError, match=rf"^{gone} is not there; check its name$"):
-        encode.run(p, MagicMock(), out=tmp_path / "latents", **given)
-    assert not (tmp_path / "latents/index.json").exists()
+        encode.run(p, MagicMock(work=tmp_path / "work"), out=tmp_path / "latents", **given)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_the_longest_clip_does_not_count_for_training_when_it_is_held_out() -> None:
+    clips = [{"latents": 40, "split": "train"}, {"latents": 52, "split": "heldout"}, {"latents": 60, "split": None}]
+    check_longest(clips, ("base.window", 40))
+    with pytest.raises(ValueError, match=r"base\.window is 45 latents, so 177 frames, but the longest training clip has 40 latents"):
+        check_longest(clips, ("base.window", 45))
