@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from cf_model.codec.interface import TIME, video_frames
-from cf_model.data import filter as rules
-from cf_model.data.clip_manifest import check_accepted, check_longest, count_reasons, manifest_row, split_heldout
+from cf_model.data.clip_judge import ClipJudge
+from cf_model.data.clip_manifest import check_accepted, check_longest, count_reasons, split_heldout
 from cf_model.data.clip_pool import ClipPool
-from cf_model.data.duplicates import DuplicateIndex
+from cf_model.data.filter import ModelShape
 from cf_model.data.measures import FileMeasures, load_measures, measure_to_bytes
 from cf_model.data.networks import DESCRIBE, SCORE, ClipNetworks, load_network
 from cf_model.data.subprocess_reader import Unreadable
@@ -36,13 +36,14 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     keys = ("id", "file", "caption", "source", "note", "refused", "from", "to")
     about = [{key: row[key] for key in keys if row.get(key) is not None} for row in read_json_lines(listed)]
     needs = list_needed_lengths(params)
-    shape = rules.ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
-    accepted, rows = DuplicateIndex(), list[Row]()
+    shape = ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
+    rows = list[Row]()
     progress = track.progress(len(about), unit="clip")
     with open_networks(params.filter, shape) as networks:
+        judge = ClipJudge(params.filter, shape, networks, compute_dvc_md5)
         measures = measure_files([clips / row["file"] for row in about], params.filter, params.video.fps, track)
         for row, file in zip(about, measures, strict=True):
-            rows += judge_file(row, clips / row["file"], file, params.filter, shape, accepted, networks)
+            rows += judge.judge_file(row, clips / row["file"], file)
             progress.update()
     refused = out.with_name(REFUSED)
     try:
@@ -71,7 +72,7 @@ def measure_files(files: list[Path], spec: Filter, fps: float, track: Track) -> 
     track.facts["measured"] = cache.new_entries + unreadable
 
 
-def open_networks(spec: Filter, shape: rules.ModelShape) -> ClipNetworks:
+def open_networks(spec: Filter, shape: ModelShape) -> ClipNetworks:
     """Load the networks that params.filter names, and what they have said of clips before."""
     scorers = {one.name: load_network(f"filter.networks.{one.name}", one, SCORE) for one in spec.networks}
     captioner = load_network("filter.captioner", spec.captioner, DESCRIBE) if spec.captioner else None
@@ -82,54 +83,3 @@ def open_networks(spec: Filter, shape: rules.ModelShape) -> ClipNetworks:
         modules = ("cf_model.data.networks", "cf_model.data.video_reader", *(type(one).__module__ for one in found))
         networks.cache = ClipCache("networks", on, modules=modules, libraries=("av", "numpy"))
     return networks
-
-
-def judge_file(
-    about: Row,
-    path: Path,
-    file: FileMeasures | Unreadable,
-    spec: Filter,
-    shape: rules.ModelShape,
-    accepted: DuplicateIndex,
-    networks: ClipNetworks,
-) -> list[Row]:
-    """Return the manifest's rows of a file, one for each part that is judged; accepted parts are added to `accepted`."""
-    if sentence := about.get("refused"):
-        about = {key: value for key, value in about.items() if key != "refused"}
-        return [manifest_row(about, None, {}, rules.Rejection("caption", None, sentence))]
-    if isinstance(file, Unreadable):
-        return [manifest_row(about, None, {}, rules.Rejection("unreadable", None, file.sentence))]
-    parts, rows = rules.split_at_cuts(file, spec, about.get("from"), about.get("to")), []
-    for number, part in enumerate(parts, 1):
-        row = about if len(parts) == 1 else about | {"id": f"{about['id']}-{number:03d}"}
-        row, values, rejection = judge_part(row, path, file, part, spec, shape, networks)
-        signature = file.sign_part(part.first, part.end)
-        twin = None
-        if rejection is None:
-            twin, rejection = rules.find_duplicate(signature, accepted, spec)
-        if twin:
-            values["duplicate"] = twin.distance
-        if rejection is None:
-            accepted.add(row["id"], signature)
-        rows.append(manifest_row(row, (file, part), values, rejection))
-    return rows
-
-
-def judge_part(
-    row: Row, path: Path, file: FileMeasures, part: rules.Part, spec: Filter, shape: rules.ModelShape, networks: ClipNetworks
-) -> tuple[Row, dict[str, float], rules.Rejection | None]:
-    """Return a part's row, perhaps with a caption by a network, its value for every rule, and its rejection or None."""
-    values = rules.list_values(file, part, row["caption"], shape)
-    rejection = rules.find_broken_rule(file, part, values, spec, shape)
-    try:
-        if rejection and rejection.reason == "caption" and spec.captioner:
-            caption = networks.describe_clip(path, compute_dvc_md5(path), part)
-            row = row | {"caption": caption, "note": f"caption by {spec.captioner.code}"}
-            values = rules.list_values(file, part, caption, shape)
-            rejection = rules.find_broken_rule(file, part, values, spec, shape)
-        if rejection is None and spec.networks:
-            values |= networks.score_clip(path, compute_dvc_md5(path), part, row["caption"])
-            rejection = rules.find_broken_rule(file, part, values, spec, shape)
-    except ValueError as error:  # the file changed since it was measured
-        rejection = rules.Rejection("unreadable", None, str(error))
-    return row, values, rejection

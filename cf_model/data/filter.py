@@ -42,6 +42,13 @@ class NetworkRule(Protocol):
     def at_least(self) -> float: ...
 
 
+class NetworkCode(Protocol):
+    """Where a network's code is: params.filter.captioner."""
+
+    @property
+    def code(self) -> str: ...
+
+
 class FilterRules(Protocol):
     """Thresholds of the rules: params.filter."""
 
@@ -79,6 +86,8 @@ class FilterRules(Protocol):
     def min_distance(self) -> float: ...
     @property
     def networks(self) -> Sequence[NetworkRule]: ...
+    @property
+    def captioner(self) -> NetworkCode | None: ...
 
 
 @dataclass(frozen=True)
