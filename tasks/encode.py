@@ -47,7 +47,12 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
         progress.update()
         return encoded
 
-    layout = {"shard_mib": params.encode.shard_mib, "dtype": pictures.dtype, "fps": params.video.fps, "negative": params.text.negative}
+    layout: dict[str, Any] = {
+        "shard_mib": params.encode.shard_mib,
+        "dtype": pictures.dtype,
+        "fps": params.video.fps,
+        "negative": params.text.negative,
+    }
     try:
         entries = write_latents(track.work / "latents", rows, take_encoded, text.encode, **layout)
     finally:
