@@ -1,6 +1,6 @@
 """Memory that a long film of 3840 x 2160 takes to be measured by the filter and read for encoding: a tenth of a minute beside a minute.
 
-  python -m benchmarks film_memory       five minutes of one core; writes results/film_memory.json
+python -m benchmarks film_memory       five minutes of one core; writes results/film_memory.json
 """
 
 from __future__ import annotations
