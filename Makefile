@@ -85,7 +85,7 @@ $(VENV)/.deepspeed: requirements/deepspeed.txt $(VENV)/.cpu
 	@DS_BUILD_OPS=0 DS_SKIP_CUDA_CHECK=1 $(LOCKED) $(PIP) -qq --no-deps --no-build-isolation --requirement requirements/deepspeed.txt
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt requirements/workers.txt $(VENV)/.cpu $(VENV)/.deepspeed
+$(VENV)/.dev: requirements/dev.txt requirements/workers.txt requirements/cluster.txt $(VENV)/.cpu $(VENV)/.deepspeed
 	@echo "installing what tests and checks need"
-	@$(call INSTALL,dev,requirements/cpu.txt requirements/workers.txt)
+	@$(call INSTALL,dev,requirements/cpu.txt requirements/workers.txt requirements/cluster.txt)
 	@touch $@

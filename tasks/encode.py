@@ -1,24 +1,31 @@
 """Stage `encode`: accepted clips to latents and captions to embeddings, once, so that training never decodes a video."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
+from cf_model.data.clip_pool import ClipPool
 from cf_model.data.latents import join_parts, sum_latents, summarize_entries, write_latents
+from cf_model.data.subprocess_reader import Unreadable
 from tasks.files.atomic import swap_into_place
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, read_json_lines
+from tasks.files.settings import read_settings
 from tasks.params.schema import Params, Video
 from tasks.parts.caption_encoder import CaptionEncoder
 from tasks.parts.clip_cache import ClipCache
 from tasks.parts.codec_frames import ClipReader
 from tasks.parts.device import choose_device
 from tasks.runner.track import Track
+
+LONGEST = 86_400.0  # seconds that one clip may take to be encoded; its file may pause for less (tasks/parts/codec_frames.py)
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Path, out: Path) -> dict[str, float]:
@@ -27,16 +34,29 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     The shards are written in the working folder, so that a stage that was killed goes on after the last complete one.
     """
     rows = [row for row in read_json_lines(manifest) if row["kept"]]
-    text, progress = CaptionEncoder(params.text, "text"), track.progress(len(rows), unit="clip")
-    pictures = ClipEncoder(clips, codec, params.video, getattr(torch, params.encode.dtype), progress.update)
+    text, pictures = CaptionEncoder(params.text, "text"), ClipEncoder(clips, codec, params.video, getattr(torch, params.encode.dtype))
+    progress = track.progress(len(rows), unit="clip")
+
+    encoding: Iterator[tuple[Row, tuple[Tensor, dict[str, Any]]]] | None = None
+
+    def take_encoded(row: Row) -> tuple[Tensor, dict[str, Any]]:
+        """Return a clip's latents; the first one that is not in a complete shard says where encoding begins."""
+        nonlocal encoding
+        encoding = encoding or pictures.encode(rows[rows.index(row) :])
+        encoded = next(encoded for clip, encoded in encoding if clip is row)
+        progress.update()
+        return encoded
+
     layout: dict[str, Any] = {
         "shard_mib": params.encode.shard_mib,
         "dtype": pictures.dtype,
         "fps": params.video.fps,
         "negative": params.text.negative,
     }
-    with pictures.reader:
-        entries = write_latents(track.work / "latents", rows, pictures.encode, text.encode, **layout)
+    try:
+        entries = write_latents(track.work / "latents", rows, take_encoded, text.encode, **layout)
+    finally:
+        pictures.close()
     progress.close()
     swap_into_place(track.work / "latents", out)
     for cache in (pictures.cache, text.cache):
@@ -45,27 +65,66 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     return summarize_entries(entries)
 
 
-class ClipEncoder:
-    """Encoder of clips with a cache: a clip that was encoded before is read back."""
+class Clip(NamedTuple):
+    """A row of the manifest on its way to an encoder."""
 
-    def __init__(self, clips: Path, codec: Path, video: Video, dtype: torch.dtype, count: Callable[[], object]) -> None:
-        self.clips, self.codec, self.dtype, self.count = clips, load_codec(codec).to(choose_device()), dtype, count
-        self.reader = ClipReader(clips, video)
+    name: str  # of its file
+    row: Row
+
+
+class ClipEncoder:
+    """Encoder of clips, one a GPU or one here, with a cache: a clip that was encoded before is read back."""
+
+    def __init__(self, clips: Path, codec: Path, video: Video, dtype: torch.dtype) -> None:
+        self.clips, self.dtype = clips, dtype
         about = {"codec": compute_dvc_md5(codec), "video": video.model_dump(), "dtype": str(dtype), "device": choose_device().type}
         parts = ("cf_model.data.video_reader", "cf_model.codec.interface", "tasks.encode", "tasks.parts.codec_frames")
-        modules = (*parts, type(self.codec).__module__)
+        modules = (*parts, type(load_codec(codec)).__module__)
         self.cache = ClipCache("latents", about, modules=modules, libraries=("av", "diffusers", "torch"))
+        self.settings = (clips.absolute(), codec.absolute(), tuple(video.model_dump().items()), dtype, torch.get_num_threads())
+        self.task = partial(encode_clip, settings=self.settings, exact=torch.are_deterministic_algorithms_enabled())
 
-    def encode(self, row: Row) -> tuple[Tensor, dict[str, Any]]:
-        """Return a clip's latents [F, C, H, W] as they are stored, its file's md5, and count, sum and sum of squares before rounding."""
-        md5 = compute_dvc_md5(self.clips / row["file"])
-        content = f"{md5} {row.get('start')} {row.get('length')}"
-        if payload := self.cache.get(content):
+    def encode(self, rows: Sequence[Row]) -> Iterator[tuple[Row, tuple[Tensor, dict[str, Any]]]]:
+        """Yield each clip's row, and its latents [F, C, H, W] as they are stored with its file's md5, and count, sum and sum of squares
+        before rounding.
+        """
+        md5s, gpus = [compute_dvc_md5(self.clips / row["file"]) for row in rows], list_gpus()
+        contents = [f"{md5} {row.get('start')} {row.get('length')}" for md5, row in zip(md5s, rows, strict=True)]
+        each_its_own = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+        pool = ClipPool(len(gpus) if len(gpus) > 1 else 0, LONGEST, read_settings().dask, each_its_own)
+        payloads = pool.compute_payloads(self.cache, contents, [Clip(row["file"], row) for row in rows], self.task)
+        for row, md5, payload in zip(rows, md5s, payloads, strict=True):
+            if isinstance(payload, Unreadable):
+                raise ValueError(payload.sentence)
             entry = load(payload)
-        else:
-            exact = join_parts(part[0].cpu() for part in self.codec.encode_stream(self.reader.read(row)))
-            entry = {"latents": exact.to(self.dtype).contiguous(), "sums": sum_latents(exact)}
-            self.cache.put(content, save(entry))
-        total, square = entry["sums"].tolist()
-        self.count()
-        return entry["latents"], {"md5": md5, "count": entry["latents"].numel(), "sum": total, "square": square}
+            total, square = entry["sums"].tolist()
+            yield row, (entry["latents"], {"md5": md5, "count": entry["latents"].numel(), "sum": total, "square": square})
+
+    def close(self) -> None:
+        """End the reader and free the codec of this process, if it has encoded a clip."""
+        if open_encoder.cache_info().currsize:
+            open_encoder(*self.settings)[1].__exit__()
+            open_encoder.cache_clear()
+
+
+def encode_clip(clip: Clip, *, settings: tuple[Any, ...], exact: bool) -> bytes:
+    """Encode a clip, in whichever process, and return its latents and sums as bytes of safetensors."""
+    if exact:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    codec, reader, dtype = open_encoder(*settings)
+    latents = join_parts(part[0].cpu() for part in codec.encode_stream(reader.read(clip.row)))
+    return save({"latents": latents.to(dtype).contiguous(), "sums": sum_latents(latents)})
+
+
+@lru_cache(maxsize=1)
+def open_encoder(clips: Path, codec: Path, video: tuple[tuple[str, Any], ...], dtype: torch.dtype, threads: int) -> tuple[Any, ...]:
+    """Load the codec and prepare the reading of clips, once in each process."""
+    torch.set_num_threads(threads)
+    return load_codec(codec).to(choose_device()), ClipReader(clips, Video(**dict(video))), dtype
+
+
+def list_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return [name.strip() for name in visible.split(",")][:count] if visible and count else [str(number) for number in range(count)]

@@ -5,24 +5,29 @@ from functools import partial
 from pathlib import Path
 
 from cf_model.codec.interface import TIME, video_frames
-from cf_model.data import filter as rules
-from cf_model.data.clip_manifest import check_accepted, count_reasons, manifest_row, split_heldout
-from cf_model.data.duplicates import DuplicateIndex
-from cf_model.data.measures import FileMeasures, dump_measures, load_measures, measure_file
-from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
+from cf_model.data.clip_judge import ClipJudge
+from cf_model.data.clip_manifest import check_accepted, check_longest, count_reasons, split_heldout
+from cf_model.data.clip_pool import ClipPool
+from cf_model.data.filter import ModelShape
+from cf_model.data.measures import FileMeasures, load_measures, measure_to_bytes
+from cf_model.data.networks import DESCRIBE, SCORE, ClipNetworks, load_network
+from cf_model.data.subprocess_reader import Unreadable
+from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
+from tasks.files.settings import read_settings
 from tasks.params.schema import Filter, Params
 from tasks.parts.clip_cache import ClipCache
 from tasks.parts.needed_lengths import list_needed_lengths
 from tasks.runner.track import Track
 
+REFUSED = "refused.jsonl"  # rows of the last run that was refused, whose out the runner deletes
 MODULES = tuple(f"cf_model.data.{name}" for name in ("measures", "video", "video_reader"))
 
 
 def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, float]:
     """Write data/manifest.jsonl: a row for each clip, or each part between two cuts, with its values for every rule, and its split or
-    the reason, value and rule of its rejection. The manifest is written before a run is refused, so that `cf why` can explain it.
+    the reason, value and rule of its rejection. The rows of a run that is refused are in refused.jsonl beside it, for `cf why`.
     """
     listed = clips / "clips.jsonl"
     if not listed.is_file():
@@ -31,64 +36,50 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     keys = ("id", "file", "caption", "source", "note", "refused", "from", "to")
     about = [{key: row[key] for key in keys if row.get(key) is not None} for row in read_json_lines(listed)]
     needs = list_needed_lengths(params)
-    shape = rules.ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
-    accepted, rows = DuplicateIndex(), list[Row]()
+    shape = ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
+    rows = list[Row]()
     progress = track.progress(len(about), unit="clip")
-    measures = measure_files([clips / row["file"] for row in about], params.filter, params.video.fps, track)
-    for row, file in zip(about, measures, strict=True):
-        rows += judge_file(row, file, params.filter, shape, accepted)
-        progress.update()
+    with open_networks(params.filter, shape) as networks:
+        judge = ClipJudge(params.filter, shape, networks, compute_dvc_md5)
+        measures = measure_files([clips / row["file"] for row in about], params.filter, params.video.fps, track)
+        for row, file in zip(about, measures, strict=True):
+            rows += judge.judge_file(row, clips / row["file"], file)
+            progress.update()
+    refused = out.with_name(REFUSED)
     try:
-        check_accepted(rows, str(clips), params.filter.heldout, held=needs.heldout, longest=needs.longest)
+        check_accepted(rows, str(clips), params.filter.heldout, held=needs.heldout)
         split_heldout(rows, params.filter.heldout, needs.heldout[1])
+        check_longest(rows, needs.longest)
+        refused.unlink(missing_ok=True)
+    except ValueError:
+        write_atomically(refused, dump_json_lines(rows, ensure_ascii=False))
+        raise
     finally:
         out.write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
     return count_reasons(rows)
 
 
 def measure_files(files: list[Path], spec: Filter, fps: float, track: Track) -> Iterator[FileMeasures | Unreadable]:
-    """Yield every file's measures, in the files' order; only files that no run has measured before are read.
-
-    # Choice: an unreadable file is tried again each time, because it may have been too slow for a busy machine.
-    """
+    """Yield every file's measures, in the files' order; only files that no run has measured before are read."""
     cache = ClipCache("measures", {"fps": fps}, modules=MODULES, libraries=("av", "numpy"))
-    contents = [compute_dvc_md5(file) for file in files]
-    new = [i for i, content in enumerate(contents) if cache.get(content) is None]
-    reading = read_in_subprocess(partial(measure_file, fps=fps), [files[i] for i in new], workers=spec.workers, timeout=spec.timeout)
-    early: dict[int, FileMeasures | Unreadable] = {}  # results of files whose turn has not come: some files take longer than others
-    waiting = set(new)
-    for i, content in enumerate(contents):
-        while i in waiting and i not in early:
-            j, result = next(reading)
-            early[new[j]] = result
-            if isinstance(result, FileMeasures):
-                cache.put(contents[new[j]], dump_measures(result))
-        payload = None if i in waiting else cache.get(content)
-        yield early.pop(i) if payload is None else load_measures(payload)
-    reading.close()
+    contents, task = [compute_dvc_md5(file) for file in files], partial(measure_to_bytes, fps=fps)
+    paths = [file.absolute() for file in files]  # workers of a cluster stand elsewhere
+    pool, unreadable = ClipPool(spec.workers, spec.timeout, read_settings().dask), 0
+    for payload in pool.compute_payloads(cache, contents, paths, task):
+        unreadable += isinstance(payload, Unreadable)
+        yield payload if isinstance(payload, Unreadable) else load_measures(payload)
     cache.sweep()
-    track.facts["measured"] = len(new)
+    track.facts["measured"] = cache.new_entries + unreadable
 
 
-def judge_file(about: Row, file: FileMeasures | Unreadable, spec: Filter, shape: rules.ModelShape, accepted: DuplicateIndex) -> list[Row]:
-    """Return the manifest's rows of a file, one for each part that is judged; accepted parts are added to `accepted`."""
-    if sentence := about.get("refused"):
-        about = {key: value for key, value in about.items() if key != "refused"}
-        return [manifest_row(about, None, {}, rules.Rejection("caption", None, sentence))]
-    if isinstance(file, Unreadable):
-        return [manifest_row(about, None, {}, rules.Rejection("unreadable", None, file.sentence))]
-    parts, rows = rules.split_at_cuts(file, spec, about.get("from"), about.get("to")), []
-    for number, part in enumerate(parts, 1):
-        row = about if len(parts) == 1 else about | {"id": f"{about['id']}-{number:03d}"}
-        values = rules.list_values(file, part, about["caption"], shape)
-        rejection = rules.find_broken_rule(file, part, values, spec, shape)
-        signature = file.sign_part(part.first, part.end)
-        twin = None
-        if rejection is None:
-            twin, rejection = rules.find_duplicate(signature, accepted, spec)
-        if twin:
-            values["duplicate"] = twin.distance
-        if rejection is None:
-            accepted.add(row["id"], signature)
-        rows.append(manifest_row(row, (file, part), values, rejection))
-    return rows
+def open_networks(spec: Filter, shape: ModelShape) -> ClipNetworks:
+    """Load the networks that params.filter names, and what they have said of clips before."""
+    scorers = {one.name: load_network(f"filter.networks.{one.name}", one, SCORE) for one in spec.networks}
+    captioner = load_network("filter.captioner", spec.captioner, DESCRIBE) if spec.captioner else None
+    networks = ClipNetworks(scorers, captioner, shape, spec.timeout)
+    if found := [*scorers.values(), *filter(None, [captioner])]:
+        weights = [compute_dvc_md5(one.weights) for one in (*spec.networks, *filter(None, [spec.captioner]))]
+        on = {"shape": (shape.height, shape.width, shape.fps), "scorers": [*scorers], "weights": weights}
+        modules = ("cf_model.data.networks", "cf_model.data.video_reader", *(type(one).__module__ for one in found))
+        networks.cache = ClipCache("networks", on, modules=modules, libraries=("av", "numpy"))
+    return networks

@@ -49,6 +49,8 @@ def params(**sections: Any) -> Any:
             max_text=0.1,
             min_words=1,
             min_distance=8.0,
+            networks=[],
+            captioner=None,
             heldout=3,
             workers=2,
             timeout=60.0,
@@ -170,7 +172,7 @@ def test_no_clip_passes(made: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run the stage clips first"):
         filtering.run(params(), MagicMock(), clips=tmp_path, out=out)
     later = params(teacher=SimpleNamespace(view=SimpleNamespace(context="memory", chunk=3), shortest=40, target=6))
-    with pytest.raises(ValueError, match=r"shortest \+ teacher.target is 48 latents, so 189 frames, but the longest accepted clip has 46"):
+    with pytest.raises(ValueError, match=r"shortest \+ teacher.target is 48 latents, so 189 frames, but the longest training clip has 46"):
         filtering.run(later, MagicMock(), clips=made / "clips", out=out)
     with pytest.raises(ValueError, match=r"only 0 clips have 193 frames, which generate.prefix and a chunk needs"):
         filtering.run(params(generate=SimpleNamespace(prefix=46)), MagicMock(), clips=made / "clips", out=out)

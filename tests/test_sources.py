@@ -217,6 +217,25 @@ def test_why_explains_every_fate(tmp_path: Path, capsys: pytest.CaptureFixture[s
         why.explain_file("other.mp4", p.filter, Path("data"))
 
 
+def test_why_explains_a_run_that_was_refused_and_whose_manifest_the_runner_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(tmp_path / "raw/short.mp4", 5, 90)
+    monkeypatch.chdir(tmp_path)
+    p, out = folder(tmp_path / "raw"), Path("data/manifest.jsonl")
+    clips.run(p, MagicMock(), out=Path("data/clips"))
+    with pytest.raises(ValueError, match=r"the first: short\.mp4, seconds > 10\.0, 161 frames"):
+        filtering.run(p, MagicMock(), clips=Path("data/clips"), out=out)
+    out.unlink()
+    why.explain_file("raw/short.mp4", p.filter, Path("data"))
+    assert "rejected, too_short: seconds > 10.0, 161 frames at 16 fps; it has 90" in capsys.readouterr().out
+    film(tmp_path / "raw/long.mp4", 6)
+    clips.run(p, MagicMock(), out=Path("data/clips"))
+    filtering.run(p, MagicMock(), clips=Path("data/clips"), out=out)
+    why.explain_file("raw/long.mp4", p.filter, Path("data"))
+    assert "accepted" in capsys.readouterr().out
+
+
 def test_endings_in_any_case_are_videos(tmp_path: Path) -> None:
     for number, suffix in enumerate(VIDEO_SUFFIXES):
         (tmp_path / f"{number}{suffix.upper()}").write_bytes(b"x")

@@ -31,10 +31,10 @@ def manifest_row(about: Row, found: tuple[FileMeasures, Part] | None, values: di
     return about | facts | judged | {"values": {name: round(float(number), 4) for name, number in values.items()}}
 
 
-def check_accepted(rows: Sequence[Row], clips: str, heldout: int, *, held: tuple[str, int], longest: tuple[str, int]) -> None:
-    """Raise ValueError, with the reasons of rejection, if the accepted clips are too few, or too short for a later stage.
+def check_accepted(rows: Sequence[Row], clips: str, heldout: int, *, held: tuple[str, int]) -> None:
+    """Raise ValueError, with the reasons of rejection, if the accepted clips are too few, or too few are long enough to be held out.
 
-    `held` and `longest`: the latent frames that every held-out clip and the longest clip must have, each after the parameters that say so.
+    `held`: the latent frames that every held-out clip must have, after the parameters that say so.
     """
     rejected = [row for row in rows if not row["kept"]]
     accepted = [row for row in rows if row["kept"]]
@@ -51,10 +51,17 @@ def check_accepted(rows: Sequence[Row], clips: str, heldout: int, *, held: tuple
         name, latents = held
         problem = f"filter.heldout is {heldout}, but only {len(long)} clips have {video_frames(latents)} frames, which {name} needs"
         raise ValueError(f"{problem}; hold out fewer, or add longer clips")
+
+
+def check_longest(rows: Sequence[Row], longest: tuple[str, int]) -> None:
+    """Raise ValueError if no training clip has the latent frames that `longest` names, after the parameters that say so.
+
+    Only after the split: the longest accepted clip may be held out.
+    """
     name, latents = longest
-    most = max(row["latents"] for row in accepted)
+    most = max((row["latents"] for row in rows if row["split"] == "train"), default=0)
     if most < latents:
-        problem = f"{name} is {latents} latents, so {video_frames(latents)} frames, but the longest accepted clip has {most}"
+        problem = f"{name} is {latents} latents, so {video_frames(latents)} frames, but the longest training clip has {most}"
         raise ValueError(f"{problem} latents; add longer clips, or lower it")
 
 
@@ -83,7 +90,7 @@ def count_reasons(rows: Sequence[Row]) -> dict[str, float]:
         "kept_seconds": sum(row["seconds"] for row in accepted),
         "train": sum(row["split"] == "train" for row in accepted),
         "heldout": sum(row["split"] == "heldout" for row in accepted),
-        **{f"rejected_{reason}": reasons[reason] for reason in REASONS},
+        **{f"rejected_{reason}": reasons[reason] for reason in (*REASONS, *sorted(reasons.keys() - set(REASONS)))},
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -30,6 +31,22 @@ JUNK = re.compile(  # names that cameras and programs give, addresses, and long 
     r"|(?=[a-f]*\d)[0-9a-f]{8,}|mp4|avi|whatsapp)[\d_]*(?!\w)",
     re.IGNORECASE,
 )
+
+
+class NetworkRule(Protocol):
+    """A network's threshold: an entry of params.filter.networks."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def at_least(self) -> float: ...
+
+
+class NetworkCode(Protocol):
+    """Where a network's code is: params.filter.captioner."""
+
+    @property
+    def code(self) -> str: ...
 
 
 class FilterRules(Protocol):
@@ -67,6 +84,10 @@ class FilterRules(Protocol):
     def min_words(self) -> int: ...
     @property
     def min_distance(self) -> float: ...
+    @property
+    def networks(self) -> Sequence[NetworkRule]: ...
+    @property
+    def captioner(self) -> NetworkCode | None: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class ModelShape:
 class Rejection:
     """Why a clip is not used."""
 
-    reason: str  # one of REASONS
+    reason: str  # one of REASONS, or a network's name
     value: float | None  # the measure; None: the file can't be read, and the rule is the sentence that says why
     rule: str
 
@@ -161,6 +182,7 @@ def list_bounds(rules: FilterRules) -> dict[str, tuple[str, str, float]]:
         "text": ("share of text", "<=", rules.max_text),
         "caption": ("words of the caption", ">=", rules.min_words),
         "duplicate": ("distance", ">=", rules.min_distance),
+        **{network.name: (f"score of {network.name}", ">=", network.at_least) for network in rules.networks},
     }
 
 

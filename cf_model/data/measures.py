@@ -281,6 +281,11 @@ def _shrink_grey(frame: av.VideoFrame, scaler: VideoReformatter) -> UInt8[np.nda
     return np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:height, :width]
 
 
+def measure_to_bytes(path: Path, *, fps: float) -> bytes:
+    """Measure a file as measure_file does, and return the measures as load_measures reads them."""
+    return dump_measures(measure_file(path, fps=fps))
+
+
 def dump_measures(measures: FileMeasures) -> bytes:
     """Return measures as bytes."""
     facts = measures.facts

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -27,15 +27,16 @@ class Unreadable:
 
 
 def read_in_subprocess(
-    task: Callable[[Path], T], paths: Sequence[Path], *, workers: int, timeout: float
+    task: Callable[[Any], T], paths: Sequence[Any], *, workers: int, timeout: float, environments: Sequence[Mapping[str, str]] = ()
 ) -> Generator[tuple[int, T | Unreadable], None, None]:
     """Yield (index, task(path)) of every path, in the order of completion.
 
     A ValueError of the task, the child's death, and more than `timeout` seconds on one file give Unreadable; any other
-    exception is a fault of the task and is raised. `task` must be a function of a module, cheap to import.
+    exception is a fault of the task and is raised. `task` must be a function of a module, cheap to import. `environments`: variables
+    of each child, such as the GPU that is its own. A path may be anything that has a `name`.
     """
     waiting = deque(enumerate(paths))
-    children = [ReaderProcess(task) for _ in range(min(workers, len(paths)))]
+    children = [ReaderProcess(task, *environments[k : k + 1]) for k in range(min(workers, len(paths)))]
     try:
         for child in children:
             child.wait_until_ready()
@@ -59,15 +60,17 @@ def read_in_subprocess(
 class ReaderProcess(Generic[T]):
     """A child process and the file it is busy with. A child that dies or has to be ended is replaced by a new process."""
 
-    def __init__(self, task: Callable[[Path], T]) -> None:
-        self.task, self.index, self.path, self.deadline = task, None, Path(), float("inf")
+    def __init__(self, task: Callable[[Any], T], environment: Mapping[str, str] | None = None) -> None:
+        self.task, self.environment = task, dict(environment or {})
+        self.index, self.path, self.deadline = None, Path(), float("inf")
         self.start()
 
     index: int | None
+    path: Any
 
     def start(self) -> None:
         """Start a process that imports the task and waits for paths."""
-        self.process, self.pipe = start_child(serve_reader, self.task)
+        self.process, self.pipe = start_child(serve_reader, self.task, self.environment)
 
     def wait_until_ready(self) -> None:
         """Wait for the child's imports, whose seconds and failures are not a file's."""
@@ -76,7 +79,7 @@ class ReaderProcess(Generic[T]):
         except EOFError:
             raise RuntimeError("a process that reads videos could not start; its error stands above") from None
 
-    def start_file(self, index: int, path: Path, timeout: float) -> None:
+    def start_file(self, index: int, path: Any, timeout: float) -> None:
         """Hand the child its next file; `timeout` seconds from now it must have answered."""
         self.index, self.path, self.deadline = index, path, time.monotonic() + timeout
         self.pipe.send(path)
@@ -174,13 +177,24 @@ class StreamingReader(Generic[T]):
         self.process, self.pipe = None, None
 
 
-def start_child(serve: Callable[..., None], task: Callable[..., Any]) -> tuple[BaseProcess, Connection]:
-    """Start a process that imports the task, and return it with the pipe to it."""
+def start_child(
+    serve: Callable[..., None], task: Callable[..., Any], environment: Mapping[str, str] | None = None
+) -> tuple[BaseProcess, Connection]:
+    """Start a process that imports the task, with further variables in its environment; return it with the pipe to it."""
     # Choice: spawn, because forking a process that has run torch's threads can hang.
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=serve, args=(task, theirs), daemon=True)
-    process.start()
+    # A child of a pool, or of a Dask worker, is a daemon, to which multiprocessing forbids children, because they could outlive it:
+    # here they can't (prepare_child).
+    getattr(multiprocessing.current_process(), "_config", {})["daemon"] = False
+    before = dict(os.environ)
+    try:
+        os.environ.update(environment or {})
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     theirs.close()
     return process, pipe
 

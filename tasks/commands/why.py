@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
 
 def explain_file(name: str, rules: Filter, folder: Path) -> None:
     """Print the fate of a file; raise Refused if neither the manifest nor the list of what was left out has it."""
-    manifest = folder / "manifest.jsonl"
+    refused = folder / "refused.jsonl"  # of a newer run of the filter, which was refused
+    manifest = refused if refused.is_file() else folder / "manifest.jsonl"
     if not manifest.is_file():
         raise Refused(f"{manifest} is not there; run the stages clips and filter first")
     if rows := [row for row in read_json_lines(manifest) if names_row(name, row)]:

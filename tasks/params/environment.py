@@ -56,6 +56,7 @@ class Environment(BaseSettings):
     ranks: int | None = _variable(None, "Processes of a training stage; default: one a GPU.", f"{INTEGER} 1 on", ge=1)
     grace: float = _variable(4.0, "Seconds between SIGTERM and SIGKILL for what a stage leaves behind.", "seconds, 0 or more", ge=0)
     clip_cache: str | None = _variable(None, "Folder of results of single clips, or off; default: work/kept.", validation_alias="CF_KEPT")
+    dask: str | None = _variable(None, "Address of a Dask scheduler whose workers read and encode clips; default: none.")
     run: str | None = _variable(None, "Name that W&B gives to all stages of one command; default: one drawn for them.")
     ignore_plan: bool = _variable(False, "1 starts a stage that `cf plan` says won't fit.")
     traceback: bool = _variable(False, "1 shows where an error was raised.")

@@ -71,6 +71,20 @@ class Clips(Section):
         return self
 
 
+class Network(Section):
+    """A class of an installed module, and its weights; cf_model/data/networks.py says what it must do."""
+
+    code: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]  # package.module:Class
+    weights: Path  # file or folder; nothing is downloaded
+
+
+class ScoringNetwork(Network):
+    """A network whose number a clip must reach."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]  # of the rule, in the manifest and the report
+    at_least: float  # in the network's own unit
+
+
 class Filter(Section):
     """Thresholds of cf_model/data/filter.py; a manifest states them with each rejection."""
 
@@ -90,6 +104,8 @@ class Filter(Section):
     max_text: Share  # share of the picture that looks like text and stays in place
     min_words: Count  # of the caption, without what cameras and programs call files
     min_distance: Annotated[float, Field(ge=0)]  # mean absolute difference to a part of any clip before, or its mirror image, 0..255
+    networks: list[ScoringNetwork]  # rules by networks, such as an aesthetic score
+    captioner: Network | None  # describes clips whose caption has fewer than min_words
     heldout: Count  # accepted clips that no training stage reads; the evaluation takes prompts and prefixes from them
     workers: PositiveInt  # processes that read files
     timeout: PositiveFloat  # seconds that one file may take to be read

@@ -21,6 +21,7 @@ CLIPS = Path(__file__).parents[3] / "shared" / "clips"
 LIMITS = SimpleNamespace(
     min_seconds=10.0, min_fps=15.0, min_side=32, min_share=0.5, max_clipped=0.4, min_motion=0.5, max_repeats=0.6, max_shake=0.05,
     max_cut=2.5, cuts="reject", trim=1.0, min_sharpness=1.0, max_border=0.2, max_text=0.1, min_words=3, min_distance=8.0,
+    networks=(), captioner=None,
 )  # fmt: skip
 SHAPE = rules.ModelShape(height=32, width=32, fps=16, frames=81, latent=4)
 CAPTION = "a camera pans slowly"
