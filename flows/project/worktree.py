@@ -75,9 +75,15 @@ def open_worktree(repo: Path, name: str, folder: Path) -> str:
     """Make a worktree of a run's branch, or of any commit, that shares the cache of `repo`, with its outs; return what there is to say.
 
     It is on no branch, because the run's own folder may have that one. Without the cache all stages would run again.
+    Raises ValueError for a folder that exists, and for what is neither a run nor a commit.
     """
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; name a folder that is not")
     branch = run_git(repo, "branch", "--list", "--format=%(refname)", f"run/{name}").strip() if NAME.fullmatch(name) else ""
-    commit = resolve_commit(repo, branch or name)
+    try:
+        commit = resolve_commit(repo, branch or name)
+    except ValueError:
+        raise ValueError(f"{name} is neither a run nor a branch, tag or commit; `git branch --list 'run/*'` lists all runs") from None
     run_git(repo, "worktree", "add", "--quiet", "--detach", str(folder.absolute()), commit)
     dvc_config.share_cache(repo.resolve(), folder)
     try:
