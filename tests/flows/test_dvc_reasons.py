@@ -9,7 +9,12 @@ from flows.project.dvc_command import explain_failure, find_reason
 TROUBLES = ["", "Having any troubles? Hit us up at https://dvc.org/support, we are always happy to help!"]
 TORN = "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted"
 FALSE = "ERROR: failed to reproduce 'last': failed to run: python work.py last, exited with 1"
-MISSING = ["ERROR: Checkout failed for following targets:", "models/slow", "Is your cache up to date?", "<https://error.dvc.org/missing-files>"]
+MISSING = [
+    "ERROR: Checkout failed for following targets:",
+    "models/slow",
+    "Is your cache up to date?",
+    "<https://error.dvc.org/missing-files>",
+]
 
 
 @pytest.mark.parametrize(
