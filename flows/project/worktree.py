@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.cli import one_line_errors
 from flows.project import dvc_config
 from flows.project.dvc_command import run_dvc
 from flows.project.git import commit_paths, resolve_commit, run_git
@@ -129,6 +130,7 @@ def prune_worktrees(repo: Path, keep: int = KEEP, line: Callable[[str], None] = 
     return removed
 
 
+@one_line_errors
 def main(argv: list[str]) -> None:
     """Run `cf runs list` or `cf runs prune` in the current folder, a checkout's root."""
     form = argparse.RawDescriptionHelpFormatter
