@@ -89,7 +89,7 @@ def open_worktree(repo: Path, name: str, folder: Path) -> str:
     dvc_config.share_cache(repo.resolve(), folder)
     try:
         run_dvc(folder, "checkout")
-        outs = "with all that its stages made; `dvc repro` there has nothing to do until you change something"
+        outs = "with all that its stages made; `dvc repro` there trains nothing until you change something"
     except RuntimeError as error:
         outs = f"not with all that its stages made: {error}; `dvc pull` there brings what the remote has, `dvc repro` makes the rest"
     return f"{folder} is {name} at {commit[:12]}, {outs}. `git switch -c NAME` before you commit; `git worktree remove {folder}` ends it"
