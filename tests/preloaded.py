@@ -72,7 +72,7 @@ def _start(folder: Path) -> None:
         process = subprocess.Popen(
             words, cwd=root, env=os.environ | FIXED, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    until = time.monotonic() + 180
+    until = time.monotonic() + 600
     while not place.exists():
         assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text()
         time.sleep(0.05)

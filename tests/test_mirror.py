@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,8 +189,8 @@ def test_attempts_are_linked(here: Path) -> None:
 
 
 def test_the_last_attempt_has_all_steps(here: Path) -> None:
-    """An attempt is killed in W&B's last seconds, and after its checkpoint at step 20: the next one logs the steps until there again,
-    with their times and videos, and goes on."""
+    """An attempt is killed in W&B's last seconds, and after its checkpoint at step 20, and its W&B folder is deleted: the next one logs
+    the steps until there again, with their times and videos, and goes on."""
     write_mp4(here / "given.mp4", np.zeros((3, 32, 32, 3), np.uint8))
     first = """
         for step in (10, 20, 30):
@@ -200,9 +201,12 @@ def test_the_last_attempt_has_all_steps(here: Path) -> None:
     """
     then = "track.resumed(20); track.log(30, loss=0.5); out.mkdir(parents=True); return {}"
     assert offline.stage(here, "teacher", "models/teacher", first).returncode == -9
+    (killed,) = offline.runs(here)
+    assert killed.state == "empty"
+    shutil.rmtree(killed.folder)
     assert offline.stage(here, "teacher", "models/teacher", then).returncode == 0
-    killed, whole = offline.runs(here)
-    assert (killed.state, whole.state) == ("empty", "waits")
+    (whole,) = offline.runs(here)
+    assert whole.state == "waits"
     rows = offline.history(whole.folder)
     assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(10, 0.1), (20, 0.05), (30, 0.5)]
     assert [(row["step"], row["seconds/step"]) for row in rows if "seconds/step" in row] == [(10, 1), (20, 2)]

@@ -5,6 +5,7 @@ machines that work for it (infra/README.md). What was paused stays paused.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import re
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from cronsim import CronSim
 from ruamel.yaml import YAML
 
 from flows.machine.settings import post_json, process_environment, read_machine
@@ -76,8 +76,17 @@ def describe_nights(root: Path, nightly: dict[str, Any], paused: bool | None, pa
     if paused is not None:
         name_one = f"name a folder as nightly.inbox in params.yaml and say `cf deploy` again, or resume it at {page}"
         return f"nights are paused ({what}); {name_one if paused else 'resume it there'}"
-    now = datetime.now(ZoneInfo(str(nightly["timezone"])))
-    return f"the next night is {next(CronSim(str(nightly['cron']), now)):%Y-%m-%d %H:%M} {nightly['timezone']}: {what}"
+    os.environ.setdefault("PREFECT_HOME", str(root / ".machine/prefect"))  # which is made when Prefect is imported
+    cron, timezone = str(nightly["cron"]), str(nightly["timezone"])
+    return f"the next night is {find_next_night(cron, timezone, datetime.now(ZoneInfo(timezone))):%Y-%m-%d %H:%M} {timezone}: {what}"
+
+
+def find_next_night(cron: str, timezone: str, now: datetime) -> datetime:
+    """Return when Prefect's scheduler starts the next night, by its own class, because cron libraries differ where clocks change."""
+    from prefect.server.schemas.schedules import CronSchedule  # takes a second
+
+    nights = asyncio.run(CronSchedule(cron=cron, timezone=timezone).get_dates(n=2, start=now))
+    return next(night for night in nights if night > now).astimezone(ZoneInfo(timezone))  # the first may have begun an hour early
 
 
 def read_nightly(root: Path) -> dict[str, Any]:

@@ -79,5 +79,5 @@ def main(argv: list[str]) -> None:
         size = sum(file.stat().st_size for file in unnamed) / 2**30
         for file in unnamed if options.delete else ():
             file.unlink(missing_ok=True)
-    way = "removed" if options.delete else "which `cf gc --delete` removes" if unnamed else "nothing to remove"
+    way = "nothing to remove" if not unnamed else "removed" if options.delete else "which `cf gc --delete` removes"
     print(f"{count_things(len(unnamed), 'object')} of the cache ({size:.2f} GiB) that no branch, tag, experiment or worktree names: {way}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.cli import one_line_errors
 from flows.project import dvc_config
 from flows.project.dvc_command import run_dvc
 from flows.project.git import commit_paths, resolve_commit, run_git
@@ -75,14 +76,20 @@ def open_worktree(repo: Path, name: str, folder: Path) -> str:
     """Make a worktree of a run's branch, or of any commit, that shares the cache of `repo`, with its outs; return what there is to say.
 
     It is on no branch, because the run's own folder may have that one. Without the cache all stages would run again.
+    Raises ValueError for a folder that exists, and for what is neither a run nor a commit.
     """
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; name a folder that is not")
     branch = run_git(repo, "branch", "--list", "--format=%(refname)", f"run/{name}").strip() if NAME.fullmatch(name) else ""
-    commit = resolve_commit(repo, branch or name)
+    try:
+        commit = resolve_commit(repo, branch or name)
+    except ValueError:
+        raise ValueError(f"{name} is neither a run nor a branch, tag or commit; `git branch --list 'run/*'` lists all runs") from None
     run_git(repo, "worktree", "add", "--quiet", "--detach", str(folder.absolute()), commit)
     dvc_config.share_cache(repo.resolve(), folder)
     try:
         run_dvc(folder, "checkout")
-        outs = "with all that its stages made; `dvc repro` there has nothing to do until you change something"
+        outs = "with all that its stages made; `dvc repro` there trains nothing until you change something"
     except RuntimeError as error:
         outs = f"not with all that its stages made: {error}; `dvc pull` there brings what the remote has, `dvc repro` makes the rest"
     return f"{folder} is {name} at {commit[:12]}, {outs}. `git switch -c NAME` before you commit; `git worktree remove {folder}` ends it"
@@ -123,6 +130,7 @@ def prune_worktrees(repo: Path, keep: int = KEEP, line: Callable[[str], None] = 
     return removed
 
 
+@one_line_errors
 def main(argv: list[str]) -> None:
     """Run `cf runs list` or `cf runs prune` in the current folder, a checkout's root."""
     form = argparse.RawDescriptionHelpFormatter

@@ -10,19 +10,20 @@ import shutil
 import socket
 import threading
 from base64 import b64encode
-from datetime import datetime
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from cronsim import CronSim
 from prefect.client.orchestration import get_client
 from prefect.server.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
 
 from flows.machine import deploy
+from tasks.params.yaml_file import read_yaml
 from tests.flows import project
 
 CRON = "30 2 * * *"
@@ -192,10 +193,15 @@ def test_deployments_for_containers(api: str, checkout: Path, monkeypatch: pytes
 def test_there_is_one_night_on_each_date_when_clocks_are_changed(day: str) -> None:
     """Half past two comes not at all, and twice: by Prefect's scheduler, and by what `cf deploy` says."""
     start = datetime.fromisoformat(f"{day}T12:00").replace(tzinfo=ZoneInfo("Europe/Berlin"))
-    dates = asyncio.run(CronSchedule(cron=CRON, timezone="Europe/Berlin").get_dates(n=4, start=start))
-    said = [night for night, _ in zip(CronSim(CRON, start), range(4), strict=False)]
-    for nights in (dates, said):
-        assert [night.astimezone(start.tzinfo).date().toordinal() - start.date().toordinal() for night in nights] == [1, 2, 3, 4]
+    nights = asyncio.run(CronSchedule(cron=CRON, timezone="Europe/Berlin").get_dates(n=4, start=start))
+    assert [night.astimezone(start.tzinfo).date().toordinal() - start.date().toordinal() for night in nights] == [1, 2, 3, 4]
+    for before, night in pairwise([start, *nights]):
+        said = deploy.find_next_night(CRON, "Europe/Berlin", before + timedelta(minutes=1))
+        assert said.timestamp() == night.timestamp() and str(said.tzinfo) == "Europe/Berlin"
+    hours = [(after.timestamp() - before.timestamp()) / 3600 for before, after in pairwise(nights)]
+    assert max(hours) <= 25, "less than any profile's absent_hours, so that a night of 25 hours is no absence"
+    for profile in (project.ROOT / "profiles").glob("*.yaml"):
+        assert read_yaml(profile)["nightly"]["absent_hours"] > 25
 
 
 def test_the_password_goes_along_and_into_no_sentence() -> None:

@@ -113,5 +113,12 @@ def test_a_run_is_opened_elsewhere_with_its_results(
     worktree.main(["open", "run/opened", str(tmp_path / "empty")])
     said = capsys.readouterr().out
     assert "not with all that its stages made: " in said and "Checkout failed for following targets: " in said and "models/slow" in said
-    with pytest.raises(ValueError, match="'nobody' is no commit"):
-        worktree.main(["open", "nobody", str(tmp_path / "none")])
+    for name, place, sentence in (
+        ("nobody", "none", "nobody is neither a run nor a branch"),
+        ("--force", "none", "open: error"),
+        ("opened", "empty", "is there already"),
+        ("opened", "empty/work.py/none", "cf: `git worktree add --quiet` failed in"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            worktree.main(["open", name, str(tmp_path / place)])
+        assert sentence in f"{refused.value} {capsys.readouterr().err}"

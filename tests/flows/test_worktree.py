@@ -46,6 +46,7 @@ def test_a_run_has_its_own_parameters_and_everybodys_cache(repo: Path) -> None:
 def test_experiments_of_dvc_work_in_a_worktree(repo: Path) -> None:
     folder = worktree.make_worktree(repo, "experiments", profile=None, overrides={})
     assert "Running stage 'last'" in project.dvc(folder, "exp", "run", "--temp", "--name", "nine", "-S", "last.times=9")
+    assert "\nnine," in project.dvc(folder, "exp", "show", "--csv")
     project.dvc(folder, "exp", "apply", "nine")
     assert "times: 9" in (folder / "params.yaml").read_text() and project.git(repo, "for-each-ref", "refs/exps/*/*/nine")
     assert "Running stage" not in project.dvc(folder, "repro")
