@@ -175,7 +175,8 @@ class ContextForcingPipeline:
         promoted: tuple[int, ...] = ()
         recent: deque[Tensor] = deque(maxlen=max(1, recipe.memory.size // recipe.chunk))  # chunks that a recache passes again
         real = self._encode_clip(clip).split(recipe.chunk, dim=1) if clip is not None else ()
-        finished: Tensor | None = None  # chunk that the next chunk's first pass is to remember (compute.merged)
+        merged = self.denoiser.compute.merged and recipe.memory.timing == "clean"
+        finished: Tensor | None = None  # chunk that the next chunk's first pass is to remember
         for number in range(-len(real), plan.chunks):
             if number > 0 and number in text:
                 if finished is not None:
@@ -202,7 +203,7 @@ class ContextForcingPipeline:
                     prompt=plan.prompts[at],
                     real=number < 0,
                 )
-                if self.denoiser.compute.merged and number >= 0:
+                if merged and number >= 0:
                     finished = x_0
                 else:
                     memory, finished = self.denoiser.remember(x_0, now, memory), None
