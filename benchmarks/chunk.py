@@ -1,6 +1,6 @@
 """Seconds of one chunk against the usual cache and the floor: every window, every preset, long videos, many videos at once.
 
-  python -m benchmarks chunk [SECTION ...]     windows, memories, presets, batch, long; writes results/chunk.json
+  python -m benchmarks chunk [SECTION ...]     windows, fast_paths, memories, presets, batch, long; writes results/chunk.json
 
 One chunk is four denoising passes and the clean one over 3 latents of 64 tokens, by a model of width 256 with 8 layers and random
 weights, in float32 by one thread, when the memory is full. Ours, the usual cache (common/usual_cache.py) and the floor, which are the
@@ -50,8 +50,8 @@ def compare_ways(spec: MemorySpec, *, rounds: int = ROUNDS, batch: int = 1) -> d
 
 
 def measure_windows() -> Iterator[dict[str, Any]]:
-    """Every window at absolute positions, where both make the same video."""
-    for window in chunks.each_window(SMALL):
+    """Every window at absolute positions, where both make the same video; the largest first."""
+    for window in reversed(list(chunks.each_window(SMALL))):
         yield {"window": window} | compare_ways(build_plain_spec(0, window, "absolute"))
 
 
@@ -117,8 +117,27 @@ def measure_long() -> Iterator[dict[str, Any]]:
         yield {"chunks_before": int(count)} | summarize(spent[count]) | {"over_chunk_10": compare(spent, "10", count)}
 
 
+def measure_fast_paths() -> Iterator[dict[str, Any]]:
+    """The settings that are worth something on a CPU against none of them: window 21, one chunk a run."""
+    spec = build_plain_spec(0, 21, "absolute")
+    models = {name: chunks.build_model(SMALL) for name in ("plain", "merged", "compiled")}
+    ways = dict[str, Callable[[], object]]()
+    for name, model in models.items():
+        for block in model.transformer.blocks:
+            block.is_compiled = "compiled" in name
+        make = run_ours(model, SMALL, spec, merged="merged" in name)
+        make(2)  # compiles, and leaves a first chunk that is not remembered yet
+        ways[name] = repeat(make, 1)
+    usual = run_usual(models["plain"], SMALL, sink=0, window=21)
+    spent = interleave(ways | {"usual": repeat(usual, 1)}, rounds=4)
+    for name in spent:
+        ratios = {"over_plain": compare(spent, "plain", name), "usual_over": compare(spent, name, "usual")}
+        yield {"way": name} | summarize(spent[name]) | ratios
+
+
 SECTIONS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "windows": measure_windows,
+    "fast_paths": measure_fast_paths,
     "memories": measure_memories,
     "presets": measure_presets,
     "batch": measure_batch,
@@ -133,12 +152,12 @@ def main() -> None:
         if name not in SECTIONS:
             sys.exit(f"{name} is no section of this benchmark; known are {', '.join(SECTIONS)}")
         rows, machine = [], describe_machine()  # at its beginning: the code that runs is the code that was loaded
+        about = {"sizes": str(SMALL), "dtype": "float32", "kernel": "torch SDPA (native)", "goals": GOALS}
         for row in SECTIONS[name]():
             rows.append(row)
             print(name, row, flush=True)
-        about = {"sizes": str(SMALL), "dtype": "float32", "kernel": "torch SDPA (native)", "goals": GOALS}
-        result = result | about | {name: {"machine": machine, "rows": rows}}
-        write_result("chunk", result)
+            result = result | about | {name: {"machine": machine, "rows": rows}}
+            write_result("chunk", result)  # after every row, because a shared machine may end the run
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """CPU time of what surrounds the computation: the command's help, a stage without work, `dvc repro` and the flow with nothing to do.
 
-  python -m benchmarks overhead            some minutes of one core; writes results/overhead.json
+  python -m benchmarks overhead [COMMAND ...]     some minutes of one core; writes results/overhead.json, whose other rows stay
 
 Everything runs in a clone of this checkout whose outs are small stand-ins that DVC believes in, so nothing has to be done. A stage's
 fixed cost is everything but its work: imports, parameters, the plan's check, the hashes of its dependencies, tracking. CPU time is that
@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common.machine import describe_machine, write_result
+from benchmarks.common.machine import describe_machine, read_result, write_result
 from tasks.params.project import Project
 
 ROUNDS = 3
@@ -74,14 +74,18 @@ def measure(words: list[str], folder: Path, rounds: int = ROUNDS) -> dict[str, A
     return {"cpu_seconds": round(statistics.median(seconds), 2), "range": [round(min(seconds), 2), round(max(seconds), 2)]}
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    """Print the newest row and write all of them."""
-    print(rows[-1], flush=True)
-    write_result("overhead", {"machine": describe_machine(), "unit": "seconds of CPU time, children included", "rows": rows})
+def report(row: dict[str, Any], order: list[str]) -> None:
+    """Print a row and write it into the result, in the order of the commands; a row says the commit and the load of its own run."""
+    machine = describe_machine()
+    row |= {"commit": machine["commit"], "load": machine["load"][0]}
+    print(row, flush=True)
+    rows = {old["command"]: old for old in read_result("overhead").get("rows", [])} | {row["command"]: row}
+    about = {"machine": machine, "unit": "seconds of CPU time, children included"}
+    write_result("overhead", about | {"rows": [rows[name] for name in order if name in rows]})
 
 
 def main() -> None:
-    python, rows = sys.executable, []
+    python, wanted, missed = sys.executable, sys.argv[1:], list[str]()
     with tempfile.TemporaryDirectory(prefix="cf-overhead-") as scratch:
         folder = Path(scratch) / "clone"
         make_clone(folder)
@@ -93,15 +97,18 @@ def main() -> None:
             "cf repro": [python, "-m", "tasks", "repro"],
             "python -m flows.pipeline": [python, "-m", "flows.pipeline"],
         }
-        for name, words in commands.items():
-            rows.append({"command": name} | measure(words, folder) | ({"goal": GOALS[name]} if name in GOALS else {}))
-            report(rows)
-        for stage in ("filter", "stage2", "generate", "evaluate"):
+        stages = {f"cf {stage}, without its work": stage for stage in ("filter", "stage2", "generate", "evaluate")}
+        for name, stage in stages.items():
             options = Project(folder / "params.yaml").stage(stage)["cmd"].split()[3:]
-            words = [python, "-c", WITHOUT_WORK.format(stage=stage), *options]
-            rows.append({"command": f"cf {stage}, without its work"} | measure(words, folder) | {"goal": STAGE_GOAL})
-            report(rows)
-    missed = [row["command"] for row in rows if row["cpu_seconds"] > row.get("goal", float("inf"))]
+            commands[name] = [python, "-c", WITHOUT_WORK.format(stage=stage), *options]
+        if unknown := [name for name in wanted if name not in commands]:
+            sys.exit(f"{unknown[0]} is no row of this benchmark; known are {'; '.join(commands)}")
+        for name in wanted or commands:
+            row = {"command": name} | measure(commands[name], folder)
+            if goal := GOALS.get(name, STAGE_GOAL if name in stages else None):
+                row["goal"] = goal
+                missed += [name] * (row["cpu_seconds"] > goal)
+            report(row, list(commands))
     if missed:
         sys.exit(f"above their goals: {', '.join(missed)}")
 

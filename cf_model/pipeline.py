@@ -14,13 +14,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cf_model.codec.interface import Codec
+from cf_model.codec.light_decoder import LightCodec, load_light_decoder
 from cf_model.text.encoder import TextEncoder
 
 from . import folder
+from .ahead import iterate_ahead
 from .folder import Recipe
 from .model.denoiser import Attention, Compute, Denoiser, Precision
 from .model.flow import BatchGenerator
-from .model.memory import Memory, empty_memory
+from .model.memory import Memory, MemorySpec, empty_memory
+from .model.precision import check_fp8
 from .model.rollout import denoise_chunk
 from .request import Prompts, RequestPlan, Switch, plan_request
 
@@ -51,6 +54,17 @@ class Options(TypedDict, total=False):
     continue_from: UInt8[np.ndarray, "V0 Y X 3"] | None
 
 
+class Fast(TypedDict, total=False):
+    """Ways to be faster, all off unless they are named; docs/speed.md says what each costs and gains."""
+
+    compiled: bool  # passes by torch.compile
+    graphs: bool  # passes as CUDA graphs
+    merged: bool  # a chunk's clean pass and the next chunk's first step in one
+    fp8: bool  # products of the blocks in 8 bits, by torchao; changes the video
+    ahead: bool  # a chunk is decoded while the next one is generated
+    light_decoder: str | Path | None  # TAEHV's weights, which decode in place of the codec; changes the video
+
+
 class ContextForcingPipeline:
     """Pipeline in the manner of diffusers, with the paper's loop: chunk after chunk with a bounded memory (alg. 1).
 
@@ -62,36 +76,56 @@ class ContextForcingPipeline:
     positions a video that is longer than the RoPE table is refused.
     """
 
+    decode_device: torch.device | None = None  # where the codec decodes; None: where the transformer is
+    decode_ahead = False  # whether a chunk is decoded while the next one is generated, in a stream of its own on a GPU
+
     def __init__(self, denoiser: Denoiser, codec: Codec, text: TextEncoder, recipe: Recipe) -> None:
         config = denoiser.transformer.config
+        check_memory(recipe.memory, config.rope_max_seq_len)
         for name, ours, key, theirs in (
             ("codec", codec.channels, "in_channels", config.in_channels),
             ("text encoder", text.channels, "text_dim", config.text_dim),
         ):
             if ours != theirs:
                 raise ValueError(f"the {name} has {ours} channels, but the transformer's {key} is {theirs}; use what it was trained with")
-        if recipe.memory.size > config.rope_max_seq_len:
-            problem = f"memory sink + slow + fast is {recipe.memory.size}"
-            raise ValueError(f"{problem}, but the RoPE table has {config.rope_max_seq_len} positions; hold fewer frames")
         self.denoiser, self.codec, self.text, self.recipe = denoiser.eval(), codec, text, recipe
-        self.device = torch.device("cpu")
+        self.device, self._is_fp8 = torch.device("cpu"), False
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, attention: Attention = "native", dtype: Precision = "float32", compiled: bool = False
+        cls, path: str | Path, attention: Attention = "native", dtype: Precision = "float32", **fast: Unpack[Fast]
     ) -> ContextForcingPipeline:
-        """Load a folder that `save_pretrained` or `cf export --to diffusers` wrote; nothing is ever downloaded."""
-        return cls(*folder.load_folder(Path(path), Compute(attention, dtype, checkpointing=False, compiled=compiled)))
+        """Load a folder that `save_pretrained` or `cf export --to diffusers` wrote; nothing is ever downloaded. `fast`: see `Fast`."""
+        settings: dict[str, bool] = {"compiled": False, **{name: bool(fast.get(name)) for name in ("compiled", "graphs", "merged")}}
+        light = fast.get("light_decoder")
+        if fast.get("fp8"):
+            check_fp8(dtype)
+        decoder = None if light is None else load_light_decoder(Path(light))
+        pipe = cls(*folder.load_folder(Path(path), Compute(attention, dtype, checkpointing=False, **settings)))
+        if decoder is not None:
+            pipe.codec = LightCodec(pipe.codec, decoder)
+        pipe.decode_ahead, pipe._is_fp8 = bool(fast.get("ahead")), bool(fast.get("fp8"))
+        return pipe
+
+    def change_memory(self, memory: MemorySpec) -> None:
+        """Generate with another memory from now on."""
+        check_memory(memory, self.denoiser.transformer.config.rope_max_seq_len)
+        self.recipe = replace(self.recipe, memory=memory)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a new folder in diffusers' layout, which appears under its name when it is complete."""
-        folder.save_folder(Path(path), self.denoiser, self.codec, self.text, self.recipe)
+        codec = self.codec.codec if isinstance(self.codec, LightCodec) else self.codec
+        folder.save_folder(Path(path), self.denoiser, codec, self.text, self.recipe)
 
-    def to(self, device: str | torch.device) -> ContextForcingPipeline:
-        """Move transformer, codec and text encoder to a device, and return the pipeline."""
+    def to(self, device: str | torch.device, decode_device: str | torch.device | None = None) -> ContextForcingPipeline:
+        """Move transformer and text encoder to a device, the codec there too or to a device of its own, and return the pipeline."""
         self.device = torch.device(device)
-        for part in (self.denoiser, self.codec, self.text):
+        self.decode_device = None if decode_device is None else torch.device(decode_device)
+        for part in (self.denoiser, self.text):
             part.to(self.device)
+        self.codec.to(self.decode_device or self.device)
+        if self._is_fp8:
+            self.denoiser.narrow_to_fp8()
         return self
 
     def __call__(self, prompt: Prompts, **options: Unpack[Options]) -> UInt8[np.ndarray, "V Y X 3"]:
@@ -141,29 +175,38 @@ class ContextForcingPipeline:
         promoted: tuple[int, ...] = ()
         recent: deque[Tensor] = deque(maxlen=max(1, recipe.memory.size // recipe.chunk))  # chunks that a recache passes again
         real = self._encode_clip(clip).split(recipe.chunk, dim=1) if clip is not None else ()
+        merged = self.denoiser.compute.merged and recipe.memory.timing == "clean"
+        finished: Tensor | None = None  # chunk that the next chunk's first pass is to remember
         for number in range(-len(real), plan.chunks):
             if number > 0 and number in text:
+                if finished is not None:
+                    memory, finished = self.denoiser.remember(finished, now, memory), None
                 now = text[number]
                 memory = self._switch_prompt(memory, torch.cat(list(recent), dim=1), now, switch, keep_sink)
-            before, promoted = promoted, tuple(memory.list_promoted())
-            at = max(key for key in plan.prompts if key <= max(number, 0))
-            chunk = Chunk(
-                first=(number + len(real)) * recipe.chunk,
-                latents=recipe.chunk,
-                frames=np.zeros((0, recipe.height, recipe.width, 3), np.uint8),
-                context=memory.frame_indices(),
-                promoted=tuple(index for index in promoted if index not in before),
-                similarity=None if memory.similarity is None else float(memory.similarity.mean()),
-                prompt=plan.prompts[at],
-                real=number < 0,
-            )
             # alg. 1, lines 9 to 28: denoise a chunk that sees the memory, then remember it by a clean pass
+            seen = memory
             with torch.no_grad():
                 if number < 0:
                     x_0 = real[number]
                 else:
-                    x_0, _, memory = denoise_chunk(self.denoiser, now, shape, sigmas, recipe.chunk, memory, rng)
-                memory = self.denoiser.remember(x_0, now, memory)
+                    x_0, (_, last), memory = denoise_chunk(self.denoiser, now, shape, sigmas, recipe.chunk, memory, rng, finished)
+                    seen = seen if finished is None else last
+                before, promoted = promoted, tuple(seen.list_promoted())
+                at = max(key for key in plan.prompts if key <= max(number, 0))
+                chunk = Chunk(
+                    first=(number + len(real)) * recipe.chunk,
+                    latents=recipe.chunk,
+                    frames=np.zeros((0, recipe.height, recipe.width, 3), np.uint8),
+                    context=seen.frame_indices(),
+                    promoted=tuple(index for index in promoted if index not in before),
+                    similarity=None if seen.similarity is None else float(seen.similarity.mean()),
+                    prompt=plan.prompts[at],
+                    real=number < 0,
+                )
+                if merged and number >= 0:
+                    finished = x_0
+                else:
+                    memory, finished = self.denoiser.remember(x_0, now, memory), None
             recent.append(x_0)
             yield chunk, x_0
 
@@ -190,17 +233,44 @@ class ContextForcingPipeline:
     def _decode_chunks(self, made: Iterator[tuple[Chunk, Tensor]], plan: RequestPlan, clip: np.ndarray | None) -> Iterator[Chunk]:
         """Yield every chunk with its frames; the codec's stream gives a piece of video for each piece of latents."""
         waiting: deque[Chunk] = deque()
+        device = self.decode_device or self.device
+        # On a GPU the decoder's kernels wait in a stream of their own, beside those of the next chunk.
+        stream = torch.cuda.Stream(device) if self.decode_ahead and device.type == "cuda" else None
 
         def latents() -> Iterator[Tensor]:
-            for chunk, x_0 in made:
+            marked = map(mark_end, made)
+            for chunk, x_0, end in iterate_ahead(marked) if self.decode_ahead else marked:
                 waiting.append(chunk)
-                yield x_0
+                if stream is not None and end is not None:
+                    stream.wait_event(end)
+                    x_0.record_stream(stream)
+                yield x_0.to(device)
 
         clip_frames, left = 0, plan.frames
-        for video in self.codec.decode_stream(latents()):
+        pieces = iter(self.codec.decode_stream(latents()))
+        while True:
+            with torch.cuda.stream(stream):  # does nothing where there is none
+                video = next(pieces, None)
+            if video is None:
+                return
             chunk, frames = waiting.popleft(), video[0].numpy()
             if chunk.real and clip is not None:
                 frames, clip_frames = clip[clip_frames : clip_frames + len(frames)], clip_frames + len(frames)
             else:
                 frames, left = frames[:left], left - len(frames[:left])
             yield replace(chunk, frames=frames)
+
+
+def check_memory(memory: MemorySpec, positions: int) -> None:
+    """Raise ValueError for a memory of more frames than the RoPE table has positions."""
+    if memory.size > positions:
+        problem = f"memory sink + slow + fast is {memory.size}"
+        raise ValueError(f"{problem}, but the RoPE table has {positions} positions; hold fewer frames")
+
+
+def mark_end(made: tuple[Chunk, Tensor]) -> tuple[Chunk, Tensor, torch.cuda.Event | None]:
+    """Return a chunk, its latents and on a GPU the event of their end, which a stream that reads them must wait for."""
+    chunk, latents = made
+    if latents.device.type != "cuda":
+        return chunk, latents, None
+    return chunk, latents, torch.cuda.current_stream(latents.device).record_event()

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -99,6 +100,8 @@ def main(argv: list[str]) -> None:
     early.add_argument("--params", type=Path, default=Path("params.yaml"))
     early.add_argument("--threads", default="1")
     given = early.parse_known_args(options)[0]
+    logging.getLogger("cf_model").setLevel(logging.INFO)  # which attention kernel was chosen, and why
+    logging.getLogger("cf_model").addHandler(logging.StreamHandler())
     project = Project(given.params)
     if command == "generate" and any(word.split("=")[0] in VIDEO for word in options):
         print("cf generate --model: this command is now called `cf video`", file=sys.stderr)

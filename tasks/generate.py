@@ -243,12 +243,14 @@ def generate_latents(
     if spec := system.memory:
         rollout = choose_rollout(params, system)
         memory = empty_memory(spec) if real is None else model.remember_clip(real, text, spec, chunk=rollout.chunk)
-        sigmas = params.flow.shift_levels(rollout.levels)
+        sigmas, merged = params.flow.shift_levels(rollout.levels), params.compute.merged and spec.timing == "clean"
+        finished: Tensor | None = None  # a chunk that the next one's first pass remembers
         for _ in range((system.frames - memory.frame_count) // rollout.chunk):
-            note_memory(memory, rollout.chunk, held)
             with torch.no_grad():  # alg. 1 with r' = T for every chunk, and the clean pass of line 21
-                x_0, _, memory = denoise_chunk(model, text, size, sigmas, rollout.chunk, memory, rng)
-                memory = model.remember(x_0, text, memory)
+                seen = memory
+                x_0, (_, last), memory = denoise_chunk(model, text, size, sigmas, rollout.chunk, memory, rng, finished)
+                note_memory(seen if finished is None else last, rollout.chunk, held)
+                memory, finished = (memory, x_0) if merged else (model.remember(x_0, text, memory), None)
             yield x_0
         return
     view = system.view

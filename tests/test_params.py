@@ -156,7 +156,7 @@ def test_an_unknown_key_gets_its_nearest_neighbour(key: str, hint: str, tmp_path
         ("model.head_dim", 31, "model.head_dim is 31, but RoPE turns pairs of channels along three axes; use an even number of 6 or more"),
         ("model.freq", 63, "model.freq is 63, but each frequency has a cosine and a sine; use an even number"),
         ("compute.attention", "flash2", "compute.attention is flash2, which computes in bfloat16, but dtype is float32"),
-        ("compute.attention", "flash", "compute.attention is 'flash'; it must be 'native', 'cudnn', 'flash2' or 'flash3'"),
+        ("compute.attention", "flash", "compute.attention is 'flash'; it must be 'auto', 'native', 'cudnn', 'flash2' or 'flash3'"),
     ],
 )
 def test_settings_that_contradict_each_other(key: str, value: Any, words: str, tmp_path: Path) -> None:

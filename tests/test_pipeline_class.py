@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cf_model.ahead import iterate_ahead
 from cf_model.codec.interface import video_frames
 from cf_model.model.flow import BatchGenerator
 from cf_model.model.memory import empty_memory
@@ -16,6 +21,7 @@ from cf_model.model.rollout import stream
 from cf_model.pipeline import Chunk, ContextForcingPipeline
 from cf_model.request import Switch, plan_request
 from tests.folders import SIZE, pipeline
+from tests.model.test_light_decoder import save_random
 from tests.model.test_memory import TIMELINE
 from tests.small import SHAPE
 
@@ -75,6 +81,52 @@ def test_frames_come_as_their_chunk_is_made(pipe: ContextForcingPipeline) -> Non
         assert len(passes) == 2 * (2 + 1)
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("way", ["ahead", "merged"])
+def test_a_faster_way_makes_the_same_video(pipe: ContextForcingPipeline, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded while the next chunk is made, or remembered by the next chunk's first pass: frames and what is said of them."""
+    prompt, compute = [(0.0, WORDS), (6.0, "a blue disc")], pipe.denoiser.compute
+
+    def make() -> list[Chunk]:
+        return list(pipe.chunks(prompt, seconds=9, seed=1))
+
+    plain = make()
+    monkeypatch.setattr(pipe, "decode_ahead", way == "ahead")
+    monkeypatch.setattr(pipe.denoiser, "compute", replace(compute, merged=way == "merged"))
+    for chunk, other in zip(plain, make(), strict=True):
+        assert np.abs(chunk.frames.astype(int) - other.frames.astype(int)).max() <= (way == "merged")  # rounding
+        names = ("first", "context", "promoted", "prompt", "real")
+        assert [getattr(chunk, name) for name in names] == [getattr(other, name) for name in names]
+        assert chunk.similarity == (other.similarity and pytest.approx(other.similarity, abs=1e-5))
+
+
+def test_a_light_decoder_takes_the_codecs_place(pipe: ContextForcingPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "student")
+    light = ContextForcingPipeline.from_pretrained(tmp_path / "student", light_decoder=save_random(tmp_path))
+    made, plain = light(WORDS, seconds=1, seed=1), pipe(WORDS, seconds=1, seed=1)
+    assert made.shape == plain.shape and (made != plain).any()
+    light.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/codec/codec.safetensors").read_bytes() == (tmp_path / "student/codec/codec.safetensors").read_bytes()
+
+
+def test_a_thread_that_runs_ahead_stops_with_its_reader_and_hands_errors_on() -> None:
+    made: list[int] = []
+
+    def count() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            if number == 7:
+                raise ValueError("seven")
+            yield number
+
+    numbers = iterate_ahead(count())
+    assert [next(numbers), next(numbers)] == [0, 1]
+    numbers.close()
+    assert len(made) <= 4 and not any(thread.name == "chunks" for thread in threading.enumerate())
+    made.clear()
+    with pytest.raises(ValueError, match="seven"):
+        list(iterate_ahead(count()))
 
 
 def test_the_memory_follows_the_timeline(pipe: ContextForcingPipeline) -> None:

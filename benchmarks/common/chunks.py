@@ -57,11 +57,13 @@ def draw_text(sizes: Sizes, batch: int = 1) -> Tensor:
     return torch.randn(batch, sizes.text_tokens, sizes.text_channels, generator=torch.Generator().manual_seed(1))
 
 
-def run_ours(model: Denoiser, sizes: Sizes, spec: MemorySpec, *, batch: int = 1, chunks_before: int = 0) -> Callable[[int], None]:
+def run_ours(
+    model: Denoiser, sizes: Sizes, spec: MemorySpec, *, batch: int = 1, chunks_before: int = 0, merged: bool = False
+) -> Callable[[int], None]:
     """Return a function that makes the next n chunks as `cf video` does, of a video whose memory is full, or so many chunks long."""
     text, memory = draw_text(sizes, batch), fill_memory(model, sizes, spec, batch, chunks_before)
     rng = torch.Generator().manual_seed(2)
-    chunks = stream(model, text, sizes.shape, sigmas=SIGMAS, chunk=sizes.chunk, memory=memory, rng=rng)
+    chunks = stream(model, text, sizes.shape, sigmas=SIGMAS, chunk=sizes.chunk, memory=memory, rng=rng, merged=merged)
 
     def make(count: int) -> None:
         for _ in range(count):

@@ -92,7 +92,9 @@ class UsualStudent:
         e = (block.scale_shift_table + rows).chunk(6, dim=1)
         x = x + self.attend_cache(block.attn1, layer, block.norm1(x.float()).type_as(x) * (1 + e[1]) + e[0], grid, first) * e[2]
         x = x + self.attend_prompt(block.attn2, layer, block.norm2(x.float()).type_as(x), context)
-        return x + block.ffn(block.norm3(x.float()).type_as(x) * (1 + e[4]) + e[3]) * e[5]
+        up, down = block.ffn.net[0].proj, block.ffn.net[2]  # whose own forward would compute product and activation in one
+        normed = block.norm3(x.float()).type_as(x) * (1 + e[4]) + e[3]
+        return x + down(F.gelu(up(normed), approximate="tanh")) * e[5]
 
     def attend_cache(self, attention: Any, layer: int, x: Tensor, grid: tuple[int, int, int], first: int) -> Tensor:
         """Rotate queries and keys, write keys and values into the layer's cache, and attend to all of it."""

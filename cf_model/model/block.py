@@ -18,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .attention import NATIVE, PassView, attend
+from .attention import PassView
+from .kernels import NATIVE, attend
 from .key_values import LayerKeyValues
-from .rope import apply_rope
+from .rope import apply_rope, turn_keys
 
 
 class Prompt:
@@ -128,6 +129,7 @@ class MemoryBlock(WanTransformerBlock):
     """
 
     is_compiled = False
+    tables: list[Tensor]  # `scale_shift_table` of all blocks
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Any, temb: Tensor, rotary_emb: PassView) -> Tensor:
         """Return the hidden states [B, L, N * D] after this block; those of a pass that stops here mean nothing."""
@@ -135,21 +137,20 @@ class MemoryBlock(WanTransformerBlock):
         is_last = view.last == layer
         if torch.is_grad_enabled() and not is_last:
             return super().forward(x, encoder_hidden_states, temb, view)  # a backward pass wants what diffusers stores
-        # each [B, 1, N * D], or [B, L, N * D] with a level for each token
-        rows = (self.scale_shift_table + temb.float()).chunk(6, dim=-2)
-        shift, scale, gate, *ffn_rows = (row.squeeze(2) if temb.ndim == 4 else row for row in rows)
+        # each [B, 1, N * D], or [B, L, N * D] with a level for each token; of the scales 1 + scale
+        shift, scale, gate, *ffn_rows = view.read_rows(layer, temb, self.tables)
         k, v, q, turned = self._part("read_tokens")(self, x, shift, scale, torch.view_as_real(view.rotation(layer)), not is_last)
-        # before RoPE: positions are given anew whenever the keys are used
-        if view.captured is not None:
-            view.captured[layer] = (k, v)
+        view.capture(layer, k, v)
         if torch.is_grad_enabled():
             return x
-        keys, values, mask = view.join_past(layer, turned, v)
-        if is_last:
+        out = view.attend_past(layer, None if is_last else q, turned, v, self.attn1.processor.backend)
+        if out is None:
             return x
-        out = attend(q, keys, values, mask, self.attn1.processor.backend)
         prompt = encoder_hidden_states
         prompt = prompt.read(layer, self.attn2) if isinstance(prompt, Prompt) else project_prompt(self.attn2, prompt)
+        # [B, T, N, D] to [2B, T, N, D], where two chunks of the same videos share a pass; of one video nothing is copied
+        if len(prompt[0]) < len(x):
+            prompt = tuple(part[None].expand(len(x) // len(part), *part.shape).flatten(0, 1) for part in prompt)
         return self._part("finish_tokens")(self, x, out, gate, *prompt, *ffn_rows)
 
     def read_tokens(self, x: Tensor, shift: Tensor, scale: Tensor, turns: Tensor, is_asked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -158,12 +159,12 @@ class MemoryBlock(WanTransformerBlock):
         Without `is_asked` there are no queries. `turns` [1 or B, L, 1, D / 2, 2] are cos and sin of each pair of channels.
         """
         attn, rotation = self.attn1, torch.view_as_complex(turns) if not torch.compiler.is_compiling() else turns
-        normed = add_product(shift, self.norm1(x.float()), 1 + scale, x)
+        normed = add_product(shift, self.norm1(x.float()), scale, x)
         v = attn.to_v(normed).unflatten(2, (attn.heads, -1))
         # in bfloat16 the norm's answer is float32, which a memory need not hold
         k = attn.norm_k(attn.to_k(normed)).unflatten(2, (attn.heads, -1)).to(v.dtype)
         q = apply_rope(attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1)), rotation).to(v.dtype) if is_asked else k
-        return k, v, q, apply_rope(k, rotation)
+        return k, v, q, turn_keys(k, rotation)
 
     def finish_tokens(
         self, x: Tensor, out: Tensor, gate: Tensor, keys: Tensor, values: Tensor, shift: Tensor, scale: Tensor, ffn_gate: Tensor
@@ -173,7 +174,7 @@ class MemoryBlock(WanTransformerBlock):
         x = add_product(x, self.attn1.to_out[0](out.flatten(2).type_as(x)), gate, x)
         q = attn.norm_q(attn.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, (attn.heads, -1)).to(values.dtype)
         x = x + attn.to_out[0](attend(q, keys, values, None, NATIVE).flatten(2).type_as(x))
-        normed = add_product(shift, self.norm3(x.float()), 1 + scale, x)
+        normed = add_product(shift, self.norm3(x.float()), scale, x)
         return add_product(x, self.ffn(normed), ffn_gate, x)
 
     def _part(self, name: str) -> Callable[..., Any]:
@@ -192,8 +193,9 @@ def prepare_blocks(transformer: Any, *, compiled: bool) -> WeakTensorKeyDictiona
 
     Returns the prompts that are kept, which must be forgotten when the weights have changed.
     """
+    tables = [block.scale_shift_table for block in transformer.blocks]
     for layer, block in enumerate(transformer.blocks):
-        block.__class__, block.is_compiled = MemoryBlock, compiled
+        block.__class__, block.is_compiled, block.tables = MemoryBlock, compiled, tables
         block.attn2.set_processor(PromptAttention(layer))
         block.ffn.net[0].__class__ = FusedGELU
         for norm in (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q, block.attn2.norm_k):

@@ -19,37 +19,30 @@ from torch.func import functional_call
 from .attention import MemoryAttention, MemoryRope
 from .context import fixed_memory
 from .flow import to_x0
-from .key_values import Frames, LayerKeyValues, split_frames
+from .kernels import BACKENDS, NATIVE, WITHOUT_MASK, AttentionShape, choose_kernel
+from .key_values import Frames, KeyValues, LayerKeyValues, split_frames
 from .memory import Memory, MemorySpec, empty_memory
-from .precision import WeightCopies, prepare_layers
-from .store import read_filled
+from .precision import WeightCopies, narrow_to_fp8, prepare_layers
+from .store import SlotStore, read_filled
 
-Attention = Literal["native", "cudnn", "flash2", "flash3"]
+Attention = Literal["auto", "native", "cudnn", "flash2", "flash3"]
 Precision = Literal["float32", "bfloat16"]
-
-
-# params.yaml's names of attention kernels: diffusers' names, and the package that each needs
-BACKENDS = {
-    "native": ("native", None),
-    "cudnn": ("_native_cudnn", None),
-    "flash2": ("flash", "flash_attn"),
-    "flash3": ("_flash_3", "flash_attn_interface"),
-}
-WITHOUT_MASK = ("flash2", "flash3")  # kernels that attend to all keys or to none
 
 
 @dataclass(frozen=True)
 class Compute:
     """How a model computes: kernel, precision, and what is stored for the backward pass. Results differ by rounding alone."""
 
-    attention: Attention  # of the self-attention, by diffusers' dispatcher
+    attention: Attention  # of the self-attention, by diffusers' dispatcher; auto: the fastest of those that are installed
     dtype: Precision  # of the products; weights, norms and sums stay in float32
     checkpointing: bool  # compute a block's activations again in the backward pass instead of storing them
     compiled: bool  # passes without gradient by torch.compile, part by part of a block; a minute of compiling, once for all blocks
+    graphs: bool = False  # passes without gradient over a memory as CUDA graphs, once each is captured
+    merged: bool = False  # in generation: a chunk's clean pass and the next chunk's first step in one pass
 
     def __post_init__(self) -> None:
         # flash and cuDNN kernels exist for half precision only
-        if self.attention != "native" and self.dtype == "float32":
+        if self.attention not in ("auto", "native") and self.dtype == "float32":
             problem = f"attention is {self.attention}, which computes in bfloat16, but dtype is {self.dtype}"
             raise ValueError(f"{problem}; use dtype: bfloat16, or attention: native")
 
@@ -67,25 +60,36 @@ class Denoiser(nn.Module):
         super().__init__()
         from .block import prepare_blocks  # here, so that reading params needs no diffusers
 
-        backend, package = BACKENDS[compute.attention]
+        kernel = NATIVE if compute.attention == "auto" else compute.attention
+        backend, package = BACKENDS[kernel]
         if package and importlib.util.find_spec(package) is None:
-            raise ValueError(f"attention is {compute.attention}, but the package {package} is not installed; install it, or use native")
-        if compute.attention != "native" and not torch.cuda.is_available():
-            raise ValueError(f"attention is {compute.attention}, which needs a GPU, and there is none; use native")
+            raise ValueError(f"attention is {kernel}, but the package {package} is not installed; install it, or use native")
+        if kernel != NATIVE and not torch.cuda.is_available():
+            raise ValueError(f"attention is {kernel}, which needs a GPU, and there is none; use native")
+        if compute.graphs and not torch.cuda.is_available():
+            raise ValueError("graphs is true, which needs a GPU, and there is none; use graphs: false")
         # the two seams: positions and memory by way of `rope`, attention by its processor
         transformer.rope = MemoryRope(transformer.rope)
-        transformer.rope.takes_mask = compute.attention not in WITHOUT_MASK
+        transformer.rope.takes_mask = kernel not in WITHOUT_MASK
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(MemoryAttention(layer, backend))
         prompts = prepare_blocks(transformer, compiled=compute.compiled)
         prepare_layers(transformer, checkpointing=compute.checkpointing)
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel, which this file doesn't import
         self.compute, self.copies = compute, WeightCopies(transformer, prompts, wanted=compute.dtype == "bfloat16")
+        self.kernel: str = kernel  # the attention kernel in use
+        self._kernels = dict[AttentionShape, str]()  # the fastest for each shape that was met (attention: auto)
 
     def freeze(self) -> Denoiser:
         """Let nothing train this model any more, and keep the weights of its products in the width that they are used in."""
         self.requires_grad_(False)
         self.copies.narrow_originals()
+        return self
+
+    def narrow_to_fp8(self) -> Denoiser:
+        """Freeze the model and compute its blocks' products in 8 bits from now on (torchao); `check_fp8` says where that is possible."""
+        self.freeze()
+        narrow_to_fp8(self.transformer)
         return self
 
     def load_state_dict(self, *given: Any, **named: Any) -> Any:
@@ -151,6 +155,29 @@ class Denoiser(nn.Module):
         self.transformer.rope.hand_over_store(memory, after, chunk if written else ())
         return after
 
+    def remember_and_denoise(
+        self, x_0: Float[Tensor, "B F C H W"], x_t: Float[Tensor, "B F C H W"], sigma: Float[Tensor, " B"], text: Tensor, memory: Memory
+    ) -> tuple[Float[Tensor, "B F C H W"], Memory]:
+        """Remember a finished chunk and take the next chunk's first step, in one pass where that gives the same (`compute.merged`).
+
+        Returns x_0 of the next chunk and the memory after the finished one, as `remember` and then `forward` would. Nothing has a graph.
+        """
+        frames, rope = x_0.shape[1], self.transformer.rope
+        chunk = tuple(KeyValues(memory.frame_count + frame, [], []) for frame in range(frames))
+        foreseen = memory.foresee(chunk)
+        if foreseen is None or x_0.shape != x_t.shape or not rope.can_merge(memory, foreseen, x_0.transpose(1, 2)):
+            with torch.no_grad():
+                after = self.remember(x_0, text, memory)
+                return self(x_t, sigma, text, after), after
+        with torch.no_grad():
+            # [2B, F, C, H, W]: alg. 1, line 21, for the finished chunk and line 18 for the next one
+            rope.next = foreseen, chunk
+            levels = torch.cat([torch.zeros_like(sigma), sigma])
+            velocity = self._run_transformer(torch.cat([x_0, x_t]), levels, text, memory, None)[len(x_0) :]
+            after = memory.remember(chunk, foreseen)
+        rope.rename_store(foreseen, after)
+        return to_x0(x_t, velocity, sigma), after
+
     def forget_store(self, memory: Memory) -> None:
         """Let go of the copy of a memory that passes without gradient attend to."""
         self.transformer.rope.forget_store(memory)
@@ -209,6 +236,62 @@ class Denoiser(nn.Module):
         A pass that is to `stop` is wanted for its keys and values alone: it ends with those of the last layer, its velocity means nothing.
         """
         rope = self.transformer.rope
+        if self.compute.attention == "auto":
+            self._choose_attention(x_t, memory)
+        if self.compute.graphs and not torch.is_grad_enabled() and memory is not None and memory.places and rope.next is None:
+            velocity, found = self._run_graph(x_t, sigma, text, memory, captured is not None, stop=stop)
+            if captured is not None:
+                captured.update(found)
+            return velocity
+        return self._run_pass(x_t, sigma, text, memory, captured, filled, stop=stop)
+
+    def _run_graph(
+        self, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory, is_captured: bool, *, stop: bool
+    ) -> tuple[Tensor, LayerKeyValues]:
+        """Run a pass without gradient by a CUDA graph, if one was captured of its kind: the slots that it writes, its shapes, its end."""
+        rope = self.transformer.rope
+        store = rope.open_store(memory, x_t.transpose(1, 2))  # brought to the memory here, because that is not part of the graph
+        own = store.own
+        # What the host decides about a pass is fixed in its graph, so that passes that differ in it are of another kind.
+        masked = tuple(mask is not None for mask in own.masks)
+        kind = tuple(own.slots), tuple(own.used), masked, x_t.shape, sigma.shape, is_captured, stop
+
+        def run(x_t: Tensor, sigma: Tensor) -> tuple[Tensor, LayerKeyValues]:
+            captured: LayerKeyValues | None = {} if is_captured else None
+            velocity = self._run_pass(x_t, sigma, text, store, captured, stop=stop)
+            return velocity, captured or {}
+
+        return store.graphs.run(kind, (text, self.copies.version, self.kernel), (x_t, sigma), run)
+
+    def _choose_attention(self, x: Tensor, memory: Memory | None) -> None:
+        """Take the fastest attention kernel for a pass's shapes, measured when they are met first (`attention: auto`)."""
+        config, tokens = self.transformer.config, self._tokens_per_frame(x)
+        seen = x.shape[1] if memory is None or not memory.places else memory.spec.size
+        low = torch.bfloat16 if self.compute.dtype == "bfloat16" else torch.float32
+        sizes = len(x), x.shape[1] * tokens, seen * tokens, config.num_attention_heads, config.attention_head_dim
+        shape = AttentionShape(*sizes, low, x.device)
+        if shape not in self._kernels:
+            self._kernels[shape] = choose_kernel(shape)
+        kernel = self._kernels[shape]
+        if kernel != self.kernel:
+            self.kernel = kernel
+            self.transformer.rope.change_kernel(takes_mask=kernel not in WITHOUT_MASK)
+            for block in self.transformer.blocks:
+                block.attn1.processor.backend = BACKENDS[kernel][0]
+
+    def _run_pass(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        memory: Memory | SlotStore | None,
+        captured: LayerKeyValues | None,
+        filled: Tensor | None = None,
+        *,
+        stop: bool = False,
+    ) -> Tensor:
+        """Run the pass itself, operation by operation; over a store that is already brought to its memory, or over a memory."""
+        rope = self.transformer.rope
         rope.memory, rope.captured, rope.filled = memory, captured, filled
         rope.last = len(self.transformer.blocks) - 1 if stop else None
         timestep = 1000 * sigma  # [B] or [B, F]
@@ -219,7 +302,7 @@ class Denoiser(nn.Module):
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=low):
                 velocity = functional_call(self.transformer, copies, given, {"return_dict": False}, tie_weights=False)[0].transpose(1, 2)
         finally:
-            rope.memory, rope.captured, rope.filled, rope.last = None, None, None, None
+            rope.memory, rope.captured, rope.filled, rope.last, rope.next = None, None, None, None, None
         return velocity.to(x_t.dtype)
 
     def _tokens_per_frame(self, x: Tensor) -> int:

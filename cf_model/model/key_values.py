@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ class KeyValues:
     """
 
     index: int  # number of the latent frame, counted from the video's first
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: Sequence[Tensor]  # lists while a pass makes them
+    values: Sequence[Tensor]
 
     def copy(self) -> KeyValues:
         """Return a copy, because a frame's tensors are slices of its chunk's, which would stay in memory with all their frames."""
@@ -39,7 +40,7 @@ def mean_key(chunk: Frames) -> Float[Tensor, "B layers ND"]:
     """Average each video's keys over the chunk's tokens, in each layer."""
     layers = range(len(chunk[0].keys))
     # keys[layer] is [B, S, N, D]; over the chunk [F, B, S, N, D], averaged [B, N, D], flattened [B, N * D]
-    means = (torch.stack([f.keys[layer] for f in chunk]).float().mean(dim=(0, 2)).flatten(1) for layer in layers)
+    means = (torch.stack([f.keys[layer] for f in chunk]).mean(dim=(0, 2), dtype=torch.float32).flatten(1) for layer in layers)
     return torch.stack(list(means), dim=1).detach()
 
 

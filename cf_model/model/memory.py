@@ -25,10 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .key_values import Frames, mean_key, split_newest
+from .positions import Positions, join_positions
 from .slow_part import News, SlowPart, exclude_promoted
-
-# temporal RoPE indices: the same for all videos, or [B, K] where they depend on what a video has promoted
-Positions = list[int] | Tensor
 
 
 @dataclass(frozen=True)
@@ -182,21 +180,44 @@ class ContextMemory:
         before, after = (held.new_ones(len(held), len(part)) for part in (self.sink, self.fast))
         return torch.cat([before, held, after], dim=1)
 
-    def remember(self, chunk: Frames) -> ContextMemory:
-        """Return the memory after one more clean chunk.
+    def remember(self, chunk: Frames, foreseen: ContextMemory | None = None) -> ContextMemory:
+        """Return the memory after one more clean chunk; `foreseen` is what `foresee` gave for it, if a pass has looked at that already.
 
         `# Paper:` eq. 7: a chunk whose keys resemble those of the chunk before adds nothing and is forgotten when it
         leaves the fast part; of any other its first frame moves on to the slow part, whose oldest frame makes room.
         """
-        spec, length = self.spec, len(chunk)
+        spec = self.spec
         # eq. 7: is this chunk news? `candidates` are its frames that may enter the slow part.
         tested, news = self._test_news(chunk)
         candidates = self._choose_candidates(chunk)
-        is_tested = spec.is_tested(self.frame_count // length)
+        is_tested = spec.is_tested(self.frame_count // len(chunk))
         decision = (news | self.is_promoted) if is_tested else None
         news = exclude_promoted(news, self.is_promoted)
         if spec.when == "enqueue":
             tested, news = tested._promote(candidates, news), False
+        waiting = {} if news is False else {frame.index: news for frame in candidates}
+        # the frames of all parts; those of a foreseen memory are the same whatever eq. 7 has decided
+        if foreseen is None:
+            after = tested._enter(chunk, waiting)
+        else:
+            pending = {**foreseen.pending, **waiting}
+            after = replace(foreseen, last_mean_key=tested.last_mean_key, similarity=tested.similarity, pending=pending)
+        return replace(after._average_keys(), is_newest_news=decision)
+
+    def foresee(self, chunk: Frames) -> ContextMemory | None:
+        """Return the memory after a clean chunk as far as it does not depend on the chunk's keys; None where its frames do.
+
+        The keys decide what becomes of the chunk when it leaves the fast part. So the next chunk's passes see the same frames whatever
+        is decided, if the chunk stays there meanwhile: its keys may be made in the same pass as the next chunk's first step.
+        """
+        if self.spec.when != "evict" or self.spec.commit != "all":
+            return None
+        after = self._enter(chunk, {})
+        return after if {frame.index for frame in chunk} <= {frame.index for frame in after.sink + after.fast} else None
+
+    def _enter(self, chunk: Frames, waiting: Mapping[int, News]) -> ContextMemory:
+        """Return the memory with a chunk in sink and fast part, whose oldest frames leave; `waiting`: its frames that may be promoted."""
+        spec, length = self.spec, len(chunk)
         # The sink fills first and never changes afterwards.
         free = max(spec.sink - len(self.sink), 0)
         sink, rest = self.sink + chunk[:free], chunk[free:]
@@ -206,15 +227,14 @@ class ContextMemory:
         # The next chunk counts into the fast part, so what is left for the past is smaller by its length.
         leaving, fast = split_newest(self.fast + rest, max(spec.fast - length, 0))
         # Choice: promoted when it leaves the fast part, not when it is tested, so that no frame is there twice.
-        pending = dict(self.pending) if news is False else {**self.pending, **{frame.index: news for frame in candidates}}
-        after = tested
+        pending = {**self.pending, **waiting}
+        after = self
         for frame in leaving:
             after = after._promote((frame,), pending.get(frame.index, False))
-        still_pending = {frame.index: pending[frame.index] for frame in fast if frame.index in pending}
-        after = after._average_keys()
-        after = replace(after, sink=sink, early=early, fast=fast, pending=still_pending, is_newest_news=decision)
+        pending = {frame.index: pending[frame.index] for frame in fast if frame.index in pending}
         # ready for the next chunk, of which no pass was offered yet
-        return replace(after, frame_count=self.frame_count + length, noisy_passes=0, is_promoted=False)
+        count = self.frame_count + length
+        return replace(after, sink=sink, early=early, fast=fast, pending=pending, frame_count=count, noisy_passes=0, is_promoted=False)
 
     def offer(self, chunk: Frames) -> ContextMemory:
         """Return the memory after one pass over a chunk that is still noisy; only timing first_call looks at its keys.
@@ -353,16 +373,6 @@ class ContextMemory:
             return list(range(first + self.slow_places, first + self.slow_places + frames))
         held = self.slow.count[:, min(layer, self.groups - 1), None].clamp(min=len(self.early))
         return first + held + torch.arange(frames, device=held.device)
-
-
-def join_positions(*parts: Positions) -> Positions:
-    """Join positions, as a list where all are lists, else [B, K]."""
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    if not tensors:
-        return [position for part in parts for position in part]
-    like = tensors[0]
-    rows = [torch.as_tensor(part, dtype=like.dtype, device=like.device).expand(len(like), -1) for part in parts if len(part)]
-    return torch.cat(rows, dim=1)
 
 
 Memory = ContextMemory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, MutableMapping
 from dataclasses import replace
 from typing import Any
@@ -57,6 +58,7 @@ class WeightCopies:
     def __init__(self, transformer: Any, prompts: MutableMapping[Tensor, Any], *, wanted: bool) -> None:
         self.transformer, self.prompts, self.wanted = transformer, prompts, wanted
         self.copies = dict[str, Tensor]()  # empty: not made since the weights changed
+        self.version = object()  # another one whenever the weights have changed
 
     def read(self) -> dict[str, Tensor]:
         """Return the copies by name, made at the first call after a change of the weights.
@@ -73,7 +75,7 @@ class WeightCopies:
 
     def forget(self) -> None:
         """Let go of the copies and of prompts that were computed with the weights, because the weights have changed."""
-        self.copies = {}
+        self.copies, self.version = {}, object()
         self.prompts.clear()
 
     def narrow_originals(self) -> None:
@@ -95,3 +97,26 @@ def forget_copies(model: nn.Module) -> None:
     """Let go of a model's bfloat16 copies after an update of its weights; a model without copies is left alone."""
     if isinstance(copies := getattr(model, "copies", None), WeightCopies):
         copies.forget()
+
+
+def check_fp8(dtype: str) -> None:
+    """Raise ValueError where products can't be computed in 8 bits: without torchao, in float32, or on a GPU that has none."""
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError("fp8 needs the package torchao, which is not installed; `pip install torchao`, or leave fp8 out")
+    if dtype != "bfloat16":
+        raise ValueError(f"fp8 is wanted with dtype {dtype}, but its products start from bfloat16; use dtype: bfloat16, or leave fp8 out")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise ValueError("fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and there is none; leave fp8 out")
+
+
+def narrow_to_fp8(transformer: Any) -> None:
+    """Turn the products of all blocks to float8, a scale for each row, activations as they come (torchao); what is left stays.
+
+    A prompt's first layers, the time embedding and the head are small, and errors there would reach everything.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    # rowwise: each token and each output channel has a scale of its own
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    for block in transformer.blocks:
+        quantize_(block, config)

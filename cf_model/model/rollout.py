@@ -33,6 +33,8 @@ class CausalStudent(Protocol):
         self, x_0: Tensor, text: Tensor, memory: Memory, *, grad: bool = False, disturb: Callable[[Frames], Frames] | None = None
     ) -> Memory: ...
 
+    def remember_and_denoise(self, x_0: Tensor, x_t: Tensor, sigma: Tensor, text: Tensor, memory: Memory) -> tuple[Tensor, Memory]: ...
+
     def forget_store(self, memory: Memory) -> None: ...
 
 
@@ -135,13 +137,22 @@ def stream(
     chunk: int,
     memory: Memory,
     rng: Noise,
+    merged: bool = False,
 ) -> Iterator[Float[Tensor, "B F C H W"]]:
-    """Yield chunks without end, each denoised down to the last level. `memory` may already hold a real prefix."""
+    """Yield chunks without end, each denoised down to the last level. `memory` may already hold a real prefix.
+
+    `merged`: a chunk is yielded before its clean pass, which is then one with the next chunk's first step.
+    """
+    finished: Tensor | None = None  # chunk that is not remembered yet
     while True:
         with torch.no_grad():
             # alg. 1 with r' = T for every chunk, and the clean pass of line 21
-            x_0, _, memory = denoise_chunk(student, text, shape, sigmas, chunk, memory, rng)
-            memory = student.remember(x_0, text, memory)
+            x_0, _, memory = denoise_chunk(student, text, shape, sigmas, chunk, memory, rng, finished)
+            # merged: the clean pass waits for the next chunk's noise; a video's last chunk is never remembered
+            if merged:
+                finished = x_0
+            else:
+                memory = student.remember(x_0, text, memory)
         yield x_0
 
 
@@ -153,24 +164,31 @@ def denoise_chunk(
     chunk: int,
     memory: Memory,
     rng: Noise,
+    finished: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Memory], Memory]:
     """Denoise one chunk from noise down the given levels (alg. 1, lines 9 to 28).
 
     Returns x_0 [B, F, C, H, W], the x_t and memory that the last level was given, and the memory after the chunk's passes.
+    A chunk before it that is `finished` but not in the memory yet is remembered by the first pass.
     """
-    return descend_levels(student, text, draw_gaussian((len(text), chunk, *shape), rng), sigmas, memory, rng)  # line 9
+    return descend_levels(student, text, draw_gaussian((len(text), chunk, *shape), rng), sigmas, memory, rng, finished)  # line 9
 
 
 def descend_levels(
-    student: CausalStudent, text: Tensor, x_t: Tensor, sigmas: list[float], memory: Memory, rng: Noise
+    student: CausalStudent, text: Tensor, x_t: Tensor, sigmas: list[float], memory: Memory, rng: Noise, finished: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, Memory], Memory]:
     """Denoise a chunk from x_t, at the first of the given levels, down to the last. Returns what `denoise_chunk` does."""
+    if finished is not None and memory.spec.timing == "first_call":  # its noisy passes are compared with the chunk before
+        memory, finished = student.remember(finished, text, memory), None
     x_0, memory_before = x_t, memory
     for step, sigma in enumerate(sigmas):  # line 15
         if step:  # lines 25 and 26: back to the next level with fresh noise
             x_t = add_noise(x_0, draw_gaussian(x_0.shape, rng), x_t.new_full((len(x_t),), sigma))
         memory_before, level = memory, x_t.new_full((len(x_t),), sigma)
-        if memory.spec.timing == "first_call":
+        if finished is not None and not step:  # line 21 of the chunk before, with line 18 of this one
+            x_0, memory = student.remember_and_denoise(finished, x_t, level, text, memory)
+            memory_before = memory
+        elif memory.spec.timing == "first_call":
             x_0, memory = student.offer(x_t, level, text, memory)  # this pass's keys may promote the chunk
         else:
             x_0 = student(x_t, level, text, memory)  # lines 18 and 24

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .memory import Positions
+from .positions import Positions
 
 VECTOR = 32  # float32 numbers that torch multiplies at once, as 16 complex ones; it rounds what is left over in another way
 Rotation = Tensor  # complex, [1 or B, L, 1, D / 2]: cos + i sin of the angles of a token, one for each pair of channels
@@ -26,6 +26,13 @@ def apply_rope(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor,
     cos, sin = (torch.view_as_real(rotation) if rotation.is_complex() else rotation).unbind(-1)
     even, odd = pairs.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def turn_keys(k: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor, "B L N D"]:
+    """Rotate keys as `apply_rope` does, for a store, which rounds them to its own type as it copies them: one copy less in bfloat16."""
+    if k.dtype != torch.bfloat16 or k.shape[-1] % VECTOR or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return apply_rope(k, rotation)
+    return torch.view_as_real(torch.view_as_complex(k.float().unflatten(-1, (-1, 2))) * rotation).flatten(-2)
 
 
 def read_rotations(table: Any, positions: Positions | range, x: Float[Tensor, "B C F H W"]) -> Rotation:

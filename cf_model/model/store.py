@@ -10,19 +10,38 @@ ring, in which a chunk that was remembered stays where its last pass has written
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .graphs import PassGraphs
 from .key_values import Frames, KeyValues
-from .memory import Memory, Positions, join_positions
+from .memory import Memory
+from .positions import Positions, join_positions
 from .rope import Rotation, apply_rope, read_rotations
 from .slow_part import SlowPart
 
 T = TypeVar("T")
 Held = tuple[KeyValues, int | None]  # a frame and its position; None: that of each video is its own
+
+
+@dataclass(frozen=True)
+class OwnPlace:
+    """Where a pass over a chunk writes its keys and values, and what it attends to; entries of each group or of all."""
+
+    slots: list[int]  # of the chunk's frames
+    used: list[int]  # tokens that a pass attends to
+    masks: list[Tensor | None]  # added to the scores, [B, 1, 1, slots * S]; None: nothing is
+    rotations: list[Rotation]  # of the chunk's own tokens
+
+    def copy(self) -> OwnPlace:
+        """Return a copy that stays as it is when the store goes on to the next memory, which writes masks and rotations in place."""
+        masks = [None if mask is None else mask.clone() for mask in self.masks]
+        return OwnPlace(self.slots, self.used, masks, [rotation.clone() for rotation in self.rotations])
 
 
 class SlotStore:
@@ -36,19 +55,21 @@ class SlotStore:
         self.table, self.grid, self.takes_mask = table, x.shape[2:], takes_mask
         self.tokens = (x.shape[3] // table.patch_size[1]) * (x.shape[4] // table.patch_size[2])  # S
         self.keys, self.values, self.slots = list[Tensor](), list[Tensor](), 0
-        self.masks: list[Tensor | None] = [None]  # added to the scores, [B, 1, 1, slots * S], of each group or of all; None: nothing is
-        self.used = [0]  # tokens that a pass of each group attends to
-        self.rotations = list[Rotation]()  # of the own chunk, for each group
+        self.own = OwnPlace([], [0], [None], [])  # of the chunk that sees the memory
+        self.graphs = PassGraphs()  # passes over this store, if they are captured
         self.is_placed = False  # for the memory that it belongs to now
         self._held = dict[int, Held]()
         # of the slow part: what its slots were made from, its raw keys [B, N, places * S, D] and where its values are, a layer each
         self._source: tuple[Any, ...] | None = None
         self._raw, self._slow_values, self._places, self._added = list[Tensor](), list[Tensor](), 0, 0
-        self._own = list[int]()  # slots of the own chunk
         self._own_positions: Positions = []
+        self._due = list[Callable[[int], None]]()  # what is still to be written in each layer
 
-    def place(self, memory: Memory, x: Float[Tensor, "B C F H W"]) -> None:
-        """Bring the slots to what passes over chunks like `x` see of a memory. The host reads nothing but for kernels without masks."""
+    def place(self, memory: Memory, x: Float[Tensor, "B C F H W"], *, late: bool = False) -> None:
+        """Bring the slots to what passes over chunks like `x` see of a memory. The host reads nothing but for kernels without masks.
+
+        `late`: a layer's slots are written by `bring_layer`, because a pass that comes there first still sees what they held.
+        """
         frames = x.shape[2]
         first, fast = len(memory.sink), len(memory.fast)
         ring, places = fast + frames, memory.slow_places
@@ -61,15 +82,29 @@ class SlotStore:
         groups = range(memory.groups)
         self._place_frames(memory, slots[: first + fast], x)
         self._place_slow(memory, first + ring, x)
-        self._own, self._own_positions = slots[first + fast :], memory.query_positions(frames)
+        self._own_positions = memory.query_positions(frames)
         rotations = [read_rotations(self.table, memory.query_positions(frames, group), x) for group in groups]
         # Written in place where they fit, because a captured pass reads them at the address that it was captured with.
-        if [at.shape for at in rotations] == [at.shape for at in self.rotations]:
-            for at, now in zip(self.rotations, rotations, strict=True):
+        if [at.shape for at in rotations] == [at.shape for at in self.own.rotations]:
+            for at, now in zip(self.own.rotations, rotations, strict=True):
                 at.copy_(now)
-        else:
-            self.rotations = rotations
+            rotations = self.own.rotations
+        self.own = replace(self.own, slots=slots[first + fast :], rotations=rotations)
         self.is_placed = True
+        if not late:
+            for layer in range(len(self.keys)):
+                self.bring_layer(layer)
+
+    def bring_layer(self, layer: int) -> None:
+        """Write what is due in a layer's slots; the last layer is the last."""
+        for write in self._due:
+            write(layer)
+        if layer == len(self.keys) - 1:
+            self._due = []
+
+    def has_room(self, memory: Memory, frames: int) -> bool:
+        """Say whether a memory fits into the slots beside a chunk of so many frames, so that nothing that they hold is lost."""
+        return bool(self.keys) and len(memory.sink) + len(memory.fast) + frames + memory.slow_places <= self.slots
 
     def _grow(self, memory: Memory, slots: int) -> None:
         """Make room: first for exactly so many slots, as a context needs that never grows, then for all that the memory can need."""
@@ -80,7 +115,8 @@ class SlotStore:
             return x.new_empty(x.shape[0], x.shape[2], self.slots * self.tokens, x.shape[3])
 
         self.keys, self.values = [reserve(k) for k in like.keys], [reserve(v) for v in like.values]
-        self.masks, self._held, self._source = [None], {}, None
+        self.own, self._held, self._source = replace(self.own, masks=[None]), {}, None
+        self.graphs = PassGraphs()
 
     def _place_frames(self, memory: Memory, slots: list[int], x: Tensor) -> None:
         """Write frames of sink and fast part into slots that held others, and rotate the keys of those that have moved."""
@@ -88,28 +124,32 @@ class SlotStore:
         positions = [join_positions(sink, fast) for sink, _, fast in parts]
         shared = positions[0]
         held: dict[int, Held] = {}
-        stale = list[int]()
+        stale, new = list[int](), list[tuple[int, KeyValues]]()
         for place, (slot, frame) in enumerate(zip(slots, memory.sink + memory.fast, strict=True)):
             before, _ = was = self._held.get(slot, (None, None))
             held[slot] = frame, None if isinstance(shared, Tensor) else shared[place]
             # A frame never changes, so the values of a slot that holds the same frame as before are still right.
             if before is not frame:
-                for layer, values in enumerate(self.values):
-                    self._write(values, slot, frame.values[layer])
+                new.append((slot, frame))
             # Eq. 8 moves a frame as the memory fills; positions that differ between videos are taken to have changed.
             if before is not frame or held[slot][1] is None or held[slot] != was:
                 stale.append(place)
         self._held = held
-        if not stale:
-            return
-        moved = [at[:, stale] if isinstance(at, Tensor) else [at[place] for place in stale] for at in positions]
+        moved = [at[:, stale] if isinstance(at, Tensor) else [at[place] for place in stale] for at in positions] if stale else []
         rotations = [read_rotations(self.table, at, x) for at in (moved if isinstance(shared, Tensor) else moved[:1])]
         frames = [held[slots[place]][0] for place in stale]
-        for layer, keys in enumerate(self.keys):
-            # [B, stale * S, N, D]
-            rotated = apply_rope(torch.cat([frame.keys[layer] for frame in frames], dim=1), _of_layer(rotations, layer))
-            for n, place in enumerate(stale):
-                self._write(keys, slots[place], rotated[:, n * self.tokens : (n + 1) * self.tokens])
+
+        def write(layer: int) -> None:
+            # values of new frames, then keys of all frames that are new or have moved
+            for slot, frame in new:
+                self._write(self.values[layer], slot, frame.values[layer])
+            if frames:
+                # [B, stale * S, N, D]
+                rotated = apply_rope(torch.cat([frame.keys[layer] for frame in frames], dim=1), _of_layer(rotations, layer))
+                for n, place in enumerate(stale):
+                    self._write(self.keys[layer], slots[place], rotated[:, n * self.tokens : (n + 1) * self.tokens])
+
+        self._due.append(write)
 
     def _place_slow(self, memory: Memory, first: int, x: Tensor) -> None:
         """Bring the slots from `first` on to the slow part, where it may be another, and say which of them are filled in each video."""
@@ -131,17 +171,20 @@ class SlotStore:
                 self._fill_slow(memory, first, places, turns)
             positions = [at if turn is None else _turn_positions(at, turn) for at, turn in zip(positions, turns, strict=True)]
             rotations = [read_rotations(self.table, at, x) for at in positions]
-            for layer, keys in enumerate(self.keys):
-                self._write(keys, first, apply_rope(self._raw[layer].transpose(1, 2), _of_layer(rotations, layer)))
+            raw = self._raw
+            self._due.append(
+                lambda layer: self._write(self.keys[layer], first, apply_rope(raw[layer].transpose(1, 2), _of_layer(rotations, layer)))
+            )
         self._source, self._added, self._places = source, slow.added_count, places
         # [B, places] of each group, or None: all are filled
         filled = [memory.mask_empty(group) for group in groups]
         shown = [None if mask is None else mask[:, len(memory.sink) : len(memory.sink) + places] for mask in filled]
-        self.used = [(first + places) * self.tokens] * len(groups)
+        used, masks = [(first + places) * self.tokens] * len(groups), self.own.masks
         if self.takes_mask:
-            self.masks = [self._hide_empty(_of_layer(self.masks, group), mask, first) for group, mask in zip(groups, shown, strict=True)]
+            masks = [self._hide_empty(_of_layer(masks, group), mask, first) for group, mask in zip(groups, shown, strict=True)]
         else:
-            self.used = [(first + (places if mask is None else len(read_filled(mask)))) * self.tokens for mask in shown]
+            used = [(first + (places if mask is None else len(read_filled(mask)))) * self.tokens for mask in shown]
+        self.own = replace(self.own, used=used, masks=masks)
 
     def _turn(self, slow: SlowPart, group: int, places: int) -> Tensor | None:
         """Return which of a video's frames, oldest first, each slot holds: [1 or B, places]; None: they are in order.
@@ -156,17 +199,19 @@ class SlotStore:
 
     def _fill_slow(self, memory: Memory, first: int, places: int, turns: list[Tensor | None]) -> None:
         """Write all of the slow part: its raw keys beside the slots, its values into them."""
-        self._raw = [keys.new_empty(*keys.shape[:2], places * self.tokens, keys.shape[3]) for keys in self.keys]
-        self._slow_values = list[Tensor]()
-        for layer, values in enumerate(self.values):
+        self._raw = raw = [keys.new_empty(*keys.shape[:2], places * self.tokens, keys.shape[3]) for keys in self.keys]
+        at = slice(first * self.tokens, (first + places) * self.tokens)
+        self._slow_values = [values[:, :, at].unflatten(2, (places, self.tokens)) for values in self.values]
+
+        def write(layer: int) -> None:
             turn, parts = _of_layer(turns, layer), memory.read_slow(layer)  # [B, places, S, N, D]
             if turn is not None:
-                videos = torch.arange(len(values), device=values.device)[:, None]
+                videos = torch.arange(len(raw[layer]), device=raw[layer].device)[:, None]
                 parts = parts[0][videos, turn], parts[1][videos, turn]
-            self._write(self._raw[layer], 0, parts[0].flatten(1, 2))
-            self._write(values, first, parts[1].flatten(1, 2))
-            at = slice(first * self.tokens, (first + places) * self.tokens)
-            self._slow_values.append(values[:, :, at].unflatten(2, (places, self.tokens)))
+            self._write(raw[layer], 0, parts[0].flatten(1, 2))
+            self._write(self.values[layer], first, parts[1].flatten(1, 2))
+
+        self._due.append(write)
 
     def _add_slow(self, slow: SlowPart, frame: KeyValues, news: Bool[Tensor, "B G"], turns: list[Tensor | None]) -> None:
         """Write a frame into the slot that it has in each video to which it was news; the others keep what they have there."""
@@ -179,11 +224,16 @@ class SlotStore:
             held = held if turn is None else held.gather(1, turn)
             is_new = held.any(dim=1) & news[:, min(group, news.shape[1] - 1)]
             ways.append((held.long().argmax(dim=1), is_new[:, None, None, None]))
-        for layer, values in enumerate(self._slow_values):
+        all_raw, all_values = self._raw, self._slow_values
+
+        def write(layer: int) -> None:
+            # slot [B] and is_new [B, 1, 1, 1]: each video's own
             slot, is_new = _of_layer(ways, layer)
-            raw = self._raw[layer].unflatten(2, (places, self.tokens))  # [B, N, places, S, D]
-            for slots, tokens in ((raw, frame.keys[layer]), (values, frame.values[layer])):
+            raw = all_raw[layer].unflatten(2, (places, self.tokens))  # [B, N, places, S, D]
+            for slots, tokens in ((raw, frame.keys[layer]), (all_values[layer], frame.values[layer])):
                 slots[videos, :, slot] = torch.where(is_new, tokens.transpose(1, 2), slots[videos, :, slot])
+
+        self._due.append(write)
 
     def _hide_empty(self, mask: Tensor | None, filled: Bool[Tensor, "B places"] | None, first: int) -> Tensor | None:
         """Return what is added to the scores: minus infinity in the empty places of the slow part, else 0."""
@@ -201,21 +251,23 @@ class SlotStore:
         at = first * self.tokens
         slots[:, :, at : at + tokens.shape[1]].copy_(tokens.transpose(1, 2))
 
-    def write_own(self, layer: int, k: Float[Tensor, "B L N D"], v: Float[Tensor, "B L N D"]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Write a pass's own keys, at their places, and values.
+    def write_own(
+        self, layer: int, k: Float[Tensor, "B L N D"], v: Float[Tensor, "B L N D"], own: OwnPlace | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Write a pass's own keys, at their places, and values; `own` is where, if not where the store was brought to last.
 
         Returns the keys and values that the pass attends to, [B, L, N, D], and what is added to their scores.
         """
-        start = 0
-        while start < len(self._own):  # a chunk may go over the ring's end
+        place, start = own or self.own, 0
+        while start < len(place.slots):  # a chunk may go over the ring's end
             end = start + 1
-            while end < len(self._own) and self._own[end] == self._own[end - 1] + 1:
+            while end < len(place.slots) and place.slots[end] == place.slots[end - 1] + 1:
                 end += 1
             part = slice(start * self.tokens, end * self.tokens)
-            self._write(self.keys[layer], self._own[start], k[:, part])
-            self._write(self.values[layer], self._own[start], v[:, part])
+            self._write(self.keys[layer], place.slots[start], k[:, part])
+            self._write(self.values[layer], place.slots[start], v[:, part])
             start = end
-        used, mask = _of_layer(self.used, layer), _of_layer(self.masks, layer)
+        used, mask = _of_layer(place.used, layer), _of_layer(place.masks, layer)
         keys, values = (part[layer][:, :, :used].transpose(1, 2) for part in (self.keys, self.values))
         return keys, values, None if mask is None else mask[..., :used]
 
@@ -224,7 +276,7 @@ class SlotStore:
         at = self._own_positions
         if chunk:
             numbers = [None] * len(chunk) if isinstance(at, Tensor) else at
-            self._held |= dict(zip(self._own, zip(chunk, numbers, strict=True), strict=True))
+            self._held |= dict(zip(self.own.slots, zip(chunk, numbers, strict=True), strict=True))
         self.is_placed = False
 
 

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,8 @@ READ_SECONDS = 600.0  # seconds for reading the clip that is continued
 SWITCH_HELP = """what a new prompt does to the memory. recache: the newest frames are passed again with it (LongLive); flush: all
 but the sink and two frames go (Infinity-RoPE); keep: nothing. default: recache"""
 STRIP_HELP = "show what is held of the past: under every frame, or in FILE.memory.png and FILE.memory.jsonl; default: none"
+FAST_HELP = """compiled: by torch.compile; graphs: CUDA graphs; merged: a clean pass with the next first step; fp8: products in 8 bits
+(torchao); ahead: decode while the next chunk is made; docs/speed.md says what each gains"""
 FILE_HELP = """one prompt a line; --out is then a folder, one video a line. Several prompts in a line: a[5s] | b[10s], or
 {"prompts": ["a", "b"]}, which last equally long"""
 EXAMPLES = """examples:
@@ -69,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--memory-strip", choices=("burn", "beside", "none"), default="none", help=STRIP_HELP)
     p.add_argument("--memory", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the memory to change")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products; default: float32")
-    p.add_argument("--attention", choices=("native", "cudnn", "flash2", "flash3"), default="native", help="default: native")
+    p.add_argument("--attention", choices=("auto", "native", "cudnn", "flash2", "flash3"), default="native", help="default: native")
+    p.add_argument("--fast", nargs="+", choices=("compiled", "graphs", "merged", "fp8", "ahead"), default=[], help=FAST_HELP)
+    p.add_argument("--light-decoder", type=Path, metavar="FILE.safetensors", help="TAEHV's weights, which decode instead of the codec")
     p.add_argument("--crf", type=int, default=16, choices=range(52), metavar="0-51", help="of H.264, lower is better; default: 16")
     p.add_argument("--threads", type=int, default=1, help="of the CPU; default: 1, which is fastest for small models")
     return p
@@ -88,10 +92,10 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(args.threads)
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
-    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype)
+    fast: dict[str, Any] = {"light_decoder": args.light_decoder, **dict.fromkeys(args.fast, True)}
+    pipe = ContextForcingPipeline.from_pretrained(args.model, args.attention, args.dtype, **fast)
     if args.memory:
-        recipe = replace(pipe.recipe, memory=change_values(pipe.recipe.memory, args.memory, "--memory "))
-        pipe = ContextForcingPipeline(pipe.denoiser, pipe.codec, pipe.text, recipe)
+        pipe.change_memory(change_values(pipe.recipe.memory, args.memory, "--memory "))
     pipe = pipe.to(choose_device())
     clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
@@ -204,8 +208,9 @@ def make_videos(pipe: ContextForcingPipeline, clip: np.ndarray | None, args: arg
     from cf_model.request import plan_request
 
     positions = pipe.denoiser.transformer.config.rope_max_seq_len
-    options = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize", "switch", "new_sink")
+    options = ("seconds", "seed", "crf", "memory_strip", "attention", "dtype", "threads", "resize", "switch", "new_sink", "fast")
     settings = {name: getattr(args, name) for name in options} | {
+        "light_decoder": args.light_decoder and compute_dvc_md5(args.light_decoder),
         "model": compute_dvc_md5(args.model),
         "memory": asdict(pipe.recipe.memory),
         "continue_from": args.continue_from and compute_dvc_md5(args.continue_from),

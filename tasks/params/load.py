@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cf_model.codec.interface import latent_frames
-from cf_model.model.denoiser import WITHOUT_MASK
+from cf_model.model.kernels import WITHOUT_MASK
 from cf_model.model.memory import MemorySpec
 from cf_model.train.layout import TeacherLayout
 from tasks.files.words import count_things

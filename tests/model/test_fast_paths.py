@@ -1,0 +1,140 @@
+"""Merged passes, captured passes, chosen kernels and 8 bits: each gives what the plain way gives, or says why it can't."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from itertools import islice
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from cf_model.model import denoiser as denoiser_file
+from cf_model.model import graphs, kernels
+from cf_model.model.denoiser import Compute, Denoiser
+from cf_model.model.kernels import AttentionShape, choose_kernel
+from cf_model.model.memory import MemorySpec, empty_memory
+from cf_model.model.precision import check_fp8
+from cf_model.model.rollout import stream
+from tests.capture import FakeRecorder
+from tests.model.test_batch_memory import READINGS
+from tests.model.test_store import PLAIN, SIGMAS, TAU
+from tests.small import SHAPE, denoiser, normal, rng, spec
+
+SEEN = [{}, PLAIN, {"tau": TAU}, {"tau": TAU, "scope": "layer"}, {"tau": TAU, "positions": "absolute"}, {"tau": TAU, "fast": 9}]
+
+
+def generate(model: Denoiser, plan: MemorySpec, chunks: int = 14, *, merged: bool = False) -> torch.Tensor:
+    """Make a video of so many chunks, two at once."""
+    given = {"sigmas": SIGMAS, "chunk": 3, "memory": empty_memory(plan), "rng": rng(), "merged": merged}
+    return torch.cat(list(islice(stream(model, normal(2, 5, 8, seed=3), SHAPE, **given), chunks)), dim=1)
+
+
+@pytest.mark.parametrize("changes", [*SEEN, *({"tau": TAU} | reading for reading in READINGS.values())])
+def test_merged_passes_make_the_same_video(changes, monkeypatch):
+    model, plan, merges = denoiser(positions=1024), spec(**changes), []
+    rope, merge = model.transformer.rope, model.transformer.rope._merge_passes
+    monkeypatch.setattr(rope, "_merge_passes", lambda memory, x: merges.append(memory) or merge(memory, x))
+    plain = generate(model, plan)
+    assert not merges
+    assert float((generate(model, plan, merged=True) - plain).abs().max()) < 1e-6 * max(1.0, float(plain.abs().max()))
+    if plan.when == "evict" and plan.fast >= 6 and plan.commit == "all":
+        assert len(merges) > 5, "once the memory is full, every chunk but the first is remembered by the next one's first pass"
+
+
+@pytest.mark.parametrize("changes", [each | ({} if each is PLAIN else {"slow": 3}) for each in SEEN])
+def test_captured_passes_make_the_same_video(changes, monkeypatch):
+    """What would be captured on a GPU neither waits for the host nor keeps what it allocates, and finds everything where it was."""
+    model, plan, recorder = denoiser(positions=1024), spec(**changes), FakeRecorder()
+    plain = generate(model, plan, 20)
+    monkeypatch.setattr(graphs, "record_graph", recorder)
+    model.compute = replace(model.compute, graphs=True)
+    assert torch.equal(generate(model, plan, 20), plain)
+    assert recorder.captures and recorder.replays > 8, "once the memory is full, all passes are replayed but a chunk's first"
+
+
+def test_a_graph_is_forgotten_when_prompt_or_weights_change(monkeypatch):
+    model, recorder = denoiser(), FakeRecorder()
+    monkeypatch.setattr(graphs, "record_graph", recorder)
+    model.compute = replace(model.compute, graphs=True)
+    x, sigma, texts = normal(1, 3, *SHAPE), torch.ones(1), [normal(1, 5, 8, seed=seed) for seed in (3, 4)]
+    with torch.no_grad():
+        memory = model.remember(x, texts[0], empty_memory(spec()))
+        for text in texts:
+            model.compute = replace(model.compute, graphs=False)
+            plain = model(x, sigma, text, memory)
+            model.compute = replace(model.compute, graphs=True)
+            assert all(torch.equal(model(x, sigma, text, memory), plain) for _ in range(3))
+        model.load_state_dict(denoiser(seed=1).state_dict())
+        other = [model(x, sigma, texts[1], memory) for _ in range(3)]
+    assert recorder.captures == 3 and not torch.allclose(other[0], plain) and torch.equal(other[0], other[2])
+
+
+def test_graphs_without_a_gpu_are_refused():
+    with pytest.raises(ValueError, match="graphs is true, which needs a GPU, and there is none; use graphs: false"):
+        Denoiser(denoiser().transformer, Compute("native", "float32", checkpointing=False, compiled=False, graphs=True))
+
+
+CUDA = AttentionShape(1, 4680, 32760, 12, 128, torch.bfloat16, torch.device("cuda"))
+
+
+def test_the_fastest_kernel_that_runs_is_taken(monkeypatch, caplog):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda package: package == "flash_attn_interface" or None)
+    times = {"native": 3.0, "cudnn": 2.0, "flash3": 1.0}
+    with caplog.at_level("INFO"):
+        assert choose_kernel(CUDA, lambda name, shape: times[name]) == "flash3"
+    assert (
+        "attention auto: flash3 for 4680 queries and 32760 keys of 1 videos (native 3e+03 ms, cudnn 2e+03 ms, flash3 1e+03 ms)"
+        in caplog.text
+    )
+    assert choose_kernel(replace(CUDA, videos=2), lambda name, shape: times[name]) == "cudnn", "flash takes no mask"
+
+    def fail(name, shape):
+        if name == "flash3":
+            raise RuntimeError("FlashAttention-3 only supports Hopper")
+        return times[name]
+
+    assert choose_kernel(CUDA, fail) == "cudnn"
+
+
+def test_on_a_cpu_nothing_is_measured():
+    for shape in (replace(CUDA, device=torch.device("cpu")), replace(CUDA, dtype=torch.float32)):
+        assert choose_kernel(shape, lambda name, shape: pytest.fail("nothing is to be chosen")) == "native"
+    shape = AttentionShape(1, 8, 16, 2, 8, torch.float32, torch.device("cpu"))
+    assert 0 < kernels.measure_kernel("native", shape) < 1
+
+
+def test_auto_attention_changes_the_kernel_of_all_blocks_once(monkeypatch):
+    model, asked = denoiser(), []
+    model.compute = replace(model.compute, attention="auto")
+    monkeypatch.setattr(denoiser_file, "choose_kernel", lambda shape: asked.append(shape) or "native")
+    plain = generate(denoiser(), spec(tau=TAU), 4)
+    assert torch.equal(generate(model, spec(tau=TAU), 4), plain)
+    assert [(shape.videos, shape.queries, shape.keys) for shape in asked] == [(2, 12, 12), (2, 12, 84)]
+    monkeypatch.setattr(denoiser_file, "choose_kernel", lambda shape: "flash2")
+    model._kernels = {}
+    model._choose_attention(normal(1, 3, *SHAPE), None)
+    backends = {block.attn1.processor.backend for block in model.transformer.blocks}
+    assert backends == {"flash"} and model.kernel == "flash2" and not model.transformer.rope.takes_mask
+
+
+def test_8_bits_need_torchao_bfloat16_and_a_gpu(monkeypatch):
+    with pytest.raises(ValueError, match=r"fp8 needs the package torchao, which is not installed"):
+        check_fp8("bfloat16")
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(__spec__=object()))
+    with pytest.raises(ValueError, match=r"fp8 is wanted with dtype float32, .*; use dtype: bfloat16"):
+        check_fp8("float32")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"fp8 needs a GPU of compute capability 8.9 or more"):
+            check_fp8("bfloat16")
+
+
+def test_8_bits_are_for_the_products_of_the_blocks(monkeypatch):
+    library, model, narrowed = ModuleType("torchao.quantization"), denoiser(), []
+    library.PerRow = library.Float8DynamicActivationFloat8WeightConfig = lambda **settings: None
+    library.quantize_ = lambda module, config: narrowed.append(module)
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", library)
+    assert model.narrow_to_fp8() is model and narrowed == list(model.transformer.blocks)
+    assert not any(weight.requires_grad for weight in model.parameters())
