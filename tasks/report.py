@@ -13,7 +13,7 @@ import yaml
 
 from cf_model.data.contact_sheet import draw_clips
 from cf_model.data.filter import list_bounds
-from cf_model.evaluate.cells import SUITES, expand_lines, group_curves, group_values, list_protocols
+from cf_model.evaluate.cells import SUITES, expand_lines, group_values, list_protocols
 from cf_model.evaluate.contents import Measured, Trained, build_contents, view_filter
 from cf_model.evaluate.figures import item_key
 from cf_model.evaluate.page import count_contents
@@ -80,7 +80,6 @@ def read_measured(results: Path, metrics: Path, *, resamples: int, seed: int) ->
     values = read_results(results, metrics, resamples=resamples, seed=seed, cells=cells)
     return Measured(
         values,
-        group_curves(cells),
         read_curves(results / "curves.csv"),
         failures=[cell | event for cell in cells for event in cell.get("events", ())],
         unscored=[cell["failed"] for cell in cells if cell.get("failed")],

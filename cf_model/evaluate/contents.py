@@ -13,7 +13,7 @@ from . import figures, page
 from . import report as tables
 from .cells import SUITES
 from .figures import Row
-from .planes import Windows, draw_consistency, draw_planes
+from .planes import draw_consistency, draw_planes
 from .provenance import list_provenance, list_warnings
 from .report import Results
 from .rule_histograms import describe_rules, select_pictured, sort_by_fate
@@ -25,10 +25,9 @@ STUDENTS = ("stage2", "stage1", "causal_init", "base")  # the first that has vid
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of the videos: values, their windows in time, curves, failures in time, and how it was measured."""
+    """What was measured of the videos: values, curves, failures in time, and how it was measured."""
 
     values: Results
-    windows: Windows = field(default_factory=dict)
     curves: page.Curves = field(default_factory=dict)
     failures: Sequence[Row] = ()  # suite, system, file, kind, second and others
     unscored: Sequence[str] = ()  # why videos could not be scored
@@ -90,7 +89,7 @@ def build_contents(
     student = next((roles["prompts"][weights] for weights in STUDENTS if weights in roles["prompts"]), None)
     galleries = page.build_galleries(values, index, present, stages, samples, fps)
     shown = [row["key"] for row in galleries["prompts"]["rows"]]
-    planes = draw_planes(values, measured.windows, present, colours, figures.begin_second(params.generate.prefix, fps))
+    planes = draw_planes(values, present, colours)
     charts = page.draw_curves(measured.curves, colours, page.list_marks(params))
     contexts = {name: system.memory.size * TIME / fps for name, system in recipes["prompts"].items() if system.memory}
     continued = list(recipes["continuations"])

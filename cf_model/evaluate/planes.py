@@ -11,58 +11,38 @@ from .figures import Point, draw_points
 from .report import Results, describe_metric
 from .statistics import Interval, bootstrap
 
-Windows = Mapping[tuple[str, str, str, float], Mapping[str, Sequence[float]]]  # suite, system, metric, second -> prompt -> values
-DRIFTING = ("sharpness", "sky_error", "compass_coherence")
-ENDS = 2  # windows at a video's beginning and at its end that are compared
-FORGETTING = {"prompts": "memory_ratio", "continuations": "map_error_absent"}
+DRIFTING = ("luma_drift", "colour_drift", "sharpness_drift")
+FORGETTING = {  # suite -> metric, and its words
+    "prompts": ("memory_ratio", "colours of headings that come back, as a part of the difference between headings; 0 is perfect memory"),
+    "continuations": ("map_error_absent", "distance from the true landmarks, where they were seen in the prefix and then out of sight"),
+}
 CONSISTENCY = ("subject_consistency", "dinov2")  # beginnings of names of metrics
 
 
-def measure_drift(windows: Windows, suite: str, system: str, first: float = 0) -> dict[str, list[float]]:
-    """Measure how far a system's videos end from where they begin: prompt -> drift, from the windows that begin at second `first` or later.
+def measure_drift(results: Results, suite: str, system: str) -> dict[str, list[float]]:
+    """Measure how much a system's videos change in the long run: item -> a drift for each seed.
 
-    Drift is the mean over DRIFTING of |last two windows - first two|, in standard deviations of all windows of real clips, so that
-    metrics of different units can be averaged. A metric that was not measured is left out.
+    Choice: the mean over DRIFTING, which are all parts of a video's own beginning a minute. Videos that lack one of them are left out.
     """
-    drift: dict[str, list[float]] = {}
-    for metric in DRIFTING:
-        series = order_windows(windows, suite, system, metric, first)
-        real = [value for values in order_windows(windows, suite, "real", metric, 0).values() for value in values]
-        spread = float(np.std(real or [value for values in series.values() for value in values] or [0.0]))
-        for prompt, values in series.items():
-            if len(values) >= 2 * ENDS and spread > 0:
-                drift.setdefault(prompt, []).append(abs(float(np.mean(values[-ENDS:]) - np.mean(values[:ENDS]))) / spread)
-    return {prompt: [float(np.mean(values))] for prompt, values in drift.items()}
+    metrics = [results.cells.get((suite, system, metric), {}) for metric in DRIFTING]
+    drifts: dict[str, list[float]] = {}
+    for item, seed in sorted(set.intersection(*map(set, metrics))):
+        drifts.setdefault(item, []).append(float(np.mean([values[item, seed] for values in metrics])))
+    return drifts
 
 
-def order_windows(windows: Windows, suite: str, system: str, metric: str, first: float) -> dict[str, list[float]]:
-    """Return a metric's values by prompt, each a mean over seeds, in the order of the seconds."""
-    series: dict[str, list[float]] = {}
-    keys = sorted(key for key in windows if key[:3] == (suite, system, metric) and key[3] >= first)
-    for key in keys:
-        for prompt, values in windows[key].items():
-            series.setdefault(prompt, []).append(float(np.mean(values)))
-    return series
-
-
-def draw_planes(
-    results: Results, windows: Windows, present: Mapping[str, Sequence[str]], colours: Mapping[str, str], prefix: float
-) -> list[dict[str, Any]]:
-    """Draw a plane of each suite that has both measures; `prefix`: seconds of a continuation that are real.
-
-    Each has a title, a figure, its rows (system, drift, forgetting) and what its axes mean.
-    """
+def draw_planes(results: Results, present: Mapping[str, Sequence[str]], colours: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Draw a plane of each suite that has both measures. Each has a title, a figure, its rows and what its axes mean."""
     planes = []
     for suite, systems in present.items():
-        metric, first, rows = FORGETTING[suite], prefix if suite == "continuations" else 0.0, []
+        (metric, means), rows = FORGETTING[suite], []
         for system in systems:
-            drifts, forgets = measure_drift(windows, suite, system, first), results.interval(suite, system, metric)
+            drifts, forgets = measure_drift(results, suite, system), results.interval(suite, system, metric)
             if drifts and forgets:
                 rows.append({"system": system, "x": bootstrap(drifts, resamples=results.resamples, seed=results.seed), "y": forgets})
-        word = describe_metric(metric)
-        drifting = "drifting: change from a video's beginning to its end, in deviations of real windows"
-        axes = {"x": drifting, "y": f"forgetting: {word.title}"}
-        planes.append(build_plane(suite, rows, axes, colours, word.means))
+        drifting = "drifting: mean slope of brightness, colour and sharpness a minute, as parts of the video's first 2 s"
+        axes = {"x": drifting, "y": f"forgetting: {describe_metric(metric).title}"}
+        planes.append(build_plane(suite, rows, axes, colours, means))
     return [plane for plane in planes if len(plane["rows"]) > 1]
 
 

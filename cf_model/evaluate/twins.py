@@ -11,7 +11,7 @@ from typing import Any
 
 from .published import OURS, PublishedNumber, list_published
 from .report import Results, format_number
-from .statistics import Interval
+from .statistics import Interval, without_interval
 
 PAPER = "context-forcing"
 TITLES = {
@@ -104,8 +104,10 @@ def measure_rows(
             scale = 100 if length else 1  # VBench's dimensions are in 0..1, windows in percent
             cells.append(Interval(*(scale * value for value in found)) if found else None)
         if any(cells):
+            if system in contexts and ("context_length", None) in columns:
+                cells[columns.index(("context_length", None))] = without_interval(contexts[system])
             count = max(len(results.cells[SUITE, system, metric]) for metric in names)
-            rows.append({"system": system, "network": suffix, "context": contexts.get(system), "cells": cells, "videos": count})
+            rows.append({"system": system, "network": suffix, "cells": cells, "videos": count})
     return rows
 
 
