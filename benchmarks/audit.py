@@ -51,7 +51,10 @@ class Chunk:
         self.spec, self.levels = params.stage2.memory, params.flow.shift_levels(params.stage2.rollout.levels)
         self.chunk, self.mode = params.stage2.rollout.chunk, FakeTensorMode()
         with self.mode, torch.no_grad():
-            sizes, compute = replace(params.model, layers=layers), Compute("native", "bfloat16", checkpointing=False, compiled=False)
+            sizes, compute = (
+                replace(params.model, layers=layers),
+                Compute("native", "bfloat16", checkpointing=False, compiled=False, graphs=False, merged=False),
+            )
             built = {"channels": SHAPE[0], "text_channels": TEXT[1], "seed": 0, "compute": compute}
             self.model: Denoiser = wan.build_transformer(sizes, **built).eval().freeze()
             self.text = torch.randn(1, *TEXT)

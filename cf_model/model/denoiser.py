@@ -37,8 +37,8 @@ class Compute:
     dtype: Precision  # of the products; weights, norms and sums stay in float32
     checkpointing: bool  # compute a block's activations again in the backward pass instead of storing them
     compiled: bool  # passes without gradient by torch.compile, part by part of a block; a minute of compiling, once for all blocks
-    graphs: bool = False  # passes without gradient over a memory as CUDA graphs, once each is captured
-    merged: bool = False  # in generation: a chunk's clean pass and the next chunk's first step in one pass
+    graphs: bool  # passes without gradient over a memory as CUDA graphs, once each is captured
+    merged: bool  # in generation: a chunk's clean pass and the next chunk's first step in one pass
 
     def __post_init__(self) -> None:
         # flash and cuDNN kernels exist for half precision only
@@ -47,7 +47,7 @@ class Compute:
             raise ValueError(f"{problem}; use dtype: bfloat16, or attention: native")
 
 
-EXACT = Compute(attention="native", dtype="float32", checkpointing=False, compiled=False)
+EXACT = Compute(attention="native", dtype="float32", checkpointing=False, compiled=False, graphs=False, merged=False)
 
 
 class Denoiser(nn.Module):

@@ -151,17 +151,17 @@ def test_only_a_pass_that_remembers_takes_keys_and_values(monkeypatch):
 
 def test_an_attention_that_is_not_installed_is_refused():
     with pytest.raises(ValueError, match="attention is flash2, but the package flash_attn is not installed"):
-        Denoiser(plain(denoiser()), Compute("flash2", "bfloat16", checkpointing=False, compiled=False))
+        Denoiser(plain(denoiser()), Compute("flash2", "bfloat16", checkpointing=False, compiled=False, graphs=False, merged=False))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="attention is cudnn, which needs a GPU, and there is none; use native"):
-            Denoiser(plain(denoiser()), Compute("cudnn", "bfloat16", checkpointing=False, compiled=False))
+            Denoiser(plain(denoiser()), Compute("cudnn", "bfloat16", checkpointing=False, compiled=False, graphs=False, merged=False))
     with pytest.raises(ValueError, match="attention is cudnn, which computes in bfloat16, but dtype is float32; use dtype: bfloat16"):
-        Compute("cudnn", "float32", checkpointing=False, compiled=False)
+        Compute("cudnn", "float32", checkpointing=False, compiled=False, graphs=False, merged=False)
 
 
 def test_in_bfloat16_weights_and_gradients_stay_wide_and_keys_are_narrow():
     exact = denoiser()
-    low = Denoiser(plain(exact), Compute("native", "bfloat16", checkpointing=True, compiled=False))
+    low = Denoiser(plain(exact), Compute("native", "bfloat16", checkpointing=True, compiled=False, graphs=False, merged=False))
     x, sigma = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     memories = [model.remember_clip(normal(2, 9, *SHAPE), TEXT, spec(), chunk=3) for model in (exact, low)]
     wide, narrow = (model.velocity(x, sigma, TEXT, memory) for model, memory in zip((exact, low), memories, strict=True))
@@ -173,7 +173,7 @@ def test_in_bfloat16_weights_and_gradients_stay_wide_and_keys_are_narrow():
         assert a.dtype == a.grad.dtype == torch.float32 and float((a.grad - b.grad).norm() / b.grad.norm()) < 0.1
 
 
-LOW = Compute("native", "bfloat16", checkpointing=False, compiled=False)
+LOW = Compute("native", "bfloat16", checkpointing=False, compiled=False, graphs=False, merged=False)
 
 
 def random_states(model, x, sigma):
@@ -255,7 +255,7 @@ def test_keys_leave_a_checkpointed_block_as_its_results():
     """The backward pass, which runs the blocks again, hands out nothing more; gradients are those without checkpoints."""
     x, sigma, gradients = normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9]), []
     for checkpointing in (False, True):
-        model = Denoiser(plain(denoiser()), Compute("native", "float32", checkpointing, compiled=False))
+        model = Denoiser(plain(denoiser()), Compute("native", "float32", checkpointing, compiled=False, graphs=False, merged=False))
         captured: Any = {}
         out = model._run_transformer(x, sigma, TEXT, None, captured)
         first = {layer: pair for layer, pair in captured.items()}

@@ -73,7 +73,7 @@ def test_a_graph_is_forgotten_when_prompt_or_weights_change(monkeypatch):
 
 def test_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="graphs is true, which needs a GPU, and there is none; use graphs: false"):
-        Denoiser(denoiser().transformer, Compute("native", "float32", checkpointing=False, compiled=False, graphs=True))
+        Denoiser(denoiser().transformer, Compute("native", "float32", checkpointing=False, compiled=False, graphs=True, merged=False))
 
 
 CUDA = AttentionShape(1, 4680, 32760, 12, 128, torch.bfloat16, torch.device("cuda"))

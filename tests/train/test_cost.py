@@ -34,7 +34,7 @@ SMALL = ModelSpec(layers=3, heads=2, head_dim=12, ffn=40, freq=16, positions=64)
 
 
 def small(dtype: str = "float32", checkpointing: bool = False) -> ModelCosts:
-    compute = Compute("native", dtype, checkpointing, compiled=False)  # type: ignore[arg-type]
+    compute = Compute("native", dtype, checkpointing, compiled=False, graphs=False, merged=False)  # type: ignore[arg-type]
     return ModelCosts(SMALL, channels=5, text_channels=7, text_tokens=6, height=6, width=4, compute=compute)
 
 
@@ -197,7 +197,7 @@ def test_our_stage_2_is_that_with_one_rollout_for_both_updates(wan_costs: ModelC
 
 def test_training_states_take_what_is_published(wan_costs: ModelCosts) -> None:
     p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
-    exact = replace(wan_costs, compute=Compute("native", "float32", False, compiled=False))
+    exact = replace(wan_costs, compute=Compute("native", "float32", False, compiled=False, graphs=False, merged=False))
     states = need.estimate_base(p.base, exact).states()
     assert (sum(states.values()) - states["average"]) / 1e9 == pytest.approx(22.7, abs=0.05), "16 bytes a parameter"
     # docs/performance.md, "Memory of a GPU": the frozen teacher in bfloat16
