@@ -24,16 +24,15 @@ Row = Mapping[str, Any]  # of the manifest
 PICTURES = 3  # of a clip, a second apart
 HEIGHT = 48  # pixels
 WIDEST = 4  # times the height; wider pictures are squeezed, so that a clip of 4096x64 is no ribbon across the page
-SECONDS = 10.0  # Choice: a file that takes longer is shown without a picture, so that no file holds up the page
 
 
-def draw_clips(rows: Sequence[Row], folder: Path, *, fps: float, workers: int) -> dict[str, str]:
-    """Return pictures of clips as data addresses, by clip's id; a file that can't be read has none."""
+def draw_clips(rows: Sequence[Row], folder: Path, *, fps: float, workers: int, timeout: float) -> dict[str, str]:
+    """Return pictures of clips as data addresses, by clip's id; a file that can't be read in `timeout` seconds has none."""
     wanted: dict[str, dict[str, int]] = {}
     for row in rows:
         wanted.setdefault(row["file"], {})[row["id"]] = round((row.get("start") or 0) / fps)
     files = [folder / name for name in wanted]
-    reading = read_in_subprocess(partial(read_pictures, wanted=wanted), files, workers=workers, timeout=SECONDS)
+    reading = read_in_subprocess(partial(read_pictures, wanted=wanted), files, workers=workers, timeout=timeout)
     found = [drawn for _, drawn in reading if not isinstance(drawn, Unreadable)]
     return {clip: f"data:image/jpeg;base64,{base64.b64encode(content).decode()}" for drawn in found for clip, content in drawn.items()}
 

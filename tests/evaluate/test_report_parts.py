@@ -103,7 +103,7 @@ def test_clips_have_pictures_and_a_bad_file_has_none(tmp_path: Path) -> None:
         {"id": "b", "file": "good.mp4", "start": 2 * FPS},
         {"id": "c", "file": "bad.mp4"},
     ]
-    pictures = draw_clips(rows, tmp_path, fps=FPS, workers=1)
+    pictures = draw_clips(rows, tmp_path, fps=FPS, workers=1, timeout=60)
     assert pictures.keys() == {"a", "b"} and pictures["a"] != pictures["b"]
     sizes = [Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))).size for p in pictures.values()]
     assert sizes == [(3 * HEIGHT, HEIGHT), (2 * HEIGHT, HEIGHT)]
