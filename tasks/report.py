@@ -112,8 +112,8 @@ def run(
     filtered = view_filter(manifest, bounds)
     if clips:
         wanted = filtered.list_wanted(manifest)
-        limits = {"workers": params.filter.workers, "timeout": params.filter.timeout}
-        filtered.pictures.update(draw_clips(wanted, clips, fps=params.video.fps, **limits))
+        spec = params.filter
+        filtered.pictures.update(draw_clips(wanted, clips, fps=params.video.fps, workers=spec.workers, timeout=spec.timeout))
     trained = Trained(
         manifest,
         read_json_lines(clips / "clips.jsonl", missing_ok=True) if clips else [],
