@@ -66,7 +66,10 @@ KNOWN: Mapping[str, SystemFacts] = {
         "diffusers", "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", "480x832, 81 frames, 16 fps, 4 steps", "not checked", None,
         "AnyFlowFARPipeline", call={"num_inference_steps": 4, "guidance_scale": 1.0}, remarks="not in the papers; causal, from Wan 1.3B",
     ),
-    "context-forcing": SystemFacts("native", "none released", "as trained: `cf preset use cf_default`", "–", "Context Forcing, student"),
+    "context-forcing": SystemFacts(
+        "native", "this project's own, trained by `cf repro`", "as trained: `cf preset use cf_default`", APACHE, "Context Forcing, student",
+        remarks="the authors' weights (TIGER-AI-Lab/Context-Forcing) are non-commercial, so they are not read here",
+    ),
     "self-forcing": SystemFacts(
         "native", "gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt", "`cf preset use self_forcing`", APACHE, "Self Forcing",
     ),
