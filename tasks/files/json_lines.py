@@ -1,11 +1,11 @@
 """Files of JSON objects: one a line, as in metrics.jsonl, index.jsonl and the manifest, or one a file, as in metrics/*.json."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.files.atomic import write_atomically
+from tasks.files.atomic import open_partial, write_atomically
 from tasks.params.yaml_file import Refused
 
 Row = dict[str, Any]
@@ -23,6 +23,18 @@ def read_json_lines(path: Path, *, missing_ok: bool = False, growing: bool = Fal
     if growing:
         lines.pop()
     return [_parse_object(line, path, f"line {number}: ") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def stream_json_lines(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file as read_json_lines does, one in memory at a time."""
+    with path.open(encoding="utf-8") as file:
+        yield from (_parse_object(line, path, f"line {number}: ") for number, line in enumerate(file, 1) if line.strip())
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows to a file, whole or not at all, one in memory at a time."""
+    with open_partial(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(dump_json_lines([row], ensure_ascii=False) for row in rows)
 
 
 def load_json_object(path: Path, *, missing_ok: bool = False) -> Row:
