@@ -38,7 +38,7 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     keys = ("id", "file", "caption", "source", "note", "refused", "from", "to")
     needs = list_needed_lengths(params)
     shape = ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
-    files = [clips / row["file"] for row in stream_json_lines(listed)]
+    files = [clips.absolute() / row["file"] for row in stream_json_lines(listed)]  # workers of a cluster stand elsewhere
     with closing(open_scratch(out.parent)) as database, open_networks(params.filter, shape) as networks:
         judge = ClipJudge(params.filter, shape, networks, compute_dvc_md5, DuplicateIndex(database))
         draft, progress = ManifestDraft(database), track.progress(len(files), unit="clip")
@@ -66,9 +66,8 @@ def measure_files(files: list[Path], spec: Filter, fps: float, track: Track) -> 
     """Yield every file's measures, in the files' order; only files that no run has measured before are read."""
     cache = ClipCache("measures", {"fps": fps}, modules=MODULES, libraries=("av", "numpy"))
     contents, task = [compute_dvc_md5(file) for file in files], partial(measure_to_bytes, fps=fps)
-    paths = [file.absolute() for file in files]  # workers of a cluster stand elsewhere
     pool, unreadable = ClipPool(spec.workers, spec.timeout, read_settings().dask), 0
-    for payload in pool.compute_payloads(cache, contents, paths, task):
+    for payload in pool.compute_payloads(cache, contents, files, task):
         unreadable += isinstance(payload, Unreadable)
         yield payload if isinstance(payload, Unreadable) else load_measures(payload)
     cache.sweep()

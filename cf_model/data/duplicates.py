@@ -75,10 +75,10 @@ class DuplicateIndex:
         found = array("q")
         places, words = list_words(mine)
         telling = (self.pictures[words] > 0) & (self.pictures[words] <= CROWDED)
-        for row, column in np.argwhere(telling):
-            looked_up = self.database.execute("SELECT clip, second FROM words WHERE word = ? ORDER BY clip, second", (int(words[row, column]),))
-            place = int(places[row])
-            found.extend((clip << SHIFT_BITS) + place - SIGNATURE_RATE * second for clip, second in looked_up)
+        look_up = "SELECT clip, second FROM words WHERE word = ? ORDER BY clip, second"
+        for place, word in zip(np.repeat(places, telling.sum(1)).tolist(), words[telling].tolist(), strict=True):
+            pictures = self.database.execute(look_up, (word,))
+            found.extend((clip << SHIFT_BITS) + place - SIGNATURE_RATE * second for clip, second in pictures)
         keys, firsts, shared = np.unique(np.array(found, np.int64), return_index=True, return_counts=True)
         enough = np.flatnonzero(shared >= LEAST_SHARED)
         most = enough[np.lexsort((firsts[enough], -shared[enough]))][:COMPARED]

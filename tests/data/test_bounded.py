@@ -68,7 +68,7 @@ def test_the_search_in_a_file_is_the_search_in_memory(crowded: int, compared: in
     monkeypatch.setattr(duplicates, "CROWDED", crowded)
     monkeypatch.setattr(duplicates, "COMPARED", compared)
     found = []
-    for seed in range(6):
+    for seed in range(4):
         rng = np.random.default_rng(seed)
         pictures = rng.integers(0, 256, (12, 8, 8, 3)).astype(np.int16)
         pictures[0] = 90  # flat: no words
@@ -79,7 +79,7 @@ def test_the_search_in_a_file_is_the_search_in_memory(crowded: int, compared: in
             assert ours.find_closest(signature) == found[-1]
             theirs.add(f"clip-{number}", signature)
             ours.add(f"clip-{number}", signature)
-    assert sum(one is not None for one in found) > 50 and any(one and one.mirrored for one in found) and None in found
+    assert sum(one is not None for one in found) > 30 and any(one and one.mirrored for one in found) and None in found
 
 
 def split_in_memory(rows: list[dict[str, Any]], heldout: int, latents: int) -> None:
@@ -102,7 +102,8 @@ def test_the_manifest_in_a_file_is_the_manifest_in_memory(clips: list[tuple[Any,
     draft, rows = ManifestDraft(), []
     for number, (reason, caption, file, length) in enumerate(clips):
         row = {"id": f"clip-{number}", "file": f"{file}.mp4", "caption": f"«{caption}»\u2028", "latents": length, "seconds": length / 3}
-        rows.append(row | {"kept": reason is None, "reason": reason, "rule": "a", "split": None, "values": {"cut": 0.1, "no": float("nan")}})
+        row |= {"kept": reason is None, "reason": reason, "rule": "a", "split": None, "values": {"cut": 0.1, "a": float("nan")}}
+        rows.append(row)
         draft.add(rows[-1])
     assert json.dumps(list(draft)) == json.dumps(rows)
     draft.split_heldout(heldout, latents)
