@@ -16,7 +16,7 @@ from cf_model.data.networks import DESCRIBE, SCORE, ClipNetworks, load_network
 from cf_model.data.scratch import open_scratch
 from cf_model.data.subprocess_reader import Unreadable
 from tasks.files.hashes import compute_dvc_md5
-from tasks.files.json_lines import stream_json_lines, write_json_lines
+from tasks.files.json_lines import stream_json_lines
 from tasks.files.settings import read_settings
 from tasks.params.schema import Filter, Params
 from tasks.parts.clip_cache import ClipCache
@@ -31,12 +31,9 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     """Write data/manifest.jsonl: a row for each clip, or each part between two cuts, with its values for every rule, and its split or
     the reason, value and rule of its rejection. The rows of a run that is refused are in refused.jsonl beside it, for `cf why`.
     """
-    listed = clips / "clips.jsonl"
+    listed, needs = clips / "clips.jsonl", list_needed_lengths(params)
     if not listed.is_file():
         raise ValueError(f"{listed} is not there; run the stage clips first")
-    # Only these keys, because `planted` is the answer: a filter that reads it would prove nothing.
-    keys = ("id", "file", "caption", "source", "note", "refused", "from", "to")
-    needs = list_needed_lengths(params)
     shape = ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
     files = [clips.absolute() / row["file"] for row in stream_json_lines(listed)]  # workers of a cluster stand elsewhere
     with closing(open_scratch(out.parent)) as database, open_networks(params.filter, shape) as networks:
@@ -44,9 +41,7 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
         draft, progress = ManifestDraft(database), track.progress(len(files), unit="clip")
         measures = measure_files(files, params.filter, params.video.fps, track)
         for row, path, file in zip(stream_json_lines(listed), files, measures, strict=True):
-            about = {key: row[key] for key in keys if row.get(key) is not None}
-            for judged in judge.judge_file(about, path, file):
-                draft.add(judged)
+            draft.add(*judge.judge_file(row, path, file))
             progress.update()
         refused = out.with_name(REFUSED)
         try:
@@ -55,10 +50,10 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
             draft.check_longest(needs.longest)
             refused.unlink(missing_ok=True)
         except ValueError:
-            write_json_lines(refused, draft)
+            draft.write(refused)
             raise
         finally:
-            write_json_lines(out, draft)
+            draft.write(out)
         return draft.count_reasons()
 
 

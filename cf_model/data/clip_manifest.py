@@ -8,6 +8,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cf_model.codec.interface import latent_frames, video_frames
@@ -49,16 +50,24 @@ class ManifestDraft:
             "CREATE TABLE rows (number INTEGER PRIMARY KEY, kept, reason, latents, seconds, split, file, caption, digest, json)"
         )
 
-    def add(self, row: Row) -> None:
-        """Append a row of the manifest."""
-        caption, digest = (hashlib.sha256(row[key].encode()).digest() for key in ("caption", "id"))
-        values = (*(row[key] for key in ("kept", "reason", "latents", "seconds", "split", "file")), caption, digest, json.dumps(row))
-        self.database.execute("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+    def add(self, *rows: Row) -> None:
+        """Append rows of the manifest."""
+        for row in rows:
+            caption, digest = (hashlib.sha256(row[key].encode()).digest() for key in ("caption", "id"))
+            values = (*(row[key] for key in ("kept", "reason", "latents", "seconds", "split", "file")), caption, digest, json.dumps(row))
+            self.database.execute("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def __iter__(self) -> Iterator[Row]:
         """Yield all rows, with their splits once split_heldout has decided them."""
         for text, split in self.database.execute("SELECT json, split FROM rows ORDER BY number"):
             yield json.loads(text) | {"split": split}
+
+    def write(self, path: Path) -> None:
+        """Write all rows to a file as lines of JSON, whole or not at all."""
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self)
+        partial.replace(path)
 
     def check_accepted(self, clips: str, heldout: int, *, held: tuple[str, int]) -> None:
         """Raise ValueError, with the reasons of rejection, if the accepted clips are too few, or too few are long enough to be held out.
