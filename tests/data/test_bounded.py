@@ -18,6 +18,7 @@ from cf_model.data.clip_manifest import ManifestDraft
 from cf_model.data.duplicates import DuplicateIndex, Likeness, list_words
 from cf_model.data.measures import SIGNATURE_RATE
 from cf_model.data.scratch import CACHE_KIB, open_scratch
+from tasks.files.json_lines import dump_json_lines
 
 
 class IndexInMemory:
@@ -119,6 +120,16 @@ def test_the_manifest_in_a_file_is_the_manifest_in_memory(clips: list[tuple[Any,
     with pytest.raises(ValueError) as refused:
         draft.check_accepted("clips", len(accepted), held=("base.window", 2))
     assert ", ".join(f"{number} {reason}" for reason, number in reasons.most_common()) in str(refused.value)
+
+
+def test_rows_are_written_as_they_were_judged(tmp_path: Path) -> None:
+    draft = ManifestDraft(open_scratch(tmp_path))
+    row = {"id": "a", "file": "a.mp4", "caption": "«мост»\u2028\"", "latents": None, "seconds": None}
+    rows = [row | {"kept": False, "reason": "unreadable", "rule": "a", "split": None, "values": {"cut": 0.1}} for _ in range(3)]
+    draft.add(*rows)
+    draft.write(tmp_path / "manifest.jsonl")
+    assert (tmp_path / "manifest.jsonl").read_text() == dump_json_lines(rows, ensure_ascii=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.jsonl"]
 
 
 def test_a_database_leaves_no_file_and_holds_little_in_memory(tmp_path: Path) -> None:
