@@ -1,20 +1,22 @@
 """Stage `filter`: every clip is read to its end, once, as encode will read it, and accepted if it is fit to learn from."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from cf_model.codec.interface import TIME, video_frames
 from cf_model.data.clip_judge import ClipJudge
-from cf_model.data.clip_manifest import check_accepted, check_longest, count_reasons, split_heldout
+from cf_model.data.clip_manifest import ManifestDraft
 from cf_model.data.clip_pool import ClipPool
+from cf_model.data.duplicates import DuplicateIndex
 from cf_model.data.filter import ModelShape
 from cf_model.data.measures import FileMeasures, load_measures, measure_to_bytes
 from cf_model.data.networks import DESCRIBE, SCORE, ClipNetworks, load_network
+from cf_model.data.scratch import open_scratch
 from cf_model.data.subprocess_reader import Unreadable
-from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
-from tasks.files.json_lines import Row, dump_json_lines, read_json_lines
+from tasks.files.json_lines import stream_json_lines
 from tasks.files.settings import read_settings
 from tasks.params.schema import Filter, Params
 from tasks.parts.clip_cache import ClipCache
@@ -29,43 +31,38 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     """Write data/manifest.jsonl: a row for each clip, or each part between two cuts, with its values for every rule, and its split or
     the reason, value and rule of its rejection. The rows of a run that is refused are in refused.jsonl beside it, for `cf why`.
     """
-    listed = clips / "clips.jsonl"
+    listed, needs = clips / "clips.jsonl", list_needed_lengths(params)
     if not listed.is_file():
         raise ValueError(f"{listed} is not there; run the stage clips first")
-    # Only these keys, because `planted` is the answer: a filter that reads it would prove nothing.
-    keys = ("id", "file", "caption", "source", "note", "refused", "from", "to")
-    about = [{key: row[key] for key in keys if row.get(key) is not None} for row in read_json_lines(listed)]
-    needs = list_needed_lengths(params)
     shape = ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
-    rows = list[Row]()
-    progress = track.progress(len(about), unit="clip")
-    with open_networks(params.filter, shape) as networks:
-        judge = ClipJudge(params.filter, shape, networks, compute_dvc_md5)
-        measures = measure_files([clips / row["file"] for row in about], params.filter, params.video.fps, track)
-        for row, file in zip(about, measures, strict=True):
-            rows += judge.judge_file(row, clips / row["file"], file)
+    files = [clips.absolute() / row["file"] for row in stream_json_lines(listed)]  # workers of a cluster stand elsewhere
+    with closing(open_scratch(out.parent)) as database, open_networks(params.filter, shape) as networks:
+        judge = ClipJudge(params.filter, shape, networks, compute_dvc_md5, DuplicateIndex(database))
+        draft, progress = ManifestDraft(database), track.progress(len(files), unit="clip")
+        measures = measure_files(files, params.filter, params.video.fps, track)
+        for row, path, file in zip(stream_json_lines(listed), files, measures, strict=True):
+            draft.add(*judge.judge_file(row, path, file))
             progress.update()
-    refused = out.with_name(REFUSED)
-    try:
-        check_accepted(rows, str(clips), params.filter.heldout, held=needs.heldout)
-        split_heldout(rows, params.filter.heldout, needs.heldout[1])
-        check_longest(rows, needs.longest)
-        refused.unlink(missing_ok=True)
-    except ValueError:
-        write_atomically(refused, dump_json_lines(rows, ensure_ascii=False))
-        raise
-    finally:
-        out.write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
-    return count_reasons(rows)
+        refused = out.with_name(REFUSED)
+        try:
+            draft.check_accepted(str(clips), params.filter.heldout, held=needs.heldout)
+            draft.split_heldout(params.filter.heldout, needs.heldout[1])
+            draft.check_longest(needs.longest)
+            refused.unlink(missing_ok=True)
+        except ValueError:
+            draft.write(refused)
+            raise
+        finally:
+            draft.write(out)
+        return draft.count_reasons()
 
 
 def measure_files(files: list[Path], spec: Filter, fps: float, track: Track) -> Iterator[FileMeasures | Unreadable]:
     """Yield every file's measures, in the files' order; only files that no run has measured before are read."""
     cache = ClipCache("measures", {"fps": fps}, modules=MODULES, libraries=("av", "numpy"))
     contents, task = [compute_dvc_md5(file) for file in files], partial(measure_to_bytes, fps=fps)
-    paths = [file.absolute() for file in files]  # workers of a cluster stand elsewhere
     pool, unreadable = ClipPool(spec.workers, spec.timeout, read_settings().dask), 0
-    for payload in pool.compute_payloads(cache, contents, paths, task):
+    for payload in pool.compute_payloads(cache, contents, files, task):
         unreadable += isinstance(payload, Unreadable)
         yield payload if isinstance(payload, Unreadable) else load_measures(payload)
     cache.sweep()

@@ -13,6 +13,9 @@ from .measures import FileMeasures
 from .networks import ClipNetworks
 from .subprocess_reader import Unreadable
 
+# What is read of a row of clips.jsonl; not `planted`, because that is the answer: a filter that reads it would prove nothing.
+KEYS = ("id", "file", "caption", "source", "note", "refused", "from", "to")
+
 
 @dataclass
 class ClipJudge:
@@ -26,6 +29,7 @@ class ClipJudge:
 
     def judge_file(self, about: Row, path: Path, file: FileMeasures | Unreadable) -> list[Row]:
         """Return the manifest's rows of a file, one for each part that is judged. `about` is its row of clips.jsonl."""
+        about = {key: about[key] for key in KEYS if about.get(key) is not None}
         if sentence := about.get("refused"):
             about = {key: value for key, value in about.items() if key != "refused"}
             return [manifest_row(about, None, {}, Rejection("caption", None, sentence))]

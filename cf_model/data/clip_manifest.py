@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cf_model.codec.interface import latent_frames, video_frames
 
 from .filter import REASONS, FilterRules, Part, Rejection, describe_part, keeps_bound, list_bounds
 from .measures import FileMeasures
+from .scratch import open_scratch
 
 Row = dict[str, Any]
 
@@ -31,67 +36,106 @@ def manifest_row(about: Row, found: tuple[FileMeasures, Part] | None, values: di
     return about | facts | judged | {"values": {name: round(float(number), 4) for name, number in values.items()}}
 
 
-def check_accepted(rows: Sequence[Row], clips: str, heldout: int, *, held: tuple[str, int]) -> None:
-    """Raise ValueError, with the reasons of rejection, if the accepted clips are too few, or too few are long enough to be held out.
+@dataclass
+class ManifestDraft:
+    """The manifest's rows in the order in which clips are judged, in a database, and what follows from all of them together.
 
-    `held`: the latent frames that every held-out clip must have, after the parameters that say so.
+    Memory does not grow with the rows: SQLite sorts and groups, in a file where its cache is too small.
     """
-    rejected = [row for row in rows if not row["kept"]]
-    accepted = [row for row in rows if row["kept"]]
-    counts = ", ".join(f"{number} {reason}" for reason, number in Counter(row["reason"] for row in rejected).most_common())
-    first = f"; the first: {rejected[0].get('source', rejected[0]['file'])}, {rejected[0]['rule']}" if rejected else ""
-    why = f"{counts or 'there is none to reject'}{first}"
-    if not accepted:
-        raise ValueError(f"no clip of {clips} passes the filter ({why}); add clips, or change filter in params.yaml")
-    if len(accepted) <= heldout:
-        problem = f"filter.heldout is {heldout}, but only {len(accepted)} of {clips} pass the filter ({why})"
-        raise ValueError(f"{problem}; hold out fewer, or add clips")
-    long = [row for row in accepted if row["latents"] >= held[1]]
-    if len(long) < heldout:
+
+    database: sqlite3.Connection = field(default_factory=open_scratch)
+
+    def __post_init__(self) -> None:
+        self.database.execute(
+            "CREATE TABLE rows (number INTEGER PRIMARY KEY, kept, reason, latents, seconds, split, file, caption, digest, json)"
+        )
+
+    def add(self, *rows: Row) -> None:
+        """Append rows of the manifest."""
+        for row in rows:
+            caption, digest = (hashlib.sha256(row[key].encode()).digest() for key in ("caption", "id"))
+            values = (*(row[key] for key in ("kept", "reason", "latents", "seconds", "split", "file")), caption, digest, json.dumps(row))
+            self.database.execute("INSERT INTO rows VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield all rows, with their splits once split_heldout has decided them."""
+        for text, split in self.database.execute("SELECT json, split FROM rows ORDER BY number"):
+            yield json.loads(text) | {"split": split}
+
+    def write(self, path: Path) -> None:
+        """Write all rows to a file as lines of JSON, whole or not at all."""
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self)
+        partial.replace(path)
+
+    def check_accepted(self, clips: str, heldout: int, *, held: tuple[str, int]) -> None:
+        """Raise ValueError, with the reasons of rejection, if the accepted clips are too few, or too few are long enough to be held out.
+
+        `held`: the latent frames that every held-out clip must have, after the parameters that say so.
+        """
         name, latents = held
-        problem = f"filter.heldout is {heldout}, but only {len(long)} clips have {video_frames(latents)} frames, which {name} needs"
-        raise ValueError(f"{problem}; hold out fewer, or add longer clips")
+        counts = ", ".join(f"{number} {reason}" for reason, number in self._count_rejections())
+        rejected = self.database.execute("SELECT json FROM rows WHERE NOT kept ORDER BY number LIMIT 1").fetchone()
+        row = json.loads(rejected[0]) if rejected else {}
+        first = f"; the first: {row.get('source', row['file'])}, {row['rule']}" if row else ""
+        why = f"{counts or 'there is none to reject'}{first}"
+        accepted = self._count("kept")
+        if not accepted:
+            raise ValueError(f"no clip of {clips} passes the filter ({why}); add clips, or change filter in params.yaml")
+        if accepted <= heldout:
+            problem = f"filter.heldout is {heldout}, but only {accepted} of {clips} pass the filter ({why})"
+            raise ValueError(f"{problem}; hold out fewer, or add clips")
+        long = self._count("kept AND latents >= ?", latents)
+        if long < heldout:
+            problem = f"filter.heldout is {heldout}, but only {long} clips have {video_frames(latents)} frames, which {name} needs"
+            raise ValueError(f"{problem}; hold out fewer, or add longer clips")
 
+    def split_heldout(self, heldout: int, latents: int) -> None:
+        """Set `split` of the accepted clips; held-out ones have at least `latents` latent frames.
 
-def check_longest(rows: Sequence[Row], longest: tuple[str, int]) -> None:
-    """Raise ValueError if no training clip has the latent frames that `longest` names, after the parameters that say so.
+        # Choice: by a hash of the id, so that new clips move few others between the sets; and different captions first, so
+        # that the evaluation's prompts differ. All accepted parts of a file are on the same side.
+        """
+        self.database.execute(
+            """WITH able AS (SELECT * FROM rows WHERE kept AND latents >= ?),
+            captions AS (SELECT min(digest) AS least, max(digest) AS most FROM able GROUP BY caption),
+            chosen AS (SELECT file FROM able LEFT JOIN captions ON digest = least ORDER BY least IS NULL, coalesce(most, digest) LIMIT ?)
+            UPDATE rows SET split = CASE WHEN file IN chosen THEN 'heldout' ELSE 'train' END WHERE kept""",
+            (latents, heldout),
+        )
 
-    Only after the split: the longest accepted clip may be held out.
-    """
-    name, latents = longest
-    most = max((row["latents"] for row in rows if row["split"] == "train"), default=0)
-    if most < latents:
-        problem = f"{name} is {latents} latents, so {video_frames(latents)} frames, but the longest training clip has {most}"
-        raise ValueError(f"{problem} latents; add longer clips, or lower it")
+    def check_longest(self, longest: tuple[str, int]) -> None:
+        """Raise ValueError if no training clip has the latent frames that `longest` names, after the parameters that say so.
 
+        Only after the split: the longest accepted clip may be held out.
+        """
+        name, latents = longest
+        [most] = self.database.execute("SELECT ifnull(max(latents), 0) FROM rows WHERE split = 'train'").fetchone()
+        if most < latents:
+            problem = f"{name} is {latents} latents, so {video_frames(latents)} frames, but the longest training clip has {most}"
+            raise ValueError(f"{problem} latents; add longer clips, or lower it")
 
-def split_heldout(rows: list[Row], heldout: int, latents: int) -> None:
-    """Set `split` of the accepted clips; held-out ones have at least `latents` latent frames.
+    def count_reasons(self) -> dict[str, float]:
+        """Return the stage's metrics: clips accepted, their seconds and splits, and rejections by reason."""
+        reasons = Counter(dict(self._count_rejections()))
+        return {
+            "clips": self._count("true"),
+            "kept": self._count("kept"),
+            "kept_seconds": sum(seconds for (seconds,) in self.database.execute("SELECT seconds FROM rows WHERE kept ORDER BY number")),
+            "train": self._count("split = 'train'"),
+            "heldout": self._count("split = 'heldout'"),
+            **{f"rejected_{reason}": reasons[reason] for reason in (*REASONS, *sorted(reasons.keys() - set(REASONS)))},
+        }
 
-    # Choice: by a hash of the id, so that new clips move few others between the sets; and different captions first, so
-    # that the evaluation's prompts differ. All accepted parts of a file are on the same side.
-    """
-    accepted = sorted((row for row in rows if row["kept"]), key=lambda row: hashlib.sha256(row["id"].encode()).digest())
-    able = [row for row in accepted if row["latents"] >= latents]
-    first = list({row["caption"]: row for row in reversed(able)}.values())[::-1]
-    unique = {row["id"] for row in first}
-    chosen = {row["file"] for row in [*first, *(row for row in able if row["id"] not in unique)][:heldout]}
-    for row in accepted:
-        row["split"] = "heldout" if row["file"] in chosen else "train"
+    def _count_rejections(self) -> list[tuple[str, int]]:
+        """Return (reason, clips), the most frequent reason first, and of equals the one that was met first."""
+        ask = "SELECT reason, count(*) FROM rows WHERE NOT kept GROUP BY reason ORDER BY count(*) DESC, min(number)"
+        return self.database.execute(ask).fetchall()
 
-
-def count_reasons(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the stage's metrics: clips accepted, their seconds and splits, and rejections by reason."""
-    reasons = Counter(row["reason"] for row in rows if not row["kept"])
-    accepted = [row for row in rows if row["kept"]]
-    return {
-        "clips": len(rows),
-        "kept": len(accepted),
-        "kept_seconds": sum(row["seconds"] for row in accepted),
-        "train": sum(row["split"] == "train" for row in accepted),
-        "heldout": sum(row["split"] == "heldout" for row in accepted),
-        **{f"rejected_{reason}": reasons[reason] for reason in (*REASONS, *sorted(reasons.keys() - set(REASONS)))},
-    }
+    def _count(self, condition: str, *values: float) -> int:
+        [number] = self.database.execute(f"SELECT count(*) FROM rows WHERE {condition}", values).fetchone()
+        return int(number)
 
 
 def describe_fate(row: Row, rules: FilterRules) -> str:

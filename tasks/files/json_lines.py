@@ -1,7 +1,7 @@
 """Files of JSON objects: one a line, as in metrics.jsonl, index.jsonl and the manifest, or one a file, as in metrics/*.json."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ def read_json_lines(path: Path, *, missing_ok: bool = False, growing: bool = Fal
     `missing_ok`: a file that does not exist has no rows. `growing`: a process may be appending to the file, or was killed while
     it did, so a last line without its newline is left out. Raises Refused with path and line number for what is no JSON object.
     """
-    if missing_ok and not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand inside a JSON string
-    if growing:
-        lines.pop()
-    return [_parse_object(line, path, f"line {number}: ") for number, line in enumerate(lines, 1) if line.strip()]
+    return [] if missing_ok and not path.exists() else list(stream_json_lines(path, growing=growing))
+
+
+def stream_json_lines(path: Path, *, growing: bool = False) -> Iterator[Row]:
+    """Yield the rows of a file as read_json_lines reads them, one in memory at a time."""
+    with path.open(encoding="utf-8") as file:  # whose lines end at line feeds alone: U+2028 may stand inside a JSON string
+        for number, line in enumerate(file, 1):
+            if line.strip() and (line.endswith("\n") or not growing):
+                yield _parse_object(line.removesuffix("\n"), path, f"line {number}: ")
 
 
 def load_json_object(path: Path, *, missing_ok: bool = False) -> Row:

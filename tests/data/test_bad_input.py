@@ -12,7 +12,7 @@ import pytest
 
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.linear import LinearCodec
-from cf_model.data.clip_manifest import check_longest
+from cf_model.data.clip_manifest import ManifestDraft
 from tasks import clips, encode
 from tasks import filter as filtering
 from tests.test_clips import folder, rows
@@ -69,7 +69,10 @@ def test_a_clip_that_vanishes_between_the_filter_and_encode_is_a_sentence_and_no
 
 
 def test_the_longest_clip_does_not_count_for_training_when_it_is_held_out() -> None:
-    clips = [{"latents": 40, "split": "train"}, {"latents": 52, "split": "heldout"}, {"latents": 60, "split": None}]
-    check_longest(clips, ("base.window", 40))
+    draft = ManifestDraft()
+    for number, (latents, split) in enumerate([(40, "train"), (52, "heldout"), (60, None)]):
+        facts = {"id": f"{number}", "file": f"{number}.mp4", "caption": "a", "reason": None, "seconds": 10.0}
+        draft.add(facts | {"kept": split is not None, "latents": latents, "split": split})
+    draft.check_longest(("base.window", 40))
     with pytest.raises(ValueError, match=r"base\.window is 45 latents, so 177 frames, but the longest training clip has 40 latents"):
-        check_longest(clips, ("base.window", 45))
+        draft.check_longest(("base.window", 45))
