@@ -331,14 +331,14 @@ def paint_truth(truth: Mapping[str, Any], unit: int) -> UInt8[np.ndarray, "R C 3
 
 def measure_diversity(maps: list[dict[int, np.ndarray]], skies: list[str]) -> float | None:
     """Average the landmark distance between videos of the same sky at equal headings; None when no two can be compared."""
-    distances = [
-        float(np.abs(maps[i][b] - maps[j][b]).mean())
-        for i in range(len(maps))
-        for j in range(i)
-        if skies[i] == skies[j]
-        for b in sorted(maps[i].keys() & maps[j].keys())
-    ]
-    return float(np.mean(distances)) if distances else None
+    seen = np.full((len(maps), BINS, 3 * len(range(32)[worlds.LANDMARK_ROWS])), np.nan)  # nan: a heading that the video never shows
+    for colours, one in zip(seen, maps, strict=True):
+        for b, colour in one.items():
+            colours[b] = colour.ravel()
+    pairs = [np.abs(seen[i] - seen[[j for j in range(i) if skies[j] == skies[i]]]).mean(axis=-1).ravel() for i in range(len(maps))]
+    distances = np.concatenate([np.empty(0), *pairs])
+    distances = distances[~np.isnan(distances)]
+    return float(distances.mean()) if len(distances) else None
 
 
 def heading_perplexity(headings: list[Float[np.ndarray, " V"]]) -> float:

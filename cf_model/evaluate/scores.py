@@ -101,19 +101,22 @@ def score_recall(rows: Sequence[Mapping[str, Any]], truths: Mapping[str, Truth |
     recall_error_NN is the error at noise level 0.NN with the whole memory, slow_gain_NN the error without the slow part minus that.
     """
     errors: dict[tuple[str, str, float], dict[bool, float]] = defaultdict(dict)
+    columns: dict[tuple[Any, ...], np.ndarray] = {}  # of a clip, the same for all systems with such a memory
     for row in rows:
         if truth := truths.get(row["clip"]):
             error = np.array(row["error"])  # [K, H, W]
-            layout = {name: row[name] for name in ("start", "chunk", "sink", "fast")}
-            chosen = oracle.select_slow_columns(np.array(truth["heading"]), **layout, frames=len(error), columns=error.shape[2], time=TIME)
+            layout = {name: row[name] for name in ("start", "chunk", "sink", "fast")} | {"frames": len(error), "columns": error.shape[2]}
+            if (key := (row["clip"], *layout.values())) not in columns:
+                columns[key] = oracle.select_slow_columns(np.array(truth["heading"]), **layout, time=TIME)
+            chosen = columns[key]
             if chosen.any():
                 landmarks = error[:, error.shape[1] * oracle.LANDMARK_TOP // 32]
                 errors[row["system"], row["clip"], row["sigma"]][row["slow"]] = float(landmarks[chosen].mean())
     cells = []
     for (system, clip, sigma), found in errors.items():
-        key = {"suite": "recall", "system": system, "prompt": "", "clip": clip, "seed": 0, "file": clip}
+        about = {"suite": "recall", "system": system, "prompt": "", "clip": clip, "seed": 0, "file": clip}
         for name, value in (("recall_error", found[True]), ("slow_gain", found[False] - found[True])):
-            cells.append(key | {"metric": f"{name}_{round(100 * sigma)}", "value": value})
+            cells.append(about | {"metric": f"{name}_{round(100 * sigma)}", "value": value})
     return cells
 
 

@@ -124,7 +124,7 @@ def test_the_manifest_in_a_file_is_the_manifest_in_memory(clips: list[tuple[Any,
 
 def test_rows_are_written_as_they_were_judged(tmp_path: Path) -> None:
     draft = ManifestDraft(open_scratch(tmp_path))
-    row = {"id": "a", "file": "a.mp4", "caption": "«мост»\u2028\"", "latents": None, "seconds": None}
+    row = {"id": "a", "file": "a.mp4", "caption": '«мост»\u2028"', "latents": None, "seconds": None}
     rows = [row | {"kept": False, "reason": "unreadable", "rule": "a", "split": None, "values": {"cut": 0.1}} for _ in range(3)]
     draft.add(*rows)
     draft.write(tmp_path / "manifest.jsonl")
