@@ -206,8 +206,7 @@ def list_jobs(params: Params, clips: Latents) -> Iterator[VideoJob]:
             for seed in g.seeds:
                 yield VideoJob("prompts", name, system, number, seed, prompt, None if row is None else clips.clips[row]["id"], None)
     for name, system in g.continuations.items():
-        beside = system.weights == "causal_init" or system.memory is not None
-        for number, clip in enumerate(heldout[: min(g.continued, g.continued_beside) if beside else g.continued]):
+        for number, clip in enumerate(heldout[: g.count_continued(name)]):
             prefix = clips.window([clip], [0], g.prefix)
             yield VideoJob("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
 

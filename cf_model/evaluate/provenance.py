@@ -35,7 +35,7 @@ def list_provenance(
 def count_expected(params: Any) -> int:
     """Return the number of videos that params.yaml asks for, real ones not counted."""
     asked = params.generate
-    return len(asked.systems) * asked.prompts * len(asked.seeds) + len(asked.continuations) * (asked.continued or 0)
+    return len(asked.systems) * asked.prompts * len(asked.seeds) + sum(asked.count_continued(name) for name in asked.continuations)
 
 
 def list_warnings(params: Any, index: Sequence[Row], results: Results, failed: Sequence[str]) -> list[str]:

@@ -194,6 +194,12 @@ class Generate(Section):
     systems: dict[str, System]  # text to video
     continuations: dict[str, System]  # of a real prefix
 
+    def count_continued(self, name: str) -> int:
+        """Return how many held-out clips a system of `continuations` goes on from, where there are as many."""
+        system = self.continuations[name]
+        beside = system.weights == "causal_init" or system.memory is not None
+        return min(self.continued, self.continued_beside) if beside else self.continued
+
 
 class Evaluate(Section):
     """Settings of the metrics."""

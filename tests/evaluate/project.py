@@ -50,7 +50,7 @@ def make_params(profile: str = "tiny", source: str = "worlds", shown: Literal["m
         teacher=tiny.teacher,
         stage2=replace(tiny.stage2, teacher=replace(tiny.stage2.teacher, context=shown)),
         generate=types.Generate.model_construct(
-            prompts=10, continued=10, prefix=11, seeds=[0, 1], systems=systems, continuations=continuations
+            prompts=10, continued=10, continued_beside=10, prefix=11, seeds=[0, 1], systems=systems, continuations=continuations
         ),
         evaluate=types.Evaluate.model_construct(gap=5.0, resamples=200, choices=4),
     )

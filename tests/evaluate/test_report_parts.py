@@ -16,7 +16,7 @@ from cf_model.data.contact_sheet import HEIGHT, draw_clips
 from cf_model.evaluate.cases import choose_cases
 from cf_model.evaluate.page import list_failures
 from cf_model.evaluate.planes import draw_planes, list_plane_rows, measure_drift
-from cf_model.evaluate.provenance import list_provenance, list_warnings
+from cf_model.evaluate.provenance import count_expected, list_provenance, list_warnings
 from cf_model.evaluate.report import Results, describe_metric
 from cf_model.evaluate.rule_histograms import list_bins, sort_by_fate
 from cf_model.evaluate.twins import build_twins
@@ -133,3 +133,11 @@ def test_failures_are_counted_by_video_and_lead_to_the_page() -> None:
     made = list_failures(rows, [row("s", k) for k in range(4)], galleries, searched=True)
     assert made["table"][0]["kinds"] == {"stall": 2} and made["table"][0]["videos"] == 4
     assert [entry["place"] for entry in made["rows"]] == ["prompts-0", None, None]
+
+
+def test_systems_beside_the_students_are_expected_with_fewer_clips() -> None:
+    """Two of the project's five continuations have a memory of their own."""
+    params = make_params()
+    whole = count_expected(params)
+    fewer = params.model_copy(update={"generate": params.generate.model_copy(update={"continued_beside": 4})})
+    assert whole - count_expected(fewer) == 2 * 6
