@@ -8,11 +8,10 @@ time are compared block by block. So a collection is searched in time that grows
 from __future__ import annotations
 
 import sqlite3
-from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int64, UInt8, UInt16
+from jaxtyping import Int64, UInt8
 
 from .measures import SIGNATURE_RATE
 from .scratch import open_scratch
@@ -40,26 +39,33 @@ class Likeness:
 
 @dataclass
 class DuplicateIndex:
-    """Signatures of the accepted clips and the words of their pictures, in a database. In memory are 2 bytes for each possible word,
-    half a MiB however many clips there are, and during a search 8 bytes for each picture that shares a word.
+    """Signatures of the accepted clips and the words of their pictures, in a database; in memory is only what a search finds: 8 bytes for
+    each picture that shares a word.
     """
 
     database: sqlite3.Connection = field(default_factory=open_scratch)
-    pictures: UInt16[np.ndarray, " W"] = field(default_factory=lambda: np.zeros(WORDS << 16, np.uint16))  # of each word, to CROWDED + 1
 
     def __post_init__(self) -> None:
         self.database.execute("CREATE TABLE clips (number INTEGER PRIMARY KEY, name TEXT, signature BLOB)")  # at whole seconds
-        self.database.execute("CREATE TABLE words (word, clip, second, PRIMARY KEY (word, clip, second)) WITHOUT ROWID")
+        # a word's pictures, 8 bytes each, up to CROWDED + 1: the clip's number above SHIFT_BITS, minus where it stands in the clip
+        self.database.execute("CREATE TABLE words (word INTEGER PRIMARY KEY, pictures BLOB)")
 
     def add(self, name: str, signature: Signature) -> None:
         """Add an accepted clip."""
         seconds = signature[::SIGNATURE_RATE]
-        clip = self.database.execute("INSERT INTO clips (name, signature) VALUES (?, ?)", (name, seconds.tobytes())).lastrowid
+        self.database.execute("INSERT INTO clips (name, signature) VALUES (?, ?)", (name, seconds.tobytes()))
+        ((clip,),) = self.database.execute("SELECT last_insert_rowid()")
         places, words = list_words(seconds)
-        for second, word in zip(places.repeat(WORDS).tolist(), words.ravel().tolist(), strict=True):
-            if self.pictures[word] <= CROWDED:
-                self.pictures[word] += 1
-                self.database.execute("INSERT INTO words VALUES (?, ?, ?)", (word, clip, second))
+        for word in np.unique(words).tolist():
+            pictures = (clip << SHIFT_BITS) - SIGNATURE_RATE * places[(words == word).any(axis=1)]
+            if (room := CROWDED + 1 - len(before := self._read_pictures(word))) > 0:
+                stored = np.concatenate([before, pictures[:room]]).tobytes()
+                self.database.execute("INSERT OR REPLACE INTO words VALUES (?, ?)", (word, stored))
+
+    def _read_pictures(self, word: int) -> Int64[np.ndarray, " N"]:
+        """Read the pictures of a word, clip after clip."""
+        row = self.database.execute("SELECT pictures FROM words WHERE word = ?", (word,)).fetchone()
+        return np.frombuffer(row[0] if row else b"", np.int64)
 
     def find_closest(self, signature: Signature) -> Likeness | None:
         """Return the accepted clip that a clip resembles most, at the best distance in time; None if none resembles it at all."""
@@ -72,14 +78,12 @@ class DuplicateIndex:
 
     def _find_shared(self, mine: Signature) -> list[tuple[int, int]]:
         """Return (clip, how many pictures after `mine` it begins) of those that share most words, the first found first among equals."""
-        found = array("q")
         places, words = list_words(mine)
-        telling = (self.pictures[words] > 0) & (self.pictures[words] <= CROWDED)
-        look_up = "SELECT clip, second FROM words WHERE word = ? ORDER BY clip, second"
-        for place, word in zip(np.repeat(places, telling.sum(1)).tolist(), words[telling].tolist(), strict=True):
-            pictures = self.database.execute(look_up, (word,))
-            found.extend((clip << SHIFT_BITS) + place - SIGNATURE_RATE * second for clip, second in pictures)
-        keys, firsts, shared = np.unique(np.array(found, np.int64), return_index=True, return_counts=True)
+        found = [np.empty(0, np.int64)]
+        for place, word in zip(places.repeat(WORDS).tolist(), words.ravel().tolist(), strict=True):
+            if len(pictures := self._read_pictures(word)) <= CROWDED:
+                found.append(pictures + place)
+        keys, firsts, shared = np.unique(np.concatenate(found), return_index=True, return_counts=True)
         enough = np.flatnonzero(shared >= LEAST_SHARED)
         most = enough[np.lexsort((firsts[enough], -shared[enough]))][:COMPARED]
         half = 1 << (SHIFT_BITS - 1)
