@@ -64,7 +64,7 @@ def draw_signature(rng: np.random.Generator, pictures: np.ndarray) -> np.ndarray
     return np.clip(drawn + rng.integers(-2, 3, drawn.shape), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("crowded", "compared"), [(2000, 24), (25, 3)])
+@pytest.mark.parametrize(("crowded", "compared"), [(2000, 24), (25, 3), (1, 24)])
 def test_the_search_in_a_file_is_the_search_in_memory(crowded: int, compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "CROWDED", crowded)
     monkeypatch.setattr(duplicates, "COMPARED", compared)
@@ -80,7 +80,7 @@ def test_the_search_in_a_file_is_the_search_in_memory(crowded: int, compared: in
             assert ours.find_closest(signature) == found[-1]
             theirs.add(f"clip-{number}", signature)
             ours.add(f"clip-{number}", signature)
-    assert sum(one is not None for one in found) > 30 and any(one and one.mirrored for one in found) and None in found
+    assert any(found) and None in found and (crowded == 1 or any(one and one.mirrored for one in found))
 
 
 def split_in_memory(rows: list[dict[str, Any]], heldout: int, latents: int) -> None:
