@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cf_model.data import duplicates
 from cf_model.data.clip_manifest import ManifestDraft
@@ -64,7 +62,7 @@ def draw_signature(rng: np.random.Generator, pictures: np.ndarray) -> np.ndarray
     return np.clip(drawn + rng.integers(-2, 3, drawn.shape), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("crowded", "compared"), [(2000, 24), (25, 3)])
+@pytest.mark.parametrize(("crowded", "compared"), [(2000, 24), (25, 3), (1, 24)])
 def test_the_search_in_a_file_is_the_search_in_memory(crowded: int, compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "CROWDED", crowded)
     monkeypatch.setattr(duplicates, "COMPARED", compared)
@@ -80,7 +78,7 @@ def test_the_search_in_a_file_is_the_search_in_memory(crowded: int, compared: in
             assert ours.find_closest(signature) == found[-1]
             theirs.add(f"clip-{number}", signature)
             ours.add(f"clip-{number}", signature)
-    assert sum(one is not None for one in found) > 30 and any(one and one.mirrored for one in found) and None in found
+    assert any(found) and None in found and (crowded == 1 or any(one and one.mirrored for one in found))
 
 
 def split_in_memory(rows: list[dict[str, Any]], heldout: int, latents: int) -> None:
@@ -93,15 +91,14 @@ def split_in_memory(rows: list[dict[str, Any]], heldout: int, latents: int) -> N
         row["split"] = "heldout" if row["file"] in chosen else "train"
 
 
-CLIP = st.tuples(st.sampled_from(["frozen", "blurred", "aesthetic", None, None]), st.integers(0, 4), st.integers(0, 9), st.integers(1, 9))
-
-
-@settings(max_examples=40)
-@given(clips=st.lists(CLIP, max_size=25), heldout=st.integers(0, 12), latents=st.integers(1, 8))
-def test_the_manifest_in_a_file_is_the_manifest_in_memory(clips: list[tuple[Any, ...]], heldout: int, latents: int) -> None:
+@pytest.mark.parametrize("seed", range(40))
+def test_the_manifest_in_a_file_is_the_manifest_in_memory(seed: int) -> None:
     """Its rows in their order, the split, and the counts; captions and files are shared by several clips."""
-    draft, rows = ManifestDraft(), []
-    for number, (reason, caption, file, length) in enumerate(clips):
+    draft, rows, rng = ManifestDraft(), [], np.random.default_rng(seed)
+    heldout, latents, clips = (int(rng.integers(most)) for most in (8, 6, 26))
+    for number in range(clips):
+        reason = ("frozen", "blurred", "aesthetic", None, None, None)[rng.integers(6)]
+        caption, file, length = (int(rng.integers(least, most)) for least, most in ((0, 5), (0, 30), (1, 10)))
         row = {"id": f"clip-{number}", "file": f"{file}.mp4", "caption": f"«{caption}»\u2028", "latents": length, "seconds": length / 3}
         row |= {"kept": reason is None, "reason": reason, "rule": "a", "split": None, "values": {"cut": 0.1, "a": float("nan")}}
         rows.append(row)
