@@ -21,6 +21,7 @@ OF_THAT_PATH = {
     "tests/breaks.py",
     "tests/data/test_latents.py",
     "tests/model/test_denoiser.py",
+    "tests/model/test_fast_paths.py",
     "tests/model/test_umt5.py",
     "tests/model/test_wan_codec.py",
     "tests/test_half_precision.py",

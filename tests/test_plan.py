@@ -250,7 +250,7 @@ def test_a_stage_is_refused_before_it_leaves_a_trace(tmp_path: Path, monkeypatch
     assert {path.name for path in tmp_path.iterdir()} == {"params.yaml", "dvc.yaml", "data", "models"}
     assert not Path("models/base").exists()
     monkeypatch.setenv("CF_IGNORE_PLAN", "1")
-    with pytest.raises(ValueError, match=r"data/latents has no index\.json"):
+    with pytest.raises(ValueError, match=r"data/latents has no index\.parquet"):
         cf.main(words)
 
 

@@ -120,7 +120,7 @@ def format_plan(p: Params, machine: Hardware) -> str:
         "",
         *table.format_times(stages, machine),
         f"latents of a clip: {format_bytes(clip.clip_bytes)}; {all_clips}",
-        f"the paper's {PAPER_CLIPS:,} clips: {clip.format_line(PAPER_CLIPS, machine)}; reading and decoding videos not counted",
+        f"the paper's {PAPER_CLIPS:,} clips: {clip.format_line(PAPER_CLIPS, machine)} without decoding",
         "",
         *table.format_memory(stages, machine),
     ]

@@ -110,7 +110,7 @@ def test_all_results_come_from_the_cells_alone(tmp_path: Path) -> None:
     curves = (out / "curves.csv").read_bytes()
     assert first["prompts"]["real"]["videos"] == 3 and first["prompts"]["real"]["sky_accuracy"] > 0.9 and b"sky_error,0.0" in curves
     cells = expand_lines(map(json.loads, (out / "cells.jsonl").read_text().splitlines()), "x")
-    assert {cell["protocol"] for cell in cells} == {"world/1,fps=16,gap=5,absence=2,sink=3"}
+    assert {cell["protocol"] for cell in cells} == {"vbench", "world/1,fps=16,gap=5,absence=2,sink=3"}
     assert len({cell["md5"] for cell in cells if cell["file"]}) == 3
     (out / "curves.csv").unlink()
     assert evaluate.derive_results(params, out) == first and (out / "curves.csv").read_bytes() == curves

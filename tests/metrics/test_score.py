@@ -155,8 +155,8 @@ def test_a_judge_that_is_down_makes_failed_cells_that_the_next_start_asks_again(
 ) -> None:
     listed = manifest(tmp_path / "manifest.jsonl", {"file": "still.mp4"})
     scored = []
-    real = scoring.score_file
-    monkeypatch.setattr(scoring, "score_file", lambda reader, path, *rest: scored.append(path.name) or real(reader, path, *rest))
+    real = scoring.decode_trace
+    monkeypatch.setattr(scoring, "decode_trace", lambda reader, path, *rest: scored.append(path.name) or real(reader, path, *rest))
     words = ("--videos", folder, "--manifest", listed, "--out", tmp_path / "scores.jsonl", "--judge-model", "m")
     for times in (1, 2):
         judged = [cell for cell in run(*words, "--judge", "http://127.0.0.1:9/v1") if "visual_stability" in cell["metric"]]

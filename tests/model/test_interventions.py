@@ -54,7 +54,7 @@ def test_the_effect_is_what_is_above_chance_and_the_context_the_longest_lag_that
     rows = [row(0.0, k, 0.4, 0.2) for k in range(8)] + [row(4.0, k, 0.3, 0.1 if k < 6 else -0.3) for k in range(8)]
     rows += [row(8.0, k, 0.2, -0.2) for k in range(8)]
     cells = scores.score_interventions(rows)
-    found = scores.summarise_systems(cells, {}, resamples=500, seed=0)["recall"]["stage2"]
+    found = scores.summarise_systems(cells, resamples=500, seed=0)["recall"]["stage2"]
     assert found == {"context_effect_0s": 0.5, "context_effect_4s": 0.375, "context_effect_8s": 0.0, "effective_context": 4.0}
-    nothing = scores.summarise_systems(cells[16:], {}, resamples=500, seed=0)["recall"]["stage2"]
+    nothing = scores.summarise_systems(cells[16:], resamples=500, seed=0)["recall"]["stage2"]
     assert nothing == {"context_effect_8s": 0.0}, "no lag has an effect, so there is no effective context"
