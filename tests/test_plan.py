@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import tasks.__main__ as cf
-from cf_model.plan import fit, hardware
+from cf_model.plan import fit, hardware, need
 from cf_model.plan.need import StageNeed
 from tasks.commands import plan, preset
 from tasks.files.videos import VIDEO_SUFFIXES
@@ -86,7 +86,7 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> N
 def test_every_preset_can_be_planned() -> None:
     stated = yaml_file.read_yaml(WAN)
     params = {name: load.validate_params(preset.apply_preset(stated, name), WAN) for name in preset.list_files("preset")}
-    made = {name: plan.estimate_needs(p)["stage2"] for name, p in params.items()}
+    made = {name: need.estimate_student(p.stage2, plan.estimate_costs(p), p.teacher.view) for name, p in params.items()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"
     assert made["cf_memoryless_teacher"].operations < made["cf_default"].operations, "scores without a context are cheaper"
@@ -166,7 +166,7 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
     assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(one.checkpoint, rel=0.01)
     wan.save_transformer(made, tmp_path / "out")
     written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
-    assert written == pytest.approx(plan.estimate_disk(tiny, "base")["out"], rel=0.01)
+    assert written == pytest.approx(plan.estimate_disk(tiny, "base", one)["out"], rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- the refusal

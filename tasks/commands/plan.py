@@ -63,9 +63,9 @@ def estimate_needs(p: Params) -> dict[str, StageNeed]:
     return needs | {stage: need.estimate_student(getattr(p, stage), one, view) for stage in ("stage1", "stage2")}
 
 
-def estimate_disk(p: Params, stage: str) -> dict[str, float]:
+def estimate_disk(p: Params, stage: str, one: StageNeed) -> dict[str, float]:
     """Return the bytes that a training stage writes: its out, and checkpoints, the newest ones and the one being written."""
-    one, saves = estimate_needs(p)[stage], int(getattr(p, stage).save_every) < getattr(p, stage).steps
+    saves = int(getattr(p, stage).save_every) < getattr(p, stage).steps
     return {"out": 4.0 * estimate_costs(p).parameters, "checkpoints": (CHECKPOINTS_TO_KEEP + 1.0) * one.checkpoint if saves else 0.0}
 
 
@@ -85,7 +85,7 @@ def count_clips(p: Params) -> int:
 def forecast_stages(p: Params, machine: Hardware) -> list[dict[str, Any]]:
     """Return a row for each training stage."""
     needs = estimate_needs(p).items()
-    return [table.forecast_stage(stage, one, machine, estimate_disk(p, stage), p.engine.micro_batch) for stage, one in needs]
+    return [table.forecast_stage(stage, one, machine, estimate_disk(p, stage, one), p.engine.micro_batch) for stage, one in needs]
 
 
 def estimate_checkpointed(p: Params, stage: str) -> StageNeed | None:
@@ -105,7 +105,7 @@ def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:
     split = WorkSplit.from_engine(p.engine, one.batch, ranks, gpu=gpu)
     with refuse_errors("; CF_IGNORE_PLAN=1 starts it all the same"):
         refuse_memory(stage, one, estimate_checkpointed(p, stage), free, where, split)
-        refuse_disk(stage, estimate_disk(p, stage), out, work)
+        refuse_disk(stage, estimate_disk(p, stage, one), out, work)
 
 
 def format_plan(p: Params, machine: Hardware) -> str:
