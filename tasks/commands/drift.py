@@ -10,9 +10,13 @@ from tasks.files.json_lines import read_json_lines, write_json
 from tasks.params.load import load_params
 from tasks.params.yaml_file import Refused
 
+EXAMPLES = """examples, after the stages clips and filter have read the folder:
+  ls videos/tonight-*.mp4 | xargs -n1 basename > new.txt && cf drift --new new.txt --out drift.html"""
+
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf drift", description=__doc__)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("cf drift", description=__doc__, epilog=EXAMPLES, formatter_class=form)
     parser.add_argument("--new", type=Path, required=True, help="text file: names of the new clips in clips.folder, one a line")
     parser.add_argument("--manifest", type=Path, default=Path("data/manifest.jsonl"), help="default: data/manifest.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="the page; NAME.json beside it has its numbers")
