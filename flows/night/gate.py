@@ -16,8 +16,9 @@ from tasks.files.words import count_things
 
 # metrics of the stage evaluate (cf_model/evaluate/scores.py) that compare a video with what its clip was rendered from
 NEED_TRUTH = (
-    *("compass_coherence", "diversity", "heading_perplexity", "headings_covered", "jitter", "map_error", "map_error_absent"),
-    *("map_error_recent", "memory_ratio", "other_heading", "same_heading", "shape_accuracy", "sky_accuracy", "sky_error", "speed"),
+    *("compass_coherence", "diversity", "heading_error", "heading_perplexity", "headings_covered", "hills_readable", "identity_2s"),
+    *("identity_4s", "identity_8s", "jitter", "map_error", "map_error_absent", "map_error_recent", "match_quality", "memory_ratio"),
+    *("other_heading", "place_error", "revisit_skill", "same_heading", "shape_accuracy", "sky_accuracy", "sky_error", "speed"),
     *("sprite_precision", "sprite_recall"),
 )
 
