@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import fisher_exact, ks_2samp
 
+from .rule_histograms import BINS, frame_bars
+from .statistics import correct_by_holm
+
 CHANCE = 0.01  # that any finding of a night is named though nothing has changed (Holm over all findings)
 LEAST_MOVED = 0.25  # of the largest distance between the distribution functions, and of shares; less is significant only in large sets
 FEWEST = 5  # clips on either side; of fewer nothing can be said
-BINS, WIDTH, HEIGHT = 24, 320, 70
+WIDTH, HEIGHT = 320, 70  # pixels of a drawing
 Row = Mapping[str, Any]
 
 
@@ -29,14 +32,14 @@ def compare_clips(manifest: Sequence[Row], new: set[str], bounds: Mapping[str, t
     before = [row for row in manifest if row.get("source") not in new]
     findings = []
     for reason, (name, _, bound) in bounds.items():
-        values, known = (
+        values, training = (
             [float(row["values"][reason]) for row in rows if row["kept"] and reason in (row.get("values") or {})]
             for rows in (tonight, before)
         )
-        if min(len(values), len(known)) >= FEWEST:
-            test = ks_2samp(values, known)
-            about = f"the median {name} is {np.median(values):.4g}, and {np.median(known):.4g} in the training set"
-            findings.append(_describe(reason, "values", about, test.statistic, test.pvalue) | {"svg": draw_pair(values, known, bound)})
+        if min(len(values), len(training)) >= FEWEST:
+            test = ks_2samp(values, training)
+            about = f"the median {name} is {np.median(values):.4g}, and {np.median(training):.4g} in the training set"
+            findings.append(_describe(reason, "values", about, test.statistic, test.pvalue) | {"svg": draw_pair(values, training, bound)})
     for reason in sorted({row["reason"] for row in manifest if row["reason"]}):
         if min(len(tonight), len(before)) >= FEWEST:
             counts = [sum(row["reason"] == reason for row in rows) for rows in (tonight, before)]
@@ -53,10 +56,8 @@ def _describe(reason: str, what: str, about: str, moved: float, chance: float) -
 
 def mark_drift(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add `drifted` to each finding: moved by LEAST_MOVED at least, and by no chance, at level CHANCE over all findings (Holm)."""
-    significant = True
-    for rank, finding in enumerate(sorted(findings, key=lambda one: one["p"])):
-        significant = significant and finding["p"] <= CHANCE / (len(findings) - rank)
-        finding["drifted"] = bool(significant and finding["moved"] >= LEAST_MOVED)
+    for finding, chance in zip(findings, correct_by_holm([one["p"] for one in findings]), strict=True):
+        finding["drifted"] = bool(chance <= CHANCE and finding["moved"] >= LEAST_MOVED)
     return sorted(findings, key=lambda one: (-one["drifted"], -one["moved"], one["reason"]))
 
 
@@ -70,11 +71,11 @@ def say_drift(findings: Sequence[Row], clips: int) -> str:
     return f"tonight's {clips} clips are like the training set by all {len(findings)} comparisons"
 
 
-def draw_pair(values: Sequence[float], known: Sequence[float], bound: float) -> str:
+def draw_pair(values: Sequence[float], training: Sequence[float], bound: float) -> str:
     """Draw how both sets lie, as shares of each, with the threshold as a line: the training set grey, tonight's clips blue."""
-    low, high = min(*values, *known, bound), max(*values, *known, bound)
+    low, high = min(*values, *training, bound), max(*values, *training, bound)
     span = (high - low) or 1.0
-    shares = [np.histogram(one, BINS, (low, low + span))[0] / len(one) for one in (known, values)]
+    shares = [np.histogram(one, BINS, (low, low + span))[0] / len(one) for one in (training, values)]
     most, step = max(share.max() for share in shares), WIDTH / BINS
     bars = "".join(
         f'<rect x="{k * step + 1 + 5 * which:.1f}" y="{HEIGHT * (1 - share / most):.1f}" width="5" height="{HEIGHT * share / most:.1f}" '
@@ -83,10 +84,7 @@ def draw_pair(values: Sequence[float], known: Sequence[float], bound: float) -> 
         for k, share in enumerate(one)
         if share
     )
-    at = WIDTH * (bound - low) / span
-    ends = f'<text x="0" y="{HEIGHT + 11}">{low:.3g}</text><text x="{WIDTH}" y="{HEIGHT + 11}" text-anchor="end">{high:.3g}</text>'
-    line = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{HEIGHT}" stroke="#d33"/>'
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 14}" width="{WIDTH}" font-size="9" fill="currentColor">{bars}{line}{ends}</svg>'
+    return frame_bars(bars, low, high, bound, width=WIDTH, height=HEIGHT)
 
 
 def draw_page(findings: Sequence[Row], sentence: str) -> str:
@@ -98,6 +96,7 @@ def draw_page(findings: Sequence[Row], sentence: str) -> str:
     )
     style = (
         ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:2rem;max-width:80rem}"
+        f"svg{{width:{WIDTH}px}}"
         "th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;border-bottom:1px solid #8884}.drifted th{color:#d33}"
     )
     heads = "".join(f"<th>{head}</th>" for head in ("rule", "of", "moved", "p", "", "grey: training set; blue: tonight; red: threshold"))

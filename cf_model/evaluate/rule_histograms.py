@@ -59,7 +59,7 @@ def list_bins(manifest: Sequence[Mapping[str, Any]], bounds: Mapping[str, tuple[
 
 def draw_histogram(values: Sequence[float], bound: float) -> str:
     """Draw how values lie, with the threshold as a line; the same values give the same text."""
-    counts, low, span = count_bins(values, bound)
+    counts, low, _ = count_bins(values, bound)
     high = max(*values, bound)
     step = WIDTH / BINS
     bars = "".join(
@@ -68,10 +68,15 @@ def draw_histogram(values: Sequence[float], bound: float) -> str:
         for k, count in enumerate(counts)
         if count
     )
-    at = WIDTH * (bound - low) / span
-    line = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{HEIGHT}" stroke="#d33" stroke-width="1.5"/>'
-    ends = f'<text x="0" y="{HEIGHT + 11}">{low:.3g}</text><text x="{WIDTH}" y="{HEIGHT + 11}" text-anchor="end">{high:.3g}</text>'
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 14}" font-size="9" fill="currentColor">{bars}{line}{ends}</svg>'
+    return frame_bars(bars, low, high, bound, width=WIDTH, height=HEIGHT)
+
+
+def frame_bars(bars: str, low: float, high: float, bound: float, *, width: int, height: int) -> str:
+    """Return a drawing of bars over the values from `low` to `high`, with both ends written below and the threshold as a line."""
+    at = width * (bound - low) / ((high - low) or 1.0)
+    line = f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height}" stroke="#d33" stroke-width="1.5"/>'
+    ends = f'<text x="0" y="{height + 11}">{low:.3g}</text><text x="{width}" y="{height + 11}" text-anchor="end">{high:.3g}</text>'
+    return f'<svg viewBox="0 0 {width} {height + 14}" font-size="9" fill="currentColor">{bars}{line}{ends}</svg>'
 
 
 def sort_by_fate(manifest: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -18,7 +18,7 @@ from PIL import Image
 from cf_model.folder import PIPELINE_CLASS, RECIPE_FILE, read_json
 from cf_model.pipeline import ContextForcingPipeline
 
-from .known import KNOWN, SystemFacts
+from .system_facts import SYSTEMS, SystemFacts
 
 Video = UInt8[np.ndarray, "V Y X 3"]
 
@@ -58,7 +58,7 @@ class NativeSystem:
 
 
 class DiffusersSystem:
-    """A pipeline of diffusers with the settings of KNOWN; `changes` are keywords of its call that replace those."""
+    """A pipeline of diffusers with the settings of SYSTEMS; `changes` are keywords of its call that replace those."""
 
     def __init__(self, facts: SystemFacts, pipeline: Any, changes: Mapping[str, Any]) -> None:
         self.facts, self.pipeline, self.fps = facts, pipeline, facts.fps
@@ -117,13 +117,13 @@ def identify_system(name: str, weights: Path) -> tuple[SystemFacts | None, int]:
     kind = read_json(index).get("_class_name") if index.is_file() else None
     if kind == PIPELINE_CLASS:
         return None, int(read_json(weights / RECIPE_FILE)["fps"])
-    facts = KNOWN.get(name)
+    facts = SYSTEMS.get(name)
     if facts is None or facts.adapter != "diffusers":
-        known = ", ".join(key for key, one in KNOWN.items() if one.adapter == "diffusers")
+        names = ", ".join(key for key, one in SYSTEMS.items() if one.adapter == "diffusers")
         why = {
             "folder": "its videos are made by its own code; score them by `cf score --videos DIR --manifest FILE`",
             "published": "only printed numbers of it are here",
-        }.get(facts.adapter if facts else "", f"{weights} is no model of this project, and pipelines of diffusers are {known}")
+        }.get(facts.adapter if facts else "", f"{weights} is no model of this project, and pipelines of diffusers are {names}")
         raise ValueError(f"--system {name} makes no videos here: {why}")
     if kind != facts.pipeline:
         raise ValueError(f"--weights {weights} holds {kind or 'no model_index.json'}, and {name} needs a {facts.pipeline}: {facts.weights}")

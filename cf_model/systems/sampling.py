@@ -13,7 +13,7 @@ import numpy as np
 from cf_model.data.prompts import iterate_prompts
 from cf_model.evaluate.published import find_published
 
-from .known import KNOWN
+from .system_facts import SYSTEMS
 
 Subset = Literal["smoke", "nightly", "paper", "all"]
 SUBSETS: Mapping[Subset, tuple[int | None, int]] = {  # prompts and seeds; None: all prompts
@@ -88,7 +88,7 @@ def list_tasks(prompts: PromptSet, subset: Subset) -> list[VideoTask]:
 
 def find_rate(system: str) -> float | None:
     """Return a system's printed throughput in frames a second (Context Forcing, Table 2), or None."""
-    facts = KNOWN.get(system)
+    facts = SYSTEMS.get(system)
     printed = find_published("context-forcing", "2", None).get(facts.printed or "") if facts else None
     return printed["frames_a_second"] if printed else None
 
@@ -107,7 +107,7 @@ def refuse_request(
     system: str, weights: Path, tasks: Sequence[VideoTask], seconds: float, rate: float | None, first_frames: Path | None
 ) -> None:
     """Raise ValueError for what can be refused before weights are read. `first_frames` holds PROMPT_ID.png for systems that need them."""
-    facts, ids = KNOWN.get(system), {task.prompt_id for task in tasks}
+    facts, ids = SYSTEMS.get(system), {task.prompt_id for task in tasks}
     if seconds <= 0 or (rate is not None and rate <= 0):
         raise ValueError(f"--seconds is {seconds:g} and --rate {rate}; both are above 0")
     if facts and facts.longest and seconds > facts.longest:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cf_model.systems import adapters
-from cf_model.systems.known import ADAPTERS, KNOWN, write_table
+from cf_model.systems.system_facts import ADAPTERS, SYSTEMS, write_table
 from tests.folders import SIZE, pipeline
 from tests.once import made_once
 from tests.systems.small_pipelines import BUILDERS, write_pipeline
@@ -26,7 +26,7 @@ ASKED = {  # seconds, and the frames that come: the nearest that the codec, or F
 
 
 def test_every_pipeline_has_a_small_one() -> None:
-    assert set(BUILDERS) == {name for name, one in KNOWN.items() if one.adapter == "diffusers"} == set(ASKED)
+    assert set(BUILDERS) == {name for name, one in SYSTEMS.items() if one.adapter == "diffusers"} == set(ASKED)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -43,7 +43,7 @@ def test_a_pipeline_of_diffusers_makes_videos(name: str, tmp_path: Path) -> None
     assert made[0].shape == (frames, 32, 32, 3) and system.count_frames(seconds) == frames and made[0].std() > 1
     assert (made[0] == made[1]).all() and (made[0] != made[2]).any()
     about = system.describe()
-    assert about["pipeline"] == KNOWN[name].pipeline and about["num_inference_steps"] == 2
+    assert about["pipeline"] == SYSTEMS[name].pipeline and about["num_inference_steps"] == 2
     if name == "skyreels-v2":
         assert system.pipeline.scheduler.config.flow_shift == about["flow_shift"] == 8.0  # type: ignore[attr-defined]
         assert system.fps == 24 and about["addnoise_condition"] == 20
@@ -97,6 +97,6 @@ def test_the_page_has_the_table_of_the_code() -> None:
 
 
 def test_every_licence_is_named_and_what_is_not_free_is_not_run() -> None:
-    assert all(one.licence for one in KNOWN.values())
-    assert {one.adapter for one in KNOWN.values() if "NC" in one.licence} == {"published"}
-    assert np.all([one.pipeline is not None for one in KNOWN.values() if one.adapter == "diffusers"])
+    assert all(one.licence for one in SYSTEMS.values())
+    assert {one.adapter for one in SYSTEMS.values() if "NC" in one.licence} == {"published"}
+    assert np.all([one.pipeline is not None for one in SYSTEMS.values() if one.adapter == "diffusers"])

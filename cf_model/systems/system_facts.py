@@ -37,7 +37,7 @@ class SystemFacts:
     remarks: str = ""
 
 
-KNOWN: Mapping[str, SystemFacts] = {
+SYSTEMS: Mapping[str, SystemFacts] = {
     "ltx-video": SystemFacts(
         "diffusers", "Lightricks/LTX-Video", "512x704, 161 frames, 25 fps, 50 steps, guidance 3", "not checked", "LTX-Video",
         "LTXPipeline", (512, 704), 25, 6.5, {"num_inference_steps": 50, "guidance_scale": 3.0, "frame_rate": 25},
@@ -105,7 +105,7 @@ KNOWN: Mapping[str, SystemFacts] = {
 def write_table() -> str:
     """Return the systems as a table in Markdown."""
     rows = ["| system | adapter | weights | settings | licence of the weights | remarks |", "|---|---|---|---|---|---|"]
-    for name, one in KNOWN.items():
+    for name, one in SYSTEMS.items():
         adapter = f"{one.adapter}, {one.pipeline}" if one.pipeline else one.adapter
         rows.append(f"| `{name}` | {adapter} | {one.weights} | {one.settings} | {one.licence} | {one.remarks or '–'} |")
     return "\n".join(rows) + "\n"
