@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cf_model.evaluate.clip_drift import compare_clips, draw_page, say_drift
+from cf_model.evaluate.clip_drift import compare_clips, draw_page, mark_drift, say_drift
 from tasks.commands import drift
 from tasks.params.yaml_file import Refused
 
@@ -66,3 +66,13 @@ def test_the_command_writes_a_page_and_its_numbers(tmp_path: Path, capsys: pytes
     drift.main(words)
     assert json.loads(page.with_suffix(".json").read_text())["sentence"] in capsys.readouterr().out
     assert page.read_text().count("<svg") == 2
+
+
+def test_all_findings_of_a_night_share_the_chance() -> None:
+    """A p of 0.005 names a finding that stands alone, and none among five, whose smallest must be at 0.002."""
+
+    def finding(p: float) -> dict[str, object]:
+        return {"reason": "blur", "p": p, "moved": 0.5}
+
+    assert [one["drifted"] for one in mark_drift([finding(0.005)])] == [True]
+    assert not any(one["drifted"] for one in mark_drift([finding(0.005), *(finding(0.5) for _ in range(4))]))
