@@ -10,10 +10,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from jaxtyping import install_import_hook
 
 from tests.once import shared_folder
 from tests.order import AROUND, SECONDS
+from tests.shapes import check_package
 
 ROOT = Path(__file__).parents[1]
 USED: Counter[str] = Counter()  # file of tests -> seconds of the processor
@@ -25,7 +25,7 @@ os.environ["WANDB_MODE"] = "disabled"  # whatever the shell says; the tests of t
 os.environ["DVC_NO_ANALYTICS"] = "1"
 os.environ["PREFECT_HOME"] = str(shared_folder() / f"prefect-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
 
-install_import_hook("cf_model", "shapes.check")
+check_package("cf_model")
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ours")
 
