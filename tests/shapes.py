@@ -11,12 +11,15 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from types import FunctionType
 from typing import Any
+from unittest.mock import patch
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep3119Exception
+from jaxtyping import _import_hook
 
 CHECKED = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float too, as for mypy
 jaxtyped = jaxtyping.jaxtyped
@@ -104,7 +107,20 @@ def check_shapes(thing: Any = None, *, typechecker: Any = None) -> Any:
     return check_new_calls(thing)
 
 
+class ModuleLoader(_import_hook._JaxtypingLoader):
+    """jaxtyping's, whose name for compiled files holds for a module's own file only, and not while the module is run: what it imports
+    then, which may be the first import of torch and diffusers, would be compiled anew."""
+
+    def get_code(self, fullname: str) -> Any:
+        name = functools.partial(_import_hook._optimized_cache_from_source, self._typechecker.get_hash())
+        with patch("importlib._bootstrap_external.cache_from_source", name):
+            return super().get_code(fullname)
+
+    exec_module = SourceFileLoader.exec_module
+
+
 def check_package(name: str) -> None:
     """Check the shapes of a package that is not imported yet."""
     jaxtyping.jaxtyped = check_shapes
+    _import_hook._JaxtypingLoader = ModuleLoader
     jaxtyping.install_import_hook(name, "shapes.check")
