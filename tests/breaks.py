@@ -8,12 +8,16 @@ break whose text is no longer in its file is an error: rewrite the break with th
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tests.once import SHARED
+from tests.preloaded import python_folder
 
 ROOT = Path(__file__).parent.parent
 MEMORY, SLOW, ROLLOUT, FLOW, VIEW = (f"cf_model/model/{name}.py" for name in ("memory", "slow_part", "rollout", "flow", "view"))
@@ -88,8 +92,10 @@ def run_break(number: int, copy: Path) -> str:
 
 
 def run_tests(copy: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-n0", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(words, cwd=copy, capture_output=True, text=True)
+    """Run them by a python that has torch loaded; what they make for each other, a broken copy must not find."""
+    words = [python_folder() / "python", "-m", "pytest", "-x", "-q", "-rfE", "-n0", "-p", "no:cacheprovider", *tests]
+    environment = {key: value for key, value in os.environ.items() if key != SHARED}
+    return subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True)
 
 
 def main(argv: list[str]) -> None:

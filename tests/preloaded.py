@@ -34,6 +34,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", 
 LIBRARIES += ("yaml", "av", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
 # DVC, which tests of flows start hundreds of times
 LIBRARIES += ("dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.data_sync", "dvc.repo.reproduce", "dvc.stage.run")
+LIBRARIES += ("dvc_s3", "s3fs")
 # what diffusers, transformers and pydantic load only when it is asked for
 LIBRARIES += ("diffusers.models.transformers.transformer_wan", "diffusers.models.autoencoders.autoencoder_kl_wan")
 LIBRARIES += ("diffusers.loaders.single_file_utils", "transformers.models.umt5.modeling_umt5", "pydantic.dataclasses", "torch._dynamo")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.preloaded import python_folder
+
 ROOT = Path(__file__).parent.parent
 PIPELINE = """stages:
   first:
@@ -25,7 +27,7 @@ PIPELINE = """stages:
 
 def dvc(*words: str, at: Path) -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run([sys.executable, "-m", "dvc", *words, "-q"], cwd=at, env=environment, check=True)
+    subprocess.run([python_folder() / "python", "-m", "dvc", *words, "-q"], cwd=at, env=environment, check=True)
 
 
 def flow(at: Path) -> tuple[int, str]:

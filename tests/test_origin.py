@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from tasks.files.hashes import compute_dvc_md5
 from tasks.params import yaml_file
 from tasks.params.project import Project
 from tasks.wandb_log import lineage, run
+from tests.preloaded import python_folder
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def test_the_md5_that_dvc_writes(tmp_path: Path) -> None:
         file = tmp_path / "folder" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(name)
-    for words in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], [sys.executable, "-m", "dvc", "add", "-q", "folder"]):
+    python = python_folder() / "python"
+    for words in (["git", "init", "-q"], [python, "-m", "dvc", "init", "-q"], [python, "-m", "dvc", "add", "-q", "folder"]):
         subprocess.run(words, cwd=tmp_path, check=True)
     (out,) = yaml_file.read_yaml(tmp_path / "folder.dvc")["outs"]
     assert compute_dvc_md5(tmp_path / "folder") == out["md5"]

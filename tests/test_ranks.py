@@ -163,7 +163,7 @@ def test_two_ranks_stopped_in_every_way_end_as_never_stopped(tmp_path: Path) -> 
     os.kill(until(killed, 12, rank=1), signal.SIGKILL)
     began = time.monotonic()
     said = finished(killed, 137)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert "cf toy: rank 1 of 2 was ended by SIGKILL" in said and "Traceback" not in said and began_after(said) == 5
 
     stopped = terminated(folder, 22, CF_RANKS="2")
@@ -171,7 +171,7 @@ def test_two_ranks_stopped_in_every_way_end_as_never_stopped(tmp_path: Path) -> 
     orphaned = start(folder, CF_RANKS="2", SLOW="1")
     until(orphaned, stopped + 5)
     orphaned.kill()
-    assert began_after(orphaned.communicate(timeout=20)[1]) == stopped, "the pipe is closed: no rank outlives its launcher"
+    assert began_after(orphaned.communicate(timeout=120)[1]) == stopped, "the pipe is closed: no rank outlives its launcher"
     finished(start(folder, CF_RANKS="2"), 0)
     finished(whole, 0)
     assert made(folder) == made(tmp_path / "whole")

@@ -64,7 +64,7 @@ def start(project: Path, *words: str, **environment: str) -> subprocess.Popen[st
 
 
 def test_each_stage_has_its_number_and_its_time_on_this_machine(project: Path) -> None:
-    output, errors = (process := start(project, "-f", "-s", "filter")).communicate(timeout=60)
+    output, errors = (process := start(project, "-f", "-s", "filter")).communicate(timeout=300)
     assert process.returncode == 0, errors
     lines = output.splitlines()
     assert lines[:6] == [
@@ -81,11 +81,11 @@ def test_each_stage_has_its_number_and_its_time_on_this_machine(project: Path) -
 
 def test_other_profiles_have_no_times(project: Path) -> None:
     (project / "params.yaml").write_text("profile: smoke\n")
-    assert "\n3 of 14, stage filter\nRunning" in start(project).communicate(timeout=60)[0]
+    assert "\n3 of 14, stage filter\nRunning" in start(project).communicate(timeout=300)[0]
 
 
 def test_a_failure_brings_the_last_outs_back(project: Path) -> None:
-    output, _ = (process := start(project, CODE="255")).communicate(timeout=60)
+    output, _ = (process := start(project, CODE="255")).communicate(timeout=300)
     assert process.returncode == 1 and "diversity" not in output
     assert (project / "asked").read_text().splitlines()[1:] == ["checkout --quiet"]
 
@@ -93,7 +93,7 @@ def test_a_failure_brings_the_last_outs_back(project: Path) -> None:
 def test_a_record_of_locks_that_a_kill_has_torn_is_removed(project: Path) -> None:
     (project / ".dvc/tmp").mkdir(parents=True)
     (project / ".dvc/tmp/rwlock").write_text('{"write": ')
-    output, _ = start(project).communicate(timeout=60)
+    output, _ = start(project).communicate(timeout=300)
     assert output.startswith(".dvc/tmp/rwlock is torn, as a kill or a full disk leaves it: removed")
     assert not (project / ".dvc/tmp/rwlock").exists()
 
@@ -105,7 +105,7 @@ def test_ctrl_c_waits_for_dvc(project: Path) -> None:
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 130 and output.endswith("interrupted\n") and "Traceback" not in errors
     assert (project / "asked").read_text().splitlines()[1:] == ["checkout --quiet"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from test_compare import PARAMS, edit_cells, text, write
 
 from tasks.commands import compare as page
 from tasks.params.yaml_file import Refused
+from tests.preloaded import python_folder
 
 
 def command(root: Path, *words: str) -> None:
@@ -28,7 +28,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two commits whose outs DVC holds, and an experiment on the second; of the first the workspace has nothing left."""
     root = tmp_path_factory.mktemp("repository")
     command(root, "git", "init", "-q")
-    dvc = (sys.executable, "-m", "dvc")
+    dvc = (str(python_folder() / "python"), "-m", "dvc")
     command(root, *dvc, "init", "-q")
     write(root, note="first")
     stages = {"base": "models/base", "generate": "samples", "evaluate": "results"}
@@ -74,7 +74,7 @@ def test_outs_that_only_the_remote_has(repository: Path, monkeypatch: pytest.Mon
     """And of one that nobody has any more, the rest is shown."""
     root = tmp_path / "clone"
     shutil.copytree(repository, root, symlinks=True)
-    dvc = (sys.executable, "-m", "dvc")
+    dvc = (str(python_folder() / "python"), "-m", "dvc")
     command(root, *dvc, "remote", "add", "-q", "--local", "-d", "store", str(tmp_path / "store"))
     command(root, *dvc, "remote", "add", "-q", "--local", "lab", "s3://user:hunter2@bucket/x")
     command(root, *dvc, "remote", "modify", "-q", "--local", "lab", "secret_access_key", "hunter2")

@@ -229,14 +229,14 @@ def hanging() -> subprocess.Popen[str]:
 def test_killed_and_resumed_ends_as_never_killed(end: signal.Signals, project: Path) -> None:
     first = hanging()
     first.send_signal(end)
-    first.wait(timeout=20)
+    first.wait(timeout=120)
     assert first.returncode == (143 if end == signal.SIGTERM else -9)
     (folder,) = Path("work/toy").iterdir()
     assert (folder / "step").read_text() == "4" and not Path("model").exists()
     with (folder / "metrics.jsonl").open("a") as curve:
         curve.write('{"step": 6, "squ')  # a kill in the middle of a row
 
-    assert start().wait(timeout=20) == 0
+    assert start().wait(timeout=120) == 0
     rows = Path("model/metrics.jsonl").read_text()
     assert [json.loads(row) for row in rows.splitlines()] == [{"step": n, "square": n * n} for n in range(1, 7)]
     assert Path("model/metrics.csv").read_text() == "step,square\n" + "".join(f"{n},{n * n}\n" for n in range(1, 7))
@@ -269,7 +269,7 @@ def test_a_second_process_stops_with_one_sentence() -> None:
     first = hanging()
     try:
         second = start()
-        _, said = second.communicate(timeout=20)
+        _, said = second.communicate(timeout=120)
         assert second.returncode == 1
         (folder,) = Path("work/toy").iterdir()
         assert said.strip() == f"{folder} is in use by process {first.pid}; wait for it to end, or end it, and start again"

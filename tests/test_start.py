@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from tests.preloaded import python_folder
+
 ROOT = Path(__file__).parent.parent
 STAGE = f"{sys.executable} -c \"import shutil, sys; shutil.copytree(sys.argv[1], 'models/stage2')\" ${{start.stage2}}"
 
@@ -18,7 +20,8 @@ STAGE = f"{sys.executable} -c \"import shutil, sys; shutil.copytree(sys.argv[1],
 def run(*words: str, cwd: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "GIT_CONFIG_GLOBAL": os.devnull}
-    done = subprocess.run(words, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    python = [python_folder() / "python", "-m"] if words[0] == "dvc" else []
+    done = subprocess.run([*python, *words], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

@@ -11,7 +11,7 @@ from flows.supervise import command
 from tests.preloaded import python_folder
 
 # files whose DVC is killed, or looked at as a process
-REAL_DVC = ("test_pipeline_ended", "test_supervise", "test_doctor", "test_remote")
+REAL_DVC = ("test_pipeline_ended", "test_supervise", "test_doctor")
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ import boto3
 import requests
 
 from tests.once import copy_of
+from tests.preloaded import python_folder
 
 BUCKET = "clips"
 CREDENTIALS = {  # moto believes any; without the third, a missing credential would be looked for at an address of Amazon's
@@ -144,7 +145,7 @@ class Machine:
     def dvc(self, *words: str, check: bool = True, env: Mapping[str, str] = CREDENTIALS) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         done = subprocess.run(
-            [sys.executable, "-m", "dvc", *words],
+            [python_folder() / "python", "-m", "dvc", *words],
             cwd=self.root,
             env={**os.environ, "PATH": path, **env},
             stdout=subprocess.PIPE,
@@ -178,7 +179,7 @@ def write(folder: Path) -> None:
     folder.mkdir()
     (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / "stage.py").write_text(STAGE)
-    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+    for command in (["git", "init", "--quiet"], [python_folder() / "python", "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, cwd=folder, env={**os.environ, **CREDENTIALS}, check=True)
     commit(folder)
 

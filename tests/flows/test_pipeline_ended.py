@@ -54,11 +54,11 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_open_task(root: Path, how:
         os.killpg(process.pid, signal.SIGTERM)  # as Prefect's worker does
     else:
         process.send_signal(signal.Signals[how])
-    while at_work(root) and time.monotonic() - ended < 20:
+    while at_work(root) and time.monotonic() - ended < 120:
         time.sleep(0.05)
     took = time.monotonic() - ended
-    assert took < 10, f"{at_work(root)} lived for {took:.1f} s"
-    process.wait(30)
+    assert took < 60, f"{at_work(root)} lived for {took:.1f} s"
+    process.wait(120)
     # the next run in this checkout begins, and closes what the dead one left
     before = re.findall(r"Beginning flow run '([\w-]+)'", (root.parent / "said").read_text())
     change(root, "seconds: 300", "seconds: 0.1")

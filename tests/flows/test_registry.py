@@ -13,6 +13,7 @@ import pytest
 
 from flows.night import promotion
 from flows.project import dvc_lock, registry
+from tests.preloaded import python_folder
 
 SCRIPT = """import pathlib
 folder = pathlib.Path("models/stage2/deep/er")
@@ -157,7 +158,7 @@ def test_a_commit_without_a_student_can_not_be_promoted(repo: Path, monkeypatch:
 
 def dvc(folder: Path, *words: str) -> str:
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([python_folder() / "python", "-m", "dvc", *words], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -36,7 +36,7 @@ from tasks.runner import ranks
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec
 
-BATCH, STEPS = 4, 20
+BATCH, STEPS = 4, 8
 
 
 class Clips:
@@ -64,7 +64,7 @@ class Clips:
 
 # the weights' steps must show, but Adam's first ones are signs of gradients, and those of rounding alone differ
 OPTIMIZER = OptimizerSpec(lr=1e-4, muon_lr=0.0, beta1=0.9, beta2=0.98, weight_decay=0.01, muon_decay=0.0, clip=1.0, warmup=3, decay=0.5)
-COMMON = {"ema": 0.9, "save_every": 5}
+COMMON = {"ema": 0.9, "save_every": 4}
 
 
 def engine_spec(stated: dict[str, Any]) -> EngineSpec:
@@ -202,7 +202,7 @@ class SentNumbers:
 SENT = SentNumbers()
 
 
-def train(name: str, out: Path, steps: int = STEPS, every: int = 10) -> None:
+def train(name: str, out: Path, steps: int = STEPS, every: int = 4) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first_rank() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
