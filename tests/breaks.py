@@ -34,7 +34,7 @@ BREAKS = [
      "tests/model/test_store.py"),
     ("cf_model/model/block.py", "prompt.versions != versions", "False", "tests/model/test_store.py"),
     (MEMORY, "beyond_sink[:1]", "beyond_sink[-1:]", "tests/model/test_memory.py"),
-    (MEMORY, "*range(query[0] - len(fast), query[0])", "*range(query[0] - len(fast) - 1, query[0] - 1)", "tests/model/test_memory.py"),
+    (MEMORY, "list(range(query[0] - fast, query[0]))", "list(range(query[0] - fast - 1, query[0] - 1))", "tests/model/test_memory.py"),
     (MEMORY, "first = min(self.frame_count, spec.size - frames)", "first = spec.size - frames", "tests/model/test_memory.py"),
     (MEMORY, "split_newest(self.fast + rest, max(spec.fast - length, 0))", "split_newest(self.fast + rest, spec.fast)",
      "tests/model/test_memory.py"),

@@ -19,6 +19,7 @@ from cf_model.data.video import write_video
 from tasks import clips, encode
 from tasks import filter as filtering
 from tasks.parts import clip_cache
+from tests.once import copy_of
 from tests.test_clips import folder, rows
 
 FACTS = ("measured", "encoded", "captions_encoded")
@@ -26,9 +27,12 @@ FACTS = ("measured", "encoded", "captions_encoded")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
+    return copy_of("three-films", film_three, tmp_path / "raw")
+
+
+def film_three(at: Path) -> None:
     for seed, name in enumerate(("b_one.mp4", "d_two.mp4", "f_three.mp4")):
-        film(tmp_path / "raw" / name, seed)
-    return tmp_path / "raw"
+        film(at / name, seed)
 
 
 def film(path: Path, seed: int) -> None:

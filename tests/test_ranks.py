@@ -14,6 +14,7 @@ import pytest
 from cf_model.model import checkpoint
 from tasks.params.yaml_file import Refused
 from tasks.runner import ranks
+from tests.preloaded import python_folder
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60
@@ -86,9 +87,12 @@ cf.cli()
 
 
 def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """What gets no signal, which is what is SLOW, is run by a python that has torch loaded, and so are its ranks."""
     folder.mkdir(exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, "-c", STAGE], cwd=folder, env=env, stdout=-1, stderr=-1, text=True)
+    python = sys.executable if "SLOW" in environment else str(python_folder() / "python")
+    code = f"import sys\nsys.executable = {python!r}\n{STAGE}"
+    return subprocess.Popen([python, "-c", code], cwd=folder, env=env, stdout=-1, stderr=-1, text=True)
 
 
 def until(process: subprocess.Popen[str], step: int, rank: int = 0) -> int:

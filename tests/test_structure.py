@@ -18,6 +18,7 @@ import pytest
 from tasks.params import yaml_file
 from tasks.params.project import Project
 from tasks.runner.ranks import build_parser
+from tests.breaks import BREAKS
 from tests.order import AROUND, SECONDS
 
 ROOT = Path(__file__).parent.parent
@@ -303,6 +304,13 @@ def test_stages_without_a_transformer_import_no_diffusers() -> None:
 
 def test_files_that_are_said_to_be_slow_are_there() -> None:
     assert [file for file in (*SECONDS, *AROUND) if not (ROOT / "tests" / file).exists()] == []
+
+
+def test_the_deliberate_breaks_are_of_code_that_is_there() -> None:
+    """Or `python -m tests.breaks` would find that out when somebody needs it."""
+    for file, text, _, tests in BREAKS:
+        assert (ROOT / file).read_text().count(text) == 1, f"tests/breaks.py: {text!r} of {file}; rewrite the break with the code"
+        assert [test for test in tests.split() if not (ROOT / test).exists()] == []
 
 
 def test_files_and_functions_have_an_end() -> None:
