@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=lambda item: -SECONDS.get(place(item), 0))  # which leaves the order within a file as it is
     for item in items:
-        if place(item) in SECONDS or place(item).startswith(AROUND):
+        needs_server = "server" in getattr(item, "fixturenames", ())  # which takes a quarter of a minute to start
+        if place(item) in SECONDS or place(item).startswith(AROUND) or needs_server:
             item.add_marker(pytest.mark.slow)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from flows.project import dvc_command
 from flows.supervise import command
 from tests.preloaded import python_folder
+
+class PreloadedPython:
+    """The `sys` of who starts DVC; the preloaded python is started for the first who asks."""
+
+    @property
+    def executable(self) -> str:
+        return str(python_folder() / "python")
+
 
 # files whose DVC is killed, or looked at as a process
 REAL_DVC = ("test_pipeline_ended", "test_supervise", "test_doctor")
@@ -23,4 +29,4 @@ def _nothing_is_stopped() -> None:
 def _dvc_starts_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flow in this process starts DVC by a python that has it loaded, which saves a second each time."""
     if request.path.stem not in REAL_DVC:
-        monkeypatch.setattr(dvc_command, "sys", SimpleNamespace(executable=str(python_folder() / "python")))
+        monkeypatch.setattr(dvc_command, "sys", PreloadedPython())

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from cf_model.model import rollout as rollouts
-from cf_model.model.rollout import HorizonSpec, rollout
+from cf_model.model.memory import empty_memory
+from cf_model.model.rollout import HorizonSpec, denoise_chunk, rollout
 from cf_model.model.rollout import place_window as window_start
 from tests.small import FLOW, SHAPE, denoiser, normal, rng, rolling, spec
 
@@ -18,6 +19,24 @@ def test_the_next_chunks_noise_never_changes_a_chunk():
         return rollout(denoiser(), TEXT, frames, SHAPE, spec=rolling(exit="last"), memory=spec(), flow=FLOW, rng=rng(seed)).video
 
     assert torch.equal(video(12, 1), video(18, 1)[:, :12]) and not torch.equal(video(12, 1), video(12, 2))
+
+
+def test_each_level_begins_at_the_answer_of_the_level_before_with_fresh_noise():
+    """Algorithm 1, lines 25 and 26: x_t = (1 - sigma) x_0 + sigma noise, and nothing of the x_t before."""
+    model, passes = denoiser(), []
+    inner, sigmas, noise = model.forward, [1.0, 0.7, 0.4], [normal(2, 3, *SHAPE, seed=seed) for seed in range(3)]
+
+    def forward(x_t, *given):
+        passes.append((x_t, inner(x_t, *given)))
+        return passes[-1][1]
+
+    model.forward = forward
+    with torch.no_grad():
+        x_0, (x_t, _), _ = denoise_chunk(model, TEXT, SHAPE, sigmas, 3, empty_memory(spec()), iter(noise))
+    assert torch.equal(passes[0][0], noise[0]) and torch.equal(x_t, passes[-1][0]) and torch.equal(x_0, passes[-1][1])
+    for (_, answer), (begins, _), fresh, sigma in zip(passes, passes[1:], noise[1:], sigmas[1:], strict=False):
+        torch.testing.assert_close(begins, (1 - sigma) * answer + sigma * fresh)
+    assert len(passes) == 3
 
 
 @pytest.mark.parametrize("skip", [0, 1])
