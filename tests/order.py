@@ -78,6 +78,7 @@ AROUND = (
     "systems/",
     "test_fetching.py",
     "model/test_umt5.py",
+    "flows/test_judging.py",
     "flows/test_machine.py",
     "flows/test_night_drift.py",
     "flows/test_night_ends.py",
