@@ -63,7 +63,7 @@ BREAKS = [
      "tests/train/test_roles.py tests/test_presets.py"),
     (ERFT, "self.add(sigma, -sigma * residual,", "self.add(sigma, sigma * residual,", "tests/train/test_erft.py"),
     (ERFT, "target = bad_noise - x", "target = bad_noise - bad_x", "tests/train/test_erft.py"),
-    ("cf_model/train/trainer/ema.py", "mean.lerp_(raw, 1 - decay)", "mean.lerp_(raw, decay)", "tests/train/test_loop.py"),
+    ("cf_model/train/trainer/ema.py", "mean.lerp_(raw, 1 - decay)", "mean.lerp_(raw, decay)", "tests/train/test_ema.py"),
     ("cf_model/model/weights.py", 'torch.bfloat16 if device.type == "cuda" and', 'torch.bfloat16 if device.type == "cpu" or',
      "tests/train/test_muon.py"),
     ("cf_model/evaluate/report.py", "autoescape=True", "autoescape=False", "tests/evaluate/test_report.py"),
