@@ -8,6 +8,7 @@ from flows.project import dvc_command
 from flows.supervise import command
 from tests.preloaded import python_folder
 
+
 class PreloadedPython:
     """The `sys` of who starts DVC; the preloaded python is started for the first who asks."""
 
