@@ -4,7 +4,6 @@
 can't restore a stage, so that a run with parameters that were tried before would train again.
 """
 
-import argparse
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from flows.project.dvc_command import run_dvc
 from flows.project.git import run_git
 from flows.project.run_lock import hold_checkout
 from tasks.files.dvc_rwlock import find_dvc
+from tasks.files.options import parse_options
 from tasks.files.words import count_things
 
 MD5 = re.compile(r"\b[0-9a-f]{32}(?:\.dir)?\b")
@@ -64,10 +64,7 @@ def find_cache(repo: Path) -> Path:
 
 @one_line_errors
 def main(argv: list[str]) -> None:
-    about = "Says what of the DVC cache no branch, tag, experiment or worktree names, as at their tips; with --delete removes it."
-    parser = argparse.ArgumentParser("cf gc", description=about)
-    parser.add_argument("--delete", action="store_true", help="remove it; not while anything is at work")
-    options, repo = parser.parse_args(argv), Path.cwd().resolve()
+    options, repo = parse_options("gc", argv), Path.cwd().resolve()
     cache, checkouts = find_cache(repo), list_checkouts(repo)
     with ExitStack() as held:
         if options.delete:

@@ -4,7 +4,6 @@ The control is stage 2 with everything the same but that the teacher is shown no
 that comes before stage 2, makes the same videos, and is written below work/control; the run's own outs stay as they are.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from cf_model.evaluate.report import Results, format_number
 from cf_model.evaluate.run_comparison import list_differences
 from tasks.files.atomic import delete_path
 from tasks.files.json_lines import write_json
+from tasks.files.options import parse_options
 from tasks.params.yaml_file import Refused, read_yaml, refuse_errors, write_yaml
 from tasks.report import read_results
 
@@ -31,9 +31,7 @@ SHOWN = {  # suite -> metrics of the table, and whether down or up is better; ""
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf control", description=__doc__)
-    parser.add_argument("--table-only", action="store_true", help="compare what an earlier call has made")
-    args = parser.parse_args(argv)
+    args = parse_options("control", argv, __doc__)
     root = Path.cwd()
     for path in NEEDED:
         if not (root / path).exists():

@@ -4,7 +4,6 @@ All of it is arithmetic on params.yaml (cf_model/plan/cost.py, need.py); nothing
 here before it starts, and is refused if it can't fit.
 """
 
-import argparse
 import json
 import os
 from dataclasses import replace
@@ -17,9 +16,10 @@ from cf_model.plan import hardware, need, table
 from cf_model.plan.cost import ModelCosts
 from cf_model.plan.encoding import PAPER_CLIPS, EncodingNeed, estimate_clip
 from cf_model.plan.fit import WorkSplit, refuse_disk, refuse_memory
-from cf_model.plan.hardware import H100_TFLOPS, Hardware
+from cf_model.plan.hardware import Hardware
 from cf_model.plan.need import StageNeed
 from cf_model.plan.table import format_bytes
+from tasks.files.options import parse_options
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
 from tasks.files.words import count_things
@@ -28,23 +28,6 @@ from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused, refuse_errors
 
 WAN_CHANNELS = 16  # of a latent frame of Wan's codec
-UTILISATION = 0.35
-EXAMPLES = """examples:
-  cf plan                                       this machine, params.yaml
-  cf plan --params profiles/wan-1.3b.yaml --gpus 8 --gpu-memory 80
-  cf plan --gpus 64 --gpu-memory 141 --utilisation 0.4 --json
-
-networks      all of a stage's parameters: trained, frozen (the teacher of stage1 and stage2) and averaged
-weights       in float32, and bfloat16 copies where products are in it
-optimiser     two numbers a parameter (AdamW); with ZeRO also the master weights that DeepSpeed keeps
-ZeRO          shares among the GPUs: 1 the optimiser, 2 the averaged gradients too, 3 the weights too; average and teacher stay whole
-keys, values  of the remembered frames, and activations: of the samples that a GPU computes at once
-at once       engine.micro_batch, or the largest part of a GPU's share of the batch that fits; `1 too many`: it does not fit
-TFLOP         matrix products of the whole batch, a multiply-add as two, a backward pass as two forward passes
-checkpoints   the newest two, and the one being written
-
-Not counted: codec, text encoder, data loading, communication, memory that an allocator can't use again, and the generation and
-evaluation of videos. Keep a tenth of the memory free."""
 
 
 def estimate_costs(p: Params) -> ModelCosts:
@@ -128,15 +111,7 @@ def format_plan(p: Params, machine: Hardware) -> str:
 
 
 def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf plan", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
-    parser.add_argument("--gpus", type=int, help="default: those of this machine; 0: one process on the CPU")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU; default: this machine's, or 80")
-    parser.add_argument("--tflops", type=float, help=f"peak of one GPU; default: {H100_TFLOPS:.0f}, an H100 in bfloat16")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help=f"share of the peak that is reached; default: {UTILISATION}")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    args = parser.parse_args(argv)
+    args = parse_options("plan", argv, __doc__)
     if args.gpus is not None and args.gpus < 0:
         raise Refused(f"--gpus is {args.gpus}; use 0 for the CPU, or 1 and more")
     if not 0 < args.utilisation <= 1:

@@ -1,6 +1,5 @@
 """`cf vbench`: a folder of videos in VBench's own naming and, with --python, the scores of its official script in its own environment."""
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -9,18 +8,12 @@ from pathlib import Path
 from tasks.commands.score import list_rows
 from tasks.files.hashes import hash_file
 from tasks.files.json_lines import dump_json_lines, load_json_object, write_json
+from tasks.files.options import parse_options
 from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused
 
 # VBench's script and its libraries get these of our environment, and none of its secrets
 HANDED_ON = ("PATH", "HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_OFFLINE", "VBENCH_CACHE_DIR", "TMPDIR", "LANG")
-EPILOG = """OUT/videos holds the videos as PROMPT-INDEX.mp4, a prompt that can be no file name as its number, and OUT/prompts.json says
-which is which, for VBench's `evaluate.py --mode custom_input --prompt_file`. With --checkout and --python, that script is run, and
-OUT/scores.jsonl gets a cell a video and dimension. VBench needs a GPU, and fetches its networks itself.
-
-example:
-  cf vbench --videos DIR --manifest DIR/manifest.jsonl --out out/vbench --checkout VBench --python vbench-venv/bin/python \\
-     --dimension subject_consistency --dimension motion_smoothness"""
 
 
 def main(argv: list[str]) -> None:
@@ -28,16 +21,7 @@ def main(argv: list[str]) -> None:
     from cf_model.metrics.manifest import describe_row
     from cf_model.metrics.vbench_folder import name_videos, read_results
 
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf vbench", description=__doc__, epilog=EPILOG, formatter_class=form)
-    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="a folder of videos")
-    parser.add_argument("--manifest", type=Path, required=True, metavar="FILE", help="their prompts, as for `cf score`")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a JSON object of prompts by id")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--checkout", type=Path, metavar="DIR", help="a checkout of Vchitect/VBench")
-    parser.add_argument("--python", type=Path, metavar="FILE", help="the python of an environment that has VBench's requirements")
-    parser.add_argument("--dimension", action="append", default=[], help="of VBench; may be given several times")
-    args = parser.parse_args(argv)
+    args = parse_options("vbench", argv, __doc__)
     rows = list_rows(args.videos, args.manifest, args.prompts)
     names = name_videos(rows)
     if absent := [file for file in names if not (args.videos / file).is_file()]:
