@@ -16,17 +16,15 @@ from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
 from cf_model.codec.interface import SPACE, Codec, video_frames
-from cf_model.context_probe import choose_pairs, follow_facts
+from cf_model.context_probe import choose_pairs, follow_facts, list_errors
 from cf_model.data.latents import Latents
 from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
+from cf_model.generation import generate_chunks, generate_windows
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import BatchGenerator
-from cf_model.model.memory import Memory, empty_memory
-from cf_model.model.recall import measure_one_step_errors
-from cf_model.model.rollout import RolloutSpec, denoise_chunk
-from cf_model.model.view import sample_window
+from cf_model.model.rollout import RolloutSpec
 from cf_model.text.encoder import TextEncoder
 from tasks.files.json_lines import dump_json_lines
 from tasks.params.schema import CAUSAL, Params, System
@@ -115,6 +113,7 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
         out.write_text("")
         return
     real, text = clips.window(rows, [0] * len(rows), length).to(choose_device()), clips.text(rows).to(choose_device())
+    names = [clips.clips[row]["id"] for row in rows]
     bar = track.progress(len(causal), "probe")
     found = []
     for name, system in causal.items():
@@ -122,22 +121,10 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
         assert memory
         rng = BatchGenerator([(params.seed, row) for row in rows], real.device)
         asked: dict[str, Any] = {"chunk": params.stage2.rollout.chunk, "start": probe.start, "sigmas": probe.sigmas, "rng": rng}
-        for (sigma, slow), errors in measure_one_step_errors(student, real, text, memory, **asked).items():
-            about = {"system": name, "sigma": sigma, "slow": slow, "start": probe.start, "chunk": asked["chunk"]}
-            about |= {"sink": memory.sink, "fast": memory.fast}
-            for row, error in zip(rows, errors.cpu(), strict=True):
-                rounded = [[[round(value, 5) for value in line] for line in frame] for frame in error.tolist()]
-                found.append(about | {"clip": clips.clips[row]["id"], "error": rounded})
+        found += [{"system": name} | row for row in list_errors(student, real, text, memory, names, **asked)]
         bar.update()
     bar.close()
     out.write_text(dump_json_lines(found))
-
-
-def note_memory(memory: Memory, chunk: int, held: Sequence[list[dict[str, Any]]]) -> None:
-    """Add to `held`, of each video, the latent frames in each part of its memory, and those of the chunk that is begun."""
-    now = list(range(memory.frame_count, memory.frame_count + chunk))
-    for video, rows in enumerate(held):
-        rows.append(memory.frame_indices(video) | {"now": now})
 
 
 def list_students(params: Params) -> dict[str, System]:
@@ -171,16 +158,8 @@ def choose_rollout(params: Params, system: System) -> RolloutSpec:
 def index_row(params: Params, job: VideoJob) -> dict[str, Any]:
     """Return a video's row of index.jsonl."""
     prefix = 0 if job.suite == "prompts" else video_frames(params.generate.prefix)
-    return {
-        "suite": job.suite,
-        "system": job.name,
-        "prompt": job.prompt,
-        "clip": job.clip,
-        "seed": job.seed,
-        "file": job.file,
-        "prefix_frames": prefix,
-        "chunk": count_made_at_once(params, job.system) if job.system else None,
-    }
+    about = {"suite": job.suite, "system": job.name, "prompt": job.prompt, "clip": job.clip, "seed": job.seed, "file": job.file}
+    return about | {"prefix_frames": prefix, "chunk": count_made_at_once(params, job.system) if job.system else None}
 
 
 def count_made_at_once(params: Params, system: System) -> int:
@@ -239,37 +218,21 @@ def generate_latents(
     size = model.transformer.config.in_channels, params.video.height // SPACE, params.video.width // SPACE
     # the noise depends on seed and prompt alone, so that systems can be compared pair by pair
     rng = BatchGenerator([(job.seed, job.number) for job in jobs], text.device)
-    if spec := system.memory:
+    shared: dict[str, Any] = {"frames": system.frames, "size": size, "rng": rng, "real": real}
+    if system.memory:
         rollout = choose_rollout(params, system)
-        memory = empty_memory(spec) if real is None else model.remember_clip(real, text, spec, chunk=rollout.chunk)
-        sigmas, merged = params.flow.shift_levels(rollout.levels), params.compute.merged and spec.timing == "clean"
-        finished: Tensor | None = None  # a chunk that the next one's first pass remembers
-        for _ in range((system.frames - memory.frame_count) // rollout.chunk):
-            with torch.no_grad():  # alg. 1 with r' = T for every chunk, and the clean pass of line 21
-                seen = memory
-                x_0, (_, last), memory = denoise_chunk(model, text, size, sigmas, rollout.chunk, memory, rng, finished)
-                note_memory(seen if finished is None else last, rollout.chunk, held)
-                memory, finished = (memory, x_0) if merged else (model.remember(x_0, text, memory), None)
-            yield x_0
-        return
-    view = system.view
-    assert view
-    length = count_made_at_once(params, system)
-    past = text.new_zeros(len(jobs), 0, *size) if real is None else real
-    while past.shape[1] < system.frames:
-        start = past.shape[1]
-        window = sample_window(
-            model,
-            text,
-            past[:, view.context_frames(start)],
-            (min(length, system.frames - start), *size),
-            view=view,
-            flow=params.flow,
-            steps=params.generate.sampler_steps,
-            guidance=params.generate.guidance,
-            guidance_passes=params.generate.guidance_passes,
-            rng=rng,
-            null=null,
-        )
-        yield window
-        past = torch.cat([past, window], dim=1)
+        levels: dict[str, Any] = {
+            "sigmas": params.flow.shift_levels(rollout.levels),
+            "chunk": rollout.chunk,
+            "merged": params.compute.merged,
+        }
+        yield from generate_chunks(model, text, system.memory, **levels, **shared, held=held)
+    elif system.view:
+        g, length = params.generate, count_made_at_once(params, system)
+        sampler: dict[str, Any] = {
+            "flow": params.flow,
+            "steps": g.sampler_steps,
+            "guidance": g.guidance,
+            "guidance_passes": g.guidance_passes,
+        }
+        yield from generate_windows(model, text, null, system.view, length=length, **sampler, **shared)

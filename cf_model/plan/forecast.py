@@ -69,16 +69,15 @@ def format_plan(p: Any, machine: Hardware, clips: int) -> str:
     """Return what `cf plan` prints: time and disk of each stage, and memory by ZeRO stage. `clips`: how many there are to encode."""
     stages, one, clip = forecast_stages(p, machine), estimate_costs(p), estimate_encoding(p)
     frame = f"a latent frame is {one.tokens} tokens and {format_bytes(one.frame_bytes())}"
-    all_clips = (
-        f"{clips} clip{'s' * (clips != 1)}: {clip.format_line(clips, machine)}" if clips else f"no video lies in {p.clips.folder} yet"
-    )
+    to_encode = f"{clips} clip{'s' * (clips != 1)}: {clip.format_line(clips, machine)}"
+    here = to_encode if clips else f"no video lies in {p.clips.folder} yet"
     lines = [
         f"profile {p.profile}: {one.parameters:,} parameters a network; {frame} of keys and values a sample",
         f"compute: products in {p.compute.dtype}, checkpointing {'on' if p.compute.checkpointing else 'off'}",
         f"hardware: {machine.description}",
         "",
         *table.format_times(stages, machine),
-        f"latents of a clip: {format_bytes(clip.clip_bytes)}; {all_clips}",
+        f"latents of a clip: {format_bytes(clip.clip_bytes)}; {here}",
         f"the paper's {PAPER_CLIPS:,} clips: {clip.format_line(PAPER_CLIPS, machine)} without decoding",
         "",
         *table.format_memory(stages, machine),
