@@ -221,18 +221,9 @@ def generate_latents(
     shared: dict[str, Any] = {"frames": system.frames, "size": size, "rng": rng, "real": real}
     if system.memory:
         rollout = choose_rollout(params, system)
-        levels: dict[str, Any] = {
-            "sigmas": params.flow.shift_levels(rollout.levels),
-            "chunk": rollout.chunk,
-            "merged": params.compute.merged,
-        }
-        yield from generate_chunks(model, text, system.memory, **levels, **shared, held=held)
+        sigmas, merged = params.flow.shift_levels(rollout.levels), params.compute.merged
+        yield from generate_chunks(model, text, system.memory, sigmas=sigmas, chunk=rollout.chunk, merged=merged, **shared, held=held)
     elif system.view:
-        g, length = params.generate, count_made_at_once(params, system)
-        sampler: dict[str, Any] = {
-            "flow": params.flow,
-            "steps": g.sampler_steps,
-            "guidance": g.guidance,
-            "guidance_passes": g.guidance_passes,
-        }
-        yield from generate_windows(model, text, null, system.view, length=length, **sampler, **shared)
+        sampler = params.generate.model_dump(include={"guidance", "guidance_passes"})
+        sampler |= {"flow": params.flow, "steps": params.generate.sampler_steps, "length": count_made_at_once(params, system)}
+        yield from generate_windows(model, text, null, system.view, **sampler, **shared)

@@ -28,22 +28,10 @@ def examine_machine(machine: Machine, fix: bool = False) -> list[Finding]:
     os.environ.update(process_environment(machine))
     from flows.doctor import server  # imports Prefect, which reads the environment
 
-    checks = [
-        this_machine.check_versions,
-        this_machine.check_environment,
-        this_machine.check_port,
-        server.check_server,
-        server.check_programs,
-        server.check_alerts,
-        this_machine.check_disk,
-        this_machine.check_leftovers,
-        this_machine.check_locks,
-        this_machine.check_worktrees,
-        this_machine.check_gpus,
-        this_machine.check_extensions,
-        this_machine.check_remote,
-        this_machine.check_wandb,
-    ]
+    checks = [this_machine.check_versions, this_machine.check_environment, this_machine.check_port]
+    checks += [server.check_server, server.check_programs, server.check_alerts]
+    checks += [this_machine.check_disk, this_machine.check_leftovers, this_machine.check_locks, this_machine.check_worktrees]
+    checks += [this_machine.check_gpus, this_machine.check_extensions, this_machine.check_remote, this_machine.check_wandb]
     findings: list[Finding] = []
     for check in checks:
         try:

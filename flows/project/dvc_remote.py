@@ -37,14 +37,8 @@ CONNECT, READ = 5, 60  # seconds that one request may take to connect, and betwe
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 PORTS = {"s3": 443, "gs": 443, "https": 443, "http": 80, "ssh": 22, "webdav": 80, "webdavs": 443}
 HOSTS = {"s3": "s3.amazonaws.com", "gs": "storage.googleapis.com"}  # where the host in the URL is a bucket
-FINAL = (  # another attempt would end the same
-    "Unable to locate credentials",
-    "bucket does not exist",
-    "Access Denied",
-    "Forbidden",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "requires 'dvc-",
+FINAL = re.compile(  # another attempt would end the same
+    "Unable to locate credentials|bucket does not exist|Access Denied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|requires 'dvc-"
 )
 Log = Callable[[str], None]
 
@@ -128,7 +122,7 @@ def transfer_outs(verb: str, root: Path, *, targets: Sequence[str] = (), timeout
         why = f"took more than {timeout:g} s for `dvc {verb}`; what was done stays done, and another goes on"
         raise RemoteAway(f"remote {remote} {why}") from None
     if code:
-        kind = RemoteMisconfigured if any(words in line for words in FINAL for line in lines) else RemoteAway
+        kind = RemoteMisconfigured if any(map(FINAL.search, lines)) else RemoteAway
         raise kind(f"`dvc {verb}` with remote {remote} failed: {find_reason(lines)}")
 
 
