@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 TYPES = {"path": Path, "int": int, "float": float}
@@ -16,24 +17,29 @@ def read_commands() -> dict[str, dict[str, Any]]:
     return tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
 
 
-def parse_options(command: str, argv: list[str], about: str | None = None) -> argparse.Namespace:
-    """Parse the options of a command, whose verb, where it has verbs, becomes `verb`; `about` is shown if the table says nothing of it."""
+def parse_options(
+    command: str, argv: list[str], about: str | None = None, helps: Mapping[str, str | None] = MappingProxyType({})
+) -> argparse.Namespace:
+    """Parse the options of a command, whose verb, where it has verbs, becomes `verb`.
+
+    `about` is shown if the table says nothing of the command, and `helps`, by name of the value, if it says nothing of an option.
+    """
     entry, form = read_commands()[command], argparse.RawDescriptionHelpFormatter
     about, epilog = entry.get("about", about), entry["epilog"]
     parser = argparse.ArgumentParser(f"cf {command}", description=about, epilog=epilog, formatter_class=form)
-    _add_options(parser, entry.get("options", ()))
+    _add_options(parser, entry.get("options", ()), helps)
     if verbs := entry.get("verbs"):
         below = parser.add_subparsers(dest="verb", required=True)
         for verb, its in verbs.items():
-            _add_options(below.add_parser(verb, help=its["help"]), its.get("options", ()))
+            _add_options(below.add_parser(verb, help=its["help"]), its.get("options", ()), helps)
     return parser.parse_args(argv)
 
 
-def _add_options(parser: argparse.ArgumentParser, options: Sequence[Mapping[str, Any]]) -> None:
+def _add_options(parser: argparse.ArgumentParser, options: Sequence[Mapping[str, Any]], helps: Mapping[str, str | None]) -> None:
     """Add options of the table, with its four words that argparse does not know."""
     groups: dict[str, Any] = {"": parser}
     for option in options:
-        words = {"heading": "", "either": False, "between": None, **option}
+        words = {"heading": "", "either": False, "between": None, "help": helps.get(option.get("dest", "")), **option}
         name, heading, either, between = (words.pop(word) for word in ("name", "heading", "either", "between"))
         if either and (heading := "either") not in groups:
             groups[heading] = parser.add_mutually_exclusive_group(required=True)
