@@ -15,10 +15,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tasks.files.locks import read_holder
 from tasks.files.options import parse_options
 from tasks.files.words import count_things
 
-from .run import MARK, explain_unreachable, hide_key, is_running
+from .run import MARK, explain_unreachable, hide_key
 
 HEADER_BYTES = 7  # of W&B's file, which holds nothing else when a run is killed in its first seconds
 
@@ -37,7 +38,7 @@ class LocalRun:
         """runs | empty (killed in its first seconds) | killed (what its file has is not sent yet) | waits (to be sent) | sent."""
         mark = self.folder.with_name(f"{MARK}{self.id}")
         marked = mark.exists()  # it lives, was killed, or ended before the server had taken all of it
-        if is_running(mark):
+        if read_holder(mark)[0]:
             return "runs"
         if any(self.folder.glob("*.wandb.synced")) or not (self.offline or marked):
             return "sent"
