@@ -9,22 +9,13 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from tasks.files.options import read_commands
+from tasks.files.options import read_commands, read_table
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 from tasks.runner.process import fix_environment, is_deliberate
 
 TARGETS = {name: entry["module"] for name, entry in read_commands().items()}  # module, or module:function instead of `main`
 VIDEO = {"--model", "--prompt", "--prompts-file"}  # options of `cf video`, by which it is told from the stage `generate`
-EXAMPLES = """examples:
-  cf profile use smoke && cf repro           the whole pipeline, small
-  dvc exp run -S stage2.teacher.context=none one value changed: reruns stage2 and what follows
-  cf STAGE --help                            a stage's files, and its line in dvc.yaml
-  cf plan --gpus 8 --gpu-memory 80           what training needs, before it starts
-  cf check-golden tests/golden/wan-causal    numbers of the released code, made here
-
-Parameters come from params.yaml; CF_TRACEBACK=1 shows where an error was raised; WANDB_MODE=online|offline|disabled
-overrides tracking.wandb; CF_IGNORE_PLAN=1 starts a stage that `cf plan` says won't fit."""
 
 
 def cli() -> NoReturn:
@@ -90,7 +81,7 @@ def describe_commands(project: Project) -> str:
         groups.setdefault(entry["heading"], {})[name] = entry["summary"]
     rows = [f"{heading}:\n" + "\n".join(f"  {name:<14} {text}" for name, text in group.items()) for heading, group in groups.items()]
     usage = "usage: cf STAGE --NAME PATH ... | cf COMMAND ...; `--help` after either says more"
-    return "\n\n".join([usage, *rows, EXAMPLES])
+    return "\n\n".join([usage, *rows, read_table()["epilog"]])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from cf_model.codec.codec_file import load_codec
 from cf_model.codec.interface import SPACE, Codec, video_frames
 from cf_model.context_probe import choose_pairs, follow_facts, list_errors
 from cf_model.data.latents import Latents
-from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
-from cf_model.generation import generate_chunks, generate_windows
+from cf_model.generation import VideoJob, generate_chunks, generate_windows, group_jobs, list_jobs
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import BatchGenerator
@@ -35,25 +32,6 @@ from tasks.runner.track import Track
 
 DECODED = 12  # latent frames that are decoded at once: few enough for any memory, and faster than a chunk at a time
 STUDENTS = ("stage1", "stage2")
-
-
-@dataclass(frozen=True)
-class VideoJob:
-    """Video to be made: `real` is the clip that it continues or, without a system, the clip that it shows."""
-
-    suite: str
-    name: str
-    system: System | None
-    number: int
-    seed: int
-    prompt: str
-    clip: str | None
-    real: Tensor | None  # [1, F, C, H, W]
-
-    @property
-    def file(self) -> str:
-        """The video's path below the stage's out."""
-        return f"{self.suite}/{self.name}/{self.number:05d}-s{self.seed}.mp4"
 
 
 def run(
@@ -72,7 +50,7 @@ def run(
     """Write samples: a video of every system for each held-out caption or prompt of a file, and continuations of real prefixes."""
     weights = {"base": base, "teacher": teacher, "causal_init": causal_init, "stage1": stage1, "stage2": stage2}
     clips, pictures, text = Latents(latents), load_codec(codec).to(choose_device()), open_text_encoder(params.text).to(choose_device())
-    todo = list(list_jobs(params, clips))
+    todo = list(list_jobs(params.generate, clips))
     finished = track.work / "samples"  # a run that was killed is continued with the batches of which a video is missing here
     bar = track.progress(len(todo), "video")
     models: dict[str, Denoiser] = {}
@@ -167,34 +145,6 @@ def count_made_at_once(params: Params, system: System) -> int:
     if system.weights in CAUSAL:
         return choose_rollout(params, system).chunk
     return params.base.window if system.weights == "base" else params.teacher.target
-
-
-def list_jobs(params: Params, clips: Latents) -> Iterator[VideoJob]:
-    """Yield the videos in the order of the systems, so that a single model is in memory at a time."""
-    g = params.generate
-    heldout = clips.rows("heldout")
-    captions: list[tuple[str, int | None]] = [(clips.captions([row])[0], row) for row in heldout[: g.prompts]]
-    if g.prompts_file:
-        captions = [(prompt, None) for prompt in read_prompts(g.prompts_file, g.prompts)]
-    for suite, count, frames in (("prompts", g.prompts, g.frames), ("continuations", g.continued, g.frames)):
-        for number, clip in enumerate(heldout[:count]):
-            real = clips.window([clip], [0], min(clips.frames(clip), frames))
-            yield VideoJob(suite, "real", None, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], real)
-    for name, system in g.systems.items():
-        for number, (prompt, row) in enumerate(captions):
-            for seed in g.seeds:
-                yield VideoJob("prompts", name, system, number, seed, prompt, None if row is None else clips.clips[row]["id"], None)
-    for name, system in g.continuations.items():
-        for number, clip in enumerate(heldout[: g.count_continued(name)]):
-            prefix = clips.window([clip], [0], g.prefix)
-            yield VideoJob("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
-
-
-def group_jobs(todo: list[VideoJob], batch: int) -> Iterator[list[VideoJob]]:
-    """Yield the videos of one system, at most `batch` at once; real clips, whose lengths differ, each by itself."""
-    for _, group in groupby(todo, key=lambda job: (job.suite, job.name, None if job.system else job.number)):
-        jobs = list(group)
-        yield from (jobs[first : first + batch] for first in range(0, len(jobs), batch))
 
 
 def generate_latents(

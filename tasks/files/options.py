@@ -12,9 +12,14 @@ TYPES = {"path": Path, "int": int, "float": float}
 
 
 @cache
-def read_commands() -> dict[str, dict[str, Any]]:
-    """Read the table by command, in the order of `cf --help`."""
+def read_table() -> dict[str, Any]:
+    """Read the table."""
     return tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
+
+
+def read_commands() -> dict[str, dict[str, Any]]:
+    """Return the table's entries by command, in the order of `cf --help`."""
+    return {name: entry for name, entry in read_table().items() if isinstance(entry, dict)}
 
 
 def parse_options(
