@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,21 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cf_model.data.prompts import iterate_prompts
-from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
 from cf_model.data.video import grow_video, growing_path
-from cf_model.data.video_reader import VideoFacts, probe_video, read_video
 from cf_model.timed_prompts import split_timed_prompts
 from tasks.files.atomic import open_partial, write_atomically
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.files.options import parse_options
-from tasks.params.yaml_file import Refused
+from tasks.params.yaml_file import Refused, refuse_errors
 
 if TYPE_CHECKING:
-    from cf_model.folder import Recipe
     from cf_model.pipeline import Chunk, ContextForcingPipeline
-
-READ_SECONDS = 600.0  # seconds for reading the clip that is continued
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +36,7 @@ def main(argv: list[str]) -> None:
 
     import torch
 
+    from cf_model.continued_clip import read_clip
     from cf_model.folder import change_values
     from cf_model.pipeline import ContextForcingPipeline
     from tasks.parts.device import choose_device
@@ -54,7 +49,8 @@ def main(argv: list[str]) -> None:
     if args.memory:
         pipe.change_memory(change_values(pipe.recipe.memory, args.memory, "--memory "))
     pipe = pipe.to(choose_device())
-    clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
+    with refuse_errors():
+        clip = args.continue_from and read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
         make_videos(pipe, clip, args)
     else:
@@ -84,25 +80,6 @@ def refuse_impossible(args: argparse.Namespace) -> None:
         raise Refused(f"--at {' '.join(args.at[0])} does not begin with a time; write --at SECONDS TEXT") from None
 
 
-def read_clip(path: Path, recipe: Recipe, *, resize: bool) -> np.ndarray:
-    """Read the clip that is continued as frames [F, H, W, 3], in a child process, because any file may be named."""
-    if not path.is_file():
-        raise Refused(f"--continue-from {path} is not there; name a video file")
-    facts = read_in_child(probe_video, path)
-    if isinstance(facts, VideoFacts) and (facts.height, facts.width) != (recipe.height, recipe.width) and not resize:
-        sizes = f"--continue-from {path} is {facts.width} x {facts.height}, but the model makes {recipe.width} x {recipe.height}"
-        raise Refused(f"{sizes}; add --resize to cover that size and cut the middle out")
-    return read_in_child(partial(read_video, height=recipe.height, width=recipe.width, fps=recipe.fps), path)
-
-
-def read_in_child(task: Any, path: Path) -> Any:
-    """Call `task` on a file in a child process; raise Refused if the file can't be read."""
-    [(_, answer)] = read_in_subprocess(task, [path], workers=1, timeout=READ_SECONDS)
-    if isinstance(answer, Unreadable):
-        raise Refused(f"--continue-from {path}: {answer.sentence}")
-    return answer
-
-
 def make_video(
     pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace
 ) -> None:
@@ -115,23 +92,17 @@ def make_video(
     new, used = round(args.seconds * fps), usable_frames(pipe.recipe, clip)
     if clip is not None:
         print(f"goes on from the last {used} of the clip's {len(clip)} frames")
-    seconds, rows = (used + new) / fps, []
+    seconds, rows = (used + new) / fps, list[dict[str, Any]]()
     trace = out.with_name(f"{out.stem}.memory.partial.jsonl")
 
-    def frames() -> Iterator[np.ndarray]:
-        frames_before = 0
-        for number, chunk in enumerate(show_progress(chunks, new, fps, out)):
-            rows.append(memory_strip.build_row(chunk, number, frames_before / fps))
-            frames_before += len(chunk.frames)
-            if args.memory_strip == "beside":
-                with trace.open("a" if number else "w", encoding="utf-8") as file:
-                    file.write(dump_json_lines([rows[-1]], ensure_ascii=False))
-            if args.memory_strip == "burn":
-                yield from memory_strip.burn_strip(chunk.frames, rows[-1], pipe.recipe.memory, seconds)
-            else:
-                yield from chunk.frames
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if args.memory_strip == "beside":
+            with trace.open("w" if len(rows) == 1 else "a", encoding="utf-8") as file:
+                file.write(dump_json_lines([row], ensure_ascii=False))
 
-    pictures = frames()
+    burned = pipe.recipe.memory if args.memory_strip == "burn" else None
+    pictures = memory_strip.show_memory(show_progress(chunks, new, fps, out), note, fps=fps, seconds=seconds, burned=burned)
     first = next(pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
