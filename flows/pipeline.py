@@ -103,13 +103,11 @@ def main(argv: list[str]) -> None:
     try:
         parse_overrides(args.overrides or [])  # its sentences are better than those of the form's patterns
         config = RunConfig(**{name: value for name, value in vars(args).items() if value is not None})
-        if names := find_idle_stages(Path.cwd(), config):
-            stages = count_things(len(names), "stage")
-            print(f"{stages}; would run: none" if config.dry_run else f"{stages}, {len(names)} done; ran: none")
-            return
-        command.mark_environment()
-        say_failures_once()
-        state = pipeline(config, return_state=True)
+        states = dict.fromkeys(find_idle_stages(Path.cwd(), config), "Cached")
+        if not states:
+            command.mark_environment()
+            say_failures_once()
+            state = pipeline(config, return_state=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -117,9 +115,10 @@ def main(argv: list[str]) -> None:
         sys.exit(f"{where} is {first['input']!r}: {message}")
     except ValueError as error:
         sys.exit(str(error))
-    if not state.is_completed():
-        sys.exit(f"pipeline: {(state.message or str(state.name)).splitlines()[0]}")
-    states = cast(dict[str, str], state.result())
+    if not states:
+        if not state.is_completed():
+            sys.exit(f"pipeline: {(state.message or str(state.name)).splitlines()[0]}")
+        states = cast(dict[str, str], state.result())
     ran = ", ".join(stage for stage, outcome in states.items() if outcome not in ("Cached", "Restored")) or "none"
     done = sum(outcome in DONE for outcome in states.values())
     stages = count_things(len(states), "stage")

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cf_model.codec.interface import SPACE
 from cf_model.model.checkpoint import CHECKPOINTS_TO_KEEP
 
-from . import need, table
+from . import hardware, need, table
 from .cost import ModelCosts
 from .encoding import PAPER_CLIPS, EncodingNeed, estimate_clip
+from .fit import WorkSplit, refuse_disk, refuse_memory
 from .hardware import Hardware
 from .need import StageNeed
 from .table import format_bytes
@@ -63,6 +65,20 @@ def estimate_checkpointed(p: Any, stage: str) -> StageNeed | None:
     """Return the need of a stage with activation checkpointing, or None if that is on already."""
     leaner = p.model_copy(update={"compute": replace(p.compute, checkpointing=True)})
     return None if p.compute.checkpointing else estimate_needs(leaner)[stage]
+
+
+def refuse_unfit(p: Any, stage: str, out: Path, work: Path, ranks: int) -> None:
+    """Raise ValueError for a training stage that needs more memory or disk than this machine, with its `ranks` processes, has left.
+
+    `out` and `work` are the folders that the stage writes to; a stage that does not train always fits.
+    """
+    if (one := estimate_needs(p).get(stage)) is None:
+        return
+    gpu = hardware.count_gpus() > 0
+    free = hardware.measure_memory() / (1 if gpu else ranks)  # ranks on the CPU have one machine's memory
+    where = "GPU" if gpu else "machine" if ranks == 1 else "rank's share of the machine"
+    refuse_memory(stage, one, estimate_checkpointed(p, stage), free, where, WorkSplit.from_engine(p.engine, one.batch, ranks, gpu=gpu))
+    refuse_disk(stage, estimate_disk(p, stage, one), out, work)
 
 
 def format_plan(p: Any, machine: Hardware, clips: int) -> str:

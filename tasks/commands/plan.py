@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 
 from cf_model.plan import hardware
-from cf_model.plan.fit import WorkSplit, refuse_disk, refuse_memory
-from cf_model.plan.forecast import estimate_checkpointed, estimate_disk, estimate_needs, forecast_stages, format_plan
+from cf_model.plan.forecast import forecast_stages, format_plan, refuse_unfit
 from tasks.files.options import parse_options
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
@@ -28,16 +27,10 @@ def count_clips(p: Params) -> int:
 
 def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:
     """Raise Refused before a training stage begins that can't end here; CF_IGNORE_PLAN=1 skips this."""
-    if read_settings().ignore_plan or (one := estimate_needs(p).get(stage)) is None:
-        return
-    ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    gpu = hardware.count_gpus() > 0
-    free = hardware.measure_memory() / (1 if gpu else ranks)  # ranks on the CPU have one machine's memory
-    where = "GPU" if gpu else "machine" if ranks == 1 else "rank's share of the machine"
-    split = WorkSplit.from_engine(p.engine, one.batch, ranks, gpu=gpu)
-    with refuse_errors("; CF_IGNORE_PLAN=1 starts it all the same"):
-        refuse_memory(stage, one, estimate_checkpointed(p, stage), free, where, split)
-        refuse_disk(stage, estimate_disk(p, stage, one), out, work)
+    if not read_settings().ignore_plan:
+        ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        with refuse_errors("; CF_IGNORE_PLAN=1 starts it all the same"):
+            refuse_unfit(p, stage, out, work, ranks)
 
 
 def main(argv: list[str]) -> None:
