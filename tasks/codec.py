@@ -9,18 +9,18 @@ from cf_model.codec.codec_file import save_codec
 from cf_model.codec.interface import Codec
 from cf_model.codec.linear import fit_codec
 from cf_model.evaluate.stutter import measure_reconstruction
-from tasks.files.json_lines import Row
+from tasks.files.json_lines import Row, read_json_lines
 from tasks.params.schema import Params
 from tasks.parts.codec_frames import ClipReader
 from tasks.parts.device import choose_device
 from tasks.parts.hub import resolve_weights
-from tasks.parts.manifest import read_split
 from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path) -> dict[str, float]:
     """Write models/codec and measure its PSNR and stutter. Linear: fitted in closed form, then a small decoder network. Wan: unchanged."""
-    train = read_split(manifest, "train")
+    rows = [row for row in read_json_lines(manifest) if row["kept"]]
+    train, heldout = ([row for row in rows if row["split"] == split] for split in ("train", "heldout"))
     codec: Codec
     if params.codec.kind == "wan":
         from cf_model.codec.wan_codec import load_wan_codec
@@ -32,7 +32,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
     save_codec(codec, out)
     track.save(out)
     codec = codec.to(choose_device())
-    measured = read_split(manifest, "heldout") or train[-4:]
+    measured = heldout or train[-4:]
     bar = track.progress(len(measured), "clip")
     quality, stutter = [], []
     with ClipReader(clips, params.video) as reader:
