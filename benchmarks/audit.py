@@ -31,8 +31,8 @@ from cf_model.model import wan
 from cf_model.model.denoiser import Compute, Denoiser
 from cf_model.model.memory import Memory, MemorySpec, empty_memory
 from cf_model.model.rollout import denoise_chunk
+from cf_model.plan.forecast import estimate_costs
 from cf_model.plan.passes import cost_rollout, plan_scoring, tally_lengths, tally_starts, trace_memory
-from tasks.commands.plan import estimate_costs
 from tasks.params.load import load_params
 
 SHAPE, TEXT = (16, 60, 104), (512, 4096)  # a latent of 832 x 480, and a prompt of UMT5

@@ -1,4 +1,4 @@
-"""Effective context by intervention: which of two worlds a student follows that goes on from contexts which differ in one fact."""
+"""Rows of the two probes of the memory (model/recall.py): one-step errors on real clips, and effective context by intervention."""
 
 from __future__ import annotations
 
@@ -6,16 +6,40 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from .codec.interface import Codec, video_frames
 from .data.interventions import FactPair, find_pairs, render_pairs
 from .data.worlds import WorldSpec
 from .model.denoiser import Denoiser
 from .model.memory import MemorySpec
-from .model.recall import measure_following
+from .model.recall import measure_following, measure_one_step_errors
 from .text.encoder import TextEncoder
 
 FACTS = 500_000  # of the million seeds of worlds that a seed of a run has, the first of those that clips are not rendered from
+
+
+def list_errors(
+    student: Denoiser,
+    real: Float[Tensor, "B F C H W"],
+    text: Float[Tensor, "B T E"],
+    memory: MemorySpec,
+    names: Sequence[str],
+    *,
+    chunk: int,
+    start: int,
+    **noise: Any,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each noise level, memory and clip: `error` by latent frame, row and column, to five places; `names` of the clips.
+
+    `chunk` and `start` are in latent frames; `noise` is sigmas and rng (`measure_one_step_errors`).
+    """
+    for (sigma, slow), errors in measure_one_step_errors(student, real, text, memory, chunk=chunk, start=start, **noise).items():
+        about = {"sigma": sigma, "slow": slow, "start": start, "chunk": chunk, "sink": memory.sink, "fast": memory.fast}
+        for name, error in zip(names, errors.cpu(), strict=True):
+            rounded = [[[round(value, 5) for value in line] for line in frame] for frame in error.tolist()]
+            yield about | {"clip": name, "error": rounded}
 
 
 def choose_pairs(

@@ -5,7 +5,7 @@ Three forms of the same rows: a trace (jsonl) for programs, a timeline (PNG) for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,21 @@ def build_row(chunk: Chunk, number: int, second: float) -> Row:
         "prompt": chunk.prompt,
         "real": chunk.real,
     }
+
+
+def show_memory(
+    chunks: Iterable[Chunk], note: Callable[[Row], object], *, fps: int, seconds: float, burned: MemorySpec | None
+) -> Iterator[np.ndarray]:
+    """Yield the frames of a video of so many seconds, and hand each chunk's row to `note` before its first frame.
+
+    `burned`: the memory whose strip stands below every frame; None: frames as they are.
+    """
+    frames_before = 0
+    for number, chunk in enumerate(chunks):
+        row = build_row(chunk, number, frames_before / fps)
+        frames_before += len(chunk.frames)
+        note(row)
+        yield from burn_strip(chunk.frames, row, burned, seconds) if burned else chunk.frames
 
 
 def burn_strip(frames: np.ndarray, row: Row, spec: MemorySpec, seconds: float) -> np.ndarray:

@@ -4,7 +4,6 @@ Without options the flow runs in this checkout, as `dvc repro` would, and ends w
 get a git worktree of their own (flows/project/worktree.py), as every run of a deployment does, so no file of the checkout changes.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -22,17 +21,10 @@ from flows.run.frame import commit_results, discard_worktree, name_run, run_fram
 from flows.run.repro import VALIDATE, check_parameters, plan_stages, push_results, read_checked_graph, remote_answers, repro_stages
 from flows.run.stage_task import DONE
 from flows.supervise import command
+from tasks.files.options import parse_options
 from tasks.files.words import count_things
 
 AS_COMMITTED = RunConfig()
-EXAMPLES = """examples:
-  python -m flows.pipeline                                  what `dvc repro` would do, here
-  python -m flows.pipeline --dry-run                        only say what would run
-  python -m flows.pipeline --from stage2                    stage2 and what follows from it
-  python -m flows.pipeline --to encode --at-once 1          what leads to encode, one after another
-  python -m flows.pipeline --stages evaluate report         only these two
-  python -m flows.pipeline --profile smoke --set stage2.steps=4 --set stage2.teacher.context=none
-                                                            in a worktree of its own, .runs/<name>, on branch run/<name>"""
 
 
 @flow(name="pipeline", on_crashed=[reconcile.close_tasks], on_cancellation=[reconcile.close_tasks])
@@ -106,34 +98,16 @@ def find_idle_stages(repo: Path, config: RunConfig) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Run the flow with the options of the command line; exit with one sentence when it refuses or fails."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m flows.pipeline", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    options: dict[str, dict[str, Any]] = {
-        "profile": {"default": "params.yaml"},
-        "overrides": {"action": "append", "default": [], "metavar": "KEY=VALUE"},
-        "stages": {"nargs": "+", "default": [], "metavar": "STAGE"},
-        "from_stage": {"default": AS_COMMITTED.from_stage, "metavar": "STAGE"},
-        "to_stage": {"default": AS_COMMITTED.to_stage, "metavar": "STAGE"},
-        "at_once": {"type": int, "default": AS_COMMITTED.at_once, "metavar": "N"},
-        "dry_run": {"action": "store_true"},
-        "pull": {"action": "store_true"},
-        "push": {"action": "store_true"},
-    }
-    flags = {"overrides": "--set", "from_stage": "--from", "to_stage": "--to"}
-    for name, option in options.items():
-        flag = flags.get(name, f"--{name.replace('_', '-')}")
-        parser.add_argument(flag, dest=name, help=RunConfig.model_fields[name].description, **option)
-    args = parser.parse_args(argv)
+    helps = {name: field.description for name, field in RunConfig.model_fields.items()}  # the table has none: those of the form
+    args = parse_options("pipeline", argv, __doc__, helps)
     try:
-        parse_overrides(args.overrides)  # its sentences are better than those of the form's patterns
-        config = RunConfig(**vars(args))
-        if names := find_idle_stages(Path.cwd(), config):
-            stages = count_things(len(names), "stage")
-            print(f"{stages}; would run: none" if config.dry_run else f"{stages}, {len(names)} done; ran: none")
-            return
-        command.mark_environment()
-        say_failures_once()
-        state = pipeline(config, return_state=True)
+        parse_overrides(args.overrides or [])  # its sentences are better than those of the form's patterns
+        config = RunConfig(**{name: value for name, value in vars(args).items() if value is not None})
+        states = dict.fromkeys(find_idle_stages(Path.cwd(), config), "Cached")
+        if not states:
+            command.mark_environment()
+            say_failures_once()
+            state = pipeline(config, return_state=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -141,9 +115,10 @@ def main(argv: list[str]) -> None:
         sys.exit(f"{where} is {first['input']!r}: {message}")
     except ValueError as error:
         sys.exit(str(error))
-    if not state.is_completed():
-        sys.exit(f"pipeline: {(state.message or str(state.name)).splitlines()[0]}")
-    states = cast(dict[str, str], state.result())
+    if not states:
+        if not state.is_completed():
+            sys.exit(f"pipeline: {(state.message or str(state.name)).splitlines()[0]}")
+        states = cast(dict[str, str], state.result())
     ran = ", ".join(stage for stage, outcome in states.items() if outcome not in ("Cached", "Restored")) or "none"
     done = sum(outcome in DONE for outcome in states.values())
     stages = count_things(len(states), "stage")

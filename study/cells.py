@@ -18,11 +18,11 @@ from PIL import Image
 
 from cf_model.data.video_reader import read_video
 from cf_model.evaluate.cells import expand_lines, group_values
+from cf_model.plan.forecast import estimate_needs
 from study import nodes
 from study.nodes import MADE, STUDY, WORK, compute_cell_key, hash_code, locate_weights, open_folder
 from study.plan import Cell, Plan
 from tasks.commands.control import run_stage
-from tasks.commands.plan import estimate_needs
 from tasks.files.atomic import delete_path, write_atomically
 from tasks.files.json_lines import Row, dump_json_lines, load_json_object, read_json_lines
 from tasks.params.load import validate_params

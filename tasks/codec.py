@@ -1,29 +1,26 @@
 """Stage `codec`: the linear codec is fitted on accepted clips, or Wan's is copied; either is measured on held-out clips."""
 
-from collections.abc import Iterator
-from itertools import tee
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.interface import Codec
 from cf_model.codec.linear import fit_codec
-from cf_model.evaluate.stutter import measure_stutter
-from tasks.files.json_lines import Row
+from cf_model.evaluate.stutter import measure_reconstruction
+from tasks.files.json_lines import Row, read_json_lines
 from tasks.params.schema import Params
 from tasks.parts.codec_frames import ClipReader
 from tasks.parts.device import choose_device
 from tasks.parts.hub import resolve_weights
-from tasks.parts.manifest import read_split
 from tasks.runner.track import Track
 
 
 def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path) -> dict[str, float]:
     """Write models/codec and measure its PSNR and stutter. Linear: fitted in closed form, then a small decoder network. Wan: unchanged."""
-    train = read_split(manifest, "train")
+    rows = [row for row in read_json_lines(manifest) if row["kept"]]
+    train, heldout = ([row for row in rows if row["split"] == split] for split in ("train", "heldout"))
     codec: Codec
     if params.codec.kind == "wan":
         from cf_model.codec.wan_codec import load_wan_codec
@@ -35,12 +32,12 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
     save_codec(codec, out)
     track.save(out)
     codec = codec.to(choose_device())
-    measured = read_split(manifest, "heldout") or train[-4:]
+    measured = heldout or train[-4:]
     bar = track.progress(len(measured), "clip")
     quality, stutter = [], []
     with ClipReader(clips, params.video) as reader:
         for row in measured:
-            psnr, moving = measure_clip(codec, reader.read(row))
+            psnr, moving = measure_reconstruction(codec, reader.read(row))
             quality.append(psnr)
             stutter += [] if moving is None else [moving]
             bar.update()
@@ -59,13 +56,3 @@ def fit_linear_codec(params: Params, track: Track, clips: Path, rows: list[Row])
         bar.update(1, loss=loss)
 
     return fit_codec(train, params.codec.linear, params.seed, tell)
-
-
-def measure_clip(codec: Codec, frames: Iterator[Tensor]) -> tuple[float, float | None]:
-    """Measure PSNR in dB and stutter of a clip that was encoded and decoded, piece by piece, so that it may be long."""
-    pieces, truth = tee(frames)
-    shown, decoded = tee(frame for part in codec.decode_stream(codec.encode_stream(pieces)) for frame in part[0])
-    pairs = zip(decoded, (frame for part in truth for frame in part[0]), strict=True)
-    error = [float((ours.double() - true.double()).square().mean()) for ours, true in pairs]
-    psnr = 10 * np.log10(255**2 / max(float(np.mean(error)), 1e-12))
-    return float(psnr), measure_stutter((frame.numpy() for frame in shown), period=codec.time)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,14 @@ from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
 from cf_model.codec.interface import SPACE, Codec, video_frames
-from cf_model.context_probe import choose_pairs, follow_facts
+from cf_model.context_probe import choose_pairs, follow_facts, list_errors
 from cf_model.data.latents import Latents
-from cf_model.data.prompts import read_prompts
 from cf_model.data.video import write_video
+from cf_model.generation import VideoJob, generate_chunks, generate_windows, group_jobs, list_jobs
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import BatchGenerator
-from cf_model.model.memory import Memory, empty_memory
-from cf_model.model.recall import measure_one_step_errors
-from cf_model.model.rollout import RolloutSpec, denoise_chunk
-from cf_model.model.view import sample_window
+from cf_model.model.rollout import RolloutSpec
 from cf_model.text.encoder import TextEncoder
 from tasks.files.json_lines import dump_json_lines
 from tasks.params.schema import CAUSAL, Params, System
@@ -37,25 +32,6 @@ from tasks.runner.track import Track
 
 DECODED = 12  # latent frames that are decoded at once: few enough for any memory, and faster than a chunk at a time
 STUDENTS = ("stage1", "stage2")
-
-
-@dataclass(frozen=True)
-class VideoJob:
-    """Video to be made: `real` is the clip that it continues or, without a system, the clip that it shows."""
-
-    suite: str
-    name: str
-    system: System | None
-    number: int
-    seed: int
-    prompt: str
-    clip: str | None
-    real: Tensor | None  # [1, F, C, H, W]
-
-    @property
-    def file(self) -> str:
-        """The video's path below the stage's out."""
-        return f"{self.suite}/{self.name}/{self.number:05d}-s{self.seed}.mp4"
 
 
 def run(
@@ -74,7 +50,7 @@ def run(
     """Write samples: a video of every system for each held-out caption or prompt of a file, and continuations of real prefixes."""
     weights = {"base": base, "teacher": teacher, "causal_init": causal_init, "stage1": stage1, "stage2": stage2}
     clips, pictures, text = Latents(latents), load_codec(codec).to(choose_device()), open_text_encoder(params.text).to(choose_device())
-    todo = list(list_jobs(params, clips))
+    todo = list(list_jobs(params.generate, clips))
     finished = track.work / "samples"  # a run that was killed is continued with the batches of which a video is missing here
     bar = track.progress(len(todo), "video")
     models: dict[str, Denoiser] = {}
@@ -115,6 +91,7 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
         out.write_text("")
         return
     real, text = clips.window(rows, [0] * len(rows), length).to(choose_device()), clips.text(rows).to(choose_device())
+    names = [clips.clips[row]["id"] for row in rows]
     bar = track.progress(len(causal), "probe")
     found = []
     for name, system in causal.items():
@@ -122,22 +99,10 @@ def probe_recall(params: Params, track: Track, clips: Latents, weights: dict[str
         assert memory
         rng = BatchGenerator([(params.seed, row) for row in rows], real.device)
         asked: dict[str, Any] = {"chunk": params.stage2.rollout.chunk, "start": probe.start, "sigmas": probe.sigmas, "rng": rng}
-        for (sigma, slow), errors in measure_one_step_errors(student, real, text, memory, **asked).items():
-            about = {"system": name, "sigma": sigma, "slow": slow, "start": probe.start, "chunk": asked["chunk"]}
-            about |= {"sink": memory.sink, "fast": memory.fast}
-            for row, error in zip(rows, errors.cpu(), strict=True):
-                rounded = [[[round(value, 5) for value in line] for line in frame] for frame in error.tolist()]
-                found.append(about | {"clip": clips.clips[row]["id"], "error": rounded})
+        found += [{"system": name} | row for row in list_errors(student, real, text, memory, names, **asked)]
         bar.update()
     bar.close()
     out.write_text(dump_json_lines(found))
-
-
-def note_memory(memory: Memory, chunk: int, held: Sequence[list[dict[str, Any]]]) -> None:
-    """Add to `held`, of each video, the latent frames in each part of its memory, and those of the chunk that is begun."""
-    now = list(range(memory.frame_count, memory.frame_count + chunk))
-    for video, rows in enumerate(held):
-        rows.append(memory.frame_indices(video) | {"now": now})
 
 
 def list_students(params: Params) -> dict[str, System]:
@@ -171,16 +136,8 @@ def choose_rollout(params: Params, system: System) -> RolloutSpec:
 def index_row(params: Params, job: VideoJob) -> dict[str, Any]:
     """Return a video's row of index.jsonl."""
     prefix = 0 if job.suite == "prompts" else video_frames(params.generate.prefix)
-    return {
-        "suite": job.suite,
-        "system": job.name,
-        "prompt": job.prompt,
-        "clip": job.clip,
-        "seed": job.seed,
-        "file": job.file,
-        "prefix_frames": prefix,
-        "chunk": count_made_at_once(params, job.system) if job.system else None,
-    }
+    about = {"suite": job.suite, "system": job.name, "prompt": job.prompt, "clip": job.clip, "seed": job.seed, "file": job.file}
+    return about | {"prefix_frames": prefix, "chunk": count_made_at_once(params, job.system) if job.system else None}
 
 
 def count_made_at_once(params: Params, system: System) -> int:
@@ -188,34 +145,6 @@ def count_made_at_once(params: Params, system: System) -> int:
     if system.weights in CAUSAL:
         return choose_rollout(params, system).chunk
     return params.base.window if system.weights == "base" else params.teacher.target
-
-
-def list_jobs(params: Params, clips: Latents) -> Iterator[VideoJob]:
-    """Yield the videos in the order of the systems, so that a single model is in memory at a time."""
-    g = params.generate
-    heldout = clips.rows("heldout")
-    captions: list[tuple[str, int | None]] = [(clips.captions([row])[0], row) for row in heldout[: g.prompts]]
-    if g.prompts_file:
-        captions = [(prompt, None) for prompt in read_prompts(g.prompts_file, g.prompts)]
-    for suite, count, frames in (("prompts", g.prompts, g.frames), ("continuations", g.continued, g.frames)):
-        for number, clip in enumerate(heldout[:count]):
-            real = clips.window([clip], [0], min(clips.frames(clip), frames))
-            yield VideoJob(suite, "real", None, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], real)
-    for name, system in g.systems.items():
-        for number, (prompt, row) in enumerate(captions):
-            for seed in g.seeds:
-                yield VideoJob("prompts", name, system, number, seed, prompt, None if row is None else clips.clips[row]["id"], None)
-    for name, system in g.continuations.items():
-        for number, clip in enumerate(heldout[: g.count_continued(name)]):
-            prefix = clips.window([clip], [0], g.prefix)
-            yield VideoJob("continuations", name, system, number, g.seeds[0], clips.captions([clip])[0], clips.clips[clip]["id"], prefix)
-
-
-def group_jobs(todo: list[VideoJob], batch: int) -> Iterator[list[VideoJob]]:
-    """Yield the videos of one system, at most `batch` at once; real clips, whose lengths differ, each by itself."""
-    for _, group in groupby(todo, key=lambda job: (job.suite, job.name, None if job.system else job.number)):
-        jobs = list(group)
-        yield from (jobs[first : first + batch] for first in range(0, len(jobs), batch))
 
 
 def generate_latents(
@@ -239,37 +168,12 @@ def generate_latents(
     size = model.transformer.config.in_channels, params.video.height // SPACE, params.video.width // SPACE
     # the noise depends on seed and prompt alone, so that systems can be compared pair by pair
     rng = BatchGenerator([(job.seed, job.number) for job in jobs], text.device)
-    if spec := system.memory:
+    shared: dict[str, Any] = {"frames": system.frames, "size": size, "rng": rng, "real": real}
+    if system.memory:
         rollout = choose_rollout(params, system)
-        memory = empty_memory(spec) if real is None else model.remember_clip(real, text, spec, chunk=rollout.chunk)
-        sigmas, merged = params.flow.shift_levels(rollout.levels), params.compute.merged and spec.timing == "clean"
-        finished: Tensor | None = None  # a chunk that the next one's first pass remembers
-        for _ in range((system.frames - memory.frame_count) // rollout.chunk):
-            with torch.no_grad():  # alg. 1 with r' = T for every chunk, and the clean pass of line 21
-                seen = memory
-                x_0, (_, last), memory = denoise_chunk(model, text, size, sigmas, rollout.chunk, memory, rng, finished)
-                note_memory(seen if finished is None else last, rollout.chunk, held)
-                memory, finished = (memory, x_0) if merged else (model.remember(x_0, text, memory), None)
-            yield x_0
-        return
-    view = system.view
-    assert view
-    length = count_made_at_once(params, system)
-    past = text.new_zeros(len(jobs), 0, *size) if real is None else real
-    while past.shape[1] < system.frames:
-        start = past.shape[1]
-        window = sample_window(
-            model,
-            text,
-            past[:, view.context_frames(start)],
-            (min(length, system.frames - start), *size),
-            view=view,
-            flow=params.flow,
-            steps=params.generate.sampler_steps,
-            guidance=params.generate.guidance,
-            guidance_passes=params.generate.guidance_passes,
-            rng=rng,
-            null=null,
-        )
-        yield window
-        past = torch.cat([past, window], dim=1)
+        sigmas, merged = params.flow.shift_levels(rollout.levels), params.compute.merged
+        yield from generate_chunks(model, text, system.memory, sigmas=sigmas, chunk=rollout.chunk, merged=merged, **shared, held=held)
+    elif system.view:
+        sampler = params.generate.model_dump(include={"guidance", "guidance_passes"})
+        sampler |= {"flow": params.flow, "steps": params.generate.sampler_steps, "length": count_made_at_once(params, system)}
+        yield from generate_windows(model, text, null, system.view, **sampler, **shared)

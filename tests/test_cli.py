@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import tasks.__main__ as cf
+from cf_model.metrics.encoders import PINNED
+from flows.project import dvc_remote, worktree
+from tasks.files import options
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 
@@ -41,6 +46,36 @@ def test_help_lists_the_stages_in_running_order(capsys: pytest.CaptureFixture[st
     first = [line.split()[0] for line in said.splitlines() if line.startswith("  ")]
     assert first[: len(Project().stages)] == list(Project().stages)
     assert all(len(line) <= 120 for line in said.splitlines())
+
+
+def test_every_command_shows_an_example_and_takes_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the table; `score` and `sample` have parsers of their own, with examples that tests of theirs run."""
+    shown = {name: entry for name, entry in options.read_commands().items() if "epilog" in entry}
+    assert cf.TARGETS.keys() - shown.keys() == {"score", "sample"}
+    for name, entry in shown.items():
+        examples = [line for line in entry["epilog"].splitlines() if re.match(rf"  .*\bcf {name}\b", line)]
+        assert examples, f"cf {name} --help shows no example"
+        if name == "repro":  # whose options are DVC's
+            continue
+        with pytest.raises(SystemExit) as ended:
+            options.parse_options(name, ["--help"])
+        assert ended.value.code == 0 and entry["epilog"] in capsys.readouterr().out
+        for example in examples:  # without what stands beside it: three spaces away, or in another command
+            words = shlex.split(re.split(r" {2,}| && ", example.partition(f"cf {name}")[2].rstrip("\\"))[0])
+            if not example.endswith("\\"):
+                options.parse_options(name, words)
+
+
+def test_the_table_of_commands_says_what_the_code_says() -> None:
+    commands = options.read_commands()
+    stated = {option["name"]: option for entry in commands.values() for option in entry.get("options", [])}
+    verbs = {f"{name} {verb}": its for name, entry in commands.items() for verb, its in entry.get("verbs", {}).items()}
+    defaults = {name: option["default"] for name, its in verbs.items() for option in its.get("options", []) if "default" in option}
+    assert stated["--only"]["choices"] == list(PINNED)
+    assert defaults["runs prune"] == worktree.KEEP and defaults["remote push"] == defaults["remote pull"] == dvc_remote.LIMIT
+    for target in cf.TARGETS.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function or "main"))
 
 
 def test_a_stage_explains_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_killed_and_started_again_goes_on_with_the_same_bytes(
 def test_what_stands_beside_the_students_continues_the_first_of_their_clips(stated: schema.Params, project: dict[str, Path]) -> None:
     some = {"prompts": 1, "continued": 3, "continued_beside": 2, "frames": 9, "prefix": 3, "systems": {}}
     params = stated.model_copy(update={"generate": stated.generate.model_copy(update=some)})
-    jobs = [job for job in generate.list_jobs(params, Latents(project["latents"])) if job.suite == "continuations" and job.system]
+    jobs = [job for job in generate.list_jobs(params.generate, Latents(project["latents"])) if job.suite == "continuations" and job.system]
     numbers = {name: [job.number for job in jobs if job.name == name] for name in {job.name for job in jobs}}
     beside = ("causal_init", "stage1_without_slow", "stage2_without_slow")
     assert {*beside, "stage1", "stage2"} <= numbers.keys()

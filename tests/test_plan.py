@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import tasks.__main__ as cf
-from cf_model.plan import fit, hardware, need
+from cf_model.plan import fit, forecast, hardware, need
 from cf_model.plan.need import StageNeed
 from tasks.commands import plan, preset
 from tasks.files.videos import VIDEO_SUFFIXES
@@ -77,7 +77,7 @@ def test_wan_on_eight_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> None:
-    for one in plan.estimate_needs(wan).values():
+    for one in forecast.estimate_needs(wan).values():
         peaks = [one.peak(1, zero, 8) for zero in (0, 1, 2, 3)]
         assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3, "stages 1 and 2 need as much"
         assert one.peak(1, 3, 16) < one.peak(1, 3, 8) and one.peak(1, 0, 16) == one.peak(1, 0, 8)
@@ -86,7 +86,7 @@ def test_memory_falls_with_the_zero_stage_and_the_ranks(wan: schema.Params) -> N
 def test_every_preset_can_be_planned() -> None:
     stated = yaml_file.read_yaml(WAN)
     params = {name: load.validate_params(preset.apply_preset(stated, name), WAN) for name in preset.list_files("preset")}
-    made = {name: need.estimate_student(p.stage2, plan.estimate_costs(p), p.teacher.view) for name, p in params.items()}
+    made = {name: need.estimate_student(p.stage2, forecast.estimate_costs(p), p.teacher.view) for name, p in params.items()}
     assert all(one.operations > 0 and one.memory > 0 for one in made.values())
     assert made["longlive"].operations < made["longlive_init"].operations / 2, "a stream makes only what is new"
     assert made["cf_memoryless_teacher"].operations < made["cf_default"].operations, "scores without a context are cheaper"
@@ -105,7 +105,7 @@ def test_hours_of_tiny_are_those_it_took(tiny: schema.Params) -> None:
         section, name = key.split(".")
         stated[section][name] = value
     machine = hardware.Hardware(1, GIB, hardware.CPU_TFLOPS, "CPU", "")
-    for stage, one in plan.estimate_needs(load.validate_params(stated, TINY)).items():
+    for stage, one in forecast.estimate_needs(load.validate_params(stated, TINY)).items():
         tolerance = 0.4 if stage == "causal_init" else 0.25
         assert 3600 * hardware.estimate_hours(one, machine) == pytest.approx(measured[stage], rel=tolerance), stage
 
@@ -115,7 +115,7 @@ def test_a_shared_rollout_is_made_once_for_all_updates_of_the_critic(tiny: schem
 
     def saved(updates: int) -> float:
         kinds = [replace(tiny.stage2, rollouts=kind, critic_updates=updates) for kind in ("each", "shared")]
-        each, shared = (plan.estimate_needs(tiny.model_copy(update={"stage2": spec}))["stage2"].operations for spec in kinds)
+        each, shared = (forecast.estimate_needs(tiny.model_copy(update={"stage2": spec}))["stage2"].operations for spec in kinds)
         return each - shared
 
     assert saved(1) == 0 < saved(2)
@@ -125,7 +125,7 @@ def test_a_shared_rollout_is_made_once_for_all_updates_of_the_critic(tiny: schem
 def test_the_critics_warm_up_has_no_update_of_the_student(tiny: schema.Params) -> None:
     """150 updates without a warm-up, 120 after 90 steps of it, 75 after 225: the planned cost falls by as many."""
     specs = [replace(tiny.stage2, critic_warmup=warmup) for warmup in (0, 90, 225)]
-    none, short, long = (plan.estimate_needs(tiny.model_copy(update={"stage2": spec}))["stage2"].operations for spec in specs)
+    none, short, long = (forecast.estimate_needs(tiny.model_copy(update={"stage2": spec}))["stage2"].operations for spec in specs)
     assert none - short > 0.01 * none
     assert (none - long) / (none - short) == pytest.approx(75 / 30)
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
     from cf_model.train.trainer.ema import EMA
     from cf_model.train.trainer.engine import Optimizer
 
-    one = plan.estimate_needs(tiny)["base"]
+    one = forecast.estimate_needs(tiny)["base"]
     made = wan.build_transformer(tiny.model, channels=12, text_channels=64, seed=0)
     optimizer = Optimizer(made, tiny.base.optimizer, 10)
     for parameter in made.parameters():
@@ -166,7 +166,7 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
     assert sum(file.stat().st_size for file in folder.iterdir()) == pytest.approx(one.checkpoint, rel=0.01)
     wan.save_transformer(made, tmp_path / "out")
     written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
-    assert written == pytest.approx(plan.estimate_disk(tiny, "base", one)["out"], rel=0.01)
+    assert written == pytest.approx(forecast.estimate_disk(tiny, "base", one)["out"], rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------- the refusal
@@ -174,15 +174,15 @@ def test_a_checkpoint_is_as_large_as_planned(tiny: schema.Params, tmp_path: Path
 
 def refused(p: schema.Params, stage: str, free: float, split: int | None = None) -> str:
     with pytest.raises(ValueError) as error:
-        one = plan.estimate_needs(p)[stage]
-        leaner, work = plan.estimate_checkpointed(p, stage), fit.WorkSplit(split or one.batch, 0, 1)
+        one = forecast.estimate_needs(p)[stage]
+        leaner, work = forecast.estimate_checkpointed(p, stage), fit.WorkSplit(split or one.batch, 0, 1)
         fit.refuse_memory(stage, one, leaner, free * GIB, "machine", work)
     return str(error.value)
 
 
 def test_a_stage_that_fits_is_never_refused(tiny: schema.Params, wan: schema.Params, tmp_path: Path) -> None:
     for p, free in ((tiny, 0.25), (wan, 4000)):
-        for stage, one in plan.estimate_needs(p).items():
+        for stage, one in forecast.estimate_needs(p).items():
             fit.refuse_memory(stage, one, None, free * GIB, "machine", fit.WorkSplit(one.batch, 0, 1))
             assert one.peak(one.batch) * 0.7 < free * GIB
     plan.refuse_unfit_stage(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
@@ -196,14 +196,14 @@ def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, 
     assert "one sample alone takes 86.1: use a larger device, or a smaller model, video" in refused(wan, "stage2", 10)
     assert "use engine.micro_batch: 2, or compute.checkpointing: true" in refused(tiny, "stage2", 0.09)
     large = tiny.model_copy(update={"video": tiny.video.model_copy(update={"height": 512, "width": 512})})
-    lean = plan.estimate_checkpointed(large, "stage2")
+    lean = forecast.estimate_checkpointed(large, "stage2")
     assert lean and "use compute.checkpointing: true and engine.micro_batch: 1" in refused(large, "stage2", 1.01 * lean.peak(1) / GIB)
     for text in (message, refused(tiny, "stage2", 0.09)):
         assert text.count("\n") == 0
 
 
 def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
-    one = plan.estimate_needs(wan)["stage2"]
+    one = forecast.estimate_needs(wan)["stage2"]
     fit.refuse_memory("stage2", one, None, 139 * GIB, "machine", fit.WorkSplit.from_engine(wan.engine, one.batch, 1))
     assert fit.WorkSplit.from_engine(wan.engine, one.batch, 8) == fit.WorkSplit(1, 2, 8), "as the profile states it"
     with pytest.raises(ValueError, match=r"a rank of stage2 of 8 with ZeRO 2 needs about 68.9.* one sample alone takes 86.1"):
@@ -212,13 +212,13 @@ def test_what_the_refusal_proposes_fits(wan: schema.Params) -> None:
 
 def test_rollouts_that_outlive_a_step_are_counted_for_the_whole_share(wan: schema.Params) -> None:
     shared = wan.model_copy(update={"stage2": replace(wan.stage2, rollouts="shared")})
-    each, kept = (plan.estimate_needs(p)["stage2"] for p in (wan, shared))
+    each, kept = (forecast.estimate_needs(p)["stage2"] for p in (wan, shared))
     assert kept.peak(1, 2, 8) - each.peak(1, 2, 8) == 7 * kept.carried > 7 * each.memory
     assert kept.peak(8, 2, 8) == each.peak(8, 2, 8), "computed at once they are there anyway"
 
 
 def test_what_is_offloaded_is_not_on_the_gpu(wan: schema.Params) -> None:
-    one, engine = plan.estimate_needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
+    one, engine = forecast.estimate_needs(wan)["stage2"], replace(wan.engine, offload="optimizer")
     away, here = (fit.WorkSplit.from_engine(stated, one.batch, 8, gpu=True) for stated in (engine, wan.engine))
     assert here.peak(one) - away.peak(one) == one.states(2, 8)["optimiser"] > 3 * GIB
     assert fit.WorkSplit.from_engine(engine, one.batch, 8) == fit.WorkSplit(1, 2, 8), "on a CPU it is the same memory"
@@ -269,5 +269,5 @@ def test_memory_is_the_machines_or_the_containers(monkeypatch: pytest.MonkeyPatc
 def test_only_stages_that_train_are_asked(tiny: schema.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "measure_memory", lambda: 1.0)
     plan.refuse_unfit_stage(tiny, "evaluate", tmp_path, tmp_path)
-    assert set(plan.estimate_needs(tiny)) == set(TRAINING_STAGES)
-    assert all(isinstance(one, StageNeed) for one in plan.estimate_needs(tiny).values())
+    assert set(forecast.estimate_needs(tiny)) == set(TRAINING_STAGES)
+    assert all(isinstance(one, StageNeed) for one in forecast.estimate_needs(tiny).values())

@@ -50,7 +50,7 @@ APART = {  # rooms of cf_model
 }
 WITHOUT_TRANSFORMER = ("validate", "clips", "filter", "codec", "encode", "prompts", "evaluate", "report")
 TOPS = {  # what stands at the top of a package and not in a room
-    "flows": {"__init__.py", "pipeline.py", "nightly.py", "evaluate.py", "locks.py", "cli.py"},
+    "flows": {"__init__.py", "pipeline.py", "nightly.py", "evaluate.py", "cli.py"},
     "tasks": {"__init__.py", "__main__.py", *(f"{stage}.py" for stage in STAGES)},
 }
 ONE_WORD = 0.2  # share of module-level functions that may be called by one word

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import tee
 
 import numpy as np
+from torch import Tensor
+
+from cf_model.codec.interface import Codec
 
 
 def measure_stutter(video: Iterable[np.ndarray], *, period: int, first: int = 0) -> float | None:
@@ -23,3 +27,13 @@ def measure_stutter(video: Iterable[np.ndarray], *, period: int, first: int = 0)
         before = now
     border, inside = (float(np.mean(changes[at])) if changes[at] else 0.0 for at in (True, False))
     return border / max(inside, 1e-3) if border or inside else None
+
+
+def measure_reconstruction(codec: Codec, frames: Iterator[Tensor]) -> tuple[float, float | None]:
+    """Measure PSNR in dB and stutter of a clip that was encoded and decoded, piece by piece, so that it may be long."""
+    pieces, truth = tee(frames)
+    shown, decoded = tee(frame for part in codec.decode_stream(codec.encode_stream(pieces)) for frame in part[0])
+    pairs = zip(decoded, (frame for part in truth for frame in part[0]), strict=True)
+    error = [float((ours.double() - true.double()).square().mean()) for ours, true in pairs]
+    psnr = 10 * np.log10(255**2 / max(float(np.mean(error)), 1e-12))
+    return float(psnr), measure_stutter((frame.numpy() for frame in shown), period=codec.time)

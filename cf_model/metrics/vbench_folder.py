@@ -5,13 +5,17 @@ VBench runs in an environment of its own, because it pins transformers 4.33 and 
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 LONGEST = 255  # bytes of a file name
 PERCENT = ("imaging_quality",)  # dimensions that VBench's script gives in 0..100 for single videos
 PROTOCOL = "vbench/official"
+# VBench's script and its libraries get these of our environment, and none of its secrets
+HANDED_ON = ("PATH", "HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_OFFLINE", "VBENCH_CACHE_DIR", "TMPDIR", "LANG")
 
 
 def name_video(prompt: str, number: int, index: int) -> str:
@@ -61,3 +65,18 @@ def read_results(results: Mapping[str, Sequence[Any]], names: Mapping[str, tuple
         scale = 0.01 if dimension in PERCENT else 1.0
         cells += [{"file": files[name], "protocol": PROTOCOL, "metric": dimension, "value": value * scale} for name, value in rows]
     return cells
+
+
+def run_script(out: Path, python: Path, checkout: Path, dimensions: list[str]) -> Path:
+    """Run VBench's script on the folder and return the file of its results; ValueError with its last line if it fails."""
+    words = ["--videos_path", out / "videos", "--prompt_file", out / "prompts.json", "--output_path", out / "results"]
+    command = [python, "evaluate.py", "--mode", "custom_input", *words, "--dimension", *dimensions]
+    environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=checkout, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
+    found = sorted((out / "results").glob("*_eval_results.json"))
+    if done.returncode or not found:
+        last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "it wrote no results")
+        raise ValueError(f"VBench's script ended with code {done.returncode}: {last[:200]}; its folder is {out}, to run it by hand")
+    return found[-1]

@@ -1,6 +1,5 @@
 """`cf doctor`: what a machine needs and what it may lack, one line each, and what to do about it."""
 
-import argparse
 import json
 import os
 import sys
@@ -9,13 +8,11 @@ from dataclasses import asdict
 from flows.doctor import this_machine
 from flows.doctor.finding import Finding
 from flows.machine.settings import Machine, process_environment, read_machine
+from tasks.files.options import parse_options
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf doctor", description="Looks for what is wrong with this machine. Exit code 1 if something fails.")
-    parser.add_argument("--json", action="store_true", help="the same for programs: a list of name, level, said, todo")
-    parser.add_argument("--fix", action="store_true", help="also remove what is stale: leftovers in the cache, locks of the dead")
-    options = parser.parse_args(argv)
+    options = parse_options("doctor", argv)
     findings = examine_machine(read_machine(), options.fix)
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
@@ -31,22 +28,10 @@ def examine_machine(machine: Machine, fix: bool = False) -> list[Finding]:
     os.environ.update(process_environment(machine))
     from flows.doctor import server  # imports Prefect, which reads the environment
 
-    checks = [
-        this_machine.check_versions,
-        this_machine.check_environment,
-        this_machine.check_port,
-        server.check_server,
-        server.check_programs,
-        server.check_alerts,
-        this_machine.check_disk,
-        this_machine.check_leftovers,
-        this_machine.check_locks,
-        this_machine.check_worktrees,
-        this_machine.check_gpus,
-        this_machine.check_extensions,
-        this_machine.check_remote,
-        this_machine.check_wandb,
-    ]
+    checks = [this_machine.check_versions, this_machine.check_environment, this_machine.check_port]
+    checks += [server.check_server, server.check_programs, server.check_alerts]
+    checks += [this_machine.check_disk, this_machine.check_leftovers, this_machine.check_locks, this_machine.check_worktrees]
+    checks += [this_machine.check_gpus, this_machine.check_extensions, this_machine.check_remote, this_machine.check_wandb]
     findings: list[Finding] = []
     for check in checks:
         try:

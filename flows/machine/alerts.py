@@ -8,7 +8,6 @@ A night writes down how it ended. Whether the last good end is too long ago is l
 that `cf up` starts or by `cf nightly-check` from cron.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 from flows.cli import one_line_errors
 from flows.machine import settings
 from tasks.files.json_lines import read_json_object, write_json
+from tasks.files.options import parse_options
 from tasks.params import yaml_file
 
 ALERT_URL, HEARTBEAT_URL = "CF_ALERT_URL", "CF_HEARTBEAT_URL"
@@ -146,11 +146,7 @@ def watch_nights(repo: Path, every: float, hours: float | None) -> None:
 
 @one_line_errors
 def main(argv: list[str]) -> None:
-    about = "Exit code 1, and an alert, when no nightly has ended well for nightly.absent_hours. It needs no server."
-    parser = argparse.ArgumentParser("cf nightly-check", description=about)
-    parser.add_argument("--hours", type=float, help="default: nightly.absent_hours in params.yaml")
-    parser.add_argument("--every", type=float, metavar="SECONDS", help="look again and again, as `cf up` does; without it once, for cron")
-    repo, options = Path.cwd(), parser.parse_args(argv)
+    repo, options = Path.cwd(), parse_options("nightly-check", argv)
     if options.every is not None:
         watch_nights(repo, options.every, options.hours)
     if sentence := report_absence(repo, read_absent_hours(repo) if options.hours is None else options.hours, _print):

@@ -4,7 +4,6 @@ PREFECT_API_URL, CF_POOL and CF_ROOT, where they are set, name another server, a
 machines that work for it (infra/README.md). What was paused stays paused.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -25,6 +24,7 @@ from flows.machine.settings import post_json, process_environment, read_machine
 from flows.machine.up import POOL
 from flows.project.dvc_command import read_config
 from flows.project.git import run_git
+from tasks.files.options import parse_options
 from tasks.files.settings import read_settings
 from tasks.params import yaml_file
 
@@ -35,8 +35,7 @@ EMPTY = ("For further information visit", "An exception occurred.")  # beginning
 
 
 def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser("cf deploy", description=__doc__, formatter_class=form).parse_args(argv)
+    parse_options("deploy", argv, __doc__)
     machine, values = read_machine(), read_settings()
     env = process_environment(machine) | WIDE | {"CF_POOL": values.pool, "CF_ROOT": values.root or str(machine.root)}
     env["PREFECT_API_URL"] = os.environ.get("PREFECT_API_URL", env["PREFECT_API_URL"]).rstrip("/")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xmlrpc.client import Error, ServerProxy
 
+import jinja2
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
@@ -23,37 +24,7 @@ LOOK = "900"  # Choice: seconds between two looks of the watch; a night is late 
 RUNNING = ("RUNNING", "STARTING")  # states, in supervisor's words
 SOCKET_PATH = 107 - len(".12345678")  # bytes that Linux takes, less what supervisor appends while it binds
 
-SUPERVISOR = """\
-[supervisord]
-nodaemon = true
-silent = true
-logfile = %(here)s/supervisor.log
-logfile_maxbytes = 1MB
-logfile_backups = 1
-pidfile = %(here)s/supervisor.pid
-
-[unix_http_server]
-file = %(here)s/socket
-chmod = 0700
-
-[rpcinterface:supervisor]
-supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
-"""
-# Choice: a program that ends within 30 s has not started; it is tried 10 times, one second later each time, before supervisor gives up.
-# Choice: 50 MB of log, and as much of an older one, because the worker's has each line of each stage.
-PROGRAM = """
-[program:{name}]
-command = {command}
-startsecs = 30
-startretries = 10
-autorestart = true
-stopsignal = {signal}
-stopwaitsecs = {grace:.0f}
-redirect_stderr = true
-stdout_logfile = %(here)s/{name}.log
-stdout_logfile_maxbytes = 50MB
-stdout_logfile_backups = 1
-"""
+TEMPLATE = Path(__file__).with_name("supervisor.conf.j2")
 
 
 def read_commands(machine: Machine) -> dict[str, list[str]]:
@@ -76,12 +47,9 @@ def start_supervisor(machine: Machine, secrets: dict[str, str]) -> None:
     socket, config, log = (machine.file(name) for name in ("socket", "supervisor.conf", "supervisor.log"))
     if (length := len(os.fsencode(socket))) > SOCKET_PATH:
         raise ValueError(f"{socket} has {length} bytes, a unix socket's path {SOCKET_PATH} at most; move the checkout to a shorter path")
-    text = SUPERVISOR
-    for name, words in read_commands(machine).items():
-        # the worker is killed, because it would wait for its runs; `cf down` ends these afterwards, with their grace
-        signal = "KILL" if name == "worker" else "TERM"
-        text += PROGRAM.format(name=name, command=shlex.join(words).replace("%", "%%"), signal=signal, grace=GRACE)
-    config.write_text(text)
+    commands = {name: shlex.join(words).replace("%", "%%") for name, words in read_commands(machine).items()}
+    template = jinja2.Template(TEMPLATE.read_text(), trim_blocks=True, undefined=jinja2.StrictUndefined)
+    config.write_text(template.render(commands=commands, grace=round(GRACE)))
     command, env = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(config)], process_environment(machine) | secrets
     with log.open("ab") as out:
         streams: Any = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}

@@ -4,7 +4,6 @@ Beside them run a watch, which sends an alert when nights don't happen and needs
 Prefect's UI open. supervisor restarts what dies (flows/machine/programs.py); `make up` from cron brings back supervisor itself.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,7 +16,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from flows.machine import alerts, processes, programs, settings
-from flows.machine.settings import DATABASE, Machine, is_healthy, process_environment, read_machine
+from flows.machine.settings import Machine, is_healthy, process_environment, read_machine
+from tasks.files.options import parse_options
 from tasks.files.settings import read_settings
 from tasks.files.words import count_things
 
@@ -26,8 +26,7 @@ PATIENCE = 600.0  # seconds for a start: 10 on a quiet machine, 200 were seen at
 
 
 def start_machine(argv: list[str]) -> None:
-    about = "Starts the Prefect server, a worker, the watch and the reports, or what of them doesn't run. CF_PORT, CF_RUNS; " + DATABASE
-    argparse.ArgumentParser("cf up", description=about).parse_args(argv)
+    parse_options("up", argv)
     machine = read_machine()
     with lock_machine(machine):
         states, (secrets, database) = programs.read_states(machine), settings.server_secrets()
@@ -152,8 +151,7 @@ def close_runs(machine: Machine) -> None:
 
 
 def stop_machine(argv: list[str]) -> None:
-    about = "Stops the worker, the runs it is at and everything below them, and the server. Runs that are stopped so say Crashed."
-    argparse.ArgumentParser("cf down", description=about).parse_args(argv)
+    parse_options("down", argv)
     machine = read_machine()
     with lock_machine(machine):
         print(stop_everything(machine))

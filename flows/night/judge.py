@@ -54,14 +54,8 @@ def nightly_parameters(params: Mapping[str, Any], prompts: Path | None) -> dict[
     system = next((system for system in generate["systems"].values() if system["weights"] == STUDENT), None)
     if system is None:
         raise ValueError(f"generate.systems has no system whose weights are {STUDENT}, so there is nothing to judge")
-    changed = {
-        "systems": {NAME: system},
-        "continuations": {},
-        "continued": 1,
-        "prompts": night["prompts"],
-        "seeds": night["seeds"],
-        "prompts_file": prompts and str(prompts),
-    }
+    changed = {"systems": {NAME: system}, "continuations": {}, "continued": 1}
+    changed |= {"prompts": night["prompts"], "seeds": night["seeds"], "prompts_file": prompts and str(prompts)}
     return {**params, "generate": {**generate, **changed}}
 
 

@@ -1,6 +1,5 @@
 """`cf promote`, `cf rollback`, `cf promoted`, `cf history`: the registry (flows/project/registry.py) by hand."""
 
-import argparse
 import sys
 import time
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 from flows.cli import one_line_errors
 from flows.night.records import read_nights
 from flows.project import registry
+from tasks.files.options import parse_options
 
 
 def history_lines(repo: Path) -> list[str]:
@@ -30,10 +30,7 @@ def _reason(about: Mapping[str, Any]) -> str:
 @one_line_errors
 def promote_student(argv: list[str]) -> None:
     """Run `cf promote`: make a version, or a commit's student, the promoted one."""
-    parser = argparse.ArgumentParser("cf promote", description="Makes a student the promoted one, by hand: no gate is asked.")
-    parser.add_argument("what", nargs="?", default="HEAD", help="a version such as v0.0.2, or a commit whose dvc.lock has models/stage2")
-    parser.add_argument("--why", default="by hand")
-    args, repo = parser.parse_args(argv), Path.cwd()
+    args, repo = parse_options("promote", argv), Path.cwd()
     about = {"by": "hand", "why": args.why}
     with registry.lock_registry(repo):
         by_name = registry.VERSION.fullmatch(args.what)
@@ -48,10 +45,7 @@ def promote_student(argv: list[str]) -> None:
 @one_line_errors
 def roll_back_student(argv: list[str]) -> None:
     """Run `cf rollback`: promote an earlier version again, by one more tag."""
-    parser = argparse.ArgumentParser("cf rollback", description="Makes a student that was promoted before the promoted one again.")
-    parser.add_argument("version", nargs="?", help="such as v0.0.1; default: the one that it took the place of")
-    parser.add_argument("--why", default="by hand")
-    args = parser.parse_args(argv)
+    args = parse_options("rollback", argv)
     with registry.lock_registry(Path.cwd()):
         assignment = registry.roll_back(Path.cwd(), args.version, args.why)
     print(f"{assignment.version.name} is promoted again ({assignment.tag}); `git push origin {assignment.tag}` tells others")
@@ -60,17 +54,14 @@ def roll_back_student(argv: list[str]) -> None:
 @one_line_errors
 def show_history(argv: list[str]) -> None:
     """Run `cf history`."""
-    argparse.ArgumentParser("cf history", description="Nights, versions, promotions and rollbacks, oldest first.").parse_args(argv)
+    parse_options("history", argv)
     print("\n".join(history_lines(Path.cwd())) or "nothing yet: no night has run, and no student was promoted")
 
 
 @one_line_errors
 def show_promoted(argv: list[str]) -> None:
     """Run `cf promoted`: name the promoted student, and fetch its weights with --out."""
-    about = "The promoted student, and its weights: the DVC cache has them, or the remote that the repository names."
-    parser = argparse.ArgumentParser("cf promoted", description=about)
-    parser.add_argument("--out", type=Path, help="a folder that becomes the weights, also where it holds another version's")
-    args, repo = parser.parse_args(argv), Path.cwd()
+    args, repo = parse_options("promoted", argv), Path.cwd()
     now = registry.find_promoted(repo)
     if now is None:
         raise ValueError("no student is promoted; a night promotes one, or `cf promote`")

@@ -4,7 +4,6 @@ DVC trusts its state database: a damaged file that has kept its time and size is
 `cf verify` hashes everything again, before a model is judged and before it is promoted.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -18,6 +17,7 @@ from flows.project.dvc_graph import Stage
 from flows.project.git import read_committed
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
+from tasks.files.options import parse_options
 from tasks.files.words import count_things
 
 Out = Mapping[str, Any]  # path, md5, and size or nfiles, as DVC writes them
@@ -108,9 +108,7 @@ def _split_blocks(text: str) -> tuple[str, dict[str, str]]:
 
 @one_line_errors
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf verify", description="Hashes the workspace's outs again and compares them with dvc.lock.")
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help="default: all")
-    names, root = parser.parse_args(argv).stages, Path.cwd()
+    names, root = parse_options("verify", argv).stages, Path.cwd()
     if damage := find_damage(root, names):
         print("\n".join(damage))
         sys.exit(1)

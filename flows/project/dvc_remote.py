@@ -6,7 +6,6 @@ under its good md5. Time limits: DVC waits for ever for a server that has stoppe
 Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or from a profile, never from .dvc/config.
 """
 
-import argparse
 import configparser
 import json
 import os
@@ -29,6 +28,7 @@ from flows.project.dvc_config import is_secret
 from flows.project.dvc_lock import read_lock
 from flows.supervise import command as supervise
 from flows.supervise.environment import child_environment
+from tasks.files.options import parse_options
 from tasks.files.words import count_things
 
 LIMIT = 3600.0  # Choice: seconds of one attempt. What it has sent stays sent, so four attempts are four hours of sending.
@@ -37,20 +37,9 @@ CONNECT, READ = 5, 60  # seconds that one request may take to connect, and betwe
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 PORTS = {"s3": 443, "gs": 443, "https": 443, "http": 80, "ssh": 22, "webdav": 80, "webdavs": 443}
 HOSTS = {"s3": "s3.amazonaws.com", "gs": "storage.googleapis.com"}  # where the host in the URL is a bucket
-FINAL = (  # another attempt would end the same
-    "Unable to locate credentials",
-    "bucket does not exist",
-    "Access Denied",
-    "Forbidden",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "requires 'dvc-",
+FINAL = re.compile(  # another attempt would end the same
+    "Unable to locate credentials|bucket does not exist|Access Denied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|requires 'dvc-"
 )
-EXAMPLES = """examples:
-  cf remote add lab s3://bucket/context-forcing --endpoint https://s3.lab.example   in .dvc/config; --local: in .dvc/config.local
-  cf remote check                            is it there, and is it set up so that damage is seen?
-  cf remote push                             results and run cache, within an hour; again where it was cut
-  dvc repro --pull                           on another machine: what was made elsewhere is taken, the rest is made here"""
 Log = Callable[[str], None]
 
 
@@ -133,7 +122,7 @@ def transfer_outs(verb: str, root: Path, *, targets: Sequence[str] = (), timeout
         why = f"took more than {timeout:g} s for `dvc {verb}`; what was done stays done, and another goes on"
         raise RemoteAway(f"remote {remote} {why}") from None
     if code:
-        kind = RemoteMisconfigured if any(words in line for words in FINAL for line in lines) else RemoteAway
+        kind = RemoteMisconfigured if any(map(FINAL.search, lines)) else RemoteAway
         raise kind(f"`dvc {verb}` with remote {remote} failed: {find_reason(lines)}")
 
 
@@ -221,21 +210,7 @@ def add_remote(root: Path, name: str, url: str, *, endpoint: str | None = None, 
 
 
 def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf remote", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    new = verbs.add_parser("add", help="the remote of this checkout: verified, with time limits")
-    new.add_argument("name")
-    new.add_argument("url", help="s3://bucket/folder, or a folder")
-    new.add_argument("--endpoint", help="of an S3 server that isn't Amazon's")
-    new.add_argument("--local", action="store_true", help="on this machine only: .dvc/config.local")
-    verbs.add_parser("check", help="is it there, and set up right?")
-    for verb, about in (("push", "send results and run cache"), ("pull", "take what dvc.lock names, and the run cache")):
-        transfer = verbs.add_parser(verb, help=about)
-        transfer.add_argument("targets", nargs="*", help="stages; default: all")
-        transfer.add_argument("--timeout", type=float, default=LIMIT, help=f"seconds, {LIMIT:g} by default")
-    verbs.add_parser("mend", help="read all that dvc.lock names there; what is damaged goes, for the next push to send again")
-    args = parser.parse_args(argv)
+    args = parse_options("remote", argv, __doc__)
     root = Path.cwd()
     try:
         if args.verb == "add":

@@ -4,9 +4,7 @@
 can't restore a stage, so that a run with parameters that were tried before would train again.
 """
 
-import argparse
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from flows.project.dvc_command import run_dvc
 from flows.project.git import run_git
 from flows.project.run_lock import hold_checkout
 from tasks.files.dvc_rwlock import find_dvc
+from tasks.files.options import parse_options
 from tasks.files.words import count_things
 
 MD5 = re.compile(r"\b[0-9a-f]{32}(?:\.dir)?\b")
@@ -44,14 +43,6 @@ def find_named(repo: Path, cache: Path) -> set[str]:
     return named.union(*(MD5.findall(listing.read_text()) for listing in listings if listing.is_file()))
 
 
-def find_unnamed(repo: Path, cache: Path) -> Iterator[Path]:
-    """Yield the files of the cache that nothing names."""
-    named = find_named(repo, cache)
-    for file in cache.glob("[0-9a-f][0-9a-f]/*"):
-        if MD5.fullmatch(md5 := file.parent.name + file.name) and md5 not in named:
-            yield file
-
-
 def find_cache(repo: Path) -> Path:
     """Return the folder of the cache's objects. Raises ValueError where other checkouts may use it, or where `repo` is a worktree."""
     if not (repo / ".git").is_dir():
@@ -64,10 +55,7 @@ def find_cache(repo: Path) -> Path:
 
 @one_line_errors
 def main(argv: list[str]) -> None:
-    about = "Says what of the DVC cache no branch, tag, experiment or worktree names, as at their tips; with --delete removes it."
-    parser = argparse.ArgumentParser("cf gc", description=about)
-    parser.add_argument("--delete", action="store_true", help="remove it; not while anything is at work")
-    options, repo = parser.parse_args(argv), Path.cwd().resolve()
+    options, repo = parse_options("gc", argv), Path.cwd().resolve()
     cache, checkouts = find_cache(repo), list_checkouts(repo)
     with ExitStack() as held:
         if options.delete:
@@ -75,7 +63,8 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"dvc is at work here (process {', '.join(map(str, busy))}); wait for its end")
             for folder in checkouts:
                 held.enter_context(hold_checkout(folder))
-        unnamed = list(find_unnamed(repo, cache))
+        named, files = find_named(repo, cache), cache.glob("[0-9a-f][0-9a-f]/*")
+        unnamed = [file for file in files if MD5.fullmatch(md5 := file.parent.name + file.name) and md5 not in named]
         size = sum(file.stat().st_size for file in unnamed) / 2**30
         for file in unnamed if options.delete else ():
             file.unlink(missing_ok=True)

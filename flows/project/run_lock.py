@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.locks import read_holder, try_lock, write_holder
+from tasks.files.locks import read_holder, try_lock, write_holder
 
 LOCK = ".dvc/tmp/cf-run.lock"  # its text is "PROCESS RUN" while a run has the checkout, and empty after the run has ended
 

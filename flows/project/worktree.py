@@ -4,7 +4,6 @@ All worktrees use the DVC cache of the main checkout, so that a result of one ru
 removes the folders of all runs but the most recently used; the branches stay, and `cf runs open` makes a folder of one again.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -20,14 +19,11 @@ from flows.project.dvc_command import run_dvc
 from flows.project.git import commit_paths, resolve_commit, run_git
 from flows.project.overrides import apply_overrides
 from flows.project.run_lock import is_in_use
+from tasks.files.options import parse_options
 
 FOLDER = ".runs"
 KEEP = 5
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
-EXAMPLES = """examples:
-  cf runs list
-  cf runs open NAME DIR      the run's code, parameters and results in a folder of their own; `dvc repro` there repeats it
-  cf runs prune --keep 5     remove all folders but the five most recently used and those of running runs"""
 
 
 def check_run_name(name: str) -> str:
@@ -133,15 +129,7 @@ def prune_worktrees(repo: Path, keep: int = KEEP, line: Callable[[str], None] = 
 @one_line_errors
 def main(argv: list[str]) -> None:
     """Run `cf runs list` or `cf runs prune` in the current folder, a checkout's root."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf runs", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="runs that have a folder, the most recently used first")
-    opened = verbs.add_parser("open", help="a run's code, parameters and results in a folder of their own")
-    opened.add_argument("name", help="as `cf runs list` and the branch run/NAME have it, or a branch, tag or commit: nightly/2026-01-31")
-    opened.add_argument("folder", type=Path, metavar="DIR", help="where; a folder that is not there yet")
-    verbs.add_parser("prune", help="remove all folders but the most recently used").add_argument("--keep", type=int, default=KEEP)
-    args = parser.parse_args(argv)
+    args = parse_options("runs", argv, __doc__)
     repo = Path.cwd()
     if args.verb == "open":
         print(open_worktree(repo, args.name, args.folder))

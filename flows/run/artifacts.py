@@ -6,7 +6,7 @@ No artifact is worth a run: whatever fails here is a line in the log, written by
 import contextvars
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from html import escape
 from pathlib import Path
@@ -113,14 +113,12 @@ def _metrics_text(root: Path) -> str:
     values = [(stage, *node) for stage, tree in metrics.items() for node in list_nodes(tree) if not isinstance(node[1], Mapping)]
     numbers = {label: value for label, value in read_key_numbers(root).items() if value is not None}
     if not numbers:
-        return "\n".join(
-            ["| stage | metric | value |", "|---|---|---|", *(f"| {' | '.join(map(str, row))} |" for row in values)] if values else []
-        )
-    key_rows = ["| number | value |", "|---|---|", *(f"| {label} | {value:.4g} |" for label, value in numbers.items())]
+        return _markdown_table(("stage", "metric", "value"), values) if values else ""
+    key_table = _markdown_table(("number", "value"), [(label, f"{value:.4g}") for label, value in numbers.items()])
     rows = "".join(
         f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in [("stage", "metric", "value"), *values]
     )
-    return "\n".join([*key_rows, "", f"<details><summary>all {len(values)} metrics</summary><table>{rows}</table></details>"])
+    return "\n".join([key_table, "", f"<details><summary>all {len(values)} metrics</summary><table>{rows}</table></details>"])
 
 
 def _summary_text(root: Path, run: str, states: Mapping[str, str], about: str, places: Mapping[str, str]) -> str:
@@ -128,14 +126,16 @@ def _summary_text(root: Path, run: str, states: Mapping[str, str], about: str, p
     if root.parent.name == ".runs":
         branch = f"run/{root.name}"
         lines[-1] += f" `git show {branch}:params.yaml` shows all parameters, `cf runs open {root.name} DIR` brings it back later."
-    lines += [""]
-    lines += ["| stage | state | W&B |", "|---|---|---|"]
-    for stage, state in states.items():
-        place = places.get(stage, "")
-        lines.append(f"| {stage} | {state} | {f'[run]({place})' if place.startswith('http') else f'`{place}`' if place else ''} |")
+    shown = {stage: f"[run]({place})" if place.startswith("http") else f"`{place}`" for stage, place in places.items()}
+    lines += ["", _markdown_table(("stage", "state", "W&B"), [(stage, state, shown.get(stage, "")) for stage, state in states.items()])]
     if any(not place.startswith("http") for place in places.values()):
         lines += ["", "W&B's runs were kept on this machine; `cf wandb sync` sends them, `wandb leet` shows them here."]
     return "\n".join(lines)
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [head, ["---" for _ in head], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def wandb_places(root: Path) -> dict[str, str]:

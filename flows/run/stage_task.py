@@ -22,15 +22,9 @@ from tasks.files.dvc_rwlock import mend_rwlock
 
 TAIL_LINES = 20  # lines of output that a failure carries
 DONE = ("Cached", "Restored", "Completed")
-CHATTER = (  # lines of DVC's that a run's log leaves out
-    "To track the changes with git",
-    "\tgit add",
-    "To enable auto staging",
-    "\tdvc config core.autostage",
-    "Use `dvc push`",
-    "Updating lock file",
-    "Generating lock file",
-    "Data and pipelines are up to date",
+CHATTER = re.compile(  # how lines of DVC's begin that a run's log leaves out
+    "To track the changes with git|\tgit add|To enable auto staging|\tdvc config core.autostage|Use `dvc push`|Updating lock file|"
+    "Generating lock file|Data and pipelines are up to date"
 )
 
 
@@ -91,7 +85,7 @@ def run_stage(stage: Stage, upstream: tuple[str, ...], run: SharedRun) -> State[
     state = "Failed"
 
     def log(line: str) -> None:
-        if line.strip() and not line.startswith(CHATTER):
+        if line.strip() and not CHATTER.match(line):
             lines.append(line.rstrip())
             logger.info(lines[-1])
             progress.read_line(lines[-1])

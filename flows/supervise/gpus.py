@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from flows.locks import read_holder, try_lock, write_holder
+from tasks.files.locks import read_holder, try_lock, write_holder
 from tasks.files.settings import read_settings
 from tasks.files.words import count_things
 

@@ -1,24 +1,16 @@
 """`cf check-golden`: this code's model, memory, schedule, losses and rollouts against what Self-Forcing and LongLive computed."""
 
-import argparse
 from pathlib import Path
 
 from cf_model.golden.check import FAMILIES, compare_case, list_cases
 from cf_model.golden.vectors import BrokenVectors, GoldenVectors
+from tasks.files.options import parse_options
 from tasks.params.yaml_file import Refused
-
-EXAMPLE = """example:
-  cf check-golden tests/golden/wan-causal
-
-Every case prints its largest difference; the exit code is 1 when one is beyond its tolerance, 2 when the folder is broken."""
 
 
 def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf check-golden", description=__doc__.split(": ", 1)[1], epilog=EXAMPLE, formatter_class=form)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="golden vectors in the format of tests/golden/wan-causal/README.md")
     try:
-        check_folder(parser.parse_args(argv).folder)
+        check_folder(parse_options("check-golden", argv).folder)
     except BrokenVectors as error:
         raise Refused(str(error)) from None
 

@@ -1,20 +1,14 @@
 """`cf check-model`: whether a folder is a whole model that fits params.yaml, asked before hours are spent on what needs it."""
 
-import argparse
-from pathlib import Path
-
+from cf_model.plan.forecast import count_channels
+from tasks.files.options import parse_options
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused, refuse_errors
 
-WAN_CHANNELS = 16  # of Wan's own latents
-
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf check-model", description="Says whether a folder is a whole model that fits params.yaml.")
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--stage", default="stage2", help="whose model it may stand for; default: stage2")
-    options, params = parser.parse_args(argv), Project().params
-    channels = WAN_CHANNELS if params.codec.kind == "wan" else params.codec.linear.channels
+    options, params = parse_options("check-model", argv), Project().params
+    channels = count_channels(params)
     if options.stage == "codec":
         from cf_model.codec.codec_file import load_codec
 

@@ -3,7 +3,6 @@
 A run is a folder, a Git revision or an experiment of DVC, of which the last two are checked out.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from cf_model.evaluate.report import render_page
 from tasks.files.atomic import write_atomically
 from tasks.files.dvc_config import read_public_config
 from tasks.files.json_lines import read_json_lines
+from tasks.files.options import parse_options
 from tasks.files.trees import list_nodes
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused, refuse_errors
@@ -44,11 +44,7 @@ class Side:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf compare", description=__doc__)
-    parser.add_argument("a", help="a folder (the root of a run; . is this one), a Git revision, or an experiment of DVC")
-    parser.add_argument("b", help="the same; differences are B minus A")
-    parser.add_argument("--out", type=Path, default=Path("compare.html"), help="default: compare.html")
-    args = parser.parse_args(argv)
+    args = parse_options("compare", argv, __doc__)
     with tempfile.TemporaryDirectory(prefix="cf-compare-") as scratch:
         a, b = (read_side(letter, name, Path(scratch)) for letter, name in (("A", args.a), ("B", args.b)))
         html = render_page(build_page(a, b), Path(run_comparison.__file__).with_name("comparison.html.j2"))

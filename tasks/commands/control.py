@@ -4,43 +4,34 @@ The control is stage 2 with everything the same but that the teacher is shown no
 that comes before stage 2, makes the same videos, and is written below work/control; the run's own outs stay as they are.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cf_model.evaluate.cells import refuse_other_protocols
-from cf_model.evaluate.report import Results, format_number
-from cf_model.evaluate.run_comparison import list_differences
+from cf_model.evaluate.control import compare_students
+from cf_model.evaluate.report import format_number
 from tasks.files.atomic import delete_path
 from tasks.files.json_lines import write_json
+from tasks.files.options import parse_options
 from tasks.params.yaml_file import Refused, read_yaml, refuse_errors, write_yaml
 from tasks.report import read_results
 
 FOLDER, STUDENT = Path("work/control"), "stage2"
 NEEDED = ("data/latents", "data/prompts", "models/codec", "models/teacher", "models/stage1", "models/stage2", "results/cells.jsonl")
-SHOWN = {  # suite -> metrics of the table, and whether down or up is better; "" for what stands beside a win
-    "continuations": {"map_error_absent": "down", "map_error": "down", "speed": "", "diversity": "", "headings_covered": ""},
-    "recall": {"recall_error_75": "down", "recall_error_90": "down", "slow_gain_75": "up", "slow_gain_90": "up", "context_effect_4s": "up"},
-    "prompts": {"memory_ratio": "down", "other_heading": "", "speed": "", "sprite_recall": "", "diversity": ""},
-}
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf control", description=__doc__)
-    parser.add_argument("--table-only", action="store_true", help="compare what an earlier call has made")
-    args = parser.parse_args(argv)
+    args = parse_options("control", argv, __doc__)
     root = Path.cwd()
     for path in NEEDED:
         if not (root / path).exists():
             raise Refused(f"there is no {path}; run `make repro` first, because the control is compared with its student")
     if not args.table_only:
         make_control(root, root / FOLDER)
-    rows = compare_students(root, root / FOLDER)
+    rows = read_students(root, root / FOLDER)
     write_json(root / FOLDER / "compared.json", rows)
     print(f"stage 2: context teacher, memoryless control, their paired difference (95 %, one training each); {FOLDER}/compared.json")
     for row in rows:
@@ -75,18 +66,9 @@ def run_stage(folder: Path, stage: str, **paths: Path) -> None:
         raise Refused(f"{stage} failed in {folder}, see above; the same command goes on from there")
 
 
-def compare_students(root: Path, folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each metric of SHOWN: both students' means, and the paired difference with its interval, where videos have it."""
-    params = read_yaml(root / "params.yaml")
-    sides: Mapping[str, Path] = {"context": root, "memoryless": folder}
+def read_students(root: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of both students (cf_model/evaluate/control.py), from what the stage evaluate wrote in the two folders."""
+    params, sides = read_yaml(root / "params.yaml"), {"context": root, "memoryless": folder}
     read = {name: read_results(side / "results", side / "metrics", resamples=1, seed=0) for name, side in sides.items()}
     with refuse_errors():
-        refuse_other_protocols(read["context"].protocols, read["memoryless"].protocols, ("this run", str(folder)))
-    cells: dict[tuple[str, str, str], Mapping[tuple[str, int], float]] = {}
-    means: dict[str, dict[str, Mapping[str, float]]] = {}
-    for name, results in read.items():
-        cells |= {(suite, name, metric): values for (suite, system, metric), values in results.cells.items() if system == STUDENT}
-        for suite, systems in results.means.items():
-            means.setdefault(suite, {})[name] = systems.get(STUDENT, {})
-    both = Results(cells, means, resamples=params["evaluate"]["resamples"], seed=params["seed"])
-    return list_differences(both, "memoryless", "context", SHOWN)
+        return compare_students(read, STUDENT, resamples=params["evaluate"]["resamples"], seed=params["seed"])

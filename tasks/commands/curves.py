@@ -1,11 +1,11 @@
 """`cf curves`: the values that a training stage logs, as lines of text, while it runs and afterwards."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from cf_model.evaluate.text_curves import average_neighbours, draw_line
 from tasks.files.json_lines import read_json_lines
+from tasks.files.options import parse_options
 from tasks.params.yaml_file import Refused
 
 WIDTH = 40
@@ -13,14 +13,7 @@ RAMPS = ("▁▂▃▄▅▆▇█", "_.-=+*%#")  # lowest to highest; the secon
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf curves", description="The curves of a training stage, in the terminal.", epilog=(
-        "Each line: where the value went, in means of as many steps as a letter stands for; its lowest and highest mean; its last mean. "
-        "What they should look like: docs/training.md."
-    ))  # fmt: skip
-    parser.add_argument("stage", help="base, teacher, causal_init, stage1 or stage2")
-    parser.add_argument("name", nargs="*", help="values, or how their names begin; all of them when none is named")
-    parser.add_argument("--seconds", action="store_true", help="what the steps took, and the memory they were done in, instead")
-    args = parser.parse_args(argv)
+    args = parse_options("curves", argv)
     file = find_newest_rows(args.stage, args.seconds)
     rows = read_json_lines(file, growing=True)
     if not rows:

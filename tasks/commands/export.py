@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.files.atomic import open_partial
+from tasks.files.options import parse_options
 from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused
 
@@ -14,32 +15,10 @@ if TYPE_CHECKING:
     from tasks.params.schema import Params, System
 
 CODEC_FOLDER = Path("models/codec")
-EXAMPLES = """examples:
-  cf export --to diffusers --model models/stage2 --out out/student
-  cf export --to diffusers --model models/wan --system stage2 --params profiles/wan-1.3b.yaml --codec WAN/vae --text WAN --out out/wan
-  cf export --to self-forcing --model models/stage2 --out stage2.pt
-  cf export --to self-forcing --model models/stage2 --out stage2.safetensors
-
-diffusers: a folder with transformer, codec or VAE, text encoder, and the memory and rollout settings of a system in the
-params file: all that `cf video` and ContextForcingPipeline.from_pretrained need.
-
-self-forcing: original Wan's names. A .pt holds them with `model.` before each, under generator and generator_ema, so that
-Self-Forcing's inference finds them with --use_ema and without; a .safetensors holds them flat."""
 
 
 def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf export", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    parser.add_argument("--to", choices=("diffusers", "self-forcing"), required=True)
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder that a stage or cf import-weights wrote")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for diffusers, a new file for self-forcing")
-    only = parser.add_argument_group("only --to diffusers")
-    only.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="default: params.yaml")
-    only.add_argument("--system", metavar="NAME", help="of generate.systems, or a stage: whose memory and rollout; default: as --model")
-    only.add_argument("--codec", type=Path, metavar="DIR", help="default: models/codec; or Wan's own VAE")
-    only.add_argument("--text", type=Path, metavar="DIR", help="with text_encoder/ and tokenizer/; default: text in the params file")
-    only.add_argument("--licence", help="of the weights, for the model card; default: Apache-2.0, for imported ones: other")
-    args = parser.parse_args(argv)
+    args = parse_options("export", argv, __doc__)
     print(export_self_forcing(args.model, args.out) if args.to == "self-forcing" else export_diffusers(args))
 
 

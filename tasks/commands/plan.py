@@ -1,78 +1,21 @@
 """`cf plan`: what each training stage needs in memory, operations, hours and disk, before anything is started.
 
-All of it is arithmetic on params.yaml (cf_model/plan/cost.py, need.py); nothing is loaded and no GPU is needed. A training stage asks
-here before it starts, and is refused if it can't fit.
+All of it is arithmetic on params.yaml (cf_model/plan/); nothing is loaded and no GPU is needed. A training stage asks here before it
+starts, and is refused if it can't fit.
 """
 
-import argparse
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from cf_model.codec.interface import SPACE
-from cf_model.model.checkpoint import CHECKPOINTS_TO_KEEP
-from cf_model.plan import hardware, need, table
-from cf_model.plan.cost import ModelCosts
-from cf_model.plan.encoding import PAPER_CLIPS, EncodingNeed, estimate_clip
-from cf_model.plan.fit import WorkSplit, refuse_disk, refuse_memory
-from cf_model.plan.hardware import H100_TFLOPS, Hardware
-from cf_model.plan.need import StageNeed
-from cf_model.plan.table import format_bytes
+from cf_model.plan import hardware
+from cf_model.plan.forecast import forecast_stages, format_plan, refuse_unfit
+from tasks.files.options import parse_options
 from tasks.files.settings import read_settings
 from tasks.files.videos import list_videos
-from tasks.files.words import count_things
 from tasks.params.load import load_params
 from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused, refuse_errors
-
-WAN_CHANNELS = 16  # of a latent frame of Wan's codec
-UTILISATION = 0.35
-EXAMPLES = """examples:
-  cf plan                                       this machine, params.yaml
-  cf plan --params profiles/wan-1.3b.yaml --gpus 8 --gpu-memory 80
-  cf plan --gpus 64 --gpu-memory 141 --utilisation 0.4 --json
-
-networks      all of a stage's parameters: trained, frozen (the teacher of stage1 and stage2) and averaged
-weights       in float32, and bfloat16 copies where products are in it
-optimiser     two numbers a parameter (AdamW); with ZeRO also the master weights that DeepSpeed keeps
-ZeRO          shares among the GPUs: 1 the optimiser, 2 the averaged gradients too, 3 the weights too; average and teacher stay whole
-keys, values  of the remembered frames, and activations: of the samples that a GPU computes at once
-at once       engine.micro_batch, or the largest part of a GPU's share of the batch that fits; `1 too many`: it does not fit
-TFLOP         matrix products of the whole batch, a multiply-add as two, a backward pass as two forward passes
-checkpoints   the newest two, and the one being written
-
-Not counted: codec, text encoder, data loading, communication, memory that an allocator can't use again, and the generation and
-evaluation of videos. Keep a tenth of the memory free."""
-
-
-def estimate_costs(p: Params) -> ModelCosts:
-    """Return the costs of the model at the video's latent size."""
-    channels = WAN_CHANNELS if p.codec.kind == "wan" else p.codec.linear.channels
-    size = {"height": p.video.height // SPACE, "width": p.video.width // SPACE}
-    text = {"text_channels": p.text.channels, "text_tokens": p.text.tokens}
-    return ModelCosts(p.model, channels=channels, **text, **size, compute=p.compute)
-
-
-def estimate_needs(p: Params) -> dict[str, StageNeed]:
-    """Return the need of every stage that trains."""
-    one, view = estimate_costs(p), p.teacher.view
-    needs = {"base": need.estimate_base(p.base, one)} if p.base.init == "scratch" else {}
-    needs |= {"teacher": need.estimate_teacher(p.teacher, one), "causal_init": need.estimate_causal_init(p.causal_init, one)}
-    return needs | {stage: need.estimate_student(getattr(p, stage), one, view) for stage in ("stage1", "stage2")}
-
-
-def estimate_disk(p: Params, stage: str, one: StageNeed) -> dict[str, float]:
-    """Return the bytes that a training stage writes: its out, and checkpoints, the newest ones and the one being written."""
-    saves = int(getattr(p, stage).save_every) < getattr(p, stage).steps
-    return {"out": 4.0 * estimate_costs(p).parameters, "checkpoints": (CHECKPOINTS_TO_KEEP + 1.0) * one.checkpoint if saves else 0.0}
-
-
-def estimate_encoding(p: Params) -> EncodingNeed:
-    """Return what a whole clip's latents take, without its caption's embedding, which is as long as the caption."""
-    size = (estimate_costs(p).channels, p.video.height, p.video.width)
-    return estimate_clip(p.codec.kind, p.clips.frames, size, p.encode.dtype, p.encode.shard_mib)
 
 
 def count_clips(p: Params) -> int:
@@ -82,61 +25,16 @@ def count_clips(p: Params) -> int:
     return len(list_videos(p.clips.folder)) if p.clips.folder else 0
 
 
-def forecast_stages(p: Params, machine: Hardware) -> list[dict[str, Any]]:
-    """Return a row for each training stage."""
-    needs = estimate_needs(p).items()
-    return [table.forecast_stage(stage, one, machine, estimate_disk(p, stage, one), p.engine.micro_batch) for stage, one in needs]
-
-
-def estimate_checkpointed(p: Params, stage: str) -> StageNeed | None:
-    """Return the need of a stage with activation checkpointing, or None if that is on already."""
-    leaner = p.model_copy(update={"compute": replace(p.compute, checkpointing=True)})
-    return None if p.compute.checkpointing else estimate_needs(leaner)[stage]
-
-
 def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:
     """Raise Refused before a training stage begins that can't end here; CF_IGNORE_PLAN=1 skips this."""
-    if read_settings().ignore_plan or (one := estimate_needs(p).get(stage)) is None:
-        return
-    ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    gpu = hardware.count_gpus() > 0
-    free = hardware.measure_memory() / (1 if gpu else ranks)  # ranks on the CPU have one machine's memory
-    where = "GPU" if gpu else "machine" if ranks == 1 else "rank's share of the machine"
-    split = WorkSplit.from_engine(p.engine, one.batch, ranks, gpu=gpu)
-    with refuse_errors("; CF_IGNORE_PLAN=1 starts it all the same"):
-        refuse_memory(stage, one, estimate_checkpointed(p, stage), free, where, split)
-        refuse_disk(stage, estimate_disk(p, stage, one), out, work)
-
-
-def format_plan(p: Params, machine: Hardware) -> str:
-    """Return what `cf plan` prints: time and disk of each stage, and memory by ZeRO stage."""
-    stages, one, clip, many = forecast_stages(p, machine), estimate_costs(p), estimate_encoding(p), count_clips(p)
-    frame = f"a latent frame is {one.tokens} tokens and {format_bytes(one.frame_bytes())}"
-    all_clips = f"{count_things(many, 'clip')}: {clip.format_line(many, machine)}" if many else f"no video lies in {p.clips.folder} yet"
-    lines = [
-        f"profile {p.profile}: {one.parameters:,} parameters a network; {frame} of keys and values a sample",
-        f"compute: products in {p.compute.dtype}, checkpointing {'on' if p.compute.checkpointing else 'off'}",
-        f"hardware: {machine.description}",
-        "",
-        *table.format_times(stages, machine),
-        f"latents of a clip: {format_bytes(clip.clip_bytes)}; {all_clips}",
-        f"the paper's {PAPER_CLIPS:,} clips: {clip.format_line(PAPER_CLIPS, machine)} without decoding",
-        "",
-        *table.format_memory(stages, machine),
-    ]
-    return "\n".join(lines)
+    if not read_settings().ignore_plan:
+        ranks = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        with refuse_errors("; CF_IGNORE_PLAN=1 starts it all the same"):
+            refuse_unfit(p, stage, out, work, ranks)
 
 
 def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf plan", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
-    parser.add_argument("--gpus", type=int, help="default: those of this machine; 0: one process on the CPU")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU; default: this machine's, or 80")
-    parser.add_argument("--tflops", type=float, help=f"peak of one GPU; default: {H100_TFLOPS:.0f}, an H100 in bfloat16")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help=f"share of the peak that is reached; default: {UTILISATION}")
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
-    args = parser.parse_args(argv)
+    args = parse_options("plan", argv, __doc__)
     if args.gpus is not None and args.gpus < 0:
         raise Refused(f"--gpus is {args.gpus}; use 0 for the CPU, or 1 and more")
     if not 0 < args.utilisation <= 1:
@@ -149,4 +47,4 @@ def main(argv: list[str]) -> None:
     if args.json:
         print(json.dumps({"profile": p.profile, "hardware": machine.description, "stages": forecast_stages(p, machine)}, indent=1))
     else:
-        print(format_plan(p, machine))
+        print(format_plan(p, machine, count_clips(p)))

@@ -5,7 +5,6 @@ guidance and learning rates stay the profile's, so every preset runs on every pr
 a second preset undoes the first, and also what was changed there by hand.
 """
 
-import argparse
 import copy
 import io
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from tasks.files.atomic import write_atomically
+from tasks.files.options import parse_options
 from tasks.files.trees import list_nodes
 from tasks.params import yaml_file
 from tasks.params.yaml_file import Refused
@@ -28,45 +28,34 @@ DECIDED += [
     for stage in STUDENTS[1:]
     for key in ("rollouts", "critic_warmup", "batch", "rollout", "horizon", "teacher", "critic_weight", *OPTIMIZERS)
 ]
-EXAMPLES = """examples:
-  cf preset list
-  cf profile use tiny && cf preset use self_forcing_pp && dvc repro
-  cf preset use cf_paper --params other.yaml"""
 
 
 def main(argv: list[str]) -> None:
-    args = parse_verb("preset", "write a preset's values into params.yaml", argv)
-    if args.verb == "use":
+    args = parse_options("preset", argv, __doc__)
+    if args.verb == "list":
+        print_files("preset")
+    else:
         changes = write_preset(args.params, args.name)
         print("\n".join(f"  {change}" for change in changes) or "  nothing but the systems to generate")
         print(f"{args.params} now holds preset {args.name}")
 
 
 def use_profile(argv: list[str]) -> None:
-    args = parse_verb("profile", "write params.yaml from one of them", argv)
-    if args.verb == "use":
+    args = parse_options("profile", argv, __doc__)
+    if args.verb == "list":
+        print_files("profile")
+    else:
         file = find_file("profile", args.name)
         way = "change a value there, here, or with `dvc exp run -S key=value`.\n"
         Path("params.yaml").write_text(f"# From {file.as_posix()} by `cf profile use {args.name}`; {way}{file.read_text()}")
         print(f"params.yaml now holds profile {args.name}")
 
 
-def parse_verb(kind: str, use_help: str, argv: list[str]) -> argparse.Namespace:
-    """Parse `list` or `use NAME` of `cf profile` or `cf preset`; `list` is done here."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"cf {kind}", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="their names, and what each says it is")
-    use = verbs.add_parser("use", help=use_help)
-    use.add_argument("name")
-    if kind == "preset":
-        use.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
-    args = parser.parse_args(argv)
-    if args.verb == "list":
-        for name, file in list_files(kind).items():
-            first = file.read_text().split("\n", 1)[0]
-            print(f"{name:<22} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
-    return args
+def print_files(kind: str) -> None:
+    """Print the names of the presets or profiles, and what each says it is."""
+    for name, file in list_files(kind).items():
+        first = file.read_text().split("\n", 1)[0]
+        print(f"{name:<22} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
 
 
 def list_files(kind: str) -> dict[str, Path]:

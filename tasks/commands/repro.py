@@ -11,6 +11,7 @@ from pathlib import Path
 from tasks.files.dvc_rwlock import mend_rwlock
 from tasks.files.json_lines import load_json_object
 from tasks.files.key_numbers import read_key_numbers
+from tasks.files.options import read_commands
 from tasks.params.project import Project
 
 DVC = ("dvc", "--wait-for-lock", "repro")
@@ -41,8 +42,7 @@ def main(argv: list[str]) -> None:
             sys.exit(130 if interrupts else 1)
     finally:
         signal.signal(signal.SIGINT, before)
-    if not {"-h", "--help"} & set(argv):
-        print(summarize_run(Path.cwd()))
+    print(read_commands()["repro"]["epilog"] if {"-h", "--help"} & set(argv) else summarize_run(Path.cwd()))
 
 
 class Forecast:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,72 +18,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cf_model.data.prompts import iterate_prompts
-from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
 from cf_model.data.video import grow_video, growing_path
-from cf_model.data.video_reader import VideoFacts, probe_video, read_video
 from cf_model.timed_prompts import split_timed_prompts
 from tasks.files.atomic import open_partial, write_atomically
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
-from tasks.params.yaml_file import Refused
+from tasks.files.options import parse_options
+from tasks.params.yaml_file import Refused, refuse_errors
 
 if TYPE_CHECKING:
-    from cf_model.folder import Recipe
     from cf_model.pipeline import Chunk, ContextForcingPipeline
-
-READ_SECONDS = 600.0  # seconds for reading the clip that is continued
-SWITCH_HELP = """what a new prompt does to the memory. recache: the newest frames are passed again with it (LongLive); flush: all
-but the sink and two frames go (Infinity-RoPE); keep: nothing. default: recache"""
-STRIP_HELP = "show what is held of the past: under every frame, or in FILE.memory.png and FILE.memory.jsonl; default: none"
-FAST_HELP = """compiled: by torch.compile; graphs: CUDA graphs; merged: a clean pass with the next first step; fp8: products in 8 bits
-(torchao); ahead: decode while the next chunk is made; docs/speed.md says what each gains"""
-FILE_HELP = """one prompt a line; --out is then a folder, one video a line. Several prompts in a line: a[5s] | b[10s], or
-{"prompts": ["a", "b"]}, which last equally long"""
-EXAMPLES = """examples:
-  cf export --to diffusers --model models/stage2 --out out/student     after dvc repro: the model folder
-  cf video --model out/student --prompt "a red disc over hills" --seconds 60 --out video.mp4
-  cf video --model out/student --prompt "a red disc" --at 12.5 "a blue disc" --at 20 "fog" --switch flush --out video.mp4
-  cf video --model out/student --prompt "a red disc" --continue-from clip.mp4 --memory-strip burn --out longer.mp4
-  cf video --model out/student --prompts-file prompts.txt --seconds 30 --out videos     one video a line; can be resumed
-  cf video --model out/student --prompt "a red disc" --memory promote=uniform interval=4 --memory-strip beside --out video.mp4
-
-The video grows as video.partial.mp4, which plays at any moment, and gets its name when it is complete. The same seed and
-threads give the same bytes on the same machine. The older `cf generate --model ...` does the same."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `cf video`."""
-    form = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("cf video", description="Videos from a model folder.", epilog=EXAMPLES, formatter_class=form)
-    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder that `cf export --to diffusers` wrote")
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT")
-    what.add_argument("--prompts-file", type=Path, metavar="FILE", help=FILE_HELP)
-    p.add_argument("--seconds", type=float, default=60, help="of new video; default: 60")
-    p.add_argument("--seed", type=int, default=0, help="default: 0; a line of a file gets the same video as its prompt alone")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE.mp4")
-    p.add_argument("--at", nargs=2, action="append", default=[], metavar=("SECONDS", "TEXT"), help="another prompt from then on; repeat it")
-    p.add_argument("--switch", choices=("recache", "flush", "keep"), default="recache", help=SWITCH_HELP)
-    p.add_argument("--new-sink", action="store_true", help="recache makes the sink anew too")
-    p.add_argument("--continue-from", type=Path, metavar="CLIP", help="a video that comes first and is gone on from")
-    p.add_argument("--resize", action="store_true", help="bring CLIP to the model's size: cover it, cut the middle out")
-    p.add_argument("--memory-strip", choices=("burn", "beside", "none"), default="none", help=STRIP_HELP)
-    p.add_argument("--memory", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the memory to change")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products; default: float32")
-    p.add_argument("--attention", choices=("auto", "native", "cudnn", "flash2", "flash3"), default="native", help="default: native")
-    p.add_argument("--fast", nargs="+", choices=("compiled", "graphs", "merged", "fp8", "ahead"), default=[], help=FAST_HELP)
-    p.add_argument("--light-decoder", type=Path, metavar="FILE.safetensors", help="TAEHV's weights, which decode instead of the codec")
-    p.add_argument("--crf", type=int, default=16, choices=range(52), metavar="0-51", help="of H.264, lower is better; default: 16")
-    p.add_argument("--threads", type=int, default=1, help="of the CPU; default: 1, which is fastest for small models")
-    return p
 
 
 def main(argv: list[str]) -> None:
-    args = build_parser().parse_args(argv)
+    args = parse_options("video", argv)
     refuse_impossible(args)
 
     import torch
 
+    from cf_model.continued_clip import read_clip
     from cf_model.folder import change_values
     from cf_model.pipeline import ContextForcingPipeline
     from tasks.parts.device import choose_device
@@ -97,7 +49,8 @@ def main(argv: list[str]) -> None:
     if args.memory:
         pipe.change_memory(change_values(pipe.recipe.memory, args.memory, "--memory "))
     pipe = pipe.to(choose_device())
-    clip = None if args.continue_from is None else read_clip(args.continue_from, pipe.recipe, resize=args.resize)
+    with refuse_errors():
+        clip = args.continue_from and read_clip(args.continue_from, pipe.recipe, resize=args.resize)
     if args.prompts_file:
         make_videos(pipe, clip, args)
     else:
@@ -127,25 +80,6 @@ def refuse_impossible(args: argparse.Namespace) -> None:
         raise Refused(f"--at {' '.join(args.at[0])} does not begin with a time; write --at SECONDS TEXT") from None
 
 
-def read_clip(path: Path, recipe: Recipe, *, resize: bool) -> np.ndarray:
-    """Read the clip that is continued as frames [F, H, W, 3], in a child process, because any file may be named."""
-    if not path.is_file():
-        raise Refused(f"--continue-from {path} is not there; name a video file")
-    facts = read_in_child(probe_video, path)
-    if isinstance(facts, VideoFacts) and (facts.height, facts.width) != (recipe.height, recipe.width) and not resize:
-        sizes = f"--continue-from {path} is {facts.width} x {facts.height}, but the model makes {recipe.width} x {recipe.height}"
-        raise Refused(f"{sizes}; add --resize to cover that size and cut the middle out")
-    return read_in_child(partial(read_video, height=recipe.height, width=recipe.width, fps=recipe.fps), path)
-
-
-def read_in_child(task: Any, path: Path) -> Any:
-    """Call `task` on a file in a child process; raise Refused if the file can't be read."""
-    [(_, answer)] = read_in_subprocess(task, [path], workers=1, timeout=READ_SECONDS)
-    if isinstance(answer, Unreadable):
-        raise Refused(f"--continue-from {path}: {answer.sentence}")
-    return answer
-
-
 def make_video(
     pipe: ContextForcingPipeline, timed: list[tuple[float, str]], clip: np.ndarray | None, out: Path, args: argparse.Namespace
 ) -> None:
@@ -158,23 +92,17 @@ def make_video(
     new, used = round(args.seconds * fps), usable_frames(pipe.recipe, clip)
     if clip is not None:
         print(f"goes on from the last {used} of the clip's {len(clip)} frames")
-    seconds, rows = (used + new) / fps, []
+    seconds, rows = (used + new) / fps, list[dict[str, Any]]()
     trace = out.with_name(f"{out.stem}.memory.partial.jsonl")
 
-    def frames() -> Iterator[np.ndarray]:
-        frames_before = 0
-        for number, chunk in enumerate(show_progress(chunks, new, fps, out)):
-            rows.append(memory_strip.build_row(chunk, number, frames_before / fps))
-            frames_before += len(chunk.frames)
-            if args.memory_strip == "beside":
-                with trace.open("a" if number else "w", encoding="utf-8") as file:
-                    file.write(dump_json_lines([rows[-1]], ensure_ascii=False))
-            if args.memory_strip == "burn":
-                yield from memory_strip.burn_strip(chunk.frames, rows[-1], pipe.recipe.memory, seconds)
-            else:
-                yield from chunk.frames
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if args.memory_strip == "beside":
+            with trace.open("w" if len(rows) == 1 else "a", encoding="utf-8") as file:
+                file.write(dump_json_lines([row], ensure_ascii=False))
 
-    pictures = frames()
+    burned = pipe.recipe.memory if args.memory_strip == "burn" else None
+    pictures = memory_strip.show_memory(show_progress(chunks, new, fps, out), note, fps=fps, seconds=seconds, burned=burned)
     first = next(pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

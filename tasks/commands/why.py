@@ -1,26 +1,19 @@
 """`cf why FILE`: what became of a file of the clips folder, rule by rule: its value, the threshold, and what decided."""
 
-import argparse
 from pathlib import Path
 
 from cf_model.data.clip_manifest import describe_fate
 from tasks.files.json_lines import Row, read_json_lines
+from tasks.files.options import parse_options
 from tasks.params.load import load_params
 from tasks.params.schema import Filter
 from tasks.params.yaml_file import Refused
 
 FOLDER = Path("data")
-EXAMPLES = """examples:
-  cf why raw/holiday.mp4               a file of the folder clips.folder
-  cf why data/clips/clip-00003.mp4     or clip-00003: a clip that the stage clips made of one"""
 
 
 def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf why", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    parser.add_argument("file", help="its name in clips.folder, or a clip's id or file in data/clips")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="default: params.yaml")
-    args = parser.parse_args(argv)
+    args = parse_options("why", argv, __doc__)
     explain_file(args.file, load_params(args.params).filter, FOLDER)
 
 

@@ -3,7 +3,6 @@
 Nothing here changes a result: what does is in params.yaml. Code reads the values through tasks/files/settings.py.
 """
 
-import argparse
 import difflib
 import os
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tasks.files.options import parse_options
 from tasks.params.yaml_file import Refused
 
 PREFIX = "CF_"
@@ -100,8 +100,7 @@ def read_environment() -> Environment:
 
 
 def main(argv: list[str]) -> None:
-    about = "Prints every CF_* variable with its value here, its default and its meaning, and warns of unknown ones."
-    argparse.ArgumentParser("cf env", description=about).parse_args(argv)
+    parse_options("env", argv)
     values = read_environment()
     for field, info in Environment.model_fields.items():
         value = getattr(values, field)

@@ -15,19 +15,16 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.rendezvous import rendezvous
 
+from cf_model.train.trainer.ranks import join_ranks
 from tasks.files.atomic import write_atomically
 from tasks.files.settings import read_settings
 from tasks.params.project import Project
@@ -178,23 +175,6 @@ def _describe_end(failure: ProcessFailure, logs: Path) -> str:
 def get_rank() -> int | None:
     """Return the rank of this process among all machines; None in a process that torchrun did not start."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def join_ranks() -> Store:
-    """Meet the other ranks, and return the store in which they share words. Ends this process if the launcher dies."""
-    threading.Thread(target=_end_with_the_launcher, args=(os.getppid(),), daemon=True).start()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, world_size = next(iter(rendezvous("env://")))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    return store
-
-
-def _end_with_the_launcher(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def report_failure(message: str, code: int) -> None:

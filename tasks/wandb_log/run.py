@@ -11,7 +11,6 @@ An attempt that continues a killed one logs the earlier steps again, so the last
 """
 
 import base64
-import fcntl
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from cf_model.evaluate import excerpt
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5, list_files
 from tasks.files.json_lines import read_json_lines
+from tasks.files.locks import try_lock
 from tasks.params.project import Project
 
 from . import lineage
@@ -228,13 +228,12 @@ def find_home() -> Path:
     return Path(os.environ.get("WANDB_DIR") or "runtime")
 
 
-def hold_mark(run_id: str) -> IO[str]:
+def hold_mark(run_id: str) -> IO[str] | None:
     """Make and lock a run's mark. The kernel frees the lock when the process ends, also by kill -9."""
     folder = find_home() / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
-    mark = (folder / f"{MARK}{run_id}").open("w")
-    fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return mark
+    (mark := folder / f"{MARK}{run_id}").touch()
+    return try_lock(mark)
 
 
 def build_artifact(path: Path, about: Mapping[str, Any], *, by_this_run: bool = True) -> Any:
@@ -255,18 +254,6 @@ def build_artifact(path: Path, about: Mapping[str, Any], *, by_this_run: bool = 
     for entry in entries:
         entry.digest = base64.b64encode(bytes.fromhex(md5s[Path(entry.ref.removeprefix("file://")).as_uri()])).decode()
     return artifact
-
-
-def is_running(mark: Path) -> bool:
-    """Return whether the process lives that writes a run, by the lock of the run's mark."""
-    try:
-        with mark.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
 
 
 def explain_unreachable() -> str | None:

@@ -4,7 +4,6 @@ Runs of this checkout and of the worktrees below .runs. Safe to start again at a
 run whose process lives is left alone. Of a killed run W&B's file lacks the last seconds; the attempt that continues it has them.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -16,11 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tasks.files.locks import read_holder
+from tasks.files.options import parse_options
 from tasks.files.words import count_things
 
-from .run import MARK, explain_unreachable, hide_key, is_running
+from .run import MARK, explain_unreachable, hide_key
 
-SEND_SECONDS = 600  # for one run; W&B itself tries for ever
 HEADER_BYTES = 7  # of W&B's file, which holds nothing else when a run is killed in its first seconds
 
 
@@ -38,7 +38,7 @@ class LocalRun:
         """runs | empty (killed in its first seconds) | killed (what its file has is not sent yet) | waits (to be sent) | sent."""
         mark = self.folder.with_name(f"{MARK}{self.id}")
         marked = mark.exists()  # it lives, was killed, or ended before the server had taken all of it
-        if is_running(mark):
+        if read_holder(mark)[0]:
             return "runs"
         if any(self.folder.glob("*.wandb.synced")) or not (self.offline or marked):
             return "sent"
@@ -124,15 +124,9 @@ def send_runs(runs: list[LocalRun], seconds: float) -> int:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("cf wandb", description="Runs that W&B's client wrote here: show them, send them.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    sync = commands.add_parser("sync", help="send what W&B lacks")
-    sync.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    sync.add_argument("--timeout", type=float, default=SEND_SECONDS, help=f"seconds for one run; default {SEND_SECONDS}")
-    commands.add_parser("list", help="runs of this checkout and its worktrees, and which of them W&B has")
-    args = parser.parse_args(argv)
+    args = parse_options("wandb", argv)
     root = Path.cwd()
-    if args.command == "list":
+    if args.verb == "list":
         for state, start, run_id in [("state", "started", "id"), *((run.state, run.start, run.id) for run in list_runs(root))]:
             print(f"{state:<6}  {start:<15}  {run_id}")
         return

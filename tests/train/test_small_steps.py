@@ -16,6 +16,7 @@ from torch import Tensor
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
+from cf_model.plan import forecast
 from cf_model.plan.fit import GIB
 from cf_model.plan.hardware import H100_TFLOPS, Hardware
 from cf_model.train.base import BaseTrainer
@@ -23,7 +24,6 @@ from cf_model.train.causal_init import CausalInitTrainer
 from cf_model.train.student import DistillationTrainer
 from cf_model.train.teacher import TeacherTrainer
 from cf_model.train.trainer.observe import read_values
-from tasks.commands import plan
 from tasks.params.load import load_params
 from tasks.params.schema import Params
 from tests.small import normal
@@ -38,10 +38,10 @@ def params() -> Params:
 
 
 def test_it_is_of_the_size_that_its_head_says(params: Params) -> None:
-    costs = plan.estimate_costs(params)
+    costs = forecast.estimate_costs(params)
     assert round(costs.parameters / 1e6) == 44 and params.video.height == params.video.width == 64
-    machine = Hardware(ranks=1, memory=80 * GIB, tflops=H100_TFLOPS * plan.UTILISATION, unit="GPU", description="")
-    rows = plan.forecast_stages(params, machine)
+    machine = Hardware(ranks=1, memory=80 * GIB, tflops=H100_TFLOPS * 0.35, unit="GPU", description="")
+    rows = forecast.forecast_stages(params, machine)
     assert [row["stage"] for row in rows] == ["base", "teacher", "causal_init", "stage1", "stage2"]
     assert all(row["gib"]["0"]["at_once"] >= 1 and row["gib"]["0"]["peak"] < 80 for row in rows)
 

@@ -7,12 +7,17 @@ from the environment alone (tasks/runner/ranks.py); with one rank nothing here c
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from cf_model.model.flow import BatchGenerator
 
@@ -32,6 +37,23 @@ def count_ranks() -> int:
 def is_first_rank() -> bool:
     """Tell whether this rank is the only one that writes checkpoints and videos."""
     return get_rank() == 0
+
+
+def join_ranks() -> Store:
+    """Meet the other ranks, and return the store in which they share words. Ends this process if the launcher dies."""
+    threading.Thread(target=_end_with_the_launcher, args=(os.getppid(),), daemon=True).start()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(iter(rendezvous("env://")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return store
+
+
+def _end_with_the_launcher(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 class BatchRandom:

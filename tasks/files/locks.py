@@ -35,9 +35,10 @@ def write_holder(file: IO[str], text: str) -> None:
 
 def read_holder(path: Path) -> tuple[bool, str]:
     """Return whether a process holds the lock, and the text of its file; a file that is absent is free and empty."""
-    if not path.exists():
+    try:
+        if file := try_lock(path, shared=True):
+            with file:
+                return False, file.read()
+        return True, path.read_text()
+    except FileNotFoundError:
         return False, ""
-    if file := try_lock(path, shared=True):
-        with file:
-            return False, file.read()
-    return True, path.read_text()
