@@ -55,9 +55,9 @@ class RolloutSpec:
     full_first: int  # chunks of the window, from its start, that take every level
     skip_first: int  # chunks of the window, from its start, that carry no gradient
     persist: Literal["fresh", "stream"]  # every step a new video, or the next part of the one before (LongLive's long tuning)
-    # what the window continues: the student's own video (E over p_θ, eq. 5), a training clip's beginning (Assumption 2 taken literally),
-    # or real beginnings at first and then fewer and fewer
-    begin: Literal["own", "real", "share"]
+    # what the window continues: the student's own video (E over p_θ, eq. 5); a training clip's beginning (Assumption 2 taken literally);
+    # real beginnings at first and then fewer and fewer; or the student's own continuation of a clip's beginning, of any length
+    begin: Literal["own", "real", "share", "mixed"]
     cache_noise: float  # of remembered keys and values: its standard deviation over their root mean square (Self-Forcing++, A.3)
 
     def __post_init__(self) -> None:

@@ -131,7 +131,7 @@ class StudentSpec:
 
         # Choice: with `begin: share` it falls steadily from 1 to 0, because the critic can't follow if all contexts change at once.
         """
-        return {"own": 0.0, "real": 1.0, "share": 1 - step / self.steps}[self.rollout.begin]
+        return {"own": 0.0, "real": 1.0, "share": 1 - step / self.steps, "mixed": 1.0}[self.rollout.begin]
 
 
 class DistillationTrainer:
@@ -313,11 +313,19 @@ class DistillationTrainer:
         return generated, text
 
     def _continue_clip(self, number: int) -> tuple[Rollout, Tensor]:
-        """Generate the window after a training clip's beginning, which the student's memory has read: a real context (`begin`)."""
+        """Generate what follows a training clip's beginning, which the student's memory has read: a real context (`begin`).
+
+        The clip ends where the window begins; with `begin: mixed` anywhere before, and the frames between are the student's own.
+
+        # Choice: every length of the clip is as likely. Its start teaches recall, because only a real past holds what is worth it; the
+        # student's frames after it teach to go on from its own errors, where one that saw real ones alone lets the camera stand still.
+        """
         spec, rng = self.spec, self.random.rng
         assert self.clips
         length = spec.horizon.sample_length(number, spec.rollout.chunk, rng)
         before = length - spec.rollout.window
+        if spec.rollout.begin == "mixed":
+            before = spec.rollout.chunk * self.random.integers(0, before // spec.rollout.chunk, 1)[0]
         rows = self.random.take_own(draw_rows(self.clips.rows("train", before), spec.batch, self.random))
         text = self.clips.text(rows).to(self.null)
         real = self.clips.window(rows, [0] * len(rows), before).to(self.null)

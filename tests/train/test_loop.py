@@ -296,6 +296,23 @@ def test_a_window_continues_a_real_clip(share):
     assert [round(job.spec.real_chance(step), 2) for step in (0, 3, 6)] == ([1, 0.5, 0] if share else [1, 1, 1])
 
 
+def test_with_mixed_the_student_goes_on_from_a_clip_before_the_window():
+    """The beginning is a clip's, of every length from none to all that comes before the window; the student's own frames follow it."""
+    clips, real = Clips(), set()
+    mixed = rolling(levels=(1.0, 0.5), window=6, begin="mixed")
+    job = distillation(rollout=mixed, horizon=HorizonSpec(15, 15, 0, "const"), clips=clips)
+    for number in range(24):
+        job.random.rng = job.random.draw_step(number)
+        generated, text = job._roll_out(number, 0)
+        row = next(row for row in clips.rows("train") if torch.equal(clips.text([row])[0], text[0]))
+        assert generated.video.shape[1] == 15 and generated.window.start == 9
+        same = (generated.video[0] == clips.window([row], [0], 15)[0]).flatten(1).all(dim=1).tolist()
+        real.add(sum(same))
+        assert same == sorted(same, reverse=True), "nothing of the clip comes after the student's own frames"
+        assert generated.held and generated.held.numbers.max() == 8, "the scores are shown what the memory held of both"
+    assert real == {0, 3, 6, 9}
+
+
 def test_clips_that_are_shorter_than_the_longest_context_are_refused_at_once():
     class ShortClips(Clips):
         def rows(self, split, at_least=1):
