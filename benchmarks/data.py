@@ -4,9 +4,9 @@
   python -m benchmarks data --scale 2000 [--real FOLDER]      20 minutes; writes results/filter-scale.json
 
 Clips are worlds of profile tiny, 30 s of 32 x 32 at 16 frames a second; the latents' windows are those of stage base. With --scale: the
-stage filter on so many rendered clips of 12 s, and on half as many files of 11 s at the size of profile wan-1.3b; what measuring costs beside
-decoding alone for clips of real sizes, which are the same worlds, enlarged, with grain, and for a folder's files; and what the paper's
-40,000 clips would cost.
+stage filter on so many rendered clips of 12 s, and on half as many files of 11 s at the size of profile wan-1.3b; what measuring costs
+beside decoding alone for clips of real sizes, which are the same worlds, enlarged, with grain, and for a folder's files; and what the
+paper's 40,000 clips would cost.
 """
 
 from __future__ import annotations
