@@ -219,7 +219,7 @@ def test_prompts_are_captions_or_a_file_of_prompts(value: str, tmp_path: Path) -
         (
             "prompts_file",
             "data/prompts/heldout.txt",
-            "nightly.prompts_file is data/prompts/heldout.txt, but start.prompts is data/manifest.js",
+            "nightly.prompts_file is data/prompts/heldout.txt, but start.prompts is",
         ),
     ],
 )
