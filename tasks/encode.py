@@ -1,6 +1,7 @@
 """Stage `encode`: accepted clips to latents and captions to embeddings, once, so that training never decodes a video."""
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -88,12 +89,19 @@ class ClipEncoder:
         """Yield each clip's row, and its latents [F, C, H, W] as they are stored with its file's md5, and count, sum and sum of squares
         before rounding.
         """
-        md5s, gpus = [compute_dvc_md5(self.clips / row["file"]) for row in rows], list_gpus()
-        contents = [f"{md5} {row.get('start')} {row.get('length')}" for md5, row in zip(md5s, rows, strict=True)]
+        gpus, md5s = list_gpus(), deque[str]()
+
+        def list_contents() -> Iterator[tuple[str, Clip]]:
+            """Yield what each clip's latents depend on, and the clip; its md5 waits in `md5s` for its latents."""
+            for row in rows:
+                md5s.append(compute_dvc_md5(self.clips / row["file"]))
+                yield f"{md5s[-1]} {row.get('start')} {row.get('length')}", Clip(row["file"], row)
+
         each_its_own = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
         pool = ClipPool(len(gpus) if len(gpus) > 1 else 0, LONGEST, read_settings().dask, each_its_own)
-        payloads = pool.compute_payloads(self.cache, contents, [Clip(row["file"], row) for row in rows], self.task)
-        for row, md5, payload in zip(rows, md5s, payloads, strict=True):
+        payloads = pool.compute_payloads(self.cache, list_contents(), self.task)
+        for row, payload in zip(rows, payloads, strict=True):
+            md5 = md5s.popleft()
             if isinstance(payload, Unreadable):
                 raise ValueError(payload.sentence)
             entry = load(payload)

@@ -1,6 +1,6 @@
 """Stage `filter`: every clip is read to its end, once, as encode will read it, and accepted if it is fit to learn from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,12 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     if not listed.is_file():
         raise ValueError(f"{listed} is not there; run the stage clips first")
     shape = ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
-    files = [clips.absolute() / row["file"] for row in stream_json_lines(listed)]  # workers of a cluster stand elsewhere
+    count = sum(1 for _ in stream_json_lines(listed))
     with closing(open_scratch(out.parent)) as database, open_networks(params.filter, shape) as networks:
         judge = ClipJudge(params.filter, shape, networks, compute_dvc_md5, DuplicateIndex(database))
-        draft, progress = ManifestDraft(database), track.progress(len(files), unit="clip")
-        measures = measure_files(files, params.filter, params.video.fps, track)
-        for row, path, file in zip(stream_json_lines(listed), files, measures, strict=True):
+        draft, progress = ManifestDraft(database), track.progress(count, unit="clip")
+        measures = measure_files(list_files(clips), params.filter, params.video.fps, track)
+        for row, path, file in zip(stream_json_lines(listed), list_files(clips), measures, strict=True):
             draft.add(*judge.judge_file(row, path, file))
             progress.update()
         refused = out.with_name(REFUSED)
@@ -57,12 +57,18 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
         return draft.count_reasons()
 
 
-def measure_files(files: list[Path], spec: Filter, fps: float, track: Track) -> Iterator[FileMeasures | Unreadable]:
+def list_files(clips: Path) -> Iterator[Path]:
+    """Yield the files of clips.jsonl, which is read again each time, because memory must not grow with the number of clips."""
+    for row in stream_json_lines(clips / "clips.jsonl"):
+        yield clips.absolute() / row["file"]  # workers of a cluster stand elsewhere
+
+
+def measure_files(files: Iterable[Path], spec: Filter, fps: float, track: Track) -> Iterator[FileMeasures | Unreadable]:
     """Yield every file's measures, in the files' order; only files that no run has measured before are read."""
     cache = ClipCache("measures", {"fps": fps}, modules=MODULES, libraries=("av", "numpy"))
-    contents, task = [compute_dvc_md5(file) for file in files], partial(measure_to_bytes, fps=fps)
     pool, unreadable = ClipPool(spec.workers, spec.timeout, read_settings().dask), 0
-    for payload in pool.compute_payloads(cache, contents, files, task):
+    by_content = ((compute_dvc_md5(file), file) for file in files)
+    for payload in pool.compute_payloads(cache, by_content, partial(measure_to_bytes, fps=fps)):
         unreadable += isinstance(payload, Unreadable)
         yield payload if isinstance(payload, Unreadable) else load_measures(payload)
     cache.sweep()

@@ -19,20 +19,22 @@ from tasks.runner.track import Track
 def run(params: Params, track: Track, *, source: Path, latents: Path, out: Path) -> dict[str, float]:
     """Write data/prompts. `source` is the manifest, for the training clips' captions, or a file of prompts (start.prompts).
 
-    Each prompt stands there once. A file's prompts that are shown in the evaluation are left out; heldout.txt has the share held out.
+    Each prompt stands there once. Prompts of the files that the evaluation or a night shows are left out, and of a file also held-out
+    clips' captions; heldout.txt has the share held out. The metric `also_heldout` counts the captions that held-out clips have, too.
     """
     clips, most = Latents(latents), params.prompts.most
-    train, shown = clips.rows("train"), clips.captions(clips.rows("heldout"))
+    train, heldout = clips.rows("train"), clips.captions(clips.rows("heldout"))
+    files = {params.generate.prompts_file, params.nightly.prompts_file} - {None, HELDOUT}
+    shown = [prompt for file in files if file for prompt in read_prompts(file)]
     work, layout = track.work / "prompts", {"shard_mib": params.encode.shard_mib, "dtype": getattr(torch, params.encode.dtype)}
     if source == CAPTIONS:
         # The clips' captions are embedded already. Clips are held out, not captions: one may also be a held-out clip's.
         rows = {caption: row for caption, row in zip(clips.captions(train), train, strict=True)}
-        count = write_prompts(work, islice(select_distinct(rows), most), lambda texts: clips.text([rows[text] for text in texts]), **layout)
+        captions = list(islice(select_distinct(rows, without=shown), most))
+        count = write_prompts(work, captions, lambda texts: clips.text([rows[text] for text in texts]), **layout)
         swap_into_place(work, out)
-        return {"prompts": count}
-    if params.generate.prompts_file and params.generate.prompts_file != HELDOUT:
-        shown += read_prompts(params.generate.prompts_file)
-    prompts = PromptSplit(source, params.prompts, shown)
+        return {"prompts": count, "also_heldout": count - sum(1 for _ in select_distinct(captions, without=heldout))}
+    prompts = PromptSplit(source, params.prompts, [*heldout, *shown])
     encoder, progress = CaptionEncoder(params.text, "prompts"), track.progress(most or prompts.total, unit="prompt")
 
     def embed(texts: list[str]) -> Tensor:

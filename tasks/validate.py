@@ -13,8 +13,10 @@ from tasks.runner.track import Track
 def run(params: Params, track: Track, *, out: Path = Path("build/params.json")) -> dict[str, float]:
     """Check every value of params.yaml, alone and against the others, and write them to build/params.json, sorted."""
     own = params.start.prompts if params.start.prompts != CAPTIONS else None
-    shown = params.generate.prompts_file if params.generate.prompts_file != HELDOUT else None  # which the stage prompts will make
-    for key, file, chosen in (("generate.prompts_file", shown, None), ("start.prompts", own, params.prompts.ids)):
+    files = [("start.prompts", own, params.prompts.ids)]
+    for key, file in (("generate.prompts_file", params.generate.prompts_file), ("nightly.prompts_file", params.nightly.prompts_file)):
+        files.append((key, file if file != HELDOUT else None, None))  # the stage prompts will make that file
+    for key, file, chosen in files:
         try:  # read to its end now, because a later stage would refuse it after hours
             for _ in iterate_prompts(file, read_ids(chosen) if chosen else ()) if file else ():
                 pass

@@ -216,6 +216,11 @@ def test_prompts_are_captions_or_a_file_of_prompts(value: str, tmp_path: Path) -
         ("rules", [{"metric": "a", "better": "higher", "margin": -1.0, "bound": None}], "nightly.rules has no margin of 0 or more"),
         ("seeds", [], "nightly.seeds is []; it must "),
         ("inbox", "new", "nightly.inbox is new, but clips.folder is None; name a folder of the project"),
+        (
+            "prompts_file",
+            "data/prompts/heldout.txt",
+            "nightly.prompts_file is data/prompts/heldout.txt, but start.prompts is",
+        ),
     ],
 )
 def test_what_every_night_does_is_checked_by_day(key: str, value: Any, words: str, tmp_path: Path) -> None:

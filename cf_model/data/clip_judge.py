@@ -34,7 +34,8 @@ class ClipJudge:
             about = {key: value for key, value in about.items() if key != "refused"}
             return [manifest_row(about, None, {}, Rejection("caption", None, sentence))]
         if isinstance(file, Unreadable):
-            return [manifest_row(about, None, {}, Rejection("unreadable", None, file.sentence))]
+            sentence = file.sentence.replace(path.name, about.get("source", path.name))  # the name that the user knows
+            return [manifest_row(about, None, {}, Rejection("unreadable", None, sentence))]
         parts, rows = split_at_cuts(file, self.rules, about.get("from"), about.get("to")), []
         for number, part in enumerate(parts, 1):
             row = about if len(parts) == 1 else about | {"id": f"{about['id']}-{number:03d}"}

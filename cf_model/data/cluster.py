@@ -10,7 +10,7 @@ import pickle
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,9 +26,10 @@ RETRIES = 3  # of a piece of work whose result was lost with its worker; Dask re
 
 
 def run_on_cluster(
-    task: Callable[[Any], T], items: Sequence[Any], *, address: str, timeout: float
+    task: Callable[[Any], T], queue: deque[tuple[int, Any]], *, address: str, timeout: float
 ) -> Generator[tuple[int, T | Unreadable], None, None]:
-    """Yield (index, task(item)) of every item, each once and in order, however often workers die meanwhile.
+    """Yield (index, task(item)) of every (index, item) of a queue, each once and in order, however often workers die meanwhile; the caller
+    may append more between two results.
 
     A ValueError of the task, its child's death, and more than `timeout` seconds on an item give Unreadable; any other exception is
     raised. Raises ValueError if `distributed` is not installed or no scheduler answers at `address`.
@@ -36,12 +37,13 @@ def run_on_cluster(
     client = connect_client(address)
     try:
         ahead = max(AHEAD, AHEAD * sum(client.nthreads().values()))
-        waiting: deque[Future] = deque()
-        for index in range(len(items)):
-            for item in items[index + len(waiting) : index + ahead]:
+        waiting: deque[tuple[int, Future]] = deque()
+        while queue or waiting:
+            while queue and len(waiting) < ahead:
+                index, item = queue.popleft()
                 # impure, because the same file may have changed since Dask last saw its name
-                waiting.append(client.submit(run_in_child, task, item, timeout, pure=False, retries=RETRIES))
-            future = waiting.popleft()
+                waiting.append((index, client.submit(run_in_child, task, item, timeout, pure=False, retries=RETRIES)))
+            index, future = waiting.popleft()
             yield index, future.result()
             future.release()
     finally:

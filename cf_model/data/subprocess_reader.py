@@ -35,15 +35,27 @@ def read_in_subprocess(
     exception is a fault of the task and is raised. `task` must be a function of a module, cheap to import. `environments`: variables
     of each child, such as the GPU that is its own. A path may be anything that has a `name`.
     """
-    waiting = deque(enumerate(paths))
-    children = [ReaderProcess(task, *environments[k : k + 1]) for k in range(min(workers, len(paths)))]
+    return work_off_queue(task, deque(enumerate(paths)), workers=workers, timeout=timeout, environments=environments)
+
+
+def work_off_queue(
+    task: Callable[[Any], T], queue: deque[tuple[int, Any]], *, workers: int, timeout: float, environments: Sequence[Mapping[str, str]] = ()
+) -> Generator[tuple[int, T | Unreadable], None, None]:
+    """Do as read_in_subprocess for the paths of a queue, each with its index; the caller may append more between two results.
+
+    It ends when the queue is empty and no child is at work.
+    """
+    children: list[ReaderProcess[T]] = []
     try:
-        for child in children:
-            child.wait_until_ready()
         while True:
+            wanted = min(workers, len(queue) + sum(child.index is not None for child in children))
+            begun = [ReaderProcess(task, *environments[k : k + 1]) for k in range(len(children), wanted)]
+            children += begun
+            for child in begun:
+                child.wait_until_ready()
             for child in children:
-                if child.index is None and waiting:
-                    child.start_file(*waiting.popleft(), timeout)
+                if child.index is None and queue:
+                    child.start_file(*queue.popleft(), timeout)
             busy = [child for child in children if child.index is not None]
             if not busy:
                 return

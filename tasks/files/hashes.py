@@ -6,9 +6,11 @@ all that a stage depends on before the stage starts, and tasks/wandb_log names t
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
+
+KNOWN: dict[bytes, bytes] = {}  # what a file is, hashed -> its md5: as bytes, because a collection has tens of thousands of files
 
 
 def compute_dvc_md5(path: Path, *, again: bool = False) -> str:
@@ -22,13 +24,17 @@ def compute_dvc_md5(path: Path, *, again: bool = False) -> str:
         return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
     if not path.exists():
         return "absent"
+    return hash_file(path) if again else _hash_known_file(path.absolute())
+
+
+def _hash_known_file(path: Path) -> str:
+    """Return the md5 of a file, from KNOWN if the file is there under the same name, inode, size and time."""
     stat = path.stat()
-    return hash_file(path) if again else _hash_known_file(path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _hash_known_file(path: Path, *identity: int) -> str:
-    return hash_file(path)
+    about = b"%b %d %d %d" % (os.fsencode(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    identity = hashlib.blake2b(about, digest_size=16).digest()
+    if (known := KNOWN.get(identity)) is None:
+        known = KNOWN[identity] = bytes.fromhex(hash_file(path))
+    return known.hex()
 
 
 def hash_file(path: Path) -> str:

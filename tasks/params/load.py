@@ -216,9 +216,10 @@ def check_starts(p: Params) -> None:
     if p.nightly.inbox is not None and (p.clips.folder is None or p.clips.folder.is_absolute()):
         folders = f"nightly.inbox is {p.nightly.inbox}, but clips.folder is {p.clips.folder}"
         raise ValueError(f"{folders}; name a folder of the project that `dvc add` tracks, such as raw, for new clips to go into")
-    if p.generate.prompts_file == HELDOUT and (p.start.prompts == CAPTIONS or not p.prompts.heldout):
-        cause = f"generate.prompts_file is {HELDOUT}, but start.prompts is {p.start.prompts} and prompts.heldout {p.prompts.heldout:g}"
-        raise ValueError(f"{cause}, so that no prompt is held out; hold out a share of a file's prompts, or name another file")
+    for key, file in (("generate", p.generate.prompts_file), ("nightly", p.nightly.prompts_file)):
+        if file == HELDOUT and (p.start.prompts == CAPTIONS or not p.prompts.heldout):
+            cause = f"{key}.prompts_file is {HELDOUT}, but start.prompts is {p.start.prompts} and prompts.heldout {p.prompts.heldout:g}"
+            raise ValueError(f"{cause}, so that no prompt is held out; hold out a share of a file's prompts, or name another file")
 
 
 def check_samples(p: Params) -> None:

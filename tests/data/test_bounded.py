@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cf_model.data import duplicates
+from cf_model.data import clip_pool, duplicates
 from cf_model.data.clip_manifest import ManifestDraft
+from cf_model.data.clip_pool import ClipPool
 from cf_model.data.duplicates import DuplicateIndex, Likeness, list_words
 from cf_model.data.measures import SIGNATURE_RATE
 from cf_model.data.scratch import CACHE_KIB, open_scratch
@@ -137,3 +139,42 @@ def test_a_database_leaves_no_file_and_holds_little_in_memory(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
     assert database.execute("SELECT sum(length(content)) FROM rows").fetchone() == (5 * CACHE_KIB * 1024,)
     assert database.execute("PRAGMA cache_size").fetchone() == (-CACHE_KIB,)
+
+
+class Payloads(dict[str, bytes]):
+    """A cache in memory."""
+
+    def put(self, content: str, payload: bytes) -> None:
+        self[content] = payload
+
+
+@pytest.mark.parametrize("known", [0.0, 0.5, 0.95])
+def test_a_pool_looks_ahead_only_so_far_and_gives_every_result_once_and_in_order(known: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of clips; processes answer in any order, and one clip takes longer than all others."""
+    rng, looked_at, computed = np.random.default_rng(0), [0], Counter[int]()
+
+    def answer(task: Callable[[int], bytes], queue: deque[tuple[int, int]], **_: object) -> Iterator[tuple[int, bytes]]:
+        begun: list[tuple[int, int]] = []
+        while queue or begun:
+            while queue and len(begun) < 2:
+                begun.append(queue.popleft())
+            quick = [place for place, (_, clip) in enumerate(begun) if clip != 7] or [0]
+            number, clip = begun.pop(int(rng.choice(quick)))
+            computed[clip] += 1
+            yield number, task(clip)
+
+    def list_clips(count: int) -> Iterator[tuple[str, int]]:
+        for clip in range(count):
+            looked_at[0] = clip
+            yield f"content {clip}", clip
+
+    monkeypatch.setattr(clip_pool, "work_off_queue", answer)
+    cache = Payloads({f"content {clip}": b"%d" % clip for clip in range(3000) if rng.random() < known and clip != 7})
+    there = {int(payload) for payload in cache.values()}
+    furthest = 0
+    for number, payload in enumerate(ClipPool(2, 60.0).compute_payloads(cache, list_clips(3000), lambda clip: b"%d" % clip)):
+        assert payload == b"%d" % number
+        furthest = max(furthest, looked_at[0] - number)
+    assert number == 2999 and furthest < clip_pool.AHEAD
+    assert computed == Counter(set(range(3000)) - there), "what the cache knows is not computed, and all else once"
+    assert known or furthest <= clip_pool.UNDER_WAY * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def work_or_kill_the_worker(path: Path) -> str:
 
 def test_a_worker_killed_in_the_middle_loses_nothing_and_repeats_nothing(cluster: Any, tmp_path: Path) -> None:
     paths = [tmp_path / path for path in PATHS]
-    answers = list(run_on_cluster(work_or_kill_the_worker, paths, address=cluster.scheduler_address, timeout=60.0))
+    answers = list(run_on_cluster(work_or_kill_the_worker, deque(enumerate(paths)), address=cluster.scheduler_address, timeout=60.0))
     assert [index for index, _ in answers] == list(range(12))
     found = dict(answers)
     bad, crashed = found.pop(7), found.pop(8)
@@ -93,4 +94,4 @@ def test_each_child_has_a_gpu_of_its_own_and_the_parents_environment_stays() -> 
 def test_no_scheduler_is_a_sentence() -> None:
     pytest.importorskip("distributed")
     with pytest.raises(ValueError, match=r"CF_DASK is nowhere://x, where no Dask scheduler answers .*; start one, or unset it$"):
-        next(run_on_cluster(str, [1], address="nowhere://x", timeout=1.0))
+        next(run_on_cluster(str, deque([(0, 1)]), address="nowhere://x", timeout=1.0))

@@ -39,12 +39,15 @@ ALL = PromptSpec(most=None, ids=None, min_words=0, max_words=400, heldout=0.0)
 ROW = 8 * 4 / 2**20  # MiB of a word's embedding
 
 
-def run(source: Path, latents: Path, out: Path, *, prompts_file: Path | None = None, **changes: Any) -> dict[str, float]:
+def run(
+    source: Path, latents: Path, out: Path, *, prompts_file: Path | None = None, nightly: Path | None = None, **changes: Any
+) -> dict[str, float]:
     sections = {
         "text": Text(kind="words", weights=None, tokens=TOKENS, channels=8, negative=""),
         "encode": Encode(shard_mib=6 * ROW, dtype="float32"),
         "prompts": replace(ALL, **changes),
         "generate": SimpleNamespace(prompts_file=prompts_file),
+        "nightly": SimpleNamespace(prompts_file=nightly),
     }
     params: Any = SimpleNamespace(**sections)
     return prompts.run(params, Track("prompts", out.parent), source=source, latents=latents, out=out)
@@ -55,10 +58,23 @@ def texts(folder: Path) -> list[str]:
 
 
 def test_the_captions_of_training_clips_once_and_as_they_were_embedded(latents: Path, tmp_path: Path) -> None:
-    assert run(CAPTIONS, latents, tmp_path / "out") == {"prompts": 2}
+    assert run(CAPTIONS, latents, tmp_path / "out") == {"prompts": 2, "also_heldout": 1}, "clips are held out, not captions"
     read, clips = EmbeddedPrompts(tmp_path / "out"), Latents(latents)
     assert texts(tmp_path / "out") == ["a sea", "a red disc"] and len(read) == 2
     assert torch.equal(read[[1, 0]], clips.text([1, 0]))
+
+
+@pytest.mark.parametrize("which", ["prompts_file", "nightly"])
+@pytest.mark.parametrize("source", ["captions", "file"])
+def test_prompts_that_the_evaluation_or_a_night_shows_are_never_trained_on(
+    which: str, source: str, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CF_KEPT", "off")
+    (tmp_path / "shown.txt").write_text("A SEA!\n")
+    (tmp_path / "own.txt").write_text("a sea\nsnow\na  Sea\n")
+    file = CAPTIONS if source == "captions" else tmp_path / "own.txt"
+    metrics = run(file, latents, tmp_path / "out", **{which: tmp_path / "shown.txt"})
+    assert texts(tmp_path / "out") == (["a red disc"] if source == "captions" else ["snow"]) and metrics["prompts"] == 1
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv"])
@@ -152,7 +168,7 @@ def test_a_bad_line_is_found_before_anything_is_embedded(latents: Path, tmp_path
     with pytest.raises(ValueError, match="line 1001 is not UTF-8"):
         run(tmp_path / "long.txt", latents, tmp_path / "out")
     start, shown = SimpleNamespace(prompts=tmp_path / "long.txt"), SimpleNamespace(prompts_file=HELDOUT)  # which is not there yet
-    params: Any = SimpleNamespace(start=start, generate=shown, prompts=ALL)
+    params: Any = SimpleNamespace(start=start, generate=shown, nightly=shown, prompts=ALL)
     with pytest.raises(Refused, match=r"^start\.prompts: .*long\.txt line 1001 is not UTF-8"):
         validate.run(params, Track("validate", tmp_path), out=tmp_path / "params.json")
 
