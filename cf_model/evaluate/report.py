@@ -132,22 +132,30 @@ class Results:
 
     def difference(self, suite: str, first: str, second: str, metric: str) -> Difference | None:
         """Return second minus first: paired if both have videos in common, else of the means; None if either is absent."""
-        if metric in RATIOS:
-            tables = [[self.cells.get((suite, system, name), {}) for name in RATIOS[metric]] for system in (first, second)]
-            (top, bottom), (other_top, other_bottom) = tables
-            if ratios := paired_ratio((top, bottom), (other_top, other_bottom), resamples=self.resamples, seed=self.seed):
-                return ratios
-        a, b = (self.cells.get((suite, system, metric), {}) for system in (first, second))
-        if both := paired(a, b, resamples=self.resamples, seed=self.seed):
-            return both
-        x, y = (self.interval(suite, system, metric) for system in (first, second))
-        return Difference(x.mean, y.mean, without_interval(y.mean - x.mean), float("nan")) if x and y else None
+        return pair_results((self, suite, first), (self, suite, second), metric)
 
     def metrics(self, suite: str) -> list[str]:
         """Return the names of a suite's metrics, in the order of DESCRIPTIONS."""
         names = {metric for s, _, metric in self.cells if s == suite}
         names |= {metric for values in self.means.get(suite, {}).values() for metric in values}
         return sorted(names, key=lambda name: (list(DESCRIPTIONS).index(name) if name in DESCRIPTIONS else len(DESCRIPTIONS), name))
+
+
+def pair_results(first: tuple[Results, str, str], second: tuple[Results, str, str], metric: str) -> Difference | None:
+    """Return second minus first, each a run's results, a suite and a system of it: paired if both have videos in common, else of means.
+
+    A ratio of means is paired as one. None if either side lacks the metric.
+    """
+    rules: dict[str, Any] = {"resamples": first[0].resamples, "seed": first[0].seed}
+    if metric in RATIOS:
+        tables = [[results.cells.get((*system, name), {}) for name in RATIOS[metric]] for results, *system in (first, second)]
+        if ratios := paired_ratio((tables[0][0], tables[0][1]), (tables[1][0], tables[1][1]), **rules):
+            return ratios
+    a, b = (results.cells.get((*system, metric), {}) for results, *system in (first, second))
+    if both := paired(a, b, **rules):
+        return both
+    x, y = (results.interval(*system, metric) for results, *system in (first, second))
+    return Difference(x.mean, y.mean, without_interval(y.mean - x.mean), float("nan")) if x and y else None
 
 
 def format_number(value: float | int | None) -> str:

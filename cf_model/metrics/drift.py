@@ -19,7 +19,7 @@ REC709 = np.array([0.2126, 0.7152, 0.0722], np.float32)  # red, green and blue i
 DARK, BRIGHT = 4, 251  # luma at and beyond which a pixel counts as clipped
 REFERENCE = 2.0  # seconds at a video's beginning that the rest is compared with
 BIN = 0.5  # seconds that are averaged before a slope is fitted
-PIXELS_AT_ONCE = 2**15  # that are measured together, because a frame in float takes four times its room, and small frames cost by their number
+PIXELS_AT_ONCE = 2**15  # that are measured together: a frame in float takes four times its room, and small frames cost by their number
 
 
 def measure_frames(video: Video) -> dict[str, Series]:
