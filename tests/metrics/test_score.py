@@ -109,6 +109,7 @@ def test_weights_prompts_and_recorded_ratings(folder: Path, tmp_path: Path, caps
     assert judged["value"] is None and "holds no score from 0 to 5" in judged["failed"] and judged["answers"] == ["hm"]
     said = capsys.readouterr().out
     assert "vbench/total: VBench's total needs 16 dimensions and lacks subject_consistency" in said
+    assert "visual_stability@replay-answers: ratings 0 x 0, 1 x 0, 2 x 0, 3 x 0, 4 x 1, 5 x 0; answers without a rating: 1\n" in said
 
 
 def test_an_interrupted_scoring_goes_on_and_a_second_scores_only_what_changed(
