@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measure_minutes(clips: Path, count: int) -> dict[str, Any]:
-    """Score `count` videos of a minute at 832 x 480, made of real clips, by decoding alone and by all protocols, each in its own process."""
+    """Score `count` videos of a minute at 832 x 480, made of real clips, in each of WAYS, and each of these in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_video(folder / "minute-0.mp4", islice(repeat_clips(clips), MINUTE), fps=RATE, crf=20)
