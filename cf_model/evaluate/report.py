@@ -155,13 +155,13 @@ def pair_results(first: tuple[Results, str, str], second: tuple[Results, str, st
     """
     rules: dict[str, Any] = {"resamples": first[0].resamples, "seed": first[0].seed}
     if metric in RATIOS:
-        tables = [[results.cells.get((*system, name), {}) for name in RATIOS[metric]] for results, *system in (first, second)]
+        tables = [[one.cells.get((suite, system, name), {}) for name in RATIOS[metric]] for one, suite, system in (first, second)]
         if ratios := paired_ratio((tables[0][0], tables[0][1]), (tables[1][0], tables[1][1]), **rules):
             return ratios
-    a, b = (results.cells.get((*system, metric), {}) for results, *system in (first, second))
+    a, b = (one.cells.get((suite, system, metric), {}) for one, suite, system in (first, second))
     if both := paired(a, b, **rules):
         return both
-    x, y = (results.interval(*system, metric) for results, *system in (first, second))
+    x, y = (one.interval(suite, system, metric) for one, suite, system in (first, second))
     return Difference(x.mean, y.mean, without_interval(y.mean - x.mean), float("nan")) if x and y else None
 
 
