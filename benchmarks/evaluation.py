@@ -70,7 +70,11 @@ def main() -> None:
         "drift, seams, repetition (score_course)": lambda: course.score_course(video, found.motion, fps, prefix=PREFIX, borders=None),
     }
     spent = interleave(ways, rounds=ROUNDS)
-    result = {"machine": describe_machine(), "profile": "tiny", "unit": f"milliseconds of CPU time a video of {frames} frames"}
+    result: dict[str, Any] = {
+        "machine": describe_machine(),
+        "profile": "tiny",
+        "unit": f"milliseconds of CPU time a video of {frames} frames",
+    }
     result["rows"] = [{"what": name} | summarize(values) for name, values in spent.items()]
     clips = read_settings().clips
     result["minute"] = measure_minutes(clips, many) if clips and clips.is_dir() else read_result("evaluation").get("minute", {})

@@ -220,12 +220,12 @@ def test_a_ratio_of_means_is_paired_over_the_prompts(tmp_path: Path) -> None:
         (root / "metrics/evaluate.json").write_text(json.dumps(means))
         (root / "params.yaml").write_text(PARAMS)
     page.main([*map(str, folders), "--out", str(tmp_path / "new/numbers.json")])
-    rows = {row["metric"]: row for row in json.loads((tmp_path / "new/numbers.json").read_text())["rows"]}
-    ratio = rows["memory_ratio"]
+    found = {row["metric"]: row for row in json.loads((tmp_path / "new/numbers.json").read_text())["rows"]}
+    ratio = found["memory_ratio"]
     assert (ratio["a"], ratio["b"]) == (pytest.approx(1.875 / 4), pytest.approx(1.875 / 8)) and ratio["pairs"] == ratio["prompts"] == 8
     assert ratio["difference"] == pytest.approx(-1.875 / 8) and ratio["says"] == "better"
     assert ratio["low"] < ratio["difference"] < ratio["high"] < 0
-    same = rows["other_heading"]
+    same = found["other_heading"]
     assert (same["difference"], same["says"], same["p_family"]) == (0.0, "the same", None)
 
 
