@@ -16,7 +16,7 @@ from .evaluate.cells import Cell, hash_code, hash_facts, select_item
 from .evaluate.statistics import Interval, bootstrap_ratio
 from .metrics import drift, encoders, flow, long, preprocess, protocols, repetition, summary, vbench, windowed
 from .metrics import trace as tracing
-from .metrics.judge import RUBRIC_HASH, Judge
+from .metrics.judge import RUBRIC_HASH, Judge, count_ratings
 from .metrics.manifest import describe_row
 from .metrics.trace import Networks, Trace, Tracer, describe_weights
 from .metrics.trace_file import describe_trace, read_trace, write_trace
@@ -181,8 +181,23 @@ def describe_scores(cells: Sequence[Cell]) -> Iterator[str]:
         ends = f"[{interval.low:.4f}, {interval.high:.4f}]" if interval and interval.has_ends else ""
         failed = f", {row['failed']} failed" if row["failed"] else ""
         yield f"{who:<44} {row['metric']:<46} {mean:>10} {ends:<20} n = {row['videos']} of {row['prompts']} prompts{failed}"
+    yield from describe_judges(cells)
     for system in dict.fromkeys(cell["system"] for cell in cells):
         own = [cell for cell in cells if cell["system"] == system]
         for name, value in summary.total_scores(summary.average_cells(own), sum(cell["metric"] is None for cell in own)).items():
             yield f"{system or ''} {name}: {value if isinstance(value, str) else f'{value:.2f}'}".lstrip()
     yield from (f"not scored: {cell['failed']}" for cell in cells if cell["metric"] is None)
+
+
+def describe_judges(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield a line for each system and judge: how often each rating was given, answers without one, and how far repeats agree."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        if "answers" in cell:
+            groups.setdefault((str(cell["system"] or ""), cell["metric"]), []).append(cell)
+    for (system, metric), members in groups.items():
+        counts, without = count_ratings([text for cell in members for text in cell["answers"]])
+        ratings = ", ".join(f"{score} x {count}" for score, count in enumerate(counts))
+        agreements = [cell["agreement"] for cell in members if "agreement" in cell and len(cell["answers"]) > 1]
+        agree = f", repeats of a video agree in {sum(agreements) / len(agreements):.0%}" if agreements else ""
+        yield f"{system} {metric}: ratings {ratings}; answers without a rating: {without}{agree}".lstrip()

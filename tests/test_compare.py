@@ -205,6 +205,30 @@ def height(svg: str, letter: str) -> float:
     return -float(first)
 
 
+def test_a_ratio_of_means_is_paired_over_the_prompts(tmp_path: Path) -> None:
+    """memory_ratio is no cell: both runs' distances of the same prompts give its interval."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for root, factor in zip(folders, (1.0, 0.5), strict=True):
+        (root / "results").mkdir(parents=True)
+        about = {"suite": "prompts", "system": "stage2", "clip": None, "seed": 0, "protocol": "p"}
+        rows = [about | {"prompt": f"{k}", "file": f"{k}"} for k in range(8)]
+        cells = [row | {"metric": "same_heading", "value": factor * (1 + k % 3)} for k, row in enumerate(rows)]
+        cells += [row | {"metric": "other_heading", "value": 4.0} for row in rows]
+        (root / "results/cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+        (root / "metrics").mkdir()
+        means = {"prompts": {"stage2": {"memory_ratio": factor * 1.875 / 4}}}
+        (root / "metrics/evaluate.json").write_text(json.dumps(means))
+        (root / "params.yaml").write_text(PARAMS)
+    page.main([*map(str, folders), "--out", str(tmp_path / "new/numbers.json")])
+    found = {row["metric"]: row for row in json.loads((tmp_path / "new/numbers.json").read_text())["rows"]}
+    ratio = found["memory_ratio"]
+    assert (ratio["a"], ratio["b"]) == (pytest.approx(1.875 / 4), pytest.approx(1.875 / 8)) and ratio["pairs"] == ratio["prompts"] == 8
+    assert ratio["difference"] == pytest.approx(-1.875 / 8) and ratio["says"] == "better"
+    assert ratio["low"] < ratio["difference"] < ratio["high"] < 0
+    same = found["other_heading"]
+    assert (same["difference"], same["says"], same["p_family"]) == (0.0, "the same", None)
+
+
 def test_each_curve_has_the_colour_of_its_run(tmp_path: Path) -> None:
     for letter, value in (("A", 1), ("B", 3)):
         for folder in ("results", "models/base"):

@@ -46,12 +46,12 @@ def hash_code(*modules: ModuleType) -> str:
 
 def fold_cells(cells: Iterable[Cell]) -> Iterator[dict[str, Any]]:
     """Yield the lines of a file of cells; cells of a video stand one after the other. `expand_lines` is the way back."""
-    for facts, group in groupby(cells, key=lambda cell: json.dumps([cell.get(name) for name in SHARED])):
+    for facts, group in groupby(cells, key=lambda cell: [cell.get(name) for name in SHARED]):
         members = list(group)
         shared = {name: members[0][name] for name in SHARED if name in members[0]}
         if len({cell.get("protocol") for cell in members}) == 1:
             shared["protocol"] = members[0].get("protocol")
-        key = hash_facts([facts, shared.get("protocol")])
+        key = hash_facts([json.dumps(facts), shared.get("protocol")])
         yield {"id": key, "cells": len(members)} | shared
         yield from ({"of": key} | {name: value for name, value in cell.items() if name not in shared} for cell in members)
 

@@ -112,6 +112,16 @@ def draw_points(points: Sequence[Point], *, x: str, y: str) -> str:
     return clean_svg(file.getvalue())
 
 
+def draw_differences(each: Sequence[float]) -> str:
+    """Draw a bar for each difference, up or down from a line at 0; the largest fills the picture. As SVG."""
+    reach = max((abs(change) for change in each), default=0) or 1.0
+    heights = [10 * change / reach for change in each]  # of the 20 units that the picture is high
+    bars = "".join(f'<rect x="{k}.1" y="{min(0, -h):.2f}" width=".8" height="{abs(h):.2f}"/>' for k, h in enumerate(heights))
+    shape = f'viewBox="0 -10 {len(each)} 20" preserveAspectRatio="none" width="130" height="30"'
+    line = f'<path d="M0 0H{len(each)}" stroke="currentColor" stroke-width=".3"/>'
+    return f'<svg {shape} role="img" aria-label="{len(each)} differences in ascending order" fill="{PALETTE[0]}">{bars}{line}</svg>'
+
+
 def clean_svg(svg: str) -> str:
     """Return matplotlib's SVG as a fragment for a page: without its head, in the page's colour, with no id that nothing refers to."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -60,13 +60,13 @@ def score_places(
     inner = np.zeros((len(video), width), bool)
     inner[:, oracle.EDGE : width - oracle.EDGE] = True
     back = np.take_along_axis(returned, places, axis=1) & inner  # [V, W]
-    known, seen = average_columns(band, places, inner & ~back)
+    panorama, seen = average_columns(band, places, inner & ~back)
     asked = np.arange(prefix, len(video), max(1, round(fps / RATE)))
     asked = asked[back[asked].sum(axis=1) >= FEWEST]
     if not len(asked):
         return {}
     circle = (np.arange(worlds.PANORAMA)[:, None] + np.arange(width)) % worlds.PANORAMA  # [headings, W]
-    error, quality = fit_windows(band[asked], back[asked], known[circle].transpose(0, 2, 1, 3), seen[circle])
+    error, quality = fit_windows(band[asked], back[asked], panorama[circle].transpose(0, 2, 1, 3), seen[circle])
     own = error[np.arange(len(asked)), left[asked]]
     turned = np.abs(oracle.wrap_heading(np.arange(worlds.PANORAMA) - left[asked, None]))  # [asked, headings]
     others = np.where(turned >= oracle.HILL, error, np.nan)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from cf_model.evaluate.figures import draw_differences
 from cf_model.evaluate.statistics import RATIOS, Difference, Interval, bootstrap, bootstrap_ratio, paired, paired_ratio, without_interval
 
 RECALL = "recall"  # the suite of measures that need no video: one-step errors and interventions
@@ -96,7 +97,13 @@ COMPARED = (
 
 
 def describe_metric(metric: str) -> Metric:
-    """Return a metric's words, with its name as the title; a new metric gets a group of its own. A network after an @ is named."""
+    """Return a metric's words, with its name as the title; a new metric gets a group of its own. A network after an @ is named.
+
+    NAME_videos is the number of videos that have NAME, where not all have it.
+    """
+    if metric.endswith("_videos"):
+        of = metric.removesuffix("_videos").replace("_", " ")
+        return Metric(DESCRIPTIONS["videos"].group, "", f"videos in which {of} could be measured", metric.replace("_", " "))
     name, _, network = metric.partition("@")
     numbered = next((NUMBERED[begin] for begin in NUMBERED if re.fullmatch(rf"{begin}[\d.]+s", name)), None)
     words = numbered or DESCRIPTIONS.get(name, Metric("Other", "", "no description is known to this page"))
@@ -132,22 +139,30 @@ class Results:
 
     def difference(self, suite: str, first: str, second: str, metric: str) -> Difference | None:
         """Return second minus first: paired if both have videos in common, else of the means; None if either is absent."""
-        if metric in RATIOS:
-            tables = [[self.cells.get((suite, system, name), {}) for name in RATIOS[metric]] for system in (first, second)]
-            (top, bottom), (other_top, other_bottom) = tables
-            if ratios := paired_ratio((top, bottom), (other_top, other_bottom), resamples=self.resamples, seed=self.seed):
-                return ratios
-        a, b = (self.cells.get((suite, system, metric), {}) for system in (first, second))
-        if both := paired(a, b, resamples=self.resamples, seed=self.seed):
-            return both
-        x, y = (self.interval(suite, system, metric) for system in (first, second))
-        return Difference(x.mean, y.mean, without_interval(y.mean - x.mean), float("nan")) if x and y else None
+        return pair_results((self, suite, first), (self, suite, second), metric)
 
     def metrics(self, suite: str) -> list[str]:
         """Return the names of a suite's metrics, in the order of DESCRIPTIONS."""
         names = {metric for s, _, metric in self.cells if s == suite}
         names |= {metric for values in self.means.get(suite, {}).values() for metric in values}
         return sorted(names, key=lambda name: (list(DESCRIPTIONS).index(name) if name in DESCRIPTIONS else len(DESCRIPTIONS), name))
+
+
+def pair_results(first: tuple[Results, str, str], second: tuple[Results, str, str], metric: str) -> Difference | None:
+    """Return second minus first, each a run's results, a suite and a system of it: paired if both have videos in common, else of means.
+
+    A ratio of means is paired as one. None if either side lacks the metric.
+    """
+    rules: dict[str, Any] = {"resamples": first[0].resamples, "seed": first[0].seed}
+    if metric in RATIOS:
+        tables = [[one.cells.get((suite, system, name), {}) for name in RATIOS[metric]] for one, suite, system in (first, second)]
+        if ratios := paired_ratio((tables[0][0], tables[0][1]), (tables[1][0], tables[1][1]), **rules):
+            return ratios
+    a, b = (one.cells.get((suite, system, metric), {}) for one, suite, system in (first, second))
+    if both := paired(a, b, **rules):
+        return both
+    x, y = (one.interval(suite, system, metric) for one, suite, system in (first, second))
+    return Difference(x.mean, y.mean, without_interval(y.mean - x.mean), float("nan")) if x and y else None
 
 
 def format_number(value: float | int | None) -> str:
@@ -213,9 +228,20 @@ def compare_stages(results: Results, first: Mapping[str, str], second: Mapping[s
         if metric in GUARDS and difference.second < GUARD_SHARE * difference.first:
             fell.append(f"{about.title} ({format_number(difference.first)} to {format_number(difference.second)})")
         real = results.interval(suite, "real", metric)
-        rows.append({"suite": suite, "word": about, "arrow": ARROWS[about.better], "found": difference, "says": says, "real": real})
+        counts = count_wins(difference.each, about.better)
+        row = {"suite": suite, "word": about, "arrow": ARROWS[about.better], "found": difference, "says": says, "real": real}
+        rows.append(row | {"counts": counts, "svg": draw_differences(difference.each) if counts else ""})
     missing = [describe_metric(m).title for m in GUARDS if not any(row["word"] == describe_metric(m) for row in rows)]
     return {"rows": rows, "fell": fell, "ratio": ratio, "missing": missing}
+
+
+def count_wins(each: Sequence[float], better: str) -> str:
+    """Say in how many prompts the second is better, the same and worse; higher and lower where neither is better. Empty without prompts."""
+    above, below = sum(change > 0 for change in each), sum(change < 0 for change in each)
+    words = {"up": ("better", "worse"), "down": ("worse", "better")}.get(better, ("higher", "lower"))
+    counts = dict(zip(words, (above, below), strict=True))
+    first, last = sorted(words, key=lambda word: word in ("worse", "lower"))
+    return f"{counts[first]} {first}, {len(each) - above - below} same, {counts[last]} {last}" if each else ""
 
 
 def compare_memories(results: Results, systems: Sequence[str]) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from . import figures
 from .cells import SUITES, refuse_other_protocols
 from .figures import Line, Row, average_rows, draw_chart, wants_logarithm
 from .page import Curves
-from .report import ARROWS, Results, describe_metric, state_verdict
-from .statistics import Difference, correct_by_holm, paired, without_interval
+from .report import ARROWS, Results, describe_metric, pair_results, state_verdict
+from .statistics import RATIOS, correct_by_holm
 
 # Choice: with fewer prompts an interval is too narrow to be believed, and even equal signs could be chance (p > 0.03).
 FEWEST_PROMPTS = 6
@@ -60,20 +60,20 @@ def compare_system(a: Results, b: Results, suite: str, name: str) -> dict[str, A
     return {"name": name, "rows": rows, "same": same, "clearly": sum(row["clear"] for row in rows)}
 
 
-def compare_metric(a: Results, b: Results, suite: str, name: str, metric: str) -> dict[str, Any] | None:
+def compare_metric(a: Results, b: Results, suite: str, system: str, metric: str) -> dict[str, Any] | None:
     """Compare a metric of a system: means, paired difference and verdict; None if a run lacks it."""
-    first, second = (one.interval(suite, name, metric) for one in (a, b))
+    first, second = (one.interval(suite, system, metric) for one in (a, b))
     if first is None or second is None:
         return None
-    x, y = (one.cells.get((suite, name, metric), {}) for one in (a, b))
-    shared = x.keys() & y.keys()
+    parts = [name for name in RATIOS.get(metric, ()) if (suite, system, name) in a.cells]  # of a ratio, the pairs that have both
+    shared = set.intersection(*(set(one.cells.get((suite, system, part), {})) for one in (a, b) for part in parts or [metric]))
     # without a pair it is a metric of all videos together, or the runs have no video in common
-    unpaired = Difference(first.mean, second.mean, without_interval(second.mean - first.mean), float("nan"))
-    difference = paired(x, y, resamples=a.resamples, seed=a.seed) or unpaired
+    difference = pair_results((a, suite, system), (b, suite, system), metric)
+    assert difference is not None  # because both have a mean
     change, word = difference.change, describe_metric(metric)
     # the same: pairs that are all equal, and equal numbers without pairs
     same = change.mean == 0 and (not change.has_ends or change.low == change.high == 0)
-    few = change.has_ends and len({prompt for prompt, _ in shared}) < FEWEST_PROMPTS
+    few = change.has_ends and difference.prompts < FEWEST_PROMPTS
     says = "the same" if same else "too few prompts" if few else state_verdict(change, word.better)
     bar = None
     if change.has_ends and not same:
@@ -84,6 +84,24 @@ def compare_metric(a: Results, b: Results, suite: str, name: str, metric: str) -
         "metric": metric, "word": word, "arrow": ARROWS[word.better], "first": first, "second": second, "found": difference,
         "pairs": len(shared), "p_family": float("nan"), "says": says, "bar": bar, "same": same, "clear": says in CLEAR, "kind": kind,
     }  # fmt: skip
+
+
+def list_compared(suites: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """List every compared metric as a plain row, from what `compare_suites` returns: means of both runs, and B minus A, paired.
+
+    `low` and `high` are the 95 % interval of the difference over `prompts`; they and `p` are null where there is none.
+    """
+    rows = []
+    for suite in suites:
+        for one in suite["systems"]:
+            for row in one["rows"]:
+                found = row["found"]
+                numbers = {"a": found.first, "b": found.second, "difference": found.change.mean, "low": found.change.low}
+                numbers |= {"high": found.change.high, "p": found.p, "p_family": row["p_family"]}
+                known = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+                place = {"suite": suite["suite"], "system": one["name"], "metric": row["metric"]}
+                rows.append(place | known | {"prompts": found.prompts, "pairs": row["pairs"], "says": row["says"]})
+    return rows
 
 
 def build_matrix(systems: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

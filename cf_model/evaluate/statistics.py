@@ -46,6 +46,7 @@ class Difference(NamedTuple):
     p: float
     prompts: int = 0
     effect: Interval | None = None
+    each: tuple[float, ...] = ()  # each prompt's mean difference, in ascending order
 
 
 def bootstrap(values: Mapping[str, Sequence[float]] | Sequence[float], *, resamples: int, seed: int) -> Interval:
@@ -150,6 +151,7 @@ def paired(
         p=p,
         prompts=len(means),
         effect=measure_effect(means, resamples=resamples, seed=seed),
+        each=tuple(sorted(means)),
     )
 
 

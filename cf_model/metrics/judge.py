@@ -79,6 +79,17 @@ def read_rating(text: str) -> int:
     return int(number)
 
 
+def count_ratings(answers: Sequence[str]) -> tuple[list[int], int]:
+    """Return how often each rating from 0 to 5 was given, and how many answers held none."""
+    given: Counter[int | None] = Counter()
+    for text in answers:
+        try:
+            given[read_rating(text)] += 1
+        except ValueError:
+            given[None] += 1
+    return [given[score] for score in range(BEST + 1)], given[None]
+
+
 def rate_video(judge: Judge, video: Video, fps: float, prompt: str, *, key: str, repeats: int = 1) -> list[Rating]:
     """Ask a judge `repeats` times; an answer that is no rating, and a judge that does not answer, are recorded with their reason."""
     out = []

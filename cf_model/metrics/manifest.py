@@ -15,6 +15,7 @@ def check_rows(rows: list[dict[str, Any]], folder: Path, texts: Mapping[str, str
     `manifest` and `prompts` name the two files in the sentence.
     """
     seen = set[str]()
+    taken: dict[tuple[Any, ...], str] = {}  # suite, system, prompt and seed -> file
     for number, row in enumerate(rows, 1):
         name, rate = row.get("file"), row.get("fps")
         where = f"{manifest} line {number}"
@@ -34,6 +35,10 @@ def check_rows(rows: list[dict[str, Any]], folder: Path, texts: Mapping[str, str
             if key not in texts:
                 raise ValueError(f"{where}: prompt_id is {key!r}, which {prompts} does not hold; add it there")
             row.setdefault("prompt", texts[key])
+            place = (row.get("suite", SUITE), row.get("system"), key, row.get("seed"))
+            if row.get("seed") is not None and (other := taken.setdefault(place, name)) != name:
+                video = f"prompt {key!r}, seed {row['seed']}" + (f" of {row['system']}" if row.get("system") else "")
+                raise ValueError(f"{where} names {name} for {video}, and so does {other}; keep one of the two")
         seen.add(name)
     if not rows:
         raise ValueError(f"{manifest} names no video; give it a line for each")

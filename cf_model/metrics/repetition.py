@@ -24,6 +24,8 @@ Thumbnails = Float[np.ndarray, "V S S 3"]
 
 def make_thumbnails(video: UInt8[np.ndarray, "V Y X 3"]) -> Thumbnails:
     """Average frames to 32 x 32 pixels, in 0..255."""
+    if video.shape[1:3] == (SIDE, SIDE):
+        return video.astype(np.float32)
     frames = torch.from_numpy(video).permute(0, 3, 1, 2).float()
     return F.adaptive_avg_pool2d(frames, SIDE).permute(0, 2, 3, 1).numpy()
 

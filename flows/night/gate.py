@@ -38,6 +38,8 @@ class Finding(Rule):
     candidate: float | None
     promoted: float | None
     gain: float | None  # of the candidate over the promoted student; below 0 the candidate is worse
+    low: float | None  # the gain's 95 % interval, paired by prompt and seed; None where there are too few prompts for one
+    high: float | None
     passed: bool
     said: str  # one sentence
 
@@ -69,12 +71,17 @@ class Measured(BaseModel, frozen=True):
     version: str | None = None
 
 
-def decide_promotion(candidate: Measured, promoted: Measured | None, rules: Sequence[Rule], *, troubles: int = 0) -> Verdict:
+def decide_promotion(
+    candidate: Measured, promoted: Measured | None, rules: Sequence[Rule], *, troubles: int = 0, pairs: Sequence[Mapping[str, Any]] = ()
+) -> Verdict:
     """Apply all rules. Without a promoted student only what is absolute is asked: that all was measured, and the bounds.
 
     `troubles` counts the curves of the night's training that left their bounds (params.yaml's section watch): one is enough to refuse.
+    `pairs` are the rows of `cf compare PROMOTED CANDIDATE --out FILE.json`, whose intervals are said beside the means that decide.
     """
-    findings = [check_rule(rule, candidate.numbers, promoted.numbers if promoted else None) for rule in rules]
+    changes = {f"{row['suite']}.{row['system']}.{row['metric']}": row for row in pairs}
+    theirs = promoted.numbers if promoted else None
+    findings = [check_rule(rule, candidate.numbers, theirs, changes.get(rule.metric)) for rule in rules]
     reasons = [finding.said for finding in findings if not finding.passed]
     if not rules:
         reasons = ["there is no rule; nightly.rules in params.yaml states them"]
@@ -98,8 +105,10 @@ def decide_promotion(candidate: Measured, promoted: Measured | None, rules: Sequ
     )
 
 
-def check_rule(rule: Rule, candidate: Mapping[str, Any], promoted: Mapping[str, Any] | None) -> Finding:
-    """Compare one metric of both students' numbers by one rule."""
+def check_rule(
+    rule: Rule, candidate: Mapping[str, Any], promoted: Mapping[str, Any] | None, pair: Mapping[str, Any] | None = None
+) -> Finding:
+    """Compare one metric of both students' numbers by one rule. `pair` has the interval of candidate minus promoted student."""
     mine, theirs = find_number(candidate, rule.metric), find_number(promoted or {}, rule.metric)
     sign = 1 if rule.better == "higher" else -1
     gain = None if mine is None or theirs is None else sign * (mine - theirs)
@@ -115,7 +124,12 @@ def check_rule(rule: Rule, candidate: Mapping[str, Any], promoted: Mapping[str, 
         sentence = f"is {mine:g}, and must be {needed} than the promoted student's {theirs:g}"
     else:
         passed, sentence = True, f"is {mine:g}" if theirs is None else f"{mine:g} after {theirs:g}"
-    values = {"candidate": mine, "promoted": theirs, "gain": gain, "passed": passed, "said": f"{rule.metric} {sentence}"}
+    low, high = None, None
+    if pair and gain is not None and pair["low"] is not None:
+        low, high = sorted((sign * pair["low"], sign * pair["high"]))
+        sentence += f" (paired over {pair['prompts']} prompts: {sign * pair['difference']:+.3g}, 95 % {low:+.3g} to {high:+.3g})"
+    values = {"candidate": mine, "promoted": theirs, "gain": gain, "low": low, "high": high}
+    values |= {"passed": passed, "said": f"{rule.metric} {sentence}"}
     return Finding(**rule.model_dump(), **values)
 
 

@@ -45,6 +45,19 @@ def measure_student(
     return Measured(md5=compute_dvc_md5(student, again=True), numbers=numbers, videos=videos, version=version)
 
 
+def compare_students(plan: NightPlan) -> list[dict[str, Any]]:
+    """Compare the cells of both measured students by `cf compare`: a row for each metric, candidate minus promoted student, paired.
+
+    Empty, with the reason in the log, if the comparison fails: the gate's rules need means alone.
+    """
+    folder = plan.root / "work/judged"
+    words = [sys.executable, "-m", "tasks", "compare", str(folder / "promoted"), str(folder / "candidate")]
+    environment = stage_environment(plan.run, plan.root, plan.repo) | {"PYTHONPATH": str(plan.root)}
+    code, _ = run_logged([*words, "--out", str(folder / "compare.json")], log=plan.log, cwd=plan.root, env=environment)
+    rows: list[dict[str, Any]] = [] if code else json.loads((folder / "compare.json").read_text())["rows"]
+    return rows
+
+
 def nightly_parameters(params: Mapping[str, Any], prompts: Path | None) -> dict[str, Any]:
     """Return params.yaml's tree with the nightly seeds and prompts (a file, or else held-out captions), and the student as its system.
 

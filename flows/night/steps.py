@@ -6,7 +6,7 @@ from prefect import get_run_logger
 
 from flows.night import gate, handover, warm_start
 from flows.night.clips import compare_with_training_set
-from flows.night.judge import measure_student
+from flows.night.judge import compare_students, measure_student
 from flows.night.records import GATE, PROMPTS, RECORD, NightRecord, free_date
 from flows.night.state import NightEnd, NightState
 from flows.project import dvc_graph, dvc_lock, git, overrides, registry
@@ -88,7 +88,8 @@ def judge_candidate(night: NightState, graph: list[Stage]) -> gate.Verdict:
     counted = read_json_object(root / "metrics/report.json").get("troubles", {})
     # A warm night did not train the stages that it keeps.
     troubles = sum(count for stage, count in counted.items() if plan.full or stage not in plan.settings.keep)
-    verdict = gate.decide_promotion(mine, theirs, plan.settings.rules, troubles=troubles)
+    pairs = compare_students(plan) if theirs else []
+    verdict = gate.decide_promotion(mine, theirs, plan.settings.rules, troubles=troubles, pairs=pairs)
     verdict.write(root / GATE)
     if plan.from_folder and prompts is None:
         seed = mine.videos[0][1] if mine.videos else None

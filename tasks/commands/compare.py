@@ -1,6 +1,7 @@
 """`cf compare`: two runs on one page that needs no other file: what differs, numbers with intervals, curves, videos.
 
-A run is a folder, a Git revision or an experiment of DVC, of which the last two are checked out.
+A run is a folder, a Git revision or an experiment of DVC, of which the last two are checked out. An --out that ends in .json gets the
+compared numbers alone.
 """
 
 import json
@@ -47,10 +48,14 @@ def main(argv: list[str]) -> None:
     args = parse_options("compare", argv, __doc__)
     with tempfile.TemporaryDirectory(prefix="cf-compare-") as scratch:
         a, b = (read_side(letter, name, Path(scratch)) for letter, name in (("A", args.a), ("B", args.b)))
-        html = render_page(build_page(a, b), Path(run_comparison.__file__).with_name("comparison.html.j2"))
+        if args.out.suffix == ".json":
+            rows = run_comparison.list_compared(measure_sides(a, b))
+            text = json.dumps({"a": a.name, "b": b.name, "rows": rows}, indent=1, ensure_ascii=False) + "\n"
+        else:
+            text = render_page(build_page(a, b), Path(run_comparison.__file__).with_name("comparison.html.j2"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, html)
-    print(f"{args.out}: {a.name} beside {b.name}, {len(html.encode()) / 1e6:.1f} MB")
+    write_atomically(args.out, text)
+    print(f"{args.out}: {a.name} beside {b.name}, {len(text.encode()) / 1e6:.1f} MB")
 
 
 def read_side(letter: str, name: str, scratch: Path) -> Side:
@@ -64,13 +69,22 @@ def read_side(letter: str, name: str, scratch: Path) -> Side:
     return Side(letter, label, root, yaml_file.read_yaml(root / "params.yaml"), stages, commit, subject, date)
 
 
+def measure_sides(a: Side, b: Side) -> list[dict[str, Any]]:
+    """Compare the cells of both runs (run_comparison.compare_suites); Refused where they measured a metric by different protocols."""
+    rules: dict[str, Any] = {"resamples": count_resamples(a), "seed": int(a.params.get("seed", 0))}
+    measured = [read_results(side.root / "results", side.root / "metrics", **rules) for side in (a, b)]
+    with refuse_errors():
+        return run_comparison.compare_suites(*measured)
+
+
+def count_resamples(side: Side) -> int:
+    """Return how many draws the intervals of a run are made of."""
+    return int((side.params.get("evaluate") or {}).get("resamples", 1000))
+
+
 def build_page(a: Side, b: Side) -> dict[str, Any]:
     """Return the values of the page's template."""
-    rules = a.params.get("evaluate") or {}
-    resamples, seed = int(rules.get("resamples", 1000)), int(a.params.get("seed", 0))
-    measured = [read_results(side.root / "results", side.root / "metrics", resamples=resamples, seed=seed) for side in (a, b)]
-    with refuse_errors():
-        suites = run_comparison.compare_suites(*measured)
+    suites = measure_sides(a, b)
     size, samples = a.params.get("video") or {}, [side.root / "samples" for side in (a, b)]
     index = [read_json_lines(folder / "index.jsonl", missing_ok=True) for folder in samples]
     return {
@@ -85,7 +99,7 @@ def build_page(a: Side, b: Side) -> dict[str, Any]:
         "videos": run_comparison.embed_videos(index, samples[0], samples[1], suites, int(size.get("fps", 16))),
         "shape": (size.get("width", 1), size.get("height", 1)),
         "numbers": run_comparison.compare_stage_metrics(*(read_metrics(side.root / "metrics") for side in (a, b))),
-        "resamples": resamples,
+        "resamples": count_resamples(a),
     }
 
 

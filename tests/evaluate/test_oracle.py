@@ -43,6 +43,28 @@ def forgetful(world):
     return np.concatenate([render(part)[i * 5 * FPS : (i + 1) * 5 * FPS] for i, part in enumerate(parts)])
 
 
+def test_a_visits_colour_is_the_median_over_its_frames_of_the_columns_near_the_bins_middle(videos):
+    """All visits are measured at once; this is the definition, one visit at a time. Both parities of a visit's length are there."""
+    video, turn = videos[0], oracle.read_heading(videos[0])[0]
+    visits = oracle.find_visits(video, turn)
+    assert {(visit.last - visit.first) % 2 for visit in visits} == {0, 1} and len(visits) > oracle.BINS
+    assert [(visit.first, visit.bin) for visit in visits] == sorted((visit.first, visit.bin) for visit in visits)
+    for visit in visits:
+        place = oracle.wrap_heading(visit.bin * oracle.BIN + oracle.BIN / 2 - turn)
+        inside = (place > oracle.EDGE) & (place < 32 - oracle.EDGE)
+        assert inside[visit.first : visit.last].all() and not inside[visit.last : visit.last + 1].any()
+        assert not inside[max(0, visit.first - 1) : visit.first].any()
+        frames = range(visit.first, visit.last)
+        columns = [np.rint(place[k]).astype(int) + np.arange(-1, 2) for k in frames]
+        strips = [video[k, worlds.LANDMARK_ROWS][:, near].mean(axis=1) for k, near in zip(frames, columns, strict=True)]
+        np.testing.assert_array_equal(visit.colour, np.median(strips, axis=0))
+
+
+def test_a_video_that_shows_no_bin_long_enough_has_no_visits(videos):
+    video = videos[0][: oracle.SHORTEST_VISIT - 1]
+    assert oracle.find_visits(video, oracle.read_heading(video)[0]) == []
+
+
 def test_heading_is_read_to_a_fraction_of_a_pixel(videos):
     for video, world in zip(videos, WORLDS, strict=True):
         true = world.heading(np.arange(len(video)) / FPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from PIL import Image
 
 from cf_model.data.contact_sheet import HEIGHT, draw_clips
 from cf_model.evaluate.cases import choose_cases
+from cf_model.evaluate.figures import draw_differences
 from cf_model.evaluate.page import list_failures
 from cf_model.evaluate.planes import draw_planes, list_plane_rows, measure_drift
 from cf_model.evaluate.provenance import count_expected, list_provenance, list_warnings
-from cf_model.evaluate.report import Results, describe_metric
+from cf_model.evaluate.report import Results, compare_stages, describe_metric
 from cf_model.evaluate.rule_histograms import list_bins, sort_by_fate
 from cf_model.evaluate.twins import build_twins
 from cf_model.metrics.pooled import score_pooled
@@ -124,6 +126,25 @@ def test_consistency_by_pixels_says_so_in_its_name() -> None:
     assert found == {"subject_consistency@pooled-8x8": pytest.approx(1), "dinov2_10s@pooled-8x8": pytest.approx(100)}
     assert describe_metric("dinov2_10s@pooled-8x8").means.endswith("made with pooled-8x8 in the place of the metric's own network")
     assert list(score_pooled(still[:1], FPS)) == []
+
+
+def test_a_number_of_videos_is_described_as_one() -> None:
+    words = describe_metric("map_error_absent_videos")
+    assert (words.group, words.better, words.title) == ("How many?", "", "map error absent videos")
+    assert words.means == "videos in which map error absent could be measured"
+
+
+def test_a_comparison_counts_and_draws_its_prompts() -> None:
+    """Sharpness has no better side, motion neither; same_heading is better where it is lower."""
+    first = {"a__same_heading": [1.0, 2, 3, 4], "a__sharpness": [1.0, 2, 3, 4]}
+    found = results(**first, b__same_heading=[0.0, 2, 2, 8], b__sharpness=[2.0, 3, 4, 2])
+    rows = {row["word"].title: row for row in compare_stages(found, {"prompts": "a"}, {"prompts": "b"})["rows"]}
+    assert rows["same heading"]["found"].each == (-1, -1, 0, 4)
+    assert rows["same heading"]["counts"] == "2 better, 1 same, 1 worse" and rows["sharpness"]["counts"] == "3 higher, 0 same, 1 lower"
+    heights = [float(height) for height in re.findall(r'height="([\d.]+)"/', rows["same heading"]["svg"])]
+    tops = [float(top) for top in re.findall(r' y="(-?[\d.]+)"', rows["same heading"]["svg"])]
+    assert heights == [2.5, 2.5, 0, 10] and tops == [0, 0, 0, -10]
+    assert draw_differences([0.0, 0.0]).count("<rect") == 2
 
 
 def test_failures_are_counted_by_video_and_lead_to_the_page() -> None:

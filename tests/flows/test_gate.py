@@ -86,6 +86,22 @@ def test_the_file_has_every_number(tmp_path: Path) -> None:
     assert (said["version"], said["prompts"], said["seeds"], said["promote"]) == ("v0.0.7", ["a", "b"], [0, 1], True)
 
 
+def test_a_finding_has_the_paired_interval_of_the_gain_and_the_means_decide() -> None:
+    """Of jitter less is better, so the gain's interval is that of the difference with its ends and signs exchanged."""
+    key = {"suite": "prompts", "system": "student"}
+    pairs = [
+        key | {"metric": "recall", "difference": 0.1, "low": -0.05, "high": 0.25, "prompts": 8},
+        key | {"metric": "jitter", "difference": -0.2, "low": -0.3, "high": -0.1, "prompts": 8},
+    ]
+    found = decide_promotion(judged(0.9, 0.8), judged(), RULES, pairs=pairs)
+    assert found.promote and [(one.low, one.high) for one in found.findings] == [(-0.05, 0.25), (0.1, 0.3)]
+    assert "(paired over 8 prompts: +0.2, 95 % +0.1 to +0.3)" in found.findings[1].said
+    assert not decide_promotion(judged(0.79, 0.8), judged(), RULES, pairs=pairs).promote
+    for other in ([], [pairs[1] | {"metric": "recall"}], [pairs[0] | {"low": None, "high": None}]):
+        assert decide_promotion(judged(0.9, 0.8), judged(), RULES, pairs=other).findings[1].low is None
+    assert all(one.low is None for one in decide_promotion(judged(), None, RULES, pairs=pairs).findings)
+
+
 def test_paths_find_numbers_and_nothing_else() -> None:
     tree = {"compared": {"map: a to b.c": {"before": 1}}, "a": {"b": 2.5, "c": [1]}}
     assert find_number(tree, "compared.map: a to b.c.before") == 1 and find_number(tree, "a.b") == 2.5

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ from flows.run import stage_task
 from tasks.files.hashes import compute_dvc_md5
 from tests.flows import project
 
+ROOT = Path(__file__).parents[2]
 DVC = """stages:
   stage2:
     cmd: "true"
@@ -69,6 +73,7 @@ def test_each_has_its_own_codec(one: state.NightState, monkeypatch: pytest.Monke
         return Measured(md5=name, numbers={}, videos=[("p", 0)])
 
     monkeypatch.setattr(steps, "measure_student", SimpleNamespace(with_options=lambda **_: measure))
+    monkeypatch.setattr(steps, "compare_students", lambda plan: [])
     one.plan = dataclasses.replace(one.plan, promoted=registry.Version("v0.0.1", "main", 0, {"md5": "aa"}))
     steps.judge_candidate(one, [])
     root = one.plan.root
@@ -78,6 +83,24 @@ def test_each_has_its_own_codec(one: state.NightState, monkeypatch: pytest.Monke
         "promoted": (root / warm_start.STUDENT, root / warm_start.ITS_CODEC),
     }
     assert len({path for pair in paths.values() for path in pair}) == 4
+
+
+def test_candidate_and_promoted_are_compared_by_their_cells(one: state.NightState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `cf compare` itself: what the gate says of a difference is what its page says of the same cells."""
+    judged = one.plan.root / "work/judged"
+    for name, step in (("promoted", 0.0), ("candidate", 0.25)):
+        (judged / name / "results").mkdir(parents=True)
+        (judged / name / "params.yaml").write_text("seed: 0\nevaluate: {resamples: 50}\n")
+        about = {"suite": "prompts", "system": "student", "clip": None, "file": None, "protocol": "p", "metric": "recall"}
+        cells = [about | {"prompt": f"{k}", "seed": s, "file": f"{k}-{s}", "value": k / 10 + step} for k in range(8) for s in (0, 1)]
+        (judged / name / "results/cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    monkeypatch.setattr(judge, "stage_environment", lambda *_: {**os.environ})
+    monkeypatch.setattr(judge, "run_logged", lambda words, log, cwd, env: (subprocess.run(words, cwd=ROOT, check=True).returncode, []))
+    (row,) = judge.compare_students(one.plan)
+    assert (row["suite"], row["system"], row["metric"], row["prompts"], row["pairs"]) == ("prompts", "student", "recall", 8, 16)
+    assert all(row[name] == pytest.approx(0.25) for name in ("difference", "low", "high")) and row["a"] == pytest.approx(0.35)
+    monkeypatch.setattr(judge, "run_logged", lambda *_, **__: (1, ["no"]))
+    assert judge.compare_students(one.plan) == []
 
 
 @pytest.mark.parametrize(("full", "refused"), [(True, True), (False, False)])

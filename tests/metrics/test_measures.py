@@ -82,6 +82,23 @@ def test_seams_are_seen_at_chunk_borders() -> None:
     assert drift.score_seams(np.ones(5), latents=3, window=21) == {}
 
 
+def test_frames_that_are_measured_together_measure_what_each_does_alone() -> None:
+    """96 x 128 pixels are measured two frames at a time, so the last of five is alone."""
+    video = scrolling(5)
+    assert drift.PIXELS_AT_ONCE // video[0, ..., 0].size == 2
+    together, alone = drift.measure_frames(video), [drift.measure_frames(frame[None]) for frame in video]
+    for name, values in together.items():
+        assert values.shape == (5,) and values.tolist() == [one[name].item() for one in alone]
+    luma = (video[0] @ np.array([0.2126, 0.7152, 0.0722])).mean()
+    assert together["luma"][0] == pytest.approx(luma) and drift.measure_frames(video[:0])["luma"].shape == (0,)
+
+
+def test_frames_of_32_x_32_are_their_own_thumbnails() -> None:
+    small = scrolling(3)[:, :32, :32]
+    assert np.array_equal(repetition.make_thumbnails(small), small)
+    assert np.array_equal(repetition.make_thumbnails(small.repeat(2, axis=1).repeat(2, axis=2)), small)
+
+
 def test_a_rhythm_of_the_windows_length_is_found() -> None:
     noise = RNG.normal(size=968)
     flicker = noise + 3 * (np.arange(968) % 84 == 0)

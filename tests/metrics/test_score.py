@@ -109,6 +109,7 @@ def test_weights_prompts_and_recorded_ratings(folder: Path, tmp_path: Path, caps
     assert judged["value"] is None and "holds no score from 0 to 5" in judged["failed"] and judged["answers"] == ["hm"]
     said = capsys.readouterr().out
     assert "vbench/total: VBench's total needs 16 dimensions and lacks subject_consistency" in said
+    assert "visual_stability@replay-answers: ratings 0 x 0, 1 x 0, 2 x 0, 3 x 0, 4 x 1, 5 x 0; answers without a rating: 1\n" in said
 
 
 def test_an_interrupted_scoring_goes_on_and_a_second_scores_only_what_changed(
@@ -177,7 +178,7 @@ def test_systems_are_averaged_apart_and_duplicates_refused(folder: Path, tmp_pat
     assert re.search(r"still vbench +dynamic_degree@ffmpeg-epzs +0\.0000 .* n = 1 of 1 prompts", said)
     assert re.search(r"scrolls vbench +dynamic_degree@ffmpeg-epzs +1\.0000 ", said) and "scrolls vbench/total: VBench's total needs" in said
     (tmp_path / "out.jsonl").unlink()
-    with pytest.raises(Refused, match=r"two cells for .* of ours, prompt 'a', seed 0: of still\.mp4 and of scrolls\.mp4; keep one"):
+    with pytest.raises(Refused, match=r"line 2 names scrolls\.mp4 for prompt 'a', seed 0 of ours, and so does still\.mp4; keep one"):
         run(*words, "--manifest", manifest(tmp_path / "m.jsonl", *(row | {"system": "ours"} for row in rows)))
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -229,6 +230,10 @@ def test_what_was_measured_is_kept_by_the_hashes_of_video_and_networks(
     ("rows", "sentence"),
     [
         ([{"file": "still.mp4"}, {"file": "still.mp4"}], r"line 2 names still\.mp4 a second time; keep one of the two"),
+        (
+            [{"file": name, "prompt_id": "cat", "seed": 0} for name in ("still.mp4", "scrolls.mp4")],
+            r"line 2 names scrolls\.mp4 for prompt 'cat', seed 0, and so does still\.mp4; keep one of the two",
+        ),
         ([{"file": "../x.mp4"}], r"line 1 names \.\./x\.mp4, which is outside"),
         ([{"prompt": "a"}], "line 1 names no file"),
         ([{"file": "still.mp4", "fps": "fast"}], "line 1: fps is 'fast'; it must be"),
@@ -239,8 +244,10 @@ def test_what_was_measured_is_kept_by_the_hashes_of_video_and_networks(
     ],
 )
 def test_a_manifest_that_contradicts_itself(folder: Path, tmp_path: Path, rows: list[dict[str, Any]], sentence: str) -> None:
+    (tmp_path / "prompts.json").write_text('{"cat": "a cat"}')
+    prompts = tmp_path / "prompts.json" if "cat" in sentence else None
     with pytest.raises(Refused, match=sentence):
-        score.list_rows(folder, manifest(tmp_path / "manifest.jsonl", *rows), None)
+        score.list_rows(folder, manifest(tmp_path / "manifest.jsonl", *rows), prompts)
 
 
 def test_videos_that_are_not_what_the_manifest_says(folder: Path, tmp_path: Path) -> None:
