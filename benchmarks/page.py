@@ -121,8 +121,9 @@ def describe_audit() -> str:
     text = f"""## One chunk of Wan 1.3B at 832 x 480, counted
 
 {result["model"]}. Counted on tensors without numbers (`python -m benchmarks audit`), so it is the same on every machine; a test holds the
-code to [limits.json](../benchmarks/limits.json). Eager: each operation reads its inputs and writes its outputs once. Compiled: passes as
-inductor's scheduler groups them, what is done once a chunk eagerly. Products and attention alone are
+code to [limits.json](../benchmarks/limits.json). The operations are those that a GPU would be given. Eager: each reads its inputs and
+writes its outputs once. Compiled: passes as inductor's scheduler groups them, each pass one graph, where `compute.compiled` compiles two
+pieces a block; what is done once a chunk eagerly. Products and attention alone are
 {result["eager"]["products_and_attention_gigabytes"]} GB. Goals: 0 host reads, 0 bytes in float64, eager at most 300 GB and 6,000 kernels,
 compiled at most 180 GB. The peers' published code was counted in the same way. An RMS norm counts as one operation where the code calls
 torch's, and as five where it is written out.

@@ -24,7 +24,6 @@ from .kernels import NATIVE, attend
 from .key_values import LayerKeyValues
 from .rope import apply_rope, turn_keys
 
-
 # whether oneDNN computes an activation in the product on this machine's CPU, in float32 and in bfloat16
 FUSES = torch.backends.mkldnn.is_available()
 FUSES_HALF = FUSES and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -195,7 +195,7 @@ def share_of_error(model, x, sigma):
     copied, cast = random_states(model, x, sigma)
     exact, _ = random_states(Denoiser(plain(model)), x, sigma)
     errors = [torch.cat([(a - b).flatten() for a, b in zip(made, exact, strict=True)]).norm() for made in (copied, cast)]
-    assert 0 < errors[0]
+    assert errors[0] > 0
     return copied[0], float(errors[0] / errors[1])
 
 

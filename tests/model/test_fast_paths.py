@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers.models.activations import GELU
 
-from cf_model.model import denoiser as denoiser_file
 from cf_model.model import block, graphs, kernels
+from cf_model.model import denoiser as denoiser_file
 from cf_model.model.denoiser import Compute, Denoiser
 from cf_model.model.kernels import AttentionShape, choose_kernel
 from cf_model.model.memory import MemorySpec, empty_memory
