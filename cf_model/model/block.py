@@ -105,7 +105,7 @@ def is_narrow_pass(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
-def normalize_tokens(norm: nn.Module, x: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L ND"]:
+def normalize_tokens(norm: nn.LayerNorm | nn.RMSNorm, x: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L ND"]:
     """Return what a norm with a weight makes of bfloat16, in one operation, which sums in float32 and rounds once."""
     # autocast would have a float32 copy of each token written first
     with torch.autocast(x.device.type, enabled=False):

@@ -214,8 +214,8 @@ def open_run(about: Mapping[str, Any], mode: str) -> Any:
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
     import wandb
 
-    # Inputs of W&B Launch, which this project does not use: looking for them imports W&B's public API, seconds of CPU time beside diffusers.
-    wandb.Run._detect_and_apply_job_inputs = lambda run: None  # type: ignore[method-assign]
+    # Inputs of W&B Launch, which nothing here uses: looking for them imports W&B's public API, a second of CPU time and more.
+    wandb.Run._detect_and_apply_job_inputs = lambda run: None
     settings = wandb.Settings(
         disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True,
         init_timeout=30, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,
