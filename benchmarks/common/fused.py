@@ -72,5 +72,14 @@ def _read_scheduler(scheduler: Any) -> Tally:
         name = str(kernel).removeprefix("extern_kernels.").removeprefix("torch.ops.aten.").split(".")[0] if kernel else "fused"
         count = tally.counts[name]
         count.kernels += 1
-        count.bytes += size
+        count.bytes += size - (0 if kernel else _count_order_alone(node))
     return tally
+
+
+def _count_order_alone(node: Any) -> int:
+    """Count the bytes that a fused kernel is said to read but does not: what it writes over, which decides only when it may run."""
+    from torch._inductor.dependencies import MemoryDep
+
+    accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
+    read = {dep.name for dep in node.read_writes.reads if isinstance(dep, MemoryDep)}
+    return sum(size for name, size in accesses.items() if name not in read)

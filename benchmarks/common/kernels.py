@@ -19,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution")
+PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution", "_addmm_activation", "_linear_pointwise")
 # operations that allocate or describe memory and run nothing
 NOTHING = ("device", "sym_size", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias")
 HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2")
 # of their first input these read only what they give out
 GATHERS = ("index", "gather", "index_select", "embedding", "take_along_dim", "_unsafe_index")
+# of their first input these write only what they are given
+SCATTERS = ("index_put", "index_copy", "scatter")
 WIDE = (torch.float64, torch.complex128)
 
 
@@ -93,6 +95,9 @@ class KernelCounter(TorchDispatchMode):
             # the first input is written; what it held is read but by fill and copy
             read = given[1:] if name in ("fill", "copy", "zero") else given
             written = given[:1]
+        if name in SCATTERS and mutates:
+            # the values come last
+            read, written = given[1:], given[-1:]
         if name in GATHERS:
             read = [*given[1:], *made]
         self.add(name, [*read, *written])

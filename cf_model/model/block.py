@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from diffusers.models.activations import GELU
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
@@ -22,6 +23,10 @@ from .attention import PassView
 from .kernels import NATIVE, attend
 from .key_values import LayerKeyValues
 from .rope import apply_rope, turn_keys
+
+# whether oneDNN computes an activation in the product on this machine's CPU, in float32 and in bfloat16
+FUSES = torch.backends.mkldnn.is_available()
+FUSES_HALF = FUSES and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Prompt:
@@ -95,18 +100,48 @@ def add_product(base: Tensor, a: Tensor, b: Tensor, like: Float[Tensor, "B L ND"
     return torch.addcmul(base, a, b, out=torch.empty_like(like))
 
 
+def is_narrow_pass(x: Tensor, weight: Tensor) -> bool:
+    """Say whether a pass without gradient computes in bfloat16 and has this weight in it (`WeightCopies`)."""
+    return x.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+
+def normalize_tokens(norm: nn.LayerNorm | nn.RMSNorm, x: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L ND"]:
+    """Return what a norm with a weight makes of bfloat16, in one operation, which sums in float32 and rounds once."""
+    # autocast would have a float32 copy of each token written first
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(norm, nn.LayerNorm):
+            return functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return functional.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
+
+
+def is_on_gpu(x: Tensor) -> bool:
+    """Say whether a tensor is on an NVIDIA or AMD GPU."""
+    return x.device.type == "cuda"
+
+
 class FusedGELU(GELU):
-    """First layer of a feed-forward, whose activation a CPU computes in the product itself; it differs by rounding."""
+    """First layer of a feed-forward, whose activation is computed in the product itself; it differs by rounding.
+
+    In bfloat16 the activation is of the product's float32 sums, so it is rounded once instead of twice.
+    """
+
+    is_fused = True  # False: the product is in 8 bits
 
     def forward(self, hidden_states: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L H"]:
         """Return the activated product."""
         proj, x = self.proj, hidden_states
         # a layer with an adapter is another class, and with ZeRO 3 a weight is there in its own layer's pass alone
-        is_plain = type(proj) is nn.Linear and not hasattr(proj.weight, "ds_id") and is_plain_pass(x)
-        # a compiler makes one piece of both by itself
-        if not is_plain or x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        if not self.is_fused or type(proj) is not nn.Linear or hasattr(proj.weight, "ds_id"):
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, proj.weight, proj.bias, "gelu", [], self.approximate)
+        is_narrow = is_narrow_pass(x, proj.weight)
+        if is_narrow and is_on_gpu(x) and self.approximate == "tanh":
+            # a GPU's kernel has the approximate GELU; a CPU's of this name has the other one
+            return torch._addmm_activation(proj.bias, x.flatten(0, 1), proj.weight.t(), use_gelu=True).unflatten(0, x.shape[:2])
+        # on a CPU a compiler makes one piece of both by itself
+        is_fast = FUSES_HALF if is_narrow else FUSES and is_plain_pass(x)
+        if is_fast and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.ops.mkldnn._linear_pointwise(x, proj.weight, proj.bias, "gelu", [], self.approximate)
+        return super().forward(x)
 
 
 class TokenNorm(nn.RMSNorm):
@@ -114,6 +149,8 @@ class TokenNorm(nn.RMSNorm):
 
     def forward(self, x: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L ND"]:
         """Return x / sqrt(mean(x²) + eps), scaled by the weight."""
+        if is_narrow_pass(x, self.weight):
+            return normalize_tokens(self, x)
         if not is_plain_pass(x):
             # under autocast x is bfloat16 and the weight float32, and torch has a fused kernel only where the two are equal
             return super().forward(x.to(self.weight.dtype))
@@ -172,7 +209,8 @@ class MemoryBlock(WanTransformerBlock):
         """Return the hidden states after the self-attention, whose answer is `out`, the prompt [B, T, N, D] and the feed-forward."""
         attn = self.attn2
         x = add_product(x, self.attn1.to_out[0](out.flatten(2).type_as(x)), gate, x)
-        q = attn.norm_q(attn.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, (attn.heads, -1)).to(values.dtype)
+        normed = normalize_tokens(self.norm2, x) if is_narrow_pass(x, self.norm2.weight) else self.norm2(x.float()).type_as(x)
+        q = attn.norm_q(attn.to_q(normed)).unflatten(2, (attn.heads, -1)).to(values.dtype)
         x = x + attn.to_out[0](attend(q, keys, values, None, NATIVE).flatten(2).type_as(x))
         normed = add_product(shift, self.norm3(x.float()), scale, x)
         return add_product(x, self.ffn(normed), ffn_gate, x)

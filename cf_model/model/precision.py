@@ -52,7 +52,8 @@ def checkpoint_block(block: Any, *inputs: Any) -> Tensor:
 class WeightCopies:
     """bfloat16 copies of a transformer's weights, so that passes without gradient need not cast them, each time anew, as autocast does.
 
-    Only the weights of products are copied, which are those that autocast casts, so the results are the same to the bit.
+    Copied are the weights of products, which autocast would cast, and those of norms over tokens, because torch has a norm of bfloat16
+    in one operation only where the weight is of the same type (`normalize_tokens`).
     """
 
     def __init__(self, transformer: Any, prompts: MutableMapping[Tensor, Any], *, wanted: bool) -> None:
@@ -85,9 +86,9 @@ class WeightCopies:
         self.forget()
 
     def _list_wide(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield names and float32 weights of products, but for the time embedding's."""
+        """Yield names and float32 weights of products, but for the time embedding's, and of norms."""
         for name, module in self.transformer.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv3d) and not isinstance(module, TimeLinear):
+            if isinstance(module, nn.Linear | nn.Conv3d | nn.RMSNorm | nn.LayerNorm) and not isinstance(module, TimeLinear):
                 for part, weight in module.named_parameters(name, recurse=False):
                     if weight.dtype == torch.float32:
                         yield part, weight
@@ -120,3 +121,4 @@ def narrow_to_fp8(transformer: Any) -> None:
     config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     for block in transformer.blocks:
         quantize_(block, config)
+        block.ffn.net[0].is_fused = False  # which would read the weights as if they were in bfloat16

@@ -24,6 +24,10 @@ def apply_rope(x: Float[Tensor, "B L N D"], rotation: Rotation) -> Float[Tensor,
         return torch.view_as_real(torch.view_as_complex(pairs.float()) * rotation).flatten(-2).type_as(x)
     # a compiler is given cos and sin as real numbers, [1 or B, L, 1, D / 2, 2]
     cos, sin = (torch.view_as_real(rotation) if rotation.is_complex() else rotation).unbind(-1)
+    if torch.compiler.is_compiling():
+        # The other channel of a pair is read where it lies, so that all is one kernel; halves that are joined would be written first.
+        sign = 2 * torch.arange(2, device=x.device) - 1  # even channels: x cos - partner sin; odd ones: x cos + partner sin
+        return (pairs * cos[..., None] + pairs.flip(-1) * (sign * sin[..., None])).flatten(-2).type_as(x)
     even, odd = pairs.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 

@@ -22,7 +22,7 @@ from .graphs import PassGraphs
 from .key_values import Frames, KeyValues
 from .memory import Memory
 from .positions import Positions, join_positions
-from .rope import Rotation, apply_rope, read_rotations
+from .rope import Rotation, read_rotations, turn_keys
 from .slow_part import SlowPart
 
 T = TypeVar("T")
@@ -145,7 +145,7 @@ class SlotStore:
                 self._write(self.values[layer], slot, frame.values[layer])
             if frames:
                 # [B, stale * S, N, D]
-                rotated = apply_rope(torch.cat([frame.keys[layer] for frame in frames], dim=1), _of_layer(rotations, layer))
+                rotated = turn_keys(torch.cat([frame.keys[layer] for frame in frames], dim=1), _of_layer(rotations, layer))
                 for n, place in enumerate(stale):
                     self._write(self.keys[layer], slots[place], rotated[:, n * self.tokens : (n + 1) * self.tokens])
 
@@ -173,7 +173,7 @@ class SlotStore:
             rotations = [read_rotations(self.table, at, x) for at in positions]
             raw = self._raw
             self._due.append(
-                lambda layer: self._write(self.keys[layer], first, apply_rope(raw[layer].transpose(1, 2), _of_layer(rotations, layer)))
+                lambda layer: self._write(self.keys[layer], first, turn_keys(raw[layer].transpose(1, 2), _of_layer(rotations, layer)))
             )
         self._source, self._added, self._places = source, slow.added_count, places
         # [B, places] of each group, or None: all are filled

@@ -205,7 +205,7 @@ def describe_run(stage: str, project: Project, work: Path) -> dict[str, Any]:
 
 
 def open_run(about: Mapping[str, Any], mode: str) -> Any:
-    """Return W&B's run, without its telemetry, machine statistics, console and code."""
+    """Return W&B's run, without its telemetry, machine statistics, console, code and launch inputs."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash reports
     folder = find_home()
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,6 +214,8 @@ def open_run(about: Mapping[str, Any], mode: str) -> Any:
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
     import wandb
 
+    # Inputs of W&B Launch, which nothing here uses: looking for them imports W&B's public API, a second of CPU time and more.
+    wandb.Run._detect_and_apply_job_inputs = lambda run: None
     settings = wandb.Settings(
         disable_git=True, disable_code=True, x_disable_stats=True, console="off", silent=True,
         init_timeout=30, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True,

@@ -187,24 +187,35 @@ def random_states(model, x, sigma):
     return made
 
 
-def test_copied_weights_give_what_autocast_gives_until_the_weights_change(monkeypatch):
+def share_of_error(model, x, sigma):
+    """How far passes by copied weights are from float32, over how far those are that autocast rounds, which store what is wide as wide.
+
+    A model that kept old copies after a step would be as far off as the step is large, which is ten times as far and more.
+    """
+    copied, cast = random_states(model, x, sigma)
+    exact, _ = random_states(Denoiser(plain(model)), x, sigma)
+    errors = [torch.cat([(a - b).flatten() for a, b in zip(made, exact, strict=True)]).norm() for made in (copied, cast)]
+    assert errors[0] > 0
+    return copied[0], float(errors[0] / errors[1])
+
+
+def test_copied_weights_are_as_exact_as_autocast_until_the_weights_change():
     model, x, sigma = Denoiser(plain(denoiser()), LOW), normal(2, 3, *SHAPE, seed=5), torch.tensor([0.5, 0.9])
     optimizer = Optimizer(model, OptimizerSpec(0.1, 0.0, 0.9, 0.99, 0.0, 0.0, 1.0, 0, 0.0), 4)
     average, before = EMA(model, 0.5), None
     for _ in range(2):
         for one in (model, average.model):
-            copied, cast = random_states(one, x, sigma)
-            assert all(torch.equal(a, b) for a, b in zip(copied, cast, strict=True)) and one.copies.copies
-        assert before is None or not torch.equal(before, copied[0]), "an update shows in passes without gradient"
-        before = copied[0]
+            copied, share = share_of_error(one, x, sigma)
+            assert share < 1.1 and one.copies.copies
+        assert before is None or not torch.equal(before, copied), "an update shows in passes without gradient"
+        before = copied
         optimizer.backward(model.velocity(x, sigma, TEXT).square().mean())
         optimizer.step()
         average.update()
         assert not model.copies.copies and not average.model.copies.copies
     random_states(model, x, sigma)
     model.load_state_dict(denoiser(3).state_dict())
-    copied, cast = random_states(model, x, sigma)
-    assert all(torch.equal(a, b) for a, b in zip(copied, cast, strict=True))
+    assert share_of_error(model, x, sigma)[1] < 1.1
 
 
 def test_weights_are_cast_once_an_update_and_not_in_every_pass():

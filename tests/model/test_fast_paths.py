@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -9,14 +10,16 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.activations import GELU
 
+from cf_model.model import block, graphs, kernels
 from cf_model.model import denoiser as denoiser_file
-from cf_model.model import graphs, kernels
 from cf_model.model.denoiser import Compute, Denoiser
 from cf_model.model.kernels import AttentionShape, choose_kernel
 from cf_model.model.memory import MemorySpec, empty_memory
 from cf_model.model.precision import check_fp8
 from cf_model.model.rollout import stream
+from cf_model.model.rope import apply_rope
 from tests.capture import FakeRecorder
 from tests.model.test_batch_memory import READINGS
 from tests.model.test_store import PLAIN, SIGMAS, TAU
@@ -71,6 +74,16 @@ def test_a_graph_is_forgotten_when_prompt_or_weights_change(monkeypatch):
     assert recorder.captures == 3 and not torch.allclose(other[0], plain) and torch.equal(other[0], other[2])
 
 
+def test_what_a_replay_gives_outlives_the_next_replay(monkeypatch):
+    """A replay writes over the tensors of the one before, while a memory still holds those keys and a sampler that velocity."""
+    monkeypatch.setattr(graphs, "record_graph", recorder := FakeRecorder())
+    passes, inputs = graphs.PassGraphs(), [torch.full((2,), float(number)) for number in range(5)]
+    answers = [passes.run("kind", (), (x,), lambda x: (2 * x, {0: (x + 1, x - 1)})) for x in inputs]
+    for x, (velocity, captured) in zip(inputs, answers, strict=True):
+        assert torch.equal(velocity, 2 * x) and torch.equal(captured[0][0], x + 1) and torch.equal(captured[0][1], x - 1)
+    assert recorder.captures == 1 and recorder.replays == 4
+
+
 def test_graphs_without_a_gpu_are_refused():
     with pytest.raises(ValueError, match="graphs is true, which needs a GPU, and there is none; use graphs: false"):
         Denoiser(denoiser().transformer, Compute("native", "float32", checkpointing=False, compiled=False, graphs=True, merged=False))
@@ -117,6 +130,42 @@ def test_auto_attention_changes_the_kernel_of_all_blocks_once(monkeypatch):
     model._choose_attention(normal(1, 3, *SHAPE), None)
     backends = {block.attn1.processor.backend for block in model.transformer.blocks}
     assert backends == {"flash"} and model.kernel == "flash2" and not model.transformer.rope.takes_mask
+
+
+@torch.no_grad()
+def test_a_product_with_its_activation_in_bfloat16_is_as_exact_as_both_apart(monkeypatch):
+    """On this machine's CPU, by the operation of a GPU, whose answer here has the exact GELU, and while a compiler looks."""
+    layer = denoiser().transformer.blocks[0].ffn.net[0].bfloat16()
+    x, exact = normal(2, 12, layer.proj.in_features).bfloat16(), copy.deepcopy(layer).float()
+    wanted = exact(x.float())
+    apart = GELU.forward(layer, x)
+    error = float((apart - wanted).norm())
+    assert 0 < float((layer(x) - wanted).norm()) < 1.05 * error
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.equal(layer(x), apart)
+    monkeypatch.setattr(block, "is_on_gpu", lambda x: True)
+    exact.approximate = "none"
+    as_on_gpu, exactly = layer(x), GELU.forward(exact, x.float())
+    assert as_on_gpu.shape == apart.shape and float((as_on_gpu - exactly).norm()) < 1.05 * error
+    layer.is_fused = False
+    assert torch.equal(layer(x), apart), "a product in 8 bits is left alone"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the operation of a GPU, whose GELU is the approximate one")
+@torch.no_grad()
+def test_a_gpu_has_the_approximate_activation_in_its_product():
+    layer = denoiser().transformer.blocks[0].ffn.net[0].cuda().bfloat16()
+    x = normal(2, 12, layer.proj.in_features).cuda().bfloat16()
+    torch.testing.assert_close(layer(x), GELU.forward(layer, x), rtol=0.02, atol=0.002)
+
+
+@torch.no_grad()
+def test_a_compiled_rotation_is_the_plain_one(monkeypatch):
+    x, rotation = normal(2, 6, 3, 32), torch.polar(torch.ones(1, 6, 1, 16), normal(1, 6, 1, 16, seed=2))
+    plain = apply_rope(x, rotation)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(apply_rope(x, torch.view_as_real(rotation)), plain, rtol=0, atol=1e-6)
 
 
 def test_8_bits_need_torchao_bfloat16_and_a_gpu(monkeypatch):

@@ -67,8 +67,8 @@ def test_a_replay_sees_what_the_store_showed_for_every_preset(name, monkeypatch)
 )
 def test_a_key_is_rotated_again_only_when_its_position_has_changed(changes, moving, monkeypatch):
     """Once a chunk: with bounded positions those of the fast part, which move up by a chunk."""
-    rotated, inner = list[int](), store.apply_rope
-    monkeypatch.setattr(store, "apply_rope", lambda x, rotation: rotated.append(x.shape[1]) or inner(x, rotation))
+    rotated, inner = list[int](), store.turn_keys
+    monkeypatch.setattr(store, "turn_keys", lambda x, rotation: rotated.append(x.shape[1]) or inner(x, rotation))
     model, tokens = denoiser(), 4
     for number, _ in enumerate(generate(model, spec(**changes), 12)):
         if number > 8 and not (spec(**changes).slow and number % 2 == 0):
