@@ -20,7 +20,7 @@ from flows.run.stage_task import TAIL_LINES, count_gpus
 from flows.supervise.command import run_logged
 from flows.supervise.environment import stage_environment
 from tasks.files.hashes import compute_dvc_md5
-from tasks.files.json_lines import read_json_lines
+from tasks.files.json_lines import read_json_lines, read_json_object
 from tasks.params.yaml_file import read_yaml, write_yaml
 
 GENERATE, EVALUATE, STUDENT, SUITE = "generate", "evaluate", "stage2", "prompts"
@@ -50,11 +50,12 @@ def compare_students(plan: NightPlan) -> list[dict[str, Any]]:
 
     Empty, with the reason in the log, if the comparison fails: the gate's rules need means alone.
     """
-    folder = plan.root / "work/judged"
-    words = [sys.executable, "-m", "tasks", "compare", str(folder / "promoted"), str(folder / "candidate")]
+    folder, out = plan.root / "work/judged", plan.root / "work/judged/compare.json"
+    out.unlink(missing_ok=True)  # of an attempt before
+    words = [sys.executable, "-m", "tasks", "compare", str(folder / "promoted"), str(folder / "candidate"), "--out", str(out)]
     environment = stage_environment(plan.run, plan.root, plan.repo) | {"PYTHONPATH": str(plan.root)}
-    code, _ = run_logged([*words, "--out", str(folder / "compare.json")], log=plan.log, cwd=plan.root, env=environment)
-    rows: list[dict[str, Any]] = [] if code else json.loads((folder / "compare.json").read_text())["rows"]
+    run_logged(words, log=plan.log, cwd=plan.root, env=environment)
+    rows: list[dict[str, Any]] = read_json_object(out).get("rows", [])
     return rows
 
 
