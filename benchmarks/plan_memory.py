@@ -48,15 +48,15 @@ def measure(stage: str, checkpointing: bool) -> dict[str, Any]:
     import torch
 
     from cf_model.model import wan
+    from cf_model.plan import forecast
     from cf_model.train import base, causal_init, student, teacher
-    from tasks.commands import plan
     from tasks.params import load
     from tests.allocations import Allocations
 
     torch.set_num_threads(1)
     p = load.load_params(HERE.parent / "profiles/tiny.yaml")
     p = p.model_copy(update={"compute": replace(p.compute, checkpointing=checkpointing)})
-    costs = plan.estimate_costs(p)
+    costs = forecast.estimate_costs(p)
     shape = (costs.channels, costs.height, costs.width)
     models = [wan.build_transformer(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=p.compute) for i in range(3)]
     clips = Noise(shape, p.text.tokens, p.text.channels)
@@ -79,7 +79,7 @@ def measure(stage: str, checkpointing: bool) -> dict[str, Any]:
     with Allocations() as held:
         for number in range(2):
             job.step(number)
-    need = plan.estimate_needs(p)[stage]
+    need = forecast.estimate_needs(p)[stage]
     measured, expected = held.peak / 2**20, (need.states()["optimiser"] + need.batch * need.sample_bytes()) / 2**20
     found = {"measured_mib": round(measured, 1), "expected_mib": round(expected, 1), "ratio": round(expected / measured, 2)}
     return {"stage": stage, "checkpointing": checkpointing, **found}

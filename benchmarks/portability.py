@@ -36,12 +36,12 @@ def build_stage(stage: str, profile: str = "tiny") -> Any:
 
     from benchmarks.plan_memory import Noise
     from cf_model.model import wan
+    from cf_model.plan import forecast
     from cf_model.train import base, causal_init, student, teacher
-    from tasks.commands import plan
     from tasks.params import load
 
     p = load.load_params(HERE.parent / f"profiles/{profile}.yaml")
-    costs = plan.estimate_costs(p)
+    costs = forecast.estimate_costs(p)
     shape = (costs.channels, costs.height, costs.width)
     models = [wan.build_transformer(p.model, channels=shape[0], text_channels=p.text.channels, seed=i, compute=p.compute) for i in range(3)]
     for model in models:  # a new head is 0, and with it nothing is promoted by similarity

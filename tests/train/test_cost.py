@@ -19,11 +19,10 @@ from cf_model.model.memory import empty_memory
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.sizes import ModelSpec
 from cf_model.model.slow_part import SPARE
-from cf_model.plan import need, passes
+from cf_model.plan import forecast, need, passes
 from cf_model.plan.cost import ModelCosts
 from cf_model.plan.encoding import EncodingNeed, count_codec_operations
 from cf_model.plan.hardware import Hardware
-from tasks.commands import plan
 from tasks.params import load
 from tests.operations import OperationCounter
 from tests.small import normal, spec
@@ -52,7 +51,7 @@ def inputs(costs: ModelCosts, frames: int, batch: int = 1, levels: int = 1) -> t
 
 @pytest.fixture(scope="module")
 def wan_costs() -> ModelCosts:
-    return plan.estimate_costs(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
+    return forecast.estimate_costs(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
 
 
 # -------------------------------------------------------------------------------------- against what PyTorch counts
@@ -60,7 +59,7 @@ def wan_costs() -> ModelCosts:
 
 @pytest.mark.parametrize("profile", ["tiny", "smoke", "small"])
 def test_parameters_are_those_of_the_model(profile: str) -> None:
-    costs = plan.estimate_costs(load.load_params(ROOT / f"profiles/{profile}.yaml"))
+    costs = forecast.estimate_costs(load.load_params(ROOT / f"profiles/{profile}.yaml"))
     made = model(costs)
     assert costs.parameters == sum(p.numel() for p in made.parameters())
     assert costs.matrices == sum(p.numel() for name, p in made.named_parameters() if ".blocks." in name and p.ndim == 2)
@@ -209,7 +208,7 @@ def test_training_states_take_what_is_published(wan_costs: ModelCosts) -> None:
     parts = {2: 8 + 4 + 2 + 8 + (16 + 8) / 8 + 4, 3: 4 + 2 + (8 + 8 + 16 + 8) / 8 + 4}
     for zero, each in parts.items():
         assert sum(stage2.states(zero, 8).values()) == pytest.approx(each * wan_costs.parameters)
-    assert plan.estimate_encoding(p).clip_bytes == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
+    assert forecast.estimate_encoding(p).clip_bytes == pytest.approx(21e6, rel=0.01), "105 latents in bfloat16"
 
 
 # -------------------------------------------------------------------------------------------------- what is averaged
@@ -252,7 +251,7 @@ def test_wans_encoder_costs_what_pytorch_counts() -> None:
 
 
 def test_the_papers_clips_in_shards() -> None:
-    one = plan.estimate_encoding(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
+    one = forecast.estimate_encoding(load.load_params(ROOT / "profiles/wan-1.3b.yaml"))
     assert one.count_shards(25) == 1 and one.count_shards(26) == 2, "25 clips of 20 MiB in 512 MiB"
     assert one.count_shards(40_000) == 1600
     machine = Hardware(ranks=8, memory=80 * 2**30, tflops=346.0, unit="GPU", description="")

@@ -11,12 +11,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cf_model.model.rollout import HorizonSpec, rollout
-from cf_model.plan import need
+from cf_model.plan import forecast, need
 from cf_model.plan.cost import ModelCosts
 from cf_model.train.base import BaseTrainer
 from cf_model.train.student import DistillationTrainer
 from cf_model.train.teacher import TeacherTrainer
-from tasks.commands import plan
 from tasks.params import load, schema
 from tests.allocations import Allocations
 from tests.operations import OperationCounter
@@ -69,7 +68,7 @@ def tiny(context_pass: str, checkpointing: bool = False) -> tuple[schema.Params,
     shown, begun = replace(p.stage2.teacher, context="sparse"), replace(p.stage2.rollout, begin="own")
     changed = {"teacher": replace(p.teacher, view=view), "stage2": replace(p.stage2, teacher=shown, rollout=begun, critic_warmup=0)}
     p = p.model_copy(update=changed | {"compute": replace(p.compute, checkpointing=checkpointing)})
-    return p, plan.estimate_costs(p)
+    return p, forecast.estimate_costs(p)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -130,7 +129,7 @@ def test_a_step_of_tiny_takes_the_operations_that_are_planned(stage: str, contex
 
 def test_an_own_context_costs_less_and_is_read_once_for_both_updates() -> None:
     p = load.load_params(ROOT / "profiles/wan-1.3b.yaml")
-    wan_costs = plan.estimate_costs(p)
+    wan_costs = forecast.estimate_costs(p)
     own = replace(p.teacher.view, context_sigma="zero", context_pass="own")
     shown = replace(p.stage2.teacher, context="sparse")
     at_105 = replace(p.stage2, horizon=HorizonSpec(105, 105, 0, "const"), critic_updates=1, teacher=shown)
