@@ -17,9 +17,9 @@ from tasks.params.yaml_file import Refused, refuse_errors
 def main(argv: list[str]) -> None:
     args = parse_options("sample", argv, __doc__)
 
+    from cf_model.device import choose_device
     from cf_model.systems.adapters import identify_system, open_system
     from cf_model.systems.sampling import describe_cost, find_rate, list_tasks, parse_settings, read_prompts, refuse_request
-    from tasks.parts.device import choose_device
 
     with refuse_errors():
         prompts = read_prompts(args.prompts, args.extended)

@@ -27,10 +27,10 @@ def main(argv: list[str]) -> None:
     if args.repeats < 1 or min(args.chunk or 1, args.window or 1) < 1:
         raise Refused("--repeats, --chunk and --window are whole numbers from 1 on")
 
+    from cf_model.device import choose_device
     from cf_model.metrics.judges import open_judge
     from cf_model.metrics.trace import open_networks
     from cf_model.scoring import Scoring, describe_scores, score_rows
-    from tasks.parts.device import choose_device
 
     key = read_settings().judge_key
     with refuse_errors():
