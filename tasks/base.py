@@ -5,15 +5,15 @@ from functools import partial
 from pathlib import Path
 
 from cf_model.data.latents import Latents
+from cf_model.device import choose_device
 from cf_model.foreign import import_checkpoint
 from cf_model.model import wan
+from cf_model.sample_videos import SampleWriter
 from cf_model.train.base import BaseTrainer
 from cf_model.train.trainer.loop import fit
 from cf_model.train.trainer.samples import sample_from_noise
 from tasks.params.schema import Params
-from tasks.parts.device import choose_device
 from tasks.parts.hub import resolve_weights
-from tasks.parts.sample_videos import SampleWriter
 from tasks.runner.track import Track, mean_of_tail
 
 

@@ -7,15 +7,15 @@ import torch
 
 from cf_model.data.embedded_prompts import EmbeddedPrompts
 from cf_model.data.latents import Latents
+from cf_model.device import choose_device
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
+from cf_model.sample_videos import SampleWriter
 from cf_model.train.causal_init import CausalInitTrainer
 from cf_model.train.trainer.loop import fit
 from cf_model.train.trainer.samples import sample_stream
 from cf_model.train.trajectories import OdeTrajectories
 from tasks.params.schema import Params
-from tasks.parts.device import choose_device
-from tasks.parts.sample_videos import SampleWriter
 from tasks.runner.track import Track, mean_of_tail
 
 

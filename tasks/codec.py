@@ -8,11 +8,11 @@ import torch
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.interface import Codec
 from cf_model.codec.linear import fit_codec
+from cf_model.data.clip_reader import ClipReader
+from cf_model.device import choose_device
 from cf_model.evaluate.stutter import measure_reconstruction
 from tasks.files.json_lines import Row, read_json_lines
 from tasks.params.schema import Params
-from tasks.parts.codec_frames import ClipReader
-from tasks.parts.device import choose_device
 from tasks.parts.hub import resolve_weights
 from tasks.runner.track import Track
 
@@ -35,7 +35,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
     measured = heldout or train[-4:]
     bar = track.progress(len(measured), "clip")
     quality, stutter = [], []
-    with ClipReader(clips, params.video) as reader:
+    with ClipReader(clips, params.video.model_dump()) as reader:
         for row in measured:
             psnr, moving = measure_reconstruction(codec, reader.read(row))
             quality.append(psnr)
@@ -47,7 +47,7 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, out: Path)
 
 def fit_linear_codec(params: Params, track: Track, clips: Path, rows: list[Row]) -> Codec:
     """Fit the linear codec on these clips, logging the loss of each step."""
-    with ClipReader(clips, params.video) as reader:
+    with ClipReader(clips, params.video.model_dump()) as reader:
         train = [torch.cat(list(reader.read(row)), dim=1)[0] for row in rows]
     bar = track.progress(params.codec.linear.steps, "step")
 

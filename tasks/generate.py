@@ -17,6 +17,7 @@ from cf_model.codec.interface import SPACE, Codec, video_frames
 from cf_model.context_probe import choose_pairs, follow_facts, list_errors
 from cf_model.data.latents import Latents
 from cf_model.data.video import write_video
+from cf_model.device import choose_device
 from cf_model.generation import VideoJob, generate_chunks, generate_windows, group_jobs, list_jobs
 from cf_model.model import wan
 from cf_model.model.denoiser import Denoiser
@@ -25,7 +26,6 @@ from cf_model.model.rollout import RolloutSpec
 from cf_model.text.encoder import TextEncoder
 from tasks.files.json_lines import dump_json_lines
 from tasks.params.schema import CAUSAL, Params, System
-from tasks.parts.device import choose_device
 from tasks.parts.systems import as_trained
 from tasks.parts.text_encoder import open_text_encoder
 from tasks.runner.track import Track

@@ -12,7 +12,7 @@ from cf_model.data.prompts import PromptSplit, read_prompts, select_distinct
 from tasks.files.atomic import swap_into_place
 from tasks.params.nightly import CAPTIONS, HELDOUT
 from tasks.params.schema import Params
-from tasks.parts.caption_encoder import CaptionEncoder
+from tasks.parts.caption_encoder import open_caption_encoder
 from tasks.runner.track import Track
 
 
@@ -35,7 +35,7 @@ def run(params: Params, track: Track, *, source: Path, latents: Path, out: Path)
         swap_into_place(work, out)
         return {"prompts": count, "also_heldout": count - sum(1 for _ in select_distinct(captions, without=heldout))}
     prompts = PromptSplit(source, params.prompts, [*heldout, *shown])
-    encoder, progress = CaptionEncoder(params.text, "prompts"), track.progress(most or prompts.total, unit="prompt")
+    (encoder, cache), progress = open_caption_encoder(params.text, "prompts"), track.progress(most or prompts.total, unit="prompt")
 
     def embed(texts: list[str]) -> Tensor:
         embedded = encoder.encode(texts)
@@ -46,6 +46,6 @@ def run(params: Params, track: Track, *, source: Path, latents: Path, out: Path)
     prompts.write_heldout(work / HELDOUT.name)
     swap_into_place(work, out)
     progress.close()
-    encoder.cache.sweep()
-    track.facts |= {"prompts_encoded": encoder.cache.new_entries}
+    cache.sweep()
+    track.facts |= {"prompts_encoded": cache.new_entries}
     return {"prompts": count, "left_out": prompts.total - count - len(prompts.heldout), "heldout": len(prompts.heldout)}

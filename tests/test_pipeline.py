@@ -19,9 +19,9 @@ from ruamel.yaml import YAML
 
 from cf_model.data.latents import Latents
 from cf_model.model import wan
+from cf_model.sample_videos import SampleWriter
 from cf_model.train.trainer.samples import sample_continuation, sample_from_noise, sample_stream
 from tasks.params import load
-from tasks.parts.sample_videos import SampleWriter
 from tasks.runner.track import Track
 from tests.preloaded import python_folder
 

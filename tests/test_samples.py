@@ -156,7 +156,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_checkpoint(tmp_path: Path, mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tasks.parts.sample_videos.write_video", full)
+    monkeypatch.setattr("cf_model.sample_videos.write_video", full)
     with pytest.raises(ValueError, match=r"no room for step-000006-0\.mp4.*step-00000004, is intact"):
         trained("base", tmp_path / "job", every=6)
 

@@ -1,6 +1,5 @@
 """`cf sample`: the videos of a system for a set of prompts, with a manifest that `cf score` reads. A second start makes what is missing."""
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -11,38 +10,16 @@ from cf_model.evaluate.cells import hash_facts
 from tasks.files.atomic import write_atomically
 from tasks.files.hashes import compute_dvc_md5
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines, write_json
+from tasks.files.options import parse_options
 from tasks.params.yaml_file import Refused, refuse_errors
-
-EXAMPLES = """Prompts are read from the files that their repositories publish: MovieGenVideoBench.txt (facebookresearch/MovieGenBench),
-VBench_full_info.json (Vchitect/VBench), with --extended all_dimension_extended.txt; or any file of one prompt a line.
-subsets: smoke 2 prompts x 1 seed, nightly 16 x 1, paper 100 x 5 (VBench: all 946 x 5), all. docs/systems.md lists the systems.
-
-examples:
-  cf sample --system ours --weights out/student --prompts MovieGenVideoBench.txt --seconds 60.5 --out videos/ours --dry-run
-  cf sample --system wan2.1 --weights Wan2.1-T2V-1.3B-Diffusers --prompts MovieGenVideoBench.txt --subset nightly --out videos/wan
-  cf score --videos videos/wan --manifest videos/wan/manifest.jsonl --weights weights --out scores.jsonl"""
 
 
 def main(argv: list[str]) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("cf sample", description=__doc__, epilog=EXAMPLES, formatter_class=form)
-    parser.add_argument("--system", required=True, metavar="NAME", help="as in docs/systems.md; a model of this project under any name")
-    parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help="its folder; nothing is downloaded")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--extended", type=Path, metavar="FILE", help="the prompts written out, which systems are given")
-    parser.add_argument("--subset", choices=("smoke", "nightly", "paper", "all"), default="smoke", help="default: smoke")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each video; default: 5")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the videos and manifest.jsonl")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a keyword of the pipeline's call; may be repeated")
-    parser.add_argument("--first-frames", type=Path, metavar="DIR", help="PROMPT_ID.png for each prompt, for systems that need one")
-    parser.add_argument("--rate", type=float, help="frames a second of this machine, for the expected cost; default: as printed")
-    parser.add_argument("--crf", type=int, default=16, choices=range(52), metavar="0-51", help="of H.264; default: 16")
-    parser.add_argument("--dry-run", action="store_true", help="say what it costs, and end")
-    args = parser.parse_args(argv)
+    args = parse_options("sample", argv, __doc__)
 
+    from cf_model.device import choose_device
     from cf_model.systems.adapters import identify_system, open_system
     from cf_model.systems.sampling import describe_cost, find_rate, list_tasks, parse_settings, read_prompts, refuse_request
-    from tasks.parts.device import choose_device
 
     with refuse_errors():
         prompts = read_prompts(args.prompts, args.extended)

@@ -37,9 +37,9 @@ def main(argv: list[str]) -> None:
     import torch
 
     from cf_model.continued_clip import read_clip
+    from cf_model.device import choose_device
     from cf_model.folder import change_values
     from cf_model.pipeline import ContextForcingPipeline
-    from tasks.parts.device import choose_device
 
     torch.set_num_threads(args.threads)
     if torch.cuda.is_available():

@@ -212,3 +212,8 @@ def mean_of_tail(out: Path, name: str) -> float | None:
     values = [row[name] for row in read_json_lines(out / "metrics.jsonl") if row.get(name) is not None]
     last = values[-max(1, len(values) // 10) :]
     return sum(last) / len(last) if last else None
+
+
+def list_means_of_tail(out: Path, names: Sequence[str]) -> dict[str, float]:
+    """Average those of the values that some row of out/metrics.jsonl has, each as mean_of_tail does."""
+    return {name: mean for name in names if (mean := mean_of_tail(out, name)) is not None}

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from cf_model.data import clip_encoder
 from cf_model.data.cluster import run_on_cluster
 from cf_model.data.subprocess_reader import Unreadable, read_in_subprocess
-from tasks import encode
 from tests.test_kept import FACTS, codec, night, source  # noqa: F401  fixtures
 
 PATHS = [Path(f"{number:02d}") for number in range(12)]
@@ -73,9 +73,9 @@ def test_two_encoders_of_two_gpus_write_the_bytes_of_one(
 ) -> None:
     monkeypatch.setenv("CF_KEPT", "off")
     one, _ = night(source, codec, tmp_path / "one")
-    monkeypatch.setattr(encode, "list_gpus", lambda: ["0", "1"])
-    monkeypatch.setattr(encode, "open_encoder", None)  # no clip is encoded in this process
-    monkeypatch.setattr(encode.ClipEncoder, "close", lambda self: None)
+    monkeypatch.setattr(clip_encoder, "list_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(clip_encoder, "open_encoder", None)  # no clip is encoded in this process
+    monkeypatch.setattr(clip_encoder.ClipEncoder, "close", lambda self: None)
     assert night(source, codec, tmp_path / "two")[0] == one
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cf_model import sample_videos
 from cf_model.codec.codec_file import save_codec
 from cf_model.codec.linear import LinearCodec
 from cf_model.data.video import measure_clipped_share
@@ -18,7 +19,6 @@ from cf_model.model.memory import ChunkComparison
 from cf_model.train.trainer.loop import fit
 from cf_model.train.trainer.observe import measure_promotion, read_values
 from tasks.params import load
-from tasks.parts import sample_videos
 from tasks.runner.track import Track
 from tests.small import SHAPE, normal, spec
 from tests.train import ranked

@@ -20,6 +20,7 @@ from cf_model.codec.linear import LinearCodec
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.rollout import HorizonSpec
 from cf_model.model.view import TeacherView
+from cf_model.sample_videos import MakeSample, SampleWriter
 from cf_model.train.adapter import LoraSpec
 from cf_model.train.base import BaseSpec, BaseTrainer
 from cf_model.train.causal_init import CausalInitSpec, CausalInitTrainer
@@ -31,7 +32,6 @@ from cf_model.train.trainer.loop import fit
 from cf_model.train.trainer.ranks import get_rank, is_first_rank
 from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec, WindowSpec, sample_continuation, sample_from_noise, sample_stream
 from cf_model.train.trajectories import OdeSpec
-from tasks.parts.sample_videos import MakeSample, SampleWriter
 from tasks.runner import ranks
 from tasks.runner.track import Track
 from tests.small import FLOW, SHAPE, denoiser, normal, rolling, spec

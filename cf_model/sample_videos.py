@@ -1,8 +1,11 @@
 """Sample videos of a training stage, as files and as W&B media."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -10,15 +13,33 @@ from torch import Tensor
 
 from cf_model.codec.codec_file import load_codec
 from cf_model.codec.interface import Codec
-from cf_model.data.latents import Latents
 from cf_model.data.video import measure_clipped_share, write_video
 from cf_model.model import checkpoint
 from cf_model.train.trainer.samples import ContinuedSpec, SampleSpec
-from tasks.runner.track import Track
 
 from .device import choose_device
 
 MakeSample = Callable[[Tensor, Tensor, torch.Generator], Iterator[Tensor]]  # prompt, real beginning, noise -> latents, part by part
+
+
+class SampleLog(Protocol):
+    """Where samples are shown (tasks/runner/track.py implements it)."""
+
+    work: Path
+    first: bool  # whether this process is the first of the ranks
+
+    def show(self, step: int, files: Mapping[str, Path], captions: Mapping[str, str]) -> None: ...
+
+
+class HeldoutClips(Protocol):
+    """Clips whose captions and beginnings are sampled from, as cf_model/data/latents.py reads them."""
+
+    fps: float
+
+    def rows(self, split: Literal["train", "heldout"], at_least: int = 1) -> list[int]: ...
+    def captions(self, rows: Sequence[int]) -> list[str]: ...
+    def window(self, rows: Sequence[int], starts: Sequence[int], length: int) -> Tensor: ...
+    def text(self, rows: Sequence[int]) -> Tensor: ...
 
 
 class SampleWriter:
@@ -28,7 +49,7 @@ class SampleWriter:
     resumes from it has them, and a run that repeats the step writes the same bytes again.
     """
 
-    def __init__(self, spec: SampleSpec, track: Track, clips: Latents, codec: Path, make: MakeSample) -> None:
+    def __init__(self, spec: SampleSpec, track: SampleLog, clips: HeldoutClips, codec: Path, make: MakeSample) -> None:
         self.spec, self.track, self.clips, self.folder, self.make = spec, track, clips, codec, make
         self.prefix = spec.prefix if isinstance(spec, ContinuedSpec) else 0
         self.rows = clips.rows("heldout", at_least=max(self.prefix, 1))[: spec.prompts] if spec.every else []

@@ -1,9 +1,12 @@
 """The distillation that the stages `stage1` and `stage2` run with different settings (secs. 3.1, 3.2)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,12 +19,17 @@ from cf_model.model.flow import Flow
 from cf_model.model.view import TeacherView
 from cf_model.train.student import DistillationTrainer, StudentSpec
 from cf_model.train.trainer.engine import EngineSpec
-from cf_model.train.trainer.loop import fit
+from cf_model.train.trainer.loop import TrainingLog, fit
 from cf_model.train.trainer.samples import SampleSpec, sample_stream
-from tasks.runner.track import Track, mean_of_tail
 
 from .device import choose_device
-from .sample_videos import SampleWriter
+from .sample_videos import SampleLog, SampleWriter
+
+MEASURED = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")  # values of steps
+
+
+class DistillationLog(TrainingLog, SampleLog, Protocol):
+    """Where a distillation reports its steps and shows its samples."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,11 @@ class DistillationJob:
 
 
 def train_student(
-    job: DistillationJob, track: Track, *, latents: Path, prompts: Path, codec: Path, teacher: Path, student: Path, out: Path
-) -> dict[str, float | None]:
+    job: DistillationJob, log: DistillationLog, *, latents: Path, prompts: Path, codec: Path, teacher: Path, student: Path, out: Path
+) -> None:
     """Train the student in the folder `student` on the prompts in `prompts`, and write its average to `out`.
 
-    Real score and critic both begin with the weights in `teacher` (alg. 1). Returns the stage's metrics.
+    Real score and critic both begin with the weights in `teacher` (alg. 1).
     """
     clips, spec = Latents(latents), job.spec
     distillation = DistillationTrainer(
@@ -58,18 +66,15 @@ def train_student(
         shape=clips.shape,
         seed=job.seed,
         engine=job.engine,
-        reencode=_build_reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
+        reencode=build_reencoder(codec) if spec.teacher.first_latent == "reencode" else None,
     )
     levels, chunk = spec.rollout.levels, spec.rollout.chunk
     make = partial(sample_stream, distillation.ema.model, spec=job.samples, levels=levels, chunk=chunk, memory=spec.memory, flow=job.flow)
-    fit(distillation, track, SampleWriter(job.samples, track, clips, codec, make))
+    fit(distillation, log, SampleWriter(job.samples, log, clips, codec, make))
     wan.save_transformer(distillation.ema.model, out)
-    track.save(out)
-    names = ("critic_loss", "score_distance", "normaliser", "student_gradient", "similarity", "frames")
-    return {name: value for name in names if (value := mean_of_tail(out, name)) is not None}
 
 
-def _build_reencoder(folder: Path) -> Callable[[Tensor], Tensor]:
+def build_reencoder(folder: Path) -> Callable[[Tensor], Tensor]:
     """Build a function that encodes the last video frame of some latents [B, F, C, H, W] as a picture's latent, [B, 1, C, H, W]."""
     codec = load_codec(folder).to(choose_device())
 

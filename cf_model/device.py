@@ -1,5 +1,7 @@
 """The device that a stage computes on."""
 
+from __future__ import annotations
+
 import torch
 
 
