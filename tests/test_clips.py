@@ -208,7 +208,7 @@ def test_a_folder_of_anything(tmp_path: Path) -> None:
     filtering.run(p, MagicMock(), clips=tmp_path / "clips", out=tmp_path / "manifest.jsonl")
     assert [(row["kept"], row["rule"]) for row in rows(tmp_path / "manifest.jsonl")] == [
         (True, None),
-        (False, f"{listed[1]['file']} is not a video, or has lost its header; replace it"),
+        (False, "fake.mp4 is not a video, or has lost its header; replace it"),
         (True, None),
     ]
     (tmp_path / "clips" / listed[0]["file"]).write_bytes(b"")
