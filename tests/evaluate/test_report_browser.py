@@ -16,7 +16,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the report is opened by playwright: pip install playwright")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="the report is opened in Chromium: apt-get install chromium")]
 WIDER = """width => [...document.querySelectorAll("body *")].filter(e => {
-  if (e.closest(".scroll, pre, nav, svg") && !e.matches(".scroll, pre, nav, svg")) return false;
+  if (e.parentElement.closest(".scroll, pre, nav, svg")) return false;
   const box = e.getBoundingClientRect();
   return box.width && (box.right > width + 1 || box.left < -1);
 }).map(e => e.outerHTML.slice(0, 120))"""
