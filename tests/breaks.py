@@ -29,7 +29,7 @@ BREAKS = [
     (SLOW, "moved = torch.where(is_full,", "moved = torch.where(~is_full,", "tests/model/test_batch_memory.py"),
     (SLOW, "moved.scatter(-1, place, number), before)", "moved.scatter(-1, place, number), moved)", "tests/model/test_batch_memory.py"),
     ("cf_model/model/store.py", "return keys, values, None if mask is None else mask[..., :used]", "return keys, values, None",
-     "tests/model/test_batch_memory.py"),
+     "tests/model/test_store.py"),
     ("cf_model/model/store.py", "if before is not frame or held[slot][1] is None or held[slot] != was:", "if before is not frame:",
      "tests/model/test_store.py"),
     ("cf_model/model/block.py", "prompt.versions != versions", "False", "tests/model/test_store.py"),
