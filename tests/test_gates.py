@@ -62,14 +62,17 @@ def test_the_teacher_remembers_what_the_fast_part_alone_can_not() -> None:
 
 
 def test_stage2_goes_on_from_real_clips_better_than_stage1(prompts: Any) -> None:
-    """On held-out worlds. Two goals of the claim are missed, as README says, and so are no gates yet: a map error lower by a fifth, and
-    a diversity of 85 % of stage 1's. Stage 1's guidance was chosen on these prompts, by its sprite recall; nothing was by the map."""
+    """On held-out worlds. One goal of the claim is missed, as README says, and so is no gate yet: a map error lower by a fifth.
+
+    README also says which settings were measured on these worlds before the committed one.
+    """
     for metric in ("map_error", "map_error_absent"):
         found = measured("evaluate")["compared"][f"{metric}: stage1 to stage2"]
         assert found["videos"] >= 64, metric
         assert found["high"] < 0, metric
     before, after, real = prompts["stage1"], prompts["stage2"], prompts["real"]
     assert after["other_heading"] >= before["other_heading"], "contrast within a video"
+    assert after["diversity"] >= 0.85 * before["diversity"]
     assert after["sprite_recall"] >= 0.93
     assert abs(after["speed"] / real["speed"] - 1) <= 0.3
 
