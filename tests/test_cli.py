@@ -151,7 +151,7 @@ def test_what_was_raised_on_purpose_has_no_traceback(
     """A copy of the package with one more stage, in dvc.yaml too."""
     home = tmp_path_factory.mktemp("copy")
     for package in ("tasks", "cf_model"):
-        for file in (ROOT / package).rglob("*.py"):
+        for file in (file for file in (ROOT / package).rglob("*") if file.suffix in (".py", ".toml")):
             (home / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             (home / file.relative_to(ROOT)).write_bytes(file.read_bytes())
     (home / "tasks/toy.py").write_text(STAGE.format(name="toy", body=body))
