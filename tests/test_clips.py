@@ -157,6 +157,7 @@ def test_encode_then_read(made: Path, tmp_path: Path) -> None:
     assert store.captions([7]) == [kept[7]["caption"]]
 
 
+@pytest.mark.slow
 def test_no_clip_passes(made: Path, tmp_path: Path) -> None:
     """One sentence, and the manifest says of every clip why."""
     out = tmp_path / "manifest.jsonl"

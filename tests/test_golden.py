@@ -62,6 +62,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return {line[:28].strip(): line[37:].strip() for line in capsys.readouterr().out.splitlines()}
 
 
+@pytest.mark.slow
 def test_the_vectors_given_pass(capsys: pytest.CaptureFixture[str]) -> None:
     check_folder(GIVEN)
     said = capsys.readouterr().out.splitlines()

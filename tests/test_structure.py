@@ -292,6 +292,7 @@ def test_stages_stand_in_running_order() -> None:
         made += outs(stage)
 
 
+@pytest.mark.slow
 def test_stages_without_a_transformer_import_no_diffusers() -> None:
     modules = ", ".join(f"tasks.{stage}" for stage in WITHOUT_TRANSFORMER)
     python = f"import sys, {modules}; sys.exit(' '.join(m for m in ('diffusers', 'transformers', 'wandb') if m in sys.modules) or 0)"

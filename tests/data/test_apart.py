@@ -13,6 +13,7 @@ import pytest
 
 from cf_model.data.subprocess_reader import StreamingReader, Unreadable, read_in_subprocess
 
+pytestmark = pytest.mark.slow  # processes start, hang and are killed
 PATHS = [Path(name) for name in ("good-1", "bad", "good-2", "good-3")]
 
 

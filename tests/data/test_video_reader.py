@@ -32,6 +32,7 @@ def find_nearest(times: list[Fraction], count: int, fps: int) -> list[int]:
     return [min(range(len(times)), key=lambda i: (abs(times[i] - times[0] - Fraction(k, fps)), i)) for k in range(count)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pair=st.sampled_from(PAIRS), rate=st.sampled_from(RATES), begin=st.integers(0, 90), count=st.integers(12, 70), data=st.data())
 def test_frames_at_16_fps_are_those_that_sequential_decoding_gives(

@@ -28,6 +28,7 @@ class ClipsOfManyLengths(ranked.Clips):
         return torch.zeros(len(rows), length, *self.shape)
 
 
+@pytest.mark.slow
 def test_short_clips_do_not_shorten_the_past_of_the_others():
     """The paper: uniform in 5 to 20 s. With one start a batch, bounded by its shortest clip, one step in a hundred saw 10 s."""
     trainer = ranked.teacher()[0]
