@@ -29,15 +29,20 @@ GOALS = {"cf --help": 0.5, "dvc repro": 3.0, "python -m flows.pipeline": 8.0}
 STAGE_GOAL = 4.0
 # a stage that does nothing but write its out
 WITHOUT_WORK = """
-import inspect, sys
-import tasks.__main__, tasks.{stage} as stage
+import importlib, inspect, sys
+import tasks.__main__
 def run(params, track, *, out, **paths):
     out.mkdir()
     return {{}}
-run.__signature__ = inspect.signature(stage.run)
-stage.run = run
+def load(name, package=None, real=importlib.import_module):
+    module = real(name, package)
+    if name == 'tasks.{stage}':
+        run.__signature__ = inspect.signature(module.run)
+        module.run = run
+    return module
+importlib.import_module = load
 sys.argv[0] = 'cf'
-tasks.__main__.main(sys.argv[1:])
+tasks.__main__.cli()
 """
 
 

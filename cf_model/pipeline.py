@@ -23,7 +23,7 @@ from .folder import Recipe
 from .model.denoiser import Attention, Compute, Denoiser, Precision
 from .model.flow import BatchGenerator
 from .model.memory import Memory, MemorySpec, empty_memory
-from .model.precision import check_fp8
+from .model.precision import check_fp8, check_onednn
 from .model.rollout import denoise_chunk
 from .request import Prompts, RequestPlan, Switch, plan_request
 
@@ -60,6 +60,7 @@ class Fast(TypedDict, total=False):
     compiled: bool  # passes by torch.compile
     graphs: bool  # passes as CUDA graphs
     merged: bool  # a chunk's clean pass and the next chunk's first step in one
+    onednn: bool  # products of the blocks by oneDNN, in float32 on a CPU; differs by rounding
     fp8: bool  # products of the blocks in 8 bits, by torchao; changes the video
     ahead: bool  # a chunk is decoded while the next one is generated
     light_decoder: str | Path | None  # TAEHV's weights, which decode in place of the codec; changes the video
@@ -100,10 +101,14 @@ class ContextForcingPipeline:
         light = fast.get("light_decoder")
         if fast.get("fp8"):
             check_fp8(dtype)
+        if fast.get("onednn"):
+            check_onednn(dtype)
         decoder = None if light is None else load_light_decoder(Path(light))
         pipe = cls(*folder.load_folder(Path(path), Compute(attention, dtype, checkpointing=False, **settings)))
         if decoder is not None:
             pipe.codec = LightCodec(pipe.codec, decoder)
+        if fast.get("onednn"):
+            pipe.denoiser.multiply_by_onednn()
         pipe.decode_ahead, pipe._is_fp8 = bool(fast.get("ahead")), bool(fast.get("fp8"))
         return pipe
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 from tasks.files.options import read_commands, read_table
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
-from tasks.runner.process import fix_environment, is_deliberate
+from tasks.runner.process import fix_environment, is_deliberate, pause_collection
 
 TARGETS = {name: entry["module"] for name, entry in read_commands().items()}  # module, or module:function instead of `main`
 VIDEO = {"--model", "--prompt", "--prompts-file"}  # options of `cf video`, by which it is told from the stage `generate`
@@ -24,6 +24,8 @@ def cli() -> NoReturn:
     try:
         if argv and not {"-h", "--help"} & set(argv) and (argv[0] in ("video", "score", "sample") or argv[0] not in TARGETS):
             fix_environment()
+            if argv[0] not in TARGETS:
+                pause_collection()  # execute.py goes on with it when a stage begins its work
         main(argv)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -144,6 +144,31 @@ class FusedGELU(GELU):
         return super().forward(x)
 
 
+class OneDnnLinear(nn.Linear):
+    """Linear layer whose product oneDNN computes, in float32 on a CPU and in passes without gradient; it differs by rounding.
+
+    torch leaves these products to MKL, which does without the widest registers on CPUs that are not Intel's.
+    """
+
+    def forward(self, input: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
+        """Return the product with the weight, and the bias added."""
+        # what was replaced by another class, such as a layer with an adapter, never comes here
+        if input.device.type != "cpu" or not is_plain_pass(input) or torch.compiler.is_compiling():
+            return super().forward(input)
+        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+
+
+def multiply_by_onednn(transformer: Any) -> None:
+    """Let oneDNN compute the products of all blocks of a transformer in place; raises ValueError where torch has none."""
+    if not FUSES:
+        raise ValueError("onednn is wanted, but this build of torch has no oneDNN; leave onednn out")
+    for block in transformer.blocks:
+        fused = block.ffn.net[0].proj  # which oneDNN computes already, with its activation
+        for layer in block.modules():
+            if type(layer) is nn.Linear and layer is not fused:
+                layer.__class__ = OneDnnLinear
+
+
 class TokenNorm(nn.RMSNorm):
     """Norm of queries and keys over all N * D channels of a token."""
 

@@ -92,6 +92,14 @@ class Denoiser(nn.Module):
         narrow_to_fp8(self.transformer)
         return self
 
+    def multiply_by_onednn(self) -> Denoiser:
+        """Freeze the model and let oneDNN compute its blocks' products on a CPU, which is for generation: a training step keeps its bits."""
+        from .block import multiply_by_onednn  # here, so that reading params needs no diffusers
+
+        self.freeze()
+        multiply_by_onednn(self.transformer)
+        return self
+
     def load_state_dict(self, *given: Any, **named: Any) -> Any:
         self.copies.forget()
         return super().load_state_dict(*given, **named)

@@ -110,6 +110,12 @@ def check_fp8(dtype: str) -> None:
         raise ValueError("fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and there is none; leave fp8 out")
 
 
+def check_onednn(dtype: str) -> None:
+    """Raise ValueError where `onednn` would change nothing, because a CPU's products in bfloat16 are oneDNN's anyway."""
+    if dtype != "float32":
+        raise ValueError(f"onednn is wanted with dtype {dtype}, but is for products in float32; use dtype: float32, or leave onednn out")
+
+
 def narrow_to_fp8(transformer: Any) -> None:
     """Turn the products of all blocks to float8, a scale for each row, activations as they come (torchao); what is left stays.
 

@@ -29,6 +29,7 @@ from tasks.params.yaml_file import Refused, value_at
 from tasks.wandb_log import lineage
 from tasks.wandb_log import run as mirror
 
+from .process import resume_collection
 from .track import Track, round_value
 
 Run = Callable[..., Mapping[str, Any]]
@@ -53,6 +54,7 @@ def execute(
         track = Track(stage, work, resume=resume, mirror=mirror.start_run(stage, project, work), rules=params.watch)
         try:
             with write_beside(paths) as partial_paths, stop_on_sigterm(track):
+                resume_collection()
                 metrics = round_metrics(stage, run(params, track, **partial_paths))
         except BaseException as error:
             track.close(exit_code=143 if isinstance(error, SystemExit) else 1)

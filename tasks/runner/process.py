@@ -1,6 +1,7 @@
 """The process around a stage: an environment that repeats results, and which errors are written for a person."""
 
 import errno
+import gc
 import linecache
 import os
 import sys
@@ -26,6 +27,22 @@ def fix_environment() -> None:
     if any(os.environ.get(name) != value for name, value in FIXED.items()):
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **FIXED})
+
+
+def pause_collection() -> None:
+    """Collect no garbage while a process imports its libraries, because that is a search of up to 800,000 objects which finds none."""
+    gc.disable()
+
+
+def resume_collection() -> None:
+    """Collect garbage again where `pause_collection` ended it, but never among the objects that are there by now.
+
+    These are the libraries' own, which live as long as the process. Without this a search of all of them belongs to the end of
+    every process, and to a part of a stage's work.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def is_deliberate(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ from tasks.params.yaml_file import Refused
 from tasks.wandb_log.lineage import name_pipeline_run
 
 from .execute import WORK, execute, seed_generators, stop_on_sigterm
-from .process import BEGAN
+from .process import BEGAN, resume_collection
 from .track import Progress, Track
 
 TRAINING_STAGES = ("base", "teacher", "causal_init", "stage1", "stage2")
@@ -192,6 +192,7 @@ def run_follower(stage: str, run: Callable[..., Any], paths: Mapping[str, Any], 
     while not store.check(["work"]):
         time.sleep(0.05)
     track = Follower(stage, Path(store.get("work").decode()))
+    resume_collection()
     with stop_on_sigterm(track):
         run(params, track, **paths)
 
