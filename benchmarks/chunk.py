@@ -22,9 +22,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.common import chunks
-from benchmarks.common.chunks import SMALL, repeat, run_floor, run_ours, run_usual
+from benchmarks.common.chunks import SMALL, Sizes, repeat, run_floor, run_ours, run_usual
 from benchmarks.common.interleave import compare, interleave, summarize
 from benchmarks.common.machine import describe_machine, read_result, write_result
+from cf_model.codec.interface import SPACE
 from cf_model.model.context import build_plain_spec
 from cf_model.model.memory import MemorySpec
 from tasks.commands.preset import apply_preset
@@ -32,11 +33,15 @@ from tasks.params.load import load_params, validate_params
 from tasks.params.yaml_file import read_yaml
 
 ROUNDS, COUNT = 6, 2  # runs of each way, chunks of a run
+WINDOW_ROUNDS = 4  # where five ways are compared
 GOALS = {"over_usual": 1.2, "memory_over_window": 1.03, "batch_share": 0.35}
 
 
-def compare_ways(spec: MemorySpec, *, rounds: int = ROUNDS, batch: int = 1) -> dict[str, Any]:
-    """Measure ours with one memory, the usual cache of the same number of frames, and the floor."""
+def compare_ways(spec: MemorySpec, *, rounds: int = ROUNDS, batch: int = 1, with_onednn: bool = False) -> dict[str, Any]:
+    """Measure ours with one memory, the usual cache of the same number of frames, and the floor.
+
+    `with_onednn`: ours and the usual cache also with oneDNN's products (`cf video --fast onednn`).
+    """
     model, size = chunks.build_model(SMALL), spec.size
     sink = spec.sink if spec.sink % SMALL.chunk == 0 else 0
     ways = {
@@ -44,15 +49,23 @@ def compare_ways(spec: MemorySpec, *, rounds: int = ROUNDS, batch: int = 1) -> d
         "usual": repeat(run_usual(model, SMALL, sink=sink, window=size, batch=batch), COUNT),
         "floor": repeat(run_floor(SMALL, attended=size, batch=batch), COUNT),
     }
+    if with_onednn:
+        ours, usual = chunks.build_onednn_models(SMALL)
+        ways["ours_onednn"] = repeat(run_ours(ours, SMALL, spec, batch=batch), COUNT)
+        ways["usual_onednn"] = repeat(run_usual(usual, SMALL, sink=sink, window=size, batch=batch), COUNT)
     spent = interleave(ways, rounds=rounds, units=COUNT)
     row = {name: summarize(values) for name, values in spent.items()}
-    return row | {"usual_over_ours": compare(spent, "ours", "usual"), "ours_over_floor": compare(spent, "floor", "ours")}
+    row |= {"usual_over_ours": compare(spent, "ours", "usual"), "ours_over_floor": compare(spent, "floor", "ours")}
+    if with_onednn:
+        row["usual_over_ours_onednn"] = compare(spent, "ours_onednn", "usual")
+        row["both_onednn"] = compare(spent, "ours_onednn", "usual_onednn")
+    return row
 
 
 def measure_windows() -> Iterator[dict[str, Any]]:
     """Every window at absolute positions, where both make the same video; the largest first."""
     for window in reversed(list(chunks.each_window(SMALL))):
-        yield {"window": window} | compare_ways(build_plain_spec(0, window, "absolute"))
+        yield {"window": window} | compare_ways(build_plain_spec(0, window, "absolute"), rounds=WINDOW_ROUNDS, with_onednn=True)
 
 
 def measure_memories() -> Iterator[dict[str, Any]]:
@@ -93,19 +106,25 @@ def measure_presets() -> Iterator[dict[str, Any]]:
 
 
 def measure_batch() -> Iterator[dict[str, Any]]:
-    """Many videos at once against one at a time, with the paper's memory."""
-    paper, model = load_params(ROOT / "profiles/wan-1.3b.yaml").stage2.memory, chunks.build_model(SMALL)
-    one = run_ours(model, SMALL, paper)
-    for batch in (4, 32):
-        many = run_ours(model, SMALL, paper, batch=batch)
-        spent = interleave({"one": repeat(one, 4), "many": repeat(many, 1)}, rounds=4)
+    """Many videos at once against one at a time: the sizes of the comparison with the paper's memory, profile tiny with its own."""
+    paper, tiny = (load_params(ROOT / f"profiles/{name}.yaml") for name in ("wan-1.3b", "tiny"))
+    small = Sizes(tiny.model, tiny.codec.linear.channels, tiny.video.height // SPACE, tiny.text.tokens, tiny.text.channels)
+    for sizes, memory, name in ((small, tiny.stage2.memory, "profile tiny"), (SMALL, paper.stage2.memory, "the comparison")):
+        for batch in (4, 32):
+            yield {"sizes": name} | share_of_batch(sizes, memory, batch)
+
+
+def share_of_batch(sizes: Sizes, memory: MemorySpec, batch: int) -> dict[str, Any]:
+    """Measure the CPU time a video of many at once over that of one at a time, ours and the floor's."""
+    model, found, shares = chunks.build_model(sizes), dict[str, Any](), dict[str, Any]()
+    one, many = (run_ours(model, sizes, memory, batch=count) for count in (1, batch))
+    floors = [run_floor(sizes, attended=memory.size, batch=count) for count in (1, batch)]
+    for share, (alone, together) in {"share": (one, many), "share_of_the_floor": floors}.items():
+        spent = interleave({"one": repeat(alone, 4), "many": repeat(together, 1)}, rounds=2)
         per_video = {"one": [value / 4 for value in spent["one"]], "many": [value / batch for value in spent["many"]]}
-        floors_of = {count: run_floor(SMALL, attended=paper.size, batch=count) for count in (1, batch)}
-        alone = {"one": repeat(floors_of[1], 4), "many": repeat(floors_of[batch], 1)}
-        floors = interleave(alone, rounds=2)
-        floor = {"one": [value / 4 for value in floors["one"]], "many": [value / batch for value in floors["many"]]}
-        found = {name: summarize(values) for name, values in per_video.items()}
-        yield {"videos": batch} | found | {"share": compare(per_video, "one", "many"), "share_of_the_floor": compare(floor, "one", "many")}
+        found = found or {name: summarize(values) for name, values in per_video.items()}
+        shares[share] = compare(per_video, "one", "many")
+    return {"videos": batch} | found | shares
 
 
 def measure_long() -> Iterator[dict[str, Any]]:
@@ -121,15 +140,20 @@ def measure_fast_paths() -> Iterator[dict[str, Any]]:
     """The settings that are worth something on a CPU against none of them: window 21, one chunk a run."""
     spec = build_plain_spec(0, 21, "absolute")
     models = {name: chunks.build_model(SMALL) for name in ("plain", "merged", "compiled")}
+    models["onednn"], models["usual, onednn"] = chunks.build_onednn_models(SMALL)
+    models["onednn, merged"] = models["onednn"]
     ways = dict[str, Callable[[], object]]()
     for name, model in models.items():
+        if name.startswith("usual"):
+            continue
         for block in model.transformer.blocks:
             block.is_compiled = "compiled" in name
         make = run_ours(model, SMALL, spec, merged="merged" in name)
         make(2)  # compiles, and leaves a first chunk that is not remembered yet
         ways[name] = repeat(make, 1)
-    usual = run_usual(models["plain"], SMALL, sink=0, window=21)
-    spent = interleave(ways | {"usual": repeat(usual, 1)}, rounds=4)
+    for name, model in {"usual": models["plain"], "usual, onednn": models["usual, onednn"]}.items():
+        ways[name] = repeat(run_usual(model, SMALL, sink=0, window=21), 1)
+    spent = interleave(ways, rounds=4)
     for name in spent:
         ratios = {"over_plain": compare(spent, "plain", name), "usual_over": compare(spent, name, "usual")}
         yield {"way": name} | summarize(spent[name]) | ratios

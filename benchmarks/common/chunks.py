@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.common.usual_cache import UsualStudent
 from cf_model.model import wan
+from cf_model.model.block import OneDnnLinear
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import Memory, MemorySpec, empty_memory
 from cf_model.model.rollout import stream
@@ -50,6 +51,17 @@ def build_model(sizes: Sizes) -> Denoiser:
     model = wan.build_transformer(sizes.model, channels=sizes.channels, text_channels=sizes.text_channels, seed=0)
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     return model.eval().freeze()
+
+
+def build_onednn_models(sizes: Sizes) -> tuple[Denoiser, Denoiser]:
+    """Build two models all of whose blocks' products oneDNN computes: ours, and one for the usual cache.
+
+    The usual cache has its feed-forward's first product by oneDNN too, without the activation in it.
+    """
+    ours, usual = (build_model(sizes).multiply_by_onednn() for _ in range(2))
+    for block in usual.transformer.blocks:
+        block.ffn.net[0].proj.__class__ = OneDnnLinear
+    return ours, usual
 
 
 def draw_text(sizes: Sizes, batch: int = 1) -> Tensor:

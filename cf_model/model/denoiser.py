@@ -93,7 +93,7 @@ class Denoiser(nn.Module):
         return self
 
     def multiply_by_onednn(self) -> Denoiser:
-        """Freeze the model and let oneDNN compute its blocks' products on a CPU, which is for generation: a training step keeps its bits."""
+        """Freeze the model and let oneDNN compute its blocks' products on a CPU; for generation, because a training step keeps its bits."""
         from .block import multiply_by_onednn  # here, so that reading params needs no diffusers
 
         self.freeze()

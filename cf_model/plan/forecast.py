@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,18 @@ def estimate_costs(p: Any) -> ModelCosts:
     return ModelCosts(p.model, channels=count_channels(p), **text, **size, compute=p.compute)
 
 
+def list_estimates(p: Any) -> dict[str, Callable[[], StageNeed]]:
+    """Return what estimates the need of each stage that trains; an estimate follows a memory over every length and takes a moment."""
+    one, view = estimate_costs(p), p.teacher.view
+    estimates: dict[str, Callable[[], StageNeed]] = {"base": partial(need.estimate_base, p.base, one)} if p.base.init == "scratch" else {}
+    estimates |= {"teacher": partial(need.estimate_teacher, p.teacher, one)}
+    estimates |= {"causal_init": partial(need.estimate_causal_init, p.causal_init, one)}
+    return estimates | {stage: partial(need.estimate_student, getattr(p, stage), one, view) for stage in ("stage1", "stage2")}
+
+
 def estimate_needs(p: Any) -> dict[str, StageNeed]:
     """Return the need of every stage that trains."""
-    one, view = estimate_costs(p), p.teacher.view
-    needs = {"base": need.estimate_base(p.base, one)} if p.base.init == "scratch" else {}
-    needs |= {"teacher": need.estimate_teacher(p.teacher, one), "causal_init": need.estimate_causal_init(p.causal_init, one)}
-    return needs | {stage: need.estimate_student(getattr(p, stage), one, view) for stage in ("stage1", "stage2")}
+    return {stage: estimate() for stage, estimate in list_estimates(p).items()}
 
 
 def estimate_disk(p: Any, stage: str, one: StageNeed) -> dict[str, float]:
@@ -64,7 +72,7 @@ def forecast_stages(p: Any, machine: Hardware) -> list[dict[str, Any]]:
 def estimate_checkpointed(p: Any, stage: str) -> StageNeed | None:
     """Return the need of a stage with activation checkpointing, or None if that is on already."""
     leaner = p.model_copy(update={"compute": replace(p.compute, checkpointing=True)})
-    return None if p.compute.checkpointing else estimate_needs(leaner)[stage]
+    return None if p.compute.checkpointing else list_estimates(leaner)[stage]()
 
 
 def refuse_unfit(p: Any, stage: str, out: Path, work: Path, ranks: int) -> None:
@@ -72,8 +80,9 @@ def refuse_unfit(p: Any, stage: str, out: Path, work: Path, ranks: int) -> None:
 
     `out` and `work` are the folders that the stage writes to; a stage that does not train always fits.
     """
-    if (one := estimate_needs(p).get(stage)) is None:
+    if (estimate := list_estimates(p).get(stage)) is None:
         return
+    one = estimate()
     gpu = hardware.count_gpus() > 0
     free = hardware.measure_memory() / (1 if gpu else ranks)  # ranks on the CPU have one machine's memory
     where = "GPU" if gpu else "machine" if ranks == 1 else "rank's share of the machine"
