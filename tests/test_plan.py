@@ -188,6 +188,12 @@ def test_a_stage_that_fits_is_never_refused(tiny: schema.Params, wan: schema.Par
     plan.refuse_unfit_stage(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
 
 
+def test_a_stage_estimates_no_other_stage_before_it_begins(tiny: schema.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("base", "teacher", "causal_init"):
+        monkeypatch.setattr(forecast.need, f"estimate_{other}", lambda *given: pytest.fail("this estimate is of another stage"))
+    plan.refuse_unfit_stage(tiny, "stage2", tmp_path / "models/stage2", tmp_path / "work/stage2")
+
+
 def test_a_refusal_names_what_is_short_and_what_would_help(tiny: schema.Params, wan: schema.Params) -> None:
     message = refused(wan, "stage2", 139)
     assert message.startswith("stage2 needs about 2,01")

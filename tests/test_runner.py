@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import tasks.__main__ as entry
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
 from tasks.runner import execute as runner
@@ -78,6 +80,33 @@ def test_a_stage_leaves_its_out_its_metrics_and_runtime_facts() -> None:
     script = Path("runtime/runtime.js").read_text()
     assert json.loads(script.removeprefix("window.CF_RUNTIME = ").rstrip(";\n"))["toy"] == facts
     assert list(Path("work/toy").iterdir()) == []
+
+
+@pytest.mark.parametrize(("command", "pauses"), [("stage2", True), ("video", False)])
+def test_libraries_are_imported_without_collecting_garbage_and_a_stage_works_with_it(
+    command: str, pauses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is no stage never gets to the end of the pause, so it has none."""
+    collects = list[bool]()
+
+    def run(*given: Any, **paths: Path) -> dict[str, Any]:
+        collects.append(gc.isenabled())
+        return good(*given, **paths)
+
+    def main(argv: list[str]) -> None:
+        collects.append(gc.isenabled())
+        execute(run)
+
+    monkeypatch.setattr(entry, "main", main)
+    monkeypatch.setattr(entry, "fix_environment", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["cf", command])
+    try:
+        with pytest.raises(SystemExit):
+            entry.cli()
+        assert collects == [not pauses, True] and (gc.get_freeze_count() > 0) == pauses
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_a_failure_leaves_what_was_there() -> None:

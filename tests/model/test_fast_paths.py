@@ -17,7 +17,7 @@ from cf_model.model import denoiser as denoiser_file
 from cf_model.model.denoiser import Compute, Denoiser
 from cf_model.model.kernels import AttentionShape, choose_kernel
 from cf_model.model.memory import MemorySpec, empty_memory
-from cf_model.model.precision import check_fp8
+from cf_model.model.precision import check_fp8, check_onednn
 from cf_model.model.rollout import stream
 from cf_model.model.rope import apply_rope
 from tests.capture import FakeRecorder
@@ -187,3 +187,34 @@ def test_8_bits_are_for_the_products_of_the_blocks(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", library)
     assert model.narrow_to_fp8() is model and narrowed == list(model.transformer.blocks)
     assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_products_by_onednn_make_the_same_video(monkeypatch):
+    model, plan, multiply, kinds = denoiser(positions=1024), spec(tau=TAU), torch.ops.mkldnn._linear_pointwise, []
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: kinds.append(given[3]) or multiply(*given))
+    plain = generate(model, plan)
+    assert model.multiply_by_onednn() is model and not any(weight.requires_grad for weight in model.parameters())
+    assert "none" not in kinds
+    kinds.clear()
+    fast = generate(model, plan)
+    assert kinds.count("none") >= 7 * kinds.count("gelu") > 0, "six products of two attentions, and the feed-forward's second"
+    assert float((fast - plain).abs().max()) < 1e-6 * max(1.0, float(plain.abs().max()))
+    used = {type(layer) for each in model.transformer.blocks for layer in (each.attn1.to_q, each.attn2.to_out[0], each.ffn.net[2])}
+    assert used == {block.OneDnnLinear} and type(model.transformer.proj_out) is torch.nn.Linear
+
+
+def test_products_by_onednn_are_for_passes_without_gradient(monkeypatch):
+    layer, x = torch.nn.Linear(8, 8), normal(2, 3, 8)
+    with_gradient = layer(x)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: pytest.fail("a backward pass wants torch's own product"))
+    layer.__class__ = block.OneDnnLinear
+    assert torch.equal(layer(x), with_gradient)
+
+
+def test_products_by_onednn_are_refused_where_they_change_nothing(monkeypatch):
+    with pytest.raises(ValueError, match=r"onednn is wanted with dtype bfloat16, .*; use dtype: float32, or leave onednn out"):
+        check_onednn("bfloat16")
+    check_onednn("float32")
+    monkeypatch.setattr(block, "FUSES", False)
+    with pytest.raises(ValueError, match=r"this build of torch has no oneDNN; leave onednn out"):
+        denoiser().multiply_by_onednn()
