@@ -62,6 +62,23 @@ def describe_comparison(title: str, section: dict[str, Any], first: str) -> str:
     return f"### {title}\n{name_machine(section)}\n{make_table(heads, rows)}\n"
 
 
+def describe_onednn(rows: list[dict[str, Any]]) -> str:
+    """Return a table of the windows with oneDNN's products, or nothing where they were not measured."""
+    heads = ["window", "ours, ms", "usual cache with them too, ms", "usual cache without / ours", "usual cache with / ours"]
+    ratios = ("usual_over_ours_onednn", "both_onednn")
+    cells = [
+        [row["window"], *(show(row[way]) for way in ("ours_onednn", "usual_onednn")), *(show_ratio(row[ratio]) for ratio in ratios)]
+        for row in rows
+        if "ours_onednn" in row
+    ]
+    if not cells:
+        return ""
+    missed = [row["window"] for row in rows if row["usual_over_ours_onednn"]["ratio"] < GOALS["over_usual"]]
+    text = "### By window, products by oneDNN (`cf video --fast onednn`)\n\nMeasured in turn with the table before. "
+    text += "The last column has the same products on both sides, so that what is left is the memory's and the block's own.\n\n"
+    return text + make_table(heads, cells) + name_missed(missed, "windows") + "\n"
+
+
 def name_missed(missed: Iterable[object], what: str) -> str:
     """Return a sentence about the rows that miss a goal, or nothing."""
     listed = ", ".join(map(str, missed))
@@ -87,6 +104,7 @@ the matrix products and attentions of the same shapes alone. Above 1 ours is fas
         rows = sorted(result["windows"]["rows"], key=lambda row: row["window"])
         missed = [row["window"] for row in rows if row["usual_over_ours"]["ratio"] < GOALS["over_usual"]]
         text += name_missed(missed, "windows") + "\n"
+        text += describe_onednn(rows)
     if "windows" in before:
         heads = ["window", "usual / ours", "ours / floor"]
         parts = before["windows"]["rows"]
@@ -109,15 +127,17 @@ the matrix products and attentions of the same shapes alone. Above 1 ours is fas
             missed = [row["memory"] for row in parts if row["over_plain_window"]["ratio"] > GOALS["memory_over_window"]]
             text += name_missed(missed, "the memories") + "\n"
     if "batch" in result:
-        rows = [[row["videos"], show(row["one"]), show(row["many"]), show_ratio(row["share"]), show_ratio(row["share_of_the_floor"])]
+        rows = [[row.get("sizes", ""), row["videos"], show(row["one"]), show(row["many"]), show_ratio(row["share"]), show_ratio(row["share_of_the_floor"])]
                 for row in result["batch"]["rows"]]  # fmt: skip
-        heads = ["videos at once", "one at a time, ms a video", "together, ms a video", "share", "share of the floor"]
+        heads = ["sizes", "videos at once", "one at a time, ms a video", "together, ms a video", "share", "share of the floor"]
         text += f"### Many videos at once (goal: at most 0.35 for 32)\n{name_machine(result['batch'])}\n{make_table(heads, rows)}\n"
         text += "No share can be far below the floor's own, which is that of the products and attentions alone on this machine.\n\n"
     if "long" in result:
-        rows = [[row["chunks_before"], show(row), show_ratio(row["over_chunk_10"])] for row in result["long"]["rows"]]
+        bases = ("over_chunk_10", "over_chunk_100")
+        rows = [[row["chunks_before"], show(row), *(show_ratio(row[base]) for base in bases)] for row in result["long"]["rows"]]
         text += f"### A long video\n{name_machine(result['long'])}\n"
-        text += make_table(["chunks before", "ms a chunk", "over chunk 10"], rows) + "\n"
+        text += make_table(["chunks before", "ms a chunk", "over chunk 10", "over chunk 100"], rows)
+        text += "\nAt chunk 10 three of the slow part's twelve places are filled, and all of them from chunk 29 on.\n\n"
     return text
 
 
