@@ -127,8 +127,11 @@ the matrix products and attentions of the same shapes alone. Above 1 ours is fas
             missed = [row["memory"] for row in parts if row["over_plain_window"]["ratio"] > GOALS["memory_over_window"]]
             text += name_missed(missed, "the memories") + "\n"
     if "batch" in result:
-        rows = [[row.get("sizes", ""), row["videos"], show(row["one"]), show(row["many"]), show_ratio(row["share"]), show_ratio(row["share_of_the_floor"])]
-                for row in result["batch"]["rows"]]  # fmt: skip
+        shares = ("share", "share_of_the_floor")
+        rows = [
+            [row["sizes"], row["videos"], show(row["one"]), show(row["many"]), *(show_ratio(row[share]) for share in shares)]
+            for row in result["batch"]["rows"]
+        ]
         heads = ["sizes", "videos at once", "one at a time, ms a video", "together, ms a video", "share", "share of the floor"]
         text += f"### Many videos at once (goal: at most 0.35 for 32)\n{name_machine(result['batch'])}\n{make_table(heads, rows)}\n"
         text += "No share can be far below the floor's own, which is that of the products and attentions alone on this machine.\n\n"
