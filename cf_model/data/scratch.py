@@ -7,7 +7,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-CACHE_KIB = 8192  # of the file that SQLite holds in memory, however large the file becomes
+CACHE_KIB = 1024  # of the file that SQLite holds in memory; small, so that memory is the same for a thousand clips and for many
 
 
 def open_scratch(folder: Path | None = None) -> sqlite3.Connection:
