@@ -1,6 +1,7 @@
 """Memory of the stage filter by the number of clips, from prepared measures: no file is decoded, and all clips are judged and compared.
 
-  python -m benchmarks filter_memory    500, 2,000 and 8,000 clips of 11 s, each in a process of its own; writes results/filter-memory.json
+  python -m benchmarks filter_memory    500, 2,000 and 8,000 clips of 11 s, each in a process of its own, and then again with
+                                        one more; writes results/filter-memory.json
 
 Signatures and traces are drawn by chance, one clip in 50 is a copy of another, and captions have 600 letters. Prepared measures lie in the
 clips' cache, so that the stage does all but reading videos.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,7 +77,8 @@ def judge_clips(clips: Path, out: Path) -> dict[str, Any]:
     track: Any = SimpleNamespace(facts={}, progress=lambda *_, **__: SimpleNamespace(update=lambda: None))  # a mock would remember calls
     metrics = filtering.run(params, track, clips=clips, out=out)
     found = {"clips": metrics["clips"], "accepted": metrics["kept"], "copies": metrics["rejected_duplicate"]}
-    found |= {"before_mib": before, "peak_mib": read_resident_mib("VmHWM"), "cpu_seconds": round(time.process_time() - spent, 1)}
+    found |= {"compared_with_all": track.facts["compared_with_all"], "before_mib": before, "peak_mib": read_resident_mib("VmHWM")}
+    found |= {"cpu_seconds": round(time.process_time() - spent, 1)}
     return found
 
 
@@ -98,13 +101,16 @@ def main() -> None:
         os.environ["CF_KEPT"] = str(Path(folder) / "kept")
         clips = Path(folder) / "clips"
         clips.mkdir()
-        rows = prepare_clips(clips, max(args.sizes))
+        rows = prepare_clips(clips, max(args.sizes) + 1)
         for size in args.sizes:
-            (clips / "clips.jsonl").write_text(dump_json_lines(rows[:size]))
-            done = subprocess.run([sys.executable, __file__, "--judge", folder], stdout=subprocess.PIPE, text=True, check=True)
-            found.append(json.loads(done.stdout))
-            print(found[-1], flush=True)
-    *_, small, large = [found[0], *found]  # the two largest: SQLite's cache is full by then
+            # all clips, of which no run has compared any; then one more, which comes before all of them
+            for shown in (rows[1 : size + 1], rows[: size + 1]):
+                (clips / "clips.jsonl").write_text(dump_json_lines(shown))
+                done = subprocess.run([sys.executable, __file__, "--judge", folder], stdout=subprocess.PIPE, text=True, check=True)
+                found.append(json.loads(done.stdout))
+                print(found[-1], flush=True)
+            shutil.rmtree(Path(folder) / "kept/duplicates")
+    small, large = found[0], found[-2]
     grown = (large["peak_mib"] - small["peak_mib"]) * 1024 / max(1, large["clips"] - small["clips"])
     write_result("filter-memory", {"machine": describe_machine(), "frames": FRAMES, "rows": found, "kib_per_clip": round(grown, 2)})
 

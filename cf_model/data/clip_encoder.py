@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from cf_model.device import choose_device
 
 from .clip_pool import ClipPool, PayloadCache
 from .clip_reader import ClipReader
-from .latents import join_parts, sum_latents
+from .latent_writer import join_parts, sum_latents
 from .subprocess_reader import Unreadable
 
 LONGEST = 86_400.0  # seconds that one clip may take to be encoded; its file may pause for less (clip_reader.py)
@@ -53,9 +53,9 @@ class ClipEncoder:
         self.settings = (clips.absolute(), codec.absolute(), tuple(video.items()), dtype, torch.get_num_threads())
         self.task = partial(encode_clip, settings=self.settings, exact=torch.are_deterministic_algorithms_enabled())
 
-    def encode(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], tuple[Tensor, dict[str, Any]]]]:
+    def encode(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], tuple[Tensor, dict[str, Any]]]]:
         """Yield each clip's row, and its latents [F, C, H, W] as they are stored with its file's md5, and count, sum and sum of squares
-        before rounding. Raises ValueError for a clip that can't be read.
+        before rounding. Raises ValueError for a clip that can't be read. `rows` is read twice, as a list can be.
         """
         gpus, md5s = list_gpus(), deque[str]()
 

@@ -116,7 +116,9 @@ class EarlierSearches:
                 file.execute(f"PRAGMA {setting}")
             file.execute(f"CREATE TABLE searches {COLUMNS}")
             file.execute("BEGIN")
-            file.executemany("INSERT INTO searches VALUES (?, ?, ?, ?, ?, ?)", self.database.execute("SELECT * FROM searches ORDER BY number"))
+            file.executemany(
+                "INSERT INTO searches VALUES (?, ?, ?, ?, ?, ?)", self.database.execute("SELECT * FROM searches ORDER BY number")
+            )
             file.execute("COMMIT")
         with partial.open("rb") as opened:
             name = f"{self.kept.name}-{hashlib.file_digest(opened, 'sha256').hexdigest()}"

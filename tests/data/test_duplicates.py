@@ -66,7 +66,8 @@ def test_searches_go_on_whatever_became_of_the_collection(
 
 @pytest.mark.parametrize("place", [0, 20, 40])
 def test_a_new_clip_is_the_only_one_that_is_compared_with_all(place: int, tmp_path: Path) -> None:
-    clips = [(name, np.random.default_rng(number).integers(0, 256, (45, 8, 8, 3), np.uint8)) for number, (name, _) in enumerate(draw_clips(0, 41))]
+    rng = np.random.default_rng(0)
+    clips = [(f"clip-{number:02d}", rng.integers(0, 256, (45, 8, 8, 3), np.uint8)) for number in range(41)]
     before = [clip for number, clip in enumerate(clips) if number != place]
     assert search(before, 8.0, tmp_path / "searches")[1] == 40
     assert search(before, 8.0, tmp_path / "searches")[1] == 0

@@ -13,8 +13,9 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from cf_model.data.embedded_prompts import EmbeddedPrompts, write_prompts
+from cf_model.data.embedded_prompts import EmbeddedPrompts
 from cf_model.data.latents import Latents
+from cf_model.data.prompt_writer import write_prompts
 from cf_model.data.prompts import PromptSpec, iterate_prompts, normalise_prompt, read_ids, read_prompts, select_distinct
 from cf_model.text.encoder import WordEncoder
 from tasks import prompts, validate
