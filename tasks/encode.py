@@ -41,10 +41,25 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     """
     rows = AcceptedClips(manifest)
     video, dtype = params.video.model_dump(), getattr(torch, params.encode.dtype)
-    about = {"codec": compute_dvc_md5(codec), "video": video, "dtype": str(dtype), "device": choose_device().type}
+    about = {
+        "codec": compute_dvc_md5(codec),
+        "video": video,
+        "dtype": str(dtype),
+        "device": choose_device().type,
+        "decoder": params.encode.decoder,
+    }
     modules = (*MODULES, type(load_codec(codec)).__module__)
     latents_cache = ClipCache("latents", about, modules=modules, libraries=("av", "diffusers", "torch"))
-    pictures = ClipEncoder(clips, codec, video, dtype, cache=latents_cache, compute_md5=compute_dvc_md5, cluster=read_settings().dask)
+    pictures = ClipEncoder(
+        clips,
+        codec,
+        video,
+        dtype,
+        cache=latents_cache,
+        compute_md5=compute_dvc_md5,
+        cluster=read_settings().dask,
+        decoder=params.encode.decoder,
+    )
     text, text_cache = open_caption_encoder(params.text, "text")
     progress = track.progress(sum(1 for _ in rows), unit="clip")
 
@@ -75,4 +90,6 @@ def run(params: Params, track: Track, *, clips: Path, manifest: Path, codec: Pat
     for cache in (latents_cache, text_cache):
         cache.sweep()
     track.facts |= {"encoded": latents_cache.new_entries, "captions_encoded": text_cache.new_entries}
+    if params.encode.decoder == "decord":  # of all clips; the others were read by PyAV
+        track.facts |= {"read_by_decord": sum(entry["by_decord"] for entry in entries)}
     return summarize_entries(entries)

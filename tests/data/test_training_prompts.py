@@ -45,7 +45,7 @@ def run(
 ) -> dict[str, float]:
     sections = {
         "text": Text(kind="words", weights=None, tokens=TOKENS, channels=8, negative=""),
-        "encode": Encode(shard_mib=6 * ROW, dtype="float32"),
+        "encode": Encode(shard_mib=6 * ROW, dtype="float32", decoder="pyav"),
         "prompts": replace(ALL, **changes),
         "generate": SimpleNamespace(prompts_file=prompts_file),
         "nightly": SimpleNamespace(prompts_file=nightly),
