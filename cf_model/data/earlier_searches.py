@@ -123,6 +123,6 @@ class EarlierSearches:
         with partial.open("rb") as opened:
             name = f"{self.kept.name}-{hashlib.file_digest(opened, 'sha256').hexdigest()}"
         partial.replace(self.kept.with_name(name))
-        for file in self.kept.parent.glob(f"{self.kept.name}-*"):
-            if file.name != name:
-                file.unlink(missing_ok=True)
+        for old in self.kept.parent.glob(f"{self.kept.name}-*"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
