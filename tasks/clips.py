@@ -5,18 +5,22 @@ Among rendered clips there are bad ones on purpose ("planted"), so that tests an
 
 import errno
 import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from cf_model.data.clip_table import match_entries, read_clip_table
+from cf_model.data.clip_table import ClipEntry, match_entries, read_clip_table
 from cf_model.data.fetch_files import AddressFetcher
 from cf_model.data.hub_collections import CollectionReader
 from cf_model.data.planted import PLANTED, render_clips
-from tasks.files.json_lines import Row, dump_json_lines
+from cf_model.data.scratch import ScratchMap
+from tasks.files.atomic import open_partial
+from tasks.files.json_lines import Row
 from tasks.files.texts import read_text_file
-from tasks.files.videos import VIDEO_SUFFIXES, look_for_videos
+from tasks.files.videos import VIDEO_SUFFIXES, VideoFolder
 from tasks.params.schema import Params
 from tasks.runner.track import Track
 
@@ -32,16 +36,19 @@ def run(params: Params, track: Track, *, out: Path) -> dict[str, float]:
     """
     out.mkdir(parents=True, exist_ok=True)
     sources = {"worlds": render_worlds, "folder": copy_folder, "table": copy_folder}
-    left_out: dict[str, str] = {}  # what is not taken, and why
-    rows = list(sources.get(params.clips.source, copy_collection)(params, track, out, left_out))
+    left_out = ScratchMap(out.parent)  # what is not taken, and why
+    count = planted = 0
+    with open_partial(out / "clips.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
+        for row in sources.get(params.clips.source, copy_collection)(params, track, out, left_out):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count, planted = count + 1, planted + (row["planted"] is not None)
     if params.clips.source != "worlds":
-        why = dump_json_lines({"source": name, "why": why} for name, why in left_out.items())
-        (out / "left_out.jsonl").write_text(why, encoding="utf-8")
-    (out / "clips.jsonl").write_text(dump_json_lines(rows, ensure_ascii=False), encoding="utf-8")
-    return {"clips": len(rows), "planted": sum(row["planted"] is not None for row in rows)}
+        with (out / "left_out.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"source": name, "why": why}) + "\n" for name, why in left_out.items())
+    return {"clips": count, "planted": planted}
 
 
-def render_worlds(params: Params, track: Track, out: Path, left_out: dict[str, str]) -> Iterator[Row]:
+def render_worlds(params: Params, track: Track, out: Path, left_out: MutableMapping[str, str]) -> Iterator[Row]:
     """Render worlds to clips and yield their rows."""
     clips, size = params.clips, (params.video.height, params.video.width)
     settings = {name: getattr(clips, name) for name in ("count", "bad", "frames", "crf")} | {"fps": params.video.fps, "seed": params.seed}
@@ -51,7 +58,7 @@ def render_worlds(params: Params, track: Track, out: Path, left_out: dict[str, s
         progress.update()
 
 
-def copy_folder(params: Params, track: Track, out: Path, left_out: dict[str, str]) -> Iterator[Row]:
+def copy_folder(params: Params, track: Track, out: Path, left_out: MutableMapping[str, str]) -> Iterator[Row]:
     """Copy a folder's videos, with those of its subfolders, in the order of their names, and yield their rows.
 
     A table's rows may name addresses too, which are fetched. An address that can't give a video is left out; if one broke off, the run
@@ -60,44 +67,56 @@ def copy_folder(params: Params, track: Track, out: Path, left_out: dict[str, str
     folder = params.clips.folder
     if folder is None or not folder.is_dir():
         raise ValueError(f"clips.folder is {folder}, which is no folder; name one with videos, or set clips.source to worlds")
-    found = look_for_videos(folder)
-    left_out |= {print_name(file.relative_to(folder)): why for file, why in found.left_out.items()}
+    found = VideoFolder(folder)
+    left_out.update((print_name(file.relative_to(folder)), why) for file, why in found.left_out)
     clips, table = params.clips, read_clip_table(params.clips.table) if params.clips.table else []
     addresses = [entry for entry in table if entry.is_address and clips.source == "table"]
     if addresses and clips.fetch is None:
         where = f"{clips.table} row {addresses[0].row} names {addresses[0].file}, an address, but clips.fetch is null"
         raise ValueError(f"{where}; state there what a file may cost, or download it into clips.folder and name the file")
-    if not found.videos and not addresses:
-        others = f" ({next(iter(left_out))} {next(iter(left_out.values()))})" if left_out else ""
+    if next(found.videos, None) is None and not addresses:
+        others = "".join(f" ({name} {why})" for name, why in islice(left_out.items(), 1))
         endings = " ".join(VIDEO_SUFFIXES)
         raise ValueError(f"clips.folder is {folder}, which has no video ({endings}){others}; put some there, or name another")
     fetcher = clips.fetch and AddressFetcher(FETCHED, clips.fetch, VIDEO_SUFFIXES, left_out)
-    known = {file.relative_to(folder).as_posix(): file for file in found.videos}
-    known |= {entry.file: fetcher.place(entry.file) for entry in addresses if fetcher}
-    entries = match_entries(table, known, whole=clips.source == "folder")
-    progress = track.progress(len(entries), unit="clip")
-    copied: dict[Path, bool] = {}
-    for name, entry in entries:
-        if entry and name not in known:
-            left_out[name] = f"is in row {entry.row} of {clips.table} and not in {folder}"
+    fetched = {entry.file: fetcher.place(entry.file) for entry in addresses if fetcher}
+    total = sum(1 for _ in found.videos) if clips.source == "folder" else len(table)
+    progress = track.progress(total, unit="clip")
+    copied: dict[Path, bool] = {}  # of files that several rows of a table may name
+    for name, file, entry in match_files(table, found, fetched, whole=clips.source == "folder"):
+        if file is None:
+            left_out[name] = f"is in row {entry.row if entry else 0} of {clips.table} and not in {folder}"
             continue
-        file, source = known[name], name if entry in addresses else print_name(Path(name))
+        source = name if entry in addresses else print_name(Path(name))
         # The id is a hash of the file's path in the folder, because the id decides whether a clip is held out, and a new file must not
         # move other clips.
         row = make_row(out / f"clip-{hash_name(source)}{file.suffix.lower()}", "", source)
         facts = entry.facts | {"id": row["id"] + entry.suffix} if entry else {}
-        if file not in copied:
+        if (there := copied.get(file)) is None:
             there = fetcher.fetch(name, entry.checksum) if fetcher and entry in addresses else True
-            copied[file] = there and copy_file(file, out / row["file"], source, left_out)
-        if copied[file]:
+            there = there and copy_file(file, out / row["file"], source, left_out)
+            copied |= {file: there} if clips.source == "table" else {}
+        if there:
             yield row | ({} if "caption" in facts else read_caption(file, source)) | facts
         progress.update()
     if fetcher and fetcher.broken:
         way = f"what came is kept in {FETCHED}; or take them out of {clips.table}"
-        raise ValueError(f"{len(fetcher.broken)} of {len(entries)} videos were not fetched, the first: {fetcher.broken[0]}: {way}")
+        raise ValueError(f"{len(fetcher.broken)} of {total} videos were not fetched, the first: {fetcher.broken[0]}: {way}")
 
 
-def copy_collection(params: Params, track: Track, out: Path, left_out: dict[str, str]) -> Iterator[Row]:
+def match_files(
+    table: list[ClipEntry], found: VideoFolder, fetched: dict[str, Path], *, whole: bool
+) -> Iterator[tuple[str, Path | None, ClipEntry | None]]:
+    """Yield each clip's name, its file or None if there is none, and its row of a table; only a table's names are held in memory."""
+    names = (file.relative_to(found.folder).as_posix() for file in found.videos)
+    if not table:
+        yield from ((name, found.folder / name, None) for name in names)
+        return
+    known = {name: found.folder / name for name in names} | fetched
+    yield from ((name, known.get(name), entry) for name, entry in match_entries(table, known, whole=whole))
+
+
+def copy_collection(params: Params, track: Track, out: Path, left_out: MutableMapping[str, str]) -> Iterator[Row]:
     """Fetch Sekai or UltraVideo, take the videos that its tables list, clips.count of them or all, and yield their rows."""
     clips = params.clips
     assert clips.fetch is not None  # the schema requires it for a collection
@@ -113,11 +132,11 @@ def copy_collection(params: Params, track: Track, out: Path, left_out: dict[str,
         if number == total:
             break
     else:
-        left_out |= {entry.file: f"is in no archive of {clips.source}" for entry in reader.missing.values()}
+        left_out.update((entry.file, f"is in no archive of {clips.source}") for entry in reader.missing.values())
     track.facts |= {"revision": reader.commit}
 
 
-def copy_file(file: Path, place: Path, source: str, left_out: dict[str, str]) -> bool:
+def copy_file(file: Path, place: Path, source: str, left_out: MutableMapping[str, str]) -> bool:
     """Copy a file and say whether it could be read; raise ValueError if the disk is full.
 
     # Choice: copied, not linked, because DVC makes files in its cache read-only, and through a link also the user's own file.

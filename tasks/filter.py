@@ -25,6 +25,7 @@ from tasks.runner.track import Track
 
 REFUSED = "refused.jsonl"  # rows of the last run that was refused, whose out the runner deletes
 MODULES = tuple(f"cf_model.data.{name}" for name in ("measures", "video", "video_reader"))
+SEARCHES = tuple(f"cf_model.data.{name}" for name in ("duplicates", "earlier_searches"))
 
 
 def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, float]:
@@ -37,12 +38,17 @@ def run(params: Params, track: Track, *, clips: Path, out: Path) -> dict[str, fl
     shape = ModelShape(**params.video.model_dump(), frames=video_frames(needs.every[1]), latent=TIME)
     count = sum(1 for _ in stream_json_lines(listed))
     with closing(open_scratch(out.parent)) as database, open_networks(params.filter, shape) as networks:
-        judge = ClipJudge(params.filter, shape, networks, compute_dvc_md5, DuplicateIndex(database))
+        searches = ClipCache("duplicates", {}, modules=SEARCHES, libraries=("numpy",))
+        accepted = DuplicateIndex(database, searches.entry_path("searches"))
+        judge = ClipJudge(params.filter, shape, networks, compute_dvc_md5, accepted)
         draft, progress = ManifestDraft(database), track.progress(count, unit="clip")
         measures = measure_files(list_files(clips), params.filter, params.video.fps, track)
         for row, path, file in zip(stream_json_lines(listed), list_files(clips), measures, strict=True):
             draft.add(*judge.judge_file(row, path, file))
             progress.update()
+        accepted.earlier.save()
+        searches.sweep()
+        track.facts["compared_with_all"] = accepted.full_searches
         refused = out.with_name(REFUSED)
         try:
             draft.check_accepted(str(clips), params.filter.heldout, held=needs.heldout)

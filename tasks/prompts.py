@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cf_model.data.embedded_prompts import write_prompts
 from cf_model.data.latents import Latents
+from cf_model.data.prompt_writer import write_prompts
 from cf_model.data.prompts import PromptSplit, read_prompts, select_distinct
 from tasks.files.atomic import swap_into_place
 from tasks.params.nightly import CAPTIONS, HELDOUT

@@ -57,6 +57,8 @@ SECONDS = {
     "test_kept.py": 10,
     "test_generate.py": 40,
     "data/test_cluster.py": 35,
+    "data/test_decord.py": 40,
+    "data/test_duplicates.py": 12,
     "data/test_bad_input.py": 12,
     "evaluate/test_report_browser.py": 30,
     # of the system, which are run by themselves

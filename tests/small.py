@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cf_model.data.latents import write_latents
+from cf_model.data.latent_writer import write_latents
 from cf_model.model import checkpoint, wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow

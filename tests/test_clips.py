@@ -56,7 +56,7 @@ def params(**sections: Any) -> Any:
             timeout=60.0,
         ),
         "text": Text(kind="words", weights=None, tokens=12, channels=16, negative=""),
-        "encode": Encode(shard_mib=0.1, dtype="float32"),
+        "encode": Encode(shard_mib=0.1, dtype="float32", decoder="pyav"),
         # what the filter asks of later stages: lengths, in latents
         "base": SimpleNamespace(window=5),
         "teacher": SimpleNamespace(view=SimpleNamespace(context="memory", chunk=3), shortest=3, target=6),

@@ -19,7 +19,7 @@ from tasks import clips
 from tasks import filter as filtering
 from tasks.commands import why
 from tasks.files.texts import read_text_file
-from tasks.files.videos import VIDEO_SUFFIXES, look_for_videos
+from tasks.files.videos import VIDEO_SUFFIXES, VideoFolder, list_videos
 from tasks.params.yaml_file import Refused
 from tests.test_clips import folder, rows
 
@@ -43,9 +43,9 @@ def test_linked_folders_are_read_and_loops_hidden_files_and_dangling_links_are_n
     (elsewhere / "loop").symlink_to(source)
     (source / "gone.mkv").symlink_to(tmp_path / "nowhere.mkv")
     (source / "a_again.mp4").symlink_to(source / "a.mp4")
-    found = look_for_videos(source)
+    found = VideoFolder(source)
     assert [file.relative_to(source).as_posix() for file in found.videos] == ["a.mp4", "linked/b.MTS", "linked/deep/c.3gp"]
-    left_out = {file.relative_to(source).as_posix(): why for file, why in found.left_out.items()}
+    left_out = {file.relative_to(source).as_posix(): why for file, why in found.left_out}
     assert left_out == {
         ".hidden.mp4": "is hidden",
         "._a.mp4": "is hidden",
@@ -239,4 +239,4 @@ def test_why_explains_a_run_that_was_refused_and_whose_manifest_the_runner_delet
 def test_endings_in_any_case_are_videos(tmp_path: Path) -> None:
     for number, suffix in enumerate(VIDEO_SUFFIXES):
         (tmp_path / f"{number}{suffix.upper()}").write_bytes(b"x")
-    assert len(look_for_videos(tmp_path).videos) == len(VIDEO_SUFFIXES)
+    assert len(list_videos(tmp_path)) == len(VIDEO_SUFFIXES)

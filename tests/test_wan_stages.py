@@ -37,7 +37,7 @@ def params(folder: Path | str | None, **sections: Any) -> Any:
         "video": Video(height=32, width=64, fps=16),
         "codec": CodecParams(kind="wan", weights=folder and str(folder), clips=1, linear=linear),
         "text": Text(kind="umt5", weights=folder and str(folder), tokens=TOKENS, channels=pretrained.WIDTH, negative="a sea"),
-        "encode": Encode(shard_mib=0.05, dtype="bfloat16"),
+        "encode": Encode(shard_mib=0.05, dtype="bfloat16", decoder="pyav"),
     }
     return SimpleNamespace(**(ours | sections))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,14 @@ from cf_model.codec.codec_file import load_codec
 from cf_model.device import choose_device
 
 from .clip_pool import ClipPool, PayloadCache
-from .clip_reader import ClipReader
-from .latents import join_parts, sum_latents
+from .clip_reader import ClipReader, Decoder
+from .latent_writer import join_parts, sum_latents
 from .subprocess_reader import Unreadable
 
 LONGEST = 86_400.0  # seconds that one clip may take to be encoded; its file may pause for less (clip_reader.py)
-MODULES = tuple(f"cf_model.{name}" for name in ("codec.interface", "data.clip_encoder", "data.clip_reader", "data.video_reader"))
+MODULES = tuple(
+    f"cf_model.{name}" for name in ("codec.interface", "data.clip_encoder", "data.clip_reader", "data.decord_reader", "data.video_reader")
+)
 
 
 class Clip(NamedTuple):
@@ -35,7 +37,8 @@ class Clip(NamedTuple):
 class ClipEncoder:
     """Encoder of clips, one a GPU or one here, with a cache: a clip that was encoded before is read back.
 
-    `video`: height, width and fps; `compute_md5` gives the md5 of a clip's file; `cluster` is the address of a Dask scheduler.
+    `video`: height, width and fps; `compute_md5` gives the md5 of a clip's file; `cluster` is the address of a Dask scheduler;
+    `decoder` is tried first (clip_reader.py).
     """
 
     def __init__(
@@ -48,14 +51,15 @@ class ClipEncoder:
         cache: PayloadCache,
         compute_md5: Callable[[Path], str],
         cluster: str | None = None,
+        decoder: Decoder = "pyav",
     ) -> None:
         self.clips, self.dtype, self.cache, self.compute_md5, self.cluster = clips, dtype, cache, compute_md5, cluster
-        self.settings = (clips.absolute(), codec.absolute(), tuple(video.items()), dtype, torch.get_num_threads())
+        self.settings = (clips.absolute(), codec.absolute(), tuple(video.items()), dtype, decoder, torch.get_num_threads())
         self.task = partial(encode_clip, settings=self.settings, exact=torch.are_deterministic_algorithms_enabled())
 
-    def encode(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], tuple[Tensor, dict[str, Any]]]]:
+    def encode(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], tuple[Tensor, dict[str, Any]]]]:
         """Yield each clip's row, and its latents [F, C, H, W] as they are stored with its file's md5, and count, sum and sum of squares
-        before rounding. Raises ValueError for a clip that can't be read.
+        before rounding. Raises ValueError for a clip that can't be read. `rows` is read twice, as a list can be.
         """
         gpus, md5s = list_gpus(), deque[str]()
 
@@ -74,7 +78,8 @@ class ClipEncoder:
                 raise ValueError(payload.sentence)
             entry = load(payload)
             total, square = entry["sums"].tolist()
-            yield row, (entry["latents"], {"md5": md5, "count": entry["latents"].numel(), "sum": total, "square": square})
+            facts = {"md5": md5, "count": entry["latents"].numel(), "sum": total, "square": square}
+            yield row, (entry["latents"], facts | {"by_decord": bool(entry["by_decord"])})
 
     def close(self) -> None:
         """End the reader and free the codec of this process, if it has encoded a clip."""
@@ -89,14 +94,17 @@ def encode_clip(clip: Clip, *, settings: tuple[Any, ...], exact: bool) -> bytes:
         torch.use_deterministic_algorithms(True, warn_only=True)
     codec, reader, dtype = open_encoder(*settings)
     latents = join_parts(part[0].cpu() for part in codec.encode_stream(reader.read(clip.row)))
-    return save({"latents": latents.to(dtype).contiguous(), "sums": sum_latents(latents)})
+    by_decord = torch.tensor(reader.delivered == "decord")
+    return save({"latents": latents.to(dtype).contiguous(), "sums": sum_latents(latents), "by_decord": by_decord})
 
 
 @lru_cache(maxsize=1)
-def open_encoder(clips: Path, codec: Path, video: tuple[tuple[str, Any], ...], dtype: torch.dtype, threads: int) -> tuple[Any, ...]:
+def open_encoder(
+    clips: Path, codec: Path, video: tuple[tuple[str, Any], ...], dtype: torch.dtype, decoder: Decoder, threads: int
+) -> tuple[Any, ...]:
     """Load the codec and prepare the reading of clips, once in each process."""
     torch.set_num_threads(threads)
-    return load_codec(codec).to(choose_device()), ClipReader(clips, dict(video)), dtype
+    return load_codec(codec).to(choose_device()), ClipReader(clips, dict(video), decoder), dtype
 
 
 def list_gpus() -> list[str]:

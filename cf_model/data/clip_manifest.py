@@ -98,7 +98,7 @@ class ManifestDraft:
         # that the evaluation's prompts differ. All accepted parts of a file are on the same side.
         """
         self.database.execute(
-            """WITH able AS (SELECT * FROM rows WHERE kept AND latents >= ?),
+            """WITH able AS (SELECT file, caption, digest FROM rows WHERE kept AND latents >= ?),
             captions AS (SELECT min(digest) AS least, max(digest) AS most FROM able GROUP BY caption),
             chosen AS (SELECT file FROM able LEFT JOIN captions ON digest = least ORDER BY least IS NULL, coalesce(most, digest) LIMIT ?)
             UPDATE rows SET split = CASE WHEN file IN chosen THEN 'heldout' ELSE 'train' END WHERE kept""",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -46,7 +46,7 @@ class AddressFetcher:
     A file lies in `folder` under a hash of its address, with the address's ending if that is one of `suffixes`, else with the first.
     """
 
-    def __init__(self, folder: Path, limits: FetchLimits, suffixes: Sequence[str], left_out: dict[str, str]) -> None:
+    def __init__(self, folder: Path, limits: FetchLimits, suffixes: Sequence[str], left_out: MutableMapping[str, str]) -> None:
         self.folder, self.limits, self.suffixes, self.left_out = folder, limits, suffixes, left_out
         self.broken: list[str] = []
 

@@ -9,7 +9,7 @@ needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from pyarrow import parquet
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .shards import ShardReader, ShardWriter
+from .shards import ShardReader
 
 Split = Literal["train", "heldout"]
 Rows = Sequence[int] | Int[Tensor, " B"]
@@ -39,96 +38,6 @@ COLUMNS = {
 INDEX = "index.parquet"
 
 
-def write_latents(
-    folder: Path,
-    clips: Sequence[dict[str, Any]],
-    encode_clip: Callable[[dict[str, Any]], tuple[Float[Tensor, "F C H W"], dict[str, Any]]],
-    encode_text: Callable[[list[str]], Float[Tensor, "M T E"]],
-    *,
-    shard_mib: float,
-    dtype: torch.dtype,
-    fps: float,
-    negative: str,
-) -> list[dict[str, Any]]:
-    """Encode the clips (id, caption, split) in their order into shards of at most `shard_mib` MiB; return the index's entries.
-
-    `encode_clip` gives a clip's latents and facts to keep with them, of which `md5` goes into the index. `negative` is the null prompt of
-    guidance. The same input gives the same bytes, also if a first call was killed and a second one goes on with its complete shards.
-    """
-    if not clips:
-        raise ValueError(f"no clips to write to {folder}; the filter must keep at least one")
-    folder.mkdir(parents=True, exist_ok=True)
-    # All texts come before any clip, so that a fault of the text encoder shows before hours of video.
-    empty, null = encode_text(["", negative]).to(dtype).unbind()
-    save_file({"empty": empty.contiguous(), "null": null.contiguous()}, folder / "text.safetensors")
-    texts = ShardWriter(folder, "text", shard_mib)
-    captions = {caption: number for number, caption in enumerate(dict.fromkeys(clip["caption"] for clip in clips))}
-    for caption, number in captions.items():
-        if text_key(number) not in texts.entries:
-            texts.add(text_key(number), trim_padding(encode_text([caption])[0]).to(dtype))
-    videos = ShardWriter(folder, "latents", shard_mib)
-    size: list[int] = []
-    for clip in clips:
-        if clip["id"] not in videos.entries:
-            latents, facts = encode_clip(clip)
-            videos.add(clip["id"], latents.to(dtype), **facts, shape=list(latents.shape))
-        shape = videos.entries[clip["id"]]["shape"][1:]
-        size = size or shape
-        if shape != size:
-            raise ValueError(f"{clip['id']} has latents of {shape}, the clips before it of {size}; use one size")
-    entries = []
-    for clip in clips:
-        facts, number = videos.entries[clip["id"]], captions[clip["caption"]]
-        entry = {name: clip[name] for name in ("id", "caption", "split")} | facts | {"frames": facts["shape"][0], "caption_id": number}
-        entries.append(entry | {"text_shard": texts.entries[text_key(number)]["shard"]})
-    texts.close()
-    videos.close()
-    about = {"channels": size[0], "height": size[1], "width": size[2], "fps": fps}
-    schema = pyarrow.schema(COLUMNS, metadata={name: str(value) for name, value in about.items()})
-    parquet.write_table(pyarrow.Table.from_pylist(entries, schema), folder / INDEX)
-    return entries
-
-
-def join_parts(parts: Iterable[Float[Tensor, "_ C H W"]]) -> Float[Tensor, "F C H W"]:
-    """Join a clip's latents as they come, in a buffer that doubles when it is full. Raises ValueError if none comes.
-
-    A list of the parts would be as large, but each part would stay between the freed pixels of two pieces of video: the heap (of
-    glibc) is then full of holes, and grows with a clip's pixels.
-    """
-    buffer, count = torch.empty(0), 0
-    for part in parts:
-        end = count + len(part)
-        if end > len(buffer):
-            larger = part.new_empty(2 * end, *part.shape[1:])
-            if count:
-                larger[:count] = buffer[:count]
-            buffer = larger
-        buffer[count:end] = part
-        count = end
-    if not count:
-        raise ValueError("a clip gave no latents; it has no frame that can be read")
-    return buffer[:count].clone()
-
-
-def sum_latents(latents: Float[Tensor, "F C H W"]) -> Float[Tensor, "2"]:
-    """Return the sum of a clip's numbers and of their squares, before they are rounded to the dtype that is stored."""
-    wide = latents.double()
-    return torch.stack([wide.sum(), wide.square().sum()])
-
-
-def summarize_entries(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Count clips, latents and distinct captions, and return mean and deviation of all numbers; entries have `count`, `sum`, `square`."""
-    total, square, count = (sum(entry[name] for entry in entries) for name in ("sum", "square", "count"))
-    mean = total / count
-    return {
-        "clips": len(entries),
-        "frames": sum(entry["frames"] for entry in entries),
-        "captions": len({entry["caption"] for entry in entries}),
-        "mean": mean,
-        "std": max(0.0, square / count - mean**2) ** 0.5,
-    }
-
-
 def text_key(number: int) -> str:
     """Return the name of a distinct text's embedding in its shard."""
     return f"{number:08d}"
@@ -141,7 +50,7 @@ def trim_padding(rows: Float[Tensor, "T E"]) -> Float[Tensor, "T_ E"]:
 
 
 class Latents:
-    """Reader of what `write_latents` wrote. A row is a clip's place in `clips`; callers draw rows and starts."""
+    """Reader of what write_latents (latent_writer.py) wrote. A row is a clip's place in `clips`; callers draw rows and starts."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / INDEX).is_file():

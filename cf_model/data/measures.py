@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import av
@@ -59,7 +60,7 @@ class FileMeasures:
     def frames(self) -> int:
         return len(self.change)
 
-    @property
+    @cached_property
     def cuts(self) -> Float[np.ndarray, " V"]:
         """How much each frame is a cut: its lasting change over the usual change within half a second around it.
 

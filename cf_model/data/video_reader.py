@@ -367,15 +367,15 @@ def probe_video(path: Path) -> VideoFacts:
 
 
 def read_pieces(
-    path: Path, *, height: int, width: int, fps: float, size: int, start: int = 0, frames: int | None = None
+    path: Path, *, height: int, width: int, fps: float, size: int, start: int = 0, frames: int | None = None, opener: Any = VideoFile
 ) -> Iterator[UInt8[np.ndarray, "V Y X 3"]]:
     """Read the frames nearest in time to start/fps, (start + 1)/fps, …, resized to cover height x width and cut to their middle.
 
     A file that has this size and rate already comes back as decoded. `size` frames come at a time, so that a long film never lies in
-    memory; `frames` limits their number, and raises ValueError if the file has fewer.
+    memory; `frames` limits their number, and raises ValueError if the file has fewer. `opener`: VideoFile, or a class of its kind.
     """
     convert, count = PictureConverter(), 0
-    with VideoFile(path) as file:
+    with opener(path) as file:
         pictures = file.sample(fps, lambda frame: file.fit_picture(frame, height, width, convert), start=start)
         piece: list[np.ndarray] = []
         for picture in pictures:

@@ -1,64 +1,87 @@
 """Which files count as videos: for the stage `clips`, for the nightly inbox, and for the forecast of `cf plan`."""
 
 import os
+import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".mts", ".m2ts", ".3gp", ".ogv")
 
 
-@dataclass
-class VideoFolder:
-    """The videos anywhere below a folder, and what looks like one and is none."""
+CACHE_KIB = 512  # of the list of files that is in memory, however many there are
 
-    videos: list[Path] = field(default_factory=list)  # sorted by path
-    left_out: dict[Path, str] = field(default_factory=dict)  # file or folder -> why
+
+class VideoFolder:
+    """The videos anywhere below a folder, through linked folders too, and what looks like one and is none.
+
+    Hidden files are no videos; a file with several names counts once. The list is in a temporary file, because memory must not grow with
+    the number of files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.database = sqlite3.connect("")  # a temporary file of SQLite's own
+        self.database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        # path: its parts between zero bytes, in whose order paths are sorted; inode: null for what is no file
+        self.database.execute("CREATE TABLE files (path BLOB PRIMARY KEY, inode TEXT, video INTEGER, why TEXT) WITHOUT ROWID")
+        self._walk(folder, (folder.resolve(),))
+        self.database.execute("CREATE INDEX names ON files (inode, path)")
+
+    @property
+    def videos(self) -> Iterator[Path]:
+        """The videos, sorted by path."""
+        return (path for path, why in self._list_files() if why is None)
+
+    @property
+    def left_out(self) -> Iterator[tuple[Path, str]]:
+        """Files and folders that are left out, and why: first the folders, each sorted by path."""
+        folders = self.database.execute("SELECT path, why FROM files WHERE video IS NULL ORDER BY path")
+        yield from ((self._decode(path), why) for path, why in folders)
+        yield from ((path, why) for path, why in self._list_files() if why is not None)
+
+    def _list_files(self) -> Iterator[tuple[Path, str | None]]:
+        """Yield each file and why it is left out, or None."""
+        first = "(SELECT min(path) FROM files AS other WHERE other.inode = files.inode)"
+        ask = f"SELECT path, why, iif(inode IS NULL, path, {first}) FROM files WHERE video ORDER BY path"
+        for path, why, known in self.database.execute(ask):
+            again = known != path and f"is {self._decode(known).relative_to(self.folder).as_posix()} under another name"
+            yield self._decode(path), why or again or None
+
+    def _walk(self, folder: Path, above: tuple[Path, ...]) -> None:
+        """List all below a folder; a link to a folder above it is left out, because it has no end."""
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = folder / entry.name
+                    if not entry.is_dir():
+                        if path.suffix.lower() in VIDEO_SUFFIXES:
+                            self._add_file(path)
+                    elif entry.name.startswith("."):
+                        continue
+                    elif (real := path.resolve()) in above:
+                        self._add(path, None, None, "is a link to a folder that it is in")
+                    else:
+                        self._walk(path, (*above, real))
+        except OSError as error:
+            self._add(folder, None, None, f"can't be read ({error.strerror})")
+
+    def _add_file(self, path: Path) -> None:
+        """List a file by its name, and its inode, which tells its other names."""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            self._add(path, None, True, "is a link to nothing" if path.is_symlink() else f"can't be read ({error.strerror})")
+            return
+        self._add(path, f"{stat.st_dev} {stat.st_ino}", path.is_file(), "is hidden" if path.name.startswith(".") else None)
+
+    def _add(self, path: Path, inode: str | None, video: bool | None, why: str | None) -> None:
+        parts = "\0".join(path.relative_to(self.folder).parts).encode(errors="surrogatepass")
+        self.database.execute("INSERT INTO files VALUES (?, ?, ?, ?)", (parts, inode, video, why))
+
+    def _decode(self, path: bytes) -> Path:
+        return self.folder.joinpath(*path.decode(errors="surrogatepass").split("\0"))
 
 
 def list_videos(folder: Path) -> list[Path]:
     """List the video files anywhere below `folder`, sorted by path; the case of a suffix does not matter."""
-    return look_for_videos(folder).videos
-
-
-def look_for_videos(folder: Path) -> VideoFolder:
-    """Look for videos below `folder`, through linked folders too. Hidden files are no videos; a file with several names counts once."""
-    found, known = VideoFolder(), dict[tuple[int, int], Path]()
-    for file in sorted(_walk_folder(folder, found, (folder.resolve(),))):
-        if file.suffix.lower() not in VIDEO_SUFFIXES:
-            continue
-        try:
-            stat = file.stat()
-        except OSError as error:
-            what = "is a link to nothing" if file.is_symlink() else f"can't be read ({error.strerror})"
-            found.left_out[file] = what
-            continue
-        first = known.setdefault((stat.st_dev, stat.st_ino), file)
-        if not file.is_file():
-            continue
-        if file.name.startswith("."):
-            found.left_out[file] = "is hidden"
-        elif first != file:
-            found.left_out[file] = f"is {first.relative_to(folder).as_posix()} under another name"
-        else:
-            found.videos.append(file)
-    return found
-
-
-def _walk_folder(folder: Path, found: VideoFolder, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Yield all files below a folder; a link to a folder above it is left out, because it has no end."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        found.left_out[folder] = f"can't be read ({error.strerror})"
-        return
-    for entry in entries:
-        path = folder / entry.name
-        if not entry.is_dir():
-            yield path
-        elif entry.name.startswith("."):
-            continue
-        elif (real := path.resolve()) in above:
-            found.left_out[path] = "is a link to a folder that it is in"
-        else:
-            yield from _walk_folder(path, found, (*above, real))
+    return list(VideoFolder(folder).videos)

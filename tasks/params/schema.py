@@ -1,11 +1,13 @@
 """The sections of params.yaml as types. No field has a default, because every value that changes a result is stated in the file."""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from cf_model.codec.linear import CodecSpec
+from cf_model.data.clip_reader import Decoder
 from cf_model.data.fetch_files import FetchLimits
 from cf_model.data.prompts import PromptSpec
 from cf_model.data.worlds import WorldSpec
@@ -135,6 +137,14 @@ class Encode(Section):
 
     shard_mib: PositiveFloat  # MiB of a file of latents or embeddings, at most; one that is larger has a file for itself
     dtype: Literal["float32", "float16", "bfloat16"]
+    decoder: Decoder  # that reads a clip first; what decord does not deliver, PyAV does
+
+    @field_validator("decoder")
+    @classmethod
+    def _check_installed(cls, decoder: Decoder) -> Decoder:
+        if decoder == "decord" and importlib.util.find_spec("decord") is None:
+            raise ValueError("decord is not installed; pip install decord==0.6.0, or write pyav")
+        return decoder
 
 
 CAUSAL = ("causal_init", "stage1", "stage2")

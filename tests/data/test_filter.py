@@ -206,7 +206,8 @@ def test_a_copy_a_part_and_a_mirror_image_are_recognised_and_a_stranger_is_not()
     accepted = DuplicateIndex()
     for seed in range(30):
         file = measured(pan(seed, 320))
-        accepted.add(f"clip-{seed}", file.sign_part(0, file.frames))
+        accepted.find_closest(signature := file.sign_part(0, file.frames))
+        accepted.add(f"clip-{seed}", signature)
     whole = pan(4, 320)
     brighter = np.clip(whole.astype(int) + 5, 0, 255).astype(np.uint8)
     for change in (grainy(whole), brighter, whole[70:270], whole[5:171], np.concatenate([pan(90, 100), whole[:180]])):

@@ -11,8 +11,10 @@ import torch
 from pyarrow import parquet
 from safetensors import safe_open
 
-from cf_model.data.latents import INDEX, Latents, join_parts, write_latents
-from cf_model.data.shards import MIB, ShardWriter, shard_name
+from cf_model.data.latent_writer import join_parts, write_latents
+from cf_model.data.latents import INDEX, Latents
+from cf_model.data.shard_writer import MIB, ShardWriter
+from cf_model.data.shards import shard_name
 from cf_model.text.encoder import WordEncoder
 from tests.small import write_clips
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from cf_model.data.embedded_prompts import EmbeddedPrompts, write_prompts
+from cf_model.data.embedded_prompts import EmbeddedPrompts
 from cf_model.data.latents import Latents
+from cf_model.data.prompt_writer import write_prompts
 from cf_model.data.prompts import PromptSpec, iterate_prompts, normalise_prompt, read_ids, read_prompts, select_distinct
 from cf_model.text.encoder import WordEncoder
 from tasks import prompts, validate
@@ -44,7 +45,7 @@ def run(
 ) -> dict[str, float]:
     sections = {
         "text": Text(kind="words", weights=None, tokens=TOKENS, channels=8, negative=""),
-        "encode": Encode(shard_mib=6 * ROW, dtype="float32"),
+        "encode": Encode(shard_mib=6 * ROW, dtype="float32", decoder="pyav"),
         "prompts": replace(ALL, **changes),
         "generate": SimpleNamespace(prompts_file=prompts_file),
         "nightly": SimpleNamespace(prompts_file=nightly),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cf_model.data.embedded_prompts import write_prompts
+from cf_model.data.prompt_writer import write_prompts
 from cf_model.model import checkpoint, wan
 from cf_model.model.denoiser import Denoiser
 from cf_model.model.flow import Flow
