@@ -39,10 +39,11 @@ from cf_model.data.latent_writer import write_latents
 from cf_model.data.latents import Latents
 from cf_model.data.measures import measure_file
 from cf_model.data.video import write_video
+from cf_model.data.video_folder import VideoFolder
 from cf_model.data.video_reader import probe_video, read_video
 from tasks import filter as filtering
 from tasks.files.json_lines import dump_json_lines, read_json_lines
-from tasks.files.videos import list_videos
+from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.params.load import load_params
 from tasks.params.schema import Params
 
@@ -163,7 +164,7 @@ def measure_sizes(rounds: int) -> list[dict[str, Any]]:
 def measure_real(folder: Path, rounds: int) -> dict[str, Any]:
     """Return the same of every file of a folder that can be read, and the median of their shares."""
     rows = []
-    for path in list_videos(folder):
+    for path in VideoFolder(folder, VIDEO_SUFFIXES).videos:
         try:
             facts = probe_video(path)
         except ValueError:

@@ -17,10 +17,11 @@ from cf_model.data.fetch_files import AddressFetcher
 from cf_model.data.hub_collections import CollectionReader
 from cf_model.data.planted import PLANTED, render_clips
 from cf_model.data.scratch import ScratchMap
+from cf_model.data.video_folder import VideoFolder
 from tasks.files.atomic import open_partial
 from tasks.files.json_lines import Row
 from tasks.files.texts import read_text_file
-from tasks.files.videos import VIDEO_SUFFIXES, VideoFolder
+from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.params.schema import Params
 from tasks.runner.track import Track
 
@@ -67,7 +68,7 @@ def copy_folder(params: Params, track: Track, out: Path, left_out: MutableMappin
     folder = params.clips.folder
     if folder is None or not folder.is_dir():
         raise ValueError(f"clips.folder is {folder}, which is no folder; name one with videos, or set clips.source to worlds")
-    found = VideoFolder(folder)
+    found = VideoFolder(folder, VIDEO_SUFFIXES)
     left_out.update((print_name(file.relative_to(folder)), why) for file, why in found.left_out)
     clips, table = params.clips, read_clip_table(params.clips.table) if params.clips.table else []
     addresses = [entry for entry in table if entry.is_address and clips.source == "table"]

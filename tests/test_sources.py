@@ -15,11 +15,12 @@ from pyarrow import parquet
 from cf_model.data import worlds
 from cf_model.data.clip_table import read_clip_table
 from cf_model.data.video import write_video
+from cf_model.data.video_folder import VideoFolder
 from tasks import clips
 from tasks import filter as filtering
 from tasks.commands import why
 from tasks.files.texts import read_text_file
-from tasks.files.videos import VIDEO_SUFFIXES, VideoFolder, list_videos
+from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.params.yaml_file import Refused
 from tests.test_clips import folder, rows
 
@@ -43,7 +44,7 @@ def test_linked_folders_are_read_and_loops_hidden_files_and_dangling_links_are_n
     (elsewhere / "loop").symlink_to(source)
     (source / "gone.mkv").symlink_to(tmp_path / "nowhere.mkv")
     (source / "a_again.mp4").symlink_to(source / "a.mp4")
-    found = VideoFolder(source)
+    found = VideoFolder(source, VIDEO_SUFFIXES)
     assert [file.relative_to(source).as_posix() for file in found.videos] == ["a.mp4", "linked/b.MTS", "linked/deep/c.3gp"]
     left_out = {file.relative_to(source).as_posix(): why for file, why in found.left_out}
     assert left_out == {
@@ -239,4 +240,4 @@ def test_why_explains_a_run_that_was_refused_and_whose_manifest_the_runner_delet
 def test_endings_in_any_case_are_videos(tmp_path: Path) -> None:
     for number, suffix in enumerate(VIDEO_SUFFIXES):
         (tmp_path / f"{number}{suffix.upper()}").write_bytes(b"x")
-    assert len(list_videos(tmp_path)) == len(VIDEO_SUFFIXES)
+    assert len(list(VideoFolder(tmp_path, VIDEO_SUFFIXES).videos)) == len(VIDEO_SUFFIXES)

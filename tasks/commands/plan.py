@@ -8,11 +8,12 @@ import json
 import os
 from pathlib import Path
 
+from cf_model.data.video_folder import VideoFolder
 from cf_model.plan import hardware
 from cf_model.plan.forecast import forecast_stages, format_plan, refuse_unfit
 from tasks.files.options import parse_options
 from tasks.files.settings import read_settings
-from tasks.files.videos import list_videos
+from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.params.load import load_params
 from tasks.params.schema import Params
 from tasks.params.yaml_file import Refused, refuse_errors
@@ -22,7 +23,7 @@ def count_clips(p: Params) -> int:
     """Return how many clips there are before the filter: those to be rendered or fetched, or the videos in the user's folder."""
     if p.clips.source not in ("folder", "table"):
         return p.clips.count
-    return len(list_videos(p.clips.folder)) if p.clips.folder else 0
+    return sum(1 for _ in VideoFolder(p.clips.folder, VIDEO_SUFFIXES).videos) if p.clips.folder else 0
 
 
 def refuse_unfit_stage(p: Params, stage: str, out: Path, work: Path) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cf_model.data.video_folder import VideoFolder
 from cf_model.evaluate.cells import expand_lines, fold_cells, refuse_duplicates
 from tasks.files.atomic import write_atomically
 from tasks.files.json_lines import dump_json_lines, load_json_object, read_json_lines
 from tasks.files.options import parse_options
 from tasks.files.settings import read_settings
-from tasks.files.videos import list_videos
+from tasks.files.videos import VIDEO_SUFFIXES
 from tasks.files.words import count_things
 from tasks.params.yaml_file import Refused, refuse_errors
 
@@ -79,7 +80,7 @@ def list_rows(folder: Path, manifest: Path | None, prompts: Path | None) -> list
     if manifest:
         with refuse_errors():
             return check_rows(read_json_lines(manifest), folder, texts, str(manifest), str(prompts or "--prompts, not given,"))
-    rows = [{"file": file.relative_to(folder).as_posix()} for file in list_videos(folder)]
+    rows = [{"file": file.relative_to(folder).as_posix()} for file in VideoFolder(folder, VIDEO_SUFFIXES).videos]
     if not rows:
         raise Refused(f"--videos {folder} holds no video; name another folder")
     return rows
