@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -58,21 +58,56 @@ def describe_value(value: Any) -> Any:
     return value if isinstance(value, type) else kind
 
 
+class Checker:
+    """What was found right of one piece of code, and how its other calls are checked."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.right: set[Any] = set()  # kinds of arguments, and of arguments with an answer
+        self.given = threading.local()
+        self.code = function.__code__  # held, so that no other code has its place in memory
+        self.pattern = strip_closure(function)
+
+    @functools.cached_property
+    def decorated(self) -> Callable[..., Any]:
+        """Call `given.call`, with all checks."""
+
+        def call_given(*args: Any, **kwargs: Any) -> Any:
+            return given.call(*args, **kwargs)
+
+        given, pattern = self.given, self.pattern
+        # with the globals of the function, where the names in its annotations are
+        alike = FunctionType(call_given.__code__, pattern.__globals__, pattern.__name__, None, call_given.__closure__)
+        return jaxtyped(functools.update_wrapper(alike, pattern), typechecker=check)
+
+
+CHECKERS: dict[int, Checker] = {}  # by the place of the code in memory, because equal code can stand in two files
+
+
+def strip_closure(function: Callable[..., Any]) -> Any:
+    """Return a function with the same code and annotations that holds nothing of the call in which it was made."""
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    bare = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells or None)
+    bare.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(bare, function)
+    del bare.__wrapped__  # type: ignore[attr-defined]
+    return bare
+
+
+def find_checker(function: Callable[..., Any]) -> Checker:
+    """Return the checker of a function's code, which all functions share that one piece of code made: a function within another is made
+    at each call of the other, and to decorate it anew each time takes milliseconds."""
+    place = id(function.__code__)
+    if place not in CHECKERS:
+        CHECKERS[place] = Checker(function)
+    return CHECKERS[place]
+
+
 def check_new_calls(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function so that a call is checked if none of its kind was found right before."""
     if not function.__annotations__:
         return function
-    right: set[Any] = set()  # kinds of arguments, and of arguments with an answer
-    given = threading.local()
-
-    def call_given(*args: Any, **kwargs: Any) -> Any:
-        return given.call(*args, **kwargs)
-
-    @functools.cache
-    def decorate() -> Callable[..., Any]:
-        # with the globals of the function, where the names in its annotations are
-        alike = FunctionType(call_given.__code__, function.__globals__, function.__name__, None, call_given.__closure__)
-        return jaxtyped(functools.update_wrapper(alike, function), typechecker=check)
+    checker = find_checker(function)
+    right, given = checker.right, checker.given
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +121,7 @@ def check_new_calls(function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             given.call = function
         try:
-            answer = decorate()(*args, **kwargs)
+            answer = checker.decorated(*args, **kwargs)
         finally:
             given.call = None  # or it would hold the answer
         if len(right) < 2 * MOST:
