@@ -32,9 +32,11 @@ from tests.once import made_once, session_lives
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", "scipy.stats", "scipy.ndimage", "pydantic", "ruamel.yaml")
 LIBRARIES += ("yaml", "av", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
-# DVC, which tests of flows start hundreds of times
+# DVC, which tests of flows start hundreds of times,
 LIBRARIES += ("dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.data_sync", "dvc.repo.reproduce", "dvc.stage.run")
 LIBRARIES += ("dvc_s3", "s3fs")
+# and Prefect, which commands of flows import; Prefect itself reads its settings as it is imported, and is therefore not here
+LIBRARIES += ("pydantic_settings", "httpx", "pendulum", "rich.console", "jsonschema", "anyio", "fastapi", "sqlalchemy.ext.asyncio")
 # what diffusers, transformers and pydantic load only when it is asked for
 LIBRARIES += ("diffusers.models.transformers.transformer_wan", "diffusers.models.autoencoders.autoencoder_kl_wan")
 LIBRARIES += ("diffusers.loaders.single_file_utils", "transformers.models.umt5.modeling_umt5", "pydantic.dataclasses", "torch._dynamo")
@@ -56,9 +58,26 @@ sys.exit(code[0] if code else "the preloaded python is gone")
 """
 
 
+# `python -m flows.pipeline` whose DVC has its libraries loaded too
+FLOW = """import runpy
+from flows.project import dvc_command
+from tests.preloaded import PreloadedPython
+dvc_command.sys = PreloadedPython()
+runpy.run_module("flows.pipeline", run_name="__main__", alter_sys=True)
+"""
+
+
 def python_folder() -> Path:
     """To be the first of PATH."""
     return made_once("preloaded", _start) / "bin"
+
+
+class PreloadedPython:
+    """The `sys` of a module that starts commands; the preloaded python is started for the first who asks."""
+
+    @property
+    def executable(self) -> str:
+        return str(python_folder() / "python")
 
 
 def _start(folder: Path) -> None:
