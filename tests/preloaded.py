@@ -3,9 +3,9 @@ import, twelve times in a pipeline; here one process imports them, and each `pyt
 
 Of the project nothing is loaded: a fork imports it from its own folder, as a new interpreter would. The server is started with the
 variables for which a stage would start itself again (tasks/runner/process.py); without them every fork is given up for a new interpreter.
-`python_folder()` goes to the head of PATH; the `python` in it hands its words, folder, environment and open files to the server, and ends
-as the fork ends. When it is killed, so is the fork. What is to be tested as a process (one that is killed, ranks) is started without it,
-and the smoke profile in .ci/run is.
+`python_folder()` goes to the head of PATH; the `python` in it hands its words, folder, environment and open files to the server, hands
+SIGTERM on to the fork, and ends as the fork ends, by the same signal too. When it is killed, so is the fork. What is to be tested as a
+process (what it does at SIGTERM or at the death of its starter) is started without it, and the smoke profile in .ci/run is.
 """
 
 from __future__ import annotations
@@ -53,8 +53,17 @@ told = json.dumps([words, os.getcwd(), dict(os.environ), {python!r}]).encode()
 socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(told)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-code = server.recv(1)
-sys.exit(code[0] if code else "the preloaded python is gone")
+fork = int.from_bytes(server.recv(4), "big")
+signal.signal(signal.SIGTERM, lambda number, _: os.kill(fork, number))
+code = server.recv(2)
+if not code:
+    sys.exit("the preloaded python is gone")
+code = int.from_bytes(code, "big", signed=True)
+if code >= 0:
+    sys.exit(code)
+if -code != signal.SIGKILL:
+    signal.signal(-code, signal.SIG_DFL)
+os.kill(os.getpid(), -code)
 """
 
 
@@ -143,13 +152,15 @@ def serve(place: Path) -> tuple[list[str], str, dict[str, str]]:
 def _wait(asked: socket.socket, child: int) -> None:
     """For the end of the fork, which the client is told, or of the client, which ends the fork."""
     watched = os.pidfd_open(child)
+    with contextlib.suppress(OSError):
+        asked.sendall(child.to_bytes(4, "big"))
     ready, _, _ = select.select([watched, asked], [], [])
     if watched not in ready:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     with contextlib.suppress(OSError):
-        asked.sendall(bytes([code if code >= 0 else 128 - code]))
+        asked.sendall(code.to_bytes(2, "big", signed=True))
     os._exit(0)
 
 
