@@ -35,7 +35,6 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
 
-@functools.cache
 def is_array(kind: type) -> bool:
     """Tell tensors and arrays from all else, without torch, which whoever only hands tests out need not import."""
     return hasattr(kind, "shape") and hasattr(kind, "dtype")
@@ -44,18 +43,29 @@ def is_array(kind: type) -> bool:
 def describe_value(value: Any) -> Any:
     """Return what of a value an annotation can ask about, for a set."""
     kind = type(value)
-    if kind is int or kind is float or kind is bool or value is None:
-        return kind
+    describe = DESCRIBERS[kind] if kind in DESCRIBERS else DESCRIBERS.setdefault(kind, choose_describer(kind))
+    return kind if describe is None else describe(value)
+
+
+DESCRIBERS: dict[type, Callable[[Any], Any] | None] = {}  # by the kind of a value; None where the kind says all
+
+
+def choose_describer(kind: type) -> Callable[[Any], Any] | None:
+    """Return how values of a kind are described; None for numbers and for objects of a class."""
     if is_array(kind):
-        return kind, value.dtype, value.shape
+        return lambda value: (kind, value.dtype, value.shape)
     if kind is str:
-        return value if len(value) <= LONGEST else kind
-    if isinstance(value, tuple | list):
-        some = value if len(value) <= LONGEST else (*value[:LONGEST], value[-1])
-        return kind, len(value) == 0, *map(describe_value, some)
-    if isinstance(value, dict):
-        return kind, *((describe_value(key), describe_value(item)) for key, item in list(value.items())[:LONGEST])
-    return value if isinstance(value, type) else kind
+        return lambda value: value if len(value) <= LONGEST else kind
+    if issubclass(kind, tuple | list):
+        return describe_sequence
+    if issubclass(kind, dict):
+        return lambda value: (kind, *((describe_value(key), describe_value(item)) for key, item in list(value.items())[:LONGEST]))
+    return (lambda value: value) if issubclass(kind, type) else None
+
+
+def describe_sequence(value: Any) -> Any:
+    some = value if len(value) <= LONGEST else (*value[:LONGEST], value[-1])
+    return type(value), len(value) == 0, *map(describe_value, some)
 
 
 class Checker:
@@ -112,7 +122,9 @@ def check_new_calls(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        asked = (*map(describe_value, args), *((key, describe_value(value)) for key, value in kwargs.items()))
+        asked = tuple(map(describe_value, args))
+        if kwargs:
+            asked += tuple((key, describe_value(value)) for key, value in kwargs.items())
         if asked in right:
             answer = function(*args, **kwargs)
             if (asked, describe_value(answer)) in right:
