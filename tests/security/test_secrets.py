@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.flows.s3 import BUCKET, Store
-from tests.prefect_database import copy_database
 from tests.preloaded import FLOW
 from tests.security.places import found
 
@@ -54,7 +53,6 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path, store: Store) -> None:
     """The real project, of which the first stages run in a worktree of their own, under Prefect, with W&B offline, and are pushed."""
     home, project = tmp_path / "home", tmp_path / "home/project"
     home.mkdir()
-    copy_database(home / "prefect")
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", ROOT.as_uri(), str(project)], check=True)
     env = environment(home)
     add = [sys.executable, "-m", "tasks", "remote", "add", "lab", f"s3://{BUCKET}/cf", "--endpoint", store.url, "--local"]
