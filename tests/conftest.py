@@ -4,6 +4,7 @@ imported. Workers of pytest-xdist run side by side: what a test writes is below 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tasks.params import yaml_file
 from tests.once import shared_folder
 from tests.order import AROUND, SECONDS
+from tests.prefect_database import copy_database
+from tests.remembered_yaml import RememberedYAML
 from tests.shapes import check_package
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +30,7 @@ os.environ["DVC_NO_ANALYTICS"] = "1"
 os.environ["PREFECT_HOME"] = str(shared_folder() / f"prefect-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
 
 check_package("cf_model")
+yaml_file.YAML = RememberedYAML  # type: ignore[misc]
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ours")
 
@@ -33,10 +38,12 @@ hypothesis.settings.load_profile("ours")
 @pytest.fixture(scope="session")
 def server() -> Iterator[None]:
     """A real Prefect server, one for all tests of a worker, which have flow runs, and no deployments, in common."""
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect.testing import utilities
 
-    with prefect_test_harness(server_startup_timeout=600):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utilities, "mkdtemp", lambda: str(copy_database(Path(tempfile.mkdtemp()), "prefect-test.db")))
+        with utilities.prefect_test_harness(server_startup_timeout=600):
+            yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

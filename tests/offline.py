@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -79,7 +80,14 @@ def runs(root: Path) -> list[sync.LocalRun]:
 
 
 def inspect(folder: str | Path, *words: str) -> str:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *words, str(folder)]
+    """What W&B's reader prints of a run; it is asked again when the run's file has changed."""
+    written = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(folder).glob("*.wandb"))]
+    return _read(str(folder), words, tuple(written))
+
+
+@functools.cache
+def _read(folder: str, words: tuple[str, ...], written: tuple[Any, ...]) -> str:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *words, folder]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment()).stdout
 
 

@@ -3,9 +3,9 @@ import, twelve times in a pipeline; here one process imports them, and each `pyt
 
 Of the project nothing is loaded: a fork imports it from its own folder, as a new interpreter would. The server is started with the
 variables for which a stage would start itself again (tasks/runner/process.py); without them every fork is given up for a new interpreter.
-`python_folder()` goes to the head of PATH; the `python` in it hands its words, folder, environment and open files to the server, and ends
-as the fork ends. When it is killed, so is the fork. What is to be tested as a process (one that is killed, ranks) is started without it,
-and the smoke profile in .ci/run is.
+`python_folder()` goes to the head of PATH; the `python` in it hands its words, folder, environment and open files to the server, hands
+SIGTERM on to the fork, and ends as the fork ends, by the same signal too. When it is killed, so is the fork. What is to be tested as a
+process (what it does at SIGTERM or at the death of its starter) is started without it, and the smoke profile in .ci/run is.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from tests.once import made_once, session_lives
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors.torch", "peft", "scipy.stats", "scipy.ndimage", "pydantic", "ruamel.yaml")
 LIBRARIES += ("yaml", "av", "PIL.Image", "jinja2", "matplotlib.pyplot", "networkx", "tqdm", "tokenizers", "jaxtyping", "psutil")
-# DVC, which tests of flows start hundreds of times
+# DVC, which tests of flows start hundreds of times,
 LIBRARIES += ("dvc.cli", "dvc.commands.repro", "dvc.commands.status", "dvc.commands.data_sync", "dvc.repo.reproduce", "dvc.stage.run")
 LIBRARIES += ("dvc_s3", "s3fs")
+# and Prefect, which commands of flows import; Prefect itself reads its settings as it is imported, and is therefore not here
+LIBRARIES += ("pydantic_settings", "httpx", "pendulum", "rich.console", "jsonschema", "anyio", "fastapi", "sqlalchemy.ext.asyncio")
 # what diffusers, transformers and pydantic load only when it is asked for
 LIBRARIES += ("diffusers.models.transformers.transformer_wan", "diffusers.models.autoencoders.autoencoder_kl_wan")
 LIBRARIES += ("diffusers.loaders.single_file_utils", "transformers.models.umt5.modeling_umt5", "pydantic.dataclasses", "torch._dynamo")
@@ -51,14 +53,40 @@ told = json.dumps([words, os.getcwd(), dict(os.environ), {python!r}]).encode()
 socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(told)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-code = server.recv(1)
-sys.exit(code[0] if code else "the preloaded python is gone")
+fork = int.from_bytes(server.recv(4), "big")
+signal.signal(signal.SIGTERM, lambda number, _: os.kill(fork, number))
+code = server.recv(2)
+if not code:
+    sys.exit("the preloaded python is gone")
+code = int.from_bytes(code, "big", signed=True)
+if code >= 0:
+    sys.exit(code)
+if -code != signal.SIGKILL:
+    signal.signal(-code, signal.SIG_DFL)
+os.kill(os.getpid(), -code)
+"""
+
+
+# `python -m flows.pipeline` whose DVC has its libraries loaded too
+FLOW = """import runpy
+from flows.project import dvc_command
+from tests.preloaded import PreloadedPython
+dvc_command.sys = PreloadedPython()
+runpy.run_module("flows.pipeline", run_name="__main__", alter_sys=True)
 """
 
 
 def python_folder() -> Path:
     """To be the first of PATH."""
     return made_once("preloaded", _start) / "bin"
+
+
+class PreloadedPython:
+    """The `sys` of a module that starts commands; the preloaded python is started for the first who asks."""
+
+    @property
+    def executable(self) -> str:
+        return str(python_folder() / "python")
 
 
 def _start(folder: Path) -> None:
@@ -124,13 +152,15 @@ def serve(place: Path) -> tuple[list[str], str, dict[str, str]]:
 def _wait(asked: socket.socket, child: int) -> None:
     """For the end of the fork, which the client is told, or of the client, which ends the fork."""
     watched = os.pidfd_open(child)
+    with contextlib.suppress(OSError):
+        asked.sendall(child.to_bytes(4, "big"))
     ready, _, _ = select.select([watched, asked], [], [])
     if watched not in ready:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     with contextlib.suppress(OSError):
-        asked.sendall(bytes([code if code >= 0 else 128 - code]))
+        asked.sendall(code.to_bytes(2, "big", signed=True))
     os._exit(0)
 
 

@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -35,7 +35,6 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
 
-@functools.cache
 def is_array(kind: type) -> bool:
     """Tell tensors and arrays from all else, without torch, which whoever only hands tests out need not import."""
     return hasattr(kind, "shape") and hasattr(kind, "dtype")
@@ -44,40 +43,88 @@ def is_array(kind: type) -> bool:
 def describe_value(value: Any) -> Any:
     """Return what of a value an annotation can ask about, for a set."""
     kind = type(value)
-    if kind is int or kind is float or kind is bool or value is None:
-        return kind
+    describe = DESCRIBERS[kind] if kind in DESCRIBERS else DESCRIBERS.setdefault(kind, choose_describer(kind))
+    return kind if describe is None else describe(value)
+
+
+DESCRIBERS: dict[type, Callable[[Any], Any] | None] = {}  # by the kind of a value; None where the kind says all
+
+
+def choose_describer(kind: type) -> Callable[[Any], Any] | None:
+    """Return how values of a kind are described; None for numbers and for objects of a class."""
     if is_array(kind):
-        return kind, value.dtype, value.shape
+        return lambda value: (kind, value.dtype, value.shape)
     if kind is str:
-        return value if len(value) <= LONGEST else kind
-    if isinstance(value, tuple | list):
-        some = value if len(value) <= LONGEST else (*value[:LONGEST], value[-1])
-        return kind, len(value) == 0, *map(describe_value, some)
-    if isinstance(value, dict):
-        return kind, *((describe_value(key), describe_value(item)) for key, item in list(value.items())[:LONGEST])
-    return value if isinstance(value, type) else kind
+        return lambda value: value if len(value) <= LONGEST else kind
+    if issubclass(kind, tuple | list):
+        return describe_sequence
+    if issubclass(kind, dict):
+        return lambda value: (kind, *((describe_value(key), describe_value(item)) for key, item in list(value.items())[:LONGEST]))
+    return (lambda value: value) if issubclass(kind, type) else None
+
+
+def describe_sequence(value: Any) -> Any:
+    some = value if len(value) <= LONGEST else (*value[:LONGEST], value[-1])
+    return type(value), len(value) == 0, *map(describe_value, some)
+
+
+class Checker:
+    """What was found right of one piece of code, and how its other calls are checked."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.right: set[Any] = set()  # kinds of arguments, and of arguments with an answer
+        self.given = threading.local()
+        self.code = function.__code__  # held, so that no other code has its place in memory
+        self.pattern = strip_closure(function)
+
+    @functools.cached_property
+    def decorated(self) -> Callable[..., Any]:
+        """Call `given.call`, with all checks."""
+
+        def call_given(*args: Any, **kwargs: Any) -> Any:
+            return given.call(*args, **kwargs)
+
+        given, pattern = self.given, self.pattern
+        # with the globals of the function, where the names in its annotations are
+        alike = FunctionType(call_given.__code__, pattern.__globals__, pattern.__name__, None, call_given.__closure__)
+        return jaxtyped(functools.update_wrapper(alike, pattern), typechecker=check)
+
+
+CHECKERS: dict[int, Checker] = {}  # by the place of the code in memory, because equal code can stand in two files
+
+
+def strip_closure(function: Callable[..., Any]) -> Any:
+    """Return a function with the same code and annotations that holds nothing of the call in which it was made."""
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    bare = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells or None)
+    bare.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(bare, function)
+    del bare.__wrapped__  # type: ignore[attr-defined]
+    return bare
+
+
+def find_checker(function: Callable[..., Any]) -> Checker:
+    """Return the checker of a function's code, which all functions share that one piece of code made: a function within another is made
+    at each call of the other, and to decorate it anew each time takes milliseconds."""
+    place = id(function.__code__)
+    if place not in CHECKERS:
+        CHECKERS[place] = Checker(function)
+    return CHECKERS[place]
 
 
 def check_new_calls(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function so that a call is checked if none of its kind was found right before."""
     if not function.__annotations__:
         return function
-    right: set[Any] = set()  # kinds of arguments, and of arguments with an answer
-    given = threading.local()
-
-    def call_given(*args: Any, **kwargs: Any) -> Any:
-        return given.call(*args, **kwargs)
-
-    @functools.cache
-    def decorate() -> Callable[..., Any]:
-        # with the globals of the function, where the names in its annotations are
-        alike = FunctionType(call_given.__code__, function.__globals__, function.__name__, None, call_given.__closure__)
-        return jaxtyped(functools.update_wrapper(alike, function), typechecker=check)
+    checker = find_checker(function)
+    right, given = checker.right, checker.given
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        asked = (*map(describe_value, args), *((key, describe_value(value)) for key, value in kwargs.items()))
+        asked = tuple(map(describe_value, args))
+        if kwargs:
+            asked += tuple((key, describe_value(value)) for key, value in kwargs.items())
         if asked in right:
             answer = function(*args, **kwargs)
             if (asked, describe_value(answer)) in right:
@@ -86,7 +133,7 @@ def check_new_calls(function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             given.call = function
         try:
-            answer = decorate()(*args, **kwargs)
+            answer = checker.decorated(*args, **kwargs)
         finally:
             given.call = None  # or it would hold the answer
         if len(right) < 2 * MOST:

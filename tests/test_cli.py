@@ -18,16 +18,17 @@ from flows.project import dvc_remote, worktree
 from tasks.files import options
 from tasks.params.project import Project
 from tasks.params.yaml_file import Refused
+from tests.preloaded import python_folder
 
 ROOT = Path(__file__).parent.parent
 REPEATABLE = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "MALLOC_TRIM_THRESHOLD_")
 
 
-def command(*words: str, at: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    python = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tasks.__main__ as cf; cf.cli()"
-    return subprocess.run(
-        [sys.executable, "-c", python, *words], cwd=at, env=os.environ | environment, capture_output=True, text=True, timeout=120
-    )
+def command(*words: str, at: Path, python: str | Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`cf`, by a python that has torch loaded, or another one."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tasks.__main__ as cf; cf.cli()"
+    words = (str(python or python_folder() / "python"), "-c", code, *words)
+    return subprocess.run(words, cwd=at, env=os.environ | environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -159,7 +160,8 @@ def test_what_was_raised_on_purpose_has_no_traceback(
     Path("dvc.yaml").write_text(stages.replace("\nstages:\n", "\nstages:\n  toy: {desc: a toy, cmd: python -m tasks toy --out toy.txt}\n"))
     cf.main(["profile", "use", "tiny"])
     environment = {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "7"}
-    words = [sys.executable, "-m", "tasks", "toy", "--out", "toy.txt"]
+    python = sys.executable if code == 0 else python_folder() / "python"  # which has the variables that a stage starts itself again for
+    words = [python, "-m", "tasks", "toy", "--out", "toy.txt"]
     done = subprocess.run(words, cwd=project, env=os.environ | environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     assert ("Traceback" in done.stderr) == traceback, done.stderr
@@ -185,7 +187,8 @@ def test_params_and_dvc_yaml_are_read_once(project: Path) -> None:
     """In all processes that a stage takes before it begins: the one that a person starts is started again."""
     cf.main(["profile", "use", "tiny"])
     (project / "sitecustomize.py").write_text(COUNTING)
-    done = command("validate", at=project, PYTHONPATH=str(project), PYTHONHASHSEED="1", COUNTS=str(project / "counts"))
+    counting = {"PYTHONPATH": str(project), "PYTHONHASHSEED": "1", "COUNTS": str(project / "counts")}
+    done = command("validate", at=project, python=sys.executable, **counting)
     assert done.returncode == 0, done.stderr
     names = [line.split()[1] for line in Path("counts").read_text().splitlines()]
     assert names.count("params.yaml") == 1 and names.count("dvc.yaml") == 1

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.preloaded import python_folder
+from tests.prefect_database import copy_database
+from tests.preloaded import FLOW, python_folder
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = """stages:
@@ -33,7 +34,7 @@ def dvc(*words: str, at: Path) -> None:
 def flow(at: Path) -> tuple[int, str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(at.parent / "prefect"), "PREFECT_LOGGING_COLORS": "false"}
     environment.pop("PREFECT_API_URL", None)
-    words = [sys.executable, "-m", "flows.pipeline"]
+    words = [python_folder() / "python", "-c", FLOW]
     done = subprocess.run(words, cwd=at, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
     return done.returncode, done.stdout
 
@@ -53,6 +54,7 @@ def test_the_flow_runs_what_dvc_would(tmp_path: Path) -> None:
         (folder / "b.in").write_text("x")
         dvc("init", "--no-scm", at=folder)
 
+    copy_database(tmp_path / "prefect")
     code, said = flow(project)
     assert code == 0 and "a line of the stage" in said, said
     assert state("first", said) == state("second", said) == "Completed()"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,15 @@ from tasks.runner.ranks import TRAINING_STAGES
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
 TINY, WAN = (ROOT / f"profiles/{name}.yaml" for name in ("tiny", "wan-1.3b"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _each_need_is_estimated_once() -> Iterator[None]:
+    """They are functions of frozen settings alone, and most tests ask for all five stages of the same two profiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("estimate_base", "estimate_teacher", "estimate_causal_init", "estimate_student"):
+            patch.setattr(need, name, functools.cache(getattr(need, name)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -86,11 +86,11 @@ cf.cli()
 """
 
 
-def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """What gets no signal, which is what is SLOW, is run by a python that has torch loaded, and so are its ranks."""
+def start(folder: Path, *, real: bool = False, **environment: str) -> subprocess.Popen[str]:
+    """By a python that has torch loaded, and so are its ranks; `real` is a process of its own, and each rank one."""
     folder.mkdir(exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    python = sys.executable if "SLOW" in environment else str(python_folder() / "python")
+    python = sys.executable if real else str(python_folder() / "python")
     code = f"import sys\nsys.executable = {python!r}\n{STAGE}"
     return subprocess.Popen([python, "-c", code], cwd=folder, env=env, stdout=-1, stderr=-1, text=True)
 
@@ -121,7 +121,7 @@ def began_after(said: str) -> int:
 
 def terminated(folder: Path, step: int, **environment: str) -> int:
     """SIGTERM in or after this step; the step that was saved, which the next run must begin after."""
-    process = start(folder, SLOW="1", **environment)
+    process = start(folder, real=True, SLOW="1", **environment)
     until(process, step)
     process.terminate()
     said = finished(process, 143)

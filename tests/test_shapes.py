@@ -80,6 +80,29 @@ def test_nothing_that_was_handed_in_or_out_is_kept() -> None:
     assert [one() for one in held] == [None] * 4
 
 
+def make_adder(y: Tensor) -> Callable[[Tensor], Tensor]:
+    @check_new_calls
+    def add_to(x: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+        return x + y
+
+    return add_to
+
+
+def test_a_function_within_another_is_checked_each_time_it_is_made() -> None:
+    """By one checker, which keeps nothing of any of them, and with what was around each."""
+    y = torch.ones(3)
+    held = weakref.ref(y)
+    for z in (y, 2 * y, 3 * y):
+        assert torch.equal(make_adder(z)(torch.zeros(3)), z)
+        with pytest.raises(TypeCheckError, match="checking the parameters of"):
+            make_adder(z)(torch.zeros(3, 1))
+        with pytest.raises(TypeCheckError, match="checking the return value of"):
+            make_adder(torch.ones(2, 3))(torch.zeros(3))
+    del y, z
+    gc.collect()
+    assert held() is None
+
+
 def test_the_model_is_checked() -> None:
     """Every function of it that is annotated, as the hook has put the checker there."""
     noise = torch.zeros(2, 3, 4, 4, 4)

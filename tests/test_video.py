@@ -21,6 +21,7 @@ from cf_model import memory_strip
 from cf_model.data import video, video_reader
 from tasks.runner.process import is_deliberate
 from tests.folders import SIZE, pipeline
+from tests.preloaded import python_folder
 from tests.small import spec
 from tests.test_pipeline_class import TIMELINE, WORDS
 
@@ -250,7 +251,7 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str], monkeypatch: py
 
 def test_the_command_needs_no_project_around_it(model: Path, tmp_path: Path) -> None:
     """No params.yaml and no dvc.yaml; one clear line on stderr, exit code 2."""
-    words = [sys.executable, "-m", "tasks", "video", "--model", str(model.parent), "--prompt", WORDS, "--out", "a.mp4"]
+    words = [python_folder() / "python", "-m", "tasks", "video", "--model", str(model.parent), "--prompt", WORDS, "--out", "a.mp4"]
     done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("cf video: ") and done.stderr.count("\n") == 1, done.stderr
     assert "holds no model_index.json, so it is no model folder" in done.stderr

@@ -14,7 +14,7 @@ from cf_model.data.video_reader import probe_video
 from cf_model.pipeline import ContextForcingPipeline
 from tests import pretrained
 from tests.preloaded import python_folder
-from tests.test_pipeline import ENVIRONMENT, STAGES, dvc, lay_out, ran
+from tests.test_pipeline import ENVIRONMENT, STAGES, dvc, lay_out, ran, replace_all
 
 # what the profile wan-1.3b has and smoke has not, but for its precision: a CPU computes in float32
 REAL = {
@@ -42,11 +42,7 @@ def test_from_wans_folders_to_a_video(tmp_path: Path) -> None:
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(patch_size=(1, 2, 2), in_channels=4, out_channels=4, text_dim=pretrained.WIDTH, **SIZES)
     transformer.save_pretrained(project / "weights/transformer")
-    params = (project / "params.yaml").read_text()
-    for small, real in REAL.items():
-        assert small in params
-        params = params.replace(small, real)
-    (project / "params.yaml").write_text(params)
+    replace_all(project / "params.yaml", REAL)
 
     assert ran(dvc(project, "repro")) == STAGES
     facts = json.loads((project / "models/base/import.json").read_text())

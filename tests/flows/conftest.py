@@ -6,16 +6,7 @@ import pytest
 
 from flows.project import dvc_command
 from flows.supervise import command
-from tests.preloaded import python_folder
-
-
-class PreloadedPython:
-    """The `sys` of who starts DVC; the preloaded python is started for the first who asks."""
-
-    @property
-    def executable(self) -> str:
-        return str(python_folder() / "python")
-
+from tests.preloaded import PreloadedPython
 
 # files whose DVC is killed, or looked at as a process
 REAL_DVC = ("test_pipeline_ended", "test_supervise", "test_doctor")

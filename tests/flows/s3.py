@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -56,7 +57,7 @@ PIPELINE = """stages:
     deps: [stage.py, out/teacher]
     outs: [out/report]
 """
-FILES = 150
+FILES, FEW = 150, 10  # that a push or pull can be caught in the middle of, and where that does not matter
 
 
 class Store:
@@ -170,14 +171,14 @@ class Machine:
         return sum(len(name.name) == 30 for name in (self.root / ".dvc/cache/files/md5").glob("*/*"))
 
 
-def source(folder: Path) -> Path:
-    """A repository with stages and no results."""
-    return copy_of("three-stages", write, folder)
+def source(folder: Path, files: int = FILES) -> Path:
+    """A repository with stages and no results. The first stage makes so many files, the others five and one."""
+    return copy_of(f"three-stages-{files}", partial(write, files=files), folder)
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, files: int) -> None:
     folder.mkdir()
-    (folder / "dvc.yaml").write_text(PIPELINE)
+    (folder / "dvc.yaml").write_text(PIPELINE.replace(f"clips {FILES}", f"clips {files}"))
     (folder / "stage.py").write_text(STAGE)
     for command in (["git", "init", "--quiet"], [python_folder() / "python", "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, cwd=folder, env={**os.environ, **CREDENTIALS}, check=True)

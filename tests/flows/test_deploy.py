@@ -25,6 +25,7 @@ from prefect.settings import PREFECT_API_URL
 from flows.machine import deploy
 from tasks.params.yaml_file import read_yaml
 from tests.flows import project
+from tests.preloaded import PreloadedPython
 
 CRON = "30 2 * * *"
 NAMES = {"evaluate", "nightly", "pipeline"}
@@ -40,6 +41,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith(("CF_", "PREFECT_"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(root)
+    monkeypatch.setattr(deploy, "sys", PreloadedPython())
     return root
 
 

@@ -200,7 +200,10 @@ NIGHTS = """
 import sys
 from pathlib import Path
 from flows.nightly import nightly
+from flows.project import dvc_command
+from tests.preloaded import PreloadedPython
 from tests.week import project
+dvc_command.sys = PreloadedPython()
 root = Path.cwd()
 def run(date, **more):
     state = nightly(date=date, return_state=True, **more)

@@ -20,6 +20,7 @@ from flows.run.repro import nearest_upstream as waits_for
 from flows.supervise import command as supervise
 from tests.flows import project
 from tests.flows.served import go, root
+from tests.preloaded import FLOW, python_folder
 
 pytestmark = pytest.mark.slow
 __all__ = ["root"]  # a fixture
@@ -76,7 +77,7 @@ def test_the_command_refuses_in_a_sentence(root: Path, tmp_path: Path) -> None:
         (["--stages", "a b"], root, "stages.0 is 'a b': is no stage's name"),
         ([], tmp_path, f"pipeline: {tmp_path} has no dvc.yaml; run this at the root of the project"),
     ):
-        command = [sys.executable, "-m", "flows.pipeline", *words]
+        command = [python_folder() / "python", "-c", FLOW, *words]
         env = project.environment(PREFECT_API_URL=str(get_current_settings().api.url))
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 1 and said in done.stderr.splitlines()[-1], done.stderr
@@ -125,7 +126,7 @@ def test_a_run_with_nothing_to_do_starts_no_server(tmp_path: Path, words: list[s
     root = project.make_done(tmp_path / "done")
     (root / "tasks/validate.py").unlink()  # else params.yaml is checked by a command, because no stage does that here
     env = project.environment(PREFECT_HOME=str(tmp_path / "prefect"))
-    done = subprocess.run([sys.executable, "-m", "flows.pipeline", *words], cwd=root, env=env, capture_output=True, text=True)
+    done = subprocess.run([python_folder() / "python", "-c", FLOW, *words], cwd=root, env=env, capture_output=True, text=True)
     assert done.stdout == f"{said}\n" and done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "prefect").exists() or not list((tmp_path / "prefect").glob("*.db")), "no server was started"
 

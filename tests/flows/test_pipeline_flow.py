@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ from tests.flows import project
 from tests.flows.s3 import wait
 from tests.flows.served import ALL, change, done_root, go, root, seen
 from tests.flows.served import rows as shown_rows
+from tests.preloaded import FLOW, python_folder
 
 pytestmark = pytest.mark.slow
 __all__ = ["done_root", "root"]  # fixtures
@@ -156,7 +156,7 @@ def test_parameters_are_checked_first(root: Path) -> None:
     state = go()
     assert state.is_failed() and state.message == "params.yaml: seed is -1; it must be 0 or more"
     assert seen(state).tasks == {} and not (root / "trace").exists()
-    command = [sys.executable, "-m", "flows.pipeline"]
+    command = [python_folder() / "python", "-c", FLOW]
     env = project.environment(PREFECT_API_URL=str(get_current_settings().api.url))
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     said = done.stdout + done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flows.project import dvc_remote
-from tests.flows.s3 import BUCKET, CREDENTIALS, FILES, Machine, Store, commit, copy_lock, source, wait
+from tests.flows.s3 import BUCKET, CREDENTIALS, FEW, FILES, Machine, Store, commit, copy_lock, source, wait
 
 OBJECTS = FILES + 5 + 1 + 3  # files of the three stages, and their lists
 
@@ -34,15 +34,23 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, running: Store) -> tuple[Path, Machine, Machine]:
-    """Where they come from; one that has made everything; one that has nothing."""
-    folder = tmp_path_factory.mktemp("made")
-    origin = source(folder / "origin")
+def made(tmp_path_factory: pytest.TempPathFactory, running: Store) -> tuple[Machine, Machine]:
+    return make_machines(tmp_path_factory.mktemp("made"), running, FILES)
+
+
+@pytest.fixture(scope="module")
+def made_few(tmp_path_factory: pytest.TempPathFactory, running: Store) -> tuple[Machine, Machine]:
+    return make_machines(tmp_path_factory.mktemp("few"), running, FEW)
+
+
+def make_machines(folder: Path, running: Store, files: int) -> tuple[Machine, Machine]:
+    """One that has made everything; one that has nothing."""
+    origin = source(folder / "origin", files)
     dvc_remote.add_remote(origin, "lab", f"s3://{BUCKET}/cf", endpoint=running.url)
     commit(origin)
     one, two = (Machine(origin, folder / name) for name in ("one", "two"))
     one.dvc("repro", "--quiet")
-    return origin, one, two
+    return one, two
 
 
 @pytest.fixture
@@ -52,15 +60,21 @@ def store(running: Store) -> Store:
 
 
 @pytest.fixture
-def machines(tmp_path: Path, made: tuple[Path, Machine, Machine]) -> tuple[Machine, Machine]:
-    return made[1].moved(tmp_path), made[2].moved(tmp_path)
+def machines(tmp_path: Path, made: tuple[Machine, Machine]) -> tuple[Machine, Machine]:
+    """With so many files that a push or pull can be caught in the middle."""
+    return made[0].moved(tmp_path), made[1].moved(tmp_path)
+
+
+@pytest.fixture
+def few_files(tmp_path: Path, made_few: tuple[Machine, Machine]) -> tuple[Machine, Machine]:
+    return made_few[0].moved(tmp_path), made_few[1].moved(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------- hand-over
 
 
-def test_the_second_machine_takes_everything_from_the_first_and_gives_back(store: Store, machines: tuple[Machine, Machine]) -> None:
-    one, two = machines
+def test_the_second_machine_takes_everything_from_the_first_and_gives_back(store: Store, few_files: tuple[Machine, Machine]) -> None:
+    one, two = few_files
     dvc_remote.push_outs(one.root, timeout=120)
     assert "is cached - skipping run" in two.dvc("repro", "--pull", "clips")
     two.dvc("repro", "--pull")
@@ -76,9 +90,9 @@ def test_the_second_machine_takes_everything_from_the_first_and_gives_back(store
     assert (one.ran()[3:], two.ran()) == (["report"], ["teacher"])
 
 
-def test_without_its_run_cache_a_machine_hands_over_nothing(store: Store, machines: tuple[Machine, Machine]) -> None:
+def test_without_its_run_cache_a_machine_hands_over_nothing(store: Store, few_files: tuple[Machine, Machine]) -> None:
     """Why push says --run-cache."""
-    one, two = machines
+    one, two = few_files
     one.dvc("push", "--quiet")
     two.dvc("repro", "--pull", "--quiet")
     assert two.ran() == ["clips", "teacher", "report"]
@@ -128,8 +142,8 @@ def test_a_remote_that_dies_in_the_middle_of_a_push(store: Store, machines: tupl
     assert two.ran() == [] and two.results() == one.results()
 
 
-def test_a_damaged_object_is_seen_and_its_stage_runs_again(store: Store, machines: tuple[Machine, Machine], tmp_path: Path) -> None:
-    one, two = machines
+def test_a_damaged_object_is_seen_and_its_stage_runs_again(store: Store, few_files: tuple[Machine, Machine], tmp_path: Path) -> None:
+    one, two = few_files
     dvc_remote.push_outs(one.root, timeout=120)
     whole = (one.root / "out/clips/007.txt").read_bytes()
     store.damage(whole)

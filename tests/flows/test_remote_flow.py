@@ -15,7 +15,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from flows.pipeline import pipeline
 from flows.project import dvc_remote
 from flows.run.config import RunConfig
-from tests.flows.s3 import BUCKET, CREDENTIALS, FILES, Machine, Store, commit, source
+from tests.flows.s3 import BUCKET, CREDENTIALS, FEW, Machine, Store, commit, source
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def machines(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr(dvc_remote, "push_task", dvc_remote.push_task.with_options(retry_delay_seconds=0))
     with Store(tmp_path) as store:
-        origin = source(tmp_path / "origin")
+        origin = source(tmp_path / "origin", FEW)
         dvc_remote.add_remote(origin, "lab", f"s3://{BUCKET}/cf", endpoint=store.url)
         commit(origin)
         yield store, Machine(origin, tmp_path / "one"), Machine(origin, tmp_path / "two")
@@ -75,7 +75,7 @@ def test_without_the_remote_the_stages_are_made_and_stay_finished(
     store.start()
     state, seen = run(one, monkeypatch, push=True)
     assert state.is_completed() and len(one.ran()) == 3, "the next run sends it"
-    assert len(store.objects()) == FILES + 5 + 1 + 3
+    assert len(store.objects()) == FEW + 5 + 1 + 3
 
 
 def test_what_was_finished_before_a_stage_failed_is_sent(machines: tuple[Store, Machine, Machine], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,15 +17,22 @@ import offline
 import pytest
 
 from tasks.wandb_log import sync as wandb_sync
+from tests.once import made_once
+from tests.preloaded import python_folder
 
 SECRET = "5ec2e7" * 7
 
 
+def prepare(root: Path) -> Path:
+    """A project whose teacher has something to read."""
+    (root / "data/latents").mkdir(parents=True)
+    (root / "data/latents/a").write_text("latents")
+    return offline.project(root)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "data/latents").mkdir(parents=True)
-    (tmp_path / "data/latents/a").write_text("latents")
-    monkeypatch.chdir(offline.project(tmp_path))
+    monkeypatch.chdir(prepare(tmp_path))
     monkeypatch.delenv("WANDB_DIR", raising=False)
     return tmp_path
 
@@ -54,7 +62,7 @@ def sync(here: Path, place: str, server: str, *words: str, **more: str) -> subpr
     """As `cf wandb sync`, with another `wandb` than the real one before it on the path."""
     environment = offline.environment(WANDB_API_KEY=SECRET, WANDB_BASE_URL=server, **more)
     environment["PYTHONPATH"] = f"{place}:{environment['PYTHONPATH']}"
-    command = [sys.executable, "-m", "tasks", "wandb", "sync", *words]
+    command = [python_folder() / "python", "-m", "tasks", "wandb", "sync", *words]
     return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -65,10 +73,18 @@ def server() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
-def two_runs(here: Path) -> list[wandb_sync.LocalRun]:
+def make_two_runs(root: Path) -> None:
+    prepare(root)
     for _ in range(2):
-        assert offline.stage(here, "teacher", "models/teacher", "out.mkdir(parents=True); return {}").returncode == 0
-    return wandb_sync.list_runs(here)
+        assert offline.stage(root, "teacher", "models/teacher", "out.mkdir(parents=True); return {}").returncode == 0
+
+
+def two_runs(here: Path) -> list[wandb_sync.LocalRun]:
+    """Copies of two that W&B has written: what is tried here begins when they lie there."""
+    shutil.copytree(made_once("two-runs", make_two_runs) / "runtime", here / "runtime", symlinks=True)
+    runs = wandb_sync.list_runs(here)
+    assert [run.state for run in runs] == ["waits", "waits"]
+    return runs
 
 
 def test_runs_are_sent_once_in_the_order_they_started(here: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from cf_model.model.denoiser import Denoiser
 from cf_model.model.memory import Memory, MemorySpec, empty_memory
 from cf_model.model.rollout import descend_levels, stream
 from tests.model.test_batch_memory import READINGS
+from tests.preloaded import python_folder
 from tests.small import SHAPE, denoiser, normal, rng, spec
 from tests.test_presets import NAMES, parameters
 
+ROOT = Path(__file__).parents[2]
 SIGMAS = [1.0, 0.6]
 PLAIN = {"sink": 0, "slow": 0, "fast": 9, "promote": "none", "positions": "absolute"}
 TAU = 0.83  # near the median similarity of this random model, so that videos differ
@@ -105,7 +107,7 @@ print("alike")
 
 def test_compiled_parts_are_one_graph_and_compute_the_same():
     """In a process of its own, because a compiler can't read functions whose arguments are checked, as in tests they are."""
-    done = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, check=False)
+    done = subprocess.run([python_folder() / "python", "-c", COMPARE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "alike\n", done.stderr[-2000:]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.flows.s3 import BUCKET, Store
+from tests.preloaded import FLOW
 from tests.security.places import found
 
 ROOT = Path(__file__).parents[2]
@@ -52,11 +53,11 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path, store: Store) -> None:
     """The real project, of which the first stages run in a worktree of their own, under Prefect, with W&B offline, and are pushed."""
     home, project = tmp_path / "home", tmp_path / "home/project"
     home.mkdir()
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", ROOT.as_uri(), str(project)], check=True)
     env = environment(home)
     add = [sys.executable, "-m", "tasks", "remote", "add", "lab", f"s3://{BUCKET}/cf", "--endpoint", store.url, "--local"]
     subprocess.run(add, cwd=project, env=env, check=True)
-    run = [sys.executable, "-m", "flows.pipeline", "--profile", "smoke", "--set", "seed=7", "--to", "clips", "--push"]
+    run = [sys.executable, "-c", FLOW, "--profile", "smoke", "--set", "seed=7", "--to", "clips", "--push"]
     done = subprocess.run(run, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
     (home / "said.txt").write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:]

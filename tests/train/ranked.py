@@ -202,7 +202,7 @@ class SentNumbers:
 SENT = SentNumbers()
 
 
-def train(name: str, out: Path, steps: int = STEPS, every: int = 4) -> None:
+def train(name: str, out: Path, steps: int, every: int) -> None:
     job, models = globals()[name]()
     track = Track(name, out) if is_first_rank() else ranks.Follower(name, out)
     track.finished = lambda: None  # type: ignore[method-assign]
@@ -221,7 +221,8 @@ def train(name: str, out: Path, steps: int = STEPS, every: int = 4) -> None:
 
 
 def follow(plan: list[dict[str, Any]], folder: Path) -> None:
-    """One job after the other, each with its own engine; `begin` is a folder whose checkpoints a job goes on from."""
+    """One job after the other, each with its own engine; `begin` is a folder whose checkpoints a job goes on from. Videos are made every
+    `every` steps, or never."""
     global ENGINE
     for entry in plan:
         ENGINE = engine_spec(entry.get("engine", {}))
@@ -230,7 +231,7 @@ def follow(plan: list[dict[str, Any]], folder: Path) -> None:
             shutil.copytree(folder / entry["begin"], out) if "begin" in entry else out.mkdir(parents=True, exist_ok=True)
         if dist.is_initialized():
             dist.barrier()
-        train(entry["out"].split("/")[-1], out, entry.get("steps", STEPS))
+        train(entry["out"].split("/")[-1], out, entry.get("steps", STEPS), entry.get("every", 0))
 
 
 if __name__ == "__main__":
