@@ -96,8 +96,10 @@ def draw_page(findings: Sequence[Row], sentence: str) -> str:
     )
     style = (
         ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:2rem;max-width:80rem}"
+        "h1{font-size:1.5rem;line-height:1.25}div{overflow-x:auto}"
         f"svg{{width:{WIDTH}px}}"
-        "th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;border-bottom:1px solid #8884}.drifted th{color:#d33}"
+        "th,td{text-align:left;vertical-align:top;padding:.3rem .9rem .3rem 0;min-width:4rem;border-bottom:1px solid #8884}"
+        ".drifted th{color:#d33}"
     )
     heads = "".join(f"<th>{head}</th>" for head in ("rule", "of", "moved", "p", "", "grey: training set; blue: tonight; red: threshold"))
     note = (
@@ -105,6 +107,7 @@ def draw_page(findings: Sequence[Row], sentence: str) -> str:
         f"Red is what moved by {LEAST_MOVED:g} and by a chance of at most {CHANCE:g} over all rows.</p>"
     )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Drift of the clips</title><style>{style}</style></head>'
-        f"<body><h1>{escape(sentence)}</h1>{note}<table><tr>{heads}</tr>{rows}</table></body></html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Drift of the clips</title><style>{style}</style></head>"
+        f"<body><h1>{escape(sentence)}</h1>{note}<div><table><tr>{heads}</tr>{rows}</table></div></body></html>\n"
     )

@@ -126,7 +126,7 @@ def summarise_filter(manifest: Sequence[Row], clips: Iterable[Row]) -> dict[str,
         "heldout": sum(row["split"] == "heldout" for row in manifest),
         "rejected": rejected,
         "reasons": Counter(row["reason"] for row in rejected).most_common(),
-        "known": bool(planted),
+        "known": any(planted.values()),  # nobody knows which of a user's own clips are bad
         "missed": [row["id"] for row in manifest if row["kept"] and planted.get(row["id"])],
         "lost": [row["id"] for row in rejected if not row["planted"]],
         "planted": sum(bool(kind) for kind in planted.values()),

@@ -20,7 +20,7 @@ from evaluate.project import EVIL, jsonl, make_params, write_mp4, write_project
 
 from cf_model.data import worlds
 from cf_model.evaluate.figures import Line, draw_chart, draw_memories, draw_strip
-from cf_model.evaluate.page import describe_system, list_facts
+from cf_model.evaluate.page import describe_system, list_facts, summarise_filter
 from cf_model.evaluate.report import Results, check_goals, compare_stages, format_number, state_verdict
 from cf_model.evaluate.statistics import Interval, without_interval
 from cf_model.model.view import TeacherView
@@ -91,6 +91,12 @@ def test_says_what_was_planted_and_caught(made: tuple[Any, str, Any]) -> None:
     assert "3 of 6 clips were kept" in text
     assert "all of them were caught" in text and "no good one was lost" in text
     assert "seconds > 10.0" in text
+
+
+def test_calls_no_clip_of_a_user_lost_because_nobody_planted_any() -> None:
+    manifest = [{"id": "a", "kept": True, "split": "train"}, {"id": "b", "kept": False, "split": "", "reason": "too_short"}]
+    assert not summarise_filter(manifest, [{"id": "a", "planted": None}, {"id": "b", "planted": None}])["known"]
+    assert summarise_filter(manifest, [{"id": "a", "planted": None}, {"id": "b", "planted": "short"}])["known"]
 
 
 def test_says_where_the_numbers_come_from_and_what_stands_in_for_another(made: tuple[Any, str, Any]) -> None:
