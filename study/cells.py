@@ -20,7 +20,7 @@ from cf_model.data.video_reader import read_video
 from cf_model.evaluate.cells import expand_lines, group_values
 from cf_model.plan.forecast import estimate_needs
 from study import nodes
-from study.nodes import MADE, STUDY, WORK, compute_cell_key, hash_code, locate_weights, open_folder
+from study.nodes import MADE, STUDY, WORK, build_params, compute_cell_key, hash_code, locate_weights, open_folder
 from study.plan import Cell, Plan
 from tasks.commands.control import run_stage
 from tasks.files.atomic import delete_path, write_atomically
@@ -36,8 +36,7 @@ MACHINE = ("cpu", "cores", "memory_gib", "python", "system", "load")  # of runti
 def measure_cell(plan: Plan, cell: Cell) -> None:
     """Make a cell's videos, measure them with the pipeline's own stages, and write study/cells/<profile>/<name>.jsonl."""
     folder, clips = open_folder(plan, cell.name), MADE / plan.profile / cell.world / ("reporting" if cell.counted else "validation")
-    weights = {name: path for name, path in locate_weights(plan, cell).items() if name != "scores"}
-    samples, results = folder / "samples", folder / "results"
+    weights, samples, results = choose_weights(plan, cell), folder / "samples", folder / "results"
     run_stage(
         folder, "generate", codec=MADE / plan.profile / cell.world / "training/codec", latents=clips / "latents", **weights, out=samples
     )
@@ -50,6 +49,17 @@ def measure_cell(plan: Plan, cell: Cell) -> None:
     write_atomically(file, dump_json_lines(rows))
     delete_path(samples)
     delete_path(results)
+
+
+def choose_weights(plan: Plan, cell: Cell) -> dict[str, Path]:
+    """Return the weights that `generate` is given for a cell, by its options.
+
+    `generate` wants all options and refuses what is not there. A cell needs few of the models, and the others may not be made yet, or
+    never: base stands in their place, and nothing reads it.
+    """
+    paths, found = locate_weights(plan, cell), build_params(plan, cell.world, cell.seed, arm=cell.arm)["generate"]
+    needed = {system["weights"] for suite in ("systems", "continuations") for system in found[suite].values()}
+    return {name: path if name in needed else paths["base"] for name, path in paths.items() if name != "scores"}
 
 
 def locate_cell(plan: Plan, cell: Cell) -> Path:

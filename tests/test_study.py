@@ -257,6 +257,18 @@ def test_what_fails_stops_its_seed_alone_and_is_named(plan: Plan, tmp_path: Path
     )
 
 
+@pytest.mark.parametrize(
+    ("arm", "needed"), [("teacher", {"teacher"}), ("stage1", {"stage2"}), ("cdmd", {"stage2"}), ("cdmd_60s", {"stage2"})]
+)
+def test_a_cell_waits_for_no_model_that_it_does_not_generate_with(plan: Plan, arm: str, needed: str) -> None:
+    """`generate` refuses a path that is not there, and a teacher's cell is made before any student."""
+    cell = next(cell for cell in plan.cells if cell.arm == arm)
+    given, located = cells.choose_weights(plan, cell), nodes.locate_weights(plan, cell)
+    assert {name for name, path in given.items() if path != located["base"]} == {needed}
+    assert given[needed] == located[needed]
+    assert set(given) == {"base", "teacher", "causal_init", "stage1", "stage2"}
+
+
 def test_a_cell_is_what_the_stages_measured(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = next(cell for cell in plan.cells if cell.name == "orbit-2-cdmd")
     folder = tmp_path / "tiny" / cell.name
