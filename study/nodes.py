@@ -53,7 +53,8 @@ def build_params(
     if about:
         teacher, init = about.teacher, about.init
     tree = json.loads(json.dumps(read_profile(plan.profile)))  # not a deep copy: sections that YAML aliases to one another must part
-    changes = [plan.shared, plan.worlds[world].params, plan.teachers[teacher], plan.inits[init], about.params if about else {}]
+    changes = [plan.shared.get(plan.profile, {}), plan.worlds[world].params, plan.teachers[teacher], plan.inits[init]]
+    changes += [about.params] if about else []
     for change in changes:
         lay_over(tree, change)
     tree["seed"] = plan.worlds[world].training if seed is None else seed

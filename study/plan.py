@@ -138,7 +138,7 @@ class Plan(Section):
     """All of study/plan.yaml."""
 
     profile: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    shared: Changes
+    shared: dict[str, Changes]  # by profile: what every arm has
     worlds: dict[Name, WorldSet]
     reported: PositiveInt
     frames: PositiveInt

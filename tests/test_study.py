@@ -318,7 +318,9 @@ def test_what_changes_a_number_changes_the_key(plan: Plan) -> None:
     cell = next(cell for cell in plan.cells if cell.name == "orbit-1-cdmd")
     other = next(cell for cell in plan.cells if cell.name == "orbit-2-cdmd")
     assert nodes.compute_cell_key(plan, cell) != nodes.compute_cell_key(plan, other)
-    changed = plan.model_copy(update={"shared": {"base": {"steps": 7}}})
+    changed = plan.model_copy(update={"shared": {"tiny": plan.shared["tiny"] | {"base": {"steps": 7}}}})
     assert nodes.compute_cell_key(changed, cell) != nodes.compute_cell_key(plan, cell)
-    watched = plan.model_copy(update={"shared": {"nightly": {"prompts": 1}}})
+    elsewhere = plan.model_copy(update={"shared": plan.shared | {"small": {"base": {"steps": 7}}}})
+    assert nodes.compute_cell_key(elsewhere, cell) == nodes.compute_cell_key(plan, cell), "another profile's"
+    watched = plan.model_copy(update={"shared": {"tiny": plan.shared["tiny"] | {"nightly": {"prompts": 1}}}})
     assert nodes.compute_cell_key(watched, cell) == nodes.compute_cell_key(plan, cell)
