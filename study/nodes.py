@@ -105,6 +105,16 @@ def locate_weights(plan: Plan, cell: Cell) -> dict[str, Path]:
     return paths | {"scores": paths["base"] if about.scores == "base" else paths["teacher"]}
 
 
+def list_targets(plan: Plan, cell: Cell) -> list[str]:
+    """Return the trainings that a cell needs and the cell, in running order, as study/dvc.yaml names them; the world's clips are there."""
+    about, seed = plan.trained_arm(cell.arm), f"{plan.profile}-{cell.world}-{cell.seed}"
+    teacher, init = [f"teacher@{seed}-{about.teacher}"], [f"{stage}@{seed}-{about.init}" for stage in ("causal_init", "stage1")]
+    scores = [] if about.scores == "base" else teacher
+    student = [*scores, *init, f"stage2@{seed}-{plan.arms[cell.arm].weights or cell.arm}"]
+    made = {"teacher": teacher, "stage1": init}.get(about.student or "stage2", student)
+    return [f"base@{seed}", *made, f"cell@{plan.profile}-{cell.name}"]
+
+
 def list_nodes(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every node that the plan's cells need, with its parameters; names come once."""
     for world in plan.worlds:

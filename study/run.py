@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from study.forecast import describe_hours, is_made, list_missing
-from study.nodes import ROOT, STUDY, write_nodes
+from study.nodes import ROOT, STUDY, list_targets, write_nodes
 from study.plan import Cell, Plan
 from tasks.files.dvc_rwlock import mend_rwlock
 from tasks.params.yaml_file import Refused
@@ -40,7 +40,7 @@ def make_cells(plan: Plan, *, jobs: int, groups: Iterable[str] | None = None) ->
             try:
                 if not is_made(plan, cell):
                     print(f"cell {cell.name}", flush=True)
-                    reproduce(f"cell@{plan.profile}-{cell.name}")
+                    reproduce(*list_targets(plan, cell))
             except Refused:
                 failed.append(cell.name)
                 return  # a seed's next cell mostly needs what failed
@@ -66,9 +66,12 @@ def split_by_group(plan: Plan, cells: list[Cell]) -> list[list[list[Cell]]]:
     return out
 
 
-def reproduce(target: str) -> None:
-    """Let DVC make one target and what it needs; raises Refused where a stage of it fails, which has said why."""
+def reproduce(*targets: str) -> None:
+    """Let DVC make these targets, and nothing that they need; raises Refused where one of them fails, which has said why.
+
+    Nothing that they need, because to look at the clips again DVC wants them for itself, and another seed's training reads them.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
-    if subprocess.run(["dvc", "--wait-for-lock", "repro", "--quiet", target], cwd=STUDY, env=environment).returncode:
-        raise Refused(f"{target} failed")
+    if subprocess.run(["dvc", "--wait-for-lock", "repro", "--single-item", "--quiet", *targets], cwd=STUDY, env=environment).returncode:
+        raise Refused(f"{targets[-1]} failed")

@@ -158,20 +158,28 @@ for path in made.get(stage, paths[:1]):
 """
 
 
-def test_dvc_makes_a_cell_from_its_shared_models(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By DVC itself, with a stub in the place of the stages: what a cell needs, once, in running order; then only what is missing."""
-    study = tmp_path / "study"
+def lay_out(folder: Path, stub: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a study's DVC project, whose nodes are the stub; return its folder."""
+    study = folder / "study"
     study.mkdir()
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / "study" / name, study)
     shutil.copytree(ROOT / "study/.dvc", study / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache"))
-    (tmp_path / "stub/study").mkdir(parents=True)
-    (tmp_path / "stub/study/__main__.py").write_text(STUB)
-    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    (folder / "stub/study").mkdir(parents=True)
+    (folder / "stub/study/__main__.py").write_text(stub)
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
     monkeypatch.setattr(nodes, "PARAMS", study / "params")
-    few = plan.model_copy(
-        update={"groups": {"main": plan.groups["main"].model_copy(update={"seeds": [1], "arms": ["memoryless", "cdmd"]})}}
-    )
+    return study
+
+
+def choose_cells(plan: Plan, **main: Any) -> Plan:
+    return plan.model_copy(update={"groups": {"main": plan.groups["main"].model_copy(update=main)}})
+
+
+def test_dvc_makes_a_cell_from_its_shared_models(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By DVC itself, with a stub in the place of the stages: what a cell needs, once, in running order; then only what is missing."""
+    study = lay_out(tmp_path, STUB, monkeypatch)
+    few = choose_cells(plan, seeds=[1], arms=["memoryless", "cdmd"])
     nodes.write_nodes(few)
 
     def reproduce(target: str) -> list[str]:
@@ -188,6 +196,26 @@ def test_dvc_makes_a_cell_from_its_shared_models(plan: Plan, tmp_path: Path, mon
     nodes.write_nodes(few)
     assert {file: file.stat().st_mtime_ns for file in (study / "params").rglob("*.json")} == before, "unchanged files are left alone"
     assert reproduce("cell@tiny-orbit-1-memoryless") == ["stage2@tiny-orbit-1-memoryless", "cell@tiny-orbit-1-memoryless"]
+
+
+@pytest.mark.parametrize("arm", ["teacher", "stage1", "cdmd", "memoryless_base"])
+def test_what_a_cell_is_made_from_is_what_dvc_says(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str) -> None:
+    study = lay_out(tmp_path, STUB, monkeypatch)
+    nodes.write_nodes(few := choose_cells(plan, seeds=[1], arms=[arm]))
+    [cell] = few.cells
+    said = subprocess.run(["dvc", "dag", "--dot", f"cell@tiny-{cell.name}"], cwd=study, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r'"(\w+@[\w-]+)"', said)) == {"clips@tiny-orbit", *nodes.list_targets(few, cell)}
+
+
+def test_two_seeds_are_trained_side_by_side(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is still training, and reads the world's clips, while DVC looks for what the other one needs."""
+    study = lay_out(tmp_path, "import time\n" + STUB + "time.sleep(0 if stage == 'clips' else 1.5)\n", monkeypatch)
+    for name, value in (("STUDY", study), ("ROOT", tmp_path / "stub")):
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(cells, "CELLS", study / "cells")
+    monkeypatch.setattr(run, "is_made", lambda plan, cell: False)  # by another's parameters: the stub writes no key
+    run.make_cells(choose_cells(plan, seeds=[1, 2], arms=["teacher"]), jobs=2)
+    assert sorted(file.name for file in (study / "cells/tiny").iterdir()) == ["orbit-1-teacher.jsonl", "orbit-2-teacher.jsonl"]
 
 
 def test_a_training_gets_the_models_before_it(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -226,7 +254,7 @@ def test_a_second_call_makes_only_what_is_missing(plan: Plan, tmp_path: Path, mo
     monkeypatch.setattr(cells, "CELLS", tmp_path)
     monkeypatch.setattr(run, "write_nodes", lambda plan: None)
     asked: list[str] = []
-    monkeypatch.setattr(run, "reproduce", asked.append)
+    monkeypatch.setattr(run, "reproduce", lambda *targets: asked.append(targets[-1]))
     write_made_up(plan, tmp_path, lambda arm, seed: 40.0, arms={"teacher", "cdmd"}, seeds={1, 2, 3})
     run.make_cells(plan, jobs=2, groups=["main"])
     assert asked[0] == "clips@tiny-orbit" and len(asked) == 1 + 48 - 6
@@ -244,8 +272,8 @@ def test_what_fails_stops_its_seed_alone_and_is_named(plan: Plan, tmp_path: Path
     monkeypatch.setattr(run, "write_nodes", lambda plan: None)
     asked: list[str] = []
 
-    def reproduce(target: str) -> None:
-        asked.append(target)
+    def reproduce(*targets: str) -> None:
+        asked.append(target := targets[-1])
         if target == "cell@tiny-pan-2-stage1":
             raise Refused(f"{target} failed")
 
