@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
+from hypothesis import strategies as st
 
 LEVELS = 23  # grey levels, so far apart that no codec mixes them up
 # container -> ending, codecs
@@ -22,12 +24,34 @@ KINDS = {
     "flv": ("flv", ("libx264",)),
     "asf": ("wmv", ("wmv2",)),
 }
+RATES = [Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(50), Fraction(60)]
 PAIRS = [(container, codec) for container, (_, codecs) in KINDS.items() for codec in codecs]
 
 
 def level(number: int) -> int:
     """Grey level of frame `number`."""
     return 20 + number * 7 % LEVELS * 9
+
+
+class Film(NamedTuple):
+    """What a film is written with."""
+
+    container: str
+    codec: str
+    rate: Fraction
+    times: list[int]  # of its frames, in units of 1 / rate
+
+
+@st.composite
+def draw_film(draw: st.DrawFn) -> Film:
+    """Draw a container and a codec, a rate, a beginning, and in some containers times at a variable rate."""
+    (container, codec), rate = draw(st.sampled_from(PAIRS)), draw(st.sampled_from(RATES))
+    begin, count = draw(st.integers(0, 90)), draw(st.integers(12, 70))
+    begin = 0 if container == "avi" else begin  # in an AVI a later beginning is frames that were dropped
+    steps = [1] * count
+    if container in ("matroska", "webm", "mp4") and draw(st.booleans()):
+        steps = draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    return Film(container, codec, rate, [int(time) for time in np.cumsum([begin, *steps[:-1]])])
 
 
 def write_film(

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from cf_model.data import clip_reader, video_reader
 from cf_model.data.clip_reader import ClipReader
 from cf_model.data.decord_reader import CODECS, DecordFile
 from tasks.params.schema import Encode
-from tests.data.files import KINDS, PAIRS, write_film
-from tests.data.test_video_reader import RATES
+from tests.data.files import KINDS, Film, draw_film, write_film
 
 CLIPS = Path(__file__).parents[3] / "shared" / "clips"
 SIZE = {"height": 64, "width": 64, "fps": 16}
@@ -35,20 +33,13 @@ def read_by_decord(path: Path, **size: int) -> np.ndarray:
 @needs_decord
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(pair=st.sampled_from(PAIRS), rate=st.sampled_from(RATES), begin=st.integers(0, 90), count=st.integers(12, 70), data=st.data())
-def test_decord_gives_the_frames_of_pyav_to_the_bit_or_none(
-    tmp_path: Path, pair: tuple[str, str], rate: Fraction, begin: int, count: int, data: st.DataObject
-) -> None:
+@given(film=draw_film())
+def test_decord_gives_the_frames_of_pyav_to_the_bit_or_none(tmp_path: Path, film: Film) -> None:
     """Over containers, codecs, rates, beginnings and variable rates, at the film's own size."""
-    container, codec = pair
-    path = tmp_path / f"film.{KINDS[container][0]}"
-    times = [begin + number for number in range(count)]
-    if container in ("matroska", "webm", "mp4") and data.draw(st.booleans(), label="variable rate"):
-        steps = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
-        times = [int(time) for time in np.cumsum([begin, *steps[:-1]])]
-    write_film(path, container, codec, rate, times)
+    path = tmp_path / f"film.{KINDS[film.container][0]}"
+    write_film(path, *film)
     expected = video_reader.read_video(path, **SIZE)  # type: ignore[arg-type]
-    if pair not in READ:
+    if (film.container, film.codec) not in READ:
         with pytest.raises(ValueError, match=r"^film\.\w+ is read by PyAV, because decord may be wrong about"):
             read_by_decord(path)
     else:

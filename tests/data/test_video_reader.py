@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cf_model.data import video, video_reader, worlds
-from tests.data.files import KINDS, PAIRS, decode_in_order, write_film
+from tests.data.files import KINDS, RATES, Film, decode_in_order, draw_film, write_film
 
 CLIPS = Path(__file__).parents[3] / "shared" / "clips"
-RATES = [Fraction(24000, 1001), Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30), Fraction(50), Fraction(60)]
 FPS = 16
 
 
@@ -34,18 +33,12 @@ def find_nearest(times: list[Fraction], count: int, fps: int) -> list[int]:
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(pair=st.sampled_from(PAIRS), rate=st.sampled_from(RATES), begin=st.integers(0, 90), count=st.integers(12, 70), data=st.data())
-def test_frames_at_16_fps_are_those_that_sequential_decoding_gives(
-    tmp_path: Path, pair: tuple[str, str], rate: Fraction, begin: int, count: int, data: st.DataObject
-) -> None:
-    container, codec = pair
-    begin = 0 if container == "avi" else begin  # in an AVI a later beginning is frames that were dropped
+@given(film=draw_film())
+def test_frames_at_16_fps_are_those_that_sequential_decoding_gives(tmp_path: Path, film: Film) -> None:
+    container, codec, rate, times = film
+    count = len(times)
     path = tmp_path / f"film.{KINDS[container][0]}"
-    times = [begin + i for i in range(count)]
-    if container in ("matroska", "webm", "mp4") and data.draw(st.booleans(), label="variable rate"):
-        steps = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
-        times = list(np.cumsum([begin, *steps[:-1]]))
-    write_film(path, container, codec, rate, [int(time) for time in times])
+    write_film(path, *film)
     shown, levels = decode_in_order(path)
     assert count - 1 <= len(shown) <= count  # mpeg4 drops a frame where the rate varies
     if container == "mpeg" or (container, codec) == ("avi", "libx264"):  # whose times are wrong in PyAV too; its order is right
