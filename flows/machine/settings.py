@@ -95,6 +95,9 @@ def process_environment(machine: Machine, env: Mapping[str, str] = os.environ) -
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "45",
         "PREFECT_LOGGING_COLORS": "false",
+        # Prefect tries a run's first batch of lines only once (a client that never reached the server gives up), and its default of 2 s
+        # would put the first stage's lines into that batch: they were lost where the server died just then
+        "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.5",
     }
 
 

@@ -43,6 +43,7 @@ def test_the_server(machine: Machine) -> None:
     assert machine.finish(run) == "Completed"
     assert set(machine.tasks(run).values()) <= {"Completed", "Restored"}
     lines = machine.logs(run)
+    assert any(line.startswith("Beginning flow run") for line in lines), "the run's first batch of lines was lost"
     missing = [step for step in range(1, 121) if not any(f"slow: {step} of 120 steps" in line for line in lines)]
     assert not missing, "lines of the log were lost"
     again(machine)
