@@ -59,7 +59,7 @@ class PassView:
     mask: Tensor | None = None  # which of its own tokens a pass without a memory attends to, [B, 1, 1, F * S]; None: all
     last: int | None = None  # layer after whose keys and values the pass may stop, since nothing else of it is wanted
 
-    _rows: Tensor | None = None  # see `read_rows`
+    _rows: list[Tensor] | None = None  # see `read_rows`
 
     def read_rows(self, layer: int, temb: Tensor, tables: list[Tensor]) -> list[Tensor]:
         """Return a block's shift, 1 + scale and gate of the self-attention and of the feed-forward, for the time embedding `temb`.
@@ -76,8 +76,8 @@ class PassView:
             # [layers, 6, B, 1, N * D], from tables of [1, 6, N * D] and temb [B, 6, N * D]
             rows = torch.cat(tables)[:, :, None, None] + temb.float().transpose(0, 1)[:, :, None]
             rows[:, 1::3] += 1
-            self._rows = rows
-        return list(self._rows[layer])
+            self._rows = list(rows.flatten(0, 1))
+        return self._rows[6 * layer : 6 * layer + 6]
 
     def rotation(self, layer: int) -> Rotation:
         """Return a layer's rotation of the pass's own queries and keys."""

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .attention import PassView
 from .kernels import NATIVE, attend
 from .key_values import LayerKeyValues
+from .plain_block import can_run_plain, is_plain_pass, run_plain_block
 from .rope import apply_rope, turn_keys
 
 # whether oneDNN computes an activation in the product on this machine's CPU, in float32 and in bfloat16
@@ -80,14 +81,6 @@ class PromptAttention:
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).to(v.dtype)
         out = attend(q, k, v, None, NATIVE)
         return attn.to_out[0](out.flatten(2, 3).type_as(hidden_states))
-
-
-def is_plain_pass(x: Tensor) -> bool:
-    """Say whether a pass computes in float32 without gradients, where few large operations are faster than many small ones.
-
-    The others are left to diffusers, because a backward pass wants what they store, and bfloat16 its own casts between operations.
-    """
-    return x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
 def add_product(base: Tensor, a: Tensor, b: Tensor, like: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L ND"]:
@@ -200,7 +193,10 @@ class MemoryBlock(WanTransformerBlock):
         if torch.is_grad_enabled() and not is_last:
             return super().forward(x, encoder_hidden_states, temb, view)  # a backward pass wants what diffusers stores
         # each [B, 1, N * D], or [B, L, N * D] with a level for each token; of the scales 1 + scale
-        shift, scale, gate, *ffn_rows = view.read_rows(layer, temb, self.tables)
+        rows = view.read_rows(layer, temb, self.tables)
+        if can_run_plain(self, x, view):
+            return run_plain_block(self, x, encoder_hidden_states, rows, view, is_last=is_last)
+        shift, scale, gate, *ffn_rows = rows
         k, v, q, turned = self._part("read_tokens")(self, x, shift, scale, torch.view_as_real(view.rotation(layer)), not is_last)
         view.capture(layer, k, v)
         if torch.is_grad_enabled():
@@ -208,12 +204,15 @@ class MemoryBlock(WanTransformerBlock):
         out = view.attend_past(layer, None if is_last else q, turned, v, self.attn1.processor.backend)
         if out is None:
             return x
-        prompt = encoder_hidden_states
-        prompt = prompt.read(layer, self.attn2) if isinstance(prompt, Prompt) else project_prompt(self.attn2, prompt)
+        prompt = self.read_prompt(encoder_hidden_states)
         # [B, T, N, D] to [2B, T, N, D], where two chunks of the same videos share a pass; of one video nothing is copied
         if len(prompt[0]) < len(x):
             prompt = tuple(part[None].expand(len(x) // len(part), *part.shape).flatten(0, 1) for part in prompt)
         return self._part("finish_tokens")(self, x, out, gate, *prompt, *ffn_rows)
+
+    def read_prompt(self, prompt: Any) -> tuple[Float[Tensor, "B T N D"], Float[Tensor, "B T N D"]]:
+        """Return the keys and values of a prompt in this block, made by the first pass that asks where passes share them."""
+        return prompt.read(self.attn2.processor.layer, self.attn2) if isinstance(prompt, Prompt) else project_prompt(self.attn2, prompt)
 
     def read_tokens(self, x: Tensor, shift: Tensor, scale: Tensor, turns: Tensor, is_asked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the self-attention's keys and values, its queries, and queries and keys are rotated: each [B, L, N, D].

@@ -10,7 +10,7 @@ ring, in which a chunk that was remembered stays where its last pass has written
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -44,6 +44,15 @@ class OwnPlace:
         return OwnPlace(self.slots, self.used, masks, [rotation.clone() for rotation in self.rotations])
 
 
+@dataclass(frozen=True)
+class OwnSlots:
+    """What a pass over a chunk writes in a layer and attends to, as views of the layer's slots, so that they are found once a chunk."""
+
+    # of each piece of the chunk in slots that follow each other: its tokens, and its keys, as complex numbers, and values [B, L, N, *]
+    parts: list[tuple[slice, Tensor, Tensor]]
+    seen: tuple[Tensor, Tensor, Tensor | None]  # keys and values that the pass attends to, [B, N, L, D], and what is added to the scores
+
+
 class SlotStore:
     """Rotated keys and values of a memory and of the chunk that sees it: [B, N, slots * S, D] a layer each.
 
@@ -56,6 +65,7 @@ class SlotStore:
         self.tokens = (x.shape[3] // table.patch_size[1]) * (x.shape[4] // table.patch_size[2])  # S
         self.keys, self.values, self.slots = list[Tensor](), list[Tensor](), 0
         self.own = OwnPlace([], [0], [None], [])  # of the chunk that sees the memory
+        self._views = dict[int, OwnSlots]()  # of layers in which a pass has written since the store was brought to its memory
         self.graphs = PassGraphs()  # passes over this store, if they are captured
         self.is_placed = False  # for the memory that it belongs to now
         self._held = dict[int, Held]()
@@ -89,7 +99,7 @@ class SlotStore:
             for at, now in zip(self.own.rotations, rotations, strict=True):
                 at.copy_(now)
             rotations = self.own.rotations
-        self.own = replace(self.own, slots=slots[first + fast :], rotations=rotations)
+        self.own, self._views = replace(self.own, slots=slots[first + fast :], rotations=rotations), {}
         self.is_placed = True
         if not late:
             for layer in range(len(self.keys)):
@@ -258,18 +268,54 @@ class SlotStore:
 
         Returns the keys and values that the pass attends to, [B, L, N, D], and what is added to their scores.
         """
-        place, start = own or self.own, 0
-        while start < len(place.slots):  # a chunk may go over the ring's end
-            end = start + 1
-            while end < len(place.slots) and place.slots[end] == place.slots[end - 1] + 1:
-                end += 1
-            part = slice(start * self.tokens, end * self.tokens)
-            self._write(self.keys[layer], place.slots[start], k[:, part])
-            self._write(self.values[layer], place.slots[start], v[:, part])
-            start = end
+        place = own or self.own
+        for part, slot in self._list_pieces(place.slots):
+            self._write(self.keys[layer], slot, k[:, part])
+            self._write(self.values[layer], slot, v[:, part])
+        keys, values, mask = self._view_seen(layer, place)
+        return keys.transpose(1, 2), values.transpose(1, 2), mask
+
+    def turn_own(self, layer: int, k: Tensor, rotation: Rotation, v: Float[Tensor, "B L N D"]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rotate a pass's own keys, complex numbers [B, L, N, D / 2], into the slots where `write_own` would copy them, and write values.
+
+        Returns what the pass attends to as `write_own` does, but keys and values as they lie: [B, N, L, D].
+        """
+        views = self._views.get(layer) or self._view_own(layer)
+        if len(views.parts) == 1:
+            _, keys, values = views.parts[0]
+            torch.mul(k, rotation, out=keys)
+            values.copy_(v)
+            return views.seen
+        for part, keys, values in views.parts:
+            torch.mul(k[:, part], rotation[:, part], out=keys)
+            values.copy_(v[:, part])
+        return views.seen
+
+    def _view_own(self, layer: int) -> OwnSlots:
+        """Find the views of a layer's slots that `turn_own` writes."""
+        parts = list[tuple[slice, Tensor, Tensor]]()
+        for part, slot in self._list_pieces(self.own.slots):
+            at = slice(slot * self.tokens, slot * self.tokens + part.stop - part.start)
+            keys, values = (slots[layer][:, :, at].transpose(1, 2) for slots in (self.keys, self.values))
+            parts.append((part, torch.view_as_complex(keys.unflatten(3, (-1, 2))), values))
+        views = self._views[layer] = OwnSlots(parts, self._view_seen(layer, self.own))
+        return views
+
+    def _view_seen(self, layer: int, place: OwnPlace) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the keys and values of a layer that a pass attends to, [B, N, L, D], and what is added to their scores."""
         used, mask = _of_layer(place.used, layer), _of_layer(place.masks, layer)
-        keys, values = (part[layer][:, :, :used].transpose(1, 2) for part in (self.keys, self.values))
+        keys, values = (part[layer][:, :, :used] for part in (self.keys, self.values))
         return keys, values, None if mask is None else mask[..., :used]
+
+    def _list_pieces(self, slots: list[int]) -> Iterator[tuple[slice, int]]:
+        """Yield the tokens of each piece of a chunk whose slots follow each other, and its first slot: it may go over the ring's end."""
+        start = 0
+        while start < len(slots):
+            end = start + 1
+            while end < len(slots) and slots[end] == slots[end - 1] + 1:
+                end += 1
+            yield slice(start * self.tokens, end * self.tokens), slots[start]
+            start = end
 
     def adopt(self, chunk: Frames) -> None:
         """Take over the next memory, in which these frames are what the last pass has written into the own chunk's slots; () if not."""
