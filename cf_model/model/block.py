@@ -204,11 +204,11 @@ class MemoryBlock(WanTransformerBlock):
         out = view.attend_past(layer, None if is_last else q, turned, v, self.attn1.processor.backend)
         if out is None:
             return x
-        prompt = self.read_prompt(encoder_hidden_states)
+        keys, values = self.read_prompt(encoder_hidden_states)
         # [B, T, N, D] to [2B, T, N, D], where two chunks of the same videos share a pass; of one video nothing is copied
-        if len(prompt[0]) < len(x):
-            prompt = tuple(part[None].expand(len(x) // len(part), *part.shape).flatten(0, 1) for part in prompt)
-        return self._part("finish_tokens")(self, x, out, gate, *prompt, *ffn_rows)
+        if len(keys) < len(x):
+            keys, values = (part[None].expand(len(x) // len(part), *part.shape).flatten(0, 1) for part in (keys, values))
+        return self._part("finish_tokens")(self, x, out, gate, keys, values, *ffn_rows)
 
     def read_prompt(self, prompt: Any) -> tuple[Float[Tensor, "B T N D"], Float[Tensor, "B T N D"]]:
         """Return the keys and values of a prompt in this block, made by the first pass that asks where passes share them."""

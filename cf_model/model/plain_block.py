@@ -29,7 +29,7 @@ def is_plain_pass(x: Tensor) -> bool:
 
 
 def can_run_plain(block: Any, x: Tensor, view: PassView) -> bool:
-    """Say whether `run_plain_block` can take a block's pass: not for a compiler, nor two chunks at once, nor with ZeRO 3's split weights."""
+    """Say whether `run_plain_block` can take a block's pass: not for a compiler, nor two chunks at once, nor with ZeRO 3."""
     if not is_plain_pass(x) or type(view) is not PassView or block.is_compiled or torch.compiler.is_compiling():
         return False
     attn, past = block.attn1, view.past
@@ -45,16 +45,16 @@ def run_plain_block(
     parts = block._modules  # by which a module is found faster than by its name
     own, cross, ffn = parts["attn1"], parts["attn2"], parts["ffn"]._modules["net"]._modules
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
-    out = attend_plain(own, torch.addcmul(shift, normalize(parts["norm1"], x), scale), view, is_last=is_last)
+    out = attend_plain(own, add_product_to(shift, normalize(parts["norm1"], x), scale), view, is_last=is_last)
     if out is None:
         return x
-    x = torch.addcmul(x, multiply(_read_out(own), out), gate)
+    x = add_product_to(x, multiply(_read_out(own), out), gate)
     q = scale_tokens(multiply(cross._modules["to_q"], normalize(parts["norm2"], x)), cross._modules["norm_q"])
     keys, values = block.read_prompt(prompt)  # [B, T, N, D]
     out = functional.scaled_dot_product_attention(_split(q, cross.heads), keys.transpose(1, 2), values.transpose(1, 2))
     x = multiply(_read_out(cross), out.transpose(1, 2).flatten(2)).add_(x)
-    hidden = ffn["0"](torch.addcmul(ffn_shift, normalize(parts["norm3"], x), ffn_scale))
-    return torch.addcmul(x, multiply(ffn["2"], hidden), ffn_gate)
+    hidden = ffn["0"](add_product_to(ffn_shift, normalize(parts["norm3"], x), ffn_scale))
+    return add_product_to(x, multiply(ffn["2"], hidden), ffn_gate)
 
 
 def attend_plain(attn: Any, normed: Float[Tensor, "B L ND"], view: PassView, *, is_last: bool) -> Float[Tensor, "B L ND"] | None:
@@ -77,18 +77,23 @@ def attend_plain(attn: Any, normed: Float[Tensor, "B L ND"], view: PassView, *, 
     return functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+def add_product_to(base: Tensor, a: Float[Tensor, "B L ND"], b: Tensor) -> Float[Tensor, "B L ND"]:
+    """Return base + a * b in the memory of `a`, which nobody reads any more."""
+    return torch.addcmul(base, a, b, out=a)
+
+
 def multiply(layer: nn.Module, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B N"]:
     """Return a linear layer's product, by its function alone where its call does nothing else: no adapter, no hook."""
     if type(layer) is not nn.Linear or layer._forward_pre_hooks or layer._forward_hooks:
-        return layer(x)  # type: ignore[no-any-return]
-    weights = layer._parameters
-    return functional.linear(x, weights["weight"], weights["bias"])  # type: ignore[arg-type]
+        return layer(x)
+    weights: Any = layer._parameters
+    return functional.linear(x, weights["weight"], weights["bias"])
 
 
 def normalize(norm: Any, x: Float[Tensor, "B L ND"]) -> Float[Tensor, "B L ND"]:
     """Return a layer norm of float32, as diffusers' layer computes it among conversions."""
     if not isinstance(norm, nn.LayerNorm):  # a model without a norm before its prompt
-        return norm(x)  # type: ignore[no-any-return]
+        return norm(x)
     weights = norm._parameters
     return torch.layer_norm(x, norm.normalized_shape, weights["weight"], weights["bias"], norm.eps)
 
@@ -111,4 +116,4 @@ def _split(q: Float[Tensor, "B L ND"], heads: int) -> Float[Tensor, "B N L D"]:
 
 def _read_out(attn: Any) -> nn.Module:
     """Return an attention's last product."""
-    return attn._modules["to_out"]._modules["0"]  # type: ignore[no-any-return]
+    return attn._modules["to_out"]._modules["0"]
