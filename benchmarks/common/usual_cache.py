@@ -4,6 +4,9 @@ The cache is one tensor a layer that every pass writes into. Keys are rotated on
 by a clone before a chunk enters; where the chunk goes is read from tensors; the prompt's keys and values are computed once. The blocks
 are written as published code writes them, operation by operation, on the weights of a `Denoiser`. tests/test_benchmarks.py shows that
 its videos are those of our memory at `positions: absolute`.
+
+In one thing it is leaner than published code: shift, scale and gate are one row a video here. Self-Forcing (wan/modules/causal_model.py)
+embeds a level for each latent frame, and spreads rows of each frame over that frame's tokens in every block.
 """
 
 from __future__ import annotations
