@@ -45,14 +45,17 @@ def run_plain_block(
     parts = block._modules  # by which a module is found faster than by its name
     own, cross, ffn = parts["attn1"], parts["attn2"], parts["ffn"]._modules["net"]._modules
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
+    # alg. 1, line 18: from the chunk to everything remembered, whose slots the chunk's own keys and values join
     out = attend_plain(own, add_product_to(shift, normalize(parts["norm1"], x), scale), view, is_last=is_last)
     if out is None:
         return x
     x = add_product_to(x, multiply(_read_out(own), out), gate)
+    # from the chunk to the prompt
     q = scale_tokens(multiply(cross._modules["to_q"], normalize(parts["norm2"], x)), cross._modules["norm_q"])
     keys, values = block.read_prompt(prompt)  # [B, T, N, D]
     out = functional.scaled_dot_product_attention(_split(q, cross.heads), keys.transpose(1, 2), values.transpose(1, 2))
     x = multiply(_read_out(cross), out.transpose(1, 2).flatten(2)).add_(x)
+    # the feed-forward, whose first layer computes its activation, too
     hidden = ffn["0"](add_product_to(ffn_shift, normalize(parts["norm3"], x), ffn_scale))
     return add_product_to(x, multiply(ffn["2"], hidden), ffn_gate)
 
@@ -63,6 +66,7 @@ def attend_plain(attn: Any, normed: Float[Tensor, "B L ND"], view: PassView, *, 
     sizes, rotation = (*normed.shape[:2], attn.heads, -1), view.rotation(layer)
     v = multiply(parts["to_v"], normed).view(sizes)
     k = scale_tokens(multiply(parts["to_k"], normed), parts["norm_k"]).view(sizes)
+    # raw keys, before their rotation: a memory gives them positions anew, so what is kept here is never written into again
     view.capture(layer, k, v)
     mask: Tensor | None
     if isinstance(past, SlotStore):
@@ -70,9 +74,11 @@ def attend_plain(attn: Any, normed: Float[Tensor, "B L ND"], view: PassView, *, 
     else:
         turned = torch.view_as_real(_pair_channels(k) * rotation).flatten(3)
         keys, values, mask = turned.transpose(1, 2), v.transpose(1, 2), view.mask
+    # a pass that is wanted for its keys and values has them all now
     if is_last:
         return None
     q = scale_tokens(multiply(parts["to_q"], normed), parts["norm_q"]).view(sizes)
+    # [B, L, N, D / 2] complex, in the memory of q
     _pair_channels(q).mul_(rotation)
     return functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask).transpose(1, 2).flatten(2)
 

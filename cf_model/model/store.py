@@ -295,6 +295,7 @@ class SlotStore:
         """Find the views of a layer's slots that `turn_own` writes."""
         parts = list[tuple[slice, Tensor, Tensor]]()
         for part, slot in self._list_pieces(self.own.slots):
+            # [B, L, N, D] of both, and of the keys [B, L, N, D / 2] complex, in the layer's own memory
             at = slice(slot * self.tokens, slot * self.tokens + part.stop - part.start)
             keys, values = (slots[layer][:, :, at].transpose(1, 2) for slots in (self.keys, self.values))
             parts.append((part, torch.view_as_complex(keys.unflatten(3, (-1, 2))), values))
