@@ -35,6 +35,27 @@ def generate(model: Denoiser, plan: MemorySpec, chunks: int = 14, *, merged: boo
 
 
 @pytest.mark.parametrize("changes", [*SEEN, *({"tau": TAU} | reading for reading in READINGS.values())])
+def test_the_plain_block_computes_the_same_bits(changes, monkeypatch):
+    model, plan, passes = denoiser(positions=1024, head_dim=32), spec(**changes), []
+    run = block.run_plain_block
+    monkeypatch.setattr(block, "run_plain_block", lambda *given, **more: passes.append(given[0]) or run(*given, **more))
+    plain = generate(model, plan)
+    assert len(passes) >= 14 * 3 * 2, "every pass of every chunk in both layers"
+    monkeypatch.setattr(block, "can_run_plain", lambda *_: False)
+    assert torch.equal(generate(model, plan), plain)
+
+
+def test_the_plain_block_calls_what_listens_to_a_layer(monkeypatch):
+    model, heard = denoiser(head_dim=32), list[str]()
+    names = [name for name, layer in model.transformer.blocks[0].named_modules() if type(layer) is torch.nn.Linear]
+    names.remove("ffn.net.0.proj")  # computed with its activation, in every way
+    for name in names:
+        model.transformer.blocks[0].get_submodule(name).register_forward_hook(lambda *_, name=name: heard.append(name))
+    generate(model, spec(), 1)
+    assert set(heard) == set(names)
+
+
+@pytest.mark.parametrize("changes", [*SEEN, *({"tau": TAU} | reading for reading in READINGS.values())])
 def test_merged_passes_make_the_same_video(changes, monkeypatch):
     model, plan, merges = denoiser(positions=1024), spec(**changes), []
     rope, merge = model.transformer.rope, model.transformer.rope._merge_passes

@@ -36,9 +36,9 @@ def generate(model: Denoiser, plan: MemorySpec, chunks: int, batch: int = 1) -> 
             memory = model.remember(x_0, text, memory)
 
 
-def compare_stores(plan: MemorySpec) -> None:
+def compare_stores(plan: MemorySpec, head_dim: int) -> None:
     """Every chunk's last pass: by the store, by a store made anew, and by the memory's frames, as the loss replays it."""
-    model, text, sigma = denoiser(positions=1024), normal(2, 5, 8, seed=3), torch.full((2,), SIGMAS[-1])
+    model, text, sigma = denoiser(positions=1024, head_dim=head_dim), normal(2, 5, 8, seed=3), torch.full((2,), SIGMAS[-1])
     past, stores = list[tuple[torch.Tensor, Memory, torch.Tensor]](), model.transformer.rope._stores
     for x_t, memory in generate(model, plan, 12, batch=2):
         by_store = model.velocity(x_t, sigma, text, memory)
@@ -52,16 +52,17 @@ def compare_stores(plan: MemorySpec) -> None:
         assert float((replayed - by_store).abs().max()) < 5e-6 * max(1.0, float(by_store.abs().max()))
 
 
+@pytest.mark.parametrize("head_dim", [12, 32])
 @pytest.mark.parametrize("reading", READINGS)
-def test_a_replay_sees_what_the_store_showed(reading):
-    compare_stores(spec(**{"tau": TAU} | READINGS[reading]))
+def test_a_replay_sees_what_the_store_showed(reading, head_dim):
+    compare_stores(spec(**{"tau": TAU} | READINGS[reading]), head_dim)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_replay_sees_what_the_store_showed_for_every_preset(name, monkeypatch):
     params = parameters(name)
     system = params.generate.systems[name]
-    compare_stores(system.memory or getattr(params, system.weights).memory)
+    compare_stores(system.memory or getattr(params, system.weights).memory, 32)
 
 
 @pytest.mark.parametrize(
