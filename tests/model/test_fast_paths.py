@@ -45,7 +45,7 @@ def test_the_plain_block_computes_the_same_bits(changes, monkeypatch):
     assert torch.equal(generate(model, plan), plain)
 
 
-def test_the_plain_block_calls_what_listens_to_a_layer(monkeypatch):
+def test_the_plain_block_calls_what_listens_to_a_layer():
     model, heard = denoiser(head_dim=32), list[str]()
     names = [name for name, layer in model.transformer.blocks[0].named_modules() if type(layer) is torch.nn.Linear]
     names.remove("ffn.net.0.proj")  # computed with its activation, in every way
