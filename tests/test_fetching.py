@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -148,7 +149,8 @@ def test_what_can_not_be_had_is_said_and_leaves_nothing(
 
 def test_a_file_that_takes_too_long_is_kept_for_the_next_start(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(fetch_files.time, "monotonic", lambda: next(times))
+    # this module's clock alone, because threads of other tests in this process read the clock, too
+    monkeypatch.setattr(fetch_files, "time", SimpleNamespace(monotonic=lambda: next(times)))
     with pytest.raises(NotFetchedError, match=r"took longer than clips\.fetch\.seconds, 60"):
         fetch_file(f"{server.url}/a.mp4", tmp_path / "a.mp4", LIMITS)
     assert (tmp_path / "a.mp4.partial").is_file()
