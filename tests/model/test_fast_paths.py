@@ -67,10 +67,11 @@ def test_merged_passes_make_the_same_video(changes, monkeypatch):
         assert len(merges) > 5, "once the memory is full, every chunk but the first is remembered by the next one's first pass"
 
 
+@pytest.mark.parametrize("head_dim", [12, 32])
 @pytest.mark.parametrize("changes", [each | ({} if each is PLAIN else {"slow": 3}) for each in SEEN])
-def test_captured_passes_make_the_same_video(changes, monkeypatch):
+def test_captured_passes_make_the_same_video(changes, head_dim, monkeypatch):
     """What would be captured on a GPU neither waits for the host nor keeps what it allocates, and finds everything where it was."""
-    model, plan, recorder = denoiser(positions=1024), spec(**changes), FakeRecorder()
+    model, plan, recorder = denoiser(positions=1024, head_dim=head_dim), spec(**changes), FakeRecorder()
     plain = generate(model, plan, 20)
     monkeypatch.setattr(graphs, "record_graph", recorder)
     model.compute = replace(model.compute, graphs=True)
